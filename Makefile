@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything happens in .venv inside the checkout. `make demo` and `make test` are the two to know.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+CARGO  ?= cargo
+PYTEST_ARGS ?=
+
+.PHONY: all venv build guests wheel demo test lint test-rust test-python bench clean help
+all: build
+
+help:
+	@echo 'make demo    build, fetch the default guest, boot it, run commands in it'
+	@echo 'make test    lint, types, Rust tests, Python tests, whole boots'
+	@echo 'make bench   the figures of docs/performance.md, QEMU beside them where installed'
+	@echo 'make wheel   one abi3 wheel in dist/'
+	@echo 'make clean   remove everything built'
+
+venv: $(BIN)/.ready
+$(BIN)/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'softkvm needs Python 3.11 or later: make PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
+	  || { echo 'this Python cannot make virtual environments: apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' 'maturin>=1.7,<2'
+	@touch $@
+
+# The tools of `make test`, apart: `make demo` does not wait for them.
+$(BIN)/.dev: $(BIN)/.ready pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group dev
+	@touch $@
+
+build: venv guests
+	@command -v $(CARGO) >/dev/null \
+	  || { echo 'softkvm needs a Rust toolchain (cargo) to build' >&2; exit 1; }
+	. $(BIN)/activate && maturin develop --release --quiet
+
+guests:
+	@$(MAKE) --no-print-directory -C guests
+
+wheel: venv guests
+	$(BIN)/maturin build --release --out dist
+
+demo: build
+	@$(BIN)/python scripts/demo.py
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets --quiet -- -D warnings
+
+test-rust:
+	$(CARGO) test --release --workspace --quiet
+
+test-python: build $(BIN)/.dev
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test: lint test-rust test-python
+
+bench: build
+	$(BIN)/python benchmarks/all.py
+
+clean:
+	$(CARGO) clean 2>/dev/null || true
+	$(MAKE) --no-print-directory -C guests clean
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache src/softkvm/_softcpu*.so benchmarks/results
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
