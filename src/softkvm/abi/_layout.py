@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the structures of this package are declared.
+
+A kernel structure is a class whose annotations read like the C declaration; :func:`layout` turns them into
+the ``_fields_`` of :mod:`ctypes`::
+
+    @layout
+    class kvm_dtable(Structure):
+        base: u64
+        limit: u16
+        padding: Annotated[u16s, 3]
+
+An annotation is a scalar alias (``u8`` ... ``s64``), a structure class, or ``Annotated[<array alias>, n]``.
+"""
+
+import functools
+from collections.abc import Callable
+from ctypes import (
+    Array,
+    Structure,
+    Union,
+    c_char,
+    c_int8,
+    c_int16,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+)
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+u8 = Annotated[int, c_uint8]
+u16 = Annotated[int, c_uint16]
+u32 = Annotated[int, c_uint32]
+u64 = Annotated[int, c_uint64]
+s8 = Annotated[int, c_int8]
+s16 = Annotated[int, c_int16]
+s32 = Annotated[int, c_int32]
+s64 = Annotated[int, c_int64]
+chars = Annotated[bytes, c_char]
+u8s = Annotated[Array[c_uint8], c_uint8]
+u16s = Annotated[Array[c_uint16], c_uint16]
+u32s = Annotated[Array[c_uint32], c_uint32]
+u64s = Annotated[Array[c_uint64], c_uint64]
+u8s2 = Annotated[Array[Array[c_uint8]], c_uint8]
+
+
+class Bits:
+    """Marks a bit field: ``Annotated[u8, Bits(3)]``."""
+
+    __slots__ = ("width",)
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+
+S = TypeVar("S", bound=type[Structure] | type[Union])
+T = TypeVar("T", bound=Structure)
+
+
+def _field(name: str, annotation: Any) -> tuple[Any, ...]:
+    """Return the ``_fields_`` entry for one annotation."""
+    if get_origin(annotation) is not Annotated:
+        return (name, annotation)
+    ctype, *rest = get_args(annotation)[1:]
+    for item in reversed(rest):  # the last dimension is the innermost, as in C
+        if isinstance(item, Bits):
+            return (name, ctype, item.width)
+        ctype = ctype * item
+    return (name, ctype)
+
+
+def layout(cls: S) -> S:
+    """Give *cls* the ``_fields_`` that its annotations describe."""
+    cls._fields_ = [_field(name, annotation) for name, annotation in cls.__annotations__.items()]
+    return cls
+
+
+@functools.lru_cache(maxsize=256)
+def flexible(header: type[T], entry: Any, count: int, name: str = "entries") -> type[T]:
+    """Return *header* followed by its flexible array member, with *count* elements of type *entry*.
+
+    ``flexible(kvm_msrs, kvm_msr_entry, 3)`` is ``struct kvm_msrs`` with room for three entries.
+    """
+    make: Callable[..., Any] = type(header)
+    cls: type[T] = make(f"{header.__name__}_{count}", (header,), {"_fields_": [(name, entry * count)]})
+    return cls
