@@ -138,7 +138,7 @@ KVM_DEV_TYPE_XIVE = 9
 KVM_DEV_TYPE_ARM_PV_TIME = 10
 
 
-# --- binary statistics (KVM API 4.133) ------------------------------------------------------------
+# --- binary statistics of KVM_GET_STATS_FD ------------------------------------------------------------
 
 
 @layout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory slots, the dirty log and coalesced MMIO (KVM API 4.35, 4.8, 4.117, 4.116)."""
+"""Memory slots, the dirty log and coalesced MMIO (KVM API, section 4)."""
 
 from ctypes import Structure, Union
 from typing import Annotated

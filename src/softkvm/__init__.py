@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KVM virtualization stack, for Python.
+
+``softkvm.open()`` gives KVM written in Python on the software CPU; ``softkvm.open("/dev/kvm")`` gives the
+same objects on the real device. Both speak the KVM API: :mod:`softkvm.api` has its classes,
+:mod:`softkvm.abi` its structures and constants.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softkvm.api import Kvm
+
+__all__ = ["__version__", "open"]
+
+__version__ = "0.1.0"
+
+SOFT = "soft"
+
+
+def open(path: str | os.PathLike[str] | None = None) -> Kvm:
+    """Open a KVM: the software one, or a device file.
+
+    *path* is ``None`` or ``"soft"`` for KVM in Python on the software CPU, or a device like ``"/dev/kvm"``.
+    Raises OSError if the device cannot be opened or is no KVM, ImportError if the software CPU is not built.
+    """
+    if path is None or path == SOFT:
+        from softkvm.kvm import Kvm as SoftKvm
+
+        return SoftKvm()
+    from softkvm.devkvm import Kvm as DeviceKvm
+
+    return DeviceKvm(os.fspath(path))

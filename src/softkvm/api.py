@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KVM API as Python classes: the one seam between the machine monitor and a KVM.
+
+One method per ioctl, named after it in lower case without ``KVM_``. Structures are those of
+:mod:`softkvm.abi`; a getter returns a fresh one, a setter takes one and keeps no reference to it. Every
+method raises :class:`OSError` with the errno that the KVM API document (``Documentation/virt/kvm/api.rst``,
+section 4: one heading per ioctl) gives.
+
+:mod:`softkvm.kvm` (KVM in Python) and :mod:`softkvm.devkvm` (the real device) implement these protocols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from softkvm import abi
+
+
+class Closeable(Protocol):
+    """Something that a ``with`` statement closes."""
+
+    def close(self) -> None:
+        """Give back what the object holds; closing twice is harmless."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Kvm(Closeable, Protocol):
+    """What ``/dev/kvm`` is: the system."""
+
+    def get_api_version(self) -> int:
+        """KVM_GET_API_VERSION: 12."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 if *cap* is not there, else what the capability defines."""
+
+    def create_vm(self, type: int = 0) -> Vm:
+        """KVM_CREATE_VM."""
+
+    def get_vcpu_mmap_size(self) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE: bytes of :attr:`Vcpu.shared`."""
+
+    def get_supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID."""
+
+    def get_emulated_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_EMULATED_CPUID."""
+
+    def get_msr_index_list(self) -> list[int]:
+        """KVM_GET_MSR_INDEX_LIST: the MSRs to save and restore."""
+
+    def get_msr_feature_index_list(self) -> list[int]:
+        """KVM_GET_MSR_FEATURE_INDEX_LIST."""
+
+    def get_msrs(self, indices: Sequence[int]) -> list[int]:
+        """KVM_GET_MSRS on the system: values of feature MSRs, up to the first that cannot be read."""
+
+
+class Vm(Closeable, Protocol):
+    """A virtual machine."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION on a VM."""
+
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
+        """KVM_SET_USER_MEMORY_REGION."""
+
+    def create_vcpu(self, id: int) -> Vcpu:
+        """KVM_CREATE_VCPU: *id* is the APIC id."""
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP: two i8259, an IOAPIC, and a local APIC in every vCPU created later."""
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """KVM_CREATE_PIT2."""
+
+    def irq_line(self, irq: int, level: int) -> None:
+        """KVM_IRQ_LINE: set the level of GSI *irq*."""
+
+    def irq_line_status(self, irq: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS: irq_line that tells: > 0 delivered, 0 coalesced, < 0 ignored."""
+
+    def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
+        """KVM_GET_IRQCHIP."""
+
+    def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
+        """KVM_SET_IRQCHIP."""
+
+    def get_pit2(self) -> abi.kvm_pit_state2:
+        """KVM_GET_PIT2."""
+
+    def set_pit2(self, state: abi.kvm_pit_state2) -> None:
+        """KVM_SET_PIT2."""
+
+    def set_gsi_routing(self, entries: Sequence[abi.kvm_irq_routing_entry]) -> None:
+        """KVM_SET_GSI_ROUTING: replace the whole table."""
+
+    def signal_msi(self, msi: abi.kvm_msi) -> int:
+        """KVM_SIGNAL_MSI: > 0 if delivered, 0 if the guest blocked it."""
+
+    def set_tss_addr(self, address: int) -> None:
+        """KVM_SET_TSS_ADDR: three pages for VMX's real mode."""
+
+    def set_identity_map_addr(self, address: int) -> None:
+        """KVM_SET_IDENTITY_MAP_ADDR: one page for VMX's real mode."""
+
+    def set_boot_cpu_id(self, id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID: the bootstrap processor; before any vCPU is created."""
+
+    def get_clock(self) -> abi.kvm_clock_data:
+        """KVM_GET_CLOCK."""
+
+    def set_clock(self, clock: abi.kvm_clock_data) -> None:
+        """KVM_SET_CLOCK."""
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """KVM_GET_DIRTY_LOG: a bit per page of *slot*, LSB first, in whole 64-bit words."""
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on a VM."""
+
+    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
+        """KVM_IRQFD: a write to eventfd *fd* raises *gsi*."""
+
+    def ioeventfd(self, fd: int, addr: int, len: int, datamatch: int | None = None, flags: int = 0) -> None:
+        """KVM_IOEVENTFD: a guest's write to *addr* signals *fd* instead of leaving KVM_RUN.
+
+        KVM_IOEVENTFD_FLAG_DATAMATCH is added to *flags* when *datamatch* is given.
+        """
+
+    def reinject_control(self, pit_reinject: int) -> None:
+        """KVM_REINJECT_CONTROL."""
+
+
+class Vcpu(Closeable, Protocol):
+    """A virtual processor. The thread that calls :meth:`run` is its thread."""
+
+    @property
+    def kvm_run(self) -> abi.kvm_run:
+        """The shared page as a structure over :attr:`shared`."""
+
+    @property
+    def shared(self) -> memoryview:
+        """``get_vcpu_mmap_size()`` bytes; PIO data lie at ``kvm_run.io.data_offset`` in here."""
+
+    def run(self) -> None:
+        """KVM_RUN: until an exit that :attr:`kvm_run` describes.
+
+        Raises InterruptedError (EINTR) after :meth:`kick`, or at once when ``kvm_run.immediate_exit`` is set.
+        """
+
+    def kick(self) -> None:
+        """Make :meth:`run` raise InterruptedError, now or at its next call; from any thread.
+
+        Not an ioctl: it is what a signal does to the thread of a real vCPU. One or more kicks end one run.
+        """
+
+    def get_regs(self) -> abi.kvm_regs:
+        """KVM_GET_REGS."""
+
+    def set_regs(self, regs: abi.kvm_regs) -> None:
+        """KVM_SET_REGS."""
+
+    def get_sregs(self) -> abi.kvm_sregs:
+        """KVM_GET_SREGS."""
+
+    def set_sregs(self, sregs: abi.kvm_sregs) -> None:
+        """KVM_SET_SREGS."""
+
+    def get_sregs2(self) -> abi.kvm_sregs2:
+        """KVM_GET_SREGS2."""
+
+    def set_sregs2(self, sregs: abi.kvm_sregs2) -> None:
+        """KVM_SET_SREGS2."""
+
+    def get_fpu(self) -> abi.kvm_fpu:
+        """KVM_GET_FPU."""
+
+    def set_fpu(self, fpu: abi.kvm_fpu) -> None:
+        """KVM_SET_FPU."""
+
+    def get_xsave(self) -> abi.kvm_xsave:
+        """KVM_GET_XSAVE."""
+
+    def set_xsave(self, xsave: abi.kvm_xsave) -> None:
+        """KVM_SET_XSAVE."""
+
+    def get_xcrs(self) -> abi.kvm_xcrs:
+        """KVM_GET_XCRS."""
+
+    def set_xcrs(self, xcrs: abi.kvm_xcrs) -> None:
+        """KVM_SET_XCRS."""
+
+    def get_msrs(self, indices: Sequence[int]) -> list[int]:
+        """KVM_GET_MSRS: the values, up to the first MSR that cannot be read."""
+
+    def set_msrs(self, msrs: Mapping[int, int]) -> int:
+        """KVM_SET_MSRS: how many were set; stops at the first that cannot be written."""
+
+    def get_lapic(self) -> abi.kvm_lapic_state:
+        """KVM_GET_LAPIC."""
+
+    def set_lapic(self, lapic: abi.kvm_lapic_state) -> None:
+        """KVM_SET_LAPIC."""
+
+    def get_mp_state(self) -> abi.kvm_mp_state:
+        """KVM_GET_MP_STATE."""
+
+    def set_mp_state(self, state: abi.kvm_mp_state) -> None:
+        """KVM_SET_MP_STATE."""
+
+    def get_vcpu_events(self) -> abi.kvm_vcpu_events:
+        """KVM_GET_VCPU_EVENTS."""
+
+    def set_vcpu_events(self, events: abi.kvm_vcpu_events) -> None:
+        """KVM_SET_VCPU_EVENTS."""
+
+    def get_debugregs(self) -> abi.kvm_debugregs:
+        """KVM_GET_DEBUGREGS."""
+
+    def set_debugregs(self, debugregs: abi.kvm_debugregs) -> None:
+        """KVM_SET_DEBUGREGS."""
+
+    def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
+        """KVM_SET_CPUID2."""
+
+    def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_CPUID2."""
+
+    def interrupt(self, irq: int) -> None:
+        """KVM_INTERRUPT: queue an external interrupt; only without in-kernel chips."""
+
+    def nmi(self) -> None:
+        """KVM_NMI."""
+
+    def smi(self) -> None:
+        """KVM_SMI."""
+
+    def set_guest_debug(self, debug: abi.kvm_guest_debug) -> None:
+        """KVM_SET_GUEST_DEBUG."""
+
+    def translate(self, linear_address: int) -> abi.kvm_translation:
+        """KVM_TRANSLATE."""
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ."""
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ."""
+
+    def kvmclock_ctrl(self) -> None:
+        """KVM_KVMCLOCK_CTRL: tell the guest that it was stopped."""
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on a vCPU."""
+
+    def set_signal_mask(self, sigset: bytes | None) -> None:
+        """KVM_SET_SIGNAL_MASK: 8 bytes: the mask during KVM_RUN; None: the thread's own."""

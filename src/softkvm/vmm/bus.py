@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The buses of a machine: which device answers at a port or at a guest physical address.
+
+A device is an object with ``read`` and ``write``; it registers the ranges where it wants to be asked::
+
+    pio.add(0x3F8, 8, uart, "com1")
+
+Offsets are relative to the start of the range, sizes are bytes (1, 2, 4; 8 on the memory bus). An access that
+no range holds entirely reads all ones and loses its write, as on a PC's buses.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+SetIrq = Callable[[int], None]
+"""Sets the level (0 or 1) of the interrupt line that a device was given."""
+
+
+class Device(Protocol):
+    """What the bus asks of a device. Called on vCPU threads, one at a time for one machine's bus."""
+
+    def read(self, offset: int, size: int) -> int:
+        """Return the *size* bytes at *offset* of the device's range, as an unsigned little-endian number."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Store the *size* bytes of *value* at *offset* of the device's range."""
+
+
+class Savable(Protocol):
+    """A device whose state can be kept and brought back."""
+
+    def save(self) -> dict[str, Any]:
+        """Return the device's state as plain values."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state that :meth:`save` returned."""
+
+
+class Range(NamedTuple):
+    """Addresses ``start <= address < end`` of one device."""
+
+    start: int
+    end: int
+    device: Device
+    name: str
+
+
+class Bus:
+    """A table of address ranges. Look-ups are cached: the hot path is one dictionary access."""
+
+    def __init__(self, name: str, address_bits: int) -> None:
+        self.name = name
+        self.limit = 1 << address_bits
+        self.ranges: list[Range] = []  # sorted by start, never overlapping
+        self._starts: list[int] = []
+        self._cache: dict[int, Range | None] = {}
+
+    def add(self, start: int, length: int, device: Device, name: str) -> None:
+        """Let *device* answer for *length* addresses from *start*.
+
+        Raises ValueError if the range is empty, leaves the bus or overlaps another device's.
+        """
+        end = start + length
+        if length <= 0 or start < 0 or end > self.limit:
+            raise ValueError(f"{name}: range {start:#x}+{length:#x} is not within the {self.name} bus")
+        index = bisect_right(self._starts, start)
+        for other in self.ranges[max(index - 1, 0) : index + 1]:
+            if start < other.end and other.start < end:
+                raise ValueError(
+                    f"{name}: range {start:#x}-{end - 1:#x} overlaps {other.name} "
+                    f"at {other.start:#x}-{other.end - 1:#x}"
+                )
+        self.ranges.insert(index, Range(start, end, device, name))
+        self._starts.insert(index, start)
+        self._cache = {}
+
+    def remove(self, start: int) -> None:
+        """Take away the range that begins at *start*; KeyError if there is none."""
+        index = bisect_right(self._starts, start) - 1
+        if index < 0 or self._starts[index] != start:
+            raise KeyError(start)
+        del self.ranges[index], self._starts[index]
+        self._cache = {}
+
+    def find(self, address: int) -> Range | None:
+        """Return the range that holds *address*."""
+        try:
+            return self._cache[address]
+        except KeyError:
+            pass
+        index = bisect_right(self._starts, address) - 1
+        found = self.ranges[index] if index >= 0 and address < self.ranges[index].end else None
+        if len(self._cache) < 4096:  # a guest that scans addresses must not fill our memory
+            self._cache[address] = found
+        return found
+
+    def read(self, address: int, size: int) -> int:
+        """Return what the device at *address* answers, or all ones."""
+        found = self.find(address)
+        mask = (1 << (size * 8)) - 1
+        if found is None or address + size > found.end:
+            return mask
+        return found.device.read(address - found.start, size) & mask
+
+    def write(self, address: int, size: int, value: int) -> None:
+        """Hand *value* to the device at *address*; nobody there: nothing happens."""
+        found = self.find(address)
+        if found is not None and address + size <= found.end:
+            found.device.write(address - found.start, size, value)
