@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixed ACPI hardware: PM1a event and control blocks, the power-management timer, the reset register.
+
+Source: ACPI specification 6.4, section 4.8 (fixed hardware registers), 4.8.2.1 (PM timer), 4.8.3.6 (reset register).
+The machine is always in ACPI mode (FADT.SMI_CMD = 0), so PM1_CNT.SCI_EN reads as one.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from softkvm.vmm.devices.timer import Timer
+
+# The block's layout from its base port; FADT names each part.
+PM1_STS: Final = 0x0
+PM1_EN: Final = 0x2
+PM1_CNT: Final = 0x4
+PM_TMR: Final = 0x8
+PM_BLOCK_SIZE: Final = 0x10
+PM_BASE_PORT: Final = 0x600
+SCI_IRQ: Final = 9
+
+PM_TIMER_HZ: Final = 3_579_545
+
+STS_TMR: Final = 1 << 0
+STS_PWRBTN: Final = 1 << 8
+STS_SLPBTN: Final = 1 << 9
+STS_RTC: Final = 1 << 10
+STS_WAK: Final = 1 << 15
+STS_GBL: Final = 1 << 5
+_EN_MASK: Final = STS_TMR | STS_GBL | STS_PWRBTN | STS_SLPBTN | STS_RTC
+
+CNT_SCI_EN: Final = 1 << 0
+CNT_SLP_TYP_SHIFT: Final = 10
+CNT_SLP_TYP_MASK: Final = 7 << CNT_SLP_TYP_SHIFT
+CNT_SLP_EN: Final = 1 << 13
+
+S5_SLP_TYP: Final = 5  # what the DSDT's \_S5 package must hold
+
+RESET_PORT: Final = 0xCF9
+RESET_VALUE: Final = 0x06  # FADT.RESET_VALUE
+_RST_CPU: Final = 0x04
+_SYS_RST: Final = 0x02
+
+_NS: Final = 1_000_000_000
+
+
+class AcpiPm:
+    """The power-management block of ``PM_BLOCK_SIZE`` ports. ``power_off()`` is called when the guest enters S5.
+
+    ``clock_ns`` drives the PM timer (32 bits wide; FADT.TMR_VAL_EXT) and does not go backwards.
+    """
+
+    def __init__(
+        self,
+        power_off: Callable[[], object] | None = None,
+        set_irq: Callable[[int], object] | None = None,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._power_off = power_off
+        self._set_irq = set_irq
+        self._clock_ns = clock_ns
+        self._lock = threading.Lock()
+        self._epoch_ns = clock_ns()
+        self._carried_ticks = 0  # from before a restore
+        self._seen_ticks = 0
+        self._sts = 0
+        self._en = 0
+        self._cnt = CNT_SCI_EN
+        self._irq_level = 0
+        self._timer = Timer("acpi pm timer", clock_ns, self._timer_expired)
+
+    def read(self, offset: int, size: int) -> int:
+        """Read ``size`` bytes of the block from ``offset``; bytes between the registers are zero."""
+        if offset == PM_TMR and size == 4:  # the one that guests read often
+            return self._ticks() & 0xFFFFFFFF
+        with self._lock:
+            self._advance()
+            block = bytearray(PM_BLOCK_SIZE)
+            block[PM1_STS:PM1_EN] = self._sts.to_bytes(2, "little")
+            block[PM1_EN:PM1_CNT] = self._en.to_bytes(2, "little")
+            block[PM1_CNT : PM1_CNT + 2] = self._cnt.to_bytes(2, "little")
+            block[PM_TMR : PM_TMR + 4] = (self._ticks() & 0xFFFFFFFF).to_bytes(4, "little")
+            return int.from_bytes(block[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write ``size`` bytes of the block from ``offset``; the timer is read-only."""
+        off = False
+        with self._lock:
+            self._advance()
+            for i in range(size):
+                off |= self._write_byte(offset + i, value >> 8 * i & 0xFF)
+            self._update_irq()
+            self._arm()
+        if off and self._power_off is not None:
+            self._power_off()
+
+    def _write_byte(self, offset: int, value: int) -> bool:
+        """Write one byte of a register; True if it puts the machine to S5."""
+        register, shift = offset & ~1, 8 * (offset & 1)
+        value <<= shift
+        kept = 0xFF00 >> shift
+        if register == PM1_STS:
+            self._sts &= ~value  # write one to clear
+        elif register == PM1_EN:
+            self._en = (self._en & kept | value) & _EN_MASK
+        elif register == PM1_CNT:
+            self._cnt = (self._cnt & kept | value) & ~CNT_SLP_EN | CNT_SCI_EN
+            sleep_type = (self._cnt & CNT_SLP_TYP_MASK) >> CNT_SLP_TYP_SHIFT
+            return bool(value & CNT_SLP_EN) and sleep_type == S5_SLP_TYP
+        return False
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down: PWRBTN_STS and an SCI (section 4.8.2.2.1)."""
+        with self._lock:
+            self._sts |= STS_PWRBTN
+            self._update_irq()
+
+    def close(self) -> None:
+        """End the timer thread, if there is one."""
+        self._timer.close()
+
+    def _ticks(self) -> int:
+        return self._carried_ticks + (self._clock_ns() - self._epoch_ns) * PM_TIMER_HZ // _NS
+
+    def _advance(self) -> None:
+        """TMR_STS is set whenever the timer's highest bit changes (section 4.8.3.1.1)."""
+        ticks = self._ticks()
+        if self._seen_ticks >> 31 != ticks >> 31:
+            self._sts |= STS_TMR
+        self._seen_ticks = ticks
+
+    def _update_irq(self) -> None:
+        level = int(bool(self._sts & self._en & _EN_MASK))
+        if level != self._irq_level:
+            self._irq_level = level
+            if self._set_irq is not None:
+                self._set_irq(level)
+
+    def _arm(self) -> None:
+        if not self._en & STS_TMR:
+            self._timer.arm(None)
+            return
+        change = (self._ticks() >> 31) + 1 << 31
+        self._timer.arm(self._epoch_ns - -(change - self._carried_ticks) * _NS // PM_TIMER_HZ + 1)
+
+    def _timer_expired(self) -> None:
+        with self._lock:
+            self._advance()
+            self._update_irq()
+            self._arm()
+
+    def save(self) -> dict[str, Any]:
+        """The registers and the timer's count."""
+        with self._lock:
+            self._advance()
+            return {
+                "sts": self._sts,
+                "en": self._en,
+                "cnt": self._cnt,
+                "ticks": self._ticks(),
+                "irq_level": self._irq_level,
+            }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state; the timer goes on from its saved count."""
+        with self._lock:
+            self._sts = state["sts"]
+            self._en = state["en"]
+            self._cnt = state["cnt"]
+            self._epoch_ns = self._clock_ns()
+            self._carried_ticks = self._seen_ticks = state["ticks"]
+            self._irq_level = state["irq_level"]
+            self._arm()
+
+
+class ResetRegister:
+    """The reset control register at port 0xCF9: setting RST_CPU resets the machine (FADT.RESET_REG)."""
+
+    def __init__(self, reset: Callable[[], object] | None = None) -> None:
+        self._reset = reset
+        self._value = 0
+
+    def read(self, offset: int, size: int = 1) -> int:
+        """The bits last written; RST_CPU reads as zero."""
+        return self._value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Any write with RST_CPU set resets."""
+        self._value = value & _SYS_RST
+        if value & _RST_CPU and self._reset is not None:
+            self._reset()
+
+    def save(self) -> dict[str, Any]:
+        """The register."""
+        return {"value": self._value}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self._value = state["value"]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MC146818's registers, expected values from its data sheet."""
+
+import time
+from calendar import timegm
+
+import pytest
+
+from softkvm.vmm.devices.cmos import Cmos
+
+NS = 1_000_000_000
+# 2021-02-28 23:59:58 UTC, a Sunday
+START_NS = timegm((2021, 2, 28, 23, 59, 58)) * NS
+A, B, C, D = 10, 11, 12, 13
+
+
+class Clock:
+    def __init__(self, now_ns: int = START_NS) -> None:
+        self.now_ns = now_ns
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cmos(clock: Clock) -> Cmos:
+    return Cmos(clock_ns=clock)
+
+
+def get(cmos: Cmos, index: int) -> int:
+    cmos.write(0, 1, index)
+    return cmos.read(1)
+
+
+def put(cmos: Cmos, index: int, value: int) -> None:
+    cmos.write(0, 1, index)
+    cmos.write(1, 1, value)
+
+
+def test_time_is_bcd_24_hours_and_sunday_is_1(cmos: Cmos) -> None:
+    assert [get(cmos, i) for i in (0, 2, 4, 6, 7, 8, 9, 0x32)] == [
+        0x58, 0x59, 0x23, 0x01, 0x28, 0x02, 0x21, 0x20,
+    ]  # fmt: skip
+
+
+def test_the_clock_carries_into_the_next_month(cmos: Cmos, clock: Clock) -> None:
+    clock.now_ns += 2 * NS
+    assert [get(cmos, i) for i in (0, 2, 4, 6, 7, 8)] == [0, 0, 0, 2, 1, 3]
+
+
+def test_binary_and_12_hour_modes(cmos: Cmos) -> None:
+    put(cmos, B, 0x06)
+    assert [get(cmos, i) for i in (0, 2, 4)] == [58, 59, 23]
+    put(cmos, B, 0x00)
+    assert get(cmos, 4) == 0x91  # 11 pm
+    put(cmos, 4, 0x12)  # 12 am
+    put(cmos, B, 0x02)
+    assert get(cmos, 4) == 0x00
+
+
+def test_register_d_says_the_battery_is_good(cmos: Cmos) -> None:
+    assert get(cmos, D) == 0x80
+
+
+def test_update_in_progress_rises_244_us_before_the_second(cmos: Cmos, clock: Clock) -> None:
+    assert get(cmos, A) == 0x26
+    clock.now_ns += NS - 244_000
+    assert get(cmos, A) == 0xA6
+    clock.now_ns += 244_000
+    assert get(cmos, A) == 0x26
+
+
+def test_setting_the_time_as_linux_does(cmos: Cmos, clock: Clock) -> None:
+    put(cmos, B, 0x82)
+    put(cmos, A, 0x76)
+    for index, value in ((9, 0x30), (8, 0x12), (7, 0x31), (4, 0x01), (2, 0x02), (0, 0x03), (0x32, 0x20)):
+        put(cmos, index, value)
+    clock.now_ns += 5 * NS  # stopped meanwhile
+    put(cmos, B, 0x02)
+    put(cmos, A, 0x26)
+    assert [get(cmos, i) for i in (0x32, 9, 8, 7, 4, 2, 0)] == [0x20, 0x30, 0x12, 0x31, 0x01, 0x02, 0x03]
+    clock.now_ns += NS
+    assert get(cmos, 0) == 0x04
+
+
+def test_flags_show_in_c_without_interrupts_and_reading_clears_them(cmos: Cmos, clock: Clock) -> None:
+    get(cmos, C)
+    clock.now_ns += NS
+    assert get(cmos, C) == 0x50  # update ended and periodic, IRQF only with an enabled one
+    assert get(cmos, C) == 0x00
+
+
+@pytest.mark.parametrize(("rate", "hz"), [(1, 256), (2, 128), (3, 8192), (6, 1024), (15, 2)])
+def test_periodic_rates(cmos: Cmos, clock: Clock, rate: int, hz: int) -> None:
+    put(cmos, A, 0x20 | rate)
+    get(cmos, C)
+    clock.now_ns += NS // hz - 1000
+    first = get(cmos, C) & 0x40
+    clock.now_ns += 2000
+    assert (first, get(cmos, C) & 0x40) == (0, 0x40)
+
+
+def test_rate_0_has_no_periodic_flag(cmos: Cmos, clock: Clock) -> None:
+    put(cmos, A, 0x20)
+    get(cmos, C)
+    clock.now_ns += 10 * NS
+    assert get(cmos, C) & 0x40 == 0
+
+
+@pytest.mark.parametrize(
+    ("alarm", "after_s"),
+    [
+        ((0x00, 0x00, 0x00), 2),
+        ((0x59, 0x59, 0x23), 1),
+        ((0xFF, 0xFF, 0xFF), 1),
+        ((0x30, 0xC0, 0xC0), 32),
+        ((0x57, 0x59, 0x23), 86_399),
+    ],
+)
+def test_alarm_matches_with_dont_care_codes(
+    cmos: Cmos, clock: Clock, alarm: tuple[int, int, int], after_s: int
+) -> None:
+    for index, value in zip((1, 3, 5), alarm, strict=True):
+        put(cmos, index, value)
+    get(cmos, C)
+    clock.now_ns += (after_s - 1) * NS
+    assert get(cmos, C) & 0x20 == 0
+    clock.now_ns += NS
+    assert get(cmos, C) & 0x20 == 0x20
+
+
+def test_an_alarm_that_cannot_match_never_comes(cmos: Cmos, clock: Clock) -> None:
+    put(cmos, 1, 0x79)
+    clock.now_ns += 200_000 * NS
+    assert get(cmos, C) & 0x20 == 0
+
+
+def test_memory_size_bytes() -> None:
+    cmos = Cmos(ram_below_4g=3 << 30, ram_above_4g=5 << 30)
+    assert get(cmos, 0x15) | get(cmos, 0x16) << 8 == 640
+    assert get(cmos, 0x17) | get(cmos, 0x18) << 8 == 0xFFFF
+    assert (get(cmos, 0x34) | get(cmos, 0x35) << 8) << 16 == (3 << 30) - (16 << 20)
+    assert (get(cmos, 0x5B) | get(cmos, 0x5C) << 8 | get(cmos, 0x5D) << 16) << 16 == 5 << 30
+
+
+def test_nmi_mask_bit_is_no_part_of_the_index(cmos: Cmos) -> None:
+    put(cmos, 0x80 | 0x40, 0x5A)
+    assert get(cmos, 0x40) == 0x5A
+
+
+def test_any_bytes_in_the_time_registers_leave_a_valid_clock(cmos: Cmos) -> None:
+    for mode in (0x00, 0x02, 0x04, 0x06, 0x82):
+        put(cmos, B, mode)
+        for value in (0x00, 0x7F, 0x99, 0xFF):
+            for index in (0x32, 9, 8, 7, 6, 4, 2, 0):
+                put(cmos, index, value)
+                get(cmos, index)
+
+
+def test_update_ended_interrupt_arrives_on_its_own() -> None:
+    levels: list[int] = []
+    cmos = Cmos(set_irq=levels.append)
+    put(cmos, B, 0x12)
+    deadline = time.monotonic() + 5
+    while not levels and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert levels == [1]
+    assert get(cmos, C) & 0x90 == 0x90
+    assert levels == [1, 0]
+    cmos.close()
+
+
+def test_save_and_restore_keep_the_time(cmos: Cmos, clock: Clock) -> None:
+    put(cmos, B, 0x06)
+    put(cmos, 4, 7)
+    put(cmos, 0x50, 0x99)
+    other = Cmos(clock_ns=clock)
+    other.restore(cmos.save())
+    assert (get(other, 4), get(other, 0x50)) == (7, 0x99)
