@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The physical machine: host memory that processors may touch, and what is known of each of its pages.
+//!
+//! A physical address is a host virtual address. A processor refuses every frame outside the registered regions. Each
+//! page has a mask of 64-byte chunks that hold code some processor has decoded; stores into such a chunk tell every
+//! processor to check its decoded code against memory again (see `x86::block`).
+
+mod host;
+mod region;
+
+pub use host::{host_cas, host_load, host_store};
+pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_mask};
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use crate::x86::state::{Shared, pending};
+
+/// Memory regions and processors; usually one per virtual machine.
+#[derive(Default)]
+pub struct Machine {
+    table: RwLock<Arc<RegionTable>>,
+    cpus: Mutex<Vec<Arc<Shared>>>,
+    /// Counts the events that every processor must catch up with (code pages armed, regions removed).
+    generation: AtomicU64,
+    /// Held for locked operations that the host cannot do atomically.
+    pub split_lock: Mutex<()>,
+}
+
+impl Machine {
+    /// A machine with no memory and no processors.
+    pub fn new() -> Arc<Machine> {
+        Arc::new(Machine::default())
+    }
+
+    /// The regions as they are now.
+    pub fn regions(&self) -> Arc<RegionTable> {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Makes `size` bytes of host memory at `hva` usable.
+    ///
+    /// # Safety
+    /// The memory must stay mapped, readable and writable until the region is removed.
+    pub unsafe fn add_region(&self, hva: usize, size: usize) -> Result<(), RegionError> {
+        {
+            let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
+            *table = Arc::new(table.with(Region::new(hva, size)?)?);
+        }
+        self.advance(None);
+        Ok(())
+    }
+
+    /// Takes a region away; returns when no running processor can reach it any more.
+    pub fn remove_region(&self, hva: usize) -> Result<(), RegionError> {
+        {
+            let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
+            *table = Arc::new(table.without(hva)?);
+        }
+        let generation = self.advance(None);
+        while !self.caught_up(generation, None) {
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Adds a processor's shared part.
+    pub fn attach(&self, shared: Arc<Shared>) {
+        self.lock_cpus().push(shared);
+    }
+
+    /// Removes a processor's shared part.
+    pub fn detach(&self, shared: &Arc<Shared>) {
+        self.lock_cpus().retain(|s| !Arc::ptr_eq(s, shared));
+    }
+
+    fn lock_cpus(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Shared>>> {
+        self.cpus.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The newest generation.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// Starts a new generation and asks every processor but `me` to catch up with it.
+    pub fn advance(&self, me: Option<&Arc<Shared>>) -> u64 {
+        let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        self.signal(me, pending::TLB_SYNC);
+        generation
+    }
+
+    /// Sets pending bits of every processor but `me`.
+    pub fn signal(&self, me: Option<&Arc<Shared>>, bits: u32) {
+        for shared in self.lock_cpus().iter() {
+            if me.is_none_or(|m| !Arc::ptr_eq(m, shared)) {
+                shared.pending.fetch_or(bits, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Whether every running processor but `me` has caught up with `generation`.
+    pub fn caught_up(&self, generation: u64, me: Option<&Arc<Shared>>) -> bool {
+        self.lock_cpus().iter().all(|s| {
+            me.is_some_and(|m| Arc::ptr_eq(m, s))
+                || !s.running.load(Ordering::SeqCst)
+                || s.synced.load(Ordering::SeqCst) >= generation
+        })
+    }
+
+    /// The host wrote `size` bytes at `hva` (a device, KVM): cached code there is checked again before it runs.
+    pub fn notify_write(&self, hva: usize, size: usize) {
+        if self.regions().take_code(hva, size) {
+            self.signal(None, pending::CODE_CHANGED);
+        }
+    }
+}

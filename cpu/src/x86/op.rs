@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The decoded form of an instruction, and how handlers are chained.
+//!
+//! A block is a run of [`Op`]s ended by one that leaves it. Every handler is an ordinary function
+//! `fn(&mut Cpu, &Op) -> Result<(), Stop>`; [`handler`] wraps it so that, on `Ok`, it calls the next op's handler as
+//! its last act. The compiler turns that into a jump, so a block runs without a dispatch loop; should it not (debug
+//! builds), the depth is bounded by [`MAX_OPS`].
+//!
+//! Contract of a handler: it changes no guest-visible state before everything that can fail has succeeded (faults
+//! restart the instruction), unless the manual itself says that partial progress is visible (string instructions).
+
+use super::state::Cpu;
+
+/// Why a run of ops stopped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Stop {
+    /// The instruction completed and wrote `cpu.rip`; look up the next block. `cpu.link` names the exit taken.
+    EndBlock = 1,
+    /// The instruction raised the exception in `cpu.exception`; it did not retire, `cpu.rip` is not changed yet.
+    Fault,
+    /// The instruction retired and then raised the trap in `cpu.exception` (`cpu.rip` is already the next one's).
+    Trap,
+    /// #VMEXIT as described in `cpu.exit`; the instruction did not retire.
+    Exit,
+    /// #VMEXIT after the instruction retired (`cpu.rip` already written).
+    ExitAfter,
+    /// The instruction made progress but is not done (REP); restart it at the same RIP after looking for events.
+    Restart,
+    /// The instruction is about to write into its own block; run it again alone.
+    SelfModify,
+}
+
+/// The result of a handler.
+pub type Res = Result<(), Stop>;
+
+/// Most ops in one block.
+pub const MAX_OPS: usize = 64;
+
+/// A threaded handler: runs its op and, unless it stops, all the following ones of the block.
+///
+/// # Safety
+/// The pointer must point into a block's op array that ends with an op whose handler never returns `Ok`.
+pub type Handler = unsafe fn(&mut Cpu, *const Op) -> Stop;
+
+/// Bits of [`Op::flags`].
+pub mod flag {
+    /// The effective address needs the legacy path: truncation to the address size in `asize`, segment base, limit
+    /// and type checks, wrap-around. Not set in 64-bit mode with 64-bit addresses.
+    pub const LEGACY_EA: u8 = 1;
+    /// LOCK prefix (or implicitly locked XCHG).
+    pub const LOCK: u8 = 2;
+    /// REP/REPE prefix.
+    pub const REP: u8 = 4;
+    /// REPNE prefix.
+    pub const REPNE: u8 = 8;
+    /// The block is 64-bit code.
+    pub const CODE64: u8 = 16;
+    /// Operand size: bits 5-6: 0 = 16, 1 = 32, 2 = 64 bits (what the decoder found as effective operand size).
+    pub const OSIZE_SHIFT: u8 = 5;
+}
+
+/// One decoded instruction, 32 bytes.
+///
+/// `dst`, `src`, `aux`, `base` and `index` of general registers are *byte offsets* into the register file
+/// (`reg * 8`, plus 1 for AH/CH/DH/BH); slot 16 (offset 128) always reads zero, slot 17 (offset 136) holds the RIP of
+/// the block's first instruction. For SIMD, x87, MMX, segment and control registers they are plain numbers.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Op {
+    /// The threaded handler.
+    pub f: Handler,
+    /// Immediate, branch displacement from the block's start, or whatever the handler's translator put there.
+    pub imm: u64,
+    /// Displacement of the memory operand (RIP-relative ones are relative to the block's start, base = slot 17).
+    pub disp: i32,
+    /// Offset of the *next* instruction from the block's start: `ip_base + next` is the next RIP.
+    pub next: u16,
+    /// Length of this instruction in bytes.
+    pub len: u8,
+    /// See [`flag`].
+    pub flags: u8,
+    /// Destination register.
+    pub dst: u8,
+    /// Source register.
+    pub src: u8,
+    /// Third operand, condition, or anything else.
+    pub aux: u8,
+    /// Base register of the memory operand (byte offset; 128 = none).
+    pub base: u8,
+    /// Index register of the memory operand (byte offset; 128 = none).
+    pub index: u8,
+    /// log2 of the index scale.
+    pub scale: u8,
+    /// Segment register number (0 ES, 1 CS, 2 SS, 3 DS, 4 FS, 5 GS).
+    pub seg: u8,
+    /// Address size in bytes (2, 4, 8).
+    pub asize: u8,
+}
+
+/// Register-file slot (byte offset) that always reads zero.
+pub const SLOT_ZERO: u8 = 128;
+/// Register-file slot (byte offset) that holds the RIP of the block's first instruction.
+pub const SLOT_IP: u8 = 136;
+
+impl Op {
+    /// Effective operand size in bytes (2, 4 or 8).
+    #[inline(always)]
+    pub fn osize(&self) -> u32 {
+        2 << ((self.flags >> flag::OSIZE_SHIFT) & 3)
+    }
+
+    /// Whether the op carries any of these [`flag`] bits.
+    #[inline(always)]
+    pub fn has(&self, bits: u8) -> bool {
+        self.flags & bits != 0
+    }
+}
+
+/// Wraps an instruction's function into a threaded [`Handler`].
+///
+/// `F` must be a function item or a non-capturing closure (a zero-sized type).
+pub const fn handler<F>(f: F) -> Handler
+where
+    F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    const { assert!(size_of::<F>() == 0, "a handler must not capture") };
+    let _ = core::mem::ManuallyDrop::new(f);
+    thread::<F>
+}
+
+/// Runs `F` for the op and goes on with the next one.
+///
+/// # Safety
+/// See [`Handler`].
+unsafe fn thread<F>(cpu: &mut Cpu, op: *const Op) -> Stop
+where
+    F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    // SAFETY: F is zero-sized (asserted in `handler`), so any bit pattern, of which there is none, is a value of it.
+    let f: F = unsafe { core::mem::MaybeUninit::uninit().assume_init() };
+    // SAFETY: the caller passes a pointer into a live block.
+    match f(cpu, unsafe { &*op }) {
+        // SAFETY: an op that returns Ok is not the block's last, so op + 1 is in the block too.
+        Ok(()) => unsafe {
+            let next = op.add(1);
+            ((*next).f)(cpu, next)
+        },
+        Err(stop) => {
+            cpu.stop_op = op;
+            stop
+        }
+    }
+}

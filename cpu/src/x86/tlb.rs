@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The software TLB: direct-mapped, four banks (one per MMU index, see [`super::state::Cpu::mmu`]), tagged by context.
+//!
+//! A tag is the linear page | context number (11 bits). Bit 11 set makes the fast path miss on purpose: the page needs
+//! the slow path on every such access (it holds decoded code, or a data breakpoint is armed on it). A context stands
+//! for one (ASID, PCID) pair; flushing a context gives the pair a new number.
+
+use std::collections::HashMap;
+
+/// log2 of the entries in a bank.
+pub const TLB_BITS: usize = 10;
+const TLB_SIZE: usize = 1 << TLB_BITS;
+/// Banks that are ever filled.
+pub const BANKS: usize = 3;
+/// Mask of the page number.
+pub const PAGE_MASK: u64 = !0xfff;
+/// In a tag: take the slow path.
+pub const SLOW: u64 = 1 << 11;
+/// A tag that no access matches.
+pub const INVALID: u64 = u64::MAX;
+const CONTEXTS: u64 = 0x7ff;
+
+/// One translation, for reads, writes and instruction fetch.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Entry {
+    /// Tag for reads.
+    pub read: u64,
+    /// Tag for writes.
+    pub write: u64,
+    /// Tag for fetches.
+    pub exec: u64,
+    /// Host address minus linear address.
+    pub addend: u64,
+}
+
+const EMPTY: Entry = Entry { read: INVALID, write: INVALID, exec: INVALID, addend: 0 };
+
+/// Host frame of a guest-physical page.
+#[derive(Clone, Copy)]
+pub struct GpaEntry {
+    /// Guest-physical page | 1 when writable (and dirty) | 2 when executable, or [`INVALID`].
+    pub gpa: u64,
+    /// Host address of the page.
+    pub host: u64,
+}
+
+const GPA_BITS: usize = 10;
+
+/// The TLB of one processor.
+pub struct Tlb {
+    entries: Box<[Entry]>,
+    gpas: Box<[GpaEntry]>,
+    /// Context number in force, in tag position.
+    pub context: u64,
+    contexts: HashMap<(u32, u16), u64>,
+    current: (u32, u16),
+    next: u64,
+    /// log2 of the guest page size behind each entry.
+    sizes: Box<[u8]>,
+    /// Bit (linear >> 30) & 63: large guest pages were filled there since the last whole flush.
+    large: u64,
+    /// Fills, for statistics.
+    pub fills: u64,
+    /// Whole flushes, for statistics.
+    pub flushes: u64,
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        Tlb {
+            entries: vec![EMPTY; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
+            gpas: vec![GpaEntry { gpa: INVALID, host: 0 }; 1 << GPA_BITS].into_boxed_slice(),
+            context: 0,
+            contexts: HashMap::new(),
+            current: (u32::MAX, 0),
+            next: 0,
+            sizes: vec![12; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
+            large: 0,
+            fills: 0,
+            flushes: 0,
+        }
+    }
+}
+
+#[inline(always)]
+fn index(linear: u64) -> usize {
+    (linear >> 12) as usize & (TLB_SIZE - 1)
+}
+
+impl Tlb {
+    /// The entry that would hold `linear` in `bank`.
+    #[inline(always)]
+    pub fn entry(&self, bank: usize, linear: u64) -> &Entry {
+        debug_assert!(bank <= BANKS);
+        // SAFETY: bank <= 3 (see `Cpu::update_mmu`) and index < TLB_SIZE.
+        unsafe { self.entries.get_unchecked((bank << TLB_BITS) + index(linear)) }
+    }
+
+    /// The same, for filling. Bank 3 must stay empty.
+    #[inline]
+    pub fn entry_mut(&mut self, bank: usize, linear: u64) -> &mut Entry {
+        &mut self.entries[(bank << TLB_BITS) + index(linear)]
+    }
+
+    /// What a tag must be for an access whose last byte is at `last`.
+    #[inline(always)]
+    pub fn tag(&self, last: u64) -> u64 {
+        (last & PAGE_MASK) | self.context
+    }
+
+    /// Looks up a guest-physical page.
+    #[inline]
+    pub fn gpa(&self, gpa: u64) -> &GpaEntry {
+        &self.gpas[(gpa >> 12) as usize & ((1 << GPA_BITS) - 1)]
+    }
+
+    /// Remembers a guest-physical page.
+    pub fn set_gpa(&mut self, gpa: u64, entry: GpaEntry) {
+        self.gpas[(gpa >> 12) as usize & ((1 << GPA_BITS) - 1)] = entry;
+    }
+
+    /// Forgets everything of every context.
+    pub fn flush_all(&mut self) {
+        self.entries.fill(EMPTY);
+        self.flush_gpas();
+        self.contexts.clear();
+        self.next = 0;
+        self.large = 0;
+        self.flushes += 1;
+        let current = self.current;
+        self.current = (u32::MAX, 0);
+        self.switch(current.0, current.1);
+    }
+
+    /// Forgets guest-physical translations only (they are all of one nested CR3).
+    pub fn flush_gpas(&mut self) {
+        self.gpas.fill(GpaEntry { gpa: INVALID, host: 0 });
+    }
+
+    /// Makes (ASID, PCID) the pair that accesses belong to.
+    pub fn switch(&mut self, asid: u32, pcid: u16) {
+        if self.current == (asid, pcid) {
+            return;
+        }
+        self.current = (asid, pcid);
+        self.context = match self.contexts.get(&(asid, pcid)) {
+            Some(c) => *c,
+            None => self.new_context(),
+        };
+    }
+
+    fn new_context(&mut self) -> u64 {
+        if self.next >= CONTEXTS {
+            self.entries.fill(EMPTY);
+            self.contexts.clear();
+            self.next = 0;
+        }
+        let c = self.next;
+        self.next += 1;
+        self.contexts.insert(self.current, c);
+        c
+    }
+
+    /// Forgets the translations of the pair in force (global ones too: a TLB may).
+    pub fn flush_current(&mut self) {
+        self.context = self.new_context();
+        self.flushes += 1;
+    }
+
+    /// Forgets one PCID of the ASID in force.
+    pub fn flush_pcid(&mut self, pcid: u16) {
+        if self.current.1 == pcid {
+            self.flush_current();
+        } else {
+            self.contexts.remove(&(self.current.0, pcid));
+        }
+    }
+
+    /// Forgets every PCID of the ASID in force.
+    pub fn flush_asid(&mut self) {
+        let asid = self.current.0;
+        self.contexts.retain(|k, _| k.0 != asid);
+        self.flush_current();
+    }
+
+    /// Forgets the page of `linear`, in every context, whatever its size.
+    pub fn flush_page(&mut self, linear: u64) {
+        for bank in 0..BANKS {
+            *self.entry_mut(bank, linear) = EMPTY;
+        }
+        if self.large >> (linear >> 30 & 63) & 1 != 0 {
+            for (e, size) in self.entries.iter_mut().zip(self.sizes.iter()) {
+                let tag = if e.read != INVALID { e.read } else { e.exec };
+                if *size > 12 && (tag ^ linear) >> *size == 0 {
+                    *e = EMPTY;
+                }
+            }
+        }
+    }
+
+    /// Notes the guest page size (log2) behind the entry of `linear` in `bank`.
+    pub fn note_size(&mut self, bank: usize, linear: u64, size: u8) {
+        self.sizes[(bank << TLB_BITS) + index(linear)] = size;
+        if size > 12 {
+            self.large |= 1 << (linear >> 30 & 63);
+        }
+    }
+
+    /// Forgets every writable translation of the host page at `host` (it holds code now).
+    pub fn protect_host_page(&mut self, host: u64) {
+        for e in self.entries.iter_mut() {
+            if e.write != INVALID && (e.write & PAGE_MASK).wrapping_add(e.addend) == host {
+                e.write |= SLOW;
+            }
+        }
+    }
+
+    /// Forgets every writable translation.
+    pub fn protect_all(&mut self) {
+        for e in self.entries.iter_mut() {
+            e.write = INVALID;
+        }
+    }
+}
