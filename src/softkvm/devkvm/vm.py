@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from softkvm import abi
+from softkvm.devkvm.ioctl import Descriptor, enable_cap, get, ioctl_pointer, ioctl_value
+from softkvm.devkvm.vcpu import Vcpu
+
+
+class Vm(Descriptor):
+    """:class:`softkvm.api.Vm` on a descriptor of KVM_CREATE_VM."""
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        super().__init__(fd)
+        self._vcpu_mmap_size = vcpu_mmap_size
+        self._slot_size: dict[int, int] = {}
+
+    def check_extension(self, cap: int) -> int:
+        return ioctl_value(self.fd, abi.KVM_CHECK_EXTENSION, cap)
+
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
+        ioctl_pointer(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
+        self._slot_size[region.slot] = region.memory_size
+
+    def create_vcpu(self, id: int) -> Vcpu:
+        return Vcpu(ioctl_value(self.fd, abi.KVM_CREATE_VCPU, id), self._vcpu_mmap_size)
+
+    def create_irqchip(self) -> None:
+        ioctl_value(self.fd, abi.KVM_CREATE_IRQCHIP)
+
+    def create_pit2(self, flags: int = 0) -> None:
+        ioctl_pointer(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=flags))
+
+    def irq_line(self, irq: int, level: int) -> None:
+        ioctl_pointer(self.fd, abi.KVM_IRQ_LINE, abi.kvm_irq_level(irq=irq, level=level))
+
+    def irq_line_status(self, irq: int, level: int) -> int:
+        line = abi.kvm_irq_level(irq=irq, level=level)
+        ioctl_pointer(self.fd, abi.KVM_IRQ_LINE_STATUS, line)
+        return int(line.status)
+
+    def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
+        chip = abi.kvm_irqchip(chip_id=chip_id)
+        ioctl_pointer(self.fd, abi.KVM_GET_IRQCHIP, chip)
+        return chip
+
+    def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
+        ioctl_pointer(self.fd, abi.KVM_SET_IRQCHIP, chip)
+
+    def get_pit2(self) -> abi.kvm_pit_state2:
+        return get(self.fd, abi.KVM_GET_PIT2, abi.kvm_pit_state2)
+
+    def set_pit2(self, state: abi.kvm_pit_state2) -> None:
+        ioctl_pointer(self.fd, abi.KVM_SET_PIT2, state)
+
+    def set_gsi_routing(self, entries: Sequence[abi.kvm_irq_routing_entry]) -> None:
+        count = len(entries)
+        table: Any = abi.flexible(abi.kvm_irq_routing, abi.kvm_irq_routing_entry, count)(nr=count)
+        table.entries[:] = entries
+        ioctl_pointer(self.fd, abi.KVM_SET_GSI_ROUTING, table)
+
+    def signal_msi(self, msi: abi.kvm_msi) -> int:
+        return ioctl_pointer(self.fd, abi.KVM_SIGNAL_MSI, msi)
+
+    def set_tss_addr(self, address: int) -> None:
+        ioctl_value(self.fd, abi.KVM_SET_TSS_ADDR, address)
+
+    def set_identity_map_addr(self, address: int) -> None:
+        ioctl_pointer(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(address))
+
+    def set_boot_cpu_id(self, id: int) -> None:
+        ioctl_value(self.fd, abi.KVM_SET_BOOT_CPU_ID, id)
+
+    def get_clock(self) -> abi.kvm_clock_data:
+        return get(self.fd, abi.KVM_GET_CLOCK, abi.kvm_clock_data)
+
+    def set_clock(self, clock: abi.kvm_clock_data) -> None:
+        ioctl_pointer(self.fd, abi.KVM_SET_CLOCK, clock)
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        words = (self._slot_size.get(slot, 0) // 4096 + 63) // 64
+        bitmap = (ctypes.c_uint64 * max(words, 1))()
+        log = abi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
+        ioctl_pointer(self.fd, abi.KVM_GET_DIRTY_LOG, log)
+        return bytes(bitmap)
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        enable_cap(self.fd, cap, args)
+
+    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
+        ioctl_pointer(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=fd, gsi=gsi, flags=flags, resamplefd=resamplefd))
+
+    def ioeventfd(self, fd: int, addr: int, len: int, datamatch: int | None = None, flags: int = 0) -> None:
+        if datamatch is not None:
+            flags |= abi.KVM_IOEVENTFD_FLAG_DATAMATCH
+        event = abi.kvm_ioeventfd(datamatch=datamatch or 0, addr=addr, len=len, fd=fd, flags=flags)
+        ioctl_pointer(self.fd, abi.KVM_IOEVENTFD, event)
+
+    def reinject_control(self, pit_reinject: int) -> None:
+        control = abi.kvm_reinject_control(pit_reinject=pit_reinject)
+        ioctl_pointer(self.fd, abi.KVM_REINJECT_CONTROL, control)
