@@ -40,7 +40,7 @@ _RESEND: Final = 0xFE
 
 
 class Port:
-    """One port of the controller, so that the ports between the two stay free: ``pio.add(0x64, 1, i8042.command_port)``."""
+    """One port of the controller: the ports between the two are not its own."""
 
     def __init__(self, controller: "I8042", offset: int) -> None:
         self._controller = controller

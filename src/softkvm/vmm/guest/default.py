@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default Linux guest: Debian's cloud kernel and a busybox initramfs, kept in a per-user cache."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from softkvm.vmm.guest import initramfs
+from softkvm.vmm.guest.apt import Apt, Package
+from softkvm.vmm.guest.deb import DebError, read_files
+from softkvm.vmm.guest.errors import GuestUnavailable
+from softkvm.vmm.guest.progress import NoProgress, Progress
+
+KERNEL_PACKAGES: Final = ("linux-image-cloud-amd64", "linux-image-amd64", "linux-image-virtual")
+"""Where the kernel comes from: the first of these that the package sources know."""
+
+BUSYBOX_PACKAGE: Final = "busybox-static"
+
+COMMAND_LINE: Final = "console=ttyS0"
+"""The kernel command line that the guest needs."""
+
+_FORMAT: Final = 1
+_MANIFEST: Final = "guest.json"
+_VMLINUZ: Final = re.compile(r"(usr/lib/modules/[^/]+|boot)/vmlinuz[^/]*")
+_BUSYBOX: Final = re.compile(r"(usr/)?bin/busybox")
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A Linux guest ready to boot."""
+
+    kernel: Path
+    initrd: Path
+    command_line: str
+    kernel_package: str
+    busybox_package: str
+
+
+def cache_directory() -> Path:
+    """Where the guest is kept: ``$XDG_CACHE_HOME/softkvm/guest``, by default below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification has relative paths ignored.
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "softkvm" / "guest"
+
+
+def cached(directory: Path | None = None) -> Guest | None:
+    """Return the guest that was prepared before, if it is whole and of this version of softkvm."""
+    directory = directory or cache_directory()
+    manifest = _read_manifest(directory)
+    if manifest is None or manifest["init_sha256"] != _init_digest():
+        return None
+    return _guest(directory, manifest)
+
+
+def prepare(progress: Progress | None = None, *, force: bool = False, directory: Path | None = None) -> Guest:
+    """Return the default guest, downloading and building it where the cache does not have it.
+
+    ``force`` downloads anew. Raises GuestUnavailable with one line that says what is missing: no apt, no network, no
+    room. Whatever happens, the cache holds either the old guest or the new one.
+    """
+    progress = progress or NoProgress()
+    directory = directory or cache_directory()
+    if not force and (guest := cached(directory)) is not None:
+        return guest
+    try:
+        with _locked(directory):
+            # Another process may have done it while we waited.
+            if not force and (guest := cached(directory)) is not None:
+                return guest
+            return _build(directory, progress, force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise GuestUnavailable(f"no room for the default guest in {directory}: {error.strerror}") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise GuestUnavailable(f"the default guest cannot be kept in {directory}: {error.strerror}{where}") from error
+    finally:
+        progress.done()
+
+
+def _build(directory: Path, progress: Progress, force: bool) -> Guest:
+    work = Path(tempfile.mkdtemp(prefix=".work-", dir=directory))
+    try:
+        manifest = None if force else _read_manifest(directory)
+        if manifest is not None:  # only init changed
+            old = directory / manifest["directory"]
+            packages = dict(manifest["packages"])
+            vmlinuz, busybox = (old / "vmlinuz").read_bytes(), (old / "busybox").read_bytes()
+        else:
+            vmlinuz, busybox, packages = _download(work, progress)
+        progress.step("initramfs")
+        files = {"vmlinuz": vmlinuz, "busybox": busybox, "initrd": initramfs.build(busybox)}
+        result = work / "guest"
+        result.mkdir()
+        for done, (name, data) in enumerate(files.items(), 1):
+            _write_synced(result / name, data)
+            progress.fraction(done / len(files))
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        name = f"linux-{digests['vmlinuz'][:12]}-{digests['initrd'][:12]}"
+        if (directory / name).exists():  # damaged, or we would not be here
+            os.replace(directory / name, work / "damaged")
+        os.replace(result, directory / name)
+        new_manifest = {
+            "format": _FORMAT,
+            "directory": name,
+            "packages": packages,
+            "init_sha256": _init_digest(),
+            "sha256": digests,
+        }
+        _write_synced(work / _MANIFEST, json.dumps(new_manifest, indent=2).encode() + b"\n")
+        os.replace(work / _MANIFEST, directory / _MANIFEST)
+        for other in directory.glob("linux-*"):
+            if other.name != name:
+                shutil.rmtree(other, ignore_errors=True)
+        return _guest(directory, new_manifest)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _download(work: Path, progress: Progress) -> tuple[bytes, bytes, dict[str, dict[str, str]]]:
+    apt = Apt(work / "apt")
+    apt.update(progress)
+    kernel = apt.download(apt.resolve_kernel(KERNEL_PACKAGES), work, progress)
+    busybox = apt.download(BUSYBOX_PACKAGE, work, progress)
+    for package in (kernel, busybox):
+        _check_digest(package)
+    progress.step("unpacking")
+    contents = (_take(kernel, _VMLINUZ), _take(busybox, _BUSYBOX))
+    packages = {
+        role: {"file": package.name, "sha256": _file_digest(package.path)}
+        for role, package in (("kernel", kernel), ("busybox", busybox))
+    }
+    return *contents, packages
+
+
+def _take(package: Package, path: re.Pattern[str]) -> bytes:
+    try:
+        files = read_files(package.path, lambda name: path.fullmatch(name) is not None, count=1)
+    except DebError as error:
+        raise GuestUnavailable(str(error)) from error
+    if not files:
+        raise GuestUnavailable(f"package {package.name} has no file {path.pattern}")
+    return next(iter(files.values()))
+
+
+def _check_digest(package: Package) -> None:
+    if package.sha256 is not None and _file_digest(package.path) != package.sha256:
+        raise GuestUnavailable(f"package {package.name} is damaged: its SHA-256 is not what the package list says")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _init_digest() -> str:
+    """Identifies how this version builds the initramfs."""
+    parts = (initramfs.init_script(), repr((initramfs.DIRECTORIES, initramfs.DEVICES, initramfs.FILES)).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest, if it is one of this format and all its files are what it says."""
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_bytes())
+        if manifest["format"] != _FORMAT or "/" in manifest["directory"]:
+            return None
+        for name in ("vmlinuz", "busybox", "initrd"):
+            if _file_digest(directory / manifest["directory"] / name) != manifest["sha256"][name]:
+                return None
+        _guest(directory, manifest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(manifest)
+
+
+def _guest(directory: Path, manifest: dict[str, Any]) -> Guest:
+    files = directory / manifest["directory"]
+    return Guest(
+        kernel=files / "vmlinuz",
+        initrd=files / "initrd",
+        command_line=COMMAND_LINE,
+        kernel_package=manifest["packages"]["kernel"]["file"],
+        busybox_package=manifest["packages"]["busybox"]["file"],
+    )
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time prepares a guest."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # What a killed process left behind.
+        for stale in directory.glob(".work-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        yield

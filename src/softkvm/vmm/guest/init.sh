@@ -1,0 +1,42 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# The default guest's first process. Kernel command line:
+#   softkvm.run="cmd; cmd"   run these commands in place of the interactive shell, then power off
+#   softkvm.noreboot         do not power off at the end (the kernel panics: for tests of that)
+echo 'softkvm: init reached'
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=vt100
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+/bin/busybox mkdir -p /dev/pts
+/bin/busybox mount -t devpts devpts /dev/pts
+/bin/busybox --install -s
+hostname softkvm
+ip link set lo up 2>/dev/null
+cd /root
+
+read -r cmdline < /proc/cmdline
+run=
+case $cmdline in
+*softkvm.run=\"*)
+    run=${cmdline#*softkvm.run=\"}
+    run=${run%%\"*}
+    ;;
+*softkvm.run=*)
+    run=${cmdline#*softkvm.run=}
+    run=${run%% *}
+    ;;
+esac
+
+if [ -n "$run" ]; then
+    sh -c "$run"
+    echo "softkvm: run ended with status $?"
+else
+    # A session of its own with the console as its terminal: job control and Ctrl-C work.
+    setsid cttyhack sh -l
+fi
+
+case $cmdline in
+*softkvm.noreboot*) exit ;;
+esac
+poweroff -f

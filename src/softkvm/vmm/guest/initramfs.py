@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default guest's initial file system: busybox and an init script of ours."""
+
+from importlib import resources
+from io import BytesIO
+from typing import Final
+
+from softkvm.vmm.guest.cpio import CpioWriter
+
+DIRECTORIES: Final = ("bin", "dev", "etc", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "usr/bin", "usr/sbin")
+
+# What init needs before it mounted devtmpfs (Linux, Documentation/admin-guide/devices.txt).
+DEVICES: Final = (
+    ("dev/console", "c", 5, 1, 0o600),
+    ("dev/null", "c", 1, 3, 0o666),
+    ("dev/ttyS0", "c", 4, 64, 0o600),
+)
+
+FILES: Final = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
+    "etc/group": "root:x:0:\n",
+    "etc/hostname": "softkvm\n",
+    "etc/profile": "export PS1='\\u@\\h:\\w# ' TERM=${TERM:-vt100}\n",
+}
+
+INIT_REACHED: Final = "softkvm: init reached"
+"""The line that init prints first."""
+
+RUN_ENDED: Final = "softkvm: run ended with status"
+"""What begins the line that init prints when the commands of ``softkvm.run="..."`` are done; their status follows."""
+
+PROMPT: Final = "root@softkvm:"
+"""What begins the interactive shell's prompt."""
+
+
+def init_script() -> bytes:
+    """The script that the kernel starts as ``/init``."""
+    return resources.files(__package__).joinpath("init.sh").read_bytes()
+
+
+def build(busybox: bytes) -> bytes:
+    """Return an uncompressed initramfs that holds ``busybox`` (a static executable) and :func:`init_script`.
+
+    It is not compressed: the guest would spend more on unpacking than the host on reading it.
+    """
+    out = BytesIO()
+    archive = CpioWriter(out)
+    for path in DIRECTORIES:
+        archive.directory(path, 0o1777 if path == "tmp" else 0o755)
+    for path, kind, major, minor, mode in DEVICES:
+        archive.device(path, kind, major, minor, mode)
+    archive.file("bin/busybox", busybox, 0o755)
+    archive.symlink("bin/sh", "busybox")
+    for path, text in FILES.items():
+        archive.file(path, text.encode())
+    archive.file("init", init_script(), 0o755)
+    archive.close()
+    return out.getvalue()

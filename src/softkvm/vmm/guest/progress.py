@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the preparation of a guest shows what it does."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+class Progress(Protocol):
+    """Told about one step after the other; fractions run from 0.0 to 1.0."""
+
+    def step(self, label: str) -> None:
+        """A new step begins; the one before is done."""
+
+    def fraction(self, value: float) -> None:
+        """How far the step is."""
+
+    def done(self) -> None:
+        """The last step is done."""
+
+
+class NoProgress:
+    """Says nothing."""
+
+    def step(self, label: str) -> None:
+        """Nothing."""
+
+    def fraction(self, value: float) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
+class TerminalProgress:
+    """A bar per step on a terminal; on anything else one line per step."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out if out is not None else sys.stderr
+        self._bar: tqdm[Any] | None = None
+        self._shown = 0.0
+
+    def step(self, label: str) -> None:
+        """Finish the bar and begin the next."""
+        self.done()
+        if not self._out.isatty():
+            print(label, file=self._out, flush=True)
+            return
+        from tqdm import tqdm
+
+        self._shown = 0.0
+        self._bar = tqdm(
+            total=100,
+            desc=label,
+            file=self._out,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}",
+        )
+
+    def fraction(self, value: float) -> None:
+        """Move the bar, never backwards."""
+        value = min(value, 1.0)
+        if self._bar is not None and value > self._shown:
+            self._bar.update((value - self._shown) * 100)
+            self._shown = value
+
+    def done(self) -> None:
+        """Fill the bar and leave it."""
+        if self._bar is not None:
+            self.fraction(1.0)
+            self._bar.close()
+            self._bar = None
