@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The forms of SIMD instructions: availability checks, register access, and adaptors that make handlers of pure
+//! functions.
+//!
+//! An adaptor's name tells its operands: `x` = XMM, `m` = MMX, `g` = general register, each followed by the number of
+//! vector operands the function sees, then `i` for an immediate and `f` for a floating-point environment. `SIZE` is how
+//! a memory source is read: [`M128`] aligned, [`U128`] any alignment, or 8, 4, 2 bytes zero-extended.
+
+use iced_x86::{Instruction, OpKind};
+
+use super::super::op::{Handler, Op, Res, Stop, handler};
+use super::super::state::{Cpu, cr0, cr4, vector};
+use super::super::translate::gpr;
+use super::vector::V;
+
+/// 16 bytes, #GP(0) unless aligned.
+pub const M128: u32 = 16;
+/// 16 bytes, any alignment.
+pub const U128: u32 = 17;
+
+/// x87 status word: an unmasked exception is pending.
+const FSW_ES: u16 = 1 << 7;
+/// x87 status word: top of stack.
+const FSW_TOP: u16 = 7 << 11;
+
+impl Cpu {
+    /// #UD or #NM unless SSE instructions may run (APM vol. 2, 11.3.1 and the instructions' exception tables).
+    #[inline(always)]
+    pub fn sse_ready(&mut self) -> Res {
+        if (self.cr0 & (cr0::EM | cr0::TS)) | (!self.cr4 & cr4::OSFXSR) == 0 {
+            Ok(())
+        } else {
+            Err(self.simd_unavailable(true))
+        }
+    }
+
+    /// #UD, #NM or #MF unless MMX instructions may run.
+    #[inline(always)]
+    pub fn mmx_ready(&mut self) -> Res {
+        if self.cr0 & (cr0::EM | cr0::TS) | (self.rb.fsw & FSW_ES) as u64 == 0 {
+            Ok(())
+        } else {
+            Err(self.simd_unavailable(false))
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn simd_unavailable(&mut self, sse: bool) -> Stop {
+        if self.cr0 & cr0::EM != 0 || sse && self.cr4 & cr4::OSFXSR == 0 {
+            self.ud()
+        } else if self.cr0 & cr0::TS != 0 {
+            self.nm()
+        } else {
+            self.fault(vector::MF, None)
+        }
+    }
+
+    /// XMM register `n`.
+    #[inline(always)]
+    pub fn xmm(&self, n: u8) -> V {
+        let y = &self.rb.ymm[n as usize & 15];
+        [y[0], y[1]]
+    }
+
+    /// Writes XMM register `n`; the upper half of the YMM register stays, as legacy SSE wants it.
+    #[inline(always)]
+    pub fn set_xmm(&mut self, n: u8, v: V) {
+        self.rb.ymm[n as usize & 15][..2].copy_from_slice(&v);
+    }
+
+    /// MMX register `n`.
+    #[inline(always)]
+    pub fn mm(&self, n: u8) -> u64 {
+        self.rb.st[n as usize & 7][0]
+    }
+
+    /// What every completed MMX instruction but EMMS does to the x87 state: TOP = 0, all tags valid.
+    #[inline(always)]
+    pub fn mmx_enter(&mut self) {
+        self.rb.fsw &= !FSW_TOP;
+        self.rb.ftw = 0;
+    }
+
+    /// Writes MMX register `n`, exponent bits all ones, and enters MMX state.
+    #[inline(always)]
+    pub fn set_mm(&mut self, n: u8, v: u64) {
+        self.mmx_enter();
+        self.rb.st[n as usize & 7] = [v, 0xffff];
+    }
+}
+
+/// Loads the memory operand in the way `SIZE` says.
+#[inline(always)]
+pub fn memory<const SIZE: u32>(cpu: &mut Cpu, op: &Op) -> Result<V, Stop> {
+    Ok(match SIZE {
+        M128 => cpu.load128(op, true)?,
+        U128 => cpu.load128(op, false)?,
+        8 => [cpu.load::<u64>(op)?, 0],
+        4 => [cpu.load::<u32>(op)? as u64, 0],
+        2 => [cpu.load::<u16>(op)? as u64, 0],
+        _ => [cpu.load::<u8>(op)? as u64, 0],
+    })
+}
+
+/// Number of a vector register, byte offset of a general one.
+fn number(i: &Instruction, n: u32) -> u8 {
+    let r = i.op_register(n);
+    if r.is_gpr() { gpr(r) } else { r.number() as u8 }
+}
+
+/// What is known of an instruction's operands, and the adaptors.
+#[derive(Clone, Copy)]
+pub struct Form {
+    /// One operand is in memory.
+    pub mem: bool,
+}
+
+/// Writes a handler twice, with memory and with register source.
+macro_rules! either {
+    ($self:expr, $size:expr, $get:ident, |$cpu:ident, $op:ident, $b:ident| $body:expr) => {
+        if $self.mem {
+            handler(move |$cpu: &mut Cpu, $op: &Op| {
+                ready::<{ $get::MMX }>($cpu)?;
+                let $b = $get::memory::<{ $size }>($cpu, $op)?;
+                $body
+            })
+        } else {
+            handler(move |$cpu: &mut Cpu, $op: &Op| {
+                ready::<{ $get::MMX }>($cpu)?;
+                let $b = $get::register($cpu, $op);
+                $body
+            })
+        }
+    };
+}
+
+#[inline(always)]
+fn ready<const MMX: bool>(cpu: &mut Cpu) -> Res {
+    if MMX { cpu.mmx_ready() } else { cpu.sse_ready() }
+}
+
+/// XMM sources.
+mod xsrc {
+    use super::*;
+    pub const MMX: bool = false;
+    pub use super::memory;
+    #[inline(always)]
+    pub fn register(cpu: &Cpu, op: &Op) -> V {
+        cpu.xmm(op.src)
+    }
+}
+
+/// MMX sources.
+mod msrc {
+    use super::*;
+    pub const MMX: bool = true;
+    #[inline(always)]
+    pub fn memory<const SIZE: u32>(cpu: &mut Cpu, op: &Op) -> Result<u64, Stop> {
+        Ok(super::memory::<SIZE>(cpu, op)?[0])
+    }
+    #[inline(always)]
+    pub fn register(cpu: &Cpu, op: &Op) -> u64 {
+        cpu.mm(op.src)
+    }
+}
+
+impl Form {
+    /// Fills in the op's register and immediate operands: first operand in `dst`, second in `src`, third in `aux`.
+    pub fn of(i: &Instruction, op: &mut Op) -> Form {
+        let mut mem = false;
+        for n in 0..i.op_count() {
+            match i.op_kind(n) {
+                OpKind::Register => match n {
+                    0 => op.dst = number(i, 0),
+                    1 => op.src = number(i, 1),
+                    _ => op.aux = number(i, n),
+                },
+                OpKind::Memory => mem = true,
+                OpKind::Immediate8 => op.imm = i.immediate8() as u64,
+                _ => {}
+            }
+        }
+        Form { mem }
+    }
+
+    /// `dst = f(dst, src)`.
+    pub fn x2<const SIZE: u32>(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
+        either!(self, SIZE, xsrc, |cpu, op, b| {
+            let r = f(cpu.xmm(op.dst), b);
+            cpu.set_xmm(op.dst, r);
+            Ok(())
+        })
+    }
+
+    /// `dst = f(src)`.
+    pub fn x1<const SIZE: u32>(self, f: impl Fn(V) -> V + Copy + 'static) -> Handler {
+        either!(self, SIZE, xsrc, |cpu, op, b| {
+            cpu.set_xmm(op.dst, f(b));
+            Ok(())
+        })
+    }
+
+    /// `dst = f(dst, src, imm8)`.
+    pub fn x2i<const SIZE: u32>(self, f: impl Fn(V, V, u8) -> V + Copy + 'static) -> Handler {
+        either!(self, SIZE, xsrc, |cpu, op, b| {
+            let r = f(cpu.xmm(op.dst), b, op.imm as u8);
+            cpu.set_xmm(op.dst, r);
+            Ok(())
+        })
+    }
+
+    /// `dst = f(src, imm8)`.
+    pub fn x1i<const SIZE: u32>(self, f: impl Fn(V, u8) -> V + Copy + 'static) -> Handler {
+        either!(self, SIZE, xsrc, |cpu, op, b| {
+            cpu.set_xmm(op.dst, f(b, op.imm as u8));
+            Ok(())
+        })
+    }
+
+    /// `dst = f(dst, src, XMM0)`.
+    pub fn x3(self, f: impl Fn(V, V, V) -> V + Copy + 'static) -> Handler {
+        either!(self, M128, xsrc, |cpu, op, b| {
+            let r = f(cpu.xmm(op.dst), b, cpu.xmm(0));
+            cpu.set_xmm(op.dst, r);
+            Ok(())
+        })
+    }
+
+    /// `dst = f(dst, [imm8, 0])`: shifts by an immediate.
+    pub fn xi(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
+        handler(move |cpu: &mut Cpu, op: &Op| {
+            cpu.sse_ready()?;
+            let r = f(cpu.xmm(op.dst), [op.imm, 0]);
+            cpu.set_xmm(op.dst, r);
+            Ok(())
+        })
+    }
+
+    /// Six flags `= f(dst, src)`.
+    pub fn x2_flags(self, f: impl Fn(V, V) -> u64 + Copy + 'static) -> Handler {
+        either!(self, M128, xsrc, |cpu, op, b| {
+            let flags = f(cpu.xmm(op.dst), b);
+            cpu.lf.set_all(flags);
+            Ok(())
+        })
+    }
+
+    /// General register (32 bits, zero-extended) `= f(src)`.
+    pub fn gx(self, f: impl Fn(V, u8) -> u32 + Copy + 'static) -> Handler {
+        handler(move |cpu: &mut Cpu, op: &Op| {
+            cpu.sse_ready()?;
+            let r = f(cpu.xmm(op.src), op.imm as u8);
+            cpu.set_reg(op.dst, r);
+            Ok(())
+        })
+    }
+
+    /// MMX `dst = f(dst, src)` of a function on the low halves.
+    pub fn m2<const SIZE: u32>(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
+        self.mm2::<SIZE>(move |a, b| f([a, 0], [b, 0])[0])
+    }
+
+    /// MMX `dst = f(src)` of a function on the low halves.
+    pub fn m1(self, f: impl Fn(V) -> V + Copy + 'static) -> Handler {
+        self.mm2::<8>(move |_, b| f([b, 0])[0])
+    }
+
+    /// MMX `dst = f(dst, src)`.
+    pub fn mm2<const SIZE: u32>(self, f: impl Fn(u64, u64) -> u64 + Copy + 'static) -> Handler {
+        either!(self, SIZE, msrc, |cpu, op, b| {
+            let r = f(cpu.mm(op.dst), b);
+            cpu.set_mm(op.dst, r);
+            Ok(())
+        })
+    }
+
+    /// MMX `dst = f(dst, src, imm8)`.
+    pub fn mm2i(self, f: impl Fn(u64, u64, u8) -> u64 + Copy + 'static) -> Handler {
+        either!(self, 8, msrc, |cpu, op, b| {
+            let r = f(cpu.mm(op.dst), b, op.imm as u8);
+            cpu.set_mm(op.dst, r);
+            Ok(())
+        })
+    }
+
+    /// MMX `dst = f(dst, [imm8, 0])`: shifts by an immediate.
+    pub fn mi(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
+        handler(move |cpu: &mut Cpu, op: &Op| {
+            cpu.mmx_ready()?;
+            let r = f([cpu.mm(op.dst), 0], [op.imm, 0]);
+            cpu.set_mm(op.dst, r[0]);
+            Ok(())
+        })
+    }
+
+    /// General register (32 bits, zero-extended) `= f(MMX source, imm8)`.
+    pub fn gm(self, f: impl Fn(u64, u8) -> u32 + Copy + 'static) -> Handler {
+        handler(move |cpu: &mut Cpu, op: &Op| {
+            cpu.mmx_ready()?;
+            let r = f(cpu.mm(op.src), op.imm as u8);
+            cpu.mmx_enter();
+            cpu.set_reg(op.dst, r);
+            Ok(())
+        })
+    }
+}
