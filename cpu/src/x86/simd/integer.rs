@@ -38,7 +38,7 @@ pairwise! {
     pmulld: u32, u32::wrapping_mul;
     pmulhw: i16, |x, y| ((x as i32 * y as i32) >> 16) as i16;
     pmulhuw: u16, |x, y| ((x as u32 * y as u32) >> 16) as u16;
-    pmulhrsw: i16, |x, y| (((x as i32 * y as i32 >> 14) + 1) >> 1) as i16;
+    pmulhrsw: i16, |x, y| ((((x as i32 * y as i32) >> 14) + 1) >> 1) as i16;
     pmuludq: u64, |x, y| (x & 0xffff_ffff) * (y & 0xffff_ffff);
     pmuldq: i64, |x, y| (x as i32 as i64) * (y as i32 as i64);
     pavgb: u8, |x, y| ((x as u16 + y as u16 + 1) >> 1) as u8;

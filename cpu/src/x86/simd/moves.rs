@@ -291,7 +291,7 @@ pub fn translate(i: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
             insert_general::<2>(form, |v, x, n| insert(v, x as u16, n))
         }
         Pinsrd_xmm_rm32_imm8 => insert_general::<4>(form, |v, x, n| insert(v, x as u32, n)),
-        Pinsrq_xmm_rm64_imm8 => insert_general::<8>(form, |v, x, n| insert(v, x, n)),
+        Pinsrq_xmm_rm64_imm8 => insert_general::<8>(form, insert),
         Insertps_xmm_xmmm32_imm8 if form.mem => form.x2i::<4>(|a, b, n| insertps(a, b[0] as u32, n)),
         Insertps_xmm_xmmm32_imm8 => form.x2i::<4>(|a, b, n| insertps(a, extract(b, n >> 6), n)),
         Pmovmskb_r32_xmm | Pmovmskb_r64_xmm => form.gx(|v, _| pmovmskb(v)),

@@ -16,6 +16,8 @@ pub trait Lane<const N: usize>: Copy + Default {
 
 macro_rules! lane {
     ($($t:ty, $n:literal;)*) => {$(
+        // For u64 it is a transmute to the same type.
+        #[allow(clippy::useless_transmute)]
         impl Lane<$n> for $t {
             #[inline(always)]
             fn split(v: V) -> [$t; $n] {
