@@ -137,8 +137,8 @@ unsafe fn thread<F>(cpu: &mut Cpu, op: *const Op) -> Stop
 where
     F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    // SAFETY: F is zero-sized (asserted in `handler`), so any bit pattern, of which there is none, is a value of it.
-    let f: F = unsafe { core::mem::MaybeUninit::uninit().assume_init() };
+    // SAFETY: F is zero-sized (asserted in `handler`), so any aligned address has a value of it.
+    let f: F = unsafe { *core::ptr::NonNull::<F>::dangling().as_ref() };
     // SAFETY: the caller passes a pointer into a live block.
     match f(cpu, unsafe { &*op }) {
         // SAFETY: an op that returns Ok is not the block's last, so op + 1 is in the block too.
