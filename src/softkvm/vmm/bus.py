@@ -20,7 +20,7 @@ SetIrq = Callable[[int], None]
 
 
 class Device(Protocol):
-    """What the bus asks of a device. Called on vCPU threads, one at a time for one machine's bus."""
+    """What the bus asks of a device. vCPU threads call it, several at once: a device locks what it shares."""
 
     def read(self, offset: int, size: int) -> int:
         """Return the *size* bytes at *offset* of the device's range, as an unsigned little-endian number."""

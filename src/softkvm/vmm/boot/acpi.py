@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ACPI tables of the machine: RSDP, XSDT and RSDT, FADT, FACS, MADT, DSDT.
+
+Source: ACPI specification 6.4, sections 5.2.5 to 5.2.12 (each table's fields); 4.8 (fixed hardware).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+from softkvm.vmm.boot import aml, layout
+from softkvm.vmm.devices import acpi_pm, cmos, pvpanic, serial
+from softkvm.vmm.errors import ConfigError
+from softkvm.vmm.memory import GuestMemory
+
+OEM_ID = b"SOFTKV"
+OEM_TABLE_ID = b"SOFTKVM "
+CREATOR_ID = b"SKVM"
+
+LAPIC_BASE = 0xFEE00000
+IOAPIC_BASE = 0xFEC00000
+IOAPIC_ID = 0
+
+# FADT, IAPC_BOOT_ARCH (5.2.9.3): no 8042 and no VGA to look for; the RTC is there
+IAPC_LEGACY_DEVICES = 1 << 0
+IAPC_VGA_NOT_PRESENT = 1 << 2
+
+# FADT, fixed feature flags (5.2.9)
+WBINVD = 1 << 0
+PROC_C1 = 1 << 2
+SLP_BUTTON = 1 << 5
+TMR_VAL_EXT = 1 << 8
+RESET_REG_SUP = 1 << 10
+
+MADT_PCAT_COMPAT = 1 << 0
+MADT_LAPIC = 0
+MADT_IOAPIC = 1
+MADT_ISO = 2
+MADT_LAPIC_NMI = 4
+ISO_ACTIVE_HIGH_LEVEL = 0xD  # polarity active high, trigger mode level
+SYSTEM_IO = 1
+BYTE_ACCESS, WORD_ACCESS, DWORD_ACCESS = 1, 2, 3
+
+TABLE_HEADER_LENGTH = 36
+FADT_LENGTH = 276
+
+
+def checksum(data: bytes | bytearray) -> int:
+    """Return the byte that makes *data* plus it sum to zero modulo 256."""
+    return -sum(data) & 0xFF
+
+
+def table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """Return *body* behind the common header (5.2.6), with its checksum."""
+    header = struct.pack(
+        "<4sIBB6s8sI4sI",
+        signature,
+        TABLE_HEADER_LENGTH + len(body),
+        revision,
+        0,
+        OEM_ID,
+        OEM_TABLE_ID,
+        1,
+        CREATOR_ID,
+        1,
+    )
+    data = bytearray(header + body)
+    data[9] = checksum(data)
+    return bytes(data)
+
+
+def rsdp(rsdt_address: int, xsdt_address: int) -> bytes:
+    """Return the root pointer of revision 2 (5.2.5.3)."""
+    data = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, rsdt_address, 36, xsdt_address, 0))
+    data[8] = checksum(data[:20])
+    data[32] = checksum(data)
+    return bytes(data)
+
+
+def _gas(port: int, bits: int, access_size: int) -> bytes:
+    """Return a generic address structure (5.2.3.2) for an I/O port."""
+    return struct.pack("<BBBBQ", SYSTEM_IO, bits, 0, access_size, port)
+
+
+def fadt(facs_address: int, dsdt_address: int) -> bytes:
+    """Return the fixed ACPI description table, revision 6.3 (5.2.9)."""
+    base = acpi_pm.PM_BASE_PORT
+    event, control, timer = base + acpi_pm.PM1_STS, base + acpi_pm.PM1_CNT, base + acpi_pm.PM_TMR
+    flags = WBINVD | PROC_C1 | SLP_BUTTON | TMR_VAL_EXT | RESET_REG_SUP
+    fields: tuple[tuple[str, int, str, int], ...] = (
+        ("FIRMWARE_CTRL", 36, "<I", facs_address),
+        ("DSDT", 40, "<I", dsdt_address),
+        ("SCI_INT", 46, "<H", acpi_pm.SCI_IRQ),
+        ("SMI_CMD", 48, "<I", 0),  # ACPI mode from the start
+        ("PM1a_EVT_BLK", 56, "<I", event),
+        ("PM1a_CNT_BLK", 64, "<I", control),
+        ("PM_TMR_BLK", 76, "<I", timer),
+        ("PM1_EVT_LEN", 88, "<B", 4),
+        ("PM1_CNT_LEN", 89, "<B", 2),
+        ("PM_TMR_LEN", 91, "<B", 4),
+        ("P_LVL2_LAT", 96, "<H", 0xFFFF),  # no C2
+        ("P_LVL3_LAT", 98, "<H", 0xFFFF),  # no C3
+        ("CENTURY", 108, "<B", cmos.CENTURY),
+        ("IAPC_BOOT_ARCH", 109, "<H", IAPC_LEGACY_DEVICES | IAPC_VGA_NOT_PRESENT),
+        ("Flags", 112, "<I", flags),
+        ("RESET_VALUE", 128, "<B", acpi_pm.RESET_VALUE),
+        ("FADT Minor Version", 131, "<B", 3),
+        ("X_DSDT", 140, "<Q", dsdt_address),
+    )
+    addresses: tuple[tuple[str, int, bytes], ...] = (
+        ("RESET_REG", 116, _gas(acpi_pm.RESET_PORT, 8, BYTE_ACCESS)),
+        ("X_PM1a_EVT_BLK", 148, _gas(event, 32, WORD_ACCESS)),
+        ("X_PM1a_CNT_BLK", 172, _gas(control, 16, WORD_ACCESS)),
+        ("X_PM_TMR_BLK", 208, _gas(timer, 32, DWORD_ACCESS)),
+    )
+    data = bytearray(FADT_LENGTH)
+    for _name, offset, format, value in fields:
+        struct.pack_into(format, data, offset, value)
+    for _name, offset, address in addresses:
+        data[offset : offset + len(address)] = address
+    return table(b"FACP", 6, bytes(data[TABLE_HEADER_LENGTH:]))
+
+
+def facs() -> bytes:
+    """Return the firmware ACPI control structure (5.2.10)."""
+    return struct.pack("<4sIIIIIQB", b"FACS", 64, 0, 0, 0, 0, 0, 2).ljust(64, b"\0")
+
+
+def madt(apic_ids: Sequence[int]) -> bytes:
+    """Return the multiple APIC description table (5.2.12) for one processor per APIC id."""
+    if max(apic_ids) > 254:
+        raise ConfigError(f"APIC id {max(apic_ids)}: local APIC entries go up to 254")
+    body = struct.pack("<II", LAPIC_BASE, MADT_PCAT_COMPAT)
+    for index, apic_id in enumerate(apic_ids):
+        body += struct.pack("<BBBBI", MADT_LAPIC, 8, index, apic_id, 1)
+    body += struct.pack("<BBBBII", MADT_IOAPIC, 12, IOAPIC_ID, 0, IOAPIC_BASE, 0)
+    body += struct.pack("<BBBBIH", MADT_ISO, 10, 0, 0, 2, 0)  # the PIT's IRQ 0 arrives at pin 2
+    sci = acpi_pm.SCI_IRQ
+    body += struct.pack("<BBBBIH", MADT_ISO, 10, 0, sci, sci, ISO_ACTIVE_HIGH_LEVEL)
+    body += struct.pack("<BBBHB", MADT_LAPIC_NMI, 6, 0xFF, 0, 1)  # LINT1 of every processor
+    return table(b"APIC", 5, body)
+
+
+def dsdt() -> bytes:
+    """Return the definition block: the soft-off state, COM1, the RTC, the panic device."""
+    sleep_type = aml.integer(acpi_pm.S5_SLP_TYP)
+    system_bus = aml.scope(
+        "\\_SB_",
+        aml.device(
+            "COM1",
+            aml.name("_HID", aml.eisa_id("PNP0501")),
+            aml.name("_UID", aml.integer(1)),
+            aml.name("_STA", aml.integer(0xF)),
+            aml.name(
+                "_CRS",
+                aml.resource_template(aml.io(serial.COM1_PORT, serial.REGISTERS), aml.irq(serial.COM1_IRQ)),
+            ),
+        ),
+        aml.device(
+            "RTC_",
+            aml.name("_HID", aml.eisa_id("PNP0B00")),
+            aml.name("_CRS", aml.resource_template(aml.io(cmos.CMOS_PORT, 2), aml.irq(cmos.RTC_IRQ))),
+        ),
+        aml.device(
+            "PEVT",
+            aml.name("_HID", aml.string("QEMU0001")),
+            aml.name("_STA", aml.integer(0xF)),
+            aml.name("_CRS", aml.resource_template(aml.io(pvpanic.PVPANIC_PORT, 1))),
+        ),
+    )
+    soft_off = aml.name("\\_S5_", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
+    return table(b"DSDT", 2, soft_off + system_bus)
+
+
+def write_tables(memory: GuestMemory, apic_ids: Sequence[int]) -> int:
+    """Write all tables into the BIOS area of *memory*; return the address of the root pointer."""
+    at = layout.ACPI_TABLES + 64  # the root pointer goes first, its contents are known last
+
+    def put(build: Callable[[], bytes]) -> int:
+        nonlocal at
+        data = build()
+        address = at
+        if address + len(data) > layout.ACPI_TABLES_END:
+            raise ConfigError(f"ACPI tables for {len(apic_ids)} processors do not fit below 1 MiB")
+        memory.write(address, data)
+        at = (address + len(data) + 63) & -64
+        return address
+
+    facs_at = put(facs)
+    dsdt_at = put(dsdt)
+    tables = [put(lambda: fadt(facs_at, dsdt_at)), put(lambda: madt(apic_ids))]
+    rsdt_at = put(lambda: table(b"RSDT", 1, struct.pack(f"<{len(tables)}I", *tables)))
+    xsdt_at = put(lambda: table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
+    memory.write(layout.ACPI_TABLES, rsdp(rsdt_at, xsdt_at))
+    return layout.ACPI_TABLES

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest physical memory as the boot loaders lay it out, and the memory map that the guest is told.
+
+=========  ==============================================
+address    what lies there at entry
+=========  ==============================================
+0x0500     global descriptor table
+0x6000     PVH start info, modules and memory map
+0x7000     Linux's zero page
+0x9000     page tables (identity map of the first 4 GiB)
+0x10000    flat images
+0x20000    kernel command line
+0x9FC00    end of conventional memory
+0xE0000    ACPI tables
+0x100000   protected-mode kernel
+=========  ==============================================
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from softkvm.vmm.memory import GuestMemory
+
+GDT = 0x500
+PVH_START_INFO = 0x6000
+ZERO_PAGE = 0x7000
+BOOT_STACK = 0x8FF0
+PAGE_TABLES = 0x9000
+FLAT_IMAGE = 0x10000
+COMMAND_LINE = 0x20000
+COMMAND_LINE_MAX = 0x10000
+EBDA = 0x9FC00
+VIDEO_MEMORY = 0xA0000
+ACPI_TABLES = 0xE0000
+ACPI_TABLES_END = 0x100000
+HIGH_MEMORY = 0x100000
+
+E820_RAM = 1
+E820_RESERVED = 2
+E820_ACPI = 3
+
+
+class E820Entry(NamedTuple):
+    """*size* bytes from *start* are of E820 *type* (ACPI specification, section 15)."""
+
+    start: int
+    size: int
+    type: int
+
+
+def memory_map(memory: GuestMemory) -> list[E820Entry]:
+    """Return the map of *memory*, as the BIOS call INT 15h E820h would."""
+    entries = [
+        E820Entry(0, EBDA, E820_RAM),
+        E820Entry(EBDA, VIDEO_MEMORY - EBDA, E820_RESERVED),
+        E820Entry(ACPI_TABLES, ACPI_TABLES_END - ACPI_TABLES, E820_RESERVED),
+    ]
+    for ram in memory.ranges:
+        start = max(ram.start, HIGH_MEMORY)
+        if ram.end > start:
+            entries.append(E820Entry(start, ram.end - start, E820_RAM))
+    return entries

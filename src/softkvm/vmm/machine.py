@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine: memory, buses, devices and vCPU threads on the KVM API, and the way exits find their handlers.
+
+An exit's way: ``vcpu.run()`` returns on the vCPU's thread, :meth:`VcpuThread.loop` looks ``exit_reason`` up in a
+table of handlers, a handler for I/O asks the bus for the range, the range's device answers. One way in, one way out.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softkvm import abi, api
+from softkvm.vmm.boot import acpi, bzimage, elf, flat, pvh
+from softkvm.vmm.bus import Bus
+from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
+from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, i8042, pci_config, pvpanic, serial
+from softkvm.vmm.errors import ConfigError, ImageError
+from softkvm.vmm.memory import MIB, GuestMemory
+from softkvm.vmm.outcome import End, Outcome
+from softkvm.vmm.stats import REASONS, ExitStats
+
+MAX_VCPUS = 16
+MIN_MEMORY = 32 * MIB
+MAX_MEMORY = 1 << 40
+
+TSS_ADDRESS = 0xFFFBD000
+IDENTITY_MAP_ADDRESS = 0xFFFBC000
+
+_EXIT_REASON_U32 = 2  # index of kvm_run.exit_reason in the shared page seen as u32
+_IO = struct.Struct("<BBHIQ")  # kvm_run.io
+_MMIO = struct.Struct("<Q8sIB")  # kvm_run.mmio
+_UNION = 32  # offset of the union in kvm_run
+_MMIO_DATA = _UNION + 8
+
+OTHER_ARCHITECTURES = (
+    (56, b"ARM\x64", "arm64 Image"),
+    (48, b"RISCV\0\0\0", "RISC-V Image"),
+    (0, b"\x1f\x8b", "gzip-compressed file"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The size of a machine; ConfigError if it is one that we do not build."""
+
+    memory_size: int = 256 * MIB
+    vcpus: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise ConfigError(f"{self.vcpus} vCPUs: expected 1 to {MAX_VCPUS}")
+        if not MIN_MEMORY <= self.memory_size <= MAX_MEMORY:
+            raise ConfigError(
+                f"memory of {self.memory_size // MIB} MiB: expected {MIN_MEMORY // MIB} MiB to {MAX_MEMORY // MIB} MiB"
+            )
+
+
+class VcpuThread:
+    """One vCPU, the thread that runs it, and its statistics."""
+
+    def __init__(self, machine: Machine, index: int, vcpu: api.Vcpu) -> None:
+        self.machine = machine
+        self.index = index
+        self.vcpu = vcpu
+        self.stats = ExitStats()
+        self.cpu_time_ns = 0
+        self.thread = threading.Thread(target=self._main, name=f"vcpu {index}", daemon=True)
+        self.handlers: list[Callable[[], None]] = [self._unexpected] * REASONS
+        self.handlers[abi.KVM_EXIT_IO] = self._io
+        self.handlers[abi.KVM_EXIT_MMIO] = self._mmio
+        for reason, handler in _EXIT_HANDLERS.items():
+            self.handlers[reason] = handler.__get__(self)
+        self._shared = vcpu.shared
+
+    def _main(self) -> None:
+        try:
+            self.loop()
+        except Exception as error:  # a thread's exception must end the machine, not vanish
+            self.machine.failure = error
+            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: {type(error).__name__}: {error}"))
+        finally:
+            self.cpu_time_ns = time.thread_time_ns()
+
+    def loop(self) -> None:
+        """Run the vCPU until the machine ends. The hot path: nothing here that is not needed per exit."""
+        run = self.vcpu.run
+        words = self._shared.cast("I")
+        handlers = self.handlers
+        counts, handler_ns = self.stats.counts, self.stats.handler_ns
+        clock = time.perf_counter_ns
+        ended = self.machine.ended
+        guest_ns = 0
+        before = clock()
+        try:
+            while True:
+                try:
+                    run()
+                except InterruptedError:
+                    after = clock()
+                    guest_ns += after - before
+                    before = after
+                    self.stats.interrupts += 1
+                    if ended.is_set():
+                        return
+                    continue
+                after = clock()
+                guest_ns += after - before
+                reason = words[_EXIT_REASON_U32]
+                handlers[reason]()
+                before = clock()
+                counts[reason] += 1
+                handler_ns[reason] += before - after
+        finally:
+            self.stats.guest_ns = guest_ns
+            words.release()
+
+    # -- exit handlers
+
+    def _io(self) -> None:
+        """KVM_EXIT_IO: *count* accesses of *size* bytes at *port*, data in the shared page."""
+        shared = self._shared
+        direction, size, port, count, at = _IO.unpack_from(shared, _UNION)
+        pio = self.machine.pio
+        if count == 1:
+            if direction == abi.KVM_EXIT_IO_OUT:
+                pio.write(port, size, shared[at] if size == 1 else int.from_bytes(shared[at : at + size], "little"))
+            elif size == 1:
+                shared[at] = pio.read(port, 1)
+            else:
+                shared[at : at + size] = pio.read(port, size).to_bytes(size, "little")
+            return
+        for start in range(at, at + size * count, size):
+            if direction == abi.KVM_EXIT_IO_OUT:
+                pio.write(port, size, int.from_bytes(shared[start : start + size], "little"))
+            else:
+                shared[start : start + size] = pio.read(port, size).to_bytes(size, "little")
+
+    def _mmio(self) -> None:
+        """KVM_EXIT_MMIO: one access of up to 8 bytes."""
+        address, data, size, is_write = _MMIO.unpack_from(self._shared, _UNION)
+        if is_write:
+            self.machine.mmio.write(address, size, int.from_bytes(data[:size], "little"))
+        else:
+            value = self.machine.mmio.read(address, size)
+            self._shared[_MMIO_DATA : _MMIO_DATA + size] = value.to_bytes(size, "little")
+
+    def _nothing(self) -> None:
+        """An exit that asks for nothing."""
+
+    def _halted(self) -> None:
+        """KVM_EXIT_HLT: only a KVM without interrupt chips leaves it to us, and then nothing can wake the vCPU."""
+        self.machine.end(Outcome(End.STOPPED, f"vCPU {self.index} halted"))
+
+    def _shutdown(self) -> None:
+        """KVM_EXIT_SHUTDOWN: a triple fault."""
+        rip = self.vcpu.get_regs().rip
+        self.machine.end(Outcome(End.TRIPLE_FAULT, f"vCPU {self.index} at RIP {rip:#x}"))
+
+    def _system_event(self) -> None:
+        """KVM_EXIT_SYSTEM_EVENT."""
+        kind = self.vcpu.kvm_run.system_event.type
+        end = _SYSTEM_EVENTS.get(kind)
+        if end is None:
+            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: unknown system event {kind}"))
+        else:
+            self.machine.end(Outcome(end, "KVM_EXIT_SYSTEM_EVENT"))
+
+    def _internal_error(self) -> None:
+        """KVM_EXIT_INTERNAL_ERROR: KVM cannot go on."""
+        internal = self.vcpu.kvm_run.internal
+        data = " ".join(f"{value:#x}" for value in internal.data[: min(internal.ndata, 16)])
+        rip = self.vcpu.get_regs().rip
+        name = _INTERNAL_ERRORS.get(internal.suberror, f"suberror {internal.suberror}")
+        self.machine.end(Outcome(End.ERROR, f"KVM: {name}, vCPU {self.index} at RIP {rip:#x}, data {data}"))
+
+    def _fail_entry(self) -> None:
+        """KVM_EXIT_FAIL_ENTRY: the processor refused the guest state."""
+        reason = self.vcpu.kvm_run.fail_entry.hardware_entry_failure_reason
+        self.machine.end(Outcome(End.ERROR, f"KVM: entry failed for hardware reason {reason:#x}"))
+
+    def _unexpected(self) -> None:
+        """An exit reason that this machine did not ask for."""
+        reason = self.vcpu.kvm_run.exit_reason
+        name = abi.EXIT_REASON_NAMES.get(reason, str(reason))
+        self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: unexpected exit {name}"))
+
+
+_EXIT_HANDLERS: dict[int, Callable[[VcpuThread], None]] = {
+    abi.KVM_EXIT_HLT: VcpuThread._halted,
+    abi.KVM_EXIT_IRQ_WINDOW_OPEN: VcpuThread._nothing,
+    abi.KVM_EXIT_SHUTDOWN: VcpuThread._shutdown,
+    abi.KVM_EXIT_FAIL_ENTRY: VcpuThread._fail_entry,
+    abi.KVM_EXIT_INTR: VcpuThread._nothing,
+    abi.KVM_EXIT_SET_TPR: VcpuThread._nothing,
+    abi.KVM_EXIT_INTERNAL_ERROR: VcpuThread._internal_error,
+    abi.KVM_EXIT_SYSTEM_EVENT: VcpuThread._system_event,
+}
+
+_SYSTEM_EVENTS = {
+    abi.KVM_SYSTEM_EVENT_SHUTDOWN: End.POWER_OFF,
+    abi.KVM_SYSTEM_EVENT_RESET: End.RESET,
+    abi.KVM_SYSTEM_EVENT_CRASH: End.PANIC,
+}
+
+_INTERNAL_ERRORS = {
+    abi.KVM_INTERNAL_ERROR_EMULATION: "an instruction could not be emulated",
+    abi.KVM_INTERNAL_ERROR_SIMUL_EX: "simultaneous exceptions",
+    abi.KVM_INTERNAL_ERROR_DELIVERY_EV: "exit during event delivery",
+    abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON: "unexpected hardware exit",
+}
+
+
+class Machine:
+    """A PC on *kvm*: ``load`` an image, ``start`` it, ``wait`` for its end, ``close`` it.
+
+    *console* gets what the guest writes to COM1, in pieces, on a thread of the machine's.
+    """
+
+    def __init__(
+        self, kvm: api.Kvm, config: Config | None = None, console: Callable[[bytes], None] | None = None
+    ) -> None:
+        self.config = config or Config()
+        self.ended = threading.Event()
+        self.outcome: Outcome | None = None
+        self.failure: BaseException | None = None
+        """The exception behind an outcome of kind ``ERROR``, if there was one."""
+        self.started_ns = 0
+        self.ended_ns = 0
+        self._end_lock = threading.Lock()
+        self._closed = False
+        self.pio = Bus("I/O port", 16)
+        self.mmio = Bus("memory", 52)
+
+        self.memory = GuestMemory(self.config.memory_size)
+        self.vm = kvm.create_vm()
+        if self.vm.check_extension(abi.KVM_CAP_SET_TSS_ADDR):
+            self.vm.set_tss_addr(TSS_ADDRESS)
+        if self.vm.check_extension(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
+            self.vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
+        self.vm.create_irqchip()
+        self.vm.create_pit2()
+        self.memory.attach(self.vm)
+        self._add_devices(console)
+        self.vcpus = self._create_vcpus(kvm)
+
+    def _create_vcpus(self, kvm: api.Kvm) -> list[VcpuThread]:
+        supported = kvm.get_supported_cpuid()
+        deadline_timer = bool(kvm.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
+        threads = []
+        count = self.config.vcpus
+        for apic_id in range(count):
+            vcpu = self.vm.create_vcpu(apic_id)
+            cpuid = vcpu_cpuid(supported, apic_id, count, deadline_timer=deadline_timer)
+            vcpu.set_cpuid2(cpuid)
+            set_boot_msrs(vcpu, cpuid)
+            set_boot_lapic(vcpu, bootstrap=apic_id == 0)
+            state = abi.KVM_MP_STATE_RUNNABLE if apic_id == 0 else abi.KVM_MP_STATE_UNINITIALIZED
+            vcpu.set_mp_state(abi.kvm_mp_state(state))
+            threads.append(VcpuThread(self, apic_id, vcpu))
+        return threads
+
+    def _irq(self, line: int) -> Callable[[int], None]:
+        """Return the callable that drives interrupt *line*."""
+        irq_line = self.vm.irq_line
+
+        def set_irq(level: int) -> None:
+            irq_line(line, level)
+
+        return set_irq
+
+    def _add_devices(self, console: Callable[[bytes], None] | None) -> None:
+        ranges = self.memory.ranges
+        above = ranges[1].end - ranges[1].start if len(ranges) > 1 else 0
+        self.serial = serial.Serial(console, self._irq(serial.COM1_IRQ))
+        self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._irq(cmos.RTC_IRQ))
+        self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ))
+        self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
+        self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
+        self.pvpanic = pvpanic.PvPanic(self._panicked)
+        self.debug_exit = debug_exit.DebugExit(self._debug_exit)
+        add = self.pio.add
+        add(serial.COM1_PORT, serial.REGISTERS, self.serial, "com1")
+        add(cmos.CMOS_PORT, 2, self.cmos, "cmos")
+        add(acpi_pm.PM_BASE_PORT, acpi_pm.PM_BLOCK_SIZE, self.acpi_pm, "acpi-pm")
+        add(i8042.DATA_PORT, 1, self.i8042.data_port, "i8042 data")
+        add(i8042.COMMAND_PORT, 1, self.i8042.command_port, "i8042 command")
+        add(pci_config.PCI_CONFIG_PORT, pci_config.PCI_CONFIG_SIZE, self.pci_config, "pci-config")
+        add(pvpanic.PVPANIC_PORT, 1, self.pvpanic, "pvpanic")
+        add(debug_exit.DEBUG_EXIT_PORT, debug_exit.DEBUG_EXIT_SIZE, self.debug_exit, "debug-exit")
+
+    # -- what devices tell
+
+    def _powered_off(self) -> None:
+        self.end(Outcome(End.POWER_OFF))
+
+    def _reset(self, by: str) -> None:
+        self.end(Outcome(End.RESET, by))
+
+    def _panicked(self, events: int) -> None:
+        if events & pvpanic.PANICKED:
+            self.end(Outcome(End.PANIC, "pvpanic"))
+
+    def _debug_exit(self, status: int) -> None:
+        self.end(Outcome(End.DEBUG_EXIT, f"status {status}", status))
+
+    # -- life
+
+    def load(self, kernel: bytes, initrd: bytes | None = None, command_line: str = "", *, raw: bool = False) -> None:
+        """Load *kernel*, a bzImage, an ELF file with a PVH note or, if *raw*, flat real-mode code.
+
+        Raises ImageError for anything else and for what does not fit.
+        """
+        vcpu = self.vcpus[0].vcpu
+        if raw:
+            flat.load(vcpu, self.memory, kernel)
+            return
+        if "\0" in command_line:
+            raise ImageError("command line holds a NUL character")
+        arguments = command_line.encode("utf-8", "surrogateescape")
+        rsdp = acpi.write_tables(self.memory, range(self.config.vcpus))
+        if elf.is_elf(kernel):
+            pvh.load(vcpu, self.memory, kernel, initrd, arguments, rsdp)
+        elif bzimage.is_bzimage(kernel):
+            bzimage.load(vcpu, self.memory, kernel, initrd, arguments, rsdp)
+        else:
+            raise ImageError(_describe_unknown(kernel))
+
+    def start(self) -> None:
+        """Let all vCPUs run."""
+        self.started_ns = time.monotonic_ns()
+        for vcpu in self.vcpus:
+            vcpu.thread.start()
+
+    def end(self, outcome: Outcome) -> None:
+        """End the machine; the first outcome counts. From any thread; does not wait."""
+        with self._end_lock:
+            if self.outcome is None:
+                self.outcome = outcome
+                self.ended_ns = time.monotonic_ns()
+            self.ended.set()
+        for vcpu in self.vcpus:
+            vcpu.vcpu.kick()
+
+    def wait(self, timeout_s: float | None = None) -> Outcome:
+        """Wait for the end, which comes with outcome TIMEOUT after *timeout_s*; return it when all vCPUs stand."""
+        if not self.ended.wait(timeout_s):
+            self.end(Outcome(End.TIMEOUT, f"{timeout_s:g} s"))
+        self._join()
+        self.serial.flush()
+        assert self.outcome is not None
+        return self.outcome
+
+    def _join(self) -> None:
+        """Wait for the vCPU threads. Each was kicked; kick again in case one was between two runs."""
+        for vcpu in self.vcpus:
+            while vcpu.thread.is_alive():
+                vcpu.thread.join(0.5)
+                if vcpu.thread.is_alive():
+                    vcpu.vcpu.kick()
+
+    def run(self, timeout_s: float | None = None) -> Outcome:
+        """Start, wait, return the outcome."""
+        self.start()
+        return self.wait(timeout_s)
+
+    def close(self) -> None:
+        """End the machine if it runs, and give back everything it holds."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.started_ns:
+            self.end(Outcome(End.STOPPED))
+            self._join()
+        for device in (self.serial, self.cmos, self.acpi_pm):
+            device.close()
+        for vcpu in self.vcpus:
+            vcpu.vcpu.close()
+        self.vm.close()
+        self.memory.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Return wall and processor time, and what every vCPU did; the KVM's own counters where it has some."""
+        vcpus = []
+        for vcpu in self.vcpus:
+            entry = {"cpu_ns": vcpu.cpu_time_ns, **vcpu.stats.as_dict()}
+            kvm_stats = getattr(vcpu.vcpu, "stats", None)
+            if kvm_stats is not None:
+                try:
+                    entry["kvm"] = kvm_stats()
+                except OSError as error:
+                    entry["kvm_error"] = str(error)
+            vcpus.append(entry)
+        return {
+            "wall_ns": (self.ended_ns or time.monotonic_ns()) - self.started_ns,
+            "vcpus": vcpus,
+        }
+
+
+def _describe_unknown(image: bytes) -> str:
+    """Say what a file is that no loader takes."""
+    for offset, magic, what in OTHER_ARCHITECTURES:
+        if image[offset : offset + len(magic)] == magic:
+            return f"kernel is a(n) {what}: expected an x86-64 bzImage or an ELF file with a PVH note"
+    if not image:
+        return "kernel is empty"
+    return "kernel has an unknown format: expected an x86-64 bzImage or an ELF file with a PVH note"
+
+
+def read_image(path: Path, what: str) -> bytes:
+    """Read a kernel or an initrd; ImageError names *what* and the file if that fails."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{what} {path}: {error.strerror or error}") from None

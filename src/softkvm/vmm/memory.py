@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest RAM: where it lies in guest physical space, and the host memory behind it.
+
+A PC has a hole below 4 GiB, where the chips answer. RAM fills guest physical memory from 0 to the hole and continues
+at 4 GiB::
+
+    0 ............ RAM ............ HOLE_START     FEC0_0000 IOAPIC  FEE0_0000 LAPIC     4 GiB ...... RAM ......
+
+The host address of every byte is congruent with its guest physical address modulo 2 MiB, so that a KVM can use large
+pages for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import NamedTuple
+
+from softkvm import abi, api
+from softkvm.vmm.errors import ConfigError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+PAGE_SIZE = 4096
+HUGE_PAGE_SIZE = 2 * MIB
+
+HOLE_START = 3 * GIB
+HOLE_END = 4 * GIB
+
+MIN_SIZE = 1 * MIB
+MAX_SIZE = 1 << 40
+
+
+class RamRange(NamedTuple):
+    """RAM at guest physical ``start <= gpa < end``; the host has it at ``hva``, ``offset`` bytes into the memory."""
+
+    start: int
+    end: int
+    hva: int
+    offset: int
+
+
+class GuestMemory:
+    """The RAM of one machine, *size* bytes.
+
+    With *shared* it lies in a memfd (attribute ``fd``) that other processes can map. Raises ConfigError for a size
+    that is no multiple of a page or out of range, OSError if the host has not got it.
+    """
+
+    def __init__(self, size: int, *, shared: bool = False) -> None:
+        if size % PAGE_SIZE or not MIN_SIZE <= size <= MAX_SIZE:
+            raise ConfigError(
+                f"memory size {size} bytes: expected a multiple of {PAGE_SIZE} from {MIN_SIZE} to {MAX_SIZE}"
+            )
+        self.size = size
+        self.fd = -1
+        length = size + HUGE_PAGE_SIZE  # room to align the first byte
+        noreserve: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
+        if shared:
+            self.fd = os.memfd_create("softkvm-ram", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, length)
+            self._map = mmap.mmap(self.fd, length, mmap.MAP_SHARED | noreserve)
+        else:
+            self._map = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve)
+        anchor = ctypes.c_char.from_buffer(self._map)
+        address = ctypes.addressof(anchor)
+        del anchor
+        self.skip = -address % HUGE_PAGE_SIZE
+        """Bytes of the mapping (and of the memfd) before the RAM."""
+        self.view = memoryview(self._map)[self.skip : self.skip + size]
+        self.ranges = [RamRange(0, min(size, HOLE_START), address + self.skip, 0)]
+        if size > HOLE_START:
+            self.ranges.append(
+                RamRange(HOLE_END, HOLE_END + size - HOLE_START, address + self.skip + HOLE_START, HOLE_START)
+            )
+
+    @property
+    def end_below_4g(self) -> int:
+        """The first guest physical address after the RAM below the hole."""
+        return self.ranges[0].end
+
+    @property
+    def end(self) -> int:
+        """The first guest physical address after all RAM."""
+        return self.ranges[-1].end
+
+    def attach(self, vm: api.Vm, *, flags: int = 0) -> None:
+        """Register every range with *vm*: memory slots 0, 1."""
+        for slot, ram in enumerate(self.ranges):
+            vm.set_user_memory_region(
+                abi.kvm_userspace_memory_region(
+                    slot=slot,
+                    flags=flags,
+                    guest_phys_addr=ram.start,
+                    memory_size=ram.end - ram.start,
+                    userspace_addr=ram.hva,
+                )
+            )
+
+    def slice(self, gpa: int, size: int) -> memoryview:
+        """Return the *size* bytes at *gpa* as a writable view; IndexError if they are not all RAM of one range."""
+        if size >= 0:
+            for ram in self.ranges:
+                if ram.start <= gpa and gpa + size <= ram.end:
+                    start = ram.offset + gpa - ram.start
+                    return self.view[start : start + size]
+        raise IndexError(f"guest physical {gpa:#x}+{size:#x} is not RAM")
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return a copy of the *size* bytes at *gpa*; IndexError if they are not RAM."""
+        return bytes(self.slice(gpa, size))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Store *data* at *gpa*; IndexError if that is not RAM."""
+        self.slice(gpa, len(data))[:] = data
+
+    def close(self) -> None:
+        """Unmap the memory; nothing may use it any more."""
+        self.view.release()
+        self._map.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
