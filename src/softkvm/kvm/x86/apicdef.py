@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers and fields of the local APIC (SDM vol. 3, chapter 11; APM vol. 2, chapter 16), with the kernel's names."""
+
+from typing import Final
+
+APIC_DEFAULT_PHYS_BASE: Final = 0xFEE00000
+LAPIC_MMIO_LENGTH: Final = 0x1000
+APIC_BASE_MSR: Final = 0x800  # x2APIC register at MSR 0x800 + (offset >> 4)
+
+# IA32_APIC_BASE
+MSR_IA32_APICBASE: Final = 0x1B
+MSR_IA32_TSC_DEADLINE: Final = 0x6E0
+MSR_IA32_APICBASE_BSP: Final = 1 << 8
+X2APIC_ENABLE: Final = 1 << 10
+MSR_IA32_APICBASE_ENABLE: Final = 1 << 11
+MSR_IA32_APICBASE_BASE: Final = ~0xFFF
+
+LAPIC_MODE_DISABLED: Final = 0
+LAPIC_MODE_INVALID: Final = X2APIC_ENABLE
+LAPIC_MODE_XAPIC: Final = MSR_IA32_APICBASE_ENABLE
+LAPIC_MODE_X2APIC: Final = MSR_IA32_APICBASE_ENABLE | X2APIC_ENABLE
+
+# Register offsets
+APIC_ID: Final = 0x20
+APIC_LVR: Final = 0x30
+APIC_TASKPRI: Final = 0x80
+APIC_ARBPRI: Final = 0x90
+APIC_PROCPRI: Final = 0xA0
+APIC_EOI: Final = 0xB0
+APIC_LDR: Final = 0xD0
+APIC_DFR: Final = 0xE0
+APIC_SPIV: Final = 0xF0
+APIC_ISR: Final = 0x100
+APIC_TMR: Final = 0x180
+APIC_IRR: Final = 0x200
+APIC_ESR: Final = 0x280
+APIC_LVTCMCI: Final = 0x2F0
+APIC_ICR: Final = 0x300
+APIC_ICR2: Final = 0x310
+APIC_LVTT: Final = 0x320
+APIC_LVTTHMR: Final = 0x330
+APIC_LVTPC: Final = 0x340
+APIC_LVT0: Final = 0x350
+APIC_LVT1: Final = 0x360
+APIC_LVTERR: Final = 0x370
+APIC_TMICT: Final = 0x380
+APIC_TMCCT: Final = 0x390
+APIC_TDCR: Final = 0x3E0
+APIC_SELF_IPI: Final = 0x3F0
+
+APIC_VERSION: Final = 0x14
+APIC_LVR_DIRECTED_EOI: Final = 1 << 24
+
+APIC_SPIV_APIC_ENABLED: Final = 1 << 8
+APIC_SPIV_DIRECTED_EOI: Final = 1 << 12
+
+APIC_DFR_CLUSTER: Final = 0x0FFFFFFF
+APIC_DFR_FLAT: Final = 0xFFFFFFFF
+
+# Error status register
+APIC_ESR_SEND_ILLEGAL_VECTOR: Final = 1 << 5
+APIC_ESR_RECEIVE_ILLEGAL_VECTOR: Final = 1 << 6
+APIC_ESR_ILLEGAL_REGISTER: Final = 1 << 7
+
+# Interrupt command register; the fields of an LVT entry lie at the same places
+APIC_VECTOR_MASK: Final = 0xFF
+APIC_MODE_MASK: Final = 0x700
+APIC_DM_FIXED: Final = 0x000
+APIC_DM_LOWEST: Final = 0x100
+APIC_DM_SMI: Final = 0x200
+APIC_DM_REMRD: Final = 0x300
+APIC_DM_NMI: Final = 0x400
+APIC_DM_INIT: Final = 0x500
+APIC_DM_STARTUP: Final = 0x600
+APIC_DM_EXTINT: Final = 0x700
+APIC_DEST_LOGICAL: Final = 1 << 11
+APIC_ICR_BUSY: Final = 1 << 12
+APIC_INT_ASSERT: Final = 1 << 14
+APIC_INT_LEVELTRIG: Final = 1 << 15
+APIC_SHORT_MASK: Final = 0xC0000
+APIC_DEST_NOSHORT: Final = 0x00000
+APIC_DEST_SELF: Final = 0x40000
+APIC_DEST_ALLINC: Final = 0x80000
+APIC_DEST_ALLBUT: Final = 0xC0000
+APIC_BROADCAST: Final = 0xFF
+X2APIC_BROADCAST: Final = 0xFFFFFFFF
+
+X2APIC_ICR_RESERVED_BITS: Final = 0xFFF00000 | 0x30000 | 1 << 13
+
+# Local vector table
+APIC_SEND_PENDING: Final = 1 << 12
+APIC_INPUT_POLARITY: Final = 1 << 13
+APIC_LVT_REMOTE_IRR: Final = 1 << 14
+APIC_LVT_LEVEL_TRIGGER: Final = 1 << 15
+APIC_LVT_MASKED: Final = 1 << 16
+APIC_LVT_TIMER_ONESHOT: Final = 0 << 17
+APIC_LVT_TIMER_PERIODIC: Final = 1 << 17
+APIC_LVT_TIMER_TSCDEADLINE: Final = 2 << 17
+APIC_LVT_TIMER_MODE_MASK: Final = 3 << 17
+
+_LVT_MASK = APIC_LVT_MASKED | APIC_VECTOR_MASK
+_LINT_MASK = _LVT_MASK | APIC_MODE_MASK | APIC_INPUT_POLARITY | APIC_LVT_LEVEL_TRIGGER
+
+# The bits that software can set in each LVT entry. The timer's gains TSC-deadline mode when CPUID has it.
+APIC_LVT_MASKS: Final = {
+    APIC_LVTT: _LVT_MASK | APIC_LVT_TIMER_PERIODIC,
+    APIC_LVTTHMR: _LVT_MASK | APIC_MODE_MASK,
+    APIC_LVTPC: _LVT_MASK | APIC_MODE_MASK,
+    APIC_LVT0: _LINT_MASK,
+    APIC_LVT1: _LINT_MASK,
+    APIC_LVTERR: _LVT_MASK,
+    APIC_LVTCMCI: _LVT_MASK | APIC_MODE_MASK,
+}
+APIC_LVT_READ_ONLY: Final = APIC_SEND_PENDING | APIC_LVT_REMOTE_IRR
+
+# TDCR bits 3, 1 and 0 -> divisor
+APIC_TIMER_DIVISORS: Final = {
+    0b0000: 2,
+    0b0001: 4,
+    0b0010: 8,
+    0b0011: 16,
+    0b1000: 32,
+    0b1001: 64,
+    0b1010: 128,
+    0b1011: 1,
+}
+
+# Bits of Lapic.pending_events
+KVM_APIC_INIT: Final = 0
+KVM_APIC_SIPI: Final = 1
