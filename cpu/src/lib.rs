@@ -2,6 +2,7 @@
 //! A software CPU: logical processors that implement the architecture's manual, including its virtualization
 //! extension, and nothing of any hypervisor. Physical addresses are addresses of this process.
 
+pub mod clock;
 pub mod float;
 pub mod mem;
 pub mod x86;

@@ -374,7 +374,8 @@ impl Cpu {
         let linear = self.lin(op, T::BYTES, Access::Write)?;
         let linear = self.wrap(linear);
         let e = self.tlb.entry(self.mmu, linear);
-        let p = if e.write == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
+        let fast = e.write == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1));
+        let p = if fast {
             e.addend.wrapping_add(linear)
         } else {
             self.prepare_write(op.seg, linear, T::BYTES)?;
@@ -400,7 +401,9 @@ impl Cpu {
             }
         }
         drop(_guard);
-        self.after_code_write(p as usize, T::BYTES);
+        if !fast {
+            self.after_code_write(p as usize, T::BYTES);
+        }
         Ok(())
     }
 

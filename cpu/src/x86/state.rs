@@ -166,6 +166,8 @@ pub struct Segment {
 }
 
 impl Segment {
+    // VMCB attributes, 12 bits: 0-3 type, 4 S, 5-6 DPL, 7 P, 8 AVL, 9 L, 10 D/B, 11 G.
+
     /// Present/usable.
     #[inline(always)]
     pub fn present(&self) -> bool {
@@ -304,6 +306,8 @@ pub struct Shared {
     pub running: std::sync::atomic::AtomicBool,
     /// The machine's TLB-sync generation this processor has caught up with.
     pub synced: std::sync::atomic::AtomicU64,
+    /// True inside [`Shared::wait`].
+    pub waiting: std::sync::atomic::AtomicBool,
     /// Woken by kicks.
     pub wake: (std::sync::Mutex<()>, std::sync::Condvar),
 }
@@ -392,6 +396,8 @@ pub struct Cpu {
     pub nmi_blocked: bool,
     /// The event being delivered through the IDT, in EVENTINJ format, for EXITINTINFO; 0 when none.
     pub delivering: u64,
+    /// Data breakpoints that the running instruction hit (DR6 bits).
+    pub debug_hits: u64,
     /// Retired instructions.
     pub instructions: u64,
     /// Host state: NEXT_RIP is saved on instruction intercepts.

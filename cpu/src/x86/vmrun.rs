@@ -1,2 +1,381 @@
 // SPDX-License-Identifier: Apache-2.0
-//! To be written.
+//! VMRUN: guest state from the VMCB, event injection, the run, #VMEXIT, guest state back (APM vol. 2, 15.5, 15.6).
+//!
+//! `vmrun` includes VMLOAD before and VMSAVE after, as every hypervisor does around it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::block::BlockCache;
+use super::flags::LazyFlags;
+use super::state::*;
+use super::system::exitcode;
+use super::tlb::Tlb;
+use super::vmcb::{Vmcb, control, save};
+use crate::mem::Machine;
+
+/// VMRUN was refused: the VMCB is not in registered memory or not aligned.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadVmcb;
+
+impl Shared {
+    /// A physical interrupt: the processor leaves the guest with VMEXIT_INTR, now or at its next VMRUN.
+    pub fn kick(&self) {
+        self.pending.fetch_or(pending::INTR, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) {
+            drop(self.wake.0.lock());
+            self.wake.1.notify_all();
+        }
+    }
+
+    /// Takes a pending kick back; whether there was one.
+    pub fn clear_kick(&self) -> bool {
+        self.pending.fetch_and(!pending::INTR, Ordering::SeqCst) & pending::INTR != 0
+    }
+
+    /// Blocks until a kick is pending (it stays pending) or the time is over; whether one is.
+    pub fn wait(&self, timeout: Option<std::time::Duration>) -> bool {
+        let kicked = || self.pending.load(Ordering::SeqCst) & pending::INTR != 0;
+        if kicked() {
+            return true;
+        }
+        let deadline = timeout.and_then(|t| std::time::Instant::now().checked_add(t));
+        self.waiting.store(true, Ordering::SeqCst);
+        let mut guard = self.wake.0.lock().unwrap_or_else(|e| e.into_inner());
+        while !kicked() {
+            guard = match deadline {
+                None => self.wake.1.wait(guard).unwrap_or_else(|e| e.into_inner()),
+                Some(d) => {
+                    let left = d.saturating_duration_since(std::time::Instant::now());
+                    if left.is_zero() {
+                        break;
+                    }
+                    self.wake.1.wait_timeout(guard, left).unwrap_or_else(|e| e.into_inner()).0
+                }
+            };
+        }
+        drop(guard);
+        self.waiting.store(false, Ordering::SeqCst);
+        kicked()
+    }
+}
+
+impl Cpu {
+    /// A processor after reset, number `index` of its machine.
+    pub fn new(machine: Arc<Machine>, index: u32) -> Box<Cpu> {
+        let shared = Arc::new(Shared::default());
+        machine.attach(shared.clone());
+        // SAFETY: RegisterBlock is integers only, for which zero is a value.
+        let mut rb: RegisterBlock = unsafe { core::mem::zeroed() };
+        rb.xcr0 = 1;
+        rb.mxcsr = 0x1f80;
+        rb.fcw = 0x37f;
+        rb.ftw = 0xffff;
+        Box::new(Cpu {
+            rb,
+            lf: LazyFlags::default(),
+            rflags: 2,
+            rip: 0xfff0,
+            ea_base: [0; 8],
+            mmu: 0,
+            cpl: 0,
+            code_size: 2,
+            link: LINK_NONE,
+            single: false,
+            attention: 0,
+            stop_op: core::ptr::null(),
+            exception: Exception::default(),
+            exit: Exit::default(),
+            seg: Default::default(),
+            ldtr: Segment::default(),
+            tr: Segment::default(),
+            gdtr: TableRegister::default(),
+            idtr: TableRegister::default(),
+            cr0: 0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            dr6: 0,
+            dr7: 0,
+            pdpte: [0; 4],
+            msr: Msrs::default(),
+            ctl: Control::default(),
+            shadow: false,
+            nmi_blocked: false,
+            delivering: 0,
+            debug_hits: 0,
+            instructions: 0,
+            next_rip_enabled: true,
+            block: core::ptr::null_mut(),
+            stamp: 0,
+            tlb: Tlb::default(),
+            blocks: BlockCache::default(),
+            regions: machine.regions(),
+            machine,
+            shared,
+            index,
+        })
+    }
+
+    /// Runs the guest described by the VMCB at `pa` until #VMEXIT; returns EXITCODE. Everything else is in the VMCB.
+    pub fn vmrun(&mut self, pa: usize) -> Result<u64, BadVmcb> {
+        let shared = self.shared.clone();
+        shared.running.store(true, Ordering::SeqCst);
+        let _running = Running(&shared);
+        if shared.synced.load(Ordering::SeqCst) != self.machine.generation() {
+            self.catch_up();
+        }
+        if pa % 4096 != 0 || !self.regions.contains(pa, 4096) {
+            return Err(BadVmcb);
+        }
+        // SAFETY: the page is registered, so it is mapped until a removal, which waits for this run to end.
+        let vmcb = unsafe { Vmcb::new(pa) };
+        let event = self.load_guest(&vmcb);
+        if !self.consistent() {
+            vmcb.set(control::EXITCODE, exitcode::INVALID);
+            vmcb.set(control::EXITINFO1, 0u64);
+            vmcb.set(control::EXITINFO2, 0u64);
+            vmcb.set(control::EXITINTINFO, 0u64);
+            return Ok(exitcode::INVALID);
+        }
+        self.stamp = self.stamp.wrapping_add(1);
+        self.single = false;
+        self.delivering = 0;
+        self.stop_op = core::ptr::null();
+        self.block = core::ptr::null_mut();
+        vmcb.set(control::EVENTINJ, 0u64);
+        if event >> 31 & 1 == 0 || self.inject(event, vmcb.get(control::NRIP)).is_ok() {
+            self.delivering = 0;
+            self.run();
+        }
+        self.save_guest(&vmcb);
+        Ok(self.exit.code)
+    }
+
+    /// Loads guest state and control fields; returns EVENTINJ.
+    fn load_guest(&mut self, v: &Vmcb) -> u64 {
+        for (i, word) in self.ctl.intercepts.iter_mut().enumerate() {
+            *word = v.get(control::INTERCEPTS + 4 * i);
+        }
+        let v_intr: u64 = v.get(control::V_INTR);
+        let asid: u32 = v.get(control::ASID);
+        let nested_cr3: u64 = v.get(control::N_CR3);
+        let nested: u64 = v.get(control::NP_ENABLE);
+        let moved = self.ctl.nested_cr3 != nested_cr3 || self.ctl.asid != asid;
+        self.ctl = Control {
+            intercepts: self.ctl.intercepts,
+            iopm: v.get(control::IOPM_BASE),
+            msrpm: v.get(control::MSRPM_BASE),
+            tsc_offset: v.get(control::TSC_OFFSET),
+            asid,
+            v_intr_masking: v_intr >> 24 & 1 != 0,
+            v_tpr: v_intr as u8 & 0xf,
+            v_irq: v_intr >> 8 & 1 != 0,
+            v_intr_prio: (v_intr >> 16) as u8 & 0xf,
+            v_ign_tpr: v_intr >> 20 & 1 != 0,
+            v_intr_vector: (v_intr >> 32) as u8,
+            nested_paging: nested & 1 != 0,
+            nested_cr3,
+            pause_count: v.get(control::PAUSE_COUNT),
+            pause_threshold: v.get(control::PAUSE_THRESHOLD),
+        };
+        self.shadow = v.get::<u64>(control::INTERRUPT_SHADOW) & 1 != 0;
+        for (i, s) in self.seg.iter_mut().enumerate() {
+            *s = segment(v, save::ES + 16 * i);
+        }
+        self.ldtr = segment(v, save::LDTR);
+        self.tr = segment(v, save::TR);
+        let table = |at| TableRegister { base: v.get(at + 8), limit: v.get(at + 4) };
+        self.gdtr = table(save::GDTR);
+        self.idtr = table(save::IDTR);
+        let (cr0, cr3, cr4, efer): (u64, u64, u64, u64) =
+            (v.get(save::CR0), v.get(save::CR3), v.get(save::CR4), v.get(save::EFER));
+        let paging = |cr0: u64, cr4: u64, efer: u64| {
+            (
+                cr0 & (super::state::cr0::PG | super::state::cr0::WP | super::state::cr0::PE),
+                cr4 & !(cr4::TSD | cr4::DE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE),
+                efer & (super::state::efer::LMA | super::state::efer::NXE),
+            )
+        };
+        let changed = paging(cr0, cr4, efer) != paging(self.cr0, self.cr4, self.efer) || (cr3 != self.cr3);
+        (self.cr0, self.cr3, self.cr4, self.efer) = (cr0, cr3, cr4, efer);
+        self.cr2 = v.get(save::CR2);
+        self.dr6 = v.get(save::DR6);
+        let dr7: u64 = v.get(save::DR7);
+        let watch = dr7 & 0xff != self.dr7 & 0xff;
+        self.dr7 = dr7;
+        self.rip = v.get(save::RIP);
+        self.rb.gpr[reg::RSP] = v.get(save::RSP);
+        self.rb.gpr[reg::RAX] = v.get(save::RAX);
+        self.rb.gpr[16] = 0;
+        self.msr = Msrs {
+            star: v.get(save::STAR),
+            lstar: v.get(save::LSTAR),
+            cstar: v.get(save::CSTAR),
+            sfmask: v.get(save::SFMASK),
+            kernel_gs_base: v.get(save::KERNEL_GS_BASE),
+            sysenter_cs: v.get(save::SYSENTER_CS),
+            sysenter_esp: v.get(save::SYSENTER_ESP),
+            sysenter_eip: v.get(save::SYSENTER_EIP),
+            pat: v.get(save::G_PAT),
+            debugctl: v.get(save::DEBUGCTL),
+        };
+        let flags: u64 = v.get(save::RFLAGS);
+        self.cpl = v.get::<u8>(save::CPL) & 3;
+        if cr0 & cr0::PE == 0 {
+            self.cpl = 0;
+        } else if flags & super::flags::rf::VM != 0 {
+            self.cpl = 3;
+        }
+        self.tlb.switch(asid, self.pcid());
+        match v.get::<u8>(control::TLB_CONTROL) {
+            0 => {
+                if moved {
+                    self.tlb.flush_gpas();
+                }
+                if watch {
+                    self.tlb.flush_all();
+                } else if changed {
+                    self.tlb.flush_current();
+                }
+            }
+            1 => self.tlb.flush_all(),
+            _ => {
+                self.tlb.flush_asid();
+                self.tlb.flush_gpas();
+            }
+        }
+        self.set_rflags(flags);
+        self.update_mode();
+        v.get(control::EVENTINJ)
+    }
+
+    /// The PCID in force: CR3 bits 11:0 with CR4.PCIDE.
+    pub fn pcid(&self) -> u16 {
+        if self.cr4 & cr4::PCIDE != 0 { (self.cr3 & 0xfff) as u16 } else { 0 }
+    }
+
+    /// The checks of VMRUN (APM vol. 2, 15.5.1, "Canonicalization and consistency checks").
+    fn consistent(&self) -> bool {
+        let c = &self.ctl;
+        let long = self.efer & efer::LME != 0 && self.cr0 & cr0::PG != 0;
+        let cs = &self.seg[sreg::CS];
+        self.efer & efer::SVME != 0
+            && !(self.cr0 & cr0::CD == 0 && self.cr0 & cr0::NW != 0)
+            && self.cr0 >> 32 == 0
+            && self.dr6 >> 32 == 0
+            && self.dr7 >> 32 == 0
+            && !(long && self.cr4 & cr4::PAE == 0)
+            && !(long && self.cr0 & cr0::PE == 0)
+            && !(long && self.cr4 & cr4::PAE != 0 && cs.long() && cs.db())
+            && c.intercepts[4] & 1 != 0
+            && c.asid != 0
+            && (!c.nested_paging || c.nested_cr3 & 0xfff == 0)
+            && (self.intercepts_maps_registered())
+    }
+
+    /// The permission maps lie in registered memory (their intercepts read them).
+    fn intercepts_maps_registered(&self) -> bool {
+        let io = !self.intercepted(3, 27) || self.regions.contains((self.ctl.iopm & !0xfff) as usize, 0x3000);
+        let msr =
+            !self.intercepted(3, 28) || self.regions.contains((self.ctl.msrpm & !0xfff) as usize, 0x2000);
+        io && msr
+    }
+
+    /// Writes guest state and exit information back.
+    fn save_guest(&mut self, v: &Vmcb) {
+        for (i, s) in self.seg.iter().enumerate() {
+            put_segment(v, save::ES + 16 * i, s);
+        }
+        put_segment(v, save::LDTR, &self.ldtr);
+        put_segment(v, save::TR, &self.tr);
+        for (at, t) in [(save::GDTR, &self.gdtr), (save::IDTR, &self.idtr)] {
+            v.set(at + 4, t.limit);
+            v.set(at + 8, t.base);
+        }
+        v.set(save::CPL, self.cpl);
+        v.set(save::EFER, self.efer);
+        v.set(save::CR4, self.cr4);
+        v.set(save::CR3, self.cr3);
+        v.set(save::CR0, self.cr0);
+        v.set(save::CR2, self.cr2);
+        v.set(save::DR7, self.dr7);
+        v.set(save::DR6, self.dr6);
+        v.set(save::RFLAGS, self.rflags());
+        v.set(save::RIP, self.rip);
+        v.set(save::RSP, self.rb.gpr[reg::RSP]);
+        v.set(save::RAX, self.rb.gpr[reg::RAX]);
+        let m = &self.msr;
+        v.set(save::STAR, m.star);
+        v.set(save::LSTAR, m.lstar);
+        v.set(save::CSTAR, m.cstar);
+        v.set(save::SFMASK, m.sfmask);
+        v.set(save::KERNEL_GS_BASE, m.kernel_gs_base);
+        v.set(save::SYSENTER_CS, m.sysenter_cs);
+        v.set(save::SYSENTER_ESP, m.sysenter_esp);
+        v.set(save::SYSENTER_EIP, m.sysenter_eip);
+        v.set(save::G_PAT, m.pat);
+        v.set(save::DEBUGCTL, m.debugctl);
+        let v_intr: u64 = v.get(control::V_INTR);
+        v.set(control::V_INTR, (v_intr & !0x10f) | self.ctl.v_tpr as u64 | (self.ctl.v_irq as u64) << 8);
+        v.set(
+            control::INTERRUPT_SHADOW,
+            self.shadow as u64 | (self.rflags & super::flags::rf::IF != 0) as u64 * 2,
+        );
+        let e = self.exit;
+        v.set(control::EXITCODE, e.code);
+        v.set(control::EXITINFO1, e.info1);
+        v.set(control::EXITINFO2, e.info2);
+        v.set(control::EXITINTINFO, self.delivering);
+        v.set(control::TLB_CONTROL, 0u8);
+        let next =
+            if self.next_rip_enabled && saves_next_rip(e.code) { self.stopped_next_ip() } else { None };
+        v.set(control::NRIP, next.unwrap_or(0));
+        let assists = e.code == exitcode::NPF || e.code == exitcode::EXCP0 + vector::PF as u64;
+        let bytes = if assists { self.stopped_bytes() } else { None };
+        let bytes = bytes.unwrap_or(&[]);
+        v.set(control::BYTES_FETCHED, bytes.len() as u8);
+        for (i, b) in bytes.iter().enumerate() {
+            v.set(control::INSTRUCTION_BYTES + i, *b);
+        }
+        self.delivering = 0;
+    }
+}
+
+/// Exits caused by an instruction (INT3 and INTO among them) report where the next one starts (APM vol. 2, 15.7.1).
+fn saves_next_rip(code: u64) -> bool {
+    let soft = [exitcode::EXCP0 + vector::BP as u64, exitcode::EXCP0 + vector::OF as u64];
+    exitcode::is_instruction(code) || soft.contains(&code)
+}
+
+fn segment(v: &Vmcb, at: usize) -> Segment {
+    Segment {
+        selector: v.get(at),
+        attrib: v.get::<u16>(at + 2) & 0xfff,
+        limit: v.get(at + 4),
+        base: v.get(at + 8),
+    }
+}
+
+fn put_segment(v: &Vmcb, at: usize, s: &Segment) {
+    v.set(at, s.selector);
+    v.set(at + 2, s.attrib);
+    v.set(at + 4, s.limit);
+    v.set(at + 8, s.base);
+}
+
+/// Clears `running` however the run ends.
+struct Running<'a>(&'a Shared);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Cpu {
+    fn drop(&mut self) {
+        self.machine.detach(&self.shared);
+    }
+}
