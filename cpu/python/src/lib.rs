@@ -1,1 +1,48 @@
-//! Python binding.
+// SPDX-License-Identifier: Apache-2.0
+//! Python binding of softcpu: `softkvm._softcpu`. Types and documentation are in `_softcpu.pyi`.
+
+mod decode;
+mod machine;
+mod processor;
+mod timer;
+
+use pyo3::prelude::*;
+
+/// The physical clock in nanoseconds (CLOCK_MONOTONIC).
+#[pyfunction]
+fn clock_ns() -> u64 {
+    softcpu::clock::clock_ns()
+}
+
+/// The physical time-stamp counter: one tick per nanosecond of `clock_ns`.
+#[pyfunction]
+fn rdtsc() -> u64 {
+    softcpu::clock::clock_ns()
+}
+
+/// (eax, ebx, ecx, edx) of the silicon's own CPUID leaf.
+#[pyfunction]
+fn cpuid(leaf: u32, subleaf: u32) -> (u32, u32, u32, u32) {
+    let [a, b, c, d] = softcpu::x86::system::cpuid::cpuid(leaf, subleaf);
+    (a, b, c, d)
+}
+
+/// The name of an EXITCODE.
+#[pyfunction]
+fn exit_name(code: u64) -> &'static str {
+    softcpu::x86::system::exitcode::name(code)
+}
+
+#[pymodule]
+fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<machine::PyMachine>()?;
+    m.add_class::<machine::Page>()?;
+    m.add_class::<processor::PyCpu>()?;
+    m.add_class::<decode::PyInstruction>()?;
+    m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
+    m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
+    m.add_function(wrap_pyfunction!(cpuid, m)?)?;
+    m.add_function(wrap_pyfunction!(exit_name, m)?)?;
+    m.add_function(wrap_pyfunction!(decode::decode, m)?)?;
+    Ok(())
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `decode` and `Instruction`: the crate's decoder, for KVM's emulator.
+
+use iced_x86::{
+    Decoder, DecoderError, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, Mnemonic,
+    NasmFormatter, OpAccess, OpKind, Register,
+};
+use pyo3::exceptions::{PyIndexError, PyValueError};
+use pyo3::prelude::*;
+
+/// One decoded instruction.
+#[pyclass(frozen, name = "Instruction", module = "softkvm._softcpu")]
+pub struct PyInstruction {
+    i: Instruction,
+    bitness: u32,
+}
+
+/// Decodes the instruction at the start of `code`.
+#[pyfunction]
+pub fn decode(code: &[u8], bitness: u32, ip: u64) -> PyResult<PyInstruction> {
+    if !matches!(bitness, 16 | 32 | 64) {
+        return Err(PyValueError::new_err(format!("bitness {bitness}: expected 16, 32 or 64")));
+    }
+    let mut d = Decoder::with_ip(bitness, &code[..code.len().min(15)], ip, DecoderOptions::AMD);
+    let i = d.decode();
+    if i.is_invalid() {
+        let why = match d.last_error() {
+            DecoderError::NoMoreBytes => "truncated",
+            _ => "not an instruction",
+        };
+        return Err(PyValueError::new_err(format!("{why}: {} bytes at ip {ip:#x}", code.len())));
+    }
+    Ok(PyInstruction { i, bitness })
+}
+
+fn name(r: Register) -> Option<String> {
+    (r != Register::None).then(|| format!("{r:?}").to_lowercase())
+}
+
+impl PyInstruction {
+    fn check(&self, n: u32) -> PyResult<u32> {
+        if n < self.i.op_count() {
+            Ok(n)
+        } else {
+            Err(PyIndexError::new_err(format!("operand {n} of {}", self.i.op_count())))
+        }
+    }
+}
+
+#[pymethods]
+impl PyInstruction {
+    #[getter]
+    fn length(&self) -> usize {
+        self.i.len()
+    }
+
+    #[getter]
+    fn mnemonic(&self) -> String {
+        let m: Mnemonic = self.i.mnemonic();
+        format!("{m:?}").to_lowercase()
+    }
+
+    /// iced's name of the exact encoding, e.g. `Mov_rm32_r32`.
+    #[getter]
+    fn code(&self) -> String {
+        format!("{:?}", self.i.code())
+    }
+
+    #[getter]
+    fn op_count(&self) -> u32 {
+        self.i.op_count()
+    }
+
+    fn op_kind(&self, n: u32) -> PyResult<&'static str> {
+        Ok(match self.i.op_kind(self.check(n)?) {
+            OpKind::Register => "register",
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => "near_branch",
+            OpKind::FarBranch16 | OpKind::FarBranch32 => "far_branch",
+            OpKind::MemorySegSI | OpKind::MemorySegESI | OpKind::MemorySegRSI => "memory_si",
+            OpKind::MemorySegDI | OpKind::MemorySegEDI | OpKind::MemorySegRDI => "memory_seg_di",
+            OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => "memory_di",
+            OpKind::Memory => "memory",
+            _ => "immediate",
+        })
+    }
+
+    fn op_register(&self, n: u32) -> PyResult<Option<String>> {
+        Ok(name(self.i.op_register(self.check(n)?)))
+    }
+
+    /// Size of the operand in bytes (immediates: of the value they are extended to).
+    fn op_size(&self, n: u32) -> PyResult<usize> {
+        let n = self.check(n)?;
+        Ok(match self.i.op_kind(n) {
+            OpKind::Register => self.i.op_register(n).size(),
+            OpKind::Immediate8 | OpKind::Immediate8_2nd => 1,
+            OpKind::Immediate16 | OpKind::Immediate8to16 => 2,
+            OpKind::Immediate32 | OpKind::Immediate8to32 => 4,
+            OpKind::Immediate64 | OpKind::Immediate8to64 | OpKind::Immediate32to64 => 8,
+            OpKind::NearBranch16 => 2,
+            OpKind::NearBranch32 => 4,
+            OpKind::NearBranch64 => 8,
+            OpKind::FarBranch16 => 4,
+            OpKind::FarBranch32 => 6,
+            _ => self.i.memory_size().size(),
+        })
+    }
+
+    /// "read", "write", "read_write", "cond_read", "cond_write", "none" ...: what the instruction does to the operand.
+    fn op_access(&self, n: u32) -> PyResult<&'static str> {
+        let n = self.check(n)?;
+        let mut factory = InstructionInfoFactory::new();
+        Ok(match factory.info(&self.i).op_access(n) {
+            OpAccess::Read => "read",
+            OpAccess::CondRead => "cond_read",
+            OpAccess::Write => "write",
+            OpAccess::CondWrite => "cond_write",
+            OpAccess::ReadWrite => "read_write",
+            OpAccess::ReadCondWrite => "read_cond_write",
+            _ => "none",
+        })
+    }
+
+    /// Immediate operand, sign-extended to 64 bits as an unsigned number.
+    fn immediate(&self, n: u32) -> PyResult<u64> {
+        self.i.try_immediate(self.check(n)?).map_err(|e| PyValueError::new_err(e.to_string()))
+    }
+
+    #[getter]
+    fn near_branch_target(&self) -> u64 {
+        self.i.near_branch_target()
+    }
+
+    #[getter]
+    fn memory_base(&self) -> Option<String> {
+        name(self.i.memory_base())
+    }
+
+    #[getter]
+    fn memory_index(&self) -> Option<String> {
+        name(self.i.memory_index())
+    }
+
+    #[getter]
+    fn memory_scale(&self) -> u32 {
+        self.i.memory_index_scale()
+    }
+
+    /// Displacement; for RIP-relative operands the absolute address.
+    #[getter]
+    fn memory_displacement(&self) -> u64 {
+        self.i.memory_displacement64()
+    }
+
+    /// Effective segment, override or default.
+    #[getter]
+    fn memory_segment(&self) -> Option<String> {
+        name(self.i.memory_segment())
+    }
+
+    #[getter]
+    fn memory_size(&self) -> usize {
+        self.i.memory_size().size()
+    }
+
+    #[getter]
+    fn has_rep(&self) -> bool {
+        self.i.has_rep_prefix()
+    }
+
+    #[getter]
+    fn has_repne(&self) -> bool {
+        self.i.has_repne_prefix()
+    }
+
+    #[getter]
+    fn has_lock(&self) -> bool {
+        self.i.has_lock_prefix()
+    }
+
+    #[getter]
+    fn is_string(&self) -> bool {
+        self.i.is_string_instruction()
+    }
+
+    /// Address size in bytes.
+    #[getter]
+    fn address_size(&self) -> u32 {
+        for n in 0..self.i.op_count() {
+            match self.i.op_kind(n) {
+                OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => return 2,
+                OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => return 4,
+                OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI => return 8,
+                OpKind::Memory => {
+                    let r = match (self.i.memory_base(), self.i.memory_index()) {
+                        (Register::None, i) => i,
+                        (b, _) => b,
+                    };
+                    return match r {
+                        Register::None => match self.i.memory_displ_size() {
+                            n @ (2 | 4 | 8) => n,
+                            _ => self.bitness / 8,
+                        },
+                        Register::RIP => 8,
+                        Register::EIP => 4,
+                        r => r.size() as u32,
+                    };
+                }
+                _ => {}
+            }
+        }
+        self.bitness / 8
+    }
+
+    fn __str__(&self) -> String {
+        let mut out = String::new();
+        NasmFormatter::new().format(&self.i, &mut out);
+        out
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Instruction {}>", self.__str__())
+    }
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One thread that kicks processors when their timers expire, without taking part in Python.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::time::Duration;
+
+use softcpu::clock::clock_ns;
+use softcpu::x86::state::Shared;
+
+type Key = (u64, usize);
+
+#[derive(Default)]
+struct Service {
+    armed: Mutex<BTreeMap<Key, Weak<Shared>>>,
+    changed: Condvar,
+}
+
+fn service() -> &'static Service {
+    static SERVICE: OnceLock<&'static Service> = OnceLock::new();
+    SERVICE.get_or_init(|| {
+        let s: &'static Service = Box::leak(Box::default());
+        // Without the thread timers would never fire; a process that cannot start one is beyond help.
+        std::thread::Builder::new().name("softcpu-timer".into()).spawn(move || run(s)).expect("timer thread");
+        s
+    })
+}
+
+fn run(s: &'static Service) {
+    let mut armed = s.armed.lock().unwrap_or_else(|e| e.into_inner());
+    loop {
+        let now = clock_ns();
+        while let Some(entry) = armed.first_entry() {
+            if entry.key().0 > now {
+                break;
+            }
+            if let Some(shared) = entry.remove().upgrade() {
+                shared.kick();
+            }
+        }
+        armed = match armed.first_key_value() {
+            None => s.changed.wait(armed).unwrap_or_else(|e| e.into_inner()),
+            Some((key, _)) => {
+                let left = Duration::from_nanos(key.0.saturating_sub(now));
+                s.changed.wait_timeout(armed, left).unwrap_or_else(|e| e.into_inner()).0
+            }
+        };
+    }
+}
+
+/// Kicks `shared` once at `deadline` (0: never); replaces `previous`, the deadline armed before.
+pub fn arm(shared: &Arc<Shared>, previous: u64, deadline: u64) {
+    if previous == 0 && deadline == 0 {
+        return;
+    }
+    let s = service();
+    let id = Arc::as_ptr(shared) as usize;
+    let mut armed = s.armed.lock().unwrap_or_else(|e| e.into_inner());
+    if previous != 0 {
+        armed.remove(&(previous, id));
+    }
+    if deadline != 0 {
+        armed.insert((deadline, id), Arc::downgrade(shared));
+        if armed.first_key_value().is_some_and(|(k, _)| *k == (deadline, id)) {
+            s.changed.notify_one();
+        }
+    }
+}
