@@ -330,6 +330,12 @@ impl Cpu {
     #[inline(always)]
     pub fn modify<T: Int>(&mut self, op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
         let linear = self.lin(op, T::BYTES, Access::Write)?;
+        self.modify_at(op.seg, linear, f)
+    }
+
+    /// As [`Cpu::modify`], at a linear address.
+    #[inline(always)]
+    pub fn modify_at<T: Int>(&mut self, seg: u8, linear: u64, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
         let e = self.tlb.entry(self.mmu, linear);
         if e.write == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
             let p = e.addend.wrapping_add(linear) as *mut T;
@@ -340,7 +346,7 @@ impl Cpu {
             }
             Ok(())
         } else {
-            self.modify_slow(op.seg, linear, f)
+            self.modify_slow(seg, linear, f)
         }
     }
 
@@ -354,7 +360,7 @@ impl Cpu {
     }
 
     /// Makes sure that a following write of the same bytes neither faults nor asks for [`Stop::SelfModify`].
-    fn prepare_write(&mut self, seg: u8, linear: u64, size: usize) -> Res {
+    pub fn prepare_write(&mut self, seg: u8, linear: u64, size: usize) -> Res {
         let mmu = self.check_alignment(self.mmu, linear, size)?;
         let linear = self.wrap(linear);
         let first = (4096 - (linear & 0xfff) as usize).min(size);
@@ -370,20 +376,31 @@ impl Cpu {
 
     /// As [`Cpu::modify`], atomic towards other processors (LOCK). `f` may be called several times.
     #[inline(always)]
-    pub fn modify_locked<T: Int>(&mut self, op: &Op, mut f: impl FnMut(&mut Cpu, T) -> T) -> Res {
+    pub fn modify_locked<T: Int>(&mut self, op: &Op, f: impl FnMut(&mut Cpu, T) -> T) -> Res {
         let linear = self.lin(op, T::BYTES, Access::Write)?;
+        self.modify_locked_at(op.seg, linear, f)
+    }
+
+    /// As [`Cpu::modify_locked`], at a linear address.
+    #[inline(always)]
+    pub fn modify_locked_at<T: Int>(
+        &mut self,
+        seg: u8,
+        linear: u64,
+        mut f: impl FnMut(&mut Cpu, T) -> T,
+    ) -> Res {
         let linear = self.wrap(linear);
         let e = self.tlb.entry(self.mmu, linear);
         let fast = e.write == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1));
         let p = if fast {
             e.addend.wrapping_add(linear)
         } else {
-            self.prepare_write(op.seg, linear, T::BYTES)?;
+            self.prepare_write(seg, linear, T::BYTES)?;
             if (linear & 0xfff) as usize + T::BYTES > 4096 {
-                return self.modify_split(op.seg, linear, f);
+                return self.modify_split(seg, linear, f);
             }
             let mmu = if self.mmu == 3 { 2 } else { self.mmu };
-            self.translate(mmu, op.seg, linear, T::BYTES, Access::Write)? as u64
+            self.translate(mmu, seg, linear, T::BYTES, Access::Write)? as u64
         } as *mut T;
         let machine =
             (cfg!(not(target_arch = "x86_64")) && p as usize % T::BYTES != 0).then(|| self.machine.clone());
@@ -405,6 +422,17 @@ impl Cpu {
             self.after_code_write(p as usize, T::BYTES);
         }
         Ok(())
+    }
+
+    /// Host address of `linear` and the bytes left in its page, when the page is in the TLB and needs no slow path (no
+    /// code in it for writes, no breakpoint, no alignment checks): what bulk copies work on.
+    #[inline]
+    pub fn span(&self, linear: u64, access: Access) -> Option<(*mut u8, usize)> {
+        let linear = self.wrap(linear);
+        let e = self.tlb.entry(self.mmu, linear);
+        let tag = if access == Access::Write { e.write } else { e.read };
+        (tag == self.tlb.tag(linear))
+            .then(|| (e.addend.wrapping_add(linear) as *mut u8, 4096 - (linear & 0xfff) as usize))
     }
 
     /// A locked operation across two pages: atomic only towards its own kind (a real bus lock stops everybody).

@@ -145,6 +145,26 @@ impl LazyFlags {
         self.keep_cf(cf);
     }
 
+    /// Replaces OF, leaving the other five.
+    #[inline(always)]
+    pub fn set_of(&mut self, of: bool) {
+        self.aux ^= ((self.of() ^ of) as u32) << 30;
+    }
+
+    /// Replaces CF and OF, leaving the other four (rotates).
+    #[inline(always)]
+    pub fn set_cf_of(&mut self, cf: bool, of: bool) {
+        self.aux = (self.aux & !(CARRY | CARRY_IN)) | ((cf as u32) << 31) | (((cf ^ of) as u32) << 30);
+    }
+
+    /// Replaces ZF, leaving the other five.
+    #[inline(always)]
+    pub fn set_zf(&mut self, zf: bool) {
+        if zf != self.zf() {
+            self.set_all(self.bits() ^ rf::ZF);
+        }
+    }
+
     #[inline(always)]
     fn keep_cf(&mut self, cf: bool) {
         // OF = bit31 ^ bit30 must stay: flip both when CF changes.
@@ -242,6 +262,12 @@ mod tests {
                 let mut g = lf;
                 g.set_cf(cf);
                 assert_eq!(g.bits(), (image & !rf::CF) | cf as u64);
+                let mut g = lf;
+                g.set_of(cf);
+                assert_eq!(g.bits(), (image & !rf::OF) | (cf as u64) << 11);
+                let mut g = lf;
+                g.set_zf(cf);
+                assert_eq!(g.bits(), (image & !rf::ZF) | (cf as u64) << 6);
             }
         }
     }
