@@ -11,7 +11,7 @@ enum {
     LAPIC_TIMER_CURRENT = 0x390, LAPIC_TIMER_DIVIDE = 0x3e0,
 };
 enum { MSR_APIC_BASE = 0x1b, APIC_ENABLE = 1 << 11, LVT_MASKED = 1 << 16, LVT_PERIODIC = 1 << 17 };
-enum { PM_TIMER_HZ = 3579545, PIT_HZ = 1193182, MEASURE_HZ = 100 };
+enum { PM_TIMER_HZ = 3579545, PIT_HZ = 1193182, MEASURE_HZ = 50 };
 
 u64 tsc_hz, lapic_hz;
 static u64 tsc_start;
@@ -69,38 +69,52 @@ void ioapic_route(u32 gsi, u8 vector, u32 apic_id)
     *data = vector; /* fixed, physical, edge, high */
 }
 
-/* Wait for 1/MEASURE_HZ s by a clock of known rate; return how much longer it took, in the clock's ticks. */
-static u64 measure_pm_timer(void)
+/* A moment: what three clocks showed, read as close to each other as exits allow. */
+struct moment { u64 tsc; u32 lapic, reference; };
+
+static struct moment moment(int pm_timer)
 {
-    u32 start = inl(acpi.pm_timer), passed;
-    do
-        passed = (inl(acpi.pm_timer) - start) & 0xffffff;
-    while (passed < PM_TIMER_HZ / MEASURE_HZ);
-    return passed;
+    struct moment m;
+    m.reference = pm_timer ? inl(acpi.pm_timer) : 0;
+    m.tsc = rdtsc();
+    m.lapic = lapic_read(LAPIC_TIMER_CURRENT);
+    return m;
 }
 
-static u64 measure_pit(void)
+/* Take the rates over 1/hz s of the reference clock. */
+static void measure(u32 hz)
 {
-    u32 count = PIT_HZ / MEASURE_HZ;
-    outb(0x61, (u8)((inb(0x61) & ~2) | 1)); /* gate on, speaker off */
-    outb(0x43, 0xb0);                       /* channel 2, mode 0 */
-    outb(0x42, (u8)count);
-    outb(0x42, (u8)(count >> 8));
-    while (!(inb(0x61) & 0x20))
-        cpu_pause();
-    return count;
+    u64 reference_hz, ticks;
+    struct moment first, last;
+    lapic_write(LAPIC_TIMER_INITIAL, 0xffffffff);
+    if (acpi.pm_timer) {
+        reference_hz = PM_TIMER_HZ;
+        first = moment(1);
+        do {
+            last = moment(1);
+            ticks = (last.reference - first.reference) & 0xffffff;
+        } while (ticks < reference_hz / hz);
+    } else {
+        reference_hz = PIT_HZ;
+        ticks = reference_hz / hz;
+        outb(0x61, (u8)((inb(0x61) & ~2) | 1)); /* gate on, speaker off */
+        outb(0x43, 0xb0);                       /* channel 2, mode 0 */
+        outb(0x42, (u8)ticks);
+        outb(0x42, (u8)(ticks >> 8));
+        first = moment(0);
+        while (!(inb(0x61) & 0x20))
+            cpu_pause();
+        last = moment(0);
+    }
+    lapic_hz = (u64)(first.lapic - last.lapic) * reference_hz / ticks;
+    tsc_hz = (last.tsc - first.tsc) * reference_hz / ticks;
+    lapic_write(LAPIC_TIMER_INITIAL, 0);
 }
 
 void time_init(void)
 {
-    u64 reference_hz = acpi.pm_timer ? PM_TIMER_HZ : PIT_HZ;
-    lapic_write(LAPIC_TIMER_INITIAL, 0xffffffff);
-    u64 tsc = rdtsc();
-    u32 lapic = lapic_read(LAPIC_TIMER_CURRENT);
-    u64 ticks = acpi.pm_timer ? measure_pm_timer() : measure_pit();
-    lapic_hz = (u64)(lapic - lapic_read(LAPIC_TIMER_CURRENT)) * reference_hz / ticks;
-    tsc_hz = (rdtsc() - tsc) * reference_hz / ticks;
-    lapic_write(LAPIC_TIMER_INITIAL, 0);
+    measure(1000); /* so that the code is warm */
+    measure(MEASURE_HZ);
     tsc_start = rdtsc();
 }
 

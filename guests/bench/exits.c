@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* One exit after the other: what a round trip to the hypervisor and, for some, to the machine costs. */
+#include "bench.h"
+
+enum { SCRATCH = 0x3ff }; /* the serial port's scratch register */
+#define HOLE ((volatile u32 *)0xfe000000) /* memory space with nothing in it */
+
+/* Mapped 64 MiB by 4 KiB pages at 4 GiB, on physical 32..96 MiB. */
+enum { PAGES = 16384, FIRST = 32 << 20 };
+extern u64 page_root[512];
+static u64 tables[PAGES] __attribute__((aligned(4096)));
+static u64 directory[512] __attribute__((aligned(4096)));
+
+void map_pages(void)
+{
+    u64 *pointers = (u64 *)(page_root[0] & ~0xffful);
+    for (u64 i = 0; i < PAGES; i++)
+        tables[i] = (FIRST + (i << 12)) | 3;
+    for (u64 i = 0; i < PAGES / 512; i++)
+        directory[i] = (u64)&tables[i * 512] | 3;
+    pointers[4] = (u64)directory | 3;
+}
+
+u64 exit_cpuid(u64 iterations)
+{
+    u64 sum = 0;
+    while (iterations--)
+        sum += cpuid(0, 0).ebx;
+    return sum;
+}
+
+u64 exit_in(u64 iterations)
+{
+    u64 sum = 0;
+    outb(SCRATCH, 3);
+    while (iterations--)
+        sum += inb(SCRATCH);
+    return sum;
+}
+
+u64 exit_out(u64 iterations)
+{
+    while (iterations--)
+        outb(SCRATCH, (u8)iterations);
+    return inb(SCRATCH);
+}
+
+u64 exit_mmio(u64 iterations)
+{
+    u64 sum = 0;
+    while (iterations--)
+        sum += *HOLE & 1;
+    return sum;
+}
+
+u64 exit_lapic(u64 iterations)
+{
+    u64 sum = 0;
+    while (iterations--)
+        sum += lapic_read(0x30) & 0xff;
+    return sum;
+}
+
+/* The time from a timer's moment to the handler's end, 100 us after it was set. */
+u64 halt_timer(u64 iterations)
+{
+    enum { US = 100 };
+    u64 count = lapic_hz * US / 1000000, rounds = iterations;
+    while (iterations--) {
+        u64 seen = processors[0].timer_irqs;
+        irq_disable();
+        lapic_timer_oneshot((u32)count);
+        while (*(volatile u64 *)&processors[0].timer_irqs == seen) {
+            irq_enable_and_halt();
+            irq_disable();
+        }
+        irq_enable();
+    }
+    excluded_ns = rounds * US * 1000;
+    return processors[0].timer_irqs;
+}
+
+u64 halt_ipi(u64 iterations)
+{
+    u64 start = processors[0].ipi_irqs;
+    while (iterations--) {
+        u64 seen = processors[0].ipi_irqs;
+        irq_disable();
+        lapic_self_ipi(VECTOR_IPI);
+        while (*(volatile u64 *)&processors[0].ipi_irqs == seen) {
+            irq_enable_and_halt();
+            irq_disable();
+        }
+        irq_enable();
+    }
+    return processors[0].ipi_irqs - start;
+}
+
+/* Vcpu 0 wakes vcpu 1 and halts until vcpu 1 wakes it: two wake-ups a round. */
+static volatile u64 rounds_left;
+
+static void answer(struct processor *me)
+{
+    u64 seen = me->ipi_irqs;
+    while (rounds_left) {
+        irq_disable();
+        while (*(volatile u64 *)&me->ipi_irqs == seen && rounds_left) {
+            irq_enable_and_halt();
+            irq_disable();
+        }
+        irq_enable();
+        if (me->ipi_irqs == seen)
+            break;
+        seen = me->ipi_irqs;
+        lapic_ipi(processors[0].apic_id, VECTOR_IPI);
+    }
+}
+
+u64 ping_pong(u64 iterations)
+{
+    u64 start = processors[0].ipi_irqs;
+    rounds_left = iterations;
+    smp_call(1, answer);
+    delay_us(1000); /* it has begun, and counted the interrupt that called it */
+    for (;;) {
+        u64 seen = processors[0].ipi_irqs;
+        lapic_ipi(processors[1].apic_id, VECTOR_IPI);
+        irq_disable();
+        while (*(volatile u64 *)&processors[0].ipi_irqs == seen) {
+            irq_enable_and_halt();
+            irq_disable();
+        }
+        irq_enable();
+        if (!--rounds_left)
+            break;
+    }
+    lapic_ipi(processors[1].apic_id, VECTOR_IPI); /* it may halt still */
+    smp_wait(1);
+    return processors[0].ipi_irqs - start;
+}
