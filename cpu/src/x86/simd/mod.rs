@@ -6,10 +6,17 @@
 //! instruction leaves the upper half of the YMM register alone; VEX forms, when they come, are other adaptors on the
 //! same functions.
 
+pub mod aes;
+pub mod convert;
+pub mod crypto;
+pub mod float;
 pub mod form;
 pub mod integer;
 pub mod moves;
+pub mod native;
+pub mod sha;
 pub mod shuffle;
+pub mod strings;
 pub mod table;
 pub mod vector;
 
@@ -25,7 +32,13 @@ pub fn translate(i: &Instruction, op: &mut Op, _: &Context) -> Option<Handler> {
     }
     let mut own = *op;
     let form = form::Form::of(i, &mut own);
-    let f = moves::translate(i, &mut own, form).or_else(|| table::translate(i, form))?;
+    let f = moves::translate(i, &mut own, form)
+        .or_else(|| native::translate(i, form))
+        .or_else(|| table::translate(i, form))
+        .or_else(|| float::translate(i, form))
+        .or_else(|| convert::translate(i, form))
+        .or_else(|| crypto::translate(i, form))
+        .or_else(|| strings::translate(i, form))?;
     *op = own;
     Some(f)
 }

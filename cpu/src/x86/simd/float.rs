@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Floating-point arithmetic and comparison on XMM registers (APM vol. 1, 4.7 to 4.10, and vol. 4).
+//!
+//! The arithmetic of one element is in [`crate::float`]; here it is applied to elements, and exceptions are raised.
+
+use core::cmp::Ordering;
+
+use iced_x86::{Code, Instruction};
+
+use super::super::flags::rf;
+use super::super::op::{Handler, Op, Res, Stop, handler};
+use super::super::state::{Cpu, cr4, vector};
+use super::form::{Form, M128, memory};
+use super::vector::{V, build, join, map1, split, with_low32, with_low64};
+use crate::float::*;
+
+impl Cpu {
+    /// Ends an instruction with floating-point results: adds the flags to MXCSR; raises #XF (or #UD without
+    /// CR4.OSXMMEXCPT) for unmasked ones, before any register changes.
+    #[inline(always)]
+    pub fn sse_commit(&mut self, env: &Env) -> Res {
+        if env.commit_sse(&mut self.rb.mxcsr) { Err(self.simd_exception()) } else { Ok(()) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn simd_exception(&mut self) -> Stop {
+        if self.cr4 & cr4::OSXMMEXCPT != 0 { self.fault(vector::XF, None) } else { self.ud() }
+    }
+}
+
+/// XMM source, register or memory.
+#[inline(always)]
+pub fn source<const SIZE: u32, const MEM: bool>(cpu: &mut Cpu, op: &Op) -> Result<V, Stop> {
+    cpu.sse_ready()?;
+    if MEM { memory::<SIZE>(cpu, op) } else { Ok(cpu.xmm(op.src)) }
+}
+
+impl Form {
+    /// `dst = f(dst, src, imm8)` with floating-point exceptions.
+    pub fn x2if<const SIZE: u32>(self, f: impl Fn(V, V, u8, &mut Env) -> V + Copy + 'static) -> Handler {
+        #[inline(always)]
+        fn run<const SIZE: u32, const MEM: bool>(
+            cpu: &mut Cpu,
+            op: &Op,
+            f: impl Fn(V, V, u8, &mut Env) -> V,
+        ) -> Res {
+            let b = source::<SIZE, MEM>(cpu, op)?;
+            let mut env = Env::sse(cpu.rb.mxcsr);
+            let r = f(cpu.xmm(op.dst), b, op.imm as u8, &mut env);
+            cpu.sse_commit(&env)?;
+            cpu.set_xmm(op.dst, r);
+            Ok(())
+        }
+        if self.mem {
+            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, true>(cpu, op, f))
+        } else {
+            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, false>(cpu, op, f))
+        }
+    }
+
+    /// `dst = f(dst, src)` with floating-point exceptions.
+    pub fn x2f<const SIZE: u32>(self, f: impl Fn(V, V, &mut Env) -> V + Copy + 'static) -> Handler {
+        self.x2if::<SIZE>(move |a, b, _, env| f(a, b, env))
+    }
+
+    /// Packed single: `f` on every pair of elements.
+    fn ps(self, f: impl Fn(u32, u32, u8, &mut Env) -> u32 + Copy + 'static) -> Handler {
+        self.x2if::<M128>(move |a, b, imm, env| {
+            let (a, b) = (split::<u32, 4>(a), split::<u32, 4>(b));
+            build(|i| f(a[i], b[i], imm, env))
+        })
+    }
+
+    /// Packed double: `f` on every pair of elements.
+    fn pd(self, f: impl Fn(u64, u64, u8, &mut Env) -> u64 + Copy + 'static) -> Handler {
+        self.x2if::<M128>(move |a, b, imm, env| {
+            let low = f(a[0], b[0], imm, env);
+            [low, f(a[1], b[1], imm, env)]
+        })
+    }
+
+    /// Scalar single: `f` on the lowest elements.
+    fn ss(self, f: impl Fn(u32, u32, u8, &mut Env) -> u32 + Copy + 'static) -> Handler {
+        self.x2if::<4>(move |a, b, imm, env| with_low32(a, f(a[0] as u32, b[0] as u32, imm, env)))
+    }
+
+    /// Scalar double: `f` on the lowest elements.
+    fn sd(self, f: impl Fn(u64, u64, u8, &mut Env) -> u64 + Copy + 'static) -> Handler {
+        self.x2if::<8>(move |a, b, imm, env| with_low64(a, f(a[0], b[0], imm, env)))
+    }
+
+    /// COMISS and the like: `f` on the lowest words to flags.
+    fn compare<const SIZE: u32>(
+        self,
+        f: impl Fn(u64, u64, &mut Env) -> Option<Ordering> + Copy + 'static,
+    ) -> Handler {
+        #[inline(always)]
+        fn run<const SIZE: u32, const MEM: bool>(
+            cpu: &mut Cpu,
+            op: &Op,
+            f: impl Fn(u64, u64, &mut Env) -> Option<Ordering>,
+        ) -> Res {
+            let b = source::<SIZE, MEM>(cpu, op)?;
+            let mut env = Env::sse(cpu.rb.mxcsr);
+            let order = f(cpu.xmm(op.dst)[0], b[0], &mut env);
+            cpu.sse_commit(&env)?;
+            cpu.lf.set_all(match order {
+                None => rf::ZF | rf::PF | rf::CF,
+                Some(Ordering::Greater) => 0,
+                Some(Ordering::Less) => rf::CF,
+                Some(Ordering::Equal) => rf::ZF,
+            });
+            Ok(())
+        }
+        if self.mem {
+            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, true>(cpu, op, f))
+        } else {
+            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, false>(cpu, op, f))
+        }
+    }
+}
+
+/// HADDPS, HSUBPS.
+#[inline(always)]
+fn neighbours32(a: V, b: V, env: &mut Env, f: impl Fn(u32, u32, &mut Env) -> u32) -> V {
+    let (a, b) = (split::<u32, 4>(a), split::<u32, 4>(b));
+    let mut pair = |x: &[u32; 4], i| f(x[i], x[i + 1], env);
+    join([pair(&a, 0), pair(&a, 2), pair(&b, 0), pair(&b, 2)])
+}
+
+/// HADDPD, HSUBPD.
+#[inline(always)]
+fn neighbours64(a: V, b: V, env: &mut Env, f: impl Fn(u64, u64, &mut Env) -> u64) -> V {
+    let low = f(a[0], a[1], env);
+    [low, f(b[0], b[1], env)]
+}
+
+/// ADDSUBPS: even elements subtracted, odd ones added.
+fn addsubps(a: V, b: V, env: &mut Env) -> V {
+    let (a, b) = (split::<u32, 4>(a), split::<u32, 4>(b));
+    build(|i| if i & 1 == 0 { f32_sub(a[i], b[i], env) } else { f32_add(a[i], b[i], env) })
+}
+
+/// ADDSUBPD.
+fn addsubpd(a: V, b: V, env: &mut Env) -> V {
+    let low = f64_sub(a[0], b[0], env);
+    [low, f64_add(a[1], b[1], env)]
+}
+
+/// DPPS: products that `imm[7:4]` picks, summed in pairs, the sum to the elements that `imm[3:0]` picks. An unmasked
+/// exception of one step ends the instruction before the next one.
+pub fn dpps(a: V, b: V, imm: u8, env: &mut Env) -> V {
+    let (a, b) = (split::<u32, 4>(a), split::<u32, 4>(b));
+    let p: [u32; 4] =
+        core::array::from_fn(|i| if imm >> (4 + i) & 1 != 0 { f32_mul(a[i], b[i], env) } else { 0 });
+    if env.unmasked() {
+        return [0; 2];
+    }
+    let low = f32_add(p[0], p[1], env);
+    let high = f32_add(p[2], p[3], env);
+    if env.unmasked() {
+        return [0; 2];
+    }
+    let sum = f32_add(low, high, env);
+    build::<u32, 4>(|i| if imm >> i & 1 != 0 { sum } else { 0 })
+}
+
+/// DPPD.
+pub fn dppd(a: V, b: V, imm: u8, env: &mut Env) -> V {
+    let p: [u64; 2] =
+        core::array::from_fn(|i| if imm >> (4 + i) & 1 != 0 { f64_mul(a[i], b[i], env) } else { 0 });
+    if env.unmasked() {
+        return [0; 2];
+    }
+    let sum = f64_add(p[0], p[1], env);
+    build::<u64, 2>(|i| if imm >> i & 1 != 0 { sum } else { 0 })
+}
+
+/// All ones for true.
+fn all32(x: bool) -> u32 {
+    if x { u32::MAX } else { 0 }
+}
+
+/// All ones for true.
+fn all64(x: bool) -> u64 {
+    if x { u64::MAX } else { 0 }
+}
+
+/// Translates arithmetic and comparisons.
+pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
+    use Code::*;
+    Some(match i.code() {
+        Addps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_add(a, b, e)),
+        Addpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_add(a, b, e)),
+        Addss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_add(a, b, e)),
+        Addsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_add(a, b, e)),
+        Subps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_sub(a, b, e)),
+        Subpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_sub(a, b, e)),
+        Subss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_sub(a, b, e)),
+        Subsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_sub(a, b, e)),
+        Mulps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_mul(a, b, e)),
+        Mulpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_mul(a, b, e)),
+        Mulss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_mul(a, b, e)),
+        Mulsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_mul(a, b, e)),
+        Divps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_div(a, b, e)),
+        Divpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_div(a, b, e)),
+        Divss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_div(a, b, e)),
+        Divsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_div(a, b, e)),
+        Minps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_min(a, b, e)),
+        Minpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_min(a, b, e)),
+        Minss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_min(a, b, e)),
+        Minsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_min(a, b, e)),
+        Maxps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_max(a, b, e)),
+        Maxpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_max(a, b, e)),
+        Maxss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_max(a, b, e)),
+        Maxsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_max(a, b, e)),
+        Sqrtps_xmm_xmmm128 => form.ps(|_, b, _, e| f32_sqrt(b, e)),
+        Sqrtpd_xmm_xmmm128 => form.pd(|_, b, _, e| f64_sqrt(b, e)),
+        Sqrtss_xmm_xmmm32 => form.ss(|_, b, _, e| f32_sqrt(b, e)),
+        Sqrtsd_xmm_xmmm64 => form.sd(|_, b, _, e| f64_sqrt(b, e)),
+        // Legacy encodings have three bits of predicate, the others are ignored.
+        Cmpps_xmm_xmmm128_imm8 => form.ps(|a, b, p, e| all32(f32_cmp_predicate(a, b, p & 7, e))),
+        Cmppd_xmm_xmmm128_imm8 => form.pd(|a, b, p, e| all64(f64_cmp_predicate(a, b, p & 7, e))),
+        Cmpss_xmm_xmmm32_imm8 => form.ss(|a, b, p, e| all32(f32_cmp_predicate(a, b, p & 7, e))),
+        Cmpsd_xmm_xmmm64_imm8 => form.sd(|a, b, p, e| all64(f64_cmp_predicate(a, b, p & 7, e))),
+        Comiss_xmm_xmmm32 => form.compare::<4>(|a, b, e| f32_cmp(a as u32, b as u32, true, e)),
+        Ucomiss_xmm_xmmm32 => form.compare::<4>(|a, b, e| f32_cmp(a as u32, b as u32, false, e)),
+        Comisd_xmm_xmmm64 => form.compare::<8>(|a, b, e| f64_cmp(a, b, true, e)),
+        Ucomisd_xmm_xmmm64 => form.compare::<8>(|a, b, e| f64_cmp(a, b, false, e)),
+        // No exceptions, no MXCSR.
+        Rcpps_xmm_xmmm128 => form.x1::<M128>(|b| map1(b, f32_rcp_estimate)),
+        Rcpss_xmm_xmmm32 => form.x2::<4>(|a, b| with_low32(a, f32_rcp_estimate(b[0] as u32))),
+        Rsqrtps_xmm_xmmm128 => form.x1::<M128>(|b| map1(b, f32_rsqrt_estimate)),
+        Rsqrtss_xmm_xmmm32 => form.x2::<4>(|a, b| with_low32(a, f32_rsqrt_estimate(b[0] as u32))),
+        Haddps_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours32(a, b, e, f32_add)),
+        Haddpd_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours64(a, b, e, f64_add)),
+        Hsubps_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours32(a, b, e, f32_sub)),
+        Hsubpd_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours64(a, b, e, f64_sub)),
+        Addsubps_xmm_xmmm128 => form.x2f::<M128>(addsubps),
+        Addsubpd_xmm_xmmm128 => form.x2f::<M128>(addsubpd),
+        Dpps_xmm_xmmm128_imm8 => form.x2if::<M128>(dpps),
+        Dppd_xmm_xmmm128_imm8 => form.x2if::<M128>(dppd),
+        Roundps_xmm_xmmm128_imm8 => form.ps(|_, b, imm, e| super::convert::round32(b, imm, e)),
+        Roundpd_xmm_xmmm128_imm8 => form.pd(|_, b, imm, e| super::convert::round64(b, imm, e)),
+        Roundss_xmm_xmmm32_imm8 => form.ss(|_, b, imm, e| super::convert::round32(b, imm, e)),
+        Roundsd_xmm_xmmm64_imm8 => form.sd(|_, b, imm, e| super::convert::round64(b, imm, e)),
+        _ => return None,
+    })
+}
