@@ -48,6 +48,10 @@ class Range(NamedTuple):
     name: str
 
 
+CACHE_ENTRIES = 4096
+"""Most look-ups that a cache keeps: a guest that scans addresses must not fill our memory."""
+
+
 class Bus:
     """A table of address ranges. Look-ups are cached: the hot path is one dictionary access."""
 
@@ -57,6 +61,17 @@ class Bus:
         self.ranges: list[Range] = []  # sorted by start, never overlapping
         self._starts: list[int] = []
         self._cache: dict[int, Range | None] = {}
+        self._caches: list[dict[Any, Any]] = [self._cache]
+
+    def new_cache(self) -> dict[Any, Any]:
+        """Return a dictionary that is emptied whenever a range comes or goes, for what a caller derives from them."""
+        cache: dict[Any, Any] = {}
+        self._caches.append(cache)
+        return cache
+
+    def _changed(self) -> None:
+        for cache in self._caches:
+            cache.clear()
 
     def add(self, start: int, length: int, device: Device, name: str) -> None:
         """Let *device* answer for *length* addresses from *start*.
@@ -75,7 +90,7 @@ class Bus:
                 )
         self.ranges.insert(index, Range(start, end, device, name))
         self._starts.insert(index, start)
-        self._cache = {}
+        self._changed()
 
     def remove(self, start: int) -> None:
         """Take away the range that begins at *start*; KeyError if there is none."""
@@ -83,7 +98,7 @@ class Bus:
         if index < 0 or self._starts[index] != start:
             raise KeyError(start)
         del self.ranges[index], self._starts[index]
-        self._cache = {}
+        self._changed()
 
     def find(self, address: int) -> Range | None:
         """Return the range that holds *address*."""
@@ -93,7 +108,7 @@ class Bus:
             pass
         index = bisect_right(self._starts, address) - 1
         found = self.ranges[index] if index >= 0 and address < self.ranges[index].end else None
-        if len(self._cache) < 4096:  # a guest that scans addresses must not fill our memory
+        if len(self._cache) < CACHE_ENTRIES:
             self._cache[address] = found
         return found
 

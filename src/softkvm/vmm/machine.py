@@ -17,7 +17,7 @@ from typing import Any
 
 from softkvm import abi, api
 from softkvm.vmm.boot import acpi, bzimage, elf, flat, pvh
-from softkvm.vmm.bus import Bus
+from softkvm.vmm.bus import CACHE_ENTRIES, Bus
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
 from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, i8042, pci_config, pvpanic, serial
 from softkvm.vmm.errors import ConfigError, ImageError
@@ -36,6 +36,10 @@ _EXIT_REASON_U32 = 2  # index of kvm_run.exit_reason in the shared page seen as 
 _IO = struct.Struct("<BBHIQ")  # kvm_run.io
 _MMIO = struct.Struct("<Q8sIB")  # kvm_run.mmio
 _UNION = 32  # offset of the union in kvm_run
+_IO_KEY_U32 = 8  # direction, size and port in one word
+_IO_COUNT_U32 = 9
+_IO_DATA_OFFSET_U32 = 10
+_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4)}
 _MMIO_DATA = _UNION + 8
 
 OTHER_ARCHITECTURES = (
@@ -77,6 +81,9 @@ class VcpuThread:
         for reason, handler in _EXIT_HANDLERS.items():
             self.handlers[reason] = handler.__get__(self)
         self._shared = vcpu.shared
+        self._words = self._shared.cast("I")
+        # (is_out, size, the device's method, offset, data offset) by the word that tells the access
+        self._io_routes = machine.pio.new_cache()
 
     def _main(self) -> None:
         try:
@@ -90,7 +97,7 @@ class VcpuThread:
     def loop(self) -> None:
         """Run the vCPU until the machine ends. The hot path: nothing here that is not needed per exit."""
         run = self.vcpu.run
-        words = self._shared.cast("I")
+        words = self._words
         handlers = self.handlers
         counts, handler_ns = self.stats.counts, self.stats.handler_ns
         clock = time.perf_counter_ns
@@ -118,25 +125,44 @@ class VcpuThread:
                 handler_ns[reason] += before - after
         finally:
             self.stats.guest_ns = guest_ns
-            words.release()
+
+    def close(self) -> None:
+        """Give back the vCPU."""
+        self._words.release()
+        self.vcpu.close()
 
     # -- exit handlers
 
     def _io(self) -> None:
-        """KVM_EXIT_IO: *count* accesses of *size* bytes at *port*, data in the shared page."""
+        """KVM_EXIT_IO: one access of up to 4 bytes, by the route that its direction, size and port have."""
+        words = self._words
+        try:
+            is_out, size, access, offset, at = self._io_routes[words[_IO_KEY_U32]]
+        except KeyError:
+            return self._io_slow()
+        if words[_IO_COUNT_U32] != 1 or words[_IO_DATA_OFFSET_U32] != at:
+            return self._io_slow()
         shared = self._shared
-        direction, size, port, count, at = _IO.unpack_from(shared, _UNION)
+        if is_out:
+            access(offset, size, shared[at] if size == 1 else int.from_bytes(shared[at : at + size], "little"))
+        elif size == 1:
+            shared[at] = access(offset, 1) & 0xFF
+        else:
+            shared[at : at + size] = (access(offset, size) & _MASKS[size]).to_bytes(size, "little")
+        return None
+
+    def _io_slow(self) -> None:
+        """Any KVM_EXIT_IO: *count* accesses of *size* bytes at *port*, data in the shared page."""
+        shared = self._shared
         pio = self.machine.pio
-        if count == 1:
-            if direction == abi.KVM_EXIT_IO_OUT:
-                pio.write(port, size, shared[at] if size == 1 else int.from_bytes(shared[at : at + size], "little"))
-            elif size == 1:
-                shared[at] = pio.read(port, 1)
-            else:
-                shared[at : at + size] = pio.read(port, size).to_bytes(size, "little")
-            return
+        direction, size, port, count, at = _IO.unpack_from(shared, _UNION)
+        is_out = direction == abi.KVM_EXIT_IO_OUT
+        found = pio.find(port)
+        if found and port + size <= found.end and len(self._io_routes) < CACHE_ENTRIES:
+            access = found.device.write if is_out else found.device.read
+            self._io_routes[self._words[_IO_KEY_U32]] = (is_out, size, access, port - found.start, at)
         for start in range(at, at + size * count, size):
-            if direction == abi.KVM_EXIT_IO_OUT:
+            if is_out:
                 pio.write(port, size, int.from_bytes(shared[start : start + size], "little"))
             else:
                 shared[start : start + size] = pio.read(port, size).to_bytes(size, "little")
@@ -380,7 +406,7 @@ class Machine:
         for device in (self.serial, self.cmos, self.acpi_pm):
             device.close()
         for vcpu in self.vcpus:
-            vcpu.vcpu.close()
+            vcpu.close()
         self.vm.close()
         self.memory.close()
 

@@ -7,7 +7,7 @@ Sources: System V ABI (program headers), Xen's ``xen/include/public/elfnote.h`` 
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import NoteSegment
@@ -71,7 +71,7 @@ def _parse(image: bytes) -> Executable:
             segments.append(Segment(segment["p_paddr"], max(segment["p_memsz"], length), data))
         elif isinstance(segment, NoteSegment):
             for note in segment.iter_notes():
-                if note["n_name"] == "Xen" and note["n_type"] == XEN_ELFNOTE_PHYS32_ENTRY:
+                if note["n_name"] == "Xen" and cast(int, note["n_type"]) == XEN_ELFNOTE_PHYS32_ENTRY:
                     pvh_entry = int.from_bytes(note["n_descdata"][:8], "little")
     if not segments:
         raise ImageError("ELF file has no loadable segment")
