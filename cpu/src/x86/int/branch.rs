@@ -32,6 +32,11 @@ fn direct<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<u64, Stop>
     checked::<LONG, T>(cpu, target)
 }
 
+/// The block exit of a direct branch. With a 16-bit operand in 64-bit code the target is not at a fixed distance.
+const fn taken_link<const LONG: bool, T: Int>() -> u8 {
+    if LONG && T::BITS == 16 { LINK_NONE } else { 0 }
+}
+
 /// Goes on behind a branch that is not taken.
 #[inline(always)]
 fn fall_through<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Stop {
@@ -44,7 +49,7 @@ fn fall_through<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Stop {
 fn taken_if<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op, taken: bool) -> Res {
     if taken {
         let target = direct::<LONG, T>(cpu, op)?;
-        Err(cpu.jump(target, 0))
+        Err(cpu.jump(target, const { taken_link::<LONG, T>() }))
     } else {
         Err(fall_through::<LONG>(cpu, op))
     }
@@ -63,7 +68,7 @@ fn call<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = direct::<LONG, T>(cpu, op)?;
     let next = cpu.next_ip(op);
     push::<LONG, T>(cpu, T::from_u64(next))?;
-    Err(cpu.jump(target, 0))
+    Err(cpu.jump(target, const { taken_link::<LONG, T>() }))
 }
 
 #[inline(always)]
@@ -102,7 +107,7 @@ fn loop_<const KIND: u8, const LONG: bool, C: Int, T: Int>(cpu: &mut Cpu, op: &O
     let target = if taken { Some(direct::<LONG, T>(cpu, op)?) } else { None };
     cpu.set_reg(RCX, count);
     Err(match target {
-        Some(target) => cpu.jump(target, 0),
+        Some(target) => cpu.jump(target, const { taken_link::<LONG, T>() }),
         None => fall_through::<LONG>(cpu, op),
     })
 }
