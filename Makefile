@@ -29,7 +29,7 @@ $(BIN)/.ready:
 
 # The tools of `make test`, apart: `make demo` does not wait for them.
 $(BIN)/.dev: $(BIN)/.ready pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test
 	@touch $@
 
 build: venv guests
