@@ -3,7 +3,7 @@
 
 use std::ffi::c_int;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use pyo3::exceptions::{PyBufferError, PyMemoryError, PyValueError};
 use pyo3::ffi;
@@ -148,6 +148,7 @@ pub struct Page {
     machine: Arc<Machine>,
     address: AtomicU64,
     size: usize,
+    exports: AtomicUsize,
 }
 
 impl Page {
@@ -177,7 +178,7 @@ impl Page {
             unsafe { libc::munmap(p, size) };
             return Err(region_error(e, hva, size));
         }
-        Ok(Page { machine, address: AtomicU64::new(hva as u64), size })
+        Ok(Page { machine, address: AtomicU64::new(hva as u64), size, exports: AtomicUsize::new(0) })
     }
 
     fn release(&self) {
@@ -218,7 +219,22 @@ impl Page {
             return Err(PyBufferError::new_err("the page was freed"));
         }
         // SAFETY: the view keeps the object alive, and the object keeps the memory mapped.
-        unsafe { fill(view, slf.as_ptr(), p as *mut u8, this.size, flags) }
+        unsafe { fill(view, slf.as_ptr(), p as *mut u8, this.size, flags) }?;
+        this.exports.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        self.exports.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Gives the memory back; BufferError while memory views of it exist.
+    fn free(&self, py: Python<'_>) -> PyResult<()> {
+        if self.exports.load(Ordering::SeqCst) != 0 {
+            return Err(PyBufferError::new_err("the page has memory views; release them first"));
+        }
+        py.detach(|| self.release());
+        Ok(())
     }
 }
 
