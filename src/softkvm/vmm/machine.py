@@ -108,7 +108,8 @@ class VcpuThread:
             while True:
                 try:
                     run()
-                except InterruptedError:
+                except (InterruptedError, BlockingIOError):
+                    # EINTR: a kick; EAGAIN: a processor that waited for its start-up IPI was woken
                     after = clock()
                     guest_ns += after - before
                     before = after
