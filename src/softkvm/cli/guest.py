@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``softkvm guest``: prepare the default Linux guest."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+
+from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.vmm.guest import Guest, GuestUnavailable, NoProgress, TerminalProgress, cache_directory, cached, prepare
+
+EPILOG = """\
+The guest is Debian's cloud kernel and busybox with a small init of ours. Both come from the system's package
+sources by apt-get, with lists and caches of softkvm's own: nothing needs root and nothing on the system changes.
+It is kept in $XDG_CACHE_HOME/softkvm/guest (~/.cache/softkvm/guest).
+
+On its kernel command line:
+  softkvm.run="cmd; cmd"   run commands in place of the shell, then power off
+"""
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="download and build it anew")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--path", action="store_true", help="print the directory of the prepared guest, prepare nothing unless --force"
+    )
+    output.add_argument("--json", action="store_true", help="print what was prepared as JSON")
+
+
+def _as_dict(guest: Guest) -> dict[str, str]:
+    return {
+        "kernel": str(guest.kernel),
+        "initrd": str(guest.initrd),
+        "command_line": guest.command_line,
+        "kernel_package": guest.kernel_package,
+        "busybox_package": guest.busybox_package,
+    }
+
+
+def _run(args: Namespace) -> int:
+    if args.path and not args.force:
+        guest = cached()
+        if guest is None:
+            raise CommandError(f"no guest is prepared in {cache_directory()}: run `softkvm guest`", EXIT_ERROR)
+        print(guest.kernel.parent)
+        return EXIT_OK
+    try:
+        guest = prepare(NoProgress() if args.json else TerminalProgress(), force=args.force)
+    except GuestUnavailable as error:
+        raise CommandError(f"{error}; `softkvm run --kernel FILE --initrd FILE` boots your own", EXIT_ERROR) from None
+    if args.path:
+        print(guest.kernel.parent)
+    elif args.json:
+        print(json.dumps(_as_dict(guest), indent=2))
+    else:
+        print(f"kernel  {guest.kernel}  ({guest.kernel_package})")
+        print(f"initrd  {guest.initrd}  ({guest.busybox_package})")
+    return EXIT_OK
+
+
+command = Command(_add_arguments, _run, "Prepare the default Linux guest.", EPILOG)
