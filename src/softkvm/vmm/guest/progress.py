@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -53,11 +54,13 @@ class TerminalProgress:
         from tqdm import tqdm
 
         self._shown = 0.0
+        columns, rows = shutil.get_terminal_size()  # 80 x 24 where the terminal does not know
         self._bar = tqdm(
             total=100,
             desc=label,
             file=self._out,
-            dynamic_ncols=True,
+            ncols=columns,
+            nrows=rows,
             bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}",
         )
 
