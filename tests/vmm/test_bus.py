@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from softkvm.vmm.bus import CACHE_ENTRIES, Bus
+
+
+class Recorder:
+    """Answers with its offset and notes writes."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, int, int]] = []
+
+    def read(self, offset: int, size: int) -> int:
+        return 0x1234_5678_9ABC_DE00 | offset
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.writes.append((offset, size, value))
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus("I/O port", 16)
+
+
+def test_device_sees_offsets_and_answers_are_cut_to_the_size(bus: Bus) -> None:
+    device = Recorder()
+    bus.add(0x3F8, 8, device, "com1")
+    assert bus.read(0x3F8, 1) == 0x00
+    assert bus.read(0x3FB, 2) == 0xDE03
+    assert bus.read(0x3FC, 4) == 0x9ABCDE04
+    bus.write(0x3FF, 1, 7)
+    assert device.writes == [(7, 1, 7)]
+
+
+@pytest.mark.parametrize(("address", "size"), [(0x3F7, 1), (0x400, 1), (0x3FF, 2), (0x3FD, 4)])
+def test_access_that_no_range_holds_entirely_reads_ones(bus: Bus, address: int, size: int) -> None:
+    device = Recorder()
+    bus.add(0x3F8, 8, device, "com1")
+    assert bus.read(address, size) == (1 << 8 * size) - 1
+    bus.write(address, size, 0)
+    assert device.writes == []
+
+
+@pytest.mark.parametrize(("start", "length"), [(0x3F0, 9), (0x3FF, 1), (0x3FA, 2), (0x300, 0x200)])
+def test_overlapping_ranges_are_refused(bus: Bus, start: int, length: int) -> None:
+    bus.add(0x3F8, 8, Recorder(), "com1")
+    with pytest.raises(ValueError, match="overlaps com1 at 0x3f8-0x3ff"):
+        bus.add(start, length, Recorder(), "other")
+
+
+@pytest.mark.parametrize(("start", "length"), [(0x10000, 1), (0xFFFF, 2), (-1, 1), (0, 0)])
+def test_ranges_outside_the_bus_are_refused(bus: Bus, start: int, length: int) -> None:
+    with pytest.raises(ValueError, match="not within the I/O port bus"):
+        bus.add(start, length, Recorder(), "other")
+
+
+def test_adjacent_ranges_fit(bus: Bus) -> None:
+    for start in (0x20, 0x10, 0x30):
+        bus.add(start, 0x10, Recorder(), f"at {start:#x}")
+    assert [r.start for r in bus.ranges] == [0x10, 0x20, 0x30]
+
+
+def test_ranges_come_and_go_whatever_was_looked_up_before(bus: Bus) -> None:
+    cache = bus.new_cache()
+    assert bus.find(0x60) is None
+    cache["derived"] = 1
+    bus.add(0x60, 1, Recorder(), "kbd")
+    assert cache == {}
+    assert bus.read(0x60, 1) == 0
+    bus.remove(0x60)
+    assert bus.read(0x60, 1) == 0xFF
+    with pytest.raises(KeyError):
+        bus.remove(0x60)
+
+
+def test_scan_of_all_addresses_does_not_grow_the_cache_for_ever() -> None:
+    bus = Bus("memory", 52)
+    for address in range(3 * CACHE_ENTRIES):
+        bus.find(address)
+    assert len(bus._cache) == CACHE_ENTRIES
