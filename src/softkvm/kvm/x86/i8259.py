@@ -74,9 +74,10 @@ class _Chip:
 
         *nested_pin*: the cascade's, in special fully nested mode: its own service doesn't keep it out.
         """
-        place = self.first(self.irr & ~self.imr)
-        if place == 8:
+        requests = self.irr & ~self.imr
+        if not requests:
             return -1
+        place = self.first(requests)
         in_service = self.isr
         if self.special_mask:
             in_service &= ~self.imr
@@ -179,9 +180,7 @@ class Pic:
         """Bring the slave's output to the master, and the master's to the processor."""
         master = self.master
         if self.slave.pending() >= 0:
-            # A request of the slave that comes while another is pending must be an edge for the master.
-            master.set_line(_CASCADE, True)
-            master.set_line(_CASCADE, False)
+            master.irr |= 1 << _CASCADE  # the slave's output falls between requests, so each one is an edge
         output = master.pending(_CASCADE) >= 0
         if output and not self.output:
             self.output = True

@@ -49,6 +49,17 @@ IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT: Final = 10_000
 _SUCCESSIVE_IRQ_DELAY_NS: Final = 10_000_000
 
 
+def _message(entry: int) -> LapicIrq:
+    """Return what a redirection entry makes the IOAPIC send."""
+    return LapicIrq(
+        vector=entry & 0xFF,
+        delivery_mode=entry & _MODE,
+        logical=entry & _LOGICAL != 0,
+        level_triggered=entry & _LEVEL != 0,
+        dest=entry >> 56,
+    )
+
+
 class IoApic:
     """The in-kernel IOAPIC.
 
@@ -87,6 +98,7 @@ class IoApic:
 
     def _table_changed(self) -> None:
         """Collect which vector comes from which pins; a broadcast EOI of another vector is nothing to us."""
+        self._messages: dict[int, LapicIrq] = {}
         pins: defaultdict[int, list[int]] = defaultdict(list)
         handled = 0
         for pin, entry in enumerate(self._redirtbl):
@@ -136,15 +148,10 @@ class IoApic:
         level = entry & _LEVEL != 0
         if entry & _MASK or (level and entry & _REMOTE_IRR) or entry & _MODE == APIC_DM_EXTINT:
             return IRQ_IGNORED
-        result = self._map.deliver(
-            LapicIrq(
-                vector=entry & 0xFF,
-                delivery_mode=entry & _MODE,
-                logical=entry & _LOGICAL != 0,
-                level_triggered=level,
-                dest=entry >> 56,
-            )
-        )
+        message = self._messages.get(entry)
+        if message is None:
+            message = self._messages[entry] = _message(entry)
+        result = self._map.deliver(message)
         if level and result > 0:
             self._redirtbl[pin] = entry | _REMOTE_IRR
         return result

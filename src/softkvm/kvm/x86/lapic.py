@@ -300,7 +300,7 @@ class Lapic:
 
     def accept_irq(self, delivery_mode: int, vector: int, level: bool = True, level_triggered: bool = False) -> int:
         """Take a message from the bus or from an LVT entry; any thread. Returns 1 if accepted, else 0."""
-        if delivery_mode in (APIC_DM_FIXED, APIC_DM_LOWEST):
+        if delivery_mode <= APIC_DM_LOWEST:  # or fixed
             if (level_triggered and not level) or not self.sw_enabled or not self.hw_enabled:
                 return 0
             if vector < 16:

@@ -132,7 +132,11 @@ class LapicTimer:
         """The guest's TSC got another offset or frequency: find the deadline's place on the clock again."""
         if self.mode == APIC_LVT_TIMER_TSCDEADLINE:
             tsc = self.tscdeadline
-            deadline_ns = min(max(self._vcpu.tsc_deadline_to_ns(tsc), 1), _S64_MAX) if tsc else 0
+            deadline_ns = self._vcpu.tsc_deadline_to_ns(tsc) if tsc else 0
+            if deadline_ns < 1:
+                deadline_ns = 1 if tsc else 0
+            elif deadline_ns > _S64_MAX:
+                deadline_ns = _S64_MAX
             self._arm(deadline_ns)
 
     def expired(self, now_ns: int) -> bool:
