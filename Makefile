@@ -62,7 +62,7 @@ test-python: build $(BIN)/.dev
 test: lint test-rust test-python
 
 bench: build
-	$(BIN)/python benchmarks/all.py
+	$(BIN)/python -m benchmarks.all
 
 clean:
 	$(CARGO) clean 2>/dev/null || true
