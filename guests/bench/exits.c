@@ -48,8 +48,8 @@ u64 exit_out(u64 iterations)
 u64 exit_mmio(u64 iterations)
 {
     u64 sum = 0;
-    while (iterations--)
-        sum += *HOLE & 1;
+    for (; sum < iterations; sum++)
+        (void)*HOLE; /* what an empty place reads is the machine's affair */
     return sum;
 }
 
