@@ -191,6 +191,7 @@ impl Cpu {
         }
         self.rflags &= !rf::RF;
         self.debug_hits = 0;
+        self.sys.no_step = false;
         let stop = match self.lookup(true) {
             Ok(b) => self.enter(b),
             Err(stop) => {
@@ -213,7 +214,7 @@ impl Cpu {
             return Ok(());
         }
         let mut hits = self.debug_hits;
-        if stepping {
+        if stepping && !self.sys.no_step {
             hits |= DR6_BS;
         }
         if hits != 0 {

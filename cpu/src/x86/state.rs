@@ -398,6 +398,8 @@ pub struct Cpu {
     pub delivering: u64,
     /// Data breakpoints that the running instruction hit (DR6 bits).
     pub debug_hits: u64,
+    /// Bookkeeping of system instructions.
+    pub sys: super::system::SystemState,
     /// Retired instructions.
     pub instructions: u64,
     /// Host state: NEXT_RIP is saved on instruction intercepts.

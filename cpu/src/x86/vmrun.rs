@@ -105,6 +105,7 @@ impl Cpu {
             nmi_blocked: false,
             delivering: 0,
             debug_hits: 0,
+            sys: Default::default(),
             instructions: 0,
             next_rip_enabled: true,
             block: core::ptr::null_mut(),
@@ -180,6 +181,7 @@ impl Cpu {
             pause_count: v.get(control::PAUSE_COUNT),
             pause_threshold: v.get(control::PAUSE_THRESHOLD),
         };
+        self.sys.pause_left = self.ctl.pause_count;
         self.shadow = v.get::<u64>(control::INTERRUPT_SHADOW) & 1 != 0;
         for (i, s) in self.seg.iter_mut().enumerate() {
             *s = segment(v, save::ES + 16 * i);
@@ -321,7 +323,7 @@ impl Cpu {
         v.set(control::V_INTR, (v_intr & !0x10f) | self.ctl.v_tpr as u64 | (self.ctl.v_irq as u64) << 8);
         v.set(
             control::INTERRUPT_SHADOW,
-            self.shadow as u64 | (self.rflags & super::flags::rf::IF != 0) as u64 * 2,
+            self.shadow as u64 | ((self.rflags & super::flags::rf::IF != 0) as u64) << 1,
         );
         let e = self.exit;
         v.set(control::EXITCODE, e.code);
@@ -329,8 +331,11 @@ impl Cpu {
         v.set(control::EXITINFO2, e.info2);
         v.set(control::EXITINTINFO, self.delivering);
         v.set(control::TLB_CONTROL, 0u8);
-        let next =
-            if self.next_rip_enabled && saves_next_rip(e.code) { self.stopped_next_ip() } else { None };
+        let next = if self.next_rip_enabled && (saves_next_rip(e.code) || self.delivering_software()) {
+            self.stopped_next_ip()
+        } else {
+            None
+        };
         v.set(control::NRIP, next.unwrap_or(0));
         let assists = e.code == exitcode::NPF || e.code == exitcode::EXCP0 + vector::PF as u64;
         let bytes = if assists { self.stopped_bytes() } else { None };

@@ -1,19 +1,435 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Control registers (APM vol. 2, chapter 3).
+//! Control and debug registers (APM vol. 2, chapters 3 and 13; intercepts: 15.8 and 15.9).
 
-use crate::x86::op::Res;
-use crate::x86::state::{Cpu, cr4};
+use super::debug::{dr6, dr7};
+use super::exitcode;
+use crate::mem::host_load;
+use crate::x86::op::{Op, Res, Stop, flag};
+use crate::x86::paging::PHYS_BITS;
+use crate::x86::state::{Cpu, Exception, cr0, cr4, efer, reg, vector};
+
+/// CR0 bits that exist.
+const CR0_BITS: u64 = cr0::PE
+    | cr0::MP
+    | cr0::EM
+    | cr0::TS
+    | cr0::ET
+    | cr0::NE
+    | cr0::WP
+    | cr0::AM
+    | cr0::NW
+    | cr0::CD
+    | cr0::PG;
+/// CR4 bits that this processor has; the others are reserved.
+pub const CR4_BITS: u64 = cr4::VME
+    | cr4::PVI
+    | cr4::TSD
+    | cr4::DE
+    | cr4::PSE
+    | cr4::PAE
+    | cr4::MCE
+    | cr4::PGE
+    | cr4::PCE
+    | cr4::OSFXSR
+    | cr4::OSXMMEXCPT
+    | cr4::UMIP
+    | cr4::FSGSBASE
+    | cr4::PCIDE
+    | cr4::OSXSAVE
+    | cr4::SMEP
+    | cr4::SMAP;
+/// CR4 bits that translations depend on.
+const CR4_PAGING: u64 =
+    cr4::PSE | cr4::PAE | cr4::PGE | cr4::LA57 | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE;
+/// With PCIDE: the TLB is left alone by a write of CR3.
+const CR3_NO_FLUSH: u64 = 1 << 63;
+/// Decode assist: the exit was by MOV CRx.
+const MOV_CR: u64 = 1 << 63;
 
 impl Cpu {
-    /// Loads the four PDPTEs of PAE paging from `cr3`; #GP(0) when a present one has reserved bits set.
-    pub fn load_pdptrs(&mut self, cr3: u64) -> Res {
-        let _ = cr3;
-        Err(self.vmexit(super::exitcode::SHUTDOWN, 0, 0))
-    }
-
     /// Makes the TLB context that of the ASID and PCID in force.
     pub fn switch_tlb(&mut self) {
-        let pcid = if self.cr4 & cr4::PCIDE != 0 { self.cr3 as u16 & 0xfff } else { 0 };
+        let pcid = self.pcid();
         self.tlb.switch(self.ctl.asid, pcid);
     }
+
+    /// Forgets every translation of this ASID, then makes the context in force current.
+    fn flush_paging(&mut self) {
+        self.tlb.flush_asid();
+        self.switch_tlb();
+    }
+
+    /// Whether the paging structures are PAE's, with four PDPTEs in the processor.
+    fn pae_paging(cr0: u64, cr4: u64, efer: u64) -> bool {
+        cr0 & cr0::PG != 0 && cr4 & cr4::PAE != 0 && efer & efer::LMA == 0
+    }
+
+    /// Loads the four PDPTEs of PAE paging from `cr3`; #GP(0) when a present one has reserved bits set.
+    pub fn load_pdptrs(&mut self, cr3: u64) -> Res {
+        let mut entries = [0u64; 4];
+        for (n, entry) in entries.iter_mut().enumerate() {
+            let gpa = (cr3 & 0xffff_ffe0) + 8 * n as u64;
+            let host = self.guest_physical(gpa)?;
+            // SAFETY: `guest_physical` gives the address of registered memory, and 8 bytes at a multiple of 8 stay in it.
+            *entry = unsafe { host_load(host as *const u64) };
+        }
+        let reserved = !((1u64 << PHYS_BITS) - 1) | 0x1e6;
+        if entries.iter().any(|e| e & 1 != 0 && e & reserved != 0) {
+            return Err(self.gp(0));
+        }
+        self.pdpte = entries;
+        Ok(())
+    }
+
+    /// Writes CR0 with the manual's checks (APM vol. 2, 3.1.1 and 14.6).
+    pub(super) fn write_cr0(&mut self, v: u64) -> Res {
+        let bad = v >> 32 != 0 || v & (cr0::PG | cr0::PE) == cr0::PG || v & (cr0::NW | cr0::CD) == cr0::NW;
+        if bad {
+            return Err(self.gp(0));
+        }
+        let v = v & CR0_BITS | cr0::ET;
+        let old = self.cr0;
+        let changed = old ^ v;
+        let mut new_efer = self.efer;
+        if changed & cr0::PG != 0 {
+            if v & cr0::PG != 0 {
+                if self.efer & efer::LME != 0 {
+                    // Activating long mode needs PAE and a code segment that isn't 64-bit already.
+                    if self.cr4 & cr4::PAE == 0 || self.seg[1].long() {
+                        return Err(self.gp(0));
+                    }
+                    new_efer |= efer::LMA;
+                }
+            } else {
+                if self.code_size == 8 || self.cr4 & cr4::PCIDE != 0 {
+                    return Err(self.gp(0));
+                }
+                new_efer &= !efer::LMA;
+            }
+        }
+        let reload = cr0::PG | cr0::CD | cr0::NW;
+        if changed & reload != 0 && Self::pae_paging(v, self.cr4, new_efer) {
+            let cr3 = self.cr3;
+            self.load_pdptrs(cr3)?;
+        }
+        self.cr0 = v;
+        self.efer = new_efer;
+        if changed & (cr0::PG | cr0::WP | cr0::PE) != 0 {
+            self.flush_paging();
+        }
+        if changed & cr0::PE != 0 && v & cr0::PE == 0 {
+            self.cpl = 0;
+        }
+        self.update_mode();
+        Ok(())
+    }
+
+    /// Writes CR3 (bit 63: with PCIDE, keep the TLB).
+    pub(super) fn load_cr3(&mut self, v: u64) -> Res {
+        let pcide = self.cr4 & cr4::PCIDE != 0;
+        let no_flush = pcide && v & CR3_NO_FLUSH != 0;
+        let mut v = if pcide { v & !CR3_NO_FLUSH } else { v };
+        if self.long_mode() {
+            if v >> PHYS_BITS != 0 {
+                return Err(self.gp(0));
+            }
+        } else {
+            v &= 0xffff_ffff;
+            if Self::pae_paging(self.cr0, self.cr4, self.efer) {
+                self.load_pdptrs(v)?;
+            }
+        }
+        self.cr3 = v;
+        self.switch_tlb();
+        if !no_flush {
+            let pcid = self.pcid();
+            self.tlb.flush_pcid(pcid);
+        }
+        Ok(())
+    }
+
+    /// Writes CR4 with the manual's checks (APM vol. 2, 3.1.3 and 5.5.1).
+    pub(super) fn write_cr4(&mut self, v: u64) -> Res {
+        let changed = self.cr4 ^ v;
+        let sets_pcide = changed & v & cr4::PCIDE != 0;
+        let bad = v & !CR4_BITS & changed != 0
+            || v >> 32 != 0
+            || (self.long_mode() && (v & cr4::PAE == 0 || changed & cr4::LA57 != 0))
+            || (sets_pcide && (!self.long_mode() || self.cr3 & 0xfff != 0));
+        if bad {
+            return Err(self.gp(0));
+        }
+        let reload = cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP;
+        if changed & reload != 0 && Self::pae_paging(self.cr0, v, self.efer) {
+            let cr3 = self.cr3;
+            self.load_pdptrs(cr3)?;
+        }
+        self.cr4 = v;
+        if changed & CR4_PAGING != 0 {
+            self.flush_paging();
+        }
+        self.update_mode();
+        Ok(())
+    }
+
+    /// Writes CR8, the virtual task priority.
+    fn write_cr8(&mut self, v: u64) -> Res {
+        if v & !15 != 0 {
+            return Err(self.gp(0));
+        }
+        self.ctl.v_tpr = v as u8;
+        self.update_attention();
+        Ok(())
+    }
+
+    /// #VMEXIT CR_WRITE_TRAP after `op` wrote control register `n`, if that is intercepted; else the end of the block.
+    fn after_cr_write(&mut self, op: &Op, n: u8, value: u64) -> Stop {
+        let stop = self.end_block(op);
+        if self.intercepted(4, 16 + n as u32) {
+            let code = exitcode::CR0_WRITE_TRAP + n as u64;
+            self.vmexit(code, value, 0);
+            return Stop::ExitAfter;
+        }
+        stop
+    }
+}
+
+/// MOV r, CRn (`op.dst` = GPR, `op.aux` = n).
+pub(super) fn mov_from_cr(cpu: &mut Cpu, op: &Op) -> Res {
+    cpu.privileged()?;
+    let n = op.aux & 15;
+    if cpu.intercepted(0, n as u32) {
+        return Err(cpu.vmexit(exitcode::CR0_READ + n as u64, MOV_CR | (op.dst >> 3) as u64, 0));
+    }
+    let v = match n {
+        0 => cpu.cr0,
+        2 => cpu.cr2,
+        3 => cpu.cr3,
+        4 => cpu.cr4,
+        _ => cpu.ctl.v_tpr as u64,
+    };
+    write_gpr(cpu, op, v);
+    Ok(())
+}
+
+fn write_gpr(cpu: &mut Cpu, op: &Op, v: u64) {
+    if op.has(flag::CODE64) { cpu.set_reg::<u64>(op.dst, v) } else { cpu.set_reg::<u32>(op.dst, v as u32) }
+}
+
+fn read_gpr(cpu: &Cpu, op: &Op) -> u64 {
+    if op.has(flag::CODE64) { cpu.reg::<u64>(op.src) } else { cpu.reg::<u32>(op.src) as u64 }
+}
+
+/// MOV CRn, r (`op.src` = GPR, `op.aux` = n).
+pub(super) fn mov_to_cr(cpu: &mut Cpu, op: &Op) -> Res {
+    cpu.privileged()?;
+    let n = op.aux & 15;
+    let v = read_gpr(cpu, op);
+    let info = MOV_CR | (op.src >> 3) as u64;
+    if cpu.intercepted(0, 16 + n as u32) {
+        return Err(cpu.vmexit(exitcode::CR0_WRITE + n as u64, info, 0));
+    }
+    match n {
+        0 => {
+            if cpu.intercepted(3, 5) && (cpu.cr0 ^ v) & CR0_BITS & !(cr0::TS | cr0::MP | cr0::ET) != 0 {
+                return Err(cpu.vmexit(exitcode::CR0_SEL_WRITE, info, 0));
+            }
+            cpu.write_cr0(v)?;
+        }
+        2 => cpu.cr2 = v,
+        3 => {
+            let v = if cpu.long_mode() { v } else { v & 0xffff_ffff };
+            cpu.load_cr3(v)?;
+        }
+        4 => cpu.write_cr4(v)?,
+        _ => cpu.write_cr8(v)?,
+    }
+    Err(cpu.after_cr_write(op, n, v))
+}
+
+/// LMSW.
+pub(super) fn lmsw(cpu: &mut Cpu, op: &Op) -> Res {
+    cpu.privileged()?;
+    cpu.intercept(exitcode::CR0_WRITE)?;
+    cpu.intercept(exitcode::CR0_SEL_WRITE)?;
+    let v = if op.aux != 0 { cpu.load::<u16>(op)? } else { cpu.reg::<u16>(op.src) } as u64;
+    // PE can be set, not cleared.
+    let v = (cpu.cr0 & !0xe) | (v & 0xf);
+    cpu.write_cr0(v)?;
+    Err(cpu.after_cr_write(op, 0, v))
+}
+
+/// SMSW.
+pub(super) fn smsw(cpu: &mut Cpu, op: &Op) -> Res {
+    if cpu.cpl != 0 && cpu.cr4 & cr4::UMIP != 0 {
+        return Err(cpu.gp(0));
+    }
+    cpu.intercept(exitcode::CR0_READ)?;
+    let v = cpu.cr0;
+    if op.aux != 0 {
+        return cpu.store::<u16>(op, v as u16);
+    }
+    super::segment::set_register(cpu, op, v);
+    Ok(())
+}
+
+/// CLTS.
+pub(super) fn clts(cpu: &mut Cpu, op: &Op) -> Res {
+    cpu.privileged()?;
+    cpu.intercept(exitcode::CR0_WRITE)?;
+    cpu.cr0 &= !cr0::TS;
+    let v = cpu.cr0;
+    Err(cpu.after_cr_write(op, 0, v))
+}
+
+/// The debug register that number `n` names: DR4 and DR5 are DR6 and DR7 unless CR4.DE. Checks privilege, the
+/// intercept and general detection.
+fn debug_register(cpu: &mut Cpu, op: &Op, gpr: u8, exit: u64) -> Result<u8, Stop> {
+    let mut n = op.aux & 15;
+    if n > 7 {
+        return Err(cpu.ud());
+    }
+    if n == 4 || n == 5 {
+        if cpu.cr4 & cr4::DE != 0 {
+            return Err(cpu.ud());
+        }
+        n += 2;
+    }
+    cpu.privileged()?;
+    if cpu.dr7 & dr7::GD != 0 {
+        cpu.exception = Exception { vector: vector::DB, error: None, address: dr6::BD };
+        return Err(Stop::Fault);
+    }
+    if let Some((word, bit)) = exitcode::position(exit + (op.aux & 15) as u64) {
+        if cpu.intercepted(word, bit) {
+            return Err(cpu.vmexit(exit + (op.aux & 15) as u64, (gpr >> 3) as u64, 0));
+        }
+    }
+    Ok(n)
+}
+
+/// MOV r, DRn.
+pub(super) fn mov_from_dr(cpu: &mut Cpu, op: &Op) -> Res {
+    let n = debug_register(cpu, op, op.dst, exitcode::DR0_READ)?;
+    let v = match n {
+        0..=3 => cpu.rb.dr[n as usize],
+        6 => cpu.dr6,
+        _ => cpu.dr7,
+    };
+    write_gpr(cpu, op, v);
+    Ok(())
+}
+
+/// MOV DRn, r.
+pub(super) fn mov_to_dr(cpu: &mut Cpu, op: &Op) -> Res {
+    let n = debug_register(cpu, op, op.src, exitcode::DR0_WRITE)?;
+    let v = read_gpr(cpu, op);
+    if n >= 6 && v >> 32 != 0 {
+        return Err(cpu.gp(0));
+    }
+    match n {
+        0..=3 => cpu.rb.dr[n as usize] = v,
+        6 => cpu.dr6 = v & (dr6::HITS | dr6::BD | dr6::BS | dr6::BT) | dr6::FIXED,
+        _ => cpu.dr7 = v & dr7::BITS | dr7::FIXED,
+    }
+    cpu.update_attention();
+    if cpu.dr7 & dr7::ENABLES != 0 {
+        // Watched pages must miss the TLB's fast path.
+        cpu.flush_paging();
+    }
+    Err(cpu.end_block(op))
+}
+
+/// INVLPG. The linear address goes without the segment's checks.
+pub(super) fn invlpg(cpu: &mut Cpu, op: &Op) -> Res {
+    cpu.privileged()?;
+    let linear = cpu.system_linear(cpu.ea(op).wrapping_add(cpu.ea_base[op.seg as usize & 7]));
+    if cpu.intercepted(3, 25) {
+        return Err(cpu.vmexit(exitcode::INVLPG, linear, 0));
+    }
+    cpu.tlb.flush_page(linear);
+    Err(cpu.end_block(op))
+}
+
+/// INVPCID (`op.dst` = register with the type).
+pub(super) fn invpcid(cpu: &mut Cpu, op: &Op) -> Res {
+    if !cpu.protected() {
+        return Err(cpu.ud());
+    }
+    cpu.privileged()?;
+    cpu.intercept(exitcode::INVPCID)?;
+    let kind = if op.has(flag::CODE64) { cpu.reg::<u64>(op.dst) } else { cpu.reg::<u32>(op.dst) as u64 };
+    let [pcid, linear] = cpu.load128(op, false)?;
+    let without = cpu.cr4 & cr4::PCIDE == 0 && pcid & 0xfff != 0;
+    let bad = kind > 3 || pcid >> 12 != 0 || (kind < 2 && without) || (kind == 0 && !cpu.canonical(linear));
+    if bad {
+        return Err(cpu.gp(0));
+    }
+    match kind {
+        0 => {
+            // The TLB forgets the page in every context.
+            cpu.tlb.flush_page(linear);
+        }
+        1 => cpu.tlb.flush_pcid(pcid as u16),
+        _ => cpu.flush_paging(),
+    }
+    Err(cpu.end_block(op))
+}
+
+/// XGETBV.
+pub(super) fn xgetbv(cpu: &mut Cpu, _: &Op) -> Res {
+    if cpu.cr4 & cr4::OSXSAVE == 0 {
+        return Err(cpu.ud());
+    }
+    if cpu.rb.gpr[reg::RCX] as u32 != 0 {
+        return Err(cpu.gp(0));
+    }
+    let v = cpu.rb.xcr0;
+    super::msr::set_edx_eax(cpu, v);
+    Ok(())
+}
+
+/// XSETBV: x87 always, SSE at will.
+pub(super) fn xsetbv(cpu: &mut Cpu, op: &Op) -> Res {
+    if cpu.cr4 & cr4::OSXSAVE == 0 {
+        return Err(cpu.ud());
+    }
+    cpu.privileged()?;
+    cpu.intercept(exitcode::XSETBV)?;
+    let v = super::msr::edx_eax(cpu);
+    if cpu.rb.gpr[reg::RCX] as u32 != 0 || v & 1 == 0 || v & !super::cpuid::XCR0_BITS != 0 {
+        return Err(cpu.gp(0));
+    }
+    cpu.rb.xcr0 = v;
+    Err(cpu.end_block(op))
+}
+
+fn protection_keys(cpu: &mut Cpu) -> Res {
+    if cpu.cr4 & cr4::PKE == 0 {
+        return Err(cpu.ud());
+    }
+    if cpu.rb.gpr[reg::RCX] as u32 != 0 { Err(cpu.gp(0)) } else { Ok(()) }
+}
+
+/// RDPKRU.
+pub(super) fn rdpkru(cpu: &mut Cpu, _: &Op) -> Res {
+    protection_keys(cpu)?;
+    let v = cpu.rb.pkru as u64;
+    super::msr::set_edx_eax(cpu, v);
+    Ok(())
+}
+
+/// WRPKRU.
+pub(super) fn wrpkru(cpu: &mut Cpu, op: &Op) -> Res {
+    protection_keys(cpu)?;
+    if cpu.rb.gpr[reg::RDX] as u32 != 0 {
+        return Err(cpu.gp(0));
+    }
+    let v = cpu.rb.gpr[reg::RAX] as u32;
+    if v != cpu.rb.pkru {
+        cpu.rb.pkru = v;
+        // The keys' rights are folded into the TLB.
+        cpu.flush_paging();
+    }
+    Err(cpu.end_block(op))
 }

@@ -22,6 +22,8 @@ pub mod dr7 {
     pub const ENABLES: u64 = 0xff;
     /// Bit that always reads one.
     pub const FIXED: u64 = 1 << 10;
+    /// Bits that can be set.
+    pub const BITS: u64 = 0xffff_2bff;
 }
 
 /// What breakpoint `n` (0..3) watches: R/W field (0 execute, 1 write, 2 I/O, 3 read or write) and length in bytes.
