@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vCPU without a processor and a clock that stands still, for the tests of the interrupt chips."""
 
+from collections.abc import Callable
+
 from softkvm.abi import KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED
 from softkvm.kvm.x86.irqchip import KernelIrqchip
 from softkvm.kvm.x86.lapic import Lapic
@@ -69,9 +71,16 @@ class FakeVcpu:
 class Board:
     """Interrupt chips with some vCPUs, their local APICs enabled by software."""
 
-    def __init__(self, cpus: int = 1, *, split: bool = False, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        cpus: int = 1,
+        *,
+        split: bool = False,
+        enabled: bool = True,
+        eoi_exit: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.clock = FakeClock()
-        self.chips = KernelIrqchip(self.clock, split=split, thread=False)
+        self.chips = KernelIrqchip(self.clock, split=split, eoi_exit=eoi_exit, thread=False)
         self.vcpus = [FakeVcpu(number) for number in range(cpus)]
         self.lapics = [Lapic(vcpu, self.chips.apic_map, self.clock) for vcpu in self.vcpus]
         for vcpu, lapic in zip(self.vcpus, self.lapics, strict=True):

@@ -148,6 +148,25 @@ def test_split_irqchip_routes_only_messages() -> None:
     assert machine.chips.routing.routed_msi(30) == (0xFEE00000, 0, 0x41)
 
 
+def test_split_irqchip_tells_userspace_of_the_eois_it_waits_for() -> None:
+    exits: list[tuple[int, int]] = []
+    board = Board(2, split=True, eoi_exit=lambda vcpu_id, vector: exits.append((vcpu_id, vector)))
+    level = msi_entry(20, address_lo=0xFEE01000, data=0x8041)
+    beyond = msi_entry(30, address_lo=0xFEE01000, data=0x8042)
+    edge = msi_entry(21, address_lo=0xFEE01000, data=0x43)
+    board.chips.routing.set_routing([level, edge, beyond])
+    for gsi in (20, 21, 30):
+        board.chips.set_irq(gsi, 1)
+        board.lapics[1].get_interrupt()
+        board.lapics[1].eoi()
+    assert exits == [(1, 0x41)]
+    board.lapics[1].mmio_write(0xF0, 4, 0x11FF)  # directed EOIs: no broadcast
+    board.chips.set_irq(20, 1)
+    board.lapics[1].get_interrupt()
+    board.lapics[1].eoi()
+    assert len(exits) == 1
+
+
 # MSIs
 
 

@@ -34,7 +34,8 @@ class ApicMap:
 
     def __init__(self) -> None:
         self.lapics: tuple[Lapic, ...] = ()
-        self.eoi_target: EoiTarget | None = None  # the in-kernel IOAPIC
+        self.eoi_target: EoiTarget | None = None
+        self.directed_eoi = False  # the IOAPIC has an EOI register: one of userspace's may, KVM's has none
         self.x2apic_format = False  # KVM_X2APIC_API_USE_32BIT_IDS
         self.x2apic_broadcast_quirk_disabled = False  # KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
         self.lint0_reenabled = True  # KVM_X86_QUIRK_LINT0_REENABLED

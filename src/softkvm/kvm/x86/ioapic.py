@@ -156,7 +156,7 @@ class IoApic:
             self._redirtbl[pin] = entry | _REMOTE_IRR
         return result
 
-    def update_eoi(self, vector: int, level_triggered: bool) -> None:
+    def update_eoi(self, vector: int, level_triggered: bool, vcpu_id: int = 0) -> None:
         """A local APIC ended the service of *vector*: tell the notifiers, and send again what is still asserted."""
         for pin in self._pins_of_vector.get(vector, ()):
             if self._eoi_notify is not None:

@@ -82,5 +82,5 @@ class EoiTarget(Protocol):
 
     handled_vectors: int  # bit n: some pin uses vector n
 
-    def update_eoi(self, vector: int, level_triggered: bool) -> None:
-        """Pass on that some local APIC ended the service of *vector*."""
+    def update_eoi(self, vector: int, level_triggered: bool, vcpu_id: int) -> None:
+        """Pass on that the local APIC of *vcpu_id* ended the service of *vector*."""

@@ -9,6 +9,7 @@ if chips.cpu_has_interrupt(lapic):         # on the vCPU's thread, when the gues
 """
 
 import errno
+from collections.abc import Callable
 
 from softkvm.abi import (
     KVM_IRQCHIP_IOAPIC,
@@ -24,13 +25,42 @@ from softkvm.kvm.x86.hrtimer import HrtimerQueue, HrtimerThread
 from softkvm.kvm.x86.i8254 import PIT_GSI, PIT_RANGE, SPEAKER_PORT, Pit
 from softkvm.kvm.x86.i8259 import PIC_RANGES, Pic
 from softkvm.kvm.x86.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS, IOAPIC_MEM_LENGTH, IoApic
-from softkvm.kvm.x86.irq_comm import IrqRouting, default_routing
+from softkvm.kvm.x86.irq_comm import IrqRouting, default_routing, msi_message
 from softkvm.kvm.x86.irq_seams import KVM_PIT_IRQ_SOURCE_ID, KVM_USERSPACE_IRQ_SOURCE_ID, Clock
 from softkvm.kvm.x86.lapic import Lapic
 
 
+class _UserspaceIoapic:
+    """Stands for the IOAPIC of a split irqchip: its pins are the MSI routes of the reserved GSIs."""
+
+    def __init__(self, routing: IrqRouting, pins: int, eoi_exit: Callable[[int, int], None] | None) -> None:
+        self.handled_vectors = 0
+        self._routing = routing
+        self._pins = pins
+        self._eoi_exit = eoi_exit
+        routing.on_change.append(self._scan_routes)
+
+    def _scan_routes(self) -> None:
+        handled = 0
+        for gsi in range(self._pins):
+            msi = self._routing.routed_msi(gsi)
+            if msi is not None and msi_message(msi, False).level_triggered:
+                handled |= 1 << msi_message(msi, False).vector
+        self.handled_vectors = handled
+
+    def update_eoi(self, vector: int, level_triggered: bool, vcpu_id: int) -> None:
+        """Let userspace know of the EOI."""
+        if self._eoi_exit is not None:
+            self._eoi_exit(vcpu_id, vector)
+
+
 class KernelIrqchip:
-    """PICs, IOAPIC, routing and the bus of the local APICs; with *split* only the last two (KVM_CAP_SPLIT_IRQCHIP)."""
+    """PICs, IOAPIC, routing and the bus of the local APICs; with *split* only the last two (KVM_CAP_SPLIT_IRQCHIP).
+
+    With *split*, userspace has the IOAPIC: *eoi_exit* is called, on the vCPU's thread, with the vCPU's ID and the vector
+    at each EOI that it must be told of (KVM_EXIT_IOAPIC_EOI): of level-triggered messages routed from the GSIs below
+    *reserved_pins*.
+    """
 
     def __init__(
         self,
@@ -38,6 +68,8 @@ class KernelIrqchip:
         apic_map: ApicMap | None = None,
         *,
         split: bool = False,
+        reserved_pins: int = 24,
+        eoi_exit: Callable[[int, int], None] | None = None,
         thread: bool = True,
     ) -> None:
         self.apic_map = apic_map or ApicMap()
@@ -51,7 +83,10 @@ class KernelIrqchip:
             self.ioapic = IoApic(self.apic_map, self._ioapic_acked, self._ioapic_masked, self.timers)
             self.apic_map.eoi_target = self.ioapic
         self.routing = IrqRouting(self.apic_map, self.pic, self.ioapic)
-        if not split:
+        if split:
+            self.apic_map.directed_eoi = True
+            self.apic_map.eoi_target = _UserspaceIoapic(self.routing, reserved_pins, eoi_exit)
+        else:
             self.routing.set_routing(default_routing())
 
     def attach(self, pio_bus: IoBus, mmio_bus: IoBus) -> None:

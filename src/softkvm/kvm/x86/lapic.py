@@ -129,7 +129,7 @@ class Lapic:
         if not cmci:
             del self.lvt_masks[APIC_LVTCMCI]
         version = APIC_VERSION | (len(self.lvt_masks) - 1) << 16
-        if x2apic and self.apic_map.eoi_target is None:  # only an IOAPIC outside of KVM has an EOI register
+        if x2apic and self.apic_map.directed_eoi:
             version |= APIC_LVR_DIRECTED_EOI
         self.regs[APIC_LVR >> 2] = version
 
@@ -289,8 +289,8 @@ class Lapic:
         self.isr = isr ^ bit
         self._update_ppr()
         target = self.apic_map.eoi_target
-        if target is not None and target.handled_vectors & bit:
-            target.update_eoi(vector, self.tmr & bit != 0)
+        if target is not None and target.handled_vectors & bit and not self.eoi_broadcast_suppressed():
+            target.update_eoi(vector, self.tmr & bit != 0, self.vcpu_id)
 
     def eoi_broadcast_suppressed(self) -> bool:
         """Whether software asked for directed EOIs (SVR bit 12): it writes the IOAPIC's EOI register itself."""
