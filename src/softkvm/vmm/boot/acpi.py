@@ -146,7 +146,7 @@ def dsdt() -> bytes:
     """Return the definition block: the soft-off state, COM1, the RTC, the panic device."""
     sleep_type = aml.integer(acpi_pm.S5_SLP_TYP)
     system_bus = aml.scope(
-        "\\_SB_",
+        "_SB_",
         aml.device(
             "COM1",
             aml.name("_HID", aml.eisa_id("PNP0501")),
@@ -169,7 +169,7 @@ def dsdt() -> bytes:
             aml.name("_CRS", aml.resource_template(aml.io(pvpanic.PVPANIC_PORT, 1))),
         ),
     )
-    soft_off = aml.name("\\_S5_", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
+    soft_off = aml.name("_S5_", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
     return table(b"DSDT", 2, soft_off + system_bus)
 
 

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``softkvm run`` as a process: statuses, messages, files, the terminal."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from tests.support.machines import KVMS
+
+from softkvm.cli import CommandError
+from softkvm.cli.run import parse_size
+from softkvm.vmm.memory import GIB, KIB, MIB
+
+RUN = (sys.executable, "-m", "softkvm.cli.main", "run")
+
+POWER_OFF = bytes.fromhex("ba0406 b80034 ef f4ebfd")
+RESET = bytes.fromhex("ba6400 b0fe ee f4ebfd")
+PVPANIC = bytes.fromhex("ba0505 b001 ee f4ebfd")
+DEBUG_EXIT = bytes.fromhex("baf400 b005 ee 66b805000000 66ef f4ebfd")
+SPIN = bytes.fromhex("ebfe")
+ECHO = bytes.fromhex("bafd03 ec a801 74fb baf803 ec ee ebf1")  # sends back what it receives, for ever
+
+
+def printing(text: bytes) -> bytes:
+    """Return code that prints *text* on COM1."""
+    return bytes.fromhex("baf803") + b"".join(bytes([0xB0, byte, 0xEE]) for byte in text)
+
+
+@pytest.fixture(params=sorted(KVMS))
+def accel(request: pytest.FixtureRequest) -> str:
+    KVMS[request.param]().close()  # skips where it is not there
+    return {"soft": "soft", "device": "kvm"}[request.param]
+
+
+def run(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RUN, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def flat(tmp_path: Path, code: bytes) -> str:
+    path = tmp_path / "guest.bin"
+    path.write_bytes(code)
+    return f"flat:{path}"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        (POWER_OFF, 0, ""),
+        (PVPANIC, 3, "softkvm: panic: pvpanic\n"),
+        (SPIN, 5, "softkvm: timeout: 1 s\n"),
+        (RESET, 6, "softkvm: reset: keyboard controller\n"),
+        (DEBUG_EXIT, 8, "softkvm: debug exit: status 11\n"),
+        (printing(b"Kernel panic - not syncing: x\n") + RESET, 3, "softkvm: panic: on the console: Kernel panic"),
+        (printing(b"---[ end Kernel panic\n") + SPIN, 3, "softkvm: panic: on the console"),
+    ],
+)
+def test_status_tells_how_the_guest_ended(tmp_path: Path, accel: str, code: bytes, status: int, message: str) -> None:
+    done = run("--accel", accel, "--timeout", "1" if code == SPIN else "30", "--kernel", flat(tmp_path, code))
+    assert (done.returncode, done.stderr.startswith(message)) == (status, True), done.stderr
+    assert done.stderr.count("\n") == (1 if status else 0)
+
+
+def test_console_output_is_standard_output_and_stats_are_complete(tmp_path: Path, accel: str) -> None:
+    stats_path = tmp_path / "stats.json"
+    code = printing(b"Linux version 6.1 (x)\nRun /init as init process\n") + POWER_OFF
+    done = run(
+        "--accel", accel, "--kernel", flat(tmp_path, code), "--stats", stats_path, "--timeout", "30", "--mem", "64"
+    )  # fmt: skip
+    assert done.stdout == "Linux version 6.1 (x)\nRun /init as init process\n"
+    stats = json.loads(stats_path.read_text())
+    assert list(stats["milestones"]) == ["console", "kernel", "init"]
+    assert 0 < stats["milestones"]["console"]["at_ns"] <= stats["milestones"]["init"]["at_ns"]
+    assert stats["end"] == "power-off"
+    assert stats["exit_status"] == 0
+    assert stats["memory_bytes"] == 64 * MIB
+    assert stats["exits"]["KVM_EXIT_IO"]["count"] == 48 + 1
+    assert stats["wall_ns"] > 0
+    assert stats["cpu_ns"] > 0
+    if accel == "soft":
+        assert stats["instructions"] >= 2 * 48
+    assert sorted(os.listdir(tmp_path)) == ["guest.bin", "stats.json"]
+
+
+def test_console_to_a_file(tmp_path: Path, accel: str) -> None:
+    log = tmp_path / "log"
+    done = run("--accel", accel, "--console", f"file:{log}", "--kernel", flat(tmp_path, printing(b"hi") + POWER_OFF))
+    assert (done.returncode, done.stdout, log.read_text()) == (0, "", "hi")
+
+
+def test_piped_input_reaches_the_guest(tmp_path: Path, accel: str) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "softkvm.cli.main",
+            "run",
+            "--timeout",
+            "60",
+            "--accel",
+            accel,
+            "--kernel",
+            flat(tmp_path, ECHO),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"\x01xyz")  # escapes are for terminals
+    process.stdin.close()
+    assert process.stdout.read(4) == b"\x01xyz"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    process.stdout.close()
+
+
+BAD_INPUT = [
+    (["--kernel", "{missing}"], "kernel {missing}: No such file or directory"),
+    (["--kernel", "{dir}"], "kernel {dir}: Is a directory"),
+    (["--kernel", "{text}"], "{text}: kernel has an unknown format"),
+    (["--kernel", "{empty}"], "{empty}: kernel is empty"),
+    (["--kernel", "{text}", "--initrd", "{missing}"], "initrd {missing}: No such file or directory"),
+    (["--initrd", "{text}"], "--initrd needs --kernel"),
+    (["--kernel", "{text}", "--mem", "16M"], "memory of 16 MiB: expected 32 MiB to"),
+    (["--kernel", "{text}", "--mem", "lots"], "--mem lots: expected a size such as 256M or 2G"),
+    (["--kernel", "{text}", "--mem", "-1"], "--mem -1: expected a size such as 256M or 2G"),
+    (["--kernel", "{text}", "--mem", "99999999G"], "memory of"),
+    (["--kernel", "{text}", "--vcpus", "17"], "17 vCPUs: expected 1 to 16"),
+    (["--kernel", "{text}", "--vcpus", "two"], "--vcpus two: expected a number from 1 to 16"),
+    (["--kernel", "{text}", "--vcpus", "0"], "0 vCPUs: expected 1 to 16"),
+    (["--kernel", "{text}", "--timeout", "soon"], "--timeout soon: expected a number of seconds above 0"),
+    (["--kernel", "{text}", "--timeout", "nan"], "--timeout nan: expected"),
+    (["--kernel", "{text}", "--console", "tv"], "--console tv: expected stdio, pty, file:PATH or none"),
+    (["--kernel", "{text}", "--stats", "{missing}/s"], "--stats {missing}/s: No such file or directory"),
+    (["--kernel", "{text}", "--stats", "{dir}"], "--stats {dir}: Is a directory"),
+    (["--kernel", "flat:{empty}"], "{empty}: flat image has 0 bytes"),
+    (["--kernel", "flat:{text}", "--initrd", "{text}"], "--kernel flat:FILE takes neither"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, accel: str, arguments: list[str], message: str) -> None:
+    names = {name: str(tmp_path / name) for name in ("missing", "dir", "text", "empty")}
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "text").write_text("I am no kernel\n")
+    (tmp_path / "empty").write_bytes(b"")
+    done = run("--accel", accel, *(argument.format(**names) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message.format(**names) in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["dir", "empty", "text"], "something was left behind"
+
+
+def test_device_that_is_missing_is_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softkvm.cli import run as module
+
+    monkeypatch.setattr(module, "DEV_KVM", str(tmp_path / "kvm"))
+    with pytest.raises(CommandError, match=r"--accel kvm: .*No such file") as caught:
+        module._open_kvm("kvm")
+    assert caught.value.status == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("256M", 256 * MIB), ("256", 256 * MIB), ("2G", 2 * GIB), ("65536k", 65536 * KIB), ("1gb", GIB)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+class Terminal:
+    """``softkvm run`` on a pseudo-terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.master, slave = os.openpty()
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        self.process = subprocess.Popen(
+            [*RUN, "--timeout", "60", *arguments],
+            stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        )  # fmt: skip
+        self.seen = b""
+
+    def expect(self, text: bytes, timeout_s: float = 30) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], 0.2)
+            if ready:
+                self.seen += os.read(self.master, 4096)
+            assert time.monotonic() < deadline, self.seen
+        self.seen = self.seen.split(text, 1)[1]
+
+    def type(self, data: bytes) -> None:
+        os.write(self.master, data)
+
+    def finish(self) -> int:
+        """Wait for the process; the terminal must be as it was."""
+        status = self.process.wait(30)
+        restored = termios.tcgetattr(self.slave) == self.before
+        os.close(self.master)
+        os.close(self.slave)
+        assert restored, "the terminal was left in raw mode"
+        return status
+
+
+def test_escape_keys_on_a_terminal(tmp_path: Path, accel: str) -> None:
+    terminal = Terminal("--accel", accel, "--kernel", flat(tmp_path, printing(b"ready") + ECHO))
+    terminal.expect(b"ready")
+    terminal.type(b"\x03a\x01\x01b")  # Ctrl-C goes to the guest
+    terminal.expect(b"\x03a\x01b")
+    terminal.type(b"\x01h")
+    terminal.expect(b"Ctrl-A x        end the machine\r\n")
+    terminal.type(b"\x01x")
+    assert terminal.finish() == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_terminal_is_restored_after_a_signal(tmp_path: Path, accel: str, number: int) -> None:
+    terminal = Terminal("--accel", accel, "--kernel", flat(tmp_path, printing(b"ready") + SPIN))
+    terminal.expect(b"ready")
+    terminal.process.send_signal(number)
+    assert terminal.finish() == 128 + number
+
+
+def test_terminal_is_restored_after_bad_input(tmp_path: Path) -> None:
+    assert Terminal("--kernel", str(tmp_path / "missing")).finish() == 2
