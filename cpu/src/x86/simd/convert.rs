@@ -206,32 +206,30 @@ fn from_general<T: Int>(form: Form, f: impl Fn(V, i64, &mut Env) -> V + Copy + '
     }
 }
 
-/// CVTPI2PS and CVTPI2PD. The latter leaves the x87 state alone when its source is memory (`quiet_memory`).
-fn from_mmx(form: Form, quiet_memory: bool, f: impl Fn(V, u64, &mut Env) -> V + Copy + 'static) -> Handler {
+/// CVTPI2PS and CVTPI2PD. With a memory source processors leave the x87 state alone and don't look at it (the manuals
+/// say so of the latter only).
+fn from_mmx(form: Form, f: impl Fn(V, u64, &mut Env) -> V + Copy + 'static) -> Handler {
     #[inline(always)]
-    fn run<const MEM: bool, const ENTER: bool>(
-        cpu: &mut Cpu,
-        op: &Op,
-        f: impl Fn(V, u64, &mut Env) -> V,
-    ) -> Res {
+    fn run<const MEM: bool>(cpu: &mut Cpu, op: &Op, f: impl Fn(V, u64, &mut Env) -> V) -> Res {
         cpu.sse_ready()?;
-        if ENTER {
+        let b = if MEM {
+            memory::<8>(cpu, op)?[0]
+        } else {
             cpu.mmx_ready()?;
-        }
-        let b = if MEM { memory::<8>(cpu, op)?[0] } else { cpu.mm(op.src) };
+            // Processors have switched to MMX before they find a SIMD exception.
+            cpu.mmx_enter();
+            cpu.mm(op.src)
+        };
         let mut env = Env::sse(cpu.rb.mxcsr);
         let r = f(cpu.xmm(op.dst), b, &mut env);
         cpu.sse_commit(&env)?;
-        if ENTER {
-            cpu.mmx_enter();
-        }
         cpu.set_xmm(op.dst, r);
         Ok(())
     }
-    match (form.mem, quiet_memory) {
-        (true, true) => handler(move |cpu: &mut Cpu, op: &Op| run::<true, false>(cpu, op, f)),
-        (true, false) => handler(move |cpu: &mut Cpu, op: &Op| run::<true, true>(cpu, op, f)),
-        _ => handler(move |cpu: &mut Cpu, op: &Op| run::<false, true>(cpu, op, f)),
+    if form.mem {
+        handler(move |cpu: &mut Cpu, op: &Op| run::<true>(cpu, op, f))
+    } else {
+        handler(move |cpu: &mut Cpu, op: &Op| run::<false>(cpu, op, f))
     }
 }
 
@@ -244,6 +242,8 @@ fn to_mmx<const SIZE: u32>(form: Form, f: impl Fn(V, &mut Env) -> V + Copy + 'st
         let b = source::<SIZE, MEM>(cpu, op)?;
         let mut env = Env::sse(cpu.rb.mxcsr);
         let r = f(b, &mut env);
+        // As in `from_mmx`.
+        cpu.mmx_enter();
         cpu.sse_commit(&env)?;
         cpu.set_mm(op.dst, r[0]);
         Ok(())
@@ -292,13 +292,13 @@ pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
         Cvttsd2si_r32_xmmm64 => to_general::<8, u32>(form, |b, e| trunc64_i32(b, e) as u32),
         Cvttsd2si_r64_xmmm64 => to_general::<8, u64>(form, |b, e| trunc64_i64(b, e) as u64),
 
-        Cvtpi2ps_xmm_mmm64 => from_mmx(form, false, |a, b, e| {
+        Cvtpi2ps_xmm_mmm64 => from_mmx(form, |a, b, e| {
             let low = from_i64_32(b as i32 as i64, e);
             let high = from_i64_32(b as i64 >> 32, e);
             [low as u64 | (high as u64) << 32, a[1]]
         }),
         Cvtpi2pd_xmm_mmm64 => {
-            from_mmx(form, true, |_, b, _| two_wide([b, 0], |x| (x as i32 as f64).to_bits()))
+            from_mmx(form, |_, b, _| two_wide([b, 0], |x| (x as i32 as f64).to_bits()))
         }
         Cvtps2pi_mm_xmmm64 => to_mmx::<8>(form, |b, e| two_low32(b, e, round32_i32)),
         Cvttps2pi_mm_xmmm64 => to_mmx::<8>(form, |b, e| two_low32(b, e, trunc32_i32)),

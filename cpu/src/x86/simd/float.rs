@@ -11,7 +11,7 @@ use super::super::flags::rf;
 use super::super::op::{Handler, Op, Res, Stop, handler};
 use super::super::state::{Cpu, cr4, vector};
 use super::form::{Form, M128, memory};
-use super::vector::{V, build, join, map1, split, with_low32, with_low64};
+use super::vector::{Lane, V, build, join, map1, split, with_low32, with_low64};
 use crate::float::*;
 
 impl Cpu {
@@ -148,33 +148,54 @@ fn addsubpd(a: V, b: V, env: &mut Env) -> V {
     [low, f64_add(a[1], b[1], env)]
 }
 
-/// DPPS: products that `imm[7:4]` picks, summed in pairs, the sum to the elements that `imm[3:0]` picks. An unmasked
-/// exception of one step ends the instruction before the next one.
-pub fn dpps(a: V, b: V, imm: u8, env: &mut Env) -> V {
+/// One step of DPPS or DPPD, an element at a time; its flags go to `mxcsr`. None: an unmasked exception, which ends
+/// the instruction before its next step.
+#[inline(always)]
+fn step<T: Lane<N>, const N: usize>(mxcsr: &mut u32, f: impl Fn(usize, &mut Env) -> T) -> Option<[T; N]> {
+    let mut env = Env::sse(*mxcsr);
+    let r = core::array::from_fn(|i| f(i, &mut env));
+    (!env.commit_sse(mxcsr)).then_some(r)
+}
+
+/// DPPS: products that `imm[7:4]` picks, summed in pairs, the sum to the elements that `imm[3:0]` picks. The order of
+/// the additions, which shows when there are several NaNs, is that of Intel's processors.
+pub fn dpps(a: V, b: V, imm: u8, mxcsr: &mut u32) -> Option<V> {
     let (a, b) = (split::<u32, 4>(a), split::<u32, 4>(b));
-    let p: [u32; 4] =
-        core::array::from_fn(|i| if imm >> (4 + i) & 1 != 0 { f32_mul(a[i], b[i], env) } else { 0 });
-    if env.unmasked() {
-        return [0; 2];
-    }
-    let low = f32_add(p[0], p[1], env);
-    let high = f32_add(p[2], p[3], env);
-    if env.unmasked() {
-        return [0; 2];
-    }
-    let sum = f32_add(low, high, env);
-    build::<u32, 4>(|i| if imm >> i & 1 != 0 { sum } else { 0 })
+    let p = step::<u32, 4>(mxcsr, |i, e| if imm >> (4 + i) & 1 != 0 { f32_mul(a[i], b[i], e) } else { 0 })?;
+    let pairs =
+        step::<u32, 4>(
+            mxcsr,
+            |i, e| if i < 2 { f32_add(p[1 - i], p[i], e) } else { f32_add(p[5 - i], p[i], e) },
+        )?;
+    let sums = step::<u32, 4>(mxcsr, |i, e| f32_add(pairs[i], pairs[i ^ 2], e))?;
+    Some(build::<u32, 4>(|i| if imm >> i & 1 != 0 { sums[i] } else { 0 }))
 }
 
 /// DPPD.
-pub fn dppd(a: V, b: V, imm: u8, env: &mut Env) -> V {
-    let p: [u64; 2] =
-        core::array::from_fn(|i| if imm >> (4 + i) & 1 != 0 { f64_mul(a[i], b[i], env) } else { 0 });
-    if env.unmasked() {
-        return [0; 2];
+pub fn dppd(a: V, b: V, imm: u8, mxcsr: &mut u32) -> Option<V> {
+    let p = step::<u64, 2>(mxcsr, |i, e| if imm >> (4 + i) & 1 != 0 { f64_mul(a[i], b[i], e) } else { 0 })?;
+    let sums = step::<u64, 2>(mxcsr, |i, e| f64_add(p[i], p[1 - i], e))?;
+    Some(build::<u64, 2>(|i| if imm >> i & 1 != 0 { sums[i] } else { 0 }))
+}
+
+/// DPPS and DPPD.
+fn dot(form: Form, f: impl Fn(V, V, u8, &mut u32) -> Option<V> + Copy + 'static) -> Handler {
+    #[inline(always)]
+    fn run<const MEM: bool>(cpu: &mut Cpu, op: &Op, f: impl Fn(V, V, u8, &mut u32) -> Option<V>) -> Res {
+        let b = source::<M128, MEM>(cpu, op)?;
+        match f(cpu.xmm(op.dst), b, op.imm as u8, &mut cpu.rb.mxcsr) {
+            Some(r) => {
+                cpu.set_xmm(op.dst, r);
+                Ok(())
+            }
+            None => Err(cpu.simd_exception()),
+        }
     }
-    let sum = f64_add(p[0], p[1], env);
-    build::<u64, 2>(|i| if imm >> i & 1 != 0 { sum } else { 0 })
+    if form.mem {
+        handler(move |cpu: &mut Cpu, op: &Op| run::<true>(cpu, op, f))
+    } else {
+        handler(move |cpu: &mut Cpu, op: &Op| run::<false>(cpu, op, f))
+    }
 }
 
 /// All ones for true.
@@ -239,8 +260,8 @@ pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
         Hsubpd_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours64(a, b, e, f64_sub)),
         Addsubps_xmm_xmmm128 => form.x2f::<M128>(addsubps),
         Addsubpd_xmm_xmmm128 => form.x2f::<M128>(addsubpd),
-        Dpps_xmm_xmmm128_imm8 => form.x2if::<M128>(dpps),
-        Dppd_xmm_xmmm128_imm8 => form.x2if::<M128>(dppd),
+        Dpps_xmm_xmmm128_imm8 => dot(form, dpps),
+        Dppd_xmm_xmmm128_imm8 => dot(form, dppd),
         Roundps_xmm_xmmm128_imm8 => form.ps(|_, b, imm, e| super::convert::round32(b, imm, e)),
         Roundpd_xmm_xmmm128_imm8 => form.pd(|_, b, imm, e| super::convert::round64(b, imm, e)),
         Roundss_xmm_xmmm32_imm8 => form.ss(|_, b, imm, e| super::convert::round32(b, imm, e)),

@@ -75,7 +75,7 @@ impl Cpu {
         self.rb.st[n as usize & 7][0]
     }
 
-    /// What every completed MMX instruction but EMMS does to the x87 state: TOP = 0, all tags valid.
+    /// What every MMX instruction does to the x87 state (EMMS then empties it): TOP = 0, all tags valid.
     #[inline(always)]
     pub fn mmx_enter(&mut self) {
         self.rb.fsw &= !FSW_TOP;

@@ -174,9 +174,10 @@ fn movdq2q(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-/// EMMS.
+/// EMMS: TOP = 0 too, as in processors (the manuals only tell of the tags).
 fn emms(cpu: &mut Cpu, _: &Op) -> Res {
     cpu.mmx_ready()?;
+    cpu.mmx_enter();
     cpu.rb.ftw = 0xffff;
     Ok(())
 }
