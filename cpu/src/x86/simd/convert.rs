@@ -297,9 +297,7 @@ pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
             let high = from_i64_32(b as i64 >> 32, e);
             [low as u64 | (high as u64) << 32, a[1]]
         }),
-        Cvtpi2pd_xmm_mmm64 => {
-            from_mmx(form, |_, b, _| two_wide([b, 0], |x| (x as i32 as f64).to_bits()))
-        }
+        Cvtpi2pd_xmm_mmm64 => from_mmx(form, |_, b, _| two_wide([b, 0], |x| (x as i32 as f64).to_bits())),
         Cvtps2pi_mm_xmmm64 => to_mmx::<8>(form, |b, e| two_low32(b, e, round32_i32)),
         Cvttps2pi_mm_xmmm64 => to_mmx::<8>(form, |b, e| two_low32(b, e, trunc32_i32)),
         Cvtpd2pi_mm_xmmm128 => to_mmx::<M128>(form, |b, e| two_low(b, e, |x, e| round64_i32(x, e) as u32)),

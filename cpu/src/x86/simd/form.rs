@@ -9,7 +9,7 @@
 use iced_x86::{Instruction, OpKind};
 
 use super::super::op::{Handler, Op, Res, Stop, handler};
-use super::super::state::{Cpu, cr0, cr4, vector};
+use super::super::state::{Cpu, cr0, cr4};
 use super::super::translate::gpr;
 use super::vector::V;
 
@@ -52,7 +52,7 @@ impl Cpu {
         } else if self.cr0 & cr0::TS != 0 {
             self.nm()
         } else {
-            self.fault(vector::MF, None)
+            self.x87_pending()
         }
     }
 
