@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Every SIMD instruction on the software CPU against the host's processor: registers, flags, MXCSR, memory, faults.
 //!
-//! Bounded by default; `SOFTCPU_SIMD_CASES=1000` runs as many cases per encoding.
+//! Bounded by default; `SOFTCPU_SIMD_CASES=1000` runs as many cases per encoding. `SOFTCPU_SIMD_GOLDEN=FILE` writes the
+//! host's results for `simd_golden.rs`.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod simd_cases;
@@ -9,7 +10,7 @@ mod simd_cases;
 use core::arch::asm;
 
 use iced_x86::Code;
-use simd_cases::{FLAGS, Random, Soft, State, codes, encode, state};
+use simd_cases::{AT, FLAGS, Random, Soft, State, codes, encode, golden_cases, map_memory, state};
 
 /// What the native run needs beside the registers.
 #[repr(C, align(64))]
@@ -24,7 +25,6 @@ struct Frame {
 const GPR: usize = 512;
 const RFLAGS: usize = GPR + 13 * 8;
 const RESUME: usize = RFLAGS + 8;
-const SIGNAL: usize = RESUME + 8;
 
 /// SIGFPE, SIGSEGV and SIGILL in the tested instruction: go on behind it, remembering the signal.
 extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -140,7 +140,6 @@ impl Native {
                 clobber_abi("sysv64"),
             );
         }
-        let _ = SIGNAL;
         let word = |at: usize| u64::from_le_bytes(f.fx[at..at + 8].try_into().unwrap());
         let fsw = u16::from_le_bytes([f.fx[2], f.fx[3]]);
         let top = (fsw >> 11 & 7) as usize;
@@ -162,24 +161,6 @@ impl Native {
             },
         }
     }
-}
-
-/// 2 MiB for the software CPU, and a page behind it for native code.
-const AT: usize = 0x2000_0000;
-
-fn memory() {
-    // SAFETY: a fixed address that nothing uses (the call fails otherwise).
-    let p = unsafe {
-        libc::mmap(
-            AT as *mut _,
-            (2 << 20) + 4096,
-            libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
-            -1,
-            0,
-        )
-    };
-    assert_eq!(p as usize, AT);
 }
 
 fn host_has(code: Code) -> bool {
@@ -240,9 +221,18 @@ fn describe(before: &State, soft: &State, native: &State) -> String {
 fn every_instruction_does_what_the_host_does() {
     let cases = std::env::var("SOFTCPU_SIMD_CASES").ok().and_then(|v| v.parse().ok()).unwrap_or(30usize);
     let only = std::env::var("SOFTCPU_SIMD_ONLY").ok();
-    memory();
+    map_memory();
     // SAFETY: just mapped.
     let (mut soft, native) = unsafe { (Soft::new(AT), Native::new(AT + (2 << 20), AT)) };
+    if let Ok(path) = std::env::var("SOFTCPU_SIMD_GOLDEN") {
+        let mut text = String::new();
+        for (name, bytes, states) in golden_cases() {
+            native.code(&bytes);
+            let digest = states.iter().fold(0u64, |d, s| d.rotate_left(7) ^ native.run(s).digest());
+            text += &format!("{name} {digest:016x}\n");
+        }
+        std::fs::write(path, text).unwrap();
+    }
     let mut r = Random(0x1234_5678_9abc_def1);
     let mut failures = Vec::new();
     let mut tested = 0;
