@@ -57,9 +57,9 @@ class _UserspaceIoapic:
 class KernelIrqchip:
     """PICs, IOAPIC, routing and the bus of the local APICs; with *split* only the last two (KVM_CAP_SPLIT_IRQCHIP).
 
-    With *split*, userspace has the IOAPIC: *eoi_exit* is called, on the vCPU's thread, with the vCPU's ID and the vector
-    at each EOI that it must be told of (KVM_EXIT_IOAPIC_EOI): of level-triggered messages routed from the GSIs below
-    *reserved_pins*.
+    With *split*, userspace has the IOAPIC. At each EOI that it must be told of (KVM_EXIT_IOAPIC_EOI), *eoi_exit* is
+    called with the vCPU's ID and the vector, on the vCPU's thread: for level-triggered messages that are routed from
+    the GSIs below *reserved_pins*.
     """
 
     def __init__(
