@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Operands for the floating-point tests: random bits, drawn to the edges of the formats.
 
+#![allow(dead_code, reason = "each test file uses its part")]
+
 use softcpu::float::F80;
 
 /// xorshift64*: small, seedable, the same everywhere.

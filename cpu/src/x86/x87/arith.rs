@@ -101,7 +101,9 @@ pub fn arithmetic<const OP: u8, const FORM: u8>(cpu: &mut Cpu, op: &Op) -> Res {
         (write, value) = (cpu.stack_fault(op, false), F80::INDEFINITE);
     } else {
         let mut env = cpu.x87_env();
-        if denormal && is_number(a) {
+        // Division by zero hides the denormal dividend.
+        let by_zero = OP == operation::DIVR && float::f80_class(a) == Class::Zero;
+        if denormal && is_number(a) && !by_zero {
             env.flags |= DE;
         }
         value = compute::<OP>(a, b, &mut env);
@@ -141,8 +143,9 @@ fn compare_with(cpu: &mut Cpu, op: &Op, b: Option<Source>, signaling: bool, pops
         }
         _ => (None, cpu.stack_fault(op, false)),
     };
+    // An unmasked exception only keeps the stack from being popped.
+    cpu.set_conditions(sw::C0 | sw::C2 | sw::C3, conditions(ordering));
     if go_on {
-        cpu.set_conditions(sw::C0 | sw::C2 | sw::C3, conditions(ordering));
         for _ in 0..pops {
             cpu.pop_st();
         }
@@ -190,16 +193,14 @@ pub fn compare_flags<const SIGNALING: bool, const POP: bool>(cpu: &mut Cpu, op: 
         env.c1 = cpu.rb.fsw & sw::C1 != 0;
         (ordering, cpu.x87_commit(op, &env))
     };
-    if go_on {
-        cpu.lf.set_all(match ordering {
-            None => rf::ZF | rf::PF | rf::CF,
-            Some(Ordering::Less) => rf::CF,
-            Some(Ordering::Equal) => rf::ZF,
-            Some(Ordering::Greater) => 0,
-        });
-        if POP {
-            cpu.pop_st();
-        }
+    cpu.lf.set_all(match ordering {
+        None => rf::ZF | rf::PF | rf::CF,
+        Some(Ordering::Less) => rf::CF,
+        Some(Ordering::Equal) => rf::ZF,
+        Some(Ordering::Greater) => 0,
+    });
+    if go_on && POP {
+        cpu.pop_st();
     }
     Ok(())
 }
@@ -348,8 +349,8 @@ pub fn remainder<const NEAREST: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.x87_enter()?;
     cpu.x87_note(op);
     if cpu.st_empty(0) || cpu.st_empty(1) {
+        cpu.set_conditions(sw::C2, 0);
         if cpu.stack_fault(op, false) {
-            cpu.set_conditions(sw::C2, 0);
             cpu.set_st(0, F80::INDEFINITE);
         }
         return Ok(());
@@ -357,7 +358,8 @@ pub fn remainder<const NEAREST: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     let mut env = cpu.x87_env();
     let r = float::f80_remainder(cpu.st(0), cpu.st(1), NEAREST, &mut env);
     let write = cpu.x87_commit(op, &env);
-    if env.flags & IE != 0 {
+    if !is_number(r.value) {
+        // No quotient: C0 and C3 stay.
         cpu.set_conditions(sw::C2, 0);
     } else if write {
         let q = u16::from(r.quotient);

@@ -66,8 +66,13 @@ pub fn load<const FORMAT: u8>(cpu: &mut Cpu, op: &Op) -> Res {
         if cpu.stack_fault(op, true) {
             cpu.push_st(F80::INDEFINITE);
         }
-    } else if cpu.x87_commit(op, &env) {
-        cpu.push_st(value);
+    } else {
+        // An unmasked denormal exception doesn't stop a load.
+        let invalid = env.flags & !env.masks & IE != 0;
+        cpu.x87_commit(op, &env);
+        if !invalid {
+            cpu.push_st(value);
+        }
     }
     Ok(())
 }
