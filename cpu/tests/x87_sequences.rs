@@ -6,17 +6,10 @@
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod float_cases;
+mod x87_guest;
 
 use float_cases::Random;
-use softcpu::mem::Machine;
-use softcpu::x86::state::Cpu;
-use softcpu::x86::vmcb::{Vmcb, control, save};
-
-const RAM: usize = 4 << 20;
-const CODE: usize = 0x10_0000;
-const DATA: usize = 0x20_0000;
-const STACK: usize = 0x30_0000;
-const DATA_SIZE: usize = 4096;
+use x87_guest::{DATA_SIZE, Guest, map};
 
 /// Places in the data page.
 const INITIAL: usize = 0;
@@ -26,101 +19,6 @@ const SCRATCH_SIZE: usize = 1024;
 const RFLAGS_AT: usize = 2048;
 const RAX_AT: usize = 2056;
 const ENVIRONMENT: usize = 3072;
-
-fn map(size: usize, align: usize, protection: i32) -> usize {
-    // SAFETY: a fresh anonymous mapping, never unmapped.
-    let p = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            size + align,
-            libc::PROT_READ | libc::PROT_WRITE | protection,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            -1,
-            0,
-        )
-    };
-    assert!(p != libc::MAP_FAILED);
-    (p as usize).next_multiple_of(align)
-}
-
-/// A guest in 64-bit mode with 4 MiB of memory.
-struct Guest {
-    cpu: Box<Cpu>,
-    vmcb: usize,
-    ram: usize,
-}
-
-impl Guest {
-    fn new() -> Guest {
-        let machine = Machine::new();
-        let ram = map(RAM, 2 << 20, 0);
-        let host = map(64 << 10, 4096, 0);
-        // SAFETY: both stay mapped.
-        unsafe {
-            machine.add_region(ram, RAM).unwrap();
-            machine.add_region(host, 64 << 10).unwrap();
-        }
-        let put = |address: usize, value: u64| {
-            // SAFETY: inside the two mappings.
-            unsafe { (address as *mut u64).write(value) }
-        };
-        let (n4, n3, n2) = (host + 0x1000, host + 0x2000, host + 0x3000);
-        put(n4, n3 as u64 | 7);
-        put(n3, n2 as u64 | 7);
-        put(ram + 0x1000, 0x2000 | 7);
-        put(ram + 0x2000, 0x3000 | 7);
-        for i in 0..RAM >> 21 {
-            put(n2 + 8 * i, (ram + (i << 21)) as u64 | 0xe7);
-            put(ram + 0x3000 + 8 * i, (i << 21) as u64 | 0xe7);
-        }
-        // SAFETY: a mapped page.
-        let v = unsafe { Vmcb::new(host) };
-        v.set(control::INTERCEPTS + 8, u32::MAX); // all exceptions
-        v.set(control::INTERCEPTS + 12, 1u32 << 24 | 1 << 31 | 1); // HLT, shutdown, INTR
-        v.set(control::INTERCEPTS + 16, 1u32);
-        v.set(control::ASID, 1u32);
-        v.set(control::NP_ENABLE, 1u64);
-        v.set(control::N_CR3, n4 as u64);
-        for n in 0..6 {
-            v.set(save::ES + 16 * n, 0x10u16);
-            v.set(save::ES + 16 * n + 2, 0xc93u16);
-            v.set(save::ES + 16 * n + 4, u32::MAX);
-        }
-        v.set(save::ES + 16, 8u16);
-        v.set(save::ES + 18, 0xa9bu16);
-        v.set(save::EFER, 0x1d00u64);
-        v.set(save::CR0, 0x8000_0033u64);
-        v.set(save::CR3, 0x1000u64);
-        v.set(save::CR4, 0x4_06a0u64);
-        let mut cpu = Cpu::new(machine, 0);
-        cpu.rb.xcr0 = 3;
-        Guest { cpu, vmcb: host, ram }
-    }
-
-    /// Runs `code` up to HLT with RDI at the data page, whose contents come back; the offset it came to.
-    fn run(&mut self, code: &[u8], data: &mut [u8; DATA_SIZE]) -> usize {
-        assert!(code.len() < 0x1_0000);
-        // SAFETY: inside guest memory; the guest isn't running.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), (self.ram + CODE) as *mut u8, code.len());
-            std::ptr::copy_nonoverlapping(data.as_ptr(), (self.ram + DATA) as *mut u8, DATA_SIZE);
-        }
-        // SAFETY: a mapped page.
-        let v = unsafe { Vmcb::new(self.vmcb) };
-        v.set(control::TLB_CONTROL, 1u8);
-        v.set(save::RFLAGS, 2u64);
-        v.set(save::RIP, CODE as u64);
-        v.set(save::RSP, STACK as u64);
-        self.cpu.rb.gpr[7] = DATA as u64;
-        let exit = self.cpu.vmrun(self.vmcb).expect("a good VMCB");
-        // SAFETY: as above.
-        unsafe {
-            std::ptr::copy_nonoverlapping((self.ram + DATA) as *const u8, data.as_mut_ptr(), DATA_SIZE)
-        };
-        assert_ne!(exit, u64::MAX, "a consistent VMCB");
-        (v.get::<u64>(save::RIP) - CODE as u64) as usize
-    }
-}
 
 /// An executable page and a data page of this process.
 struct Native {
