@@ -155,18 +155,6 @@ fn bad_xsave_headers_raise_gp() {
 }
 
 #[test]
-fn xgetbv_reads_xcr0_and_what_is_in_use() {
-    let data = [0; DATA_SIZE];
-    let read = |ecx: u8| [0xb9, ecx, 0, 0, 0, 0x0f, 0x01, 0xd0];
-    let value = |g: &Guest| g.vmcb().get::<u64>(save::RAX);
-    let (_, _, _, guest) = run(CR0, data, &[&read(0), &HLT]);
-    assert_eq!(value(&guest), 3);
-    let (_, _, _, guest) = run(CR0, data, &[&FLD1, &read(1), &HLT]);
-    assert_eq!(value(&guest), 1);
-    assert_eq!(run(CR0, data, &[&read(2), &HLT]).0, EXIT_GP);
-}
-
-#[test]
 fn xcr0_needs_x87_and_only_supported_components() {
     assert!(validate_xcr0(1) && validate_xcr0(3));
     assert!(!validate_xcr0(0) && !validate_xcr0(2) && !validate_xcr0(1 << 9 | 3));

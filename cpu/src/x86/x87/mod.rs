@@ -213,7 +213,6 @@ fn control(code: Code) -> Option<Handler> {
         Code::Xsavec64_mem => handler(xsave::xsavec::<true>),
         Code::Xrstor_mem => handler(xsave::xrstor::<false>),
         Code::Xrstor64_mem => handler(xsave::xrstor::<true>),
-        Code::Xgetbv => handler(xsave::xgetbv),
         _ => return None,
     })
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! XSAVE, XSAVEOPT, XSAVEC, XRSTOR, XGETBV and the rules of XCR0 (APM vol. 2, 11.5; SDM vol. 1, chapter 13).
+//! XSAVE, XSAVEOPT, XSAVEC, XRSTOR and the rules of XCR0 (APM vol. 2, 11.5; SDM vol. 1, chapter 13).
 //!
-//! XSAVES and XRSTORS aren't offered: XSS stays zero, and they raise #UD.
+//! XSAVES and XRSTORS aren't offered: XSS stays zero, and they raise #UD. Nor is XGETBV with ECX = 1.
 
 use super::super::access::Access;
 use super::super::op::{Op, Res, Stop};
@@ -202,23 +202,5 @@ pub fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
             (ymm[2], ymm[3]) = (v as u64, (v >> 64) as u64);
         }
     }
-    Ok(())
-}
-
-/// XGETBV: XCR0, or with ECX = 1 the part of it that is in use.
-pub fn xgetbv(cpu: &mut Cpu, _: &Op) -> Res {
-    if cpu.cr4 & cr4::OSXSAVE == 0 {
-        return Err(cpu.ud());
-    }
-    let v = match cpu.rb.gpr[reg::RCX] as u32 {
-        0 => cpu.rb.xcr0,
-        1 => {
-            let mxcsr = if cpu.rb.mxcsr != MXCSR_RESET { component::SSE } else { 0 };
-            cpu.rb.xcr0 & (cpu.xinuse() | mxcsr)
-        }
-        _ => return Err(cpu.gp(0)),
-    };
-    cpu.rb.gpr[reg::RAX] = v & 0xffff_ffff;
-    cpu.rb.gpr[reg::RDX] = v >> 32;
     Ok(())
 }
