@@ -4,13 +4,15 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.support.debs import package, tar
 
-from softkvm.vmm.guest import GuestUnavailable, cache_directory, cached, default, initramfs, prepare
+from softkvm.vmm.guest import GuestUnavailable, apt, cache_directory, cached, default, initramfs, prepare
 
 KERNEL_DEB = "linux-image-6.1.0-9-cloud-amd64_6.1_amd64.deb"
 BUSYBOX_DEB = "busybox-static_1.35_amd64.deb"
@@ -110,6 +112,23 @@ def test_apt_failing_is_one_line_with_its_reason(fake: Path) -> None:
     with pytest.raises(GuestUnavailable) as caught:
         prepare()
     assert str(caught.value) == "apt-get update failed: Could not resolve the mirror"
+
+
+def test_apt_hanging_is_one_line_and_ends_it(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fake / "apt-get").write_text('#!/bin/sh\necho $$ > "$FAKE/pid"\nsleep 1000\n')
+    monkeypatch.setattr(apt, "STALL_S", 0.5)
+    with pytest.raises(GuestUnavailable, match="apt-get update made no progress"):
+        prepare()
+    pid = int((fake / "pid").read_text())
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_disk_filling_up_below_apt_is_one_line(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fake / "apt-get").write_text("#!/bin/sh\nsleep 1000\n")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10, used=10, free=0))
+    with pytest.raises(GuestUnavailable, match="no room for the default guest"):
+        prepare()
+    assert leftovers() == []
 
 
 def test_no_apt_is_one_line(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,16 @@
 The sources, keys and the proxy are the system's (``Dir::Etc`` stays), so packages are authenticated as usual.
 """
 
+import contextlib
+import errno
+import io
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +22,11 @@ from typing import Final
 from softkvm.vmm.guest.errors import GuestUnavailable
 from softkvm.vmm.guest.progress import Progress
 
+STALL_S: Final = 120.0
+"""How long apt-get may report no progress."""
+
 _ARCHITECTURE: Final = "amd64"
+_ROOM_LEFT: Final = 1 << 20  # a disk with less free is full
 _CLEARED: Final = (
     "APT::Update::Pre-Invoke",
     "APT::Update::Post-Invoke",
@@ -129,7 +139,7 @@ class Apt:
     def _fetch(self, progress: Progress, *arguments: str, cwd: Path | None = None) -> None:
         """Run an apt-get command that must succeed, following its own report of how far it is."""
         status_read, status_write = os.pipe()
-        with (self._directory / "apt.log").open("w+b") as log, os.fdopen(status_read, errors="replace") as status:
+        with (self._directory / "apt.log").open("w+b") as log, os.fdopen(status_read, "rb", buffering=0) as status:
             try:
                 process = subprocess.Popen(
                     self._command("apt-get", "-q", "-o", f"APT::Status-Fd={status_write}", *arguments),
@@ -139,22 +149,42 @@ class Apt:
                     stderr=log,
                     cwd=cwd,
                     pass_fds=[status_write],
+                    start_new_session=True,  # its helpers end with it
                 )
             finally:
                 os.close(status_write)
             try:
-                for line in status:
-                    fields = line.split(":")  # dlstatus:<item>:<percent>:<text>
-                    if fields[0] == "dlstatus" and len(fields) > 2:
-                        progress.fraction(float(fields[2]) / 100)
-            except BaseException:
-                process.kill()
-                raise
-            finally:
+                self._follow(status, progress, arguments[0])
                 status_code = process.wait()
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
             if status_code != 0:
                 log.seek(0)
                 raise _failure(arguments[0], log.read().decode(errors="replace"))
+
+    def _follow(self, status: io.FileIO, progress: Progress, command: str) -> None:
+        """Read apt-get's status lines to their end. It is known to hang on a full disk: a stall is a failure."""
+        lines, rest, moved_s = "", b"", time.monotonic()
+        while True:
+            if select.select([status], [], [], 1.0)[0]:
+                data = status.read(4096)
+                if not data:
+                    return
+                *whole, rest = (rest + data).split(b"\n")
+                for line in whole:
+                    fields = line.decode(errors="replace").split(":")  # dlstatus:<item>:<percent>:<text>
+                    if fields[0] == "dlstatus" and len(fields) > 2:
+                        progress.fraction(float(fields[2]) / 100)
+                        if ":".join(fields[:3]) != lines:  # the text counts the seconds
+                            lines, moved_s = ":".join(fields[:3]), time.monotonic()
+            free = shutil.disk_usage(self._directory).free
+            if free < _ROOM_LEFT:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
+            if time.monotonic() - moved_s > STALL_S:
+                raise GuestUnavailable(f"apt-get {command} made no progress for {STALL_S:g} s")
 
 
 def _environment() -> dict[str, str]:
