@@ -7,6 +7,7 @@ table of handlers, a handler for I/O asks the bus for the range, the range's dev
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 import time
@@ -34,13 +35,15 @@ IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
 _EXIT_REASON_U32 = 2  # index of kvm_run.exit_reason in the shared page seen as u32
 _IO = struct.Struct("<BBHIQ")  # kvm_run.io
-_MMIO = struct.Struct("<Q8sIB")  # kvm_run.mmio
 _UNION = 32  # offset of the union in kvm_run
 _IO_KEY_U32 = 8  # direction, size and port in one word
 _IO_COUNT_U32 = 9
 _IO_DATA_OFFSET_U32 = 10
-_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4)}
-_MMIO_DATA = _UNION + 8
+_MMIO_ADDRESS_U64 = 4
+_MMIO_DATA_U64 = 5
+_MMIO_LEN_U32 = 12
+_MMIO_IS_WRITE = 52
+_MASKS = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
 
 OTHER_ARCHITECTURES = (
     (56, b"ARM\x64", "arm64 Image"),
@@ -82,6 +85,7 @@ class VcpuThread:
             self.handlers[reason] = handler.__get__(self)
         self._shared = vcpu.shared
         self._words = self._shared.cast("I")
+        self._quads = self._shared.cast("Q")
         # (is_out, size, the device's method, offset, data offset) by the word that tells the access
         self._io_routes = machine.pio.new_cache()
 
@@ -130,6 +134,7 @@ class VcpuThread:
     def close(self) -> None:
         """Give back the vCPU."""
         self._words.release()
+        self._quads.release()
         self.vcpu.close()
 
     # -- exit handlers
@@ -170,12 +175,16 @@ class VcpuThread:
 
     def _mmio(self) -> None:
         """KVM_EXIT_MMIO: one access of up to 8 bytes."""
-        address, data, size, is_write = _MMIO.unpack_from(self._shared, _UNION)
-        if is_write:
-            self.machine.mmio.write(address, size, int.from_bytes(data[:size], "little"))
+        address = self._quads[_MMIO_ADDRESS_U64]
+        size = self._words[_MMIO_LEN_U32]
+        mask = _MASKS[size]
+        found = self.machine.mmio.find(address)
+        if found is None or address + size > found.end:
+            self._quads[_MMIO_DATA_U64] = mask  # a write is lost, a read finds ones
+        elif self._shared[_MMIO_IS_WRITE]:
+            found.device.write(address - found.start, size, self._quads[_MMIO_DATA_U64] & mask)
         else:
-            value = self.machine.mmio.read(address, size)
-            self._shared[_MMIO_DATA : _MMIO_DATA + size] = value.to_bytes(size, "little")
+            self._quads[_MMIO_DATA_U64] = found.device.read(address - found.start, size) & mask
 
     def _nothing(self) -> None:
         """An exit that asks for nothing."""
@@ -264,8 +273,17 @@ class Machine:
         self.pio = Bus("I/O port", 16)
         self.mmio = Bus("memory", 52)
 
+        self.vcpus: list[VcpuThread] = []
+        with contextlib.ExitStack() as resources:
+            self._build(kvm, console, resources)
+            self._resources = resources.pop_all()
+
+    def _build(self, kvm: api.Kvm, console: Callable[[bytes], None] | None, resources: contextlib.ExitStack) -> None:
+        """Make the parts; *resources* gets what closes them."""
         self.memory = GuestMemory(self.config.memory_size)
+        resources.callback(self.memory.close)
         self.vm = kvm.create_vm()
+        resources.callback(self.vm.close)
         if self.vm.check_extension(abi.KVM_CAP_SET_TSS_ADDR):
             self.vm.set_tss_addr(TSS_ADDRESS)
         if self.vm.check_extension(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
@@ -274,12 +292,13 @@ class Machine:
         self.vm.create_pit2()
         self.memory.attach(self.vm)
         self._add_devices(console)
-        self.vcpus = self._create_vcpus(kvm)
+        for device in (self.serial, self.cmos, self.acpi_pm):
+            resources.callback(device.close)
+        self._create_vcpus(kvm, resources)
 
-    def _create_vcpus(self, kvm: api.Kvm) -> list[VcpuThread]:
+    def _create_vcpus(self, kvm: api.Kvm, resources: contextlib.ExitStack) -> None:
         supported = kvm.get_supported_cpuid()
         deadline_timer = bool(kvm.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
-        threads = []
         count = self.config.vcpus
         for apic_id in range(count):
             vcpu = self.vm.create_vcpu(apic_id)
@@ -289,8 +308,9 @@ class Machine:
             set_boot_lapic(vcpu, bootstrap=apic_id == 0)
             state = abi.KVM_MP_STATE_RUNNABLE if apic_id == 0 else abi.KVM_MP_STATE_UNINITIALIZED
             vcpu.set_mp_state(abi.kvm_mp_state(state))
-            threads.append(VcpuThread(self, apic_id, vcpu))
-        return threads
+            thread = VcpuThread(self, apic_id, vcpu)
+            resources.callback(thread.close)
+            self.vcpus.append(thread)
 
     def _irq(self, line: int) -> Callable[[int], None]:
         """Return the callable that drives interrupt *line*."""
@@ -367,12 +387,14 @@ class Machine:
     def end(self, outcome: Outcome) -> None:
         """End the machine; the first outcome counts. From any thread; does not wait."""
         with self._end_lock:
+            if self._closed:
+                return
             if self.outcome is None:
                 self.outcome = outcome
                 self.ended_ns = time.monotonic_ns()
             self.ended.set()
-        for vcpu in self.vcpus:
-            vcpu.vcpu.kick()
+            for vcpu in self.vcpus:
+                vcpu.vcpu.kick()
 
     def wait(self, timeout_s: float | None = None) -> Outcome:
         """Wait for the end, which comes with outcome TIMEOUT after *timeout_s*; return it when all vCPUs stand."""
@@ -400,16 +422,12 @@ class Machine:
         """End the machine if it runs, and give back everything it holds."""
         if self._closed:
             return
-        self._closed = True
         if self.started_ns:
             self.end(Outcome(End.STOPPED))
             self._join()
-        for device in (self.serial, self.cmos, self.acpi_pm):
-            device.close()
-        for vcpu in self.vcpus:
-            vcpu.close()
-        self.vm.close()
-        self.memory.close()
+        with self._end_lock:
+            self._closed = True
+        self._resources.close()
 
     def __enter__(self) -> Machine:
         return self

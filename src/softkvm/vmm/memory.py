@@ -12,6 +12,7 @@ pages for it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -119,7 +120,8 @@ class GuestMemory:
     def close(self) -> None:
         """Unmap the memory; nothing may use it any more."""
         self.view.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # a view of a slice is still held: the last one unmaps
+            self._map.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
