@@ -32,6 +32,13 @@ _CLEARED: Final = (
     "APT::Update::Post-Invoke",
     "APT::Update::Post-Invoke-Success",
     "APT::Architectures",
+    # indexes that other programs had added: the package lists alone are wanted
+    "Acquire::IndexTargets::deb::DEP-11",
+    "Acquire::IndexTargets::deb::DEP-11-icons-small",
+    "Acquire::IndexTargets::deb::DEP-11-icons",
+    "Acquire::IndexTargets::deb::DEP-11-icons-hidpi",
+    "Acquire::IndexTargets::deb::Contents-deb",
+    "Acquire::IndexTargets::deb::CNF",
 )
 _URI_LINE: Final = re.compile(r"'(?P<uri>[^']+)' (?P<name>\S+) (?P<size>\d+) (?P<hash>\S+)")
 _DEPENDS: Final = re.compile(r"^Depends: (?P<list>.*)$", re.MULTILINE)
