@@ -83,32 +83,30 @@ impl Cpu {
     pub fn raise(&mut self, exception: Exception) -> Res {
         let mut e = exception;
         loop {
+            if e.vector == vector::DB {
+                self.dr6 = (self.dr6 & !super::debug::dr6::HITS) | e.address | super::debug::dr6::FIXED;
+            }
+            // The second exception's own intercept comes before it is combined with the first.
+            self.check_exception(&e)?;
+            match e.vector {
+                vector::PF => self.cr2 = e.address,
+                vector::DB => self.dr7 &= !super::debug::dr7::GD,
+                _ => {}
+            }
             let prior = self.delivering;
             if prior & VALID != 0 && prior >> 8 & 7 == class::EXCEPTION {
-                e = match (severity(prior as u8), severity(e.vector)) {
-                    (Severity::DoubleFault, Severity::Benign) => e,
+                match (severity(prior as u8), severity(e.vector)) {
+                    (Severity::DoubleFault, Severity::Benign) => {}
                     (Severity::DoubleFault, _) => {
                         return Err(self.vmexit(exitcode::SHUTDOWN, 0, 0));
                     }
                     (Severity::Contributory, Severity::Contributory)
                     | (Severity::PageFault, Severity::PageFault | Severity::Contributory) => {
-                        Exception { vector: vector::DF, error: Some(0), address: 0 }
+                        e = Exception { vector: vector::DF, error: Some(0), address: 0 };
+                        self.check_exception(&e)?;
                     }
-                    _ => e,
-                };
-            }
-            if e.vector == vector::DB {
-                self.dr6 = (self.dr6 & !super::debug::dr6::HITS) | e.address | super::debug::dr6::FIXED;
-            }
-            if self.intercepted(2, e.vector as u32 & 31) {
-                let info2 = if e.vector == vector::PF { e.address } else { 0 };
-                let code = exitcode::EXCP0 + (e.vector & 31) as u64;
-                return Err(self.vmexit(code, e.error.unwrap_or(0) as u64, info2));
-            }
-            match e.vector {
-                vector::PF => self.cr2 = e.address,
-                vector::DB => self.dr7 &= !super::debug::dr7::GD,
-                _ => {}
+                    _ => {}
+                }
             }
             self.delivering = event_info(class::EXCEPTION, e.vector, e.error);
             let event = Event {
@@ -125,6 +123,16 @@ impl Cpu {
                 done => return done,
             }
         }
+    }
+
+    /// #VMEXIT when the exception is intercepted.
+    fn check_exception(&mut self, e: &Exception) -> Res {
+        if !self.intercepted(2, e.vector as u32 & 31) {
+            return Ok(());
+        }
+        let info2 = if e.vector == vector::PF { e.address } else { 0 };
+        let code = exitcode::EXCP0 + (e.vector & 31) as u64;
+        Err(self.vmexit(code, e.error.unwrap_or(0) as u64, info2))
     }
 
     /// Delivers the event of a VMCB's EVENTINJ field; `next_rip` is the VMCB's, used for software interrupts.

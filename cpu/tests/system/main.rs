@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//! System-level behaviour of the silicon, shown by small guests. Expected values are the APM's.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod exceptions;
+mod paging;

@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Protection, accessed and dirty bits on both levels, page crossings, nested page faults (APM vol. 2, 5 and 15.25).
+
+use iced_x86::code_asm::*;
+use softcpu::x86::system::exitcode;
+use softcpu::x86::vmcb::{control, save};
+
+use crate::common::*;
+
+const NPF_P: u64 = 1;
+const NPF_W: u64 = 2;
+const NPF_U: u64 = 4;
+const NPF_RSV: u64 = 8;
+const NPF_ID: u64 = 16;
+const NPF_FINAL: u64 = 1 << 32;
+const NPF_TABLE: u64 = 1 << 33;
+
+fn load_then_halt(a: &mut CodeAssembler) {
+    a.mov(rax, qword_ptr(DATA)).unwrap();
+    a.hlt().unwrap();
+}
+
+fn store_then_halt(a: &mut CodeAssembler) {
+    a.mov(qword_ptr(DATA), rax).unwrap();
+    a.hlt().unwrap();
+}
+
+#[test]
+fn smep_keeps_the_supervisor_from_user_code() {
+    let smep = 1u64 << 20;
+    let mut g = Guest::long(|a| a.nop().unwrap());
+    g.set(save::CR4, 0x6a0u64 | smep);
+    // The very first fetch faults: the pages of the code, and of the handlers, are user pages.
+    g.memory.change_leaf(HANDLERS + 16 * 14, 0, pte::U);
+    g.expect(14, Some(1 | 16), CODE);
+}
+
+#[test]
+fn smap_keeps_the_supervisor_from_user_data_unless_ac() {
+    let smap = 0x6a0u64 | 1 << 21;
+    let supervisor_tables = |g: &mut Guest| {
+        for page in [GDT, IDT, TSS, STACK - 1] {
+            g.memory.change_leaf(page, 0, pte::U);
+        }
+    };
+    let mut g = Guest::long(load_then_halt);
+    g.set(save::CR4, smap);
+    supervisor_tables(&mut g);
+    g.expect(14, Some(1), CODE);
+    let mut g = Guest::long(|a| {
+        a.stac().unwrap();
+        a.mov(rax, qword_ptr(DATA)).unwrap();
+        a.clac().unwrap();
+        a.mov(rax, qword_ptr(DATA)).unwrap();
+    });
+    g.set(save::CR4, smap);
+    supervisor_tables(&mut g);
+    g.expect(14, Some(1), CODE + 16);
+}
+
+#[test]
+fn implicit_supervisor_accesses_are_always_subject_to_smap() {
+    // AC is set, but the IDT lies in a user page: #PF in delivery, then #DF, then shutdown.
+    let mut g = Guest::long(|a| a.ud2().unwrap());
+    g.set(save::CR4, 0x6a0u64 | 1 << 21);
+    g.set(save::RFLAGS, 0x4_0002u64);
+    g.expect_exit(exitcode::SHUTDOWN);
+}
+
+#[test]
+fn accessed_and_dirty_bits_are_set_in_both_tables() {
+    let mut g = Guest::long(load_then_halt);
+    g.expect_exit(exitcode::HLT);
+    let m = &g.memory;
+    assert_eq!(m.read::<u64>(m.leaf(DATA)) & (pte::A | pte::D), pte::A);
+    assert_eq!(m.read::<u64>(PML4) & pte::A, pte::A);
+    assert_eq!(m.read::<u64>(PDPT) & pte::A, pte::A);
+    assert_eq!(m.read::<u64>(PD) & (pte::A | pte::D), pte::A, "no dirty bit above the leaf");
+    assert_eq!(m.get_host(m.nested_leaf(DATA)) & (pte::A | pte::D), pte::A);
+    // Page tables are written to in the nested tables' eyes.
+    assert_eq!(m.get_host(m.nested_leaf(PT)) & (pte::A | pte::D), pte::A | pte::D);
+    assert_eq!(m.get_host(m.nested) & pte::A, pte::A);
+
+    let mut g = Guest::long(store_then_halt);
+    g.expect_exit(exitcode::HLT);
+    let m = &g.memory;
+    assert_eq!(m.read::<u64>(m.leaf(DATA)) & (pte::A | pte::D), pte::A | pte::D);
+    assert_eq!(m.get_host(m.nested_leaf(DATA)) & (pte::A | pte::D), pte::A | pte::D);
+    // A page not touched stays clean.
+    assert_eq!(m.read::<u64>(m.leaf(DATA + 4096)) & (pte::A | pte::D), 0);
+}
+
+#[test]
+fn a_store_after_a_load_sets_the_dirty_bit() {
+    let mut g = Guest::long(|a| {
+        a.mov(rax, qword_ptr(DATA)).unwrap();
+        a.mov(qword_ptr(DATA), rax).unwrap();
+        a.hlt().unwrap();
+    });
+    g.expect_exit(exitcode::HLT);
+    assert_eq!(g.memory.read::<u64>(g.memory.leaf(DATA)) & pte::D, pte::D);
+    assert_eq!(g.memory.get_host(g.memory.nested_leaf(DATA)) & pte::D, pte::D);
+}
+
+#[test]
+fn a_store_across_pages_with_the_second_missing_changes_nothing() {
+    let mut g = Guest::long(|a| {
+        a.mov(rax, -1i64).unwrap();
+        a.mov(qword_ptr(DATA + 0xffc), rax).unwrap();
+        a.hlt().unwrap();
+    });
+    g.memory.change_leaf(DATA + 0x1000, 0, pte::P);
+    g.expect(14, Some(2), CODE + 10);
+    assert_eq!(g.get::<u64>(save::CR2), DATA + 0x1000);
+    assert_eq!(g.memory.read::<u64>(DATA + 0xffc), 0);
+
+    // The same through the nested tables.
+    let mut g = Guest::long(|a| {
+        a.mov(rax, -1i64).unwrap();
+        a.mov(qword_ptr(DATA + 0xffc), rax).unwrap();
+        a.hlt().unwrap();
+    });
+    let leaf = g.memory.nested_leaf(DATA + 0x1000);
+    let old = g.memory.get_host(leaf);
+    g.memory.put_host(leaf, 0);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!(g.info2(), DATA + 0x1000);
+    assert_eq!(g.memory.read::<u64>(DATA + 0xffc), 0);
+    g.memory.put_host(leaf, old);
+    g.expect_exit(exitcode::HLT);
+    assert_eq!(g.memory.read::<u64>(DATA + 0xffc), u64::MAX);
+}
+
+#[test]
+fn nested_page_faults_say_what_happened() {
+    // Not present, read.
+    let mut g = Guest::long(load_then_halt);
+    g.memory.put_host(g.memory.nested_leaf(DATA), 0);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!((g.info1(), g.info2()), (NPF_U | NPF_FINAL, DATA));
+    assert_eq!(g.rip(), CODE);
+    assert_eq!(g.get::<u8>(control::INSTRUCTION_BYTES), 0x48);
+    // Write to a read-only leaf.
+    let mut g = Guest::long(store_then_halt);
+    let leaf = g.memory.nested_leaf(DATA);
+    g.memory.put_host(leaf, g.memory.get_host(leaf) & !2);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!(g.info1(), NPF_P | NPF_W | NPF_U | NPF_FINAL);
+    // Supervisor leaf: every nested access is a user access.
+    let mut g = Guest::long(load_then_halt);
+    let leaf = g.memory.nested_leaf(DATA);
+    g.memory.put_host(leaf, g.memory.get_host(leaf) & !4);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!(g.info1(), NPF_P | NPF_U | NPF_FINAL);
+    // Reserved bit.
+    let mut g = Guest::long(load_then_halt);
+    let leaf = g.memory.nested_leaf(DATA);
+    g.memory.put_host(leaf, g.memory.get_host(leaf) | 1 << 51);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!(g.info1(), NPF_P | NPF_U | NPF_RSV | NPF_FINAL);
+    // Fetch from a leaf with NX.
+    let mut g = Guest::long(load_then_halt);
+    let leaf = g.memory.nested_leaf(CODE);
+    g.memory.put_host(leaf, g.memory.get_host(leaf) | pte::NX);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!((g.info1(), g.info2()), (NPF_P | NPF_U | NPF_ID | NPF_FINAL, CODE));
+    // The guest's page table itself.
+    let mut g = Guest::long(load_then_halt);
+    g.memory.put_host(g.memory.nested_leaf(PD), 0);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!((g.info1(), g.info2()), (NPF_W | NPF_U | NPF_TABLE, PD));
+    // A frame that is no registered memory is refused.
+    let mut g = Guest::long(load_then_halt);
+    g.memory.put_host(g.memory.nested_leaf(DATA), 0x1000 | 7);
+    g.expect_exit(exitcode::NPF);
+    // A guest-physical address beyond the nested tables.
+    let mut g = Guest::long(load_then_halt);
+    g.memory.write::<u64>(g.memory.leaf(DATA), 1 << 40 | 7);
+    g.expect_exit(exitcode::NPF);
+    assert_eq!(g.info2(), 1 << 40);
+}
+
+#[test]
+fn a_changed_translation_takes_effect_after_invlpg() {
+    let mut g = Guest::long(|a| {
+        a.mov(rbx, qword_ptr(DATA)).unwrap();
+        a.mov(rax, (DATA + 0x1000) | 7).unwrap();
+        a.mov(qword_ptr(PT + (DATA >> 12) * 8), rax).unwrap();
+        a.invlpg(byte_ptr(DATA)).unwrap();
+        a.mov(rcx, qword_ptr(DATA)).unwrap();
+        a.hlt().unwrap();
+    });
+    g.memory.write::<u64>(DATA, 111);
+    g.memory.write::<u64>(DATA + 0x1000, 222);
+    g.expect_exit(exitcode::HLT);
+    assert_eq!((g.cpu.rb.gpr[3], g.cpu.rb.gpr[1]), (111, 222));
+}
+
+#[test]
+fn writing_cr3_cr0_and_cr4_drops_translations() {
+    // CR3.
+    let mut g = Guest::long(|a| {
+        a.mov(rbx, qword_ptr(DATA)).unwrap();
+        a.mov(rax, (DATA + 0x1000) | 7).unwrap();
+        a.mov(qword_ptr(PT + (DATA >> 12) * 8), rax).unwrap();
+        a.mov(rax, cr3).unwrap();
+        a.mov(cr3, rax).unwrap();
+        a.mov(rcx, qword_ptr(DATA)).unwrap();
+        a.hlt().unwrap();
+    });
+    g.memory.write::<u64>(DATA + 0x1000, 222);
+    g.expect_exit(exitcode::HLT);
+    assert_eq!(g.cpu.rb.gpr[1], 222);
+    // CR0.WP.
+    let mut g = Guest::long(|a| {
+        a.mov(rax, cr0).unwrap();
+        a.btr(rax, 16).unwrap();
+        a.mov(cr0, rax).unwrap();
+        a.mov(dword_ptr(DATA), 1).unwrap();
+        a.bts(rax, 16).unwrap();
+        a.mov(cr0, rax).unwrap();
+        a.mov(dword_ptr(DATA), 2).unwrap();
+    });
+    g.memory.change_leaf(DATA, 0, pte::W);
+    assert_eq!(g.run_to_handler(), 14);
+    assert_eq!(g.frame(true).0, Some(3));
+    assert_eq!(g.memory.read::<u32>(DATA), 1);
+}
+
+#[test]
+fn pcids_keep_their_translations_apart() {
+    let mut g = Guest::long(|a| {
+        a.mov(rax, cr4).unwrap();
+        a.bts(rax, 17).unwrap();
+        a.mov(cr4, rax).unwrap();
+        a.mov(rbx, qword_ptr(DATA)).unwrap(); // PCID 0: caches 111
+        a.mov(rax, (DATA + 0x1000) | 7).unwrap();
+        a.mov(qword_ptr(PT + (DATA >> 12) * 8), rax).unwrap();
+        a.mov(rax, PML4 | 5).unwrap();
+        a.mov(cr3, rax).unwrap();
+        a.mov(rcx, qword_ptr(DATA)).unwrap(); // PCID 5: walks
+        a.mov(rax, 1u64 << 63 | PML4).unwrap();
+        a.mov(cr3, rax).unwrap();
+        a.mov(rdx, qword_ptr(DATA)).unwrap(); // PCID 0 again, not flushed
+        a.mov(rax, cr3).unwrap();
+        a.hlt().unwrap();
+    });
+    g.memory.write::<u64>(DATA, 111);
+    g.memory.write::<u64>(DATA + 0x1000, 222);
+    g.expect_exit(exitcode::HLT);
+    let r = g.cpu.rb.gpr;
+    assert_eq!((r[3], r[1]), (111, 222));
+    assert!(r[2] == 111 || r[2] == 222, "kept or walked again, both are right");
+    assert_eq!(g.rax(), PML4, "the no-flush bit is not part of CR3");
+}
+
+#[test]
+fn rep_movs_restarts_after_a_fault_with_its_progress() {
+    let mut g = Guest::long(|a| {
+        a.mov(rsi, DATA).unwrap();
+        a.mov(rdi, DATA + 0x4000 - 0x20).unwrap();
+        a.mov(ecx, 0x40).unwrap();
+        a.rep().movsb().unwrap();
+        a.hlt().unwrap();
+    });
+    for n in 0..0x40u64 {
+        g.memory.write::<u8>(DATA + n, n as u8 + 1);
+    }
+    g.memory.change_leaf(DATA + 0x4000, 0, pte::P);
+    assert_eq!(g.run_to_handler(), 14);
+    assert_eq!(g.get::<u64>(save::CR2), DATA + 0x4000);
+    assert_eq!(g.cpu.rb.gpr[1], 0x20, "RCX counts what is left");
+    assert_eq!(g.cpu.rb.gpr[6], DATA + 0x20);
+    assert_eq!(g.cpu.rb.gpr[7], DATA + 0x4000);
+    let ip = g.frame(true).1[0];
+    g.memory.change_leaf(DATA + 0x4000, pte::P, 0);
+    g.set(save::RIP, ip);
+    g.set(save::RSP, STACK);
+    g.expect_exit(exitcode::HLT);
+    for n in 0..0x40u64 {
+        assert_eq!(g.memory.read::<u8>(DATA + 0x4000 - 0x20 + n), n as u8 + 1);
+    }
+}
+
+#[test]
+fn pae_and_two_level_paging() {
+    // PAE: PDPTEs without rights, NX by EFER.NXE.
+    let mut g = Guest::protected(|a| {
+        a.mov(dword_ptr(DATA as u32), 7).unwrap();
+        a.hlt().unwrap();
+    });
+    for n in 0..4u64 {
+        g.memory.write::<u64>(PDPT + 8 * n, if n == 0 { PD | 1 } else { 0 });
+    }
+    g.set(save::CR0, 0x8001_0011u64);
+    g.set(save::CR3, PDPT);
+    g.set(save::CR4, 0x20u64);
+    g.expect_exit(exitcode::HLT);
+    assert_eq!(g.memory.read::<u64>(g.memory.leaf(DATA)) & pte::D, pte::D);
+    // 32-bit entries, one 4 MiB page.
+    let mut g = Guest::protected(|a| {
+        a.mov(dword_ptr(DATA as u32), 9).unwrap();
+        a.hlt().unwrap();
+    });
+    g.memory.write::<u32>(PML4, 0x83);
+    g.set(save::CR0, 0x8001_0011u64);
+    g.set(save::CR4, 0x10u64);
+    g.expect_exit(exitcode::HLT);
+    assert_eq!(g.memory.read::<u32>(DATA), 9);
+    assert_eq!(g.memory.read::<u32>(PML4) as u64 & (pte::A | pte::D), pte::A | pte::D);
+}
