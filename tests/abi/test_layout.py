@@ -126,9 +126,7 @@ def _run_c(tmp_path: Path, body: str) -> str:
         "#define GENMASK(h, l) ((~0UL << (l)) & (~0UL >> (63 - (h))))\n"
         "int main(void) {\n" + body + "return 0; }\n"
     )
-    built = subprocess.run(
-        [compiler, "-w", "-o", tmp_path / "layout", source], capture_output=True, text=True
-    )
+    built = subprocess.run([compiler, "-w", "-o", tmp_path / "layout", source], capture_output=True, text=True)
     if "No such file" in built.stderr:
         pytest.skip("no <linux/kvm.h>")
     assert built.returncode == 0, built.stderr
@@ -173,9 +171,7 @@ def test_constants_equal_the_systems_headers(tmp_path: Path) -> None:
     names = [
         name
         for name, value in vars(abi).items()
-        if isinstance(value, int)
-        and name.startswith(("KVM_", "MSR_KVM_"))
-        and not name.startswith("KVM_VCPU_TSC")
+        if isinstance(value, int) and name.startswith(("KVM_", "MSR_KVM_")) and not name.startswith("KVM_VCPU_TSC")
     ]
     body = "".join(
         f'#ifdef {name}\nprintf("{name} %llu\\n", (unsigned long long)({name}));\n#endif\n' for name in names

@@ -24,7 +24,7 @@ import softkvm
 from softkvm import abi, api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.terminal import open_console
-from softkvm.vmm.errors import ConfigError, ImageError, MachineError
+from softkvm.vmm.errors import ImageError, MachineError
 from softkvm.vmm.guest import GuestUnavailable, TerminalProgress, demo_kernel, prepare
 from softkvm.vmm.machine import Config, Machine, read_image
 from softkvm.vmm.memory import GIB, KIB, MIB
@@ -327,9 +327,7 @@ def _run(args: Namespace) -> int:
         image = _choose_image(args)
         kernel = read_image(image.kernel, "kernel")
         initrd = read_image(image.initrd, "initrd") if image.initrd else None
-    except ConfigError as error:
-        raise CommandError(str(error)) from None
-    except ImageError as error:
+    except MachineError as error:
         raise CommandError(str(error)) from None
     console = open_console(args.console)
     with contextlib.ExitStack() as stack:
