@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buses of in-kernel devices: port I/O, MMIO and fast MMIO (``struct kvm_io_bus`` of the kernel).
+
+The device's methods get the access's address, so one object may sit at several places.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from bisect import bisect_right
+from typing import Final, Protocol
+
+from softkvm.kvm.errors import kvm_error
+
+#: Devices on one bus (NR_IOBUS_DEVS).
+NR_IOBUS_DEVS: Final = 1000
+#: Look-ups remembered per bus; addresses come from the guest, so the memo is bounded.
+_MEMO_ENTRIES: Final = 4096
+
+
+class IoDevice(Protocol):
+    """What sits on a bus. Methods may be called by any vCPU thread."""
+
+    def io_read(self, address: int, size: int) -> int | None:
+        """Return the value read, or None if the access isn't this device's after all."""
+
+    def io_write(self, address: int, size: int, value: int) -> bool:
+        """Take the write; False if it isn't this device's after all."""
+
+
+class _Table:
+    """One immutable state of a bus, with a memo of look-ups."""
+
+    __slots__ = ("memo", "ranges", "starts")
+
+    def __init__(self, ranges: list[tuple[int, int, IoDevice]]) -> None:
+        self.ranges = ranges
+        self.starts = [r[0] for r in ranges]
+        self.memo: dict[int, tuple[IoDevice, ...]] = {}
+
+    def devices(self, address: int, size: int) -> tuple[IoDevice, ...]:
+        """Return the devices whose range holds the whole access."""
+        key = address << 8 | size
+        found = self.memo.get(key)
+        if found is None:
+            found = tuple(
+                device
+                for start, end, device in self.ranges[: bisect_right(self.starts, address)]
+                if start <= address and address + size <= end
+            )
+            if len(self.memo) < _MEMO_ENTRIES:
+                self.memo[key] = found
+        return found
+
+
+class IoBus:
+    """Address ranges and the devices behind them; a look-up takes no lock."""
+
+    __slots__ = ("_lock", "_table")
+
+    def __init__(self) -> None:
+        self._table = _Table([])
+        self._lock = threading.Lock()
+
+    def add(self, start: int, length: int, device: IoDevice) -> None:
+        """Register ``device`` for [start, start + length); ENOSPC if the bus is full."""
+        with self._lock:
+            ranges = self._table.ranges
+            if len(ranges) >= NR_IOBUS_DEVS:
+                raise kvm_error(errno.ENOSPC, f"bus has {NR_IOBUS_DEVS} devices")
+            self._table = _Table(sorted([*ranges, (start, start + length, device)], key=lambda r: r[0]))
+
+    def remove(self, device: IoDevice, start: int | None = None) -> None:
+        """Unregister ``device`` everywhere, or only the range that begins at ``start``."""
+        with self._lock:
+            self._table = _Table(
+                [r for r in self._table.ranges if r[2] is not device or (start is not None and r[0] != start)]
+            )
+
+    def devices(self, address: int, size: int) -> tuple[IoDevice, ...]:
+        """Return the devices whose range holds the whole access."""
+        return self._table.devices(address, size)
+
+    def read(self, address: int, size: int) -> int | None:
+        """Return what a device read at ``address``, None if no device answers."""
+        for device in self._table.devices(address, size):
+            value = device.io_read(address, size)
+            if value is not None:
+                return value
+        return None
+
+    def write(self, address: int, size: int, value: int) -> bool:
+        """Write to the first device that takes it; False if none does."""
+        for device in self._table.devices(address, size):
+            if device.io_write(address, size, value):
+                return True
+        return False

@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtual machine: memory slots, nested tables, vCPUs, interrupt chips, and requests to all of them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from softkvm import _softcpu, abi
+from softkvm.kvm import capabilities, dirty_log
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.eventfd import Eventfds
+from softkvm.kvm.io_bus import IoBus
+from softkvm.kvm.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
+from softkvm.kvm.mmu.tdp_mmu import TdpMmu
+from softkvm.kvm.params import Params
+from softkvm.kvm.regions import HostRegions
+from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_TLB_FLUSH
+from softkvm.kvm.stats import vm_stats
+from softkvm.kvm.vcpu import IN_GUEST_MODE, Vcpu
+from softkvm.kvm.x86 import kvmclock
+from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.irqchip import KernelIrqchip
+
+log = logging.getLogger(__name__)
+
+#: Quirks of KVM_CAP_DISABLE_QUIRKS (KVM API 7.31).
+KVM_X86_QUIRK_LINT0_REENABLED: Final = 1 << 0
+KVM_X86_QUIRK_CD_NW_CLEARED: Final = 1 << 1
+KVM_X86_QUIRK_LAPIC_MMIO_HOLE: Final = 1 << 2
+KVM_X86_QUIRK_OUT_7E_INC_RIP: Final = 1 << 3
+KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT: Final = 1 << 4
+KVM_X86_QUIRK_FIX_HYPERCALL_INSN: Final = 1 << 5
+KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS: Final = 1 << 6
+
+#: The physical TSC ticks once per nanosecond.
+TSC_KHZ: Final = 1_000_000
+_SECOND_NS: Final = 1_000_000_000
+_LOG_BURST: Final = 10
+_LOG_INTERVAL_S: Final = 5.0
+
+
+class Vm:
+    """One virtual machine (implements :class:`softkvm.api.Vm`)."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.machine = _softcpu.Machine()
+        self.maxphyaddr = (_softcpu.cpuid(0x8000_0008, 0)[0] & 0xFF) or 48
+        self.max_gfn = (1 << (min(self.maxphyaddr, 48) - 12)) - 1
+        #: Serialises changes of memory slots.
+        self.slots_lock = threading.RLock()
+        #: Serialises changes of the nested tables.
+        self.mmu_lock = threading.RLock()
+        self.memslots = Memslots()
+        self.regions = HostRegions(self.machine)
+        self.mmu = TdpMmu(self.machine, params.max_huge_page_level)
+        self.iopm = self.machine.alloc_page(3)
+        memoryview(self.iopm).cast("B")[:] = b"\xff" * self.iopm.size
+        self.pio_bus = IoBus()
+        self.mmio_bus = IoBus()
+        self.lock = threading.RLock()
+        self.vcpus: list[Vcpu] = []
+        self._vcpu_by_id: dict[int, Vcpu] = {}
+        self.chips: KernelIrqchip | None = None
+        self.split_irqchip = False
+        self.bsp_vcpu_id = 0
+        self.eventfds = Eventfds(self)
+        self._dead = False
+        self._closed = False
+
+        # Options (KVM_ENABLE_CAP)
+        self.quirks_disabled = 0
+        self.manual_dirty_log_protect = 0
+        self.exception_payload_enabled = False
+        self.triple_fault_event = False
+        self.exit_on_emulation_error = False
+        self.disable_hlt_exits = False
+        self.user_space_msr_mask = 0
+
+        # Time
+        self.default_tsc_khz = TSC_KHZ
+        self.kvmclock_offset = -_softcpu.clock_ns()
+        self.wall_clock_msr = 0
+        self.boot_vcpu_runs_old_kvmclock = False
+        self._last_tsc_write = 0
+        self._last_tsc_write_ns = 0
+        self._last_tsc_offset: int | None = None
+        self._initial_tsc_offset = -_softcpu.rdtsc()
+
+        self.stat_remote_tlb_flush = 0
+        self.stat_remote_tlb_flush_requests = 0
+        self._log_window_start = 0.0
+        self._log_count = 0
+
+    # --- quirks ------------------------------------------------------------------------------------------
+
+    def has_quirk(self, quirk: int) -> bool:
+        """Tell whether a deviation from the architecture that old userspace relies on is in force."""
+        return not self.quirks_disabled & quirk
+
+    @property
+    def cd_nw_cleared_quirk(self) -> bool:
+        """KVM_X86_QUIRK_CD_NW_CLEARED."""
+        return self.has_quirk(KVM_X86_QUIRK_CD_NW_CLEARED)
+
+    @property
+    def fix_hypercall_quirk(self) -> bool:
+        """KVM_X86_QUIRK_FIX_HYPERCALL_INSN."""
+        return self.has_quirk(KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
+
+    # --- memory ---------------------------------------------------------------------------------------------
+
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
+        """KVM_SET_USER_MEMORY_REGION (KVM API 4.35)."""
+        with self.slots_lock:
+            slots = self.memslots
+            change, old = classify_change(slots, region, self.max_gfn)
+            if change is MemoryChange.NOTHING:
+                return
+            new = None
+            if change is not MemoryChange.DELETE:
+                initially_dirty = bool(self.manual_dirty_log_protect & abi.KVM_DIRTY_LOG_INITIALLY_SET)
+                new = new_slot(region, old, initially_dirty=initially_dirty)
+            if change is MemoryChange.CREATE:
+                assert new is not None
+                self._map_host(new)
+            self._install(slots.replaced(old, new), old, new, change)
+            if change is MemoryChange.DELETE:
+                assert old is not None
+                self.regions.put(old.userspace_addr, old.npages << 12)
+            elif change is MemoryChange.FLAGS_ONLY:
+                assert new is not None and old is not None
+                if new.dirty_logging and not old.dirty_logging:
+                    dirty_log.start_logging(self, new)
+                elif old.dirty_logging and not new.dirty_logging:
+                    dirty_log.stop_logging(self, new)
+
+    def _map_host(self, slot: MemorySlot) -> None:
+        try:
+            self.regions.get(slot.userspace_addr, slot.npages << 12)
+        except ValueError as problem:
+            raise kvm_error(errno.EINVAL, f"userspace_addr={slot.userspace_addr:#x}: {problem}") from None
+
+    def _install(
+        self, slots: Memslots, old: MemorySlot | None, new: MemorySlot | None, change: MemoryChange
+    ) -> None:
+        """Publish a generation; mappings of what is gone go before anyone can use the new one."""
+        with self.mmu_lock:
+            self.memslots = slots
+            flush = False
+            if old is not None and change in (MemoryChange.DELETE, MemoryChange.MOVE):
+                flush |= self.mmu.zap_range(old.base_gfn, old.end_gfn)
+            if new is not None and change in (MemoryChange.CREATE, MemoryChange.MOVE):
+                # Nothing is mapped here but MMIO SPTEs; without them large leaves are possible.
+                flush |= self.mmu.zap_range(new.base_gfn, new.end_gfn)
+            if slots.generation & 0x3FFFF == 0:
+                flush |= self.mmu.zap_all()  # MMIO SPTEs of the generation 2**18 before would look valid
+            if flush or self.mmu.has_zapped_tables():
+                self.flush_remote_tlbs()
+                self.mmu.free_zapped()
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """KVM_GET_DIRTY_LOG (KVM API 4.8)."""
+        return dirty_log.get_dirty_log(self, slot)
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+        """KVM_CLEAR_DIRTY_LOG (KVM API 4.117)."""
+        dirty_log.clear_dirty_log(self, slot, first_page, num_pages, bitmap)
+
+    # --- requests to all vCPUs ----------------------------------------------------------------------------------
+
+    def make_all_cpus_request(self, request: int) -> None:
+        """Set a request in every vCPU and kick those that run; doesn't wait."""
+        for vcpu in self.vcpus:
+            vcpu.make_request(request)
+            vcpu.vcpu_kick()
+
+    def flush_remote_tlbs(self) -> None:
+        """Make sure that no processor uses a translation made before; returns when that is so.
+
+        A vCPU outside of guest mode flushes before its next entry; one inside is kicked and waited for.
+        """
+        self.stat_remote_tlb_flush_requests += 1
+        waiting = []
+        for vcpu in self.vcpus:
+            vcpu.make_request(KVM_REQ_TLB_FLUSH)
+            if vcpu.mode == IN_GUEST_MODE:
+                vcpu.cpu.kick()
+                waiting.append((vcpu, vcpu.stat_tlb_flush))
+        if waiting:
+            self.stat_remote_tlb_flush += 1
+        for vcpu, seen in waiting:
+            # A vCPU that left guest mode meanwhile has flushed, or will before it enters again.
+            while vcpu.mode == IN_GUEST_MODE and vcpu.stat_tlb_flush == seen:
+                time.sleep(0)
+
+    # --- vCPUs -------------------------------------------------------------------------------------------------------
+
+    def create_vcpu(self, id: int) -> Vcpu:
+        """KVM_CREATE_VCPU (KVM API 4.7): EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
+        with self.lock:
+            if not 0 <= id < capabilities.KVM_MAX_VCPU_IDS or len(self.vcpus) >= capabilities.KVM_MAX_VCPUS:
+                raise kvm_error(errno.EINVAL, f"id={id}, expected below {capabilities.KVM_MAX_VCPU_IDS}")
+            if id in self._vcpu_by_id:
+                raise kvm_error(errno.EEXIST, f"id={id} exists")
+            vcpu = Vcpu(self, id)
+            vcpu.set_tsc_offset(self._initial_tsc_offset if self._last_tsc_offset is None else self._last_tsc_offset)
+            self._vcpu_by_id[id] = vcpu
+            self.vcpus = [*self.vcpus, vcpu]
+            return vcpu
+
+    def vcpu_by_apic_id(self, apic_id: int) -> Vcpu | None:
+        """Return the vCPU with an APIC id."""
+        return self._vcpu_by_id.get(apic_id)
+
+    def vcpu_closed(self, vcpu: Vcpu) -> None:
+        """A vCPU's file is closed; its number stays taken (KVM destroys vCPUs with the VM)."""
+
+    # --- interrupt chips ---------------------------------------------------------------------------------------------------
+
+    def _irqchip(self) -> KernelIrqchip:
+        if self.chips is None:
+            raise kvm_error(errno.ENXIO, "there is no in-kernel irqchip")
+        return self.chips
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP (KVM API 4.24): EEXIST if there is one, EINVAL after the first vCPU."""
+        with self.lock:
+            if self.chips is not None:
+                raise kvm_error(errno.EEXIST, "the irqchip exists")
+            if self.vcpus:
+                raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
+            chips = KernelIrqchip(_softcpu.clock_ns)
+            chips.apic_map.bsp_vcpu_id = self.bsp_vcpu_id
+            self._apply_quirks(chips)
+            chips.attach(self.pio_bus, self.mmio_bus)
+            self.chips = chips
+
+    def _create_split_irqchip(self, pins: int) -> None:
+        with self.lock:
+            if self.chips is not None:
+                raise kvm_error(errno.EEXIST, "the irqchip exists")
+            if self.vcpus:
+                raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
+            if pins > 24:
+                raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most 24 IOAPIC pins")
+            self.chips = KernelIrqchip(_softcpu.clock_ns, split=True)
+            self.chips.apic_map.bsp_vcpu_id = self.bsp_vcpu_id
+            self._apply_quirks(self.chips)
+            self.split_irqchip = True
+
+    def _apply_quirks(self, chips: KernelIrqchip) -> None:
+        chips.apic_map.lint0_reenabled = self.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED)
+        chips.apic_map.mmio_hole = self.has_quirk(KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """KVM_CREATE_PIT2 (KVM API 4.71)."""
+        with self.lock:
+            if self.chips is None:
+                raise kvm_error(errno.ENOENT, "there is no in-kernel irqchip")
+            self.chips.create_pit(flags, self.pio_bus)
+
+    def irq_line(self, irq: int, level: int) -> None:
+        """KVM_IRQ_LINE (KVM API 4.25)."""
+        self._irqchip().set_irq(irq, level)
+
+    def irq_line_status(self, irq: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS."""
+        return self._irqchip().set_irq(irq, level)
+
+    def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
+        """KVM_GET_IRQCHIP (KVM API 4.26)."""
+        return self._irqchip().get_irqchip(chip_id)
+
+    def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
+        """KVM_SET_IRQCHIP (KVM API 4.27)."""
+        self._irqchip().set_irqchip(chip)
+
+    def get_pit2(self) -> abi.kvm_pit_state2:
+        """KVM_GET_PIT2 (KVM API 4.72)."""
+        pit = self._irqchip().pit
+        if pit is None:
+            raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
+        return pit.get_state()
+
+    def set_pit2(self, state: abi.kvm_pit_state2) -> None:
+        """KVM_SET_PIT2 (KVM API 4.73)."""
+        pit = self._irqchip().pit
+        if pit is None:
+            raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
+        pit.set_state(state)
+
+    def reinject_control(self, pit_reinject: int) -> None:
+        """KVM_REINJECT_CONTROL (KVM API 4.54)."""
+        pit = self._irqchip().pit
+        if pit is None:
+            raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
+        pit.set_reinject(bool(pit_reinject))
+
+    def set_gsi_routing(self, entries: Sequence[abi.kvm_irq_routing_entry]) -> None:
+        """KVM_SET_GSI_ROUTING (KVM API 4.52)."""
+        if self.chips is None:
+            raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
+        self.chips.routing.set_routing(entries)
+
+    def signal_msi(self, msi: abi.kvm_msi) -> int:
+        """KVM_SIGNAL_MSI (KVM API 4.70)."""
+        if self.chips is None:
+            raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
+        return self.chips.routing.signal_msi(msi)
+
+    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
+        """KVM_IRQFD (KVM API 4.75)."""
+        self.eventfds.irqfd(fd, gsi, flags, resamplefd)
+
+    def ioeventfd(self, fd: int, addr: int, len: int, datamatch: int | None = None, flags: int = 0) -> None:
+        """KVM_IOEVENTFD (KVM API 4.59)."""
+        self.eventfds.ioeventfd(fd, addr, len, datamatch, flags)
+
+    # --- the rest of the API ---------------------------------------------------------------------------------------------------
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION on a VM."""
+        return capabilities.check_extension(cap)
+
+    def set_tss_addr(self, address: int) -> None:
+        """KVM_SET_TSS_ADDR (KVM API 4.41): checked and otherwise without effect, as on AMD processors."""
+        if address > 0xFFFF_FFFF - 3 * 4096 + 1:
+            raise kvm_error(errno.EINVAL, f"address={address:#x}, expected three pages below 4 GiB")
+
+    def set_identity_map_addr(self, address: int) -> None:
+        """KVM_SET_IDENTITY_MAP_ADDR (KVM API 4.76): EINVAL after the first vCPU; without effect on AMD."""
+        if self.vcpus:
+            raise kvm_error(errno.EINVAL, "vCPUs exist: the identity map's address can't change")
+
+    def set_boot_cpu_id(self, id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID (KVM API 4.40): EBUSY after the first vCPU."""
+        with self.lock:
+            if self.vcpus:
+                raise kvm_error(errno.EBUSY, "vCPUs exist: the boot processor can't change")
+            self.bsp_vcpu_id = id
+            if self.chips is not None:
+                self.chips.apic_map.bsp_vcpu_id = id
+
+    def get_clock(self) -> abi.kvm_clock_data:
+        """KVM_GET_CLOCK (KVM API 4.29)."""
+        return kvmclock.get_clock(self)
+
+    def set_clock(self, clock: abi.kvm_clock_data) -> None:
+        """KVM_SET_CLOCK (KVM API 4.30)."""
+        kvmclock.set_clock(self, clock)
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on a VM (KVM API section 7)."""
+        value = args[0] if args else 0
+        if cap in (abi.KVM_CAP_DISABLE_QUIRKS, abi.KVM_CAP_DISABLE_QUIRKS2):
+            if cap == abi.KVM_CAP_DISABLE_QUIRKS2 and value & ~0x7F:
+                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known quirks")
+            self.quirks_disabled = value
+            if self.chips is not None:
+                self._apply_quirks(self.chips)
+        elif cap == abi.KVM_CAP_SPLIT_IRQCHIP:
+            self._create_split_irqchip(value)
+        elif cap == abi.KVM_CAP_X2APIC_API:
+            if value & ~3:
+                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_X2APIC_API_* bits")
+            apic_map = self._irqchip().apic_map
+            apic_map.x2apic_format |= bool(value & abi.KVM_X2APIC_API_USE_32BIT_IDS)
+            apic_map.x2apic_broadcast_quirk_disabled |= bool(value & abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
+        elif cap == abi.KVM_CAP_X86_DISABLE_EXITS:
+            if self.vcpus or value & ~0xF:
+                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known exits, before the first vCPU")
+            self.disable_hlt_exits = bool(value & 2)
+        elif cap == abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
+            if value & ~3 or value == abi.KVM_DIRTY_LOG_INITIALLY_SET:
+                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0, 1 or 3")
+            self.manual_dirty_log_protect = value
+        elif cap == abi.KVM_CAP_EXCEPTION_PAYLOAD:
+            self.exception_payload_enabled = bool(value)
+        elif cap == abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
+            self.triple_fault_event = bool(value)
+        elif cap == abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE:
+            if value & ~1:
+                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0 or 1")
+            self.exit_on_emulation_error = bool(value)
+        elif cap == abi.KVM_CAP_X86_USER_SPACE_MSR:
+            if value & ~7:
+                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_MSR_EXIT_REASON_* bits")
+            self.user_space_msr_mask = value
+        elif cap == abi.KVM_CAP_MSR_PLATFORM_INFO:
+            pass  # the guest reads MSR_PLATFORM_INFO either way
+        elif cap == abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS:
+            chips = self._irqchip()
+            if not value or self.vcpus:
+                raise kvm_error(errno.EINVAL, f"args[0]={value}, expected a period in ns, before the first vCPU")
+            chips.apic_map.bus_cycle_ns = value
+        else:
+            raise kvm_error(errno.EINVAL, f"cap={cap}, expected one that can be enabled on a VM")
+
+    # --- time ------------------------------------------------------------------------------------------------------------------
+
+    def synchronized_tsc_offset(self, tsc: int, khz: int) -> int:
+        """Return the offset for a host write of ``tsc``.
+
+        Writes within a second of each other's time and of the running counter's value mean "the same counter":
+        they get the offset of the first (``kvm_synchronize_tsc``).
+        """
+        now = _softcpu.clock_ns()
+        offset = tsc - _softcpu.rdtsc()
+        last = self._last_tsc_offset
+        if last is not None:
+            elapsed = now - self._last_tsc_write_ns
+            expected = self._last_tsc_write + elapsed * khz // 1_000_000
+            matching = tsc == 0 or abs(tsc - expected) < khz * 1000
+            if matching:
+                offset = last
+        self._last_tsc_write = tsc
+        self._last_tsc_write_ns = now
+        self._last_tsc_offset = offset
+        return offset
+
+    def update_masterclock(self) -> None:
+        """Let every vCPU rewrite its time structure."""
+        self.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
+
+    # --- logging, life ------------------------------------------------------------------------------------------------------------
+
+    def log_limited(self, logger: logging.Logger, message: str, *args: object) -> None:
+        """Log what a guest can provoke: at most ten lines in five seconds."""
+        now = time.monotonic()
+        if now - self._log_window_start > _LOG_INTERVAL_S:
+            self._log_window_start = now
+            self._log_count = 0
+        self._log_count += 1
+        if self._log_count <= _LOG_BURST:
+            logger.info(message, *args)
+
+    def log_invalid_vmcb(self, vcpu: Vcpu) -> None:
+        """Log the fields that make VMRUN refuse a VMCB."""
+        q = vcpu.q
+        self.log_limited(
+            log,
+            "vcpu%d: VMRUN failed: cr0=%#x cr3=%#x cr4=%#x efer=%#x rip=%#x event_inj=%#x",
+            vcpu.vcpu_id,
+            q[V.CR0],
+            q[V.CR3],
+            q[V.CR4],
+            q[V.EFER],
+            q[V.RIP],
+            q[V.EVENT_INJ],
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Counters with the names of KVM's binary statistics."""
+        return vm_stats(self)
+
+    def check_alive(self) -> None:
+        """Raise EIO if the VM was closed."""
+        if self._dead:
+            raise kvm_error(errno.EIO, "the VM is closed")
+
+    def close(self) -> None:
+        """End the VM: every KVM_RUN returns, the chips' timers stop, memory is let go."""
+        if self._closed:
+            return
+        self._closed = self._dead = True
+        for vcpu in self.vcpus:
+            vcpu.kick()
+            vcpu.cpu.set_timer(0)
+        self.eventfds.close()
+        if self.chips is not None:
+            self.chips.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

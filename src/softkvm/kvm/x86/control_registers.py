@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control registers, XCR0, EFER and debug registers: the checks of their writes (APM vol. 2, chapter 3).
+
+The ``kvm_set_*`` functions return False where the processor raises #GP, with nothing changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from softkvm.kvm.mmu.paging import is_canonical
+from softkvm.kvm.x86 import svm
+from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.exceptions import DR7_FIXED_1, DR7_VOLATILE
+from softkvm.kvm.x86.svm import (
+    EFER_LMA,
+    EFER_LME,
+    EFER_NX,
+    EFER_SCE,
+    X86_CR0_CD,
+    X86_CR0_ET,
+    X86_CR0_NW,
+    X86_CR0_PE,
+    X86_CR0_PG,
+)
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+CR0_VALID: Final = 0xE005_003F
+
+CR4_VME: Final = 1 << 0
+CR4_PVI: Final = 1 << 1
+CR4_TSD: Final = 1 << 2
+CR4_DE: Final = 1 << 3
+CR4_PSE: Final = 1 << 4
+CR4_PAE: Final = 1 << 5
+CR4_MCE: Final = 1 << 6
+CR4_PGE: Final = 1 << 7
+CR4_PCE: Final = 1 << 8
+CR4_OSFXSR: Final = 1 << 9
+CR4_OSXMMEXCPT: Final = 1 << 10
+CR4_UMIP: Final = 1 << 11
+CR4_LA57: Final = 1 << 12
+CR4_FSGSBASE: Final = 1 << 16
+CR4_PCIDE: Final = 1 << 17
+CR4_OSXSAVE: Final = 1 << 18
+CR4_SMEP: Final = 1 << 20
+CR4_SMAP: Final = 1 << 21
+CR4_PKE: Final = 1 << 22
+
+#: CR4 bits that exist only with a CPUID feature: (bit, leaf, subleaf, register, CPUID bit).
+_CR4_FEATURES: Final = (
+    (CR4_OSXSAVE, 0x1, 0, 2, 26),
+    (CR4_PCIDE, 0x1, 0, 2, 17),
+    (CR4_SMEP, 0x7, 0, 1, 7),
+    (CR4_SMAP, 0x7, 0, 1, 20),
+    (CR4_FSGSBASE, 0x7, 0, 1, 0),
+    (CR4_PKE, 0x7, 0, 2, 3),
+    (CR4_LA57, 0x7, 0, 2, 16),
+    (CR4_UMIP, 0x7, 0, 2, 2),
+)
+_CR4_ALWAYS: Final = (
+    CR4_VME
+    | CR4_PVI
+    | CR4_TSD
+    | CR4_DE
+    | CR4_PSE
+    | CR4_PAE
+    | CR4_MCE
+    | CR4_PGE
+    | CR4_PCE
+    | CR4_OSFXSR
+    | CR4_OSXMMEXCPT
+)
+
+XFEATURE_FP: Final = 1 << 0
+XFEATURE_SSE: Final = 1 << 1
+XFEATURE_YMM: Final = 1 << 2
+
+
+def cr4_guest_valid_bits(vcpu: Vcpu) -> int:
+    """Return the CR4 bits that the guest's CPUID allows."""
+    valid = _CR4_ALWAYS
+    for bit, leaf, subleaf, register, cpuid_bit in _CR4_FEATURES:
+        if vcpu.cpuid.feature(leaf, subleaf, register, cpuid_bit):
+            valid |= bit
+    return valid
+
+
+def is_valid_cr0(vcpu: Vcpu, cr0: int) -> bool:
+    """Tell whether ``cr0`` is a legal combination: 32 bits, NW only with CD, PG only with PE."""
+    if cr0 >> 32:
+        return False
+    if cr0 & X86_CR0_NW and not cr0 & X86_CR0_CD:
+        return False
+    return not cr0 & X86_CR0_PG or bool(cr0 & X86_CR0_PE)
+
+
+def is_valid_cr4(vcpu: Vcpu, cr4: int) -> bool:
+    """Tell whether ``cr4`` has only bits that the guest's CPUID allows."""
+    return not cr4 & ~vcpu.cpuid.cr4_valid
+
+
+def kvm_set_cr0(vcpu: Vcpu, cr0: int) -> bool:
+    """MOV to CR0 (APM vol. 2, 3.1.1 and 14.6.1)."""
+    old = vcpu.cr0
+    cr0 |= X86_CR0_ET
+    if not is_valid_cr0(vcpu, cr0):
+        return False
+    cr0 &= CR0_VALID
+    if vcpu.efer & EFER_LME and not old & X86_CR0_PG and cr0 & X86_CR0_PG:
+        if not vcpu.cr4 & CR4_PAE or vcpu.w[V.CS_ATTRIB] & V.SEG_L:
+            return False
+    if not cr0 & X86_CR0_PG and (vcpu.cr4 & CR4_PCIDE or vcpu.is_64bit_code()):
+        return False
+    svm.set_cr0(vcpu, cr0)
+    return True
+
+
+def kvm_set_cr3(vcpu: Vcpu, cr3: int) -> bool:
+    """MOV to CR3."""
+    if vcpu.cr4 & CR4_PCIDE and cr3 >> 63:
+        cr3 &= ~(1 << 63)
+    else:
+        vcpu.flush_tlb_guest()
+    if vcpu.efer & EFER_LMA and cr3 >> vcpu.maxphyaddr:
+        return False
+    vcpu.q[V.CR3] = cr3
+    return True
+
+
+def kvm_set_cr4(vcpu: Vcpu, cr4: int) -> bool:
+    """MOV to CR4 (APM vol. 2, 3.1.3)."""
+    old = vcpu.cr4
+    if not is_valid_cr4(vcpu, cr4):
+        return False
+    if vcpu.efer & EFER_LMA:
+        if not cr4 & CR4_PAE or (cr4 ^ old) & CR4_LA57:
+            return False
+    if cr4 & CR4_PCIDE and not old & CR4_PCIDE:
+        if not vcpu.efer & EFER_LMA or vcpu.cr3 & 0xFFF:
+            return False
+    svm.set_cr4(vcpu, cr4)
+    return True
+
+
+def kvm_set_cr8(vcpu: Vcpu, cr8: int) -> bool:
+    """MOV to CR8: the task priority."""
+    if cr8 & ~0xF:
+        return False
+    if vcpu.apic is not None:
+        vcpu.apic.set_tpr(cr8 << 4)
+    else:
+        vcpu.shadow_cr8 = cr8
+    return True
+
+
+def kvm_get_cr8(vcpu: Vcpu) -> int:
+    """Return CR8."""
+    return vcpu.apic.cr8 if vcpu.apic is not None else vcpu.shadow_cr8
+
+
+def efer_valid_bits(vcpu: Vcpu) -> int:
+    """Return the EFER bits that the guest's CPUID allows."""
+    valid = 0
+    for bit, cpuid_bit in ((EFER_SCE, 11), (EFER_NX, 20), (EFER_LME | EFER_LMA, 29)):
+        if vcpu.cpuid.feature(0x8000_0001, 0, 3, cpuid_bit):
+            valid |= bit
+    return valid
+
+
+def kvm_set_efer(vcpu: Vcpu, efer: int, *, host_initiated: bool) -> bool:
+    """WRMSR to EFER; the host may set LMA, and bits that the guest's CPUID lacks but the silicon has."""
+    valid = EFER_SCE | EFER_NX | EFER_LME | EFER_LMA if host_initiated else efer_valid_bits(vcpu)
+    if efer & ~valid:
+        return False
+    if not host_initiated:
+        if vcpu.cr0 & X86_CR0_PG and (vcpu.efer ^ efer) & EFER_LME:
+            return False
+        efer = efer & ~EFER_LMA | vcpu.efer & EFER_LMA
+    svm.set_efer(vcpu, efer)
+    return True
+
+
+def kvm_set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
+    """XSETBV (APM vol. 2, 11.5.2)."""
+    if index != 0 or not value & XFEATURE_FP:
+        return False
+    if value & XFEATURE_YMM and not value & XFEATURE_SSE:
+        return False
+    if value & ~vcpu.cpuid.supported_xcr0:
+        return False
+    vcpu.xcr0 = value
+    vcpu.cpuid.update_runtime(vcpu)
+    return True
+
+
+def kvm_set_dr(vcpu: Vcpu, index: int, value: int) -> bool:
+    """MOV to a debug register; DR4 and DR5 are DR6 and DR7."""
+    if index < 4:
+        vcpu.db[index] = value
+        return True
+    if value >> 32:
+        return False
+    if index in (4, 6):
+        vcpu.q[V.DR6] = value & 0xE00F | 0xFFFF_0FF0
+    else:
+        vcpu.guest_dr7 = value & DR7_VOLATILE | DR7_FIXED_1
+        vcpu.update_dr7()
+    return True
+
+
+def kvm_get_dr(vcpu: Vcpu, index: int) -> int:
+    """Return a debug register."""
+    if index < 4:
+        return vcpu.db[index]
+    if index in (4, 6):
+        return vcpu.q[V.DR6]
+    return vcpu.guest_dr7
+
+
+def is_noncanonical(vcpu: Vcpu, address: int) -> bool:
+    """Tell whether ``address`` is not canonical for the guest's paging mode."""
+    return not is_canonical(address, la57=bool(vcpu.cr4 & CR4_LA57))

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPUID: what KVM supports, and the table that one vCPU answers from (APM vol. 3, appendix E; KVM API 4.46, 4.20)."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+from softkvm import _softcpu, abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86.svm import EFER_LMA
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+KVM_MAX_CPUID_ENTRIES: Final = 256
+
+EAX: Final = 0
+EBX: Final = 1
+ECX: Final = 2
+EDX: Final = 3
+
+Leaf = tuple[int, int, int, int]
+_ZERO: Final[Leaf] = (0, 0, 0, 0)
+
+#: Leaves whose answer depends on ECX.
+_INDEXED: Final = frozenset({0x4, 0x7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1E, 0x1F, 0x24, 0x8000_001D})
+
+# Leaf 1, ECX and EDX
+_MONITOR: Final = 1 << 3
+_X2APIC: Final = 1 << 21
+_TSC_DEADLINE: Final = 1 << 24
+_OSXSAVE: Final = 1 << 27
+_HYPERVISOR: Final = 1 << 31
+_APIC: Final = 1 << 9
+_OSPKE: Final = 1 << 4
+_SVM: Final = 1 << 2
+
+_KVM_FEATURES: Final = (
+    1 << abi.KVM_FEATURE_CLOCKSOURCE
+    | 1 << abi.KVM_FEATURE_NOP_IO_DELAY
+    | 1 << abi.KVM_FEATURE_CLOCKSOURCE2
+    | 1 << abi.KVM_FEATURE_ASYNC_PF
+    | 1 << abi.KVM_FEATURE_STEAL_TIME
+    | 1 << abi.KVM_FEATURE_PV_EOI
+    | 1 << abi.KVM_FEATURE_PV_UNHALT
+    | 1 << abi.KVM_FEATURE_PV_TLB_FLUSH
+    | 1 << abi.KVM_FEATURE_ASYNC_PF_VMEXIT
+    | 1 << abi.KVM_FEATURE_PV_SEND_IPI
+    | 1 << abi.KVM_FEATURE_POLL_CONTROL
+    | 1 << abi.KVM_FEATURE_PV_SCHED_YIELD
+    | 1 << abi.KVM_FEATURE_ASYNC_PF_INT
+    | 1 << abi.KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
+)
+
+
+# --- what KVM supports -------------------------------------------------------------------------------
+
+
+def _supported_leaf(function: int, index: int) -> Leaf:
+    """Return the silicon's leaf with what KVM adds and takes away."""
+    eax, ebx, ecx, edx = _softcpu.cpuid(function, index)
+    if function == 0x1:
+        ebx &= 0x0000_FFFF  # APIC id and processor count are the machine's business
+        ecx = ecx & ~(_MONITOR | _OSXSAVE) | _X2APIC | _TSC_DEADLINE | _HYPERVISOR
+        edx |= _APIC
+    elif function == 0x6:
+        eax, ebx, ecx, edx = 1 << 2, 0, 0, 0  # ARAT
+    elif function == 0x7 and index == 0:
+        ebx |= 1 << 1  # TSC_ADJUST: kept by KVM
+        ecx &= ~_OSPKE
+    elif function in (0xA, 0xF, 0x10, 0x8000_000A):
+        return _ZERO  # no PMU, no resource control, no nested SVM
+    elif function == 0x8000_0001:
+        ecx &= ~_SVM
+        edx |= _APIC
+    return eax, ebx, ecx, edx
+
+
+def _subleaves(function: int) -> Iterable[int]:
+    """Return the subleaf numbers of an indexed leaf."""
+    if function == 0x7:
+        return range(_softcpu.cpuid(7, 0)[EAX] + 1)
+    if function == 0xD:
+        xcr0 = supported_xcr0()
+        return [0, 1, *(i for i in range(2, 63) if xcr0 >> i & 1)]
+    if function in (0x4, 0x8000_001D):
+        count = 0
+        while count < 8 and _softcpu.cpuid(function, count)[EAX] & 0x1F:
+            count += 1
+        return range(count + 1)
+    if function in (0xB, 0x1F):
+        return range(1)
+    return range(1)
+
+
+@cache
+def supported_xcr0() -> int:
+    """Return the XCR0 bits that the silicon has (leaf 0xD)."""
+    eax, _, _, edx = _softcpu.cpuid(0xD, 0)
+    return eax | edx << 32
+
+
+def _entry(function: int, index: int, leaf: Leaf, *, indexed: bool) -> abi.kvm_cpuid_entry2:
+    return abi.kvm_cpuid_entry2(
+        function=function,
+        index=index,
+        flags=abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX if indexed else 0,
+        eax=leaf[EAX],
+        ebx=leaf[EBX],
+        ecx=leaf[ECX],
+        edx=leaf[EDX],
+    )
+
+
+def get_supported_cpuid() -> list[abi.kvm_cpuid_entry2]:
+    """KVM_GET_SUPPORTED_CPUID: the silicon's leaves as KVM can give them to a guest, and KVM's own."""
+    entries = []
+    for first in (0x0, 0x8000_0000):
+        last = _softcpu.cpuid(first, 0)[EAX]
+        for function in range(first, max(last, first) + 1):
+            indexed = function in _INDEXED
+            for index in _subleaves(function) if indexed else (0,):
+                entries.append(_entry(function, index, _supported_leaf(function, index), indexed=indexed))
+    signature = [int.from_bytes(abi.KVM_SIGNATURE[i : i + 4], "little") for i in (0, 4, 8)]
+    entries.append(
+        _entry(abi.KVM_CPUID_SIGNATURE, 0, (abi.KVM_CPUID_FEATURES, *signature), indexed=False)  # type: ignore[arg-type]
+    )
+    entries.append(_entry(abi.KVM_CPUID_FEATURES, 0, (_KVM_FEATURES, 0, 0, 0), indexed=False))
+    return entries
+
+
+def get_emulated_cpuid() -> list[abi.kvm_cpuid_entry2]:
+    """KVM_GET_EMULATED_CPUID: features that only the emulator provides (MOVBE, RDPID)."""
+    entries = [_entry(0, 0, (7, 0, 0, 0), indexed=False), _entry(1, 0, (0, 0, 1 << 22, 0), indexed=False)]
+    entries.append(_entry(7, 0, (0, 0, 1 << 22, 0), indexed=True))
+    return entries
+
+
+# --- one vCPU's table -----------------------------------------------------------------------------------
+
+
+class CpuidTable:
+    """The CPUID leaves of one vCPU (KVM_SET_CPUID2), with the bits that follow its registers."""
+
+    __slots__ = (
+        "_base_d0",
+        "_base_d1",
+        "_base_leaf1",
+        "_base_leaf7",
+        "_intel",
+        "_limits",
+        "cr4_valid",
+        "entries",
+        "indexed",
+        "kvm_features",
+        "plain",
+        "supported_xcr0",
+    )
+
+    def __init__(self) -> None:
+        self.entries: list[abi.kvm_cpuid_entry2] = []
+        #: Answers of leaves that don't look at ECX.
+        self.plain: dict[int, Leaf] = {}
+        #: Answers of leaves that do.
+        self.indexed: dict[int, dict[int, Leaf]] = {}
+        self._base_leaf1: Leaf | None = None
+        self._base_leaf7: Leaf | None = None
+        self._base_d0: Leaf | None = None
+        self._base_d1: Leaf | None = None
+        self._limits: dict[int, int] = {}
+        self._intel = False
+        self.supported_xcr0 = 0
+        self.kvm_features = 0
+        self.cr4_valid = 0
+
+    def set(self, vcpu: Vcpu, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
+        """KVM_SET_CPUID2: E2BIG for too many entries, EINVAL for a virtual address width that can't be."""
+        if len(entries) > KVM_MAX_CPUID_ENTRIES:
+            raise kvm_error(errno.E2BIG, f"nent={len(entries)}, expected at most {KVM_MAX_CPUID_ENTRIES}")
+        copies = [type(e).from_buffer_copy(e) for e in entries]
+        for e in copies:
+            if e.function == 0x8000_0008 and (e.eax >> 8 & 0xFF) not in (0, 48, 57):
+                raise kvm_error(errno.EINVAL, f"CPUID 0x80000008: {e.eax >> 8 & 0xFF} linear bits, expected 48 or 57")
+        self.entries = copies
+        self.plain = {}
+        self.indexed = {}
+        for e in copies:
+            leaf = (e.eax, e.ebx, e.ecx, e.edx)
+            if e.flags & abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX:
+                self.indexed.setdefault(e.function, {}).setdefault(e.index, leaf)
+            else:
+                self.plain.setdefault(e.function, leaf)
+        self._base_leaf1 = self.leaf(1, 0)
+        self._base_leaf7 = self.leaf(7, 0)
+        self._base_d0 = self.leaf(0xD, 0)
+        self._base_d1 = self.leaf(0xD, 1)
+        self._limits = {
+            base: (self.leaf(base, 0) or _ZERO)[EAX] for base in (0x0, 0x8000_0000, 0xC000_0000, 0x4000_0000)
+        }
+        vendor = self.leaf(0, 0) or _ZERO
+        self._intel = (vendor[EBX], vendor[EDX], vendor[ECX]) == (0x756E_6547, 0x4965_6E69, 0x6C65_746E)
+        d0 = self._base_d0 or _ZERO
+        self.supported_xcr0 = (d0[EAX] | d0[EDX] << 32) & supported_xcr0()
+        self.kvm_features = self._find_kvm_features()
+        from softkvm.kvm.x86.control_registers import cr4_guest_valid_bits  # noqa: PLC0415 - mutual
+
+        self.cr4_valid = cr4_guest_valid_bits(vcpu)
+        self.update_runtime(vcpu)
+
+    def get(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_CPUID2: the entries, with the bits that follow registers as they are now."""
+        result = []
+        for e in self.entries:
+            copy = type(e).from_buffer_copy(e)
+            leaf = self.leaf(e.function, e.index)
+            if leaf is not None:
+                copy.eax, copy.ebx, copy.ecx, copy.edx = leaf
+            result.append(copy)
+        return result
+
+    def leaf(self, function: int, index: int) -> Leaf | None:
+        """Return the entry for a leaf, None if there is none."""
+        plain = self.plain.get(function)
+        if plain is not None:
+            return plain
+        sub = self.indexed.get(function)
+        return sub.get(index) if sub is not None else None
+
+    def feature(self, function: int, index: int, register: int, bit: int) -> bool:
+        """Tell whether one feature bit is set."""
+        leaf = self.leaf(function, index)
+        return leaf is not None and bool(leaf[register] >> bit & 1)
+
+    def _find_kvm_features(self) -> int:
+        signature = tuple(int.from_bytes(abi.KVM_SIGNATURE[i : i + 4], "little") for i in (0, 4, 8))
+        for base in range(0x4000_0000, 0x4001_0000, 0x100):
+            leaf = self.plain.get(base)
+            if leaf is not None and leaf[1:] == signature:
+                return (self.plain.get(base + 1) or _ZERO)[EAX]
+        return 0
+
+    def answer(self, function: int, index: int) -> Leaf:
+        """Return what CPUID gives the guest, with the rules for leaves that are out of range."""
+        leaf = self.plain.get(function)
+        if leaf is not None:
+            return leaf
+        sub = self.indexed.get(function)
+        if sub is not None:
+            leaf = sub.get(index)
+            if leaf is not None:
+                return leaf
+            if function in (0xB, 0x1F):  # every subleaf has the x2APIC id and the subleaf's number
+                one = sub.get(1) or sub.get(0) or _ZERO
+                return 0, 0, index & 0xFF, one[EDX]
+            return _ZERO
+        if self._intel:
+            return self._out_of_range(function, index)
+        return _ZERO
+
+    def _out_of_range(self, function: int, index: int) -> Leaf:
+        """Intel's rule: a leaf beyond its range answers as the highest basic leaf."""
+        if 0x4000_0000 <= function <= 0x4FFF_FFFF:
+            base = function & 0xFFFF_FF00
+            limit = (self.leaf(base, 0) or _ZERO)[EAX]
+        else:
+            base = 0xC000_0000 if function >= 0xC000_0000 else function & 0x8000_0000
+            limit = self._limits[base]
+        if limit and function <= limit:
+            return _ZERO
+        return self.leaf(self._limits[0], index) or _ZERO
+
+    def update_runtime(self, vcpu: Vcpu) -> None:
+        """Bring the bits that follow registers up to date: OSXSAVE, APIC, OSPKE, the XSAVE area's size."""
+        leaf = self._base_leaf1
+        if leaf is not None:
+            ecx = leaf[ECX] & ~_OSXSAVE | (_OSXSAVE if vcpu.cr4 >> 18 & 1 else 0)
+            edx = leaf[EDX] & ~_APIC
+            if vcpu.apic is None or vcpu.apic.hw_enabled:
+                edx |= leaf[EDX] & _APIC
+            self._replace(0x1, 0, (leaf[EAX], leaf[EBX], ecx, edx))
+        leaf = self._base_leaf7
+        if leaf is not None:
+            ecx = leaf[ECX] & ~_OSPKE | (_OSPKE if vcpu.cr4 >> 22 & 1 else 0)
+            self._replace(0x7, 0, (leaf[EAX], leaf[EBX], ecx, leaf[EDX]))
+        leaf = self._base_d0
+        if leaf is not None:
+            self._replace(0xD, 0, (leaf[EAX], xstate_size(vcpu.xcr0), leaf[ECX], leaf[EDX]))
+        leaf = self._base_d1
+        if leaf is not None and leaf[EAX] & 0xA:  # XSAVEC or XSAVES
+            self._replace(0xD, 1, (leaf[EAX], xstate_size(vcpu.xcr0, compacted=True), leaf[ECX], leaf[EDX]))
+
+    def _replace(self, function: int, index: int, leaf: Leaf) -> None:
+        if function in self.plain:
+            self.plain[function] = leaf
+        else:
+            self.indexed[function][index] = leaf
+
+
+def xstate_size(features: int, *, compacted: bool = False) -> int:
+    """Return the size in bytes of the XSAVE area for the state components ``features`` (leaf 0xD)."""
+    size = 512 + 64
+    for i in range(2, 63):
+        if features >> i & 1:
+            length, offset, ecx, _ = _softcpu.cpuid(0xD, i)
+            if not compacted:
+                size = max(size, offset + length)
+            else:
+                size = (size + 63 & ~63 if ecx & 2 else size) + length
+    return size
+
+
+def linear_bits(vcpu: Vcpu) -> int:
+    """Return the width of linear addresses in the guest's paging mode."""
+    return 57 if vcpu.efer & EFER_LMA and vcpu.cr4 >> 12 & 1 else 48

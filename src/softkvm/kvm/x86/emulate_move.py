@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emulated data movement: MOV and its kin, stack, branches, and the moves of SSE and MMX."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from softkvm import abi
+from softkvm.kvm.x86 import svm
+from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.emulate import Emulator, Unhandleable, handler
+from softkvm.kvm.x86.emulate_alu import signed
+from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
+from softkvm.kvm.x86.exceptions import X86Exception, gp
+
+_CR0_EM: Final = 1 << 2
+_CR0_TS: Final = 1 << 3
+_CR4_OSFXSR: Final = 1 << 9
+
+
+@handler("mov", "movzx", "movnti")
+def mov(e: Emulator, i: Insn) -> None:
+    """MOV between registers, memory and immediates; MOV to and from segment, control and debug registers."""
+    dst, src = i.ops
+    if dst.kind in (CR, DR) or src.kind in (CR, DR):
+        from softkvm.kvm.x86.emulate_system import mov_system  # noqa: PLC0415 - mutual
+
+        mov_system(e, i)
+        return
+    if dst.kind == SEG:
+        e.vcpu.load_segment(e, dst.index, e.read(src) & 0xFFFF)
+        if dst.index == V.SS_OFFSET:
+            e.shadow_after = 1
+        return
+    e.write(dst, e.read(src))
+
+
+@handler("movsx", "movsxd")
+def movsx(e: Emulator, i: Insn) -> None:
+    """Move with sign extension."""
+    dst, src = i.ops
+    e.write(dst, signed(e.read(src), src.size * 8) & (1 << dst.size * 8) - 1)
+
+
+@handler("movbe")
+def movbe(e: Emulator, i: Insn) -> None:
+    """Move with the bytes reversed."""
+    dst, src = i.ops
+    e.write(dst, int.from_bytes(e.read(src).to_bytes(src.size, "little"), "big"))
+
+
+@handler("bswap")
+def bswap(e: Emulator, i: Insn) -> None:
+    """Reverse the bytes of a register."""
+    op = i.ops[0]
+    e.write(op, int.from_bytes(e.read(op).to_bytes(op.size, "little"), "big") if op.size > 2 else 0)
+
+
+@handler("lea")
+def lea(e: Emulator, i: Insn) -> None:
+    """Load the effective address."""
+    e.write(i.ops[0], e.effective_address(i))
+
+
+@handler("nop", "prefetch", "prefetchw", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "pause", "endbr64")
+def nop(e: Emulator, i: Insn) -> None:
+    """Nothing but the instruction pointer."""
+
+
+@handler("clflush", "clflushopt", "clwb")
+def clflush(e: Emulator, i: Insn) -> None:
+    """Cache control: only the address is checked."""
+    e.memory_address(i, 1, write=False)
+
+
+@handler("cbw", "cwde", "cdqe")
+def sign_extend_accumulator(e: Emulator, i: Insn) -> None:
+    """Sign-extend AL, AX or EAX within the accumulator."""
+    half = {"cbw": 1, "cwde": 2, "cdqe": 4}[i.mnemonic]
+    value = signed(e.gpr[0] & (1 << half * 8) - 1, half * 8)
+    e.write(Operand(REG, half * 2, 0), value & (1 << half * 16) - 1)
+
+
+@handler("cwd", "cdq", "cqo")
+def sign_extend_into_rdx(e: Emulator, i: Insn) -> None:
+    """Fill DX, EDX or RDX with the accumulator's sign."""
+    size = {"cwd": 2, "cdq": 4, "cqo": 8}[i.mnemonic]
+    negative = e.gpr[0] >> (size * 8 - 1) & 1
+    e.write(Operand(REG, size, 2), -negative & (1 << size * 8) - 1)
+
+
+# --- stack and branches -------------------------------------------------------------------------------------
+
+
+def _stack_size(e: Emulator, op: Operand) -> int:
+    """Return the operand size of PUSH and POP: 64 bits wide in 64-bit mode unless 16."""
+    if e.vcpu.is_64bit_code():
+        return 2 if op.size == 2 and op.kind in (REG, MEM) else 8
+    return op.size if op.size in (2, 4) else 4
+
+
+@handler("push")
+def push(e: Emulator, i: Insn) -> None:
+    """Push a register, an immediate or memory."""
+    op = i.ops[0]
+    if op.kind == SEG:
+        size = 8 if e.vcpu.is_64bit_code() else 4 if svm.code_bitness(e.vcpu) == 32 else 2
+    elif op.kind == IMM:
+        size = 8 if e.vcpu.is_64bit_code() else max(op.size, 2)
+    else:
+        size = _stack_size(e, op)
+    e.push(e.read(op), size)
+
+
+@handler("pop")
+def pop(e: Emulator, i: Insn) -> None:
+    """Pop into a register or memory; RSP has its new value when the destination's address is computed."""
+    op = i.ops[0]
+    if op.kind == SEG:
+        size = 8 if e.vcpu.is_64bit_code() else 4 if svm.code_bitness(e.vcpu) == 32 else 2
+        value = e.peek(size) & 0xFFFF
+        e.vcpu.load_segment(e, op.index, value)
+        e.drop(size)
+        if op.index == V.SS_OFFSET:
+            e.shadow_after = 1
+        return
+    size = _stack_size(e, op)
+    value = e.peek(size)
+    rsp = e.gpr[4]
+    e.drop(size)
+    try:
+        e.write(op, value)
+    except BaseException:
+        e.gpr[4] = rsp
+        raise
+
+
+@handler("jmp")
+def jmp(e: Emulator, i: Insn) -> None:
+    """Near jump, direct or through a register or memory."""
+    op = i.ops[0]
+    if op.kind in (REG, MEM) and op.size in (2, 4, 8):
+        if op.kind == MEM and "far" in i.text:
+            raise Unhandleable
+        e.jump(e.read(op), op.size)
+    elif op.value or op.kind not in (REG, MEM):
+        e.jump(op.value + e.q[V.RIP], op.size)
+
+
+@handler("call")
+def call(e: Emulator, i: Insn) -> None:
+    """Near call, direct or through a register or memory."""
+    op = i.ops[0]
+    if op.kind == MEM and "far" in i.text:
+        raise Unhandleable
+    target = e.read(op) if op.kind in (REG, MEM) else op.value + e.q[V.RIP]
+    size = 8 if e.vcpu.is_64bit_code() else op.size
+    old = e.q[V.RIP]
+    shadow = e.vcpu.b[V.INT_STATE_B]
+    e.jump(target, op.size)
+    try:
+        e.push(old + i.length, size)
+    except BaseException:
+        e.q[V.RIP] = old
+        e.vcpu.b[V.INT_STATE_B] = shadow
+        e.rip_written = False
+        raise
+
+
+@handler("ret")
+def ret(e: Emulator, i: Insn) -> None:
+    """Near return."""
+    size = 8 if e.vcpu.is_64bit_code() else svm.code_bitness(e.vcpu) // 8
+    target = e.peek(size)
+    e.jump(target, size)
+    e.drop(size + (i.ops[0].value if i.ops else 0))
+
+
+@handler("leave")
+def leave(e: Emulator, i: Insn) -> None:
+    """Undo ENTER: RSP from RBP, then pop RBP."""
+    size = 8 if e.vcpu.is_64bit_code() else svm.code_bitness(e.vcpu) // 8
+    mask = e.stack_mask()
+    address = e.linearize(V.SS_OFFSET, e.gpr[5] & mask, size, write=False)
+    value = int.from_bytes(e.read_linear(address, size), "little")
+    e.gpr[4] = e.gpr[4] & ~mask & (1 << 64) - 1 | (e.gpr[5] + size & mask)
+    e.write(Operand(REG, size, 5), value)
+
+
+# --- SSE and MMX moves ----------------------------------------------------------------------------------------------
+
+
+def _check_simd(e: Emulator, *, mmx: bool) -> None:
+    """Raise #UD or #NM as the state of CR0 and CR4 demands (APM vol. 2, 11.3)."""
+    cr0 = e.vcpu.cr0
+    if cr0 & _CR0_EM or (not mmx and not e.vcpu.cr4 & _CR4_OSFXSR):
+        raise X86Exception(abi.UD_VECTOR)
+    if cr0 & _CR0_TS:
+        raise X86Exception(abi.NM_VECTOR)
+
+
+_ALIGNED: Final = frozenset({"movaps", "movapd", "movdqa", "movntdq", "movntps", "movntpd", "movntdqa"})
+
+
+@handler("movups", "movupd", "movdqu", "lddqu", *_ALIGNED)
+def move_vector(e: Emulator, i: Insn) -> None:
+    """16-byte moves; the aligned ones raise #GP on other addresses."""
+    _check_simd(e, mmx=False)
+    dst, src = i.ops
+    if i.mnemonic in _ALIGNED:
+        memory = dst if dst.kind == MEM else src
+        if memory.kind == MEM and e.memory_address(i, 16, write=dst.kind == MEM) & 15:
+            raise gp()
+    e.write(dst, e.read(src))
+
+
+@handler("movd", "movq", "movntq")
+def move_quad(e: Emulator, i: Insn) -> None:
+    """32- and 64-bit moves between vector registers, general registers and memory."""
+    dst, src = i.ops
+    _check_simd(e, mmx=MMX in (dst.kind, src.kind))
+    size = 4 if i.mnemonic == "movd" else 8
+    e.write(dst, e.read(src) & (1 << size * 8) - 1)
+
+
+@handler("movss", "movsd")
+def move_scalar(e: Emulator, i: Insn) -> None:
+    """Scalar moves: loads clear the rest of the register, register moves keep it. MOVSD the string move too."""
+    if len(i.ops) < 2 or XMM not in (i.ops[0].kind, i.ops[1].kind):
+        from softkvm.kvm.x86.emulate_string import movs  # noqa: PLC0415 - mutual
+
+        movs(e, i)
+        return
+    _check_simd(e, mmx=False)
+    dst, src = i.ops
+    mask = (1 << (32 if i.mnemonic == "movss" else 64)) - 1
+    value = e.read(src) & mask
+    if dst.kind == XMM and src.kind == XMM:
+        value |= e.read(dst) & ~mask
+    e.write(dst, value)
+
+
+@handler("movlps", "movlpd", "movhps", "movhpd")
+def move_half(e: Emulator, i: Insn) -> None:
+    """Move one half of a vector register from or to memory."""
+    _check_simd(e, mmx=False)
+    dst, src = i.ops
+    shift = 64 if i.mnemonic.startswith("movh") else 0
+    mask = ((1 << 64) - 1) << shift
+    if dst.kind == XMM:
+        e.write(dst, e.read(dst) & ~mask | e.read(src) << shift)
+    else:
+        e.write(dst, e.read(src) >> shift)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""x87, SSE and XSAVE state through the API (KVM API 4.22, 4.23, 4.42 to 4.45).
+
+The register block keeps the x87 registers by their physical number and the full tag word; FXSAVE's image has
+them relative to the top of the stack, with an abridged tag word (APM vol. 2, 11.4.4).
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86 import control_registers as cr
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+# Byte offsets in the register block
+_FCW: Final = 0x100
+_FSW: Final = 0x102
+_FTW: Final = 0x104
+_FOP: Final = 0x106
+_FIP: Final = 0x108
+_FDP: Final = 0x110
+_ST: Final = 0x180
+_YMM: Final = 0x200
+_MXCSR: Final = 0xF4
+
+MXCSR_DEFAULT: Final = 0x1F80
+MXCSR_MASK: Final = 0xFFFF
+_XSTATE_BV: Final = 512
+_XCOMP_BV: Final = 520
+_YMM_OFFSET: Final = 576
+
+
+def reset(vcpu: Vcpu) -> None:
+    """Load the state after RESET: FCW 0040h, everything empty and zero (APM vol. 2, table 14-1)."""
+    vcpu.rb[_FCW:0x400] = bytes(0x400 - _FCW)
+    vcpu.rw[_FCW >> 1] = 0x40
+    vcpu.rw[_FTW >> 1] = 0x5555
+    vcpu.rd[_MXCSR >> 2] = MXCSR_DEFAULT
+    vcpu.xcr0 = cr.XFEATURE_FP
+
+
+def abridge_tags(ftw: int) -> int:
+    """Return FXSAVE's tag byte of a full tag word: a bit per register that isn't empty."""
+    return sum(1 << n for n in range(8) if ftw >> 2 * n & 3 != 3)
+
+
+def expand_tags(abridged: int, registers: list[bytes]) -> int:
+    """Return the full tag word for FXSAVE's tag byte; ``registers`` are 10 bytes by physical number."""
+    ftw = 0
+    for n in range(8):
+        if not abridged >> n & 1:
+            tag = 3
+        else:
+            significand, sign_exponent = struct.unpack("<QH", registers[n])
+            exponent = sign_exponent & 0x7FFF
+            if exponent == 0x7FFF:
+                tag = 2
+            elif exponent == 0:
+                tag = 1 if not significand else 2
+            else:
+                tag = 0 if significand >> 63 else 2
+        ftw |= tag << 2 * n
+    return ftw
+
+
+def get_fpu(vcpu: Vcpu) -> abi.kvm_fpu:
+    """KVM_GET_FPU."""
+    rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
+    fpu = abi.kvm_fpu()
+    fpu.fcw = rw[_FCW >> 1]
+    fpu.fsw = rw[_FSW >> 1]
+    fpu.ftwx = abridge_tags(rw[_FTW >> 1])
+    fpu.last_opcode = rw[_FOP >> 1]
+    fpu.last_ip = rq[_FIP >> 3]
+    fpu.last_dp = rq[_FDP >> 3]
+    top = fpu.fsw >> 11 & 7
+    for i in range(8):
+        at = _ST + (top + i & 7) * 16
+        fpu.fpr[i][:10] = list(rb[at : at + 10])
+    for i in range(16):
+        at = _YMM + i * 32
+        fpu.xmm[i][:] = list(rb[at : at + 16])
+    fpu.mxcsr = vcpu.rd[_MXCSR >> 2]
+    return fpu
+
+
+def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
+    """KVM_SET_FPU."""
+    rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
+    rw[_FCW >> 1] = fpu.fcw
+    rw[_FSW >> 1] = fpu.fsw
+    rw[_FOP >> 1] = fpu.last_opcode
+    rq[_FIP >> 3] = fpu.last_ip
+    rq[_FDP >> 3] = fpu.last_dp
+    top = fpu.fsw >> 11 & 7
+    for i in range(8):
+        at = _ST + (top + i & 7) * 16
+        rb[at : at + 16] = bytes(fpu.fpr[i][:10]) + bytes(6)
+    rw[_FTW >> 1] = expand_tags(fpu.ftwx, [bytes(rb[_ST + n * 16 : _ST + n * 16 + 10]) for n in range(8)])
+    for i in range(16):
+        at = _YMM + i * 32
+        rb[at : at + 16] = bytes(fpu.xmm[i])
+    vcpu.rd[_MXCSR >> 2] = fpu.mxcsr & MXCSR_MASK
+
+
+_LEGACY: Final = struct.Struct("<HHBBHQQII")
+
+
+def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
+    """KVM_GET_XSAVE: standard format, every component marked present."""
+    fpu = get_fpu(vcpu)
+    area = bytearray(4096)
+    _LEGACY.pack_into(
+        area, 0, fpu.fcw, fpu.fsw, fpu.ftwx, 0, fpu.last_opcode, fpu.last_ip, fpu.last_dp, fpu.mxcsr, MXCSR_MASK
+    )
+    for i in range(8):
+        area[32 + i * 16 : 42 + i * 16] = bytes(fpu.fpr[i][:10])
+    for i in range(16):
+        area[160 + i * 16 : 176 + i * 16] = bytes(fpu.xmm[i])
+    features = cr.XFEATURE_FP | cr.XFEATURE_SSE
+    if vcpu.cpuid.supported_xcr0 & cr.XFEATURE_YMM:
+        features |= cr.XFEATURE_YMM
+        for i in range(16):
+            at = _YMM + i * 32 + 16
+            area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] = vcpu.rb[at : at + 16]
+    struct.pack_into("<Q", area, _XSTATE_BV, features)
+    return abi.kvm_xsave.from_buffer_copy(area)
+
+
+def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
+    """KVM_SET_XSAVE: EINVAL for components that the guest doesn't have, or MXCSR bits that don't exist."""
+    area = bytes(xsave)
+    (features,) = struct.unpack_from("<Q", area, _XSTATE_BV)
+    (compaction,) = struct.unpack_from("<Q", area, _XCOMP_BV)
+    allowed = vcpu.cpuid.supported_xcr0 | cr.XFEATURE_FP | cr.XFEATURE_SSE
+    if features & ~allowed or compaction:
+        raise kvm_error(errno.EINVAL, f"xstate_bv={features:#x} xcomp_bv={compaction:#x}, expected within {allowed:#x}")
+    fcw, fsw, ftwx, _, fop, fip, fdp, mxcsr, _ = _LEGACY.unpack_from(area, 0)
+    if mxcsr & ~MXCSR_MASK:
+        raise kvm_error(errno.EINVAL, f"mxcsr={mxcsr:#x}, expected within {MXCSR_MASK:#x}")
+    fpu = abi.kvm_fpu()
+    fpu.fcw = 0x37F
+    if features & cr.XFEATURE_FP:
+        fpu.fcw, fpu.fsw, fpu.ftwx = fcw, fsw, ftwx
+        fpu.last_opcode, fpu.last_ip, fpu.last_dp = fop, fip, fdp
+        for i in range(8):
+            fpu.fpr[i][:10] = list(area[32 + i * 16 : 42 + i * 16])
+    fpu.mxcsr = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
+    if features & cr.XFEATURE_SSE:
+        for i in range(16):
+            fpu.xmm[i][:] = list(area[160 + i * 16 : 176 + i * 16])
+    set_fpu(vcpu, fpu)
+    for i in range(16):
+        at = _YMM + i * 32 + 16
+        high = area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] if features & cr.XFEATURE_YMM else bytes(16)
+        vcpu.rb[at : at + 16] = high
+
+
+def get_xcrs(vcpu: Vcpu) -> abi.kvm_xcrs:
+    """KVM_GET_XCRS."""
+    xcrs = abi.kvm_xcrs(nr_xcrs=1)
+    xcrs.xcrs[0].value = vcpu.xcr0
+    return xcrs
+
+
+def set_xcrs(vcpu: Vcpu, xcrs: abi.kvm_xcrs) -> None:
+    """KVM_SET_XCRS: EINVAL for flags, too many registers, or an XCR0 that XSETBV would refuse."""
+    if xcrs.nr_xcrs > abi.KVM_MAX_XCRS or xcrs.flags:
+        raise kvm_error(errno.EINVAL, f"nr_xcrs={xcrs.nr_xcrs} flags={xcrs.flags:#x}, expected up to 16 and 0")
+    for i in range(xcrs.nr_xcrs):
+        if xcrs.xcrs[i].xcr == 0:
+            if not cr.kvm_set_xcr(vcpu, 0, xcrs.xcrs[i].value):
+                raise kvm_error(errno.EINVAL, f"XCR0={xcrs.xcrs[i].value:#x}, expected what XSETBV takes")
+            break

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""General and special registers through the API (KVM API 4.11 to 4.14)."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.requests import KVM_REQ_EVENT
+from softkvm.kvm.x86 import control_registers as cr
+from softkvm.kvm.x86 import svm
+from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.segments import SREGS_SEGMENTS, get_segment, set_segment
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+#: Fields of kvm_regs in the order of the register numbers.
+GPR_NAMES: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+
+
+def get_regs(vcpu: Vcpu) -> abi.kvm_regs:
+    """KVM_GET_REGS."""
+    regs = abi.kvm_regs()
+    for index, name in enumerate(GPR_NAMES):
+        setattr(regs, name, vcpu.gpr[index])
+    regs.rip = vcpu.q[V.RIP]
+    regs.rflags = vcpu.get_rflags()
+    return regs
+
+
+def set_regs(vcpu: Vcpu, regs: abi.kvm_regs) -> None:
+    """KVM_SET_REGS: pending exceptions are dropped."""
+    for index, name in enumerate(GPR_NAMES):
+        vcpu.gpr[index] = getattr(regs, name)
+    vcpu.q[V.RIP] = regs.rip
+    vcpu.set_rflags(regs.rflags | svm.RFLAGS_FIXED)
+    vcpu.exception.pending = False
+    vcpu.make_request(KVM_REQ_EVENT)
+
+
+Sregs = abi.kvm_sregs | abi.kvm_sregs2
+
+
+def _fill_sregs(vcpu: Vcpu, sregs: Sregs) -> None:
+    for name, offset in SREGS_SEGMENTS:
+        setattr(sregs, name, get_segment(vcpu, offset))
+    for name, offset in (("gdt", V.GDTR_OFFSET), ("idt", V.IDTR_OFFSET)):
+        table = vcpu.vmcb.segment(offset)
+        setattr(sregs, name, abi.kvm_dtable(base=table.base, limit=table.limit & 0xFFFF))
+    sregs.cr0 = vcpu.cr0
+    sregs.cr2 = vcpu.q[V.CR2]
+    sregs.cr3 = vcpu.cr3
+    sregs.cr4 = vcpu.cr4
+    sregs.cr8 = cr.kvm_get_cr8(vcpu)
+    sregs.efer = vcpu.efer
+    sregs.apic_base = vcpu.get_apic_base()
+
+
+def get_sregs(vcpu: Vcpu) -> abi.kvm_sregs:
+    """KVM_GET_SREGS."""
+    sregs = abi.kvm_sregs()
+    _fill_sregs(vcpu, sregs)
+    if vcpu.interrupt_injected and not vcpu.interrupt_soft:
+        sregs.interrupt_bitmap[vcpu.interrupt_nr // 64] |= 1 << vcpu.interrupt_nr % 64
+    return sregs
+
+
+def get_sregs2(vcpu: Vcpu) -> abi.kvm_sregs2:
+    """KVM_GET_SREGS2. PDPTEs are read from memory by the silicon, so there are none to report."""
+    sregs = abi.kvm_sregs2()
+    _fill_sregs(vcpu, sregs)
+    return sregs
+
+
+def is_valid_sregs(vcpu: Vcpu, sregs: Sregs) -> bool:
+    """Tell whether CR0, CR4, EFER and CS.L are a legal combination (``kvm_is_valid_sregs``)."""
+    if sregs.efer & svm.EFER_LME and sregs.cr0 & svm.X86_CR0_PG:
+        if not sregs.cr4 & cr.CR4_PAE or not sregs.efer & svm.EFER_LMA:
+            return False
+        if sregs.cr3 >> vcpu.maxphyaddr:
+            return False
+    elif sregs.efer & svm.EFER_LMA or sregs.cs.l:
+        return False
+    return cr.is_valid_cr4(vcpu, sregs.cr4) and cr.is_valid_cr0(vcpu, sregs.cr0)
+
+
+def set_sregs(vcpu: Vcpu, sregs: Sregs) -> None:
+    """KVM_SET_SREGS: EINVAL for illegal combinations of control registers or APIC base."""
+    if not is_valid_sregs(vcpu, sregs):
+        raise kvm_error(
+            errno.EINVAL,
+            f"cr0={sregs.cr0:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x} cs.l={sregs.cs.l}: no legal combination",
+        )
+    if not vcpu.set_apic_base(sregs.apic_base, True):
+        raise kvm_error(errno.EINVAL, f"apic_base={sregs.apic_base:#x}, expected a legal mode and address")
+    for name, offset in (("idt", V.IDTR_OFFSET), ("gdt", V.GDTR_OFFSET)):
+        table: abi.kvm_dtable = getattr(sregs, name)
+        vcpu.vmcb.set_segment(offset, 0, 0, table.limit, table.base)
+    vcpu.q[V.CR2] = sregs.cr2
+    vcpu.q[V.CR3] = sregs.cr3
+    cr.kvm_set_cr8(vcpu, sregs.cr8 & 0xF)
+    svm.set_efer(vcpu, sregs.efer)
+    svm.set_cr0(vcpu, sregs.cr0)
+    svm.set_cr4(vcpu, sregs.cr4)
+    for name, offset in SREGS_SEGMENTS:
+        set_segment(vcpu, offset, getattr(sregs, name))
+    vcpu.flush_tlb_guest()
+    # Older userspace doesn't set the boot processor's state after RESET (KVM keeps that working).
+    if (
+        vcpu.is_bsp()
+        and vcpu.q[V.RIP] == 0xFFF0
+        and sregs.cs.selector == 0xF000
+        and sregs.cs.base == 0xFFFF_0000
+        and not sregs.cr0 & svm.X86_CR0_PE
+    ):
+        vcpu.mp_state = abi.KVM_MP_STATE_RUNNABLE
+    if isinstance(sregs, abi.kvm_sregs):
+        for word in range(4):
+            bits = sregs.interrupt_bitmap[word]
+            if bits:
+                vcpu.queue_interrupt(word * 64 + (bits & -bits).bit_length() - 1, soft=False)
+                break
+    vcpu.make_request(KVM_REQ_EVENT)
+
+
+def set_sregs2(vcpu: Vcpu, sregs: abi.kvm_sregs2) -> None:
+    """KVM_SET_SREGS2: PDPTEs given are ignored, as the silicon reads them from memory."""
+    if sregs.flags & ~abi.KVM_SREGS2_FLAGS_PDPTRS_VALID:
+        raise kvm_error(errno.EINVAL, f"flags={sregs.flags:#x}, expected KVM_SREGS2_FLAGS_PDPTRS_VALID or none")
+    set_sregs(vcpu, sregs)

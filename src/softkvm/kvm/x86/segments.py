@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment registers: ``struct kvm_segment``, and loads from the descriptor tables (APM vol. 2, 4.7 and 4.8)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.x86 import svm
+from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.exceptions import X86Exception, gp
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.x86.emulate import Emulator
+
+#: Fields of kvm_sregs and where the VMCB has them.
+SREGS_SEGMENTS: Final = (
+    ("cs", V.CS_OFFSET),
+    ("ds", V.DS_OFFSET),
+    ("es", V.ES_OFFSET),
+    ("fs", V.FS_OFFSET),
+    ("gs", V.GS_OFFSET),
+    ("ss", V.SS_OFFSET),
+    ("tr", V.TR_OFFSET),
+    ("ldt", V.LDTR_OFFSET),
+)
+
+
+def get_segment(vcpu: Vcpu, offset: int) -> abi.kvm_segment:
+    """Return a segment register as KVM reports it."""
+    seg = vcpu.vmcb.segment(offset)
+    a = seg.attrib
+    result = abi.kvm_segment(
+        base=seg.base,
+        limit=seg.limit,
+        selector=seg.selector,
+        type=a & 0xF,
+        s=a >> 4 & 1,
+        dpl=a >> 5 & 3,
+        present=a >> 7 & 1,
+        avl=a >> 8 & 1,
+        l=a >> 9 & 1,
+        db=a >> 10 & 1,
+        # AMD processors ignore G: it follows from the limit, which is in bytes.
+        g=int(seg.limit > 0xFFFFF),
+        unusable=int(not a >> 7 & 1),
+    )
+    if offset == V.TR_OFFSET:
+        result.type |= 2  # a loaded TSS is busy
+    elif offset == V.SS_OFFSET:
+        if result.unusable:
+            result.db = 0
+        result.dpl = vcpu.b[V.CPL]
+    elif offset in (V.DS_OFFSET, V.ES_OFFSET, V.FS_OFFSET, V.GS_OFFSET) and not result.unusable:
+        result.type |= 1
+    return result
+
+
+def set_segment(vcpu: Vcpu, offset: int, segment: abi.kvm_segment) -> None:
+    """Load a segment register as userspace gives it; SS sets the privilege level."""
+    attrib = (
+        segment.type & 0xF
+        | (segment.s & 1) << 4
+        | (segment.dpl & 3) << 5
+        | int(bool(segment.present & 1) and not segment.unusable) << 7
+        | (segment.avl & 1) << 8
+        | (segment.l & 1) << 9
+        | (segment.db & 1) << 10
+        | (segment.g & 1) << 11
+    )
+    vcpu.vmcb.set_segment(offset, segment.selector, attrib, segment.limit, segment.base)
+    if offset == V.SS_OFFSET:
+        vcpu.b[V.CPL] = segment.dpl & 3
+
+
+# --- loads ----------------------------------------------------------------------------------------------
+
+
+def parse_descriptor(raw: int) -> tuple[int, int, int]:
+    """Return (attributes in the VMCB's layout, limit in bytes, base) of an 8-byte descriptor."""
+    attrib = raw >> 40 & 0xFF | (raw >> 52 & 0xF) << 8
+    limit = raw & 0xFFFF | (raw >> 48 & 0xF) << 16
+    if attrib & V.SEG_G:
+        limit = limit << 12 | 0xFFF
+    base = raw >> 16 & 0xFF_FFFF | (raw >> 56 & 0xFF) << 24
+    return attrib, limit, base
+
+
+def read_descriptor(e: Emulator, selector: int) -> tuple[int, int]:
+    """Return (address, raw) of the descriptor of ``selector``; #GP beyond the table."""
+    vcpu = e.vcpu
+    if selector & 4:
+        table = vcpu.vmcb.segment(V.LDTR_OFFSET)
+        if not table.attrib & V.SEG_P:
+            raise gp(selector & 0xFFFC)
+    else:
+        table = vcpu.vmcb.segment(V.GDTR_OFFSET)
+    at = selector & 0xFFF8
+    if at + 7 > table.limit:
+        raise gp(selector & 0xFFFC)
+    address = table.base + at
+    return address, int.from_bytes(e.read_linear(address, 8, implicit=True), "little")
+
+
+def load_segment(e: Emulator, offset: int, selector: int) -> None:
+    """Load a segment register with ``selector``, with all checks but those of far transfers (CS)."""
+    vcpu = e.vcpu
+    protected = bool(vcpu.cr0 & svm.X86_CR0_PE)
+    if not protected or e.q[V.RFLAGS] & svm.RFLAGS_VM:
+        _load_real(vcpu, offset, selector, virtual8086=protected)
+        return
+    if offset == V.CS_OFFSET:
+        raise X86Exception(abi.UD_VECTOR)
+    error = selector & 0xFFFC
+    cpl = vcpu.b[V.CPL]
+    rpl = selector & 3
+    if not error:
+        _load_null(e, offset, selector, cpl, rpl)
+        return
+    if offset == V.TR_OFFSET and selector & 4:
+        raise gp(error)
+    address, raw = read_descriptor(e, selector)
+    attrib, limit, base = parse_descriptor(raw)
+    system = not attrib & V.SEG_S
+    kind = attrib & 0xF
+    dpl = attrib >> V.SEG_DPL_SHIFT & 3
+    if offset == V.TR_OFFSET:
+        if not system or kind not in (1, 9):
+            raise gp(error)
+    elif offset == V.LDTR_OFFSET:
+        if not system or kind != 2:
+            raise gp(error)
+    elif offset == V.SS_OFFSET:
+        if system or rpl != cpl or kind & 0xA != 2 or dpl != cpl:
+            raise gp(error)
+        if not attrib & V.SEG_P:
+            raise X86Exception(abi.SS_VECTOR, error)
+    elif system or kind & 0xA == 8 or (kind & 0xC != 0xC and (rpl > dpl or cpl > dpl)):
+        raise gp(error)
+    if not attrib & V.SEG_P:
+        raise X86Exception(abi.NP_VECTOR, error)
+    if offset in (V.TR_OFFSET, V.LDTR_OFFSET):
+        if vcpu.efer & svm.EFER_LMA:
+            high = int.from_bytes(e.read_linear(address + 8, 8, implicit=True), "little")
+            base |= (high & 0xFFFF_FFFF) << 32
+        if offset == V.TR_OFFSET:
+            attrib |= 2
+            e.write_linear(address, (raw | 2 << 40).to_bytes(8, "little"), implicit=True)
+    elif not kind & 1:
+        attrib |= 1
+        e.write_linear(address, (raw | 1 << 40).to_bytes(8, "little"), implicit=True)
+    vcpu.vmcb.set_segment(offset, selector, attrib, limit, base)
+
+
+def _load_real(vcpu: Vcpu, offset: int, selector: int, *, virtual8086: bool) -> None:
+    seg = vcpu.vmcb.segment(offset)
+    if virtual8086:
+        vcpu.vmcb.set_segment(offset, selector, V.SEG_P | V.SEG_S | 3 << V.SEG_DPL_SHIFT | 3, 0xFFFF, selector << 4)
+    else:
+        vcpu.vmcb.set_segment(offset, selector, seg.attrib, seg.limit, selector << 4)
+
+
+def _load_null(e: Emulator, offset: int, selector: int, cpl: int, rpl: int) -> None:
+    """Null selectors: fine for data segments, for SS only in 64-bit mode, for LDTR always, for TR never."""
+    vcpu = e.vcpu
+    if offset == V.TR_OFFSET:
+        raise gp()
+    seg = vcpu.vmcb.segment(offset)
+    if offset == V.SS_OFFSET:
+        if not vcpu.is_64bit_code() or cpl == 3 or rpl != cpl:
+            raise gp()
+        vcpu.vmcb.set_segment(offset, selector, V.SEG_P | V.SEG_S | cpl << V.SEG_DPL_SHIFT | V.SEG_DB | V.SEG_G | 3, _MAX, 0)
+        return
+    vcpu.vmcb.set_segment(offset, selector, 0, seg.limit if offset == V.LDTR_OFFSET else 0, seg.base)
+
+
+_MAX: Final = 0xFFFF_FFFF

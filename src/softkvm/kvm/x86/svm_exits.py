@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handlers of the exit codes (APM vol. 2, appendix C): the dispatch table of the SVM module.
+
+A handler returns 1 to enter the guest again and 0 to leave for userspace.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.mmu.spte import PAGE_SHIFT
+from softkvm.kvm.mmu.tdp_mmu import RET_PF_EMULATE
+from softkvm.kvm.requests import KVM_REQ_EVENT
+from softkvm.kvm.x86 import control_registers as cr
+from softkvm.kvm.x86 import emulate_system, hypercalls, io, msrs, svm
+from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.exceptions import (
+    X86Exception,
+    inject_emulated_exception,
+    inject_gp,
+    queue_exception,
+    queue_exception_e,
+    queue_exception_p,
+)
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[["Vcpu"], int]
+
+_U32: Final = (1 << 32) - 1
+_DECODE_ASSIST_MOV: Final = 1 << 63
+_PFERR_WRITE: Final = V.PFERR_WRITE
+
+
+# --- the frequent ones ---------------------------------------------------------------------------------
+
+
+def intr_interception(vcpu: Vcpu) -> int:
+    """A kick or the timer: what it was for is found on the way back into the guest."""
+    apic = vcpu.apic
+    if apic is not None and apic.timer.deadline_ns:
+        apic.inject_timer_irqs()
+    return 1
+
+
+def cpuid_interception(vcpu: Vcpu) -> int:
+    """CPUID."""
+    gpr = vcpu.gpr
+    gpr[0], gpr[3], gpr[1], gpr[2] = vcpu.cpuid.answer(gpr[0] & _U32, gpr[1] & _U32)
+    return svm.skip_emulated_instruction(vcpu)
+
+
+def io_interception(vcpu: Vcpu) -> int:
+    """IN, OUT, INS, OUTS (APM vol. 2, 15.10.2)."""
+    info = vcpu.q[V.EXIT_INFO_1]
+    if info & V.IOIO_STR:
+        return vcpu.emulator.emulate()
+    vcpu.q[V.NEXT_RIP] = vcpu.q[V.EXIT_INFO_2]
+    return io.fast_pio(
+        vcpu, info >> V.IOIO_PORT_SHIFT & 0xFFFF, info >> V.IOIO_SIZE_SHIFT & V.IOIO_SIZE_MASK, info & V.IOIO_TYPE_IN
+    )
+
+
+def npf_interception(vcpu: Vcpu) -> int:
+    """Nested page fault: map the page, or emulate the access where there is no memory."""
+    q = vcpu.q
+    gpa = q[V.EXIT_INFO_2]
+    error = q[V.EXIT_INFO_1]
+    gfn = gpa >> PAGE_SHIFT
+    vm = vcpu.vm
+    if not error & V.PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, vm.memslots.generation):
+        return _mmio(vcpu, gpa, error)
+    with vm.mmu_lock:
+        slots = vm.memslots
+        slot = slots.gfn_to_memslot(gfn)
+        if slot is not None:
+            vcpu.stat_pf_taken += 1
+            if vm.mmu.map_gfn(slot, gfn, write=bool(error & _PFERR_WRITE)) != RET_PF_EMULATE:
+                return 1
+        elif vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
+            vm.mmu.set_mmio_spte(gfn, slots.generation)
+    return _mmio(vcpu, gpa, error)
+
+
+def _mmio(vcpu: Vcpu, gpa: int, error: int) -> int:
+    """Emulate an access to a guest-physical address without memory, or a write to read-only memory."""
+    b = vcpu.b
+    count = b[V.INSN_LEN]
+    if not error & V.PFERR_GUEST_FINAL and error & V.PFERR_GUEST_PAGE:
+        gpa = -1  # the walk of the guest's tables faulted: this isn't the operand's address
+    elif count:
+        return vcpu.emulator.mmio(gpa, bytes(b[V.INSN_BYTES : V.INSN_BYTES + count]))
+    return vcpu.emulator.emulate(gpa, bytes(b[V.INSN_BYTES : V.INSN_BYTES + count]))
+
+
+def msr_interception(vcpu: Vcpu) -> int:
+    """RDMSR and WRMSR; one that raises #GP doesn't advance RIP."""
+    gpr = vcpu.gpr
+    index = gpr[1] & _U32
+    if vcpu.q[V.EXIT_INFO_1] & 1:
+        data = (gpr[2] & _U32) << 32 | gpr[0] & _U32
+        vcpu.stat_msr_writes += 1
+        if not msrs.set_msr(vcpu, index, data, host=False):
+            return vcpu.msr_failed(index, data, write=True)
+    else:
+        value = msrs.get_msr(vcpu, index, host=False)
+        if value is None:
+            return vcpu.msr_failed(index, 0, write=False)
+        gpr[0] = value & _U32
+        gpr[2] = value >> 32
+    return svm.skip_emulated_instruction(vcpu)
+
+
+def halt_interception(vcpu: Vcpu) -> int:
+    """HLT."""
+    result = svm.skip_emulated_instruction(vcpu)
+    return vcpu.halt() & result
+
+
+def pause_interception(vcpu: Vcpu) -> int:
+    """Too many PAUSEs: the guest spins on a lock whose holder may not be running."""
+    os.sched_yield()
+    return svm.skip_emulated_instruction(vcpu)
+
+
+def interrupt_window_interception(vcpu: Vcpu) -> int:
+    """The guest can take an interrupt now."""
+    svm.clear_irq_window(vcpu)
+    vcpu.make_request(KVM_REQ_EVENT)
+    vcpu.stat_irq_window_exits += 1
+    return 1
+
+
+def vmmcall_interception(vcpu: Vcpu) -> int:
+    """VMMCALL."""
+    if not hypercalls.emulate_hypercall(vcpu):
+        return 0
+    return svm.skip_emulated_instruction(vcpu)
+
+
+# --- control and debug registers --------------------------------------------------------------------------
+
+
+def cr_interception(vcpu: Vcpu) -> int:
+    """MOV to or from a control register, by the decode assist; LMSW, SMSW and CLTS by the emulator."""
+    info = vcpu.q[V.EXIT_INFO_1]
+    code = vcpu.q[V.EXIT_CODE]
+    if not info & _DECODE_ASSIST_MOV:
+        return vcpu.emulator.emulate()
+    register = info & 0xF
+    mask = (1 << 64) - 1 if vcpu.is_64bit_code() else _U32
+    try:
+        if code == V.EXIT_CR0_SEL_WRITE:
+            emulate_system.write_cr(vcpu.emulator, 0, vcpu.gpr[register] & mask)
+        elif code >= V.EXIT_WRITE_CR0:
+            emulate_system.write_cr(vcpu.emulator, code - V.EXIT_WRITE_CR0, vcpu.gpr[register] & mask)
+        else:
+            vcpu.gpr[register] = emulate_system.read_cr(vcpu.emulator, code - V.EXIT_READ_CR0) & mask
+    except X86Exception as exception:
+        inject_emulated_exception(vcpu, exception)
+        return 1
+    return svm.skip_emulated_instruction(vcpu)
+
+
+def cr8_write_interception(vcpu: Vcpu) -> int:
+    """MOV to CR8: leaves for userspace when that lowers the priority and the chips are not in the kernel."""
+    old = cr.kvm_get_cr8(vcpu)
+    result = cr_interception(vcpu)
+    if vcpu.apic is not None:
+        return result
+    if old <= cr.kvm_get_cr8(vcpu):
+        return result
+    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SET_TPR
+    return 0
+
+
+def dr_interception(vcpu: Vcpu) -> int:
+    """MOV to or from a debug register, intercepted while the guest's debugger owns them."""
+    code = vcpu.q[V.EXIT_CODE]
+    write = code >= V.EXIT_WRITE_DR0
+    number = code - (V.EXIT_WRITE_DR0 if write else V.EXIT_READ_DR0)
+    register = vcpu.q[V.EXIT_INFO_1] & 0xF
+    if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP and vcpu.guest_dr7 & 1 << 13:
+        vcpu.exit_debug(abi.DB_VECTOR, 1 << 13, svm.linear_rip(vcpu))
+        return 0
+    try:
+        emulate_system.check_dr(vcpu.emulator, number)
+        if write:
+            if not cr.kvm_set_dr(vcpu, number, vcpu.gpr[register]):
+                inject_gp(vcpu)
+                return 1
+        else:
+            vcpu.gpr[register] = cr.kvm_get_dr(vcpu, number)
+    except X86Exception as exception:
+        inject_emulated_exception(vcpu, exception)
+        return 1
+    return svm.skip_emulated_instruction(vcpu)
+
+
+# --- exceptions ----------------------------------------------------------------------------------------------
+
+
+def db_interception(vcpu: Vcpu) -> int:
+    """#DB: the guest's, its debugger's, or the step that opens an NMI window."""
+    q = vcpu.q
+    dr6 = q[V.DR6] ^ 0xFFFF_0FF0
+    if vcpu.nmi_singlestep and not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
+        svm.disable_nmi_singlestep(vcpu)
+        vcpu.make_request(KVM_REQ_EVENT)
+        if not vcpu.nmi_singlestep_guest_rflags & svm.RFLAGS_TF:
+            q[V.DR6] &= ~(1 << 14)
+            return 1
+    elif not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
+        queue_exception_p(vcpu, abi.DB_VECTOR, dr6)
+        return 1
+    if vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
+        vcpu.exit_debug(abi.DB_VECTOR, q[V.DR6], svm.linear_rip(vcpu))
+        return 0
+    queue_exception_p(vcpu, abi.DB_VECTOR, dr6)
+    return 1
+
+
+def bp_interception(vcpu: Vcpu) -> int:
+    """INT3 while the debugger has software breakpoints."""
+    vcpu.exit_debug(abi.BP_VECTOR, 0, svm.linear_rip(vcpu))
+    return 0
+
+
+def ud_interception(vcpu: Vcpu) -> int:
+    """#UD: the other vendor's hypercall instruction, the forced-emulation prefix, or the guest's own."""
+    emulator = vcpu.emulator
+    try:
+        code = emulator.fetch()
+    except X86Exception as exception:
+        inject_emulated_exception(vcpu, exception)
+        return 1
+    if vcpu.vm.params.force_emulation_prefix and code.startswith(b"\x0f\x0bkvm"):
+        vcpu.q[V.RIP] += 5
+        return emulator.emulate()
+    if code.startswith((b"\x0f\x01\xc1", b"\x0f\x01\xd9")):
+        return emulator.emulate()
+    queue_exception(vcpu, abi.UD_VECTOR)
+    return 1
+
+
+def ac_interception(vcpu: Vcpu) -> int:
+    """#AC goes to the guest."""
+    queue_exception_e(vcpu, abi.AC_VECTOR, 0)
+    return 1
+
+
+def mc_interception(vcpu: Vcpu) -> int:
+    """#MC: the silicon raises none."""
+    return 1
+
+
+def gp_interception(vcpu: Vcpu) -> int:
+    """#GP, intercepted for the VMware backdoor ports."""
+    error_code = vcpu.q[V.EXIT_INFO_1]
+    if error_code:
+        queue_exception_e(vcpu, abi.GP_VECTOR, error_code)
+        return 1
+    return vcpu.emulate_vmware_backdoor()
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------
+
+
+def nmi_interception(vcpu: Vcpu) -> int:
+    """A physical NMI: the host's."""
+    return 1
+
+
+def iret_interception(vcpu: Vcpu) -> int:
+    """IRET with NMIs masked: they are unmasked once it has been executed."""
+    vcpu.stat_nmi_window_exits += 1
+    vcpu.awaiting_iret_completion = True
+    vcpu.nmi_iret_rip = vcpu.q[V.RIP]
+    vcpu.d[V.INTERCEPT_WORD3] &= ~V.IRET
+    vcpu.make_request(KVM_REQ_EVENT)
+    return 1
+
+
+def shutdown_interception(vcpu: Vcpu) -> int:
+    """Triple fault: KVM_EXIT_SHUTDOWN, the vCPU as after INIT."""
+    vcpu.vcpu_reset(True)
+    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SHUTDOWN
+    return 0
+
+
+def invlpg_interception(vcpu: Vcpu) -> int:
+    """INVLPG: only the translations of one page, but all may go."""
+    vcpu.flush_tlb_guest()
+    return svm.skip_emulated_instruction(vcpu)
+
+
+def skip_interception(vcpu: Vcpu) -> int:
+    """An instruction that has nothing to do: caches are coherent, MONITOR never waits."""
+    return svm.skip_emulated_instruction(vcpu)
+
+
+def emulate_on_interception(vcpu: Vcpu) -> int:
+    """An instruction that the emulator carries out."""
+    return vcpu.emulator.emulate()
+
+
+def ud_on_interception(vcpu: Vcpu) -> int:
+    """An instruction that the guest doesn't have."""
+    queue_exception(vcpu, abi.UD_VECTOR)
+    return 1
+
+
+def rdpmc_interception(vcpu: Vcpu) -> int:
+    """RDPMC: there are no counters."""
+    inject_gp(vcpu)
+    return 1
+
+
+def xsetbv_interception(vcpu: Vcpu) -> int:
+    """XSETBV, skipped by its decoded length like any other instruction."""
+    gpr = vcpu.gpr
+    value = (gpr[2] & _U32) << 32 | gpr[0] & _U32
+    if vcpu.b[V.CPL] or not cr.kvm_set_xcr(vcpu, gpr[1] & _U32, value):
+        inject_gp(vcpu)
+        return 1
+    return svm.skip_emulated_instruction(vcpu)
+
+
+def rsm_interception(vcpu: Vcpu) -> int:
+    """RSM outside of system management mode."""
+    queue_exception(vcpu, abi.UD_VECTOR)
+    return 1
+
+
+def task_switch_interception(vcpu: Vcpu) -> int:
+    """A hardware task switch (APM vol. 2, 12.3)."""
+    from softkvm.kvm.x86 import task_switch  # noqa: PLC0415 - rare
+
+    return task_switch.interception(vcpu)
+
+
+#: Exit code -> handler.
+EXIT_HANDLERS: Final[dict[int, Handler]] = {
+    V.EXIT_READ_CR0: cr_interception,
+    V.EXIT_READ_CR0 + 3: cr_interception,
+    V.EXIT_READ_CR0 + 4: cr_interception,
+    V.EXIT_READ_CR0 + 8: cr_interception,
+    V.EXIT_WRITE_CR0: cr_interception,
+    V.EXIT_WRITE_CR0 + 3: cr_interception,
+    V.EXIT_WRITE_CR0 + 4: cr_interception,
+    V.EXIT_WRITE_CR0 + 8: cr8_write_interception,
+    V.EXIT_CR0_SEL_WRITE: cr_interception,
+    **{V.EXIT_READ_DR0 + n: dr_interception for n in range(8)},
+    **{V.EXIT_WRITE_DR0 + n: dr_interception for n in range(8)},
+    V.EXIT_EXCP_BASE + abi.DB_VECTOR: db_interception,
+    V.EXIT_EXCP_BASE + abi.BP_VECTOR: bp_interception,
+    V.EXIT_EXCP_BASE + abi.UD_VECTOR: ud_interception,
+    V.EXIT_EXCP_BASE + abi.GP_VECTOR: gp_interception,
+    V.EXIT_EXCP_BASE + abi.AC_VECTOR: ac_interception,
+    V.EXIT_EXCP_BASE + abi.MC_VECTOR: mc_interception,
+    V.EXIT_INTR: intr_interception,
+    V.EXIT_NMI: nmi_interception,
+    V.EXIT_SMI: nmi_interception,
+    V.EXIT_INIT: nmi_interception,
+    V.EXIT_VINTR: interrupt_window_interception,
+    V.EXIT_RDPMC: rdpmc_interception,
+    V.EXIT_CPUID: cpuid_interception,
+    V.EXIT_RSM: rsm_interception,
+    V.EXIT_IRET: iret_interception,
+    V.EXIT_INVD: skip_interception,
+    V.EXIT_PAUSE: pause_interception,
+    V.EXIT_HLT: halt_interception,
+    V.EXIT_INVLPG: invlpg_interception,
+    V.EXIT_INVLPGA: ud_on_interception,
+    V.EXIT_IOIO: io_interception,
+    V.EXIT_MSR: msr_interception,
+    V.EXIT_TASK_SWITCH: task_switch_interception,
+    V.EXIT_SHUTDOWN: shutdown_interception,
+    V.EXIT_VMRUN: ud_on_interception,
+    V.EXIT_VMMCALL: vmmcall_interception,
+    V.EXIT_VMLOAD: ud_on_interception,
+    V.EXIT_VMSAVE: ud_on_interception,
+    V.EXIT_STGI: ud_on_interception,
+    V.EXIT_CLGI: ud_on_interception,
+    V.EXIT_SKINIT: ud_on_interception,
+    V.EXIT_RDTSC: emulate_on_interception,
+    V.EXIT_RDTSCP: emulate_on_interception,
+    V.EXIT_WBINVD: skip_interception,
+    V.EXIT_MONITOR: skip_interception,
+    V.EXIT_MWAIT: skip_interception,
+    V.EXIT_XSETBV: xsetbv_interception,
+    V.EXIT_RDPRU: ud_on_interception,
+    V.EXIT_INVPCID: emulate_on_interception,
+    V.EXIT_NPF: npf_interception,
+}
