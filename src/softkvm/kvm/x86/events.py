@@ -100,7 +100,9 @@ def inject_events(vcpu: Vcpu) -> None:
         if can_inject and not svm.interrupt_blocked(vcpu):
             vector = cpu_get_interrupt(vcpu)
             if vector >= 0:
-                vcpu.queue_interrupt(vector, soft=False)
+                vcpu.interrupt_injected = True
+                vcpu.interrupt_nr = vector
+                vcpu.interrupt_soft = False
                 svm.inject_irq(vcpu)
         if cpu_has_injectable_intr(vcpu):
             svm.enable_irq_window(vcpu)

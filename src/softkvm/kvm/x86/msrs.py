@@ -80,6 +80,7 @@ MCG_CAP: Final = KVM_MAX_MCE_BANKS | 1 << 8 | 1 << 24  # banks, MCG_CTL_P, SER_P
 DE_CFG_LFENCE_SERIALIZE: Final = 1 << 1
 MISC_ENABLE_DEFAULT: Final = 1 << 0  # fast strings
 PLATFORM_INFO_CPUID_FAULT: Final = 1 << 31
+HWCR_TSC_FREQ_SEL: Final = 1 << 24  # the TSC counts at the P0 frequency
 
 _U32: Final = (1 << 32) - 1
 _U64: Final = (1 << 64) - 1
@@ -330,7 +331,7 @@ _TABLE: Final[dict[int, Msr]] = {
     MSR_TSC_AUX: Msr(_read_tsc_aux, _write_tsc_aux),
     # AMD
     MSR_AMD64_SYSCFG: _constant(0),
-    MSR_K7_HWCR: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_hwcr),
+    MSR_K7_HWCR: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, HWCR_TSC_FREQ_SEL), _write_hwcr),
     **{index: _constant(0) for index in (*range(0xC001_0000, 0xC001_0008), *range(0xC001_0016, 0xC001_001B), 0xC001_001D)},
     MSR_AMD64_PATCH_LOADER: _constant(0),
     0xC001_0055: _constant(0),  # INT_PENDING
