@@ -5,4 +5,6 @@
 mod common;
 
 mod exceptions;
+mod intercepts;
 mod paging;
+mod transfers;
