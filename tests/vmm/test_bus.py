@@ -77,4 +77,4 @@ def test_scan_of_all_addresses_does_not_grow_the_cache_for_ever() -> None:
     bus = Bus("memory", 52)
     for address in range(3 * CACHE_ENTRIES):
         bus.find(address)
-    assert len(bus._cache) == CACHE_ENTRIES
+    assert len(bus._table[2]) == CACHE_ENTRIES

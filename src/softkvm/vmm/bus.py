@@ -58,10 +58,15 @@ class Bus:
     def __init__(self, name: str, address_bits: int) -> None:
         self.name = name
         self.limit = 1 << address_bits
-        self.ranges: list[Range] = []  # sorted by start, never overlapping
-        self._starts: list[int] = []
-        self._cache: dict[int, Range | None] = {}
-        self._caches: list[dict[Any, Any]] = [self._cache]
+        # (starts, ranges, look-ups): sorted by start, never overlapping; replaced as a whole, so that a vCPU's thread
+        # that looks something up sees one state or the other
+        self._table: tuple[list[int], list[Range], dict[int, Range | None]] = ([], [], {})
+        self._caches: list[dict[Any, Any]] = []
+
+    @property
+    def ranges(self) -> list[Range]:
+        """Every range, sorted by its start."""
+        return self._table[1]
 
     def new_cache(self) -> dict[Any, Any]:
         """Return a dictionary that is emptied whenever a range comes or goes, for what a caller derives from them."""
@@ -69,7 +74,8 @@ class Bus:
         self._caches.append(cache)
         return cache
 
-    def _changed(self) -> None:
+    def _replace(self, ranges: list[Range]) -> None:
+        self._table = ([entry.start for entry in ranges], ranges, {})
         for cache in self._caches:
             cache.clear()
 
@@ -81,35 +87,35 @@ class Bus:
         end = start + length
         if length <= 0 or start < 0 or end > self.limit:
             raise ValueError(f"{name}: range {start:#x}+{length:#x} is not within the {self.name} bus")
-        index = bisect_right(self._starts, start)
-        for other in self.ranges[max(index - 1, 0) : index + 1]:
+        starts, ranges, _ = self._table
+        index = bisect_right(starts, start)
+        for other in ranges[max(index - 1, 0) : index + 1]:
             if start < other.end and other.start < end:
                 raise ValueError(
                     f"{name}: range {start:#x}-{end - 1:#x} overlaps {other.name} "
                     f"at {other.start:#x}-{other.end - 1:#x}"
                 )
-        self.ranges.insert(index, Range(start, end, device, name))
-        self._starts.insert(index, start)
-        self._changed()
+        self._replace([*ranges[:index], Range(start, end, device, name), *ranges[index:]])
 
     def remove(self, start: int) -> None:
         """Take away the range that begins at *start*; KeyError if there is none."""
-        index = bisect_right(self._starts, start) - 1
-        if index < 0 or self._starts[index] != start:
+        starts, ranges, _ = self._table
+        index = bisect_right(starts, start) - 1
+        if index < 0 or starts[index] != start:
             raise KeyError(start)
-        del self.ranges[index], self._starts[index]
-        self._changed()
+        self._replace([*ranges[:index], *ranges[index + 1 :]])
 
     def find(self, address: int) -> Range | None:
         """Return the range that holds *address*."""
+        starts, ranges, cache = self._table
         try:
-            return self._cache[address]
+            return cache[address]
         except KeyError:
             pass
-        index = bisect_right(self._starts, address) - 1
-        found = self.ranges[index] if index >= 0 and address < self.ranges[index].end else None
-        if len(self._cache) < CACHE_ENTRIES:
-            self._cache[address] = found
+        index = bisect_right(starts, address) - 1
+        found = ranges[index] if index >= 0 and address < ranges[index].end else None
+        if len(cache) < CACHE_ENTRIES:
+            cache[address] = found
         return found
 
     def read(self, address: int, size: int) -> int:

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from softkvm import abi, api
-from softkvm.vmm.boot import acpi, bzimage, elf, flat, pvh
+from softkvm.vmm.boot import acpi, bzimage, elf, firmware, flat, multiboot, pvh
+from softkvm.vmm.boot.cpustate import jump_in_real_mode
 from softkvm.vmm.bus import CACHE_ENTRIES, Bus
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
-from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, i8042, pci_config, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci_config, pvpanic, serial
 from softkvm.vmm.errors import ConfigError, ImageError
 from softkvm.vmm.memory import MIB, GuestMemory
 from softkvm.vmm.outcome import End, Outcome
+from softkvm.vmm.reset import ResetState
 from softkvm.vmm.stats import REASONS, ExitStats
 
 MAX_VCPUS = 16
@@ -58,6 +60,14 @@ class Config:
 
     memory_size: int = 256 * MIB
     vcpus: int = 1
+    cpuid: Callable[[list[abi.kvm_cpuid_entry2]], list[abi.kvm_cpuid_entry2]] | None = None
+    """Last word on every vCPU's CPUID table: gets what it would be, returns what it is."""
+    pit: bool = True
+    """Whether there is an i8254."""
+    hpet: bool = False
+    """Whether there is a high precision event timer."""
+    devices: Callable[[Machine], None] | None = None
+    """Called after the standard devices are on the buses, to add more."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.vcpus <= MAX_VCPUS:
@@ -120,6 +130,9 @@ class VcpuThread:
                     self.stats.interrupts += 1
                     if ended.is_set():
                         return
+                    if self.machine.sleeping:
+                        self.machine.sleep_on(self)
+                        before = clock()
                     continue
                 after = clock()
                 guest_ns += after - before
@@ -268,6 +281,10 @@ class Machine:
         """The exception behind an outcome of kind ``ERROR``, if there was one."""
         self.started_ns = 0
         self.ended_ns = 0
+        self.sleeping = False
+        """In S3: vCPUs other than the one that went there stand still."""
+        self._woken = threading.Condition()
+        self._standing = 0  # vCPUs in sleep_on
         self._end_lock = threading.Lock()
         self._closed = False
         self.pio = Bus("I/O port", 16)
@@ -289,12 +306,17 @@ class Machine:
         if self.vm.check_extension(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
             self.vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
         self.vm.create_irqchip()
-        self.vm.create_pit2()
+        if self.config.pit:
+            self.vm.create_pit2()
         self.memory.attach(self.vm)
         self._add_devices(console)
-        for device in (self.serial, self.cmos, self.acpi_pm):
-            resources.callback(device.close)
+        for device in (self.serial, self.cmos, self.acpi_pm, self.hpet):
+            if device is not None:
+                resources.callback(device.close)
         self._create_vcpus(kvm, resources)
+        if self.config.devices is not None:
+            self.config.devices(self)
+        self._reset_state = ResetState.take(self.vm, [thread.vcpu for thread in self.vcpus])
 
     def _create_vcpus(self, kvm: api.Kvm, resources: contextlib.ExitStack) -> None:
         supported = kvm.get_supported_cpuid()
@@ -303,6 +325,8 @@ class Machine:
         for apic_id in range(count):
             vcpu = self.vm.create_vcpu(apic_id)
             cpuid = vcpu_cpuid(supported, apic_id, count, deadline_timer=deadline_timer)
+            if self.config.cpuid is not None:
+                cpuid = self.config.cpuid(cpuid)
             vcpu.set_cpuid2(cpuid)
             set_boot_msrs(vcpu, cpuid)
             set_boot_lapic(vcpu, bootstrap=apic_id == 0)
@@ -325,12 +349,15 @@ class Machine:
         ranges = self.memory.ranges
         above = ranges[1].end - ranges[1].start if len(ranges) > 1 else 0
         self.serial = serial.Serial(console, self._irq(serial.COM1_IRQ))
-        self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._irq(cmos.RTC_IRQ))
-        self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ))
+        self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._rtc_irq)
+        self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
         self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
         self.pvpanic = pvpanic.PvPanic(self._panicked)
         self.debug_exit = debug_exit.DebugExit(self._debug_exit)
+        self.hpet = hpet.Hpet(self.vm.irq_line) if self.config.hpet else None
+        if self.hpet is not None:
+            self.mmio.add(hpet.HPET_ADDRESS, hpet.HPET_SIZE, self.hpet, "hpet")
         add = self.pio.add
         add(serial.COM1_PORT, serial.REGISTERS, self.serial, "com1")
         add(cmos.CMOS_PORT, 2, self.cmos, "cmos")
@@ -356,10 +383,51 @@ class Machine:
     def _debug_exit(self, status: int) -> None:
         self.end(Outcome(End.DEBUG_EXIT, f"status {status}", status))
 
+    def _rtc_irq(self, level: int) -> None:
+        self.vm.irq_line(cmos.RTC_IRQ, level)
+        if level:
+            self.acpi_pm.rtc_alarm()
+
+    def current_vcpu(self) -> api.Vcpu:
+        """Return the vCPU on whose thread we are: for a device that looks at the registers of its caller."""
+        current = threading.current_thread()
+        return next(thread.vcpu for thread in self.vcpus if thread.thread is current)
+
+    # -- sleep
+
+    def _sleep(self) -> None:
+        """S3, entered by the vCPU on whose thread we are: wait for a wake-up event, go on at the waking vector.
+
+        Memory and devices keep their state; processors and interrupt chips come up as after a reset. Source: ACPI
+        specification 6.4, sections 16.3.1 (sleeping states), 5.2.10 (firmware waking vector).
+        """
+        self.sleeping = True
+        current = threading.current_thread()
+        for other in self.vcpus:
+            if other.thread is not current:
+                other.vcpu.kick()
+        while not (self.acpi_pm.wait_for_wake_up(0.1) and self._standing == len(self.vcpus) - 1):
+            if self.ended.is_set():
+                return
+        _complete_exit(self.current_vcpu())
+        self._reset_state.restore(self.vm, [thread.vcpu for thread in self.vcpus])
+        jump_in_real_mode(self.vcpus[0].vcpu, acpi.waking_vector(self.memory))
+        with self._woken:
+            self.sleeping = False
+            self._woken.notify_all()
+
+    def sleep_on(self, vcpu: VcpuThread) -> None:
+        """Let *vcpu*'s thread stand until the machine is awake again."""
+        with self._woken:
+            self._standing += 1
+            while self.sleeping and not self.ended.is_set():
+                self._woken.wait(0.1)
+            self._standing -= 1
+
     # -- life
 
     def load(self, kernel: bytes, initrd: bytes | None = None, command_line: str = "", *, raw: bool = False) -> None:
-        """Load *kernel*, a bzImage, an ELF file with a PVH note or, if *raw*, flat real-mode code.
+        """Load *kernel*: a bzImage, an ELF file with a PVH note, a Multiboot image or, if *raw*, flat real-mode code.
 
         Raises ImageError for anything else and for what does not fit.
         """
@@ -370,8 +438,11 @@ class Machine:
         if "\0" in command_line:
             raise ImageError("command line holds a NUL character")
         arguments = command_line.encode("utf-8", "surrogateescape")
-        rsdp = acpi.write_tables(self.memory, range(self.config.vcpus))
-        if elf.is_elf(kernel):
+        rsdp = acpi.write_tables(self.memory, range(self.config.vcpus), with_hpet=self.config.hpet)
+        if multiboot.find_header(kernel) and not (elf.is_elf(kernel) and elf.parse(kernel).pvh_entry):
+            multiboot.load(vcpu, self.memory, kernel, arguments, [(initrd, b"")] if initrd else ())
+            firmware.install(self.vm, self.memory, pit=self.config.pit)
+        elif elf.is_elf(kernel):
             pvh.load(vcpu, self.memory, kernel, initrd, arguments, rsdp)
         elif bzimage.is_bzimage(kernel):
             bzimage.load(vcpu, self.memory, kernel, initrd, arguments, rsdp)
@@ -451,6 +522,18 @@ class Machine:
             "wall_ns": (self.ended_ns or time.monotonic_ns()) - self.started_ns,
             "vcpus": vcpus,
         }
+
+
+def _complete_exit(vcpu: api.Vcpu) -> None:
+    """Let KVM finish the access that it left KVM_RUN for, without running the guest (KVM API, 5: immediate_exit)."""
+    run = vcpu.kvm_run
+    run.immediate_exit = 1
+    try:
+        vcpu.run()
+    except InterruptedError:
+        pass
+    finally:
+        run.immediate_exit = 0
 
 
 def _describe_unknown(image: bytes) -> str:

@@ -112,4 +112,4 @@ def test_iasl_disassembles_the_tables_without_a_complaint(memory: GuestMemory, t
 
 
 def test_layout_of_the_bios_area_agrees_with_the_memory_map(memory: GuestMemory) -> None:
-    assert (layout.ACPI_TABLES, layout.ACPI_TABLES_END - layout.ACPI_TABLES, 2) in layout.memory_map(memory)
+    assert (layout.ACPI_TABLES, layout.HIGH_MEMORY - layout.ACPI_TABLES, 2) in layout.memory_map(memory)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from softkvm.vmm.boot import aml, layout
-from softkvm.vmm.devices import acpi_pm, cmos, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, hpet, pvpanic, serial
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.memory import GuestMemory
 
@@ -39,8 +39,12 @@ MADT_IOAPIC = 1
 MADT_ISO = 2
 MADT_LAPIC_NMI = 4
 ISO_ACTIVE_HIGH_LEVEL = 0xD  # polarity active high, trigger mode level
+SYSTEM_MEMORY = 0
 SYSTEM_IO = 1
 BYTE_ACCESS, WORD_ACCESS, DWORD_ACCESS = 1, 2, 3
+
+FACS_ADDRESS = layout.ACPI_TABLES + 64  # the root pointer goes first
+FACS_WAKING_VECTOR = 12
 
 TABLE_HEADER_LENGTH = 36
 FADT_LENGTH = 276
@@ -142,6 +146,12 @@ def madt(apic_ids: Sequence[int]) -> bytes:
     return table(b"APIC", 5, body)
 
 
+def hpet_table() -> bytes:
+    """Return the HPET description table (IA-PC HPET specification 1.0a, section 3.2.4)."""
+    address = struct.pack("<BBBBQ", SYSTEM_MEMORY, 64, 0, 0, hpet.HPET_ADDRESS)
+    return table(b"HPET", 1, struct.pack("<I", hpet.BLOCK_ID) + address + struct.pack("<BHB", 0, 0, 0))
+
+
 def dsdt() -> bytes:
     """Return the definition block: the soft-off state, COM1, the RTC, the panic device."""
     sleep_type = aml.integer(acpi_pm.S5_SLP_TYP)
@@ -173,9 +183,14 @@ def dsdt() -> bytes:
     return table(b"DSDT", 2, soft_off + system_bus)
 
 
-def write_tables(memory: GuestMemory, apic_ids: Sequence[int]) -> int:
+def waking_vector(memory: GuestMemory) -> int:
+    """Return the real-mode address where the guest wants to go on after S3 (5.2.10); 0 if it has set none."""
+    return int.from_bytes(memory.read(FACS_ADDRESS + FACS_WAKING_VECTOR, 4), "little")
+
+
+def write_tables(memory: GuestMemory, apic_ids: Sequence[int], *, with_hpet: bool = False) -> int:
     """Write all tables into the BIOS area of *memory*; return the address of the root pointer."""
-    at = layout.ACPI_TABLES + 64  # the root pointer goes first, its contents are known last
+    at = FACS_ADDRESS  # the root pointer, before it, is known last
 
     def put(build: Callable[[], bytes]) -> int:
         nonlocal at
@@ -190,6 +205,8 @@ def write_tables(memory: GuestMemory, apic_ids: Sequence[int]) -> int:
     facs_at = put(facs)
     dsdt_at = put(dsdt)
     tables = [put(lambda: fadt(facs_at, dsdt_at)), put(lambda: madt(apic_ids))]
+    if with_hpet:
+        tables.append(put(hpet_table))
     rsdt_at = put(lambda: table(b"RSDT", 1, struct.pack(f"<{len(tables)}I", *tables)))
     xsdt_at = put(lambda: table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     memory.write(layout.ACPI_TABLES, rsdp(rsdt_at, xsdt_at))

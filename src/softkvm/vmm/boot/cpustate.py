@@ -133,3 +133,14 @@ def enter_real_mode(vcpu: api.Vcpu, segment: int, regs: abi.kvm_regs) -> None:
     vcpu.set_sregs(sregs)
     regs.rflags |= 2
     vcpu.set_regs(regs)
+
+
+def jump_in_real_mode(vcpu: api.Vcpu, address: int) -> None:
+    """Let *vcpu*, which is in its reset state, go on at *address* below 1 MiB: CS:IP is address >> 4 : address & 15."""
+    sregs = vcpu.get_sregs()
+    sregs.cs.selector = address >> 4
+    sregs.cs.base = address & ~0xF
+    vcpu.set_sregs(sregs)
+    regs = vcpu.get_regs()
+    regs.rip = address & 0xF
+    vcpu.set_regs(regs)

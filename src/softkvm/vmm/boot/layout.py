@@ -5,13 +5,14 @@
 address    what lies there at entry
 =========  ==============================================
 0x0500     global descriptor table
-0x6000     PVH start info, modules and memory map
+0x6000     PVH start info or Multiboot information, modules and memory map
 0x7000     Linux's zero page
 0x9000     page tables (identity map of the first 4 GiB)
 0x10000    flat images
 0x20000    kernel command line
 0x9FC00    end of conventional memory
 0xE0000    ACPI tables
+0xF0000    firmware: handlers of real-mode interrupts
 0x100000   protected-mode kernel
 =========  ==============================================
 """
@@ -33,7 +34,8 @@ COMMAND_LINE_MAX = 0x10000
 EBDA = 0x9FC00
 VIDEO_MEMORY = 0xA0000
 ACPI_TABLES = 0xE0000
-ACPI_TABLES_END = 0x100000
+ACPI_TABLES_END = 0xF0000
+FIRMWARE = 0xF0000
 HIGH_MEMORY = 0x100000
 
 E820_RAM = 1
@@ -54,7 +56,7 @@ def memory_map(memory: GuestMemory) -> list[E820Entry]:
     entries = [
         E820Entry(0, EBDA, E820_RAM),
         E820Entry(EBDA, VIDEO_MEMORY - EBDA, E820_RESERVED),
-        E820Entry(ACPI_TABLES, ACPI_TABLES_END - ACPI_TABLES, E820_RESERVED),
+        E820Entry(ACPI_TABLES, HIGH_MEMORY - ACPI_TABLES, E820_RESERVED),
     ]
     for ram in memory.ranges:
         start = max(ram.start, HIGH_MEMORY)

@@ -29,6 +29,7 @@ STS_SLPBTN: Final = 1 << 9
 STS_RTC: Final = 1 << 10
 STS_WAK: Final = 1 << 15
 STS_GBL: Final = 1 << 5
+_WAKE_MASK: Final = STS_PWRBTN | STS_SLPBTN | STS_RTC
 _EN_MASK: Final = STS_TMR | STS_GBL | STS_PWRBTN | STS_SLPBTN | STS_RTC
 
 CNT_SCI_EN: Final = 1 << 0
@@ -36,6 +37,7 @@ CNT_SLP_TYP_SHIFT: Final = 10
 CNT_SLP_TYP_MASK: Final = 7 << CNT_SLP_TYP_SHIFT
 CNT_SLP_EN: Final = 1 << 13
 
+S3_SLP_TYP: Final = 1  # as QEMU's PIIX4, whose test programs write it without asking the DSDT
 S5_SLP_TYP: Final = 5  # what the DSDT's \_S5 package must hold
 
 RESET_PORT: Final = 0xCF9
@@ -49,6 +51,9 @@ _NS: Final = 1_000_000_000
 class AcpiPm:
     """The power-management block of ``PM_BLOCK_SIZE`` ports. ``power_off()`` is called when the guest enters S5.
 
+    ``sleep()`` is called when it enters S3, on the vCPU's thread; the machine sleeps until :meth:`wait_for_wake_up`
+    returns.
+
     ``clock_ns`` drives the PM timer (32 bits wide; FADT.TMR_VAL_EXT) and does not go backwards.
     """
 
@@ -57,8 +62,10 @@ class AcpiPm:
         power_off: Callable[[], object] | None = None,
         set_irq: Callable[[int], object] | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
+        sleep: Callable[[], object] | None = None,
     ) -> None:
         self._power_off = power_off
+        self._sleep = sleep
         self._set_irq = set_irq
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
@@ -70,6 +77,7 @@ class AcpiPm:
         self._cnt = CNT_SCI_EN
         self._irq_level = 0
         self._timer = Timer("acpi pm timer", clock_ns, self._timer_expired)
+        self._changed = threading.Condition(self._lock)
 
     def read(self, offset: int, size: int) -> int:
         """Read ``size`` bytes of the block from ``offset``; bytes between the registers are zero."""
@@ -86,18 +94,20 @@ class AcpiPm:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Write ``size`` bytes of the block from ``offset``; the timer is read-only."""
-        off = False
+        entered = None
         with self._lock:
             self._advance()
             for i in range(size):
-                off |= self._write_byte(offset + i, value >> 8 * i & 0xFF)
+                state = self._write_byte(offset + i, value >> 8 * i & 0xFF)
+                entered = state if state is not None else entered
             self._update_irq()
             self._arm()
-        if off and self._power_off is not None:
-            self._power_off()
+        enter = {S3_SLP_TYP: self._sleep, S5_SLP_TYP: self._power_off}.get(-1 if entered is None else entered)
+        if enter is not None:
+            enter()
 
-    def _write_byte(self, offset: int, value: int) -> bool:
-        """Write one byte of a register; True if it puts the machine to S5."""
+    def _write_byte(self, offset: int, value: int) -> int | None:
+        """Write one byte of a register; return the sleep type if it puts the machine to sleep."""
         register, shift = offset & ~1, 8 * (offset & 1)
         value <<= shift
         kept = 0xFF00 >> shift
@@ -107,15 +117,31 @@ class AcpiPm:
             self._en = (self._en & kept | value) & _EN_MASK
         elif register == PM1_CNT:
             self._cnt = (self._cnt & kept | value) & ~CNT_SLP_EN | CNT_SCI_EN
-            sleep_type = (self._cnt & CNT_SLP_TYP_MASK) >> CNT_SLP_TYP_SHIFT
-            return bool(value & CNT_SLP_EN) and sleep_type == S5_SLP_TYP
-        return False
+            if value & CNT_SLP_EN:
+                return (self._cnt & CNT_SLP_TYP_MASK) >> CNT_SLP_TYP_SHIFT
+        return None
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down: PWRBTN_STS and an SCI (section 4.8.2.2.1)."""
-        with self._lock:
-            self._sts |= STS_PWRBTN
+        self._event(STS_PWRBTN)
+
+    def rtc_alarm(self) -> None:
+        """The real-time clock raised its interrupt: RTC_STS, which can wake the machine (section 4.8.3.1.1)."""
+        self._event(STS_RTC)
+
+    def _event(self, status: int) -> None:
+        with self._changed:
+            self._sts |= status
             self._update_irq()
+            self._changed.notify_all()
+
+    def wait_for_wake_up(self, timeout_s: float) -> bool:
+        """Wait for an enabled wake-up event, then set WAK_STS and return True; False after *timeout_s*."""
+        with self._changed:
+            awake = self._changed.wait_for(lambda: bool(self._sts & (self._en | STS_PWRBTN) & _WAKE_MASK), timeout_s)
+            if awake:
+                self._sts |= STS_WAK
+            return awake
 
     def close(self) -> None:
         """End the timer thread, if there is one."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PCI configuration mechanism #1 at ports 0xCF8 to 0xCFF, with no function behind it.
+"""PCI configuration mechanism #1 at ports 0xCF8 to 0xCFF, for the functions of bus 0.
 
 Source: PCI Local Bus Specification 3.0, section 3.2.2.3.2. A configuration read of an absent function returns all
 ones and a write is dropped, which is how a guest finds that there is no host bridge and no bus. Byte accesses inside
@@ -9,12 +9,14 @@ ones and a write is dropped, which is how a guest finds that there is no host br
 from typing import Any, Final
 
 from softkvm.vmm.devices.acpi_pm import RESET_PORT, ResetRegister
+from softkvm.vmm.devices.pci import Function
 
 PCI_CONFIG_PORT: Final = 0xCF8
 PCI_CONFIG_SIZE: Final = 8
 
 _ENABLE: Final = 1 << 31
 _ADDRESS_MASK: Final = _ENABLE | 0x00FF_FFFC
+_DATA_OFFSET: Final = 4
 _RESET_OFFSET: Final = RESET_PORT - PCI_CONFIG_PORT
 
 
@@ -24,26 +26,54 @@ class PciConfig:
     def __init__(self, reset: ResetRegister | None = None) -> None:
         self._reset = reset
         self._address = 0
+        self._functions: dict[int, Function] = {}
+
+    def add(self, device: int, function: int, target: Function) -> None:
+        """Put *target* on bus 0; ValueError if that place is taken or does not exist."""
+        place = device << 3 | function
+        if not (0 <= device < 32 and 0 <= function < 8) or place in self._functions:
+            raise ValueError(f"PCI function {device:02x}.{function}: expected a free one from 00.0 to 1f.7")
+        self._functions[place] = target
+
+    def _selected(self) -> Function | None:
+        """The function that CONFIG_ADDRESS selects, if it is there."""
+        address = self._address
+        if not address & _ENABLE or address >> 16 & 0xFF:
+            return None
+        return self._functions.get(address >> 8 & 0xFF)
 
     def read(self, offset: int, size: int) -> int:
-        """The latched address, or all ones: nothing is there."""
+        """The latched address, a register of the selected function, or all ones: nothing is there."""
         if offset == 0 and size == 4:
             return self._address
+        if offset >= _DATA_OFFSET:
+            selected = self._selected()
+            if selected is not None:
+                return selected.read((self._address & 0xFC) + offset - _DATA_OFFSET, size)
         if offset == _RESET_OFFSET and size == 1 and self._reset is not None:
             return self._reset.read(0, 1)
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Latch an address; data writes are dropped."""
+        """Latch an address, or write a register of the selected function; else the write is dropped."""
         if offset == 0 and size == 4:
             self._address = value & _ADDRESS_MASK
         elif offset == _RESET_OFFSET and size == 1 and self._reset is not None:
             self._reset.write(0, 1, value)
+        elif offset >= _DATA_OFFSET:
+            selected = self._selected()
+            if selected is not None:
+                selected.write((self._address & 0xFC) + offset - _DATA_OFFSET, size, value)
 
     def save(self) -> dict[str, Any]:
-        """The address latch."""
-        return {"address": self._address}
+        """The address latch, and every function."""
+        state: dict[str, Any] = {"address": self._address}
+        if self._functions:
+            state["functions"] = {place: function.save() for place, function in self._functions.items()}
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
         self._address = state["address"]
+        for place, function in state.get("functions", {}).items():
+            self._functions[place].restore(function)
