@@ -62,6 +62,8 @@ impl Cpu {
     ///
     /// 64-bit mode: no limits (canonicality is checked on the access). Otherwise: null/type/limit checks, #SS(0) for
     /// SS and #GP(0) for the others (APM vol. 2, 4.7 and 4.12).
+    #[cold]
+    #[inline(never)]
     pub fn seg_lin(&mut self, seg: u8, offset: u64, size: usize, access: Access) -> Result<u64, Stop> {
         let s = &self.seg[seg as usize % 6];
         if self.code_size == 8 {

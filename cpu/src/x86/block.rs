@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use super::access::Access;
 use super::op::{MAX_OPS, Op, Res, Stop, handler};
 use super::paging::fetch_bank;
-use super::state::{Cpu, sreg};
+use super::state::{Cpu, LINK_NONE, sreg};
 use super::translate::{Context, translate};
 use crate::mem::{PageInfo, chunk_mask};
 
@@ -23,6 +23,8 @@ use crate::mem::{PageInfo, chunk_mask};
 pub const MAX_INSTRUCTION: usize = 15;
 /// Most bytes of a block.
 const WINDOW: usize = MAX_OPS * MAX_INSTRUCTION;
+/// Most blocks that run one after the other without coming back to the run loop.
+pub const CHAIN: u32 = if cfg!(debug_assertions) { 32 } else { 256 };
 /// In a block's mode: it holds one instruction only, for running one at a time.
 pub const SINGLE: u8 = 0x80;
 
@@ -36,8 +38,11 @@ pub struct Block {
     pub first: *const Op,
     /// Blocks that followed through exit 0 and 1.
     pub links: [*mut Block; 2],
-    /// The linked block starts in the same page: its translation is this block's.
-    pub near: [bool; 2],
+    /// The same where the next block starts in the same page, so that its translation is this block's; else a block
+    /// that never agrees with memory.
+    pub near: [*const Block; 2],
+    /// Instructions in the block.
+    pub count: u64,
     /// Code size (2, 4, 8), with [`SINGLE`].
     pub mode: u8,
     /// Every running processor knows that the pages hold code.
@@ -66,6 +71,27 @@ impl Block {
         unsafe { core::slice::from_raw_parts(self.bytes, self.len as usize + self.tail as usize) }
     }
 }
+
+/// See [`Block::near`].
+struct Nowhere(Block);
+// SAFETY: never written; its pointers are null and never followed.
+unsafe impl Sync for Nowhere {}
+static NOWHERE: Nowhere = Nowhere(Block {
+    stamp: u64::MAX,
+    host: 0,
+    first: core::ptr::null(),
+    links: [core::ptr::null_mut(); 2],
+    near: [core::ptr::null(); 2],
+    count: 0,
+    mode: 0,
+    settled: false,
+    len: 0,
+    tail: 0,
+    host2: 0,
+    generation: 0,
+    pages: [core::ptr::null(); 2],
+    bytes: core::ptr::null(),
+});
 
 const CHUNK_BYTES: usize = 256 << 10;
 /// All blocks are dropped when they take more than this.
@@ -226,6 +252,30 @@ fn too_long(cpu: &mut Cpu, _: &Op) -> Res {
 }
 
 impl Cpu {
+    /// At a block's end: the first op of the next block if the exit taken is linked within the page and nothing calls
+    /// for attention, else null.
+    #[inline(always)]
+    pub(super) fn chain(&mut self) -> *const Op {
+        if self.link == LINK_NONE {
+            return core::ptr::null();
+        }
+        // SAFETY: `block` is the running block; `near` points to a block of the arena or to NOWHERE. The exits 0 and 1
+        // are taken by a block's last instruction (or the op behind it), so all of the block has retired.
+        unsafe {
+            let block = &*self.block;
+            let next = block.near[(self.link & 1) as usize];
+            if (*next).stamp != self.stamp || self.needs_attention() || self.chain_left == 0 {
+                return core::ptr::null();
+            }
+            self.chain_left -= 1;
+            self.link = LINK_NONE;
+            self.instructions += block.count;
+            self.rb.gpr[17] = self.rip;
+            self.block = next.cast_mut();
+            (*next).first
+        }
+    }
+
     /// Linear address of the instruction at RIP, with the limit check of legacy modes; also how many bytes the limit
     /// leaves.
     #[inline(always)]
@@ -264,7 +314,7 @@ impl Cpu {
             let b = p.links[exit];
             // SAFETY: links are null or point to blocks of the arena (dead ones have an old stamp).
             if !b.is_null() && unsafe { (*b).stamp } == self.stamp {
-                if p.near[exit] {
+                if core::ptr::eq(p.near[exit], b) {
                     return Ok(b);
                 }
                 if self.code_size == 8 {
@@ -292,7 +342,8 @@ impl Cpu {
             unsafe {
                 (*prev).links[exit] = b;
                 let from = self.rb.gpr[17];
-                (*prev).near[exit] = (from ^ self.rip) >> 12 == 0 && (*prev).host >> 12 == (*b).host >> 12;
+                let same = (from ^ self.rip) >> 12 == 0 && (*prev).host >> 12 == (*b).host >> 12;
+                (*prev).near[exit] = if same { b } else { &raw const NOWHERE.0 };
             }
         }
         Ok(b)
@@ -471,6 +522,7 @@ impl Cpu {
         }
         self.blocks.decoded_instructions += n as u64;
         self.blocks.decoded_blocks += 1;
+        let count = n;
         let mut end = translate(&Instruction::default(), &Context { code_size, offset: at as u16 });
         end.f = handler(fall_through);
         end.len = 0;
@@ -497,7 +549,8 @@ impl Cpu {
                 host,
                 first,
                 links: [core::ptr::null_mut(); 2],
-                near: [false; 2],
+                near: [&raw const NOWHERE.0; 2],
+                count: count as u64,
                 mode,
                 settled: false,
                 len: len as u16,

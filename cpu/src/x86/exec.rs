@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::block::Block;
+use super::block::{Block, CHAIN};
 use super::flags::rf;
 use super::op::{Op, Stop};
 use super::state::{Cpu, Exception, Exit, LINK_NONE, attention, pending, vector};
@@ -57,18 +57,20 @@ impl Cpu {
         }
     }
 
-    /// Runs a block to its stop; counts what retired and leaves `rip` at the instruction to go on with.
+    /// Runs a block and those chained to it to a stop; counts what retired and leaves `rip` at the instruction to go on with.
     #[inline(always)]
     fn enter(&mut self, b: *mut Block) -> Stop {
         self.block = b;
         self.rb.gpr[17] = self.rip;
+        self.chain_left = CHAIN;
+        self.link = LINK_NONE;
         // SAFETY: `b` is a live block; its ops end with one that stops.
         let stop = unsafe {
             let first = (*b).first;
             ((*first).f)(self, first)
         };
-        // SAFETY: the op at which the run stopped belongs to the block.
-        let (index, op) = unsafe { (self.stop_op.offset_from((*b).first) as u64, &*self.stop_op) };
+        // SAFETY: the op at which the run stopped belongs to the block that ran last.
+        let (index, op) = unsafe { (self.stop_op.offset_from((*self.block).first) as u64, &*self.stop_op) };
         match stop {
             Stop::EndBlock | Stop::Trap | Stop::ExitAfter => {
                 self.instructions += index + (op.len != 0) as u64

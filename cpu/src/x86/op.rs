@@ -3,8 +3,9 @@
 //!
 //! A block is a run of [`Op`]s ended by one that leaves it. Every handler is an ordinary function
 //! `fn(&mut Cpu, &Op) -> Result<(), Stop>`; [`handler`] wraps it so that, on `Ok`, it calls the next op's handler as
-//! its last act. The compiler turns that into a jump, so a block runs without a dispatch loop; should it not (debug
-//! builds), the depth is bounded by [`MAX_OPS`].
+//! its last act, and at a block's linked exit the next block's first ([`Cpu::chain`]). The compiler turns that into a
+//! jump, so blocks run without a dispatch loop; should it not (debug builds), the depth is bounded by [`MAX_OPS`] times
+//! [`super::block::CHAIN`].
 //!
 //! Contract of a handler: it changes no guest-visible state before everything that can fail has succeeded (faults
 //! restart the instruction), unless the manual itself says that partial progress is visible (string instructions).
@@ -147,6 +148,13 @@ where
             ((*next).f)(cpu, next)
         },
         Err(stop) => {
+            if stop == Stop::EndBlock {
+                let next = cpu.chain();
+                if !next.is_null() {
+                    // SAFETY: `chain` gives the first op of a live block.
+                    return unsafe { ((*next).f)(cpu, next) };
+                }
+            }
             cpu.stop_op = op;
             stop
         }

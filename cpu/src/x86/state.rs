@@ -406,6 +406,8 @@ pub struct Cpu {
     pub next_rip_enabled: bool,
     /// The running block, to notice writes into itself and to chain from it.
     pub block: *mut super::block::Block,
+    /// Blocks that may still be chained before the run loop gets a look.
+    pub chain_left: u32,
     /// Blocks whose stamp is another one are checked against memory before they run.
     pub stamp: u64,
     /// Software TLB.

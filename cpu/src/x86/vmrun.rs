@@ -110,6 +110,7 @@ impl Cpu {
             next_rip_enabled: true,
             block: core::ptr::null_mut(),
             stamp: 0,
+            chain_left: 0,
             tlb: Tlb::default(),
             blocks: BlockCache::default(),
             regions: machine.regions(),
