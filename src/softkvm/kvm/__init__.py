@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from softkvm.kvm.params import Params
 from softkvm.kvm.system import Kvm
-from softkvm.kvm.vcpu import Vcpu
+from softkvm.kvm.vcpu_ioctls import VcpuIoctls as Vcpu
 from softkvm.kvm.vm import Vm
 
 __all__ = ["Kvm", "Params", "Vcpu", "Vm"]

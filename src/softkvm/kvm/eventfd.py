@@ -132,7 +132,7 @@ class Eventfds:
         self._wake = -1
         self._stopping = False
 
-    # --- irqfd ---------------------------------------------------------------------------------------------
+    # --- irqfd -------------------------------------------------------------------------------------
 
     def irqfd(self, fd: int, gsi: int, flags: int, resamplefd: int) -> None:
         """KVM_IRQFD: EINVAL for flags or no chips, EBUSY for an eventfd in use."""
@@ -199,7 +199,7 @@ class Eventfds:
                     if irqfd is not None:
                         irqfd.consume()
 
-    # --- ioeventfd ---------------------------------------------------------------------------------------------
+    # --- ioeventfd ---------------------------------------------------------------------------------
 
     def ioeventfd(self, fd: int, addr: int, length: int, datamatch: int | None, flags: int) -> None:
         """KVM_IOEVENTFD: EINVAL for flags, length or wrapping address, EEXIST for a collision, ENOENT on removal."""

@@ -92,7 +92,7 @@ class IoBus:
 
     def write(self, address: int, size: int, value: int) -> bool:
         """Write to the first device that takes it; False if none does."""
-        for device in self._table.devices(address, size):
+        for device in self._table.devices(address, size):  # noqa: SIM110 - the quick form
             if device.io_write(address, size, value):
                 return True
         return False

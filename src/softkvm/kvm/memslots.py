@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
 
@@ -124,7 +124,7 @@ class Memslots:
         self.by_id = {slot.id: slot for slot in self._sorted}
         self.generation = generation
 
-    def __iter__(self) -> Iterable[MemorySlot]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[MemorySlot]:
         return iter(self._sorted)
 
     def gfn_to_memslot(self, gfn: int) -> MemorySlot | None:

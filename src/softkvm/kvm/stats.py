@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from softkvm.kvm.x86 import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
     from softkvm.kvm.vm import Vm
 
 

@@ -12,7 +12,7 @@ from softkvm import abi
 from softkvm.kvm.capabilities import check_extension
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.params import Params
-from softkvm.kvm.vcpu import VCPU_MMAP_SIZE
+from softkvm.kvm.vcpu_state import VCPU_MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.kvm.x86 import cpuid, msrs
 

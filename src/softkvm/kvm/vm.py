@@ -22,7 +22,8 @@ from softkvm.kvm.params import Params
 from softkvm.kvm.regions import HostRegions
 from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_TLB_FLUSH
 from softkvm.kvm.stats import vm_stats
-from softkvm.kvm.vcpu import IN_GUEST_MODE, Vcpu
+from softkvm.kvm.vcpu_ioctls import VcpuIoctls
+from softkvm.kvm.vcpu_state import IN_GUEST_MODE, VcpuState
 from softkvm.kvm.x86 import kvmclock
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.irqchip import KernelIrqchip
@@ -65,8 +66,8 @@ class Vm:
         self.pio_bus = IoBus()
         self.mmio_bus = IoBus()
         self.lock = threading.RLock()
-        self.vcpus: list[Vcpu] = []
-        self._vcpu_by_id: dict[int, Vcpu] = {}
+        self.vcpus: list[VcpuIoctls] = []
+        self._vcpu_by_id: dict[int, VcpuIoctls] = {}
         self.chips: KernelIrqchip | None = None
         self.split_irqchip = False
         self.bsp_vcpu_id = 0
@@ -98,7 +99,7 @@ class Vm:
         self._log_window_start = 0.0
         self._log_count = 0
 
-    # --- quirks ------------------------------------------------------------------------------------------
+    # --- quirks ------------------------------------------------------------------------------------
 
     def has_quirk(self, quirk: int) -> bool:
         """Tell whether a deviation from the architecture that old userspace relies on is in force."""
@@ -114,7 +115,7 @@ class Vm:
         """KVM_X86_QUIRK_FIX_HYPERCALL_INSN."""
         return self.has_quirk(KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
 
-    # --- memory ---------------------------------------------------------------------------------------------
+    # --- memory ------------------------------------------------------------------------------------
 
     def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
         """KVM_SET_USER_MEMORY_REGION (KVM API 4.35)."""
@@ -147,9 +148,7 @@ class Vm:
         except ValueError as problem:
             raise kvm_error(errno.EINVAL, f"userspace_addr={slot.userspace_addr:#x}: {problem}") from None
 
-    def _install(
-        self, slots: Memslots, old: MemorySlot | None, new: MemorySlot | None, change: MemoryChange
-    ) -> None:
+    def _install(self, slots: Memslots, old: MemorySlot | None, new: MemorySlot | None, change: MemoryChange) -> None:
         """Publish a generation; mappings of what is gone go before anyone can use the new one."""
         with self.mmu_lock:
             self.memslots = slots
@@ -173,7 +172,7 @@ class Vm:
         """KVM_CLEAR_DIRTY_LOG (KVM API 4.117)."""
         dirty_log.clear_dirty_log(self, slot, first_page, num_pages, bitmap)
 
-    # --- requests to all vCPUs ----------------------------------------------------------------------------------
+    # --- requests to all vCPUs ---------------------------------------------------------------------
 
     def make_all_cpus_request(self, request: int) -> None:
         """Set a request in every vCPU and kick those that run; doesn't wait."""
@@ -200,29 +199,29 @@ class Vm:
             while vcpu.mode == IN_GUEST_MODE and vcpu.stat_tlb_flush == seen:
                 time.sleep(0)
 
-    # --- vCPUs -------------------------------------------------------------------------------------------------------
+    # --- vCPUs -------------------------------------------------------------------------------------
 
-    def create_vcpu(self, id: int) -> Vcpu:
+    def create_vcpu(self, id: int) -> VcpuIoctls:
         """KVM_CREATE_VCPU (KVM API 4.7): EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
         with self.lock:
             if not 0 <= id < capabilities.KVM_MAX_VCPU_IDS or len(self.vcpus) >= capabilities.KVM_MAX_VCPUS:
                 raise kvm_error(errno.EINVAL, f"id={id}, expected below {capabilities.KVM_MAX_VCPU_IDS}")
             if id in self._vcpu_by_id:
                 raise kvm_error(errno.EEXIST, f"id={id} exists")
-            vcpu = Vcpu(self, id)
+            vcpu = VcpuIoctls(self, id)
             vcpu.set_tsc_offset(self._initial_tsc_offset if self._last_tsc_offset is None else self._last_tsc_offset)
             self._vcpu_by_id[id] = vcpu
             self.vcpus = [*self.vcpus, vcpu]
             return vcpu
 
-    def vcpu_by_apic_id(self, apic_id: int) -> Vcpu | None:
+    def vcpu_by_apic_id(self, apic_id: int) -> VcpuIoctls | None:
         """Return the vCPU with an APIC id."""
         return self._vcpu_by_id.get(apic_id)
 
-    def vcpu_closed(self, vcpu: Vcpu) -> None:
+    def vcpu_closed(self, vcpu: VcpuState) -> None:
         """A vCPU's file is closed; its number stays taken (KVM destroys vCPUs with the VM)."""
 
-    # --- interrupt chips ---------------------------------------------------------------------------------------------------
+    # --- interrupt chips ---------------------------------------------------------------------------
 
     def _irqchip(self) -> KernelIrqchip:
         if self.chips is None:
@@ -323,7 +322,7 @@ class Vm:
         """KVM_IOEVENTFD (KVM API 4.59)."""
         self.eventfds.ioeventfd(fd, addr, len, datamatch, flags)
 
-    # --- the rest of the API ---------------------------------------------------------------------------------------------------
+    # --- the rest of the API -----------------------------------------------------------------------
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on a VM."""
@@ -403,7 +402,7 @@ class Vm:
         else:
             raise kvm_error(errno.EINVAL, f"cap={cap}, expected one that can be enabled on a VM")
 
-    # --- time ------------------------------------------------------------------------------------------------------------------
+    # --- time --------------------------------------------------------------------------------------
 
     def synchronized_tsc_offset(self, tsc: int, khz: int) -> int:
         """Return the offset for a host write of ``tsc``.
@@ -429,7 +428,7 @@ class Vm:
         """Let every vCPU rewrite its time structure."""
         self.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
 
-    # --- logging, life ------------------------------------------------------------------------------------------------------------
+    # --- logging, life -----------------------------------------------------------------------------
 
     def log_limited(self, logger: logging.Logger, message: str, *args: object) -> None:
         """Log what a guest can provoke: at most ten lines in five seconds."""
@@ -441,7 +440,7 @@ class Vm:
         if self._log_count <= _LOG_BURST:
             logger.info(message, *args)
 
-    def log_invalid_vmcb(self, vcpu: Vcpu) -> None:
+    def log_invalid_vmcb(self, vcpu: VcpuState) -> None:
         """Log the fields that make VMRUN refuse a VMCB."""
         q = vcpu.q
         self.log_limited(

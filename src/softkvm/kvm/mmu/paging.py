@@ -14,7 +14,7 @@ from softkvm.kvm.guest_memory import cmpxchg_guest, read_guest
 from softkvm.kvm.x86.exceptions import X86Exception
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 #: Bits of a #PF error code, also used to say what an access is.
 PFERR_PRESENT: Final = 1 << 0

@@ -241,7 +241,7 @@ class TdpMmu:
         """Tell whether unlinked tables wait for a flush."""
         return bool(self._free_later)
 
-    # --- dirty logging -------------------------------------------------------------------------------
+    # --- dirty logging -----------------------------------------------------------------------------
 
     def _split_into(self, table: TdpTable, index: int, child: TdpTable) -> None:
         """Replace the large leaf at ``index`` by ``child``, filled with the same mappings one level down."""
@@ -348,4 +348,3 @@ class TdpMmu:
                 out.append((table, index))
             else:
                 self._collapsible(child, slot, out)
-

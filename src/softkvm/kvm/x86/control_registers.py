@@ -25,7 +25,7 @@ from softkvm.kvm.x86.svm import (
 )
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 CR0_VALID: Final = 0xE005_003F
 
@@ -61,17 +61,7 @@ _CR4_FEATURES: Final = (
     (CR4_UMIP, 0x7, 0, 2, 2),
 )
 _CR4_ALWAYS: Final = (
-    CR4_VME
-    | CR4_PVI
-    | CR4_TSD
-    | CR4_DE
-    | CR4_PSE
-    | CR4_PAE
-    | CR4_MCE
-    | CR4_PGE
-    | CR4_PCE
-    | CR4_OSFXSR
-    | CR4_OSXMMEXCPT
+    CR4_VME | CR4_PVI | CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT
 )
 
 XFEATURE_FP: Final = 1 << 0

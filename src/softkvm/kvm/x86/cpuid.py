@@ -13,7 +13,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.svm import EFER_LMA
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 KVM_MAX_CPUID_ENTRIES: Final = 256
 
@@ -56,7 +56,7 @@ _KVM_FEATURES: Final = (
 )
 
 
-# --- what KVM supports -------------------------------------------------------------------------------
+# --- what KVM supports -------------------------------------------------------------------------
 
 
 def _supported_leaf(function: int, index: int) -> Leaf:
@@ -122,8 +122,10 @@ def get_supported_cpuid() -> list[abi.kvm_cpuid_entry2]:
         last = _softcpu.cpuid(first, 0)[EAX]
         for function in range(first, max(last, first) + 1):
             indexed = function in _INDEXED
-            for index in _subleaves(function) if indexed else (0,):
-                entries.append(_entry(function, index, _supported_leaf(function, index), indexed=indexed))
+            entries += [
+                _entry(function, index, _supported_leaf(function, index), indexed=indexed)
+                for index in (_subleaves(function) if indexed else (0,))
+            ]
     signature = [int.from_bytes(abi.KVM_SIGNATURE[i : i + 4], "little") for i in (0, 4, 8)]
     entries.append(
         _entry(abi.KVM_CPUID_SIGNATURE, 0, (abi.KVM_CPUID_FEATURES, *signature), indexed=False)  # type: ignore[arg-type]
@@ -139,7 +141,7 @@ def get_emulated_cpuid() -> list[abi.kvm_cpuid_entry2]:
     return entries
 
 
-# --- one vCPU's table -----------------------------------------------------------------------------------
+# --- one vCPU's table --------------------------------------------------------------------------
 
 
 class CpuidTable:
@@ -205,7 +207,7 @@ class CpuidTable:
         d0 = self._base_d0 or _ZERO
         self.supported_xcr0 = (d0[EAX] | d0[EDX] << 32) & supported_xcr0()
         self.kvm_features = self._find_kvm_features()
-        from softkvm.kvm.x86.control_registers import cr4_guest_valid_bits  # noqa: PLC0415 - mutual
+        from softkvm.kvm.x86.control_registers import cr4_guest_valid_bits
 
         self.cr4_valid = cr4_guest_valid_bits(vcpu)
         self.update_runtime(vcpu)

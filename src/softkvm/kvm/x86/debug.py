@@ -13,7 +13,7 @@ from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import DR7_BP_EN_MASK, queue_exception
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 _RUN_DEBUG_EXCEPTION: Final = 32 // 4  # d
 _RUN_DEBUG_PC: Final = 40 // 8  # q

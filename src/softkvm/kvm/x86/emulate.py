@@ -16,13 +16,13 @@ from softkvm.kvm.mmu.paging import PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFER
 from softkvm.kvm.mmu.spte import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86 import io, svm
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.exceptions import X86Exception, gp, inject_emulated_exception, queue_exception
 from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, DecodeCache, Insn, Operand
+from softkvm.kvm.x86.exceptions import X86Exception, gp, inject_emulated_exception, queue_exception
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
     Handler = Callable[["Emulator", Insn], None]
 
@@ -98,7 +98,7 @@ class Emulator:
         self.exit_to_userspace = False
         self._pio_request = (0, 0, 0)
 
-    # --- entry ---------------------------------------------------------------------------------------
+    # --- entry -------------------------------------------------------------------------------------
 
     def fetch(self) -> bytes:
         """Return the instruction bytes at RIP, read through the guest's page tables."""
@@ -212,7 +212,7 @@ class Emulator:
             return 0
         return 1
 
-    # --- userspace completions ----------------------------------------------------------------------------
+    # --- userspace completions ---------------------------------------------------------------------
 
     def _exit_read(self) -> None:
         gpa, size = self._fragments[len(self._arrived)]
@@ -241,12 +241,12 @@ class Emulator:
         return 1
 
     def _complete_pio_in(self, vcpu: Vcpu) -> int:
-        port, size, count = self._pio_request
+        _, size, count = self._pio_request
         self.pio_data = bytes(self.vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + size * count])
         assert self.insn is not None
         return self._run(self.insn)
 
-    # --- the fast path for loads and stores ---------------------------------------------------------------------
+    # --- the fast path for loads and stores --------------------------------------------------------
 
     def mmio(self, gpa: int, code: bytes) -> int:
         """Emulate the access of an MMIO exit at ``gpa``: plain loads and stores here, the rest by emulate()."""
@@ -297,7 +297,7 @@ class Emulator:
         self._load(operand, value)
         return io.advance(self.vcpu, insn.length)
 
-    # --- addresses ------------------------------------------------------------------------------------------------
+    # --- addresses ---------------------------------------------------------------------------------
 
     def effective_address(self, insn: Insn) -> int:
         """Return the offset of the memory operand in its segment."""
@@ -345,9 +345,10 @@ class Emulator:
             raise fault
         return offset + seg.base & 0xFFFF_FFFF
 
-    # --- memory -----------------------------------------------------------------------------------------------------
+    # --- memory ------------------------------------------------------------------------------------
 
-    def _access(self, write: bool, implicit: bool = False) -> int:
+    def access(self, write: bool, implicit: bool = False) -> int:
+        """Return the PFERR_* bits of a data access at the guest's privilege level."""
         access = PFERR_WRITE if write else 0
         if implicit:
             return access | PFERR_IMPLICIT
@@ -370,7 +371,7 @@ class Emulator:
     def read_linear(self, address: int, size: int, *, implicit: bool = False) -> bytes:
         """Return ``size`` bytes (at most a page) at a linear address."""
         parts = []
-        for gpa, length in self._pages(address, size, self._access(False, implicit)):
+        for gpa, length in self._pages(address, size, self.access(False, implicit)):
             data = read_guest(self.vm, gpa, length)
             parts.append(self._read_mmio(gpa, length) if data is None else data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -398,7 +399,7 @@ class Emulator:
 
     def write_linear(self, address: int, data: bytes, *, implicit: bool = False) -> None:
         """Write ``data`` (at most a page) at a linear address; MMIO leaves for userspace afterwards."""
-        pages = self._pages(address, len(data), self._access(True, implicit))
+        pages = self._pages(address, len(data), self.access(True, implicit))
         at = 0
         for gpa, length in pages:
             piece = data[at : at + length]
@@ -414,7 +415,7 @@ class Emulator:
 
     def cmpxchg_linear(self, address: int, old: bytes, new: bytes) -> None:
         """Replace ``old`` by ``new`` atomically where the memory allows it; :class:`Retry` if it changed."""
-        pages = self._pages(address, len(old), self._access(True))
+        pages = self._pages(address, len(old), self.access(True))
         if len(pages) == 1 and (address & 7) + len(old) <= 8:
             found = cmpxchg_guest(self.vm, pages[0][0], old, new)
             if found is not None:
@@ -431,7 +432,7 @@ class Emulator:
         """Tell whether a memory slot backs ``gpa``."""
         return self.vm.memslots.gfn_to_memslot(gpa >> PAGE_SHIFT) is not None
 
-    # --- operands ------------------------------------------------------------------------------------------------------
+    # --- operands ----------------------------------------------------------------------------------
 
     def read(self, op: Operand) -> int:
         """Return an operand's value as an unsigned number of its size."""
@@ -483,7 +484,7 @@ class Emulator:
         else:
             raise Unhandleable
 
-    # --- flags, stack, branches ---------------------------------------------------------------------------------------------
+    # --- flags, stack, branches --------------------------------------------------------------------
 
     def set_flags(self, mask: int, value: int) -> None:
         """Replace the flags in ``mask``."""
@@ -528,4 +529,3 @@ class Emulator:
         self.q[V.RIP] = target
         vcpu.b[V.INT_STATE_B] = 0
         self.rip_written = True
-

@@ -207,7 +207,7 @@ def cmpxchg_wide(e: Emulator, i: Insn) -> None:
         e.set_flags(ZF, 0)
 
 
-# --- shifts and rotates ------------------------------------------------------------------------------------
+# --- shifts and rotates ------------------------------------------------------------------------
 
 
 def shift(kind: str, value: int, count: int, flags: int, bits: int) -> tuple[int, int, int]:
@@ -295,7 +295,7 @@ def double_shift(e: Emulator, i: Insn) -> None:
     e.set_flags(STATUS & ~AF, result_flags(result, bits) | (CF if carry else 0) | (OF if overflow else 0))
 
 
-# --- bits ------------------------------------------------------------------------------------------------------
+# --- bits --------------------------------------------------------------------------------------
 
 
 @handler("bt", "bts", "btr", "btc")
@@ -357,7 +357,7 @@ def bit_count(e: Emulator, i: Insn) -> None:
     e.set_flags(CF | ZF, (CF if not value else 0) | (ZF if not result else 0))
 
 
-# --- multiplication and division -----------------------------------------------------------------------------------
+# --- multiplication and division ---------------------------------------------------------------
 
 
 def _wide(e: Emulator, size: int) -> tuple[int, int]:
@@ -427,7 +427,7 @@ def divide(e: Emulator, i: Insn) -> None:
     _store_wide(e, size, quotient & mask, remainder & mask)
 
 
-# --- flags -----------------------------------------------------------------------------------------------------------
+# --- flags -------------------------------------------------------------------------------------
 
 
 @handler("clc", "stc", "cmc", "cld", "std")

@@ -23,7 +23,7 @@ def mov(e: Emulator, i: Insn) -> None:
     """MOV between registers, memory and immediates; MOV to and from segment, control and debug registers."""
     dst, src = i.ops
     if dst.kind in (CR, DR) or src.kind in (CR, DR):
-        from softkvm.kvm.x86.emulate_system import mov_system  # noqa: PLC0415 - mutual
+        from softkvm.kvm.x86.emulate_system import mov_system
 
         mov_system(e, i)
         return
@@ -89,7 +89,7 @@ def sign_extend_into_rdx(e: Emulator, i: Insn) -> None:
     e.write(Operand(REG, size, 2), -negative & (1 << size * 8) - 1)
 
 
-# --- stack and branches -------------------------------------------------------------------------------------
+# --- stack and branches ------------------------------------------------------------------------
 
 
 def _stack_size(e: Emulator, op: Operand) -> int:
@@ -187,7 +187,7 @@ def leave(e: Emulator, i: Insn) -> None:
     e.write(Operand(REG, size, 5), value)
 
 
-# --- SSE and MMX moves ----------------------------------------------------------------------------------------------
+# --- SSE and MMX moves -------------------------------------------------------------------------
 
 
 def _check_simd(e: Emulator, *, mmx: bool) -> None:
@@ -227,7 +227,7 @@ def move_quad(e: Emulator, i: Insn) -> None:
 def move_scalar(e: Emulator, i: Insn) -> None:
     """Scalar moves: loads clear the rest of the register, register moves keep it. MOVSD the string move too."""
     if len(i.ops) < 2 or XMM not in (i.ops[0].kind, i.ops[1].kind):
-        from softkvm.kvm.x86.emulate_string import movs  # noqa: PLC0415 - mutual
+        from softkvm.kvm.x86.emulate_string import movs
 
         movs(e, i)
         return

@@ -146,7 +146,11 @@ class Insn:
         if kind == "register":
             name = decoded.op_register(n) or ""
             register = REGISTERS.get(name)
-            return Operand(OTHER, size) if register is None else Operand(register[0], register[2], register[1], register[3])
+            return (
+                Operand(OTHER, size)
+                if register is None
+                else Operand(register[0], register[2], register[1], register[3])
+            )
         if kind == "memory":
             return Operand(MEM, decoded.memory_size)
         if kind == "immediate":

@@ -141,7 +141,7 @@ def cmps(e: Emulator, i: Insn) -> None:
     _compare(e, i, int.from_bytes(a, "little"), int.from_bytes(b, "little"), size)
 
 
-# --- port I/O -------------------------------------------------------------------------------------------------
+# --- port I/O ----------------------------------------------------------------------------------
 
 
 def check_io_permission(e: Emulator, port: int, size: int) -> None:
@@ -222,7 +222,7 @@ def ins(e: Emulator, i: Insn) -> None:
     if backwards:
         count = 1
     address = _destination_address(e, i, size * count, write=True)
-    walk(e.vcpu, address, e._access(True))  # a fault has to come before the port is read
+    walk(e.vcpu, address, e.access(True))  # a fault has to come before the port is read
     data = _pio_read(e, port, size, count)
     e.write_linear(address, data)
     _advance(e, i, RDI, size * count)
@@ -247,5 +247,3 @@ def outs(e: Emulator, i: Insn) -> None:
         e.pio_out = (port, size, data)
     _advance(e, i, RSI, size * count)
     _finish(e, i, count)
-
-

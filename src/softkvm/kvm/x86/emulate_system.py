@@ -202,7 +202,7 @@ def xsetbv(e: Emulator, i: Insn) -> None:
         raise gp()
 
 
-# --- descriptor tables ------------------------------------------------------------------------------------
+# --- descriptor tables -------------------------------------------------------------------------
 
 
 def _table_base_size(e: Emulator) -> int:
@@ -257,7 +257,7 @@ def load_selector(e: Emulator, i: Insn) -> None:
     vcpu.load_segment(e, V.LDTR_OFFSET if i.mnemonic == "lldt" else V.TR_OFFSET, selector)
 
 
-# --- flags ----------------------------------------------------------------------------------------------------
+# --- flags -------------------------------------------------------------------------------------
 
 
 @handler("cli", "sti")
@@ -317,5 +317,3 @@ def fwait(e: Emulator, i: Insn) -> None:
 def software_interrupt(e: Emulator, i: Insn) -> None:
     """Software interrupts go through the silicon: KVM injects what they raise."""
     raise Unhandleable
-
-

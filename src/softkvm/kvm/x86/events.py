@@ -22,7 +22,7 @@ from softkvm.kvm.x86.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 
 def cpu_has_interrupt(vcpu: Vcpu) -> bool:
@@ -124,7 +124,7 @@ def _deliver_pending_exception(vcpu: Vcpu) -> None:
     svm.inject_exception(vcpu)
 
 
-# --- the API ------------------------------------------------------------------------------------------------
+# --- the API -----------------------------------------------------------------------------------
 
 
 def get_vcpu_events(vcpu: Vcpu) -> abi.kvm_vcpu_events:
@@ -153,9 +153,7 @@ def get_vcpu_events(vcpu: Vcpu) -> abi.kvm_vcpu_events:
     events.nmi.injected = int(vcpu.nmi_injected)
     events.nmi.pending = vcpu.nmi_pending
     events.nmi.masked = int(vcpu.nmi_masked)
-    events.flags |= (
-        abi.KVM_VCPUEVENT_VALID_NMI_PENDING | abi.KVM_VCPUEVENT_VALID_SHADOW | abi.KVM_VCPUEVENT_VALID_SMM
-    )
+    events.flags |= abi.KVM_VCPUEVENT_VALID_NMI_PENDING | abi.KVM_VCPUEVENT_VALID_SHADOW | abi.KVM_VCPUEVENT_VALID_SMM
     if vcpu.apic is not None:
         events.smi.latched_init = vcpu.apic.pending_events & 1
     if vcpu.vm.triple_fault_event:

@@ -23,16 +23,14 @@ from softkvm.kvm.requests import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT
 from softkvm.kvm.x86 import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 EXCPT_BENIGN: Final = 0
 EXCPT_CONTRIBUTORY: Final = 1
 EXCPT_PF: Final = 2
 
 _CONTRIBUTORY: Final = frozenset({DE_VECTOR, TS_VECTOR, NP_VECTOR, SS_VECTOR, GP_VECTOR})
-_WITH_ERROR_CODE: Final = frozenset(
-    {DF_VECTOR, TS_VECTOR, NP_VECTOR, SS_VECTOR, GP_VECTOR, PF_VECTOR, AC_VECTOR}
-)
+_WITH_ERROR_CODE: Final = frozenset({DF_VECTOR, TS_VECTOR, NP_VECTOR, SS_VECTOR, GP_VECTOR, PF_VECTOR, AC_VECTOR})
 _NOT_FAULTS: Final = frozenset({BP_VECTOR, OF_VECTOR, DF_VECTOR, MC_VECTOR})
 
 DR_TRAP_BITS: Final = 0xF

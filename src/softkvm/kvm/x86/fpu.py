@@ -16,7 +16,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import control_registers as cr
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 # Byte offsets in the register block
 _FCW: Final = 0x100

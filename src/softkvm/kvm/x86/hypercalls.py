@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm.guest_memory import write_guest
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.apicdef import APIC_DM_FIXED, APIC_DM_NMI
+from softkvm.kvm.x86.pv_ipi import pv_send_ipi
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 _U64: Final = (1 << 64) - 1
 _U32: Final = (1 << 32) - 1
@@ -51,20 +51,9 @@ def _clock_pairing(vcpu: Vcpu, gpa: int, kind: int, a2: int, a3: int) -> int:
 
 def _send_ipi(vcpu: Vcpu, low: int, high: int, first: int, icr: int) -> int:
     """Send one IPI to the APIC ids in a bitmap that begins at ``first``; returns how many took it."""
-    mode = icr & 0x700
-    if icr & 0x800 or mode not in (APIC_DM_FIXED, APIC_DM_NMI):
+    if vcpu.chips is None:
         return -abi.KVM_EINVAL
-    if vcpu.apic is None:
-        return -abi.KVM_EINVAL
-    bits = low & _U64 | (high & _U64) << 64 if vcpu.is_64bit_code() else low & _U32 | (high & _U32) << 32
-    count = 0
-    while bits:
-        bit = bits & -bits
-        bits ^= bit
-        target = vcpu.vm.vcpu_by_apic_id(first + bit.bit_length() - 1)
-        if target is not None and target.apic is not None:
-            count += target.apic.accept_irq(mode, icr & 0xFF)
-    return count
+    return pv_send_ipi(vcpu.chips.apic_map, low, high, first, icr, op_64_bit=vcpu.is_64bit_code())
 
 
 def _sched_yield(vcpu: Vcpu, apic_id: int, a1: int, a2: int, a3: int) -> int:
@@ -106,9 +95,7 @@ def emulate_hypercall(vcpu: Vcpu) -> bool:
             result = -abi.KVM_ENOSYS
         else:
             function, feature = entry
-            denied = (
-                feature is not None and vcpu.pv_cpuid_enforce and not vcpu.cpuid.kvm_features >> feature & 1
-            )
+            denied = feature is not None and vcpu.pv_cpuid_enforce and not vcpu.cpuid.kvm_features >> feature & 1
             result = -abi.KVM_ENOSYS if denied else function(vcpu, a0, a1, a2, a3)
     gpr[0] = result & (_U64 if long_mode else _U32)
     return True

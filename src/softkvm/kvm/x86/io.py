@@ -13,7 +13,7 @@ from softkvm.kvm.x86 import svm
 from softkvm.kvm.x86 import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 PIO_DATA_OFFSET: Final = abi.KVM_PIO_PAGE_OFFSET * 4096
 PIO_PAGE_SIZE: Final = 4096
@@ -39,7 +39,7 @@ RUN_MMIO_LEN: Final = 48 // 4  # d
 RUN_MMIO_IS_WRITE: Final = 52  # b
 
 
-# --- port I/O --------------------------------------------------------------------------------------------
+# --- port I/O ----------------------------------------------------------------------------------
 
 
 def exit_io(vcpu: Vcpu, direction: int, size: int, port: int, count: int) -> None:
@@ -106,7 +106,7 @@ def complete_fast_pio_out(vcpu: Vcpu) -> int:
     return svm.skip_emulated_instruction(vcpu)
 
 
-# --- MMIO -----------------------------------------------------------------------------------------------------
+# --- MMIO --------------------------------------------------------------------------------------
 
 
 def kernel_mmio_read(vcpu: Vcpu, gpa: int, size: int) -> int | None:

@@ -19,7 +19,7 @@ from softkvm.kvm.guest_memory import read_guest, write_guest
 from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_STEAL_UPDATE
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
     from softkvm.kvm.vm import Vm
 
 NSEC_PER_SEC: Final = 1_000_000_000
@@ -51,7 +51,7 @@ def get_time_scale(scaled_hz: int, base_hz: int) -> tuple[int, int]:
     return shift, (scaled << 32) // tps
 
 
-# --- the clock of the VM ------------------------------------------------------------------------------------
+# --- the clock of the VM -----------------------------------------------------------------------
 
 
 def get_kvmclock_ns(vm: Vm) -> int:
@@ -81,7 +81,7 @@ def set_clock(vm: Vm, data: abi.kvm_clock_data) -> None:
     vm.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
 
 
-# --- the clock of a vCPU ---------------------------------------------------------------------------------------
+# --- the clock of a vCPU -----------------------------------------------------------------------
 
 
 def update_guest_time(vcpu: Vcpu) -> None:
@@ -139,7 +139,7 @@ def kvmclock_ctrl(vcpu: Vcpu) -> None:
     vcpu.make_request(KVM_REQ_CLOCK_UPDATE)
 
 
-# --- steal time --------------------------------------------------------------------------------------------------
+# --- steal time --------------------------------------------------------------------------------
 
 _STEAL: Final = struct.Struct("<QI")
 
@@ -164,7 +164,7 @@ def record_steal_time(vcpu: Vcpu) -> None:
     write_guest(vm, gpa + 8, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
 
 
-# --- the MSRs -------------------------------------------------------------------------------------------------------
+# --- the MSRs ----------------------------------------------------------------------------------
 
 
 def _feature_denied(vcpu: Vcpu, feature: int, host: bool) -> bool:
@@ -218,7 +218,10 @@ def _write_async_pf_en(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
         return False
     if data & 0x30:  # reserved
         return False
-    if not vcpu.cpuid.kvm_features >> abi.KVM_FEATURE_ASYNC_PF_VMEXIT & 1 and data & abi.KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT:
+    if (
+        not vcpu.cpuid.kvm_features >> abi.KVM_FEATURE_ASYNC_PF_VMEXIT & 1
+        and data & abi.KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT
+    ):
         return False
     if not vcpu.cpuid.kvm_features >> abi.KVM_FEATURE_ASYNC_PF_INT & 1 and data & abi.KVM_ASYNC_PF_DELIVERY_AS_INT:
         return False
@@ -250,10 +253,15 @@ def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 
 
 def _write_pv_eoi(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host) or data & 2:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host):
         return False
-    vcpu.msr_values[index] = data
-    return True
+    return vcpu.pv_eoi is not None and vcpu.pv_eoi.set_msr(data)
+
+
+def _read_pv_eoi(vcpu: Vcpu, index: int, host: bool) -> int | None:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host) or vcpu.pv_eoi is None:
+        return None
+    return vcpu.pv_eoi.msr
 
 
 def _write_poll_control(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -285,6 +293,6 @@ MSRS: Final[dict[int, tuple[Reader, Writer]]] = {
     abi.MSR_KVM_ASYNC_PF_INT: (_reader(abi.KVM_FEATURE_ASYNC_PF_INT), _write_async_pf_int),
     abi.MSR_KVM_ASYNC_PF_ACK: (lambda vcpu, index, host: 0, _write_async_pf_ack),
     abi.MSR_KVM_STEAL_TIME: (_reader(abi.KVM_FEATURE_STEAL_TIME), _write_steal_time),
-    abi.MSR_KVM_PV_EOI_EN: (_reader(abi.KVM_FEATURE_PV_EOI), _write_pv_eoi),
+    abi.MSR_KVM_PV_EOI_EN: (_read_pv_eoi, _write_pv_eoi),
     abi.MSR_KVM_POLL_CONTROL: (_reader(abi.KVM_FEATURE_POLL_CONTROL, default=1), _write_poll_control),
 }

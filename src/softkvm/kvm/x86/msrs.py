@@ -17,7 +17,7 @@ from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.svm import EFER_SVME
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ _U32: Final = (1 << 32) - 1
 _U64: Final = (1 << 64) - 1
 
 
-# --- building blocks ---------------------------------------------------------------------------------
+# --- building blocks ---------------------------------------------------------------------------
 
 
 def _constant(value: int) -> Msr:
@@ -129,7 +129,7 @@ def _in_vmcb(field: int, *, canonical: bool = False, valid: int = _U64) -> Msr:
     return Msr(lambda vcpu, index, host: vcpu.q[field], write)
 
 
-# --- registers with a behaviour ----------------------------------------------------------------------------
+# --- registers with a behaviour ----------------------------------------------------------------
 
 
 def _write_efer(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -279,7 +279,7 @@ def _write_xss(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return not data
 
 
-# --- the table --------------------------------------------------------------------------------------------------
+# --- the table ---------------------------------------------------------------------------------
 
 _MTRR_FIXED: Final = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 
@@ -289,7 +289,9 @@ _TABLE: Final[dict[int, Msr]] = {
     MSR_IA32_APICBASE: Msr(_read_apic_base, _write_apic_base, save=False),
     0x2A: _constant(0),  # EBL_CR_POWERON
     MSR_IA32_TSC_ADJUST: Msr(lambda vcpu, index, host: vcpu.tsc_adjust, _write_tsc_adjust),
-    MSR_IA32_UCODE_REV: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0x0100_0065 << 32), _write_ucode_rev, False),
+    MSR_IA32_UCODE_REV: Msr(
+        lambda vcpu, index, host: vcpu.msr_values.get(index, 0x0100_0065 << 32), _write_ucode_rev, False
+    ),
     0x79: Msr(lambda vcpu, index, host: 0, lambda vcpu, index, data, host: True, False),  # UCODE_WRITE
     0xC1: _constant(0),
     0xC2: _constant(0),
@@ -332,13 +334,18 @@ _TABLE: Final[dict[int, Msr]] = {
     # AMD
     MSR_AMD64_SYSCFG: _constant(0),
     MSR_K7_HWCR: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, HWCR_TSC_FREQ_SEL), _write_hwcr),
-    **{index: _constant(0) for index in (*range(0xC001_0000, 0xC001_0008), *range(0xC001_0016, 0xC001_001B), 0xC001_001D)},
+    **{
+        index: _constant(0)
+        for index in (*range(0xC001_0000, 0xC001_0008), *range(0xC001_0016, 0xC001_001B), 0xC001_001D)
+    },
     MSR_AMD64_PATCH_LOADER: _constant(0),
     0xC001_0055: _constant(0),  # INT_PENDING
     0xC001_0058: _constant(0),  # MMIO configuration base
     0xC001_0062: _constant(0),
     0xC001_0063: _constant(0),
-    MSR_VM_HSAVE_PA: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), lambda v, i, d, host: host and not d, False),
+    MSR_VM_HSAVE_PA: Msr(
+        lambda vcpu, index, host: vcpu.msr_values.get(index, 0), lambda v, i, d, host: host and not d, False
+    ),
     MSR_VM_CR: Msr(lambda vcpu, index, host: 0x10, lambda vcpu, index, data, host: data & 0x10 == data, False),
     MSR_AMD64_OSVW_ID_LENGTH: _read_only(0),
     MSR_AMD64_OSVW_STATUS: _read_only(0),
@@ -403,5 +410,3 @@ def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> bool:
     if not host:
         vcpu.vm.log_limited(log, "vcpu%d: unhandled wrmsr: %#x data %#x", vcpu.vcpu_id, index, data)
     return False
-
-

@@ -15,7 +15,7 @@ from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.segments import SREGS_SEGMENTS, get_segment, set_segment
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 #: Fields of kvm_regs in the order of the register numbers.
 GPR_NAMES: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))

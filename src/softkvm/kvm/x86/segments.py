@@ -11,7 +11,7 @@ from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import X86Exception, gp
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
     from softkvm.kvm.x86.emulate import Emulator
 
 #: Fields of kvm_sregs and where the VMCB has them.
@@ -74,7 +74,7 @@ def set_segment(vcpu: Vcpu, offset: int, segment: abi.kvm_segment) -> None:
         vcpu.b[V.CPL] = segment.dpl & 3
 
 
-# --- loads ----------------------------------------------------------------------------------------------
+# --- loads -------------------------------------------------------------------------------------
 
 
 def parse_descriptor(raw: int) -> tuple[int, int, int]:
@@ -170,9 +170,58 @@ def _load_null(e: Emulator, offset: int, selector: int, cpl: int, rpl: int) -> N
     if offset == V.SS_OFFSET:
         if not vcpu.is_64bit_code() or cpl == 3 or rpl != cpl:
             raise gp()
-        vcpu.vmcb.set_segment(offset, selector, V.SEG_P | V.SEG_S | cpl << V.SEG_DPL_SHIFT | V.SEG_DB | V.SEG_G | 3, _MAX, 0)
+        vcpu.vmcb.set_segment(
+            offset, selector, V.SEG_P | V.SEG_S | cpl << V.SEG_DPL_SHIFT | V.SEG_DB | V.SEG_G | 3, _MAX, 0
+        )
         return
     vcpu.vmcb.set_segment(offset, selector, 0, seg.limit if offset == V.LDTR_OFFSET else 0, seg.base)
 
 
 _MAX: Final = 0xFFFF_FFFF
+
+
+# --- loads by a task switch ---------------------------------------------------------------------------------
+
+
+def load_task_segments(e: Emulator, ldt: int, selectors: list[tuple[int, int]]) -> None:
+    """Load LDTR and the segment registers of a new task; faults are #TS where others would be #GP."""
+    vcpu = e.vcpu
+    if e.q[V.RFLAGS] & svm.RFLAGS_VM:
+        vcpu.b[V.CPL] = 3
+        for offset, selector in selectors:
+            _load_real(vcpu, offset, selector, virtual8086=True)
+        return
+    vcpu.b[V.CPL] = next(selector for offset, selector in selectors if offset == V.CS_OFFSET) & 3
+    try:
+        load_segment(e, V.LDTR_OFFSET, ldt)
+        for offset, selector in selectors:
+            if offset == V.CS_OFFSET:
+                _load_code(e, selector)
+            else:
+                load_segment(e, offset, selector)
+    except X86Exception as exception:
+        if exception.vector == abi.GP_VECTOR:
+            raise X86Exception(abi.TS_VECTOR, exception.error_code) from None
+        raise
+
+
+def _load_code(e: Emulator, selector: int) -> None:
+    """Load CS without a change of privilege."""
+    vcpu = e.vcpu
+    error = selector & 0xFFFC
+    if not error:
+        raise gp()
+    address, raw = read_descriptor(e, selector)
+    attrib, limit, base = parse_descriptor(raw)
+    dpl = attrib >> V.SEG_DPL_SHIFT & 3
+    conforming = bool(attrib & 4)
+    if not attrib & V.SEG_S or not attrib & 8:
+        raise gp(error)
+    if dpl > selector & 3 if conforming else dpl != selector & 3:
+        raise gp(error)
+    if not attrib & V.SEG_P:
+        raise X86Exception(abi.NP_VECTOR, error)
+    if not attrib & 1:
+        attrib |= 1
+        e.write_linear(address, (raw | 1 << 40).to_bytes(8, "little"), implicit=True)
+    vcpu.vmcb.set_segment(V.CS_OFFSET, selector, attrib, limit, base)

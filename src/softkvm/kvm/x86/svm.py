@@ -20,7 +20,7 @@ from softkvm.kvm.x86.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ _CODE_SEGMENT: Final = V.SEG_P | V.SEG_S | 0xB
 _RESET_DATA_SEGMENTS: Final = (V.ES_OFFSET, V.SS_OFFSET, V.DS_OFFSET, V.FS_OFFSET, V.GS_OFFSET)
 
 
-# --- set-up ------------------------------------------------------------------------------------------
+# --- set-up ------------------------------------------------------------------------------------
 
 
 def set_msr_interception(msrpm: memoryview, msr: int, *, read: bool, write: bool) -> None:
@@ -125,9 +125,7 @@ def init_vmcb(vcpu: Vcpu) -> None:
     """Set up intercepts and the save area as after RESET or INIT."""
     b, d, q, w = vcpu.b, vcpu.d, vcpu.q, vcpu.w
     params = vcpu.vm.params
-    d[V.INTERCEPT_CR] = (
-        V.CR0_READ | V.CR4_READ | V.CR0_WRITE | V.CR4_WRITE | V.CR8_WRITE
-    )
+    d[V.INTERCEPT_CR] = V.CR0_READ | V.CR4_READ | V.CR0_WRITE | V.CR4_WRITE | V.CR8_WRITE
     d[V.INTERCEPT_DR] = 0
     d[V.INTERCEPT_EXCEPTION] = _EXCEPTIONS
     d[V.INTERCEPT_WORD3] = _WORD3
@@ -170,7 +168,7 @@ def init_vmcb(vcpu: Vcpu) -> None:
     set_cr4(vcpu, 0)
 
 
-# --- control registers ---------------------------------------------------------------------------------
+# --- control registers -------------------------------------------------------------------------
 
 
 def set_cr0(vcpu: Vcpu, cr0: int) -> None:
@@ -216,7 +214,7 @@ def set_efer(vcpu: Vcpu, efer: int) -> None:
     vcpu.q[V.EFER] = efer | EFER_SVME
 
 
-# --- intercepts ---------------------------------------------------------------------------------------------
+# --- intercepts --------------------------------------------------------------------------------
 
 
 def set_exception_intercepts(vcpu: Vcpu) -> None:
@@ -229,7 +227,7 @@ def set_exception_intercepts(vcpu: Vcpu) -> None:
     vcpu.d[V.INTERCEPT_EXCEPTION] = word
 
 
-# --- event injection (APM vol. 2, 15.20) -----------------------------------------------------------------------
+# --- event injection (APM vol. 2, 15.20) -------------------------------------------------------
 
 
 def inject_exception(vcpu: Vcpu) -> None:
@@ -337,7 +335,7 @@ def complete_interrupts(vcpu: Vcpu) -> None:
         vcpu.queue_interrupt(vector, soft=True)
 
 
-# --- skipping -------------------------------------------------------------------------------------------------
+# --- skipping ----------------------------------------------------------------------------------
 
 
 def linear_rip(vcpu: Vcpu) -> int:
@@ -385,7 +383,7 @@ def do_singlestep(vcpu: Vcpu) -> int:
     return 1
 
 
-# --- segments ---------------------------------------------------------------------------------------------------
+# --- segments ----------------------------------------------------------------------------------
 
 
 def code_bitness(vcpu: Vcpu) -> int:
@@ -394,4 +392,3 @@ def code_bitness(vcpu: Vcpu) -> int:
     if vcpu.efer & EFER_LMA and attrib & V.SEG_L:
         return 64
     return 32 if attrib & V.SEG_DB else 16
-

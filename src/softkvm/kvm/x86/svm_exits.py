@@ -28,7 +28,7 @@ from softkvm.kvm.x86.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu import Vcpu
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _DECODE_ASSIST_MOV: Final = 1 << 63
 _PFERR_WRITE: Final = V.PFERR_WRITE
 
 
-# --- the frequent ones ---------------------------------------------------------------------------------
+# --- the frequent ones -------------------------------------------------------------------------
 
 
 def intr_interception(vcpu: Vcpu) -> int:
@@ -145,7 +145,7 @@ def vmmcall_interception(vcpu: Vcpu) -> int:
     return svm.skip_emulated_instruction(vcpu)
 
 
-# --- control and debug registers --------------------------------------------------------------------------
+# --- control and debug registers ---------------------------------------------------------------
 
 
 def cr_interception(vcpu: Vcpu) -> int:
@@ -204,7 +204,7 @@ def dr_interception(vcpu: Vcpu) -> int:
     return svm.skip_emulated_instruction(vcpu)
 
 
-# --- exceptions ----------------------------------------------------------------------------------------------
+# --- exceptions --------------------------------------------------------------------------------
 
 
 def db_interception(vcpu: Vcpu) -> int:
@@ -270,7 +270,7 @@ def gp_interception(vcpu: Vcpu) -> int:
     return vcpu.emulate_vmware_backdoor()
 
 
-# --- the rest ---------------------------------------------------------------------------------------------------
+# --- the rest ----------------------------------------------------------------------------------
 
 
 def nmi_interception(vcpu: Vcpu) -> int:
@@ -341,7 +341,7 @@ def rsm_interception(vcpu: Vcpu) -> int:
 
 def task_switch_interception(vcpu: Vcpu) -> int:
     """A hardware task switch (APM vol. 2, 12.3)."""
-    from softkvm.kvm.x86 import task_switch  # noqa: PLC0415 - rare
+    from softkvm.kvm.x86 import task_switch
 
     return task_switch.interception(vcpu)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from softkvm._softcpu import Page
 
-# --- control area, 64-bit elements (view ``q``) -------------------------------------------------
+# --- control area, 64-bit elements (view ``q``) ------------------------------------------------
 IOPM_BASE_PA: Final = 0x040 // 8
 MSRPM_BASE_PA: Final = 0x048 // 8
 TSC_OFFSET: Final = 0x050 // 8
@@ -32,7 +32,7 @@ NESTED_CR3: Final = 0x0B0 // 8
 VIRT_EXT: Final = 0x0B8 // 8
 NEXT_RIP: Final = 0x0C8 // 8
 
-# --- control area, 32-bit elements (view ``d``) -------------------------------------------------
+# --- control area, 32-bit elements (view ``d``) ------------------------------------------------
 INTERCEPT_CR: Final = 0x000 // 4
 INTERCEPT_DR: Final = 0x004 // 4
 INTERCEPT_EXCEPTION: Final = 0x008 // 4
@@ -44,7 +44,7 @@ INT_CTL: Final = 0x060 // 4
 INT_VECTOR: Final = 0x064 // 4
 CLEAN: Final = 0x0C0 // 4
 
-# --- control area, 16-bit elements (view ``w``) and bytes (view ``b``) ---------------------------
+# --- control area, 16-bit elements (view ``w``) and bytes (view ``b``) -------------------------
 PAUSE_FILTER_THRESH: Final = 0x03C // 2
 PAUSE_FILTER_COUNT: Final = 0x03E // 2
 TLB_CTL: Final = 0x05C
@@ -54,7 +54,7 @@ INSN_LEN: Final = 0x0D0
 INSN_BYTES: Final = 0x0D1
 CPL: Final = 0x4CB
 
-# --- save area, 64-bit elements (view ``q``) -----------------------------------------------------
+# --- save area, 64-bit elements (view ``q``) ---------------------------------------------------
 EFER: Final = 0x4D0 // 8
 CR4: Final = 0x548 // 8
 CR3: Final = 0x550 // 8
@@ -81,7 +81,7 @@ BR_TO: Final = 0x680 // 8
 LAST_EXCP_FROM: Final = 0x688 // 8
 LAST_EXCP_TO: Final = 0x690 // 8
 
-# --- segment registers: byte offset of selector; +2 attributes, +4 limit, +8 base ----------------
+# --- segment registers: byte offset of selector; +2 attributes, +4 limit, +8 base --------------
 ES_OFFSET: Final = 0x400
 CS_OFFSET: Final = 0x410
 SS_OFFSET: Final = 0x420
@@ -109,7 +109,7 @@ SEG_L: Final = 1 << 9
 SEG_DB: Final = 1 << 10
 SEG_G: Final = 1 << 11
 
-# --- intercepts ----------------------------------------------------------------------------------
+# --- intercepts --------------------------------------------------------------------------------
 # CR vector: bit n is a read of CRn, bit 16+n a write.
 CR0_READ: Final = 1 << 0
 CR3_READ: Final = 1 << 3
@@ -177,7 +177,7 @@ RDPRU: Final = 1 << 14
 INVLPGB: Final = 1 << 0
 INVPCID: Final = 1 << 2
 
-# --- interrupt control (offset 060h) ---------------------------------------------------------------
+# --- interrupt control (offset 060h) -----------------------------------------------------------
 V_TPR_MASK: Final = 0x0F
 V_IRQ: Final = 1 << 8
 V_GIF: Final = 1 << 9
@@ -198,7 +198,7 @@ TLB_CONTROL_FLUSH_ALL_ASID: Final = 1
 TLB_CONTROL_FLUSH_ASID: Final = 3
 TLB_CONTROL_FLUSH_ASID_LOCAL: Final = 7
 
-# --- EVENTINJ and EXITINTINFO (APM vol. 2, 15.20 and 15.7.2) ----------------------------------------
+# --- EVENTINJ and EXITINTINFO (APM vol. 2, 15.20 and 15.7.2) -----------------------------------
 EVTINJ_VECTOR_MASK: Final = 0xFF
 EVTINJ_TYPE_MASK: Final = 7 << 8
 EVTINJ_TYPE_INTR: Final = 0 << 8
@@ -208,7 +208,7 @@ EVTINJ_TYPE_SOFT: Final = 4 << 8
 EVTINJ_VALID: Final = 1 << 31
 EVTINJ_VALID_ERR: Final = 1 << 11
 
-# --- EXITINFO1 of IOIO (APM vol. 2, 15.10.2) ---------------------------------------------------------
+# --- EXITINFO1 of IOIO (APM vol. 2, 15.10.2) ---------------------------------------------------
 IOIO_TYPE_IN: Final = 1 << 0
 IOIO_STR: Final = 1 << 2
 IOIO_REP: Final = 1 << 3
@@ -218,7 +218,7 @@ IOIO_ASIZE_SHIFT: Final = 7
 IOIO_SEG_SHIFT: Final = 10
 IOIO_PORT_SHIFT: Final = 16
 
-# --- EXITINFO1 of NPF (APM vol. 2, 15.25.6) -----------------------------------------------------------
+# --- EXITINFO1 of NPF (APM vol. 2, 15.25.6) ----------------------------------------------------
 PFERR_PRESENT: Final = 1 << 0
 PFERR_WRITE: Final = 1 << 1
 PFERR_USER: Final = 1 << 2
@@ -228,7 +228,7 @@ PFERR_PK: Final = 1 << 5
 PFERR_GUEST_FINAL: Final = 1 << 32
 PFERR_GUEST_PAGE: Final = 1 << 33
 
-# --- exit codes (APM vol. 2, appendix C) ---------------------------------------------------------------
+# --- exit codes (APM vol. 2, appendix C) -------------------------------------------------------
 EXIT_READ_CR0: Final = 0x000
 EXIT_WRITE_CR0: Final = 0x010
 EXIT_READ_DR0: Final = 0x020
@@ -391,6 +391,13 @@ class Vmcb:
     """Typed views of one VMCB page."""
 
     __slots__ = ("address", "b", "d", "page", "q", "w")
+
+    page: Page
+    address: int
+    b: memoryview
+    w: memoryview
+    d: memoryview
+    q: memoryview
 
     def __init__(self, page: Page) -> None:
         self.page = page

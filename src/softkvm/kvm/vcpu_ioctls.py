@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ioctls of a vCPU: one method each (KVM API section 4, vcpu ioctls)."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from softkvm import abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.mmu.paging import walk
+from softkvm.kvm.requests import KVM_REQ_EVENT
+from softkvm.kvm.stats import vcpu_stats
+from softkvm.kvm.vcpu import Vcpu
+from softkvm.kvm.x86 import debug, events, fpu, kvmclock, msrs, regs
+from softkvm.kvm.x86.exceptions import X86Exception
+from softkvm.kvm.x86.lapic import Lapic
+
+_U64: Final = (1 << 64) - 1
+_RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
+_HALTED: Final = abi.KVM_MP_STATE_HALTED
+_MP_STATES: Final = frozenset(
+    {
+        abi.KVM_MP_STATE_RUNNABLE,
+        abi.KVM_MP_STATE_UNINITIALIZED,
+        abi.KVM_MP_STATE_INIT_RECEIVED,
+        abi.KVM_MP_STATE_HALTED,
+        abi.KVM_MP_STATE_SIPI_RECEIVED,
+    }
+)
+
+
+class VcpuIoctls(Vcpu):
+    """A vCPU as userspace drives it (implements :class:`softkvm.api.Vcpu`)."""
+
+    @property
+    def kvm_run(self) -> abi.kvm_run:
+        """The shared page as a structure."""
+        return self._kvm_run
+
+    @property
+    def shared(self) -> memoryview:
+        """The pages shared with userspace."""
+        return self._shared
+
+    def get_regs(self) -> abi.kvm_regs:
+        """KVM_GET_REGS (KVM API 4.11)."""
+        return regs.get_regs(self)
+
+    def set_regs(self, registers: abi.kvm_regs) -> None:
+        """KVM_SET_REGS (KVM API 4.12)."""
+        regs.set_regs(self, registers)
+
+    def get_sregs(self) -> abi.kvm_sregs:
+        """KVM_GET_SREGS (KVM API 4.13)."""
+        return regs.get_sregs(self)
+
+    def set_sregs(self, sregs: abi.kvm_sregs) -> None:
+        """KVM_SET_SREGS (KVM API 4.14)."""
+        regs.set_sregs(self, sregs)
+
+    def get_sregs2(self) -> abi.kvm_sregs2:
+        """KVM_GET_SREGS2 (KVM API 4.131)."""
+        return regs.get_sregs2(self)
+
+    def set_sregs2(self, sregs: abi.kvm_sregs2) -> None:
+        """KVM_SET_SREGS2 (KVM API 4.132)."""
+        regs.set_sregs2(self, sregs)
+
+    def get_fpu(self) -> abi.kvm_fpu:
+        """KVM_GET_FPU (KVM API 4.22)."""
+        return fpu.get_fpu(self)
+
+    def set_fpu(self, state: abi.kvm_fpu) -> None:
+        """KVM_SET_FPU (KVM API 4.23)."""
+        fpu.set_fpu(self, state)
+
+    def get_xsave(self) -> abi.kvm_xsave:
+        """KVM_GET_XSAVE (KVM API 4.42)."""
+        return fpu.get_xsave(self)
+
+    def set_xsave(self, xsave: abi.kvm_xsave) -> None:
+        """KVM_SET_XSAVE (KVM API 4.43)."""
+        fpu.set_xsave(self, xsave)
+
+    def get_xcrs(self) -> abi.kvm_xcrs:
+        """KVM_GET_XCRS (KVM API 4.44)."""
+        return fpu.get_xcrs(self)
+
+    def set_xcrs(self, xcrs: abi.kvm_xcrs) -> None:
+        """KVM_SET_XCRS (KVM API 4.45)."""
+        fpu.set_xcrs(self, xcrs)
+
+    def get_msrs(self, indices: Sequence[int]) -> list[int]:
+        """KVM_GET_MSRS (KVM API 4.18): values up to the first MSR that cannot be read."""
+        values = []
+        for index in indices:
+            value = msrs.get_msr(self, index, host=True)
+            if value is None:
+                break
+            values.append(value)
+        return values
+
+    def set_msrs(self, values: Mapping[int, int]) -> int:
+        """KVM_SET_MSRS (KVM API 4.19): how many were set; stops at the first that cannot be written."""
+        count = 0
+        for index, data in values.items():
+            if not msrs.set_msr(self, index, data, host=True):
+                break
+            count += 1
+        return count
+
+    def _lapic(self) -> Lapic:
+        if self.apic is None:
+            raise kvm_error(errno.EINVAL, "the vCPU has no in-kernel local APIC")
+        return self.apic
+
+    def get_lapic(self) -> abi.kvm_lapic_state:
+        """KVM_GET_LAPIC (KVM API 4.57)."""
+        return abi.kvm_lapic_state.from_buffer_copy(self._lapic().get_state())
+
+    def set_lapic(self, lapic: abi.kvm_lapic_state) -> None:
+        """KVM_SET_LAPIC (KVM API 4.58)."""
+        self._lapic().set_state(bytes(lapic))
+        self.make_request(KVM_REQ_EVENT)
+
+    def get_mp_state(self) -> abi.kvm_mp_state:
+        """KVM_GET_MP_STATE (KVM API 4.38)."""
+        if self.apic is not None:
+            self.apic.accept_events()
+        state = self.mp_state
+        if state == _HALTED and self.pv_unhalted:
+            state = _RUNNABLE
+        return abi.kvm_mp_state(mp_state=state)
+
+    def set_mp_state(self, state: abi.kvm_mp_state) -> None:
+        """KVM_SET_MP_STATE (KVM API 4.39): EINVAL for states that x86 doesn't have, or not without a local APIC."""
+        value = state.mp_state
+        if value not in _MP_STATES or (self.apic is None and value != _RUNNABLE):
+            raise kvm_error(errno.EINVAL, f"mp_state={value}, expected 0 to 4, or 0 without an in-kernel APIC")
+        if value == abi.KVM_MP_STATE_SIPI_RECEIVED:
+            self.mp_state = abi.KVM_MP_STATE_INIT_RECEIVED
+            self._lapic().pending_events |= 2
+        else:
+            self.mp_state = value
+        self.make_request(KVM_REQ_EVENT)
+
+    def get_vcpu_events(self) -> abi.kvm_vcpu_events:
+        """KVM_GET_VCPU_EVENTS (KVM API 4.31)."""
+        return events.get_vcpu_events(self)
+
+    def set_vcpu_events(self, state: abi.kvm_vcpu_events) -> None:
+        """KVM_SET_VCPU_EVENTS (KVM API 4.32)."""
+        events.set_vcpu_events(self, state)
+
+    def get_debugregs(self) -> abi.kvm_debugregs:
+        """KVM_GET_DEBUGREGS (KVM API 4.33)."""
+        return debug.get_debugregs(self)
+
+    def set_debugregs(self, debugregs: abi.kvm_debugregs) -> None:
+        """KVM_SET_DEBUGREGS (KVM API 4.34)."""
+        debug.set_debugregs(self, debugregs)
+
+    def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
+        """KVM_SET_CPUID2 (KVM API 4.20): EINVAL once the vCPU has run, unless nothing changes."""
+        if self.has_run:
+            same = len(entries) == len(self.cpuid.entries) and all(
+                bytes(a) == bytes(b) for a, b in zip(entries, self.cpuid.entries, strict=True)
+            )
+            if not same:
+                raise kvm_error(errno.EINVAL, "the vCPU has run: its CPUID can't change any more")
+            return
+        self.cpuid.set(self, entries)
+        leaf = self.cpuid.leaf(0x8000_0008, 0)
+        self.maxphyaddr = leaf[0] & 0xFF if leaf is not None and leaf[0] & 0xFF else 36
+        self.guest_has_gbpages = self.cpuid.feature(0x8000_0001, 0, 3, 26)
+        if self.apic is not None:
+            self.apic.cpuid_changed(
+                x2apic=self.cpuid.feature(1, 0, 2, 21),
+                tsc_deadline=self.cpuid.feature(1, 0, 2, 24),
+                maxphyaddr=self.maxphyaddr,
+            )
+
+    def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_CPUID2."""
+        return self.cpuid.get()
+
+    def interrupt(self, irq: int) -> None:
+        """KVM_INTERRUPT (KVM API 4.16): EINVAL for no vector, ENXIO with in-kernel chips, EEXIST if one waits."""
+        if not 0 <= irq < abi.KVM_NR_INTERRUPTS:
+            raise kvm_error(errno.EINVAL, f"irq={irq}, expected 0 to 255")
+        if self.apic is not None and not self.vm.split_irqchip:
+            raise kvm_error(errno.ENXIO, "interrupts come from the in-kernel chips")
+        if self.pending_external_vector >= 0:
+            raise kvm_error(errno.EEXIST, f"vector {self.pending_external_vector} is waiting already")
+        self.pending_external_vector = irq
+        self.request_event()
+
+    def nmi(self) -> None:
+        """KVM_NMI (KVM API 4.64)."""
+        self.inject_nmi()
+
+    def smi(self) -> None:
+        """KVM_SMI (KVM API 4.124): there is no system management mode."""
+        raise kvm_error(errno.EINVAL, "there is no system management mode (KVM_CAP_X86_SMM is 0)")
+
+    def set_guest_debug(self, control: abi.kvm_guest_debug) -> None:
+        """KVM_SET_GUEST_DEBUG (KVM API 4.87)."""
+        debug.set_guest_debug(self, control)
+
+    def translate(self, linear_address: int) -> abi.kvm_translation:
+        """KVM_TRANSLATE (KVM API 4.15)."""
+        result = abi.kvm_translation(linear_address=linear_address)
+        try:
+            translation = walk(self, linear_address, 0, set_bits=False)
+        except X86Exception:
+            result.physical_address = _U64
+            return result
+        result.physical_address = translation.gpa
+        result.valid = 1
+        result.writeable = 1
+        return result
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ (KVM API 4.55): EINVAL for another frequency, as the silicon doesn't scale."""
+        host = self.vm.default_tsc_khz
+        khz = khz or host
+        if abs(khz - host) * 1_000_000 > 250 * host:
+            raise kvm_error(errno.EINVAL, f"tsc_khz={khz}, expected {host}: the processor has no TSC scaling")
+        self.tsc_khz = host
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ (KVM API 4.56)."""
+        return self.tsc_khz
+
+    def kvmclock_ctrl(self) -> None:
+        """KVM_KVMCLOCK_CTRL (KVM API 4.69)."""
+        kvmclock.kvmclock_ctrl(self)
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on a vCPU (KVM API 4.37)."""
+        if cap == abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+            self.pv_cpuid_enforce = bool(args and args[0])
+            return
+        raise kvm_error(errno.EINVAL, f"cap={cap}, expected KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
+
+    def set_signal_mask(self, sigset: bytes | None) -> None:
+        """KVM_SET_SIGNAL_MASK (KVM API 4.21): vCPUs are ended by :meth:`kick`, so the mask changes nothing."""
+        if sigset is not None and len(sigset) != 8:
+            raise kvm_error(errno.EINVAL, f"sigset of {len(sigset)} bytes, expected 8")
+
+    def stats(self) -> dict[str, int]:
+        """Counters with the names of KVM's binary statistics, and the exits by reason."""
+        return vcpu_stats(self)
+
+    def close(self) -> None:
+        """Give the vCPU back; the VM keeps its number taken, as KVM does."""
+        if not self._closed:
+            self._closed = True
+            self.cpu.set_timer(0)
+            self.vm.vcpu_closed(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
