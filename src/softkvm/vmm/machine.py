@@ -26,6 +26,7 @@ from softkvm.vmm.errors import ConfigError, ImageError
 from softkvm.vmm.memory import MIB, GuestMemory
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.reset import ResetState
+from softkvm.vmm.routing import pc_routing
 from softkvm.vmm.stats import REASONS, ExitStats
 
 MAX_VCPUS = 16
@@ -306,6 +307,7 @@ class Machine:
         if self.vm.check_extension(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
             self.vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
         self.vm.create_irqchip()
+        self.vm.set_gsi_routing(pc_routing())
         if self.config.pit:
             self.vm.create_pit2()
         self.memory.attach(self.vm)
