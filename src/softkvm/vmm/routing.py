@@ -28,7 +28,9 @@ def pc_routing() -> list[abi.kvm_irq_routing_entry]:
         _entry(gsi, (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE)[gsi // _PIC_PINS], gsi % _PIC_PINS)
         for gsi in range(_PIC_PINS * _PICS)
     ]
-    for gsi in range(IOAPIC_PINS):
-        if gsi != TIMER_PIN:
-            entries.append(_entry(gsi, abi.KVM_IRQCHIP_IOAPIC, TIMER_PIN if gsi == 0 else gsi))
-    return entries
+    ioapic = [
+        _entry(gsi, abi.KVM_IRQCHIP_IOAPIC, TIMER_PIN if gsi == 0 else gsi)
+        for gsi in range(IOAPIC_PINS)
+        if gsi != TIMER_PIN
+    ]
+    return entries + ioapic
