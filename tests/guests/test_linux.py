@@ -41,7 +41,7 @@ def test_boots_to_a_working_shell(vcpus: int) -> None:
         outcome = machine.wait(60)
         text = console.text
     assert outcome.end is End.POWER_OFF, text[-2000:]
-    assert not re.search(r"BUG:|Oops|WARNING:|Call Trace|rcu.*stall|soft lockup", text), text
+    assert not re.search(r"BUG:|Oops|WARNING: CPU|Call Trace|rcu.*stall|soft lockup", text), text
 
 
 def test_commands_of_the_command_line() -> None:
