@@ -15,6 +15,7 @@ from softkvm.cli import EXIT_USAGE, Command, CommandError
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
+    "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
 }
 """Every command: its module, imported only when it is called, and a line of help."""
 

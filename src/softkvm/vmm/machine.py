@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from softkvm import abi, api
 from softkvm.vmm.boot import acpi, bzimage, elf, firmware, flat, multiboot, pvh
@@ -502,7 +502,7 @@ class Machine:
             self._closed = True
         self._resources.close()
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

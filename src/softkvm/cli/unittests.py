@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``softkvm unittests``: runs kvm-unit-tests from a build of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import softkvm
+from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.unittests import config, reports
+from softkvm.unittests.config import Entry, SuiteError
+from softkvm.unittests.result import Result, Status
+from softkvm.unittests.runner import DEVICES, Settings
+from softkvm.unittests.suite import SuiteRun, select
+
+EXIT_FAILED = 1
+
+EPILOG = """\
+DIR is your own build of kvm-unit-tests: a checkout after `./configure && make`.
+
+exit status:
+  0  nothing failed
+  1  a test failed, or the KVM cannot be opened
+  2  usage: bad arguments, no build in DIR, no such test
+
+examples:
+  softkvm unittests ~/kvm-unit-tests                      all tests
+  softkvm unittests ~/kvm-unit-tests apic realmode -v     two of them, with what they print
+  softkvm unittests ~/kvm-unit-tests --group vmexit -j 2 --html report.html
+"""
+
+_COLOURS = {Status.PASS: "32", Status.FAIL: "31", Status.SKIP: "33"}
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("directory", metavar="DIR", type=Path, help="build of kvm-unit-tests")
+    add("names", metavar="NAME", nargs="*", help="tests to run (default: all)")
+    add("--group", metavar="GROUP", action="append", default=[], help="tests of this group (may be repeated)")
+    add("--list", action="store_true", help="list the tests instead of running them")
+    add("-a", "--all", action="store_true", help="run tests that are marked for manual runs, too")
+    add("-j", "--jobs", metavar="N", default="1", help="tests at the same time, in processes of their own (default: 1)")
+    add("--timeout", metavar="SECONDS", help="for every test, instead of its own limit; 0 for none")
+    add(
+        "--accel",
+        choices=tuple(DEVICES),
+        default="soft",
+        help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm",
+    )
+    add(
+        "--param",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="module parameter of the software KVM, such as force_emulation_prefix=1",
+    )
+    add(
+        "--env",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="variable of the tests' environment, such as NR_CPUS=1",
+    )
+    add("--junit", metavar="FILE", type=Path, help="write JUnit XML")
+    add("--json", metavar="FILE", type=Path, help="write everything as JSON")
+    add("--html", metavar="FILE", type=Path, help="write one self-contained page")
+    add("--markdown", metavar="FILE", type=Path, help="write the table of docs/kvm-unit-tests.md")
+    add("-v", "--verbose", action="store_true", help="print the log of every test, and what it ignored")
+
+
+def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise CommandError(f"{option} {text}: expected NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def _settings(args: Namespace) -> Settings:
+    timeout_s = None
+    if args.timeout is not None:
+        try:
+            timeout_s = float(args.timeout)
+        except ValueError:
+            timeout_s = -1.0
+        if not (math.isfinite(timeout_s) and timeout_s >= 0):
+            raise CommandError(f"--timeout {args.timeout}: expected a number of seconds, 0 for no limit")
+    return Settings(
+        args.accel,
+        timeout_s,
+        run_nodefault=args.all or bool(args.names) or bool(args.group),
+        params=_pairs("--param", args.param),
+        environment=_pairs("--env", args.env),
+    )
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
+        raise CommandError(f"-j {text}: expected a number from 1 to 256")
+    return int(text)
+
+
+def _check_kvm(accel: str) -> None:
+    """Fail before the first test if none can run."""
+    try:
+        softkvm.open(DEVICES[accel]).close()
+    except ImportError as error:
+        raise CommandError(f"the software CPU is not built: {error}", EXIT_ERROR) from None
+    except OSError as error:
+        raise CommandError(f"--accel {accel}: {error}", EXIT_ERROR) from None
+
+
+def _list(entries: Sequence[Entry]) -> None:
+    width = max((len(entry.name) for entry in entries), default=0)
+    for entry in entries:
+        facts = [entry.file, f"smp={entry.smp}" if entry.smp != "1" else "", entry.arch]
+        facts += [f"groups: {' '.join(entry.groups)}"] if entry.groups else []
+        print(f"{entry.name.ljust(width)}  {'  '.join(fact for fact in facts if fact)}".rstrip())
+
+
+class _Printer:
+    """Lines of results on standard output; a line of progress on standard error if that is a terminal."""
+
+    def __init__(self, total: int, *, verbose: bool) -> None:
+        self._total = total
+        self._verbose = verbose
+        self._colours = os.isatty(1) and "NO_COLOR" not in os.environ
+        self._progress = os.isatty(2)
+        self._counts: Counter[Status] = Counter()
+
+    def finished(self, result: Result) -> None:
+        """Print a result."""
+        self._counts[result.status] += 1
+        self._clear()
+        line = result.line
+        if self._colours:
+            line = line.replace(result.status, f"\x1b[{_COLOURS[result.status]}m{result.status}\x1b[0m", 1)
+        print(line)
+        if self._verbose:
+            for text in result.ignored:
+                print(f"  ignored: {text}")
+            for text in result.notes:
+                print(f"  set: {text}")
+            for text in result.log.splitlines():
+                print(f"  | {text}")
+        if result.places and (self._verbose or result.status is Status.FAIL):
+            for place in result.places:
+                print(f"  {place}; last exits: {', '.join(place.last_exits[-4:]) or 'none'}")
+        sys.stdout.flush()
+
+    def tick(self, running: list[tuple[str, float]]) -> None:
+        """Show what runs."""
+        if not self._progress:
+            return
+        done = sum(self._counts.values())
+        counts = " ".join(f"{self._counts[status]} {status.lower()}" for status in Status)
+        names = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in running)
+        text = f"[{done}/{self._total}] {counts}  {names}"
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r\x1b[K{text[:width]}")
+        sys.stderr.flush()
+
+    def _clear(self) -> None:
+        if self._progress:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def summary(self) -> None:
+        """Print the totals."""
+        self._clear()
+        print(", ".join(f"{self._counts[status]} {status}" for status in Status))
+
+
+def _run(args: Namespace) -> int:
+    settings = _settings(args)
+    jobs = _jobs(args.jobs)
+    try:
+        entries = select(config.read(args.directory), args.names, args.group)
+    except SuiteError as error:
+        raise CommandError(str(error)) from None
+    if args.list:
+        _list(entries)
+        return EXIT_OK
+    writers = [
+        (path, write)
+        for path, write in (
+            (args.junit, reports.junit),
+            (args.json, reports.json_text),
+            (args.html, reports.html_page),
+            (args.markdown, reports.markdown),
+        )
+        if path is not None
+    ]
+    for path, _ in writers:
+        if not path.parent.is_dir() or path.is_dir():
+            raise CommandError(f"{path}: cannot be written")
+    _check_kvm(settings.accel)
+    printer = _Printer(len(entries), verbose=args.verbose)
+    run = SuiteRun(args.directory, entries, settings, jobs, finished=printer.finished, tick=printer.tick)
+    results = run.run()
+    printer.summary()
+    for path, write in writers:
+        try:
+            path.write_text(write(results, settings.accel))
+        except OSError as error:
+            raise CommandError(f"{path}: {error.strerror}", EXIT_ERROR) from None
+    return EXIT_FAILED if any(result.status is Status.FAIL for result in results) else EXIT_OK
+
+
+command = Command(_add_arguments, _run, "Run kvm-unit-tests, the test programs of the KVM developers.", EPILOG)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reader of kvm-unit-tests' ``unittests.cfg``.
+
+An entry is a section ``[name]`` with lines ``key = value``. Values run to the end of the line; one that begins with
+three quotes runs to the closing ones. Source: kvm-unit-tests' ``docs/unittests.md`` and the files themselves.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG = "unittests.cfg"
+_SECTION = re.compile(r"^\[(.*)\]\s*$")
+_ASSIGNMENT = re.compile(r"^(\w+)\s*=\s*(.*)$")
+_QUOTES = '"""'
+_COMMAND = re.compile(r"`([^`]*)`")
+
+SUBSTITUTIONS: dict[str, Callable[[], str]] = {"date +%s": lambda: str(int(time.time()))}
+"""Shell commands between backquotes whose output we know; nothing is executed."""
+
+
+class SuiteError(Exception):
+    """The directory is no build of kvm-unit-tests, or its configuration cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One section of the file; texts are as they stand there."""
+
+    name: str
+    file: str
+    smp: str = "1"
+    test_args: str = ""
+    qemu_params: str = ""
+    arch: str = ""
+    groups: tuple[str, ...] = ()
+    accel: str = ""
+    machine: str = ""
+    timeout: str = ""
+    check: str = ""
+    disabled_if: str = ""
+    unknown: tuple[str, ...] = ()
+    """Keys that no one knows, with their values."""
+
+
+_KEYS = {
+    "file": "file",
+    "smp": "smp",
+    "test_args": "test_args",
+    "qemu_params": "qemu_params",
+    "extra_params": "qemu_params",
+    "arch": "arch",
+    "groups": "groups",
+    "accel": "accel",
+    "machine": "machine",
+    "timeout": "timeout",
+    "check": "check",
+    "disabled_if": "disabled_if",
+}
+_IGNORED = ("kvmtool_params",)
+
+
+def parse(text: str) -> list[Entry]:
+    """Return the entries of a configuration; SuiteError for an entry without a file or a name given twice."""
+    sections: list[tuple[str, dict[str, str]]] = []
+    lines = iter(text.splitlines())
+    for line in lines:
+        section = _SECTION.match(line)
+        if section:
+            sections.append((section[1], {}))
+            continue
+        assignment = _ASSIGNMENT.match(line)
+        if line.startswith("#") or not assignment or not sections:
+            continue
+        key, value = assignment.groups()
+        if value.startswith(_QUOTES):
+            value = value[len(_QUOTES) :]
+            while _QUOTES not in value:
+                following = next(lines, None)
+                if following is None:
+                    raise SuiteError(f"[{sections[-1][0]}] {key}: closing {_QUOTES} is missing")
+                value = value[:-1] + following if value.endswith("\\") else f"{value}\n{following}"
+            value = value[: value.index(_QUOTES)]
+        sections[-1][1][key] = value.strip()
+    entries = [_entry(name, values) for name, values in sections]
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.name in seen:
+            raise SuiteError(f"[{entry.name}]: given twice")
+        seen.add(entry.name)
+    return entries
+
+
+def _entry(name: str, values: dict[str, str]) -> Entry:
+    if "file" not in values:
+        raise SuiteError(f"[{name}]: has no file")
+    fields: dict[str, str] = {}
+    unknown = []
+    for key, value in values.items():
+        if key in _KEYS:
+            fields[_KEYS[key]] = value
+        elif key not in _IGNORED:
+            unknown.append(f"{key} = {value}")
+    groups = tuple(fields.pop("groups", "").split())
+    return Entry(name, groups=groups, unknown=tuple(unknown), **fields)
+
+
+def expand(text: str) -> tuple[str, list[str]]:
+    """Replace commands between backquotes by what they would print; return the text and the commands left out."""
+    left: list[str] = []
+
+    def replace(match: re.Match[str]) -> str:
+        known = SUBSTITUTIONS.get(match[1].strip())
+        if known is None:
+            left.append(f"`{match[1]}`")
+            return ""
+        return known()
+
+    return _COMMAND.sub(replace, text), left
+
+
+def find(directory: Path) -> Path:
+    """Return the x86 directory of a build: *directory* itself or its subdirectory x86; SuiteError if it is none."""
+    for candidate in (directory / "x86", directory):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if not directory.is_dir():
+        raise SuiteError(f"{directory}: no such directory")
+    raise SuiteError(f"{directory}: expected a build of kvm-unit-tests, with x86/{CONFIG}")
+
+
+def read(directory: Path) -> list[Entry]:
+    """Return the entries of the build in *directory*; SuiteError if there is none."""
+    path = find(directory) / CONFIG
+    try:
+        return parse(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuiteError(f"{path}: {error}") from None
+    except SuiteError as error:
+        raise SuiteError(f"{path}: {error}") from None

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results for machines and for people: JUnit XML, JSON, Markdown; the HTML page is in :mod:`softkvm.unittests.page`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+import softkvm
+from softkvm.unittests.page import html_page
+from softkvm.unittests.result import Result, Status
+
+__all__ = ["html_page", "json_text", "junit", "markdown"]
+
+VERSION = 1
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def json_text(results: Sequence[Result], accel: str) -> str:
+    """Return everything as JSON."""
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "softkvm": softkvm.__version__,
+        "accel": accel,
+        "counts": {status.value: sum(r.status is status for r in results) for status in Status},
+        "results": [result.as_dict() for result in results],
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def junit(results: Sequence[Result], accel: str) -> str:
+    """Return JUnit XML: an entry is a test case, its log is the case's output."""
+    counts = Counter(result.status for result in results)
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"kvm-unit-tests on softkvm ({accel})",
+        tests=str(len(results)),
+        failures=str(counts[Status.FAIL]),
+        errors="0",
+        skipped=str(counts[Status.SKIP]),
+        time=f"{sum(result.time_s for result in results):.3f}",
+    )
+    for result in results:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="kvm-unit-tests", name=result.name, time=f"{result.time_s:.3f}"
+        )
+        detail = _xml(result.reason or result.summary)
+        if result.status is Status.FAIL:
+            failed = [s.name for s in result.subtests if s.status in ("FAIL", "XPASS")]
+            failure = ElementTree.SubElement(case, "failure", message=detail or _xml(result.first_failure()))
+            failure.text = _xml("\n".join([*failed, *map(str, result.places)]))
+        elif result.status is Status.SKIP:
+            ElementTree.SubElement(case, "skipped", message=detail)
+        if result.log:
+            ElementTree.SubElement(case, "system-out").text = _xml(result.log)
+        if result.ignored:
+            ElementTree.SubElement(case, "system-err").text = _xml("\n".join(f"ignored: {t}" for t in result.ignored))
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _xml(text: str) -> str:
+    """Return *text* without the characters that XML cannot hold."""
+    return _NOT_XML.sub("\ufffd", text)
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def markdown(results: Sequence[Result], accel: str) -> str:
+    """Return the page of the documentation: every entry with its status, and why it does not pass."""
+    counts = Counter(result.status for result in results)
+    lines = [
+        "# kvm-unit-tests",
+        "",
+        "<!-- Generated: softkvm unittests DIR --markdown docs/kvm-unit-tests.md -->",
+        "",
+        f"{counts[Status.PASS]} pass, {counts[Status.FAIL]} fail, {counts[Status.SKIP]} are skipped,"
+        f" of {len(results)} entries (`--accel {accel}`).",
+        "",
+        "`softkvm unittests DIR` runs the suite from your own build of it; nothing of it is in this repository.",
+        "",
+        "| entry | status | checks | why not |",
+        "|---|---|---|---|",
+    ]
+    for result in results:
+        why = ""
+        if result.status is not Status.PASS:
+            parts = [result.first_failure() if result.status is Status.FAIL else result.reason or _skip_reason(result)]
+            if result.status is Status.FAIL and result.reason and result.reason != parts[0]:
+                parts.append(result.reason)
+            parts += [f"ignored: {text}" for text in result.ignored]
+            why = _cell("; ".join(part for part in parts if part))
+        lines.append(f"| {_cell(result.name)} | {result.status} | {_cell(result.summary)} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def _skip_reason(result: Result) -> str:
+    """Return what a test that skipped itself says about it."""
+    return next((s.name for s in result.subtests if s.status == "SKIP"), result.summary)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one entry: decides whether it can run, builds its machine, judges what came out."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import softkvm
+from softkvm import api
+from softkvm.unittests import config, options
+from softkvm.unittests.config import Entry, SuiteError
+from softkvm.unittests.machine import TestMachine
+from softkvm.unittests.result import Result, Status, judge, read_log
+from softkvm.unittests.symbols import Symbols
+from softkvm.vmm.errors import MachineError
+from softkvm.vmm.machine import MAX_VCPUS
+from softkvm.vmm.outcome import End, Outcome
+
+ARCHITECTURE = "x86_64"
+DEFAULT_TIMEOUT_S = 90.0
+NODEFAULT = "nodefault"
+DEVICES = {"soft": softkvm.SOFT, "kvm": "/dev/kvm"}
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_ON, _OFF = ("Y", "y", "1"), ("N", "n", "0")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How entries are run."""
+
+    accel: str = "soft"
+    timeout_s: float | None = None
+    """Overrides every entry's own."""
+    run_nodefault: bool = False
+    """Run entries that are marked for manual runs."""
+    params: Mapping[str, str] = field(default_factory=dict)
+    """Module parameters of the software KVM, as under ``/sys/module/kvm*/parameters``."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the test program sees."""
+
+
+def timeout_of(entry: Entry) -> float:
+    """Return the entry's time limit in seconds (``30``, ``2m``); 0 is none. SuiteError if it is no time."""
+    text = entry.timeout
+    if not text:
+        return DEFAULT_TIMEOUT_S
+    unit = _UNITS_S.get(text[-1])
+    try:
+        return float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        raise SuiteError(f"[{entry.name}] timeout = {text}: expected seconds") from None
+
+
+def run(path: str | os.PathLike[str], name: str, settings: Settings | None = None) -> Result:
+    """Run the entry *name* of the build of kvm-unit-tests in the directory *path*.
+
+    Raises SuiteError if there is no build or no such entry, OSError or ImportError if the KVM cannot be opened.
+    """
+    directory = Path(path)
+    entry = next((entry for entry in config.read(directory) if entry.name == name), None)
+    if entry is None:
+        raise SuiteError(f"{directory}: has no test named {name}")
+    return run_entry(directory, entry, replace(settings or Settings(), run_nodefault=True))
+
+
+def run_entry(
+    directory: Path, entry: Entry, settings: Settings, console: Callable[[bytes], None] | None = None
+) -> Result:
+    """Run *entry*; *console* gets the test's output as it comes."""
+    result = Result(entry.name, Status.SKIP, file=entry.file, accel=settings.accel)
+    started = time.monotonic()
+    platform = _prepare(directory, entry, settings, result)
+    if platform is not None:
+        with softkvm.open(DEVICES[settings.accel]) as kvm:
+            result.reason = _check_host(entry, settings, kvm, result.notes)
+            if not result.reason:
+                _execute(kvm, config.find(directory) / entry.file, entry, platform, settings, result, console)
+    result.time_s = time.monotonic() - started
+    return result
+
+
+def _prepare(directory: Path, entry: Entry, settings: Settings, result: Result) -> options.Platform | None:
+    """Fill in what the entry's text says; None if it cannot run, with the reason in *result*."""
+    result.ignored += entry.unknown
+    if NODEFAULT in entry.groups and not settings.run_nodefault:
+        result.reason = "test marked as manual run only"
+        return None
+    if entry.arch and entry.arch != ARCHITECTURE:
+        result.reason = f"needs {entry.arch} build"
+        return None
+    accel = entry.accel.split(",")[0]
+    if accel and accel != "kvm":  # both of ours are KVM
+        result.reason = f"{accel} only"
+        return None
+    if entry.disabled_if:
+        result.ignored.append(f"disabled_if = {entry.disabled_if}")
+    parameters, left = config.expand(entry.qemu_params)
+    result.ignored += left
+    try:
+        platform = options.parse(parameters)
+        arguments, left = config.expand(entry.test_args)
+        result.arguments = " ".join(shlex.split(arguments))
+    except ValueError as error:
+        raise SuiteError(f"[{entry.name}]: {error}") from None
+    result.ignored += [*left, *platform.ignored]
+    result.memory_bytes = platform.memory_size
+    words = entry.smp.split()
+    if not words or not words[0].isdecimal():
+        raise SuiteError(f"[{entry.name}] smp = {entry.smp}: expected a number")
+    result.vcpus = int(words[0])
+    if platform.missing:
+        result.reason = "needs " + ", ".join(platform.missing)
+        return None
+    if result.vcpus > MAX_VCPUS:
+        result.reason = f"needs {result.vcpus} vCPUs, there are at most {MAX_VCPUS}"
+        return None
+    if not (config.find(directory) / entry.file).is_file():
+        result.reason = f"{entry.file} is not built"
+        return None
+    return platform
+
+
+# -- conditions on the host
+
+
+def _check_host(entry: Entry, settings: Settings, kvm: api.Kvm, notes: list[str]) -> str:
+    """Return why the conditions ``path=value`` of the entry do not hold, an empty string if they do."""
+    params = getattr(kvm, "params", None)
+    for name, value in settings.params.items():
+        if params is None or not hasattr(params, name):
+            return f"this KVM has no parameter {name}"
+        setattr(params, name, _parameter(getattr(params, name), value))
+        notes.append(f"{name}={value}")
+    for condition in entry.check.split():
+        path, _, value = condition.partition("=")
+        reason = _check_file(path, value) if params is None else _check_soft(path, value, params, notes)
+        if reason:
+            return reason
+    return ""
+
+
+def _check_file(path: str, value: str) -> str:
+    try:
+        found = Path(path).read_text().strip()
+    except OSError:
+        return f"{path} is not there, expected {value}"
+    return "" if found == value else f"{path} is {found}, expected {value}"
+
+
+def _check_soft(path: str, value: str, params: Any, notes: list[str]) -> str:
+    """The software KVM is configured as the condition wants it; the host's own files say nothing about it."""
+    module, _, name = path.removeprefix("/sys/module/").partition("/parameters/")
+    if module in ("kvm", "kvm_amd") and name:
+        if not hasattr(params, name):
+            return f"this KVM has no parameter {name}, expected {value}"
+        wanted = _parameter(getattr(params, name), value)
+        if getattr(params, name) != wanted:
+            setattr(params, name, wanted)
+            notes.append(f"{name}={value}")
+        return ""
+    if module == "kvm_intel" and name:
+        return f"needs an Intel processor ({name}={value})"
+    notes.append(f"{path}={value} taken as given: it is about the host's hardware")
+    return ""
+
+
+def _parameter(current: object, value: str) -> object:
+    """Return *value* as the type that the parameter has."""
+    if isinstance(current, bool):
+        if value not in _ON + _OFF:
+            raise SuiteError(f"parameter value {value}: expected Y or N")
+        return value in _ON
+    if isinstance(current, int):
+        return int(value, 0)
+    return value
+
+
+# -- the run
+
+
+def _execute(
+    kvm: api.Kvm,
+    image: Path,
+    entry: Entry,
+    platform: options.Platform,
+    settings: Settings,
+    result: Result,
+    console: Callable[[bytes], None] | None,
+) -> None:
+    """Run the test program and fill in what came out."""
+    supported = kvm.get_supported_cpuid()
+    result.ignored += [f"-cpu +{name} (this KVM has not got it)" for name in platform.cpu.missing(supported)]
+    output = bytearray()
+
+    def collect(data: bytes) -> None:
+        output.extend(data)
+        if console is not None:
+            console(data)
+
+    timeout_s = timeout_of(entry) if settings.timeout_s is None else settings.timeout_s
+    environment = "".join(f"{name}={value}\n" for name, value in settings.environment.items()).encode()
+    try:
+        with TestMachine(kvm, platform, result.vcpus, collect) as machine:
+            machine.load(image.read_bytes(), environment or None, f"{entry.file} {result.arguments}".rstrip())
+            outcome = machine.run(timeout_s or None)
+            _account(machine, result)
+            if outcome.end is not End.DEBUG_EXIT:
+                result.places = machine.places(Symbols.of(image))
+    except (MachineError, OSError, MemoryError) as error:
+        outcome = Outcome(End.ERROR, f"the machine cannot be built: {error}")
+    result.log = output.decode("utf-8", "replace").replace("\r", "")
+    result.subtests, result.summary = read_log(result.log)
+    _judge(outcome, result, timeout_s)
+
+
+def _judge(outcome: Outcome, result: Result, timeout_s: float) -> None:
+    if outcome.end is End.DEBUG_EXIT:
+        result.exit_status = outcome.status
+        result.status, result.reason = judge(outcome.status)
+        return
+    result.status = Status.FAIL
+    if outcome.end is End.TIMEOUT:
+        result.reason = f"timeout; duration={timeout_s:g}s"
+        if result.places:
+            result.reason += f"; {result.places[0]}"
+    else:
+        result.reason = str(outcome)
+
+
+def _account(machine: TestMachine, result: Result) -> None:
+    """Add up exits, the KVM's counters and instructions of all vCPUs."""
+    for vcpu in machine.stats()["vcpus"]:
+        for reason, numbers in vcpu["exits"].items():
+            result.exits[reason] = result.exits.get(reason, 0) + numbers["count"]
+        for name, value in vcpu.get("kvm", {}).items():
+            if isinstance(value, int) and value:
+                result.kvm_exits[name] = result.kvm_exits.get(name, 0) + value
+    result.instructions = result.kvm_exits.pop("instructions", None)
