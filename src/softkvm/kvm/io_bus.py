@@ -57,34 +57,35 @@ class _Table:
 class IoBus:
     """Address ranges and the devices behind them; a look-up takes no lock."""
 
-    __slots__ = ("_lock", "_table")
+    __slots__ = ("_lock", "table")
 
     def __init__(self) -> None:
-        self._table = _Table([])
+        #: The current state; hot paths look into its memo themselves.
+        self.table = _Table([])
         self._lock = threading.Lock()
 
     def add(self, start: int, length: int, device: IoDevice) -> None:
         """Register ``device`` for [start, start + length); ENOSPC if the bus is full."""
         with self._lock:
-            ranges = self._table.ranges
+            ranges = self.table.ranges
             if len(ranges) >= NR_IOBUS_DEVS:
                 raise kvm_error(errno.ENOSPC, f"bus has {NR_IOBUS_DEVS} devices")
-            self._table = _Table(sorted([*ranges, (start, start + length, device)], key=lambda r: r[0]))
+            self.table = _Table(sorted([*ranges, (start, start + length, device)], key=lambda r: r[0]))
 
     def remove(self, device: IoDevice, start: int | None = None) -> None:
         """Unregister ``device`` everywhere, or only the range that begins at ``start``."""
         with self._lock:
-            self._table = _Table(
-                [r for r in self._table.ranges if r[2] is not device or (start is not None and r[0] != start)]
+            self.table = _Table(
+                [r for r in self.table.ranges if r[2] is not device or (start is not None and r[0] != start)]
             )
 
     def devices(self, address: int, size: int) -> tuple[IoDevice, ...]:
         """Return the devices whose range holds the whole access."""
-        return self._table.devices(address, size)
+        return self.table.devices(address, size)
 
     def read(self, address: int, size: int) -> int | None:
         """Return what a device read at ``address``, None if no device answers."""
-        for device in self._table.devices(address, size):
+        for device in self.table.devices(address, size):
             value = device.io_read(address, size)
             if value is not None:
                 return value
@@ -92,7 +93,7 @@ class IoBus:
 
     def write(self, address: int, size: int, value: int) -> bool:
         """Write to the first device that takes it; False if none does."""
-        for device in self._table.devices(address, size):  # noqa: SIM110 - the quick form
+        for device in self.table.devices(address, size):  # noqa: SIM110 - the quick form
             if device.io_write(address, size, value):
                 return True
         return False

@@ -18,7 +18,7 @@ def vcpu_stats(vcpu: Vcpu) -> dict[str, int]:
     result = {
         "exits": sum(counts.values()),
         "io_exits": counts.get(V.EXIT_IOIO, 0),
-        "mmio_exits": vcpu.stat_insn_emulation,
+        "mmio_exits": vcpu.stat_mmio_exits,
         "halt_exits": vcpu.stat_halt_exits,
         "halt_wakeup": vcpu.stat_halt_wakeup,
         "irq_exits": counts.get(V.EXIT_INTR, 0),

@@ -7,7 +7,7 @@ The thread that calls :meth:`Vcpu.run` is the vCPU's thread.
 from __future__ import annotations
 
 import errno
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
@@ -30,9 +30,14 @@ from softkvm.kvm.x86 import events, io, kvmclock, svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.lapic import Lapic
 from softkvm.kvm.x86.svm_exits import EXIT_HANDLERS
+from softkvm.kvm.x86.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RAX, RFLAGS, RSP, TLB_CTL, V_TPR
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vm import Vm
 
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
 _HALTED: Final = abi.KVM_MP_STATE_HALTED
+_UNINITIALIZED: Final = abi.KVM_MP_STATE_UNINITIALIZED
 #: Steal time is looked at again when this much time has passed.
 _STEAL_INTERVAL_NS: Final = 10_000_000
 
@@ -40,46 +45,75 @@ _STEAL_INTERVAL_NS: Final = 10_000_000
 class Vcpu(VcpuState):
     """A virtual processor that can run; its other ioctls are in :mod:`softkvm.kvm.vcpu_ioctls`."""
 
+    def __init__(self, vm: Vm, vcpu_id: int) -> None:
+        super().__init__(vm, vcpu_id)
+        #: What the loop uses at every exit, in one tuple: KVM_RUN is called often, too.
+        self._loop = (
+            self.cpu.vmrun,
+            self.vmcb.address,
+            self.q,
+            self.b,
+            self.gpr,
+            self.exit_counts,
+            EXIT_HANDLERS,
+            self.apic,
+            self.pv_eoi,
+        )
+
     # --- the run loop ------------------------------------------------------------------------------
 
     def run(self) -> None:
         """KVM_RUN (KVM API 4.10)."""
-        if not self._run_lock.acquire(blocking=False):
+        if self.running:
             raise kvm_error(errno.EBUSY, "another thread runs the vCPU")
+        self.running = True
+        apic = self.apic
         try:
-            self._run()
-        finally:
-            self._post_run_save()
-            self._run_lock.release()
-
-    def _run(self) -> None:
-        self.vm.check_alive()
-        if self.requests & KVM_REQ_SIGNAL:
-            self._signal_exit()
-        if self.mp_state == abi.KVM_MP_STATE_UNINITIALIZED:
-            if self.run_b[io.RUN_IMMEDIATE_EXIT]:
+            if self.mp_state == _UNINITIALIZED:
+                self._wait_for_sipi()
+            elif apic is None:
+                self._take_cr8()
+            complete = self.complete_userspace_io
+            if complete is not None:
+                self.complete_userspace_io = None
+                if not complete(self):
+                    return
+            if self.run_b[1]:
+                self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_INTR
                 raise InterruptedError(errno.EINTR, "immediate_exit is set")
-            # A processor that waits for its start-up IPI: blocked until something comes.
-            self._block()
-            assert self.apic is not None
-            self.apic.accept_events()
-            self._take_signal()
-            if self.mp_state == abi.KVM_MP_STATE_UNINITIALIZED:
-                raise BlockingIOError(errno.EAGAIN, "the vCPU waits for INIT and a start-up IPI")
-        if self.apic is None and self.run_q[io.RUN_CR8] != self.shadow_cr8:
+            self.vcpu_run()
+        finally:
+            # What KVM_RUN reports whatever the exit reason (post_kvm_run_save)
+            self.running = False
+            run_q = self.run_q
+            self.run_b[13] = self.q[RFLAGS] >> 9 & 1
+            if apic is not None:
+                run_q[2] = apic.regs[0x20] >> 4
+                run_q[3] = apic.apic_base
+                self.run_b[12] = 1
+            else:
+                run_q[2] = self.shadow_cr8
+                run_q[3] = self.get_apic_base()
+                self.run_b[12] = self._ready_for_interrupt_injection()
+
+    def _wait_for_sipi(self) -> None:
+        """A processor that waits for its start-up IPI: blocked until something comes, then EAGAIN at the latest."""
+        if self.run_b[io.RUN_IMMEDIATE_EXIT]:
+            raise InterruptedError(errno.EINTR, "immediate_exit is set")
+        self._block()
+        assert self.apic is not None
+        self.apic.accept_events()
+        self._take_signal()
+        if self.requests & KVM_REQ_VM_DEAD:
+            raise kvm_error(errno.EIO, "the VM is dead")
+        if self.mp_state == _UNINITIALIZED:
+            raise BlockingIOError(errno.EAGAIN, "the vCPU waits for INIT and a start-up IPI")
+
+    def _take_cr8(self) -> None:
+        """With chips in userspace the task priority is userspace's too."""
+        if self.run_q[io.RUN_CR8] != self.shadow_cr8:
             if not cr.kvm_set_cr8(self, self.run_q[io.RUN_CR8]):
                 raise kvm_error(errno.EINVAL, f"cr8={self.run_q[io.RUN_CR8]:#x}, expected 4 bits")
-        complete = self.complete_userspace_io
-        if complete is not None:
-            self.complete_userspace_io = None
-            if not complete(self):
-                return
-        if self.run_b[io.RUN_IMMEDIATE_EXIT]:
-            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_INTR
-            raise InterruptedError(errno.EINTR, "immediate_exit is set")
-        self.has_run = True
-        self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_UNKNOWN
-        self.vcpu_run()
 
     def _signal_exit(self) -> None:
         self.take_request(KVM_REQ_SIGNAL)
@@ -89,19 +123,6 @@ class Vcpu(VcpuState):
     def _take_signal(self) -> None:
         if self.requests & KVM_REQ_SIGNAL:
             self._signal_exit()
-
-    def _post_run_save(self) -> None:
-        """Fill in what KVM_RUN reports whatever the exit reason (``post_kvm_run_save``)."""
-        run_b, run_q, apic = self.run_b, self.run_q, self.apic
-        run_b[io.RUN_IF_FLAG] = self.q[V.RFLAGS] >> 9 & 1
-        if apic is not None:
-            run_q[io.RUN_CR8] = apic.cr8
-            run_q[io.RUN_APIC_BASE] = apic.apic_base
-            run_b[io.RUN_READY_FOR_INJECTION] = 1
-        else:
-            run_q[io.RUN_CR8] = self.shadow_cr8
-            run_q[io.RUN_APIC_BASE] = self.get_apic_base()
-            run_b[io.RUN_READY_FOR_INJECTION] = self._ready_for_interrupt_injection()
 
     def _ready_for_interrupt_injection(self) -> bool:
         """Tell whether userspace's next KVM_INTERRUPT would be taken at once."""
@@ -115,15 +136,7 @@ class Vcpu(VcpuState):
 
     def vcpu_run(self) -> None:
         """Run until there is an exit for userspace."""
-        cpu = self.cpu
-        vmrun = cpu.vmrun
-        address = self.vmcb.address
-        q, b, gpr = self.q, self.b, self.gpr
-        counts = self.exit_counts
-        handlers = EXIT_HANDLERS
-        apic, pv_eoi = self.apic, self.pv_eoi
-        rax, rsp, exit_int_info, v_tpr = V.RAX, V.RSP, V.EXIT_INT_INFO, V.V_TPR
-        valid = V.EVTINJ_VALID
+        vmrun, address, q, b, gpr, counts, handlers, apic, pv_eoi = self._loop
         while True:
             if self.mp_state != _RUNNABLE:
                 self._vcpu_block()
@@ -135,18 +148,18 @@ class Vcpu(VcpuState):
             if self.requests:
                 self.mode = OUTSIDE_GUEST_MODE
                 continue
-            q[rax] = gpr[0]
-            q[rsp] = gpr[4]
+            q[RAX] = gpr[0]
+            q[RSP] = gpr[4]
             code = vmrun(address)
             self.mode = OUTSIDE_GUEST_MODE
-            gpr[0] = q[rax]
-            gpr[4] = q[rsp]
-            b[0x5C] = 0  # TLB_CTL
-            if apic is not None and apic.regs[0x20] >> 4 != b[v_tpr] & 0xF:
-                apic.set_cr8(b[v_tpr] & 0xF)
+            gpr[0] = q[RAX]
+            gpr[4] = q[RSP]
+            b[TLB_CTL] = 0
+            if apic is not None and apic.regs[0x20] >> 4 != b[V_TPR] & 0xF:
+                apic.set_cr8(b[V_TPR] & 0xF)
             if pv_eoi is not None and pv_eoi.pending:
                 pv_eoi.sync_from_guest()
-            if self.injecting or q[exit_int_info] & valid:
+            if self.injecting or q[EXIT_INT_INFO] & EVTINJ_VALID:
                 svm.complete_interrupts(self)
             if self.awaiting_iret_completion:
                 self._check_iret_completion()

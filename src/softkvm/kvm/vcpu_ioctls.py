@@ -165,7 +165,7 @@ class VcpuIoctls(Vcpu):
 
     def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2 (KVM API 4.20): EINVAL once the vCPU has run, unless nothing changes."""
-        if self.has_run:
+        if self.exit_counts:
             same = len(entries) == len(self.cpuid.entries) and all(
                 bytes(a) == bytes(b) for a, b in zip(entries, self.cpuid.entries, strict=True)
             )

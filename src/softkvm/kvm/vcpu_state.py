@@ -32,6 +32,7 @@ from softkvm.kvm.x86.lapic import Lapic
 from softkvm.kvm.x86.pv_eoi import PvEoi
 
 if TYPE_CHECKING:
+    from softkvm.kvm.memslots import Memslots
     from softkvm.kvm.vm import Vm
 
 OUTSIDE_GUEST_MODE: Final = 0
@@ -95,7 +96,7 @@ class VcpuState:
         self.requests = 0
         self.mode = OUTSIDE_GUEST_MODE
         self.guest_entries = 0
-        self._run_lock = threading.Lock()
+        self.running = False
         self._task_work: list[Callable[[], None]] = []
 
         # Processor state that the VMCB and the register block don't hold
@@ -118,7 +119,6 @@ class VcpuState:
         self.mcg_cap = msrs.MCG_CAP
         self.msr_values: dict[int, int] = {}
         self.cpuid = CpuidTable()
-        self.has_run = False
         self.pv_cpuid_enforce = False
         self.pv_unhalted = False
         self.pvclock_set_guest_stopped = False
@@ -146,13 +146,17 @@ class VcpuState:
         # Exits to userspace
         self.complete_userspace_io: Callable[[VcpuState], int] | None = None
         self.pio_size = 0
-        self.pio_linear_rip = 0
+        #: RIP of an IN or OUT that userspace completes; -1 while none is under way.
+        self.pio_rip = -1
+        #: Frame of the last MMIO access and the memory slots it was found under.
+        self.mmio_gfn = -1
+        self.mmio_slots: Memslots | None = None
         self.pio_bus = vm.pio_bus
         self.mmio_bus = vm.mmio_bus
 
         # Statistics
         self.exit_counts: dict[int, int] = {}
-        self.stat_exits = 0
+        self.stat_mmio_exits = 0
         self.stat_halt_exits = 0
         self.stat_halt_wakeup = 0
         self.stat_irq_injections = 0

@@ -20,7 +20,7 @@ from softkvm.kvm.memslots import MemoryChange, MemorySlot, Memslots, classify_ch
 from softkvm.kvm.mmu.tdp_mmu import TdpMmu
 from softkvm.kvm.params import Params
 from softkvm.kvm.regions import HostRegions
-from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_TLB_FLUSH
+from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.stats import vm_stats
 from softkvm.kvm.vcpu_ioctls import VcpuIoctls
 from softkvm.kvm.vcpu_state import IN_GUEST_MODE, VcpuState
@@ -72,7 +72,6 @@ class Vm:
         self.split_irqchip = False
         self.bsp_vcpu_id = 0
         self.eventfds = Eventfds(self)
-        self._dead = False
         self._closed = False
 
         # Options (KVM_ENABLE_CAP)
@@ -459,18 +458,13 @@ class Vm:
         """Counters with the names of KVM's binary statistics."""
         return vm_stats(self)
 
-    def check_alive(self) -> None:
-        """Raise EIO if the VM was closed."""
-        if self._dead:
-            raise kvm_error(errno.EIO, "the VM is closed")
-
     def close(self) -> None:
         """End the VM: every KVM_RUN returns, the chips' timers stop, memory is let go."""
         if self._closed:
             return
-        self._closed = self._dead = True
+        self._closed = True
+        self.make_all_cpus_request(KVM_REQ_VM_DEAD)
         for vcpu in self.vcpus:
-            vcpu.kick()
             vcpu.cpu.set_timer(0)
         self.eventfds.close()
         if self.chips is not None:

@@ -111,16 +111,7 @@ class TdpMmu:
 
     def lookup_mmio(self, gfn: int, generation: int) -> bool:
         """Tell whether ``gfn`` has a valid MMIO SPTE. The fast path of an MMIO exit."""
-        children = self.root.children.get(gfn >> 27 & _INDEX_MASK)
-        if children is None:
-            return False
-        children = children.children.get(gfn >> 18 & _INDEX_MASK)
-        if children is None:
-            return False
-        children = children.children.get(gfn >> 9 & _INDEX_MASK)
-        if children is None:
-            return False
-        spte = children.q[gfn & _INDEX_MASK]
+        spte, _ = self.get_spte(gfn)
         return is_mmio_spte(spte) and self.mmio_generation_matches(spte, generation)
 
     def _descend(self, gfn: int, to_level: int) -> TdpTable:

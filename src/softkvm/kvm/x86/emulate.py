@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _U64: Final = (1 << 64) - 1
 _MAX_INSN: Final = 15
+_ASSIST_ENTRIES: Final = 1024
 _SEGMENTS_WITH_BASE_64: Final = (V.FS_OFFSET, V.GS_OFFSET)
 
 #: Handler of every mnemonic, filled in by the ``emulate_*`` modules when ``emulate_table`` imports them.
@@ -97,6 +98,9 @@ class Emulator:
         #: Set by a handler that leaves for userspace by itself.
         self.exit_to_userspace = False
         self._pio_request = (0, 0, 0)
+        #: The VMCB's count of fetched bytes and the bytes, and the instructions they decoded to in 64-bit code.
+        self.assist = vcpu.b[V.INSN_LEN : V.INSN_BYTES + 15]
+        self._assisted: dict[bytes, Insn] = {}
 
     # --- entry -------------------------------------------------------------------------------------
 
@@ -248,34 +252,48 @@ class Emulator:
 
     # --- the fast path for loads and stores --------------------------------------------------------
 
-    def mmio(self, gpa: int, code: bytes) -> int:
-        """Emulate the access of an MMIO exit at ``gpa``: plain loads and stores here, the rest by emulate()."""
+    def mmio(self, gpa: int) -> int:
+        """Emulate the access of an MMIO exit at ``gpa``: plain loads and stores here, the rest by emulate().
+
+        The instruction's bytes are those that the processor fetched (decode assists, APM vol. 2, 15.33).
+        """
         vcpu = self.vcpu
-        try:
-            insn = self.cache.get(code, svm.code_bitness(vcpu))
-        except ValueError:
-            return self.emulate(gpa, code)
+        assist = self.assist.tobytes()
+        code64 = vcpu.efer & svm.EFER_LMA and vcpu.w[V.CS_ATTRIB] & V.SEG_L
+        insn = self._assisted.get(assist) if code64 else None
+        if insn is None:
+            code = assist[1 : 1 + assist[0]]
+            try:
+                insn = self.cache.get(code, svm.code_bitness(vcpu))
+            except ValueError:
+                return self.emulate(gpa, code)
+            if code64:
+                if len(self._assisted) > _ASSIST_ENTRIES:
+                    self._assisted.clear()
+                self._assisted[assist] = insn
         plan = insn.mmio
-        if plan is None:
-            return self.emulate(gpa, code)
+        offset = gpa & 0xFFF
+        if plan is None or gpa < 0:
+            return self.emulate(gpa, insn.code)
         is_write, size, operand = plan
-        offset = gpa & (PAGE_SIZE - 1)
-        if offset + size > PAGE_SIZE or (not offset and self.effective_address(insn) & 1):
-            return self.emulate(gpa, code)
-        if not offset and (self._linear_hint(insn) & (PAGE_SIZE - 1)):
-            return self.emulate(gpa, code)  # the second page of an access that crosses into MMIO
+        if offset + size > PAGE_SIZE or (not offset and self._linear_hint(insn) & 0xFFF):
+            return self.emulate(gpa, insn.code)  # the access crosses into or out of the page
+        vcpu.stat_insn_emulation += 1
         if is_write:
             value = operand.value if operand.kind == IMM else self.gpr[operand.index] >> operand.shift
             value &= (1 << size * 8) - 1
-            if io.kernel_mmio_write(vcpu, gpa, size, value):
-                return io.advance(vcpu, insn.length)
+            handled = io.kernel_mmio_write(vcpu, gpa, size, value)
             result = io.advance(vcpu, insn.length)
+            if handled:
+                return result
+            vcpu.stat_mmio_exits += 1
             io.exit_mmio(vcpu, gpa, size, value, 1)
-            return 0 if result else result
+            return 0
         value_read = io.kernel_mmio_read(vcpu, gpa, size)
         if value_read is not None:
             self._load(operand, value_read)
             return io.advance(vcpu, insn.length)
+        vcpu.stat_mmio_exits += 1
         io.exit_mmio(vcpu, gpa, size, 0, 0)
         self.insn = insn
         vcpu.complete_userspace_io = self._complete_load

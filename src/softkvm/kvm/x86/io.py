@@ -27,16 +27,16 @@ RUN_IF_FLAG: Final = 13  # b
 RUN_FLAGS: Final = 14 // 2  # w
 RUN_CR8: Final = 16 // 8  # q
 RUN_APIC_BASE: Final = 24 // 8  # q
-RUN_IO_DIRECTION: Final = 32  # b
-RUN_IO_SIZE: Final = 33  # b
-RUN_IO_PORT: Final = 34 // 2  # w
-RUN_IO_COUNT: Final = 36 // 4  # d
+RUN_IO_Q: Final = 32 // 8  # q: direction (8 bits), size (8), port (16), count (32)
 RUN_IO_DATA_OFFSET: Final = 40 // 8  # q
 RUN_MMIO_PHYS_ADDR: Final = 32 // 8  # q
 RUN_MMIO_DATA: Final = 40  # b, 8 bytes
 RUN_MMIO_DATA_Q: Final = 40 // 8  # q
-RUN_MMIO_LEN: Final = 48 // 4  # d
-RUN_MMIO_IS_WRITE: Final = 52  # b
+RUN_MMIO_LEN_Q: Final = 48 // 8  # q: len (32 bits), is_write (8)
+
+KVM_EXIT_IO: Final = abi.KVM_EXIT_IO
+KVM_EXIT_MMIO: Final = abi.KVM_EXIT_MMIO
+_SIZE_MASKS: Final = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF)
 
 
 # --- port I/O ----------------------------------------------------------------------------------
@@ -44,36 +44,58 @@ RUN_MMIO_IS_WRITE: Final = 52  # b
 
 def exit_io(vcpu: Vcpu, direction: int, size: int, port: int, count: int) -> None:
     """Describe a KVM_EXIT_IO; the data lie in the PIO page."""
-    vcpu.run_d[RUN_EXIT_REASON] = abi.KVM_EXIT_IO
-    vcpu.run_b[RUN_IO_DIRECTION] = direction
-    vcpu.run_b[RUN_IO_SIZE] = size
-    vcpu.run_w[RUN_IO_PORT] = port
-    vcpu.run_d[RUN_IO_COUNT] = count
-    vcpu.run_q[RUN_IO_DATA_OFFSET] = PIO_DATA_OFFSET
+    run_q = vcpu.run_q
+    vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_IO
+    run_q[RUN_IO_Q] = direction | size << 8 | port << 16 | count << 32
+    run_q[RUN_IO_DATA_OFFSET] = PIO_DATA_OFFSET
 
 
-def fast_pio(vcpu: Vcpu, port: int, size: int, is_in: int) -> int:
-    """IN or OUT with the accumulator; returns 1 to go on, 0 to leave for userspace."""
+def fast_pio(vcpu: Vcpu, info: int) -> int:
+    """IN or OUT with the accumulator; ``info`` is EXITINFO1. Returns 1 to go on, 0 to leave for userspace."""
+    port = info >> 16
+    size = info >> 4 & 7
     bus = vcpu.pio_bus
-    if is_in:
-        value = bus.read(port, size)
-        if value is not None:
-            _load_accumulator(vcpu, size, value)
-            return svm.skip_emulated_instruction(vcpu)
+    table = bus.table
+    devices = table.memo.get(port << 8 | size)
+    if devices is None:
+        devices = table.devices(port, size)
+    if info & 1:
+        if devices:
+            value = bus.read(port, size)
+            if value is not None:
+                _load_accumulator(vcpu, size, value)
+                return skip_pio(vcpu)
         vcpu.pio_size = size
         vcpu.complete_userspace_io = complete_fast_pio_in
     else:
-        value = vcpu.gpr[0] & (1 << size * 8) - 1
-        if bus.write(port, size, value):
-            return svm.skip_emulated_instruction(vcpu)
+        value = vcpu.gpr[0] & _SIZE_MASKS[size]
+        if devices and bus.write(port, size, value):
+            return skip_pio(vcpu)
         if size == 1:
             vcpu.run_b[PIO_DATA_OFFSET] = value
         else:
             vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
-        vcpu.complete_userspace_io = complete_fast_pio_out
-    vcpu.pio_linear_rip = svm.linear_rip(vcpu)
-    exit_io(vcpu, abi.KVM_EXIT_IO_IN if is_in else abi.KVM_EXIT_IO_OUT, size, port, 1)
+        vcpu.complete_userspace_io = skip_pio
+    vcpu.pio_rip = vcpu.q[V.RIP]
+    run_q = vcpu.run_q
+    vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_IO
+    # direction, size, port and count are neighbours: KVM_EXIT_IO_OUT is 1, the intercept's IN bit its opposite
+    run_q[RUN_IO_Q] = (~info & 1) | size << 8 | port << 16 | 1 << 32
+    run_q[RUN_IO_DATA_OFFSET] = PIO_DATA_OFFSET
     return 0
+
+
+def skip_pio(vcpu: Vcpu) -> int:
+    """Skip an IN or OUT, unless userspace moved RIP meanwhile; the exit gives the next RIP in EXITINFO2."""
+    q = vcpu.q
+    if q[V.RIP] != vcpu.pio_rip and vcpu.pio_rip >= 0:
+        return 1
+    if vcpu.nrips and not q[V.RFLAGS] & svm.RFLAGS_TF:
+        q[V.RIP] = q[V.EXIT_INFO_2]
+        vcpu.b[V.INT_STATE_B] = 0
+        return 1
+    q[V.NEXT_RIP] = q[V.EXIT_INFO_2]
+    return svm.skip_emulated_instruction(vcpu)
 
 
 def _load_accumulator(vcpu: Vcpu, size: int, value: int) -> None:
@@ -93,17 +115,9 @@ def complete_fast_pio_in(vcpu: Vcpu) -> int:
         value = vcpu.run_b[PIO_DATA_OFFSET]
     else:
         value = int.from_bytes(vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size], "little")
-    if svm.linear_rip(vcpu) != vcpu.pio_linear_rip:
-        return 1
-    _load_accumulator(vcpu, size, value)
-    return svm.skip_emulated_instruction(vcpu)
-
-
-def complete_fast_pio_out(vcpu: Vcpu) -> int:
-    """After KVM_EXIT_IO for OUT: skip the instruction, unless userspace moved RIP."""
-    if svm.linear_rip(vcpu) != vcpu.pio_linear_rip:
-        return 1
-    return svm.skip_emulated_instruction(vcpu)
+    if vcpu.q[V.RIP] == vcpu.pio_rip:
+        _load_accumulator(vcpu, size, value)
+    return skip_pio(vcpu)
 
 
 # --- MMIO --------------------------------------------------------------------------------------
@@ -114,7 +128,7 @@ def kernel_mmio_read(vcpu: Vcpu, gpa: int, size: int) -> int | None:
     apic = vcpu.apic
     if apic is not None and gpa & ~0xFFF == apic.base_address and apic.mmio_in_range(gpa):
         return apic.mmio_read(gpa & 0xFFF, size)
-    return vcpu.mmio_bus.read(gpa, size)
+    return vcpu.mmio_bus.read(gpa, size) if vcpu.mmio_bus.table.ranges else None
 
 
 def kernel_mmio_write(vcpu: Vcpu, gpa: int, size: int, value: int) -> bool:
@@ -123,25 +137,29 @@ def kernel_mmio_write(vcpu: Vcpu, gpa: int, size: int, value: int) -> bool:
     if apic is not None and gpa & ~0xFFF == apic.base_address and apic.mmio_in_range(gpa):
         apic.mmio_write(gpa & 0xFFF, size, value)
         return True
-    return vcpu.mmio_bus.write(gpa, size, value)
+    return vcpu.mmio_bus.write(gpa, size, value) if vcpu.mmio_bus.table.ranges else False
 
 
 def exit_mmio(vcpu: Vcpu, gpa: int, size: int, value: int, is_write: int) -> None:
     """Describe a KVM_EXIT_MMIO of up to 8 bytes."""
-    vcpu.run_d[RUN_EXIT_REASON] = abi.KVM_EXIT_MMIO
-    vcpu.run_q[RUN_MMIO_PHYS_ADDR] = gpa
-    vcpu.run_q[RUN_MMIO_DATA_Q] = value
-    vcpu.run_d[RUN_MMIO_LEN] = size
-    vcpu.run_b[RUN_MMIO_IS_WRITE] = is_write
+    run_q = vcpu.run_q
+    vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_MMIO
+    run_q[RUN_MMIO_PHYS_ADDR] = gpa
+    run_q[RUN_MMIO_DATA_Q] = value
+    run_q[RUN_MMIO_LEN_Q] = size | is_write << 32
 
 
 def advance(vcpu: Vcpu, length: int) -> int:
     """Advance RIP by the decoded ``length`` of an emulated instruction and end its interrupt shadow."""
-    rip = vcpu.q[V.RIP] + length
-    vcpu.q[V.RIP] = rip if vcpu.is_64bit_code() else rip & 0xFFFF_FFFF
+    q = vcpu.q
+    rip = q[V.RIP] + length
+    if rip >> 32 and not vcpu.is_64bit_code():
+        rip &= 0xFFFF_FFFF
+    q[V.RIP] = rip
     vcpu.b[V.INT_STATE_B] = 0
-    if vcpu.q[V.RFLAGS] & (svm.RFLAGS_TF | svm.RFLAGS_RF):
-        vcpu.q[V.RFLAGS] &= ~svm.RFLAGS_RF
-        if vcpu.q[V.RFLAGS] & svm.RFLAGS_TF:
+    flags = q[V.RFLAGS]
+    if flags & (svm.RFLAGS_TF | svm.RFLAGS_RF):
+        q[V.RFLAGS] = flags & ~svm.RFLAGS_RF
+        if flags & svm.RFLAGS_TF:
             return svm.do_singlestep(vcpu)
     return 1

@@ -62,10 +62,8 @@ def io_interception(vcpu: Vcpu) -> int:
     info = vcpu.q[V.EXIT_INFO_1]
     if info & V.IOIO_STR:
         return vcpu.emulator.emulate()
-    vcpu.q[V.NEXT_RIP] = vcpu.q[V.EXIT_INFO_2]
-    return io.fast_pio(
-        vcpu, info >> V.IOIO_PORT_SHIFT & 0xFFFF, info >> V.IOIO_SIZE_SHIFT & V.IOIO_SIZE_MASK, info & V.IOIO_TYPE_IN
-    )
+    vcpu.pio_rip = -1
+    return io.fast_pio(vcpu, info)
 
 
 def npf_interception(vcpu: Vcpu) -> int:
@@ -75,7 +73,11 @@ def npf_interception(vcpu: Vcpu) -> int:
     error = q[V.EXIT_INFO_1]
     gfn = gpa >> PAGE_SHIFT
     vm = vcpu.vm
-    if not error & V.PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, vm.memslots.generation):
+    slots = vm.memslots
+    if gfn == vcpu.mmio_gfn and slots is vcpu.mmio_slots:
+        return _mmio(vcpu, gpa, error)
+    if not error & V.PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
+        vcpu.mmio_gfn, vcpu.mmio_slots = gfn, slots
         return _mmio(vcpu, gpa, error)
     with vm.mmu_lock:
         slots = vm.memslots
@@ -91,13 +93,9 @@ def npf_interception(vcpu: Vcpu) -> int:
 
 def _mmio(vcpu: Vcpu, gpa: int, error: int) -> int:
     """Emulate an access to a guest-physical address without memory, or a write to read-only memory."""
-    b = vcpu.b
-    count = b[V.INSN_LEN]
-    if not error & V.PFERR_GUEST_FINAL and error & V.PFERR_GUEST_PAGE:
+    if error & V.PFERR_GUEST_PAGE and not error & V.PFERR_GUEST_FINAL:
         gpa = -1  # the walk of the guest's tables faulted: this isn't the operand's address
-    elif count:
-        return vcpu.emulator.mmio(gpa, bytes(b[V.INSN_BYTES : V.INSN_BYTES + count]))
-    return vcpu.emulator.emulate(gpa, bytes(b[V.INSN_BYTES : V.INSN_BYTES + count]))
+    return vcpu.emulator.mmio(gpa)
 
 
 def msr_interception(vcpu: Vcpu) -> int:
