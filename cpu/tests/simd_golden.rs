@@ -72,7 +72,8 @@ fn plain() -> State {
 fn unavailable_instructions_raise_ud_before_nm_before_mf() {
     let (_guard, mut soft) = soft();
     let pending = 0x80;
-    let rows: &[(&[u8], u64, u64, u16, Option<u8>)] = &[
+    type Row = (&'static [u8], u64, u64, u16, Option<u8>); // code, CR0, CR4, status word, vector
+    let rows: &[Row] = &[
         (MOVAPS, CR0, CR4, pending, None),
         (MOVAPS, CR0 | EM, CR4, 0, Some(6)),
         (MOVAPS, CR0 | TS, CR4, 0, Some(7)),
