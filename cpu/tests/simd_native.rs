@@ -11,6 +11,7 @@ use core::arch::asm;
 
 use iced_x86::Code;
 use simd_cases::{AT, FLAGS, Random, Soft, State, codes, encode, golden_cases, map_memory, state};
+use softcpu::x86::simd::native::set_portable;
 
 /// What the native run needs beside the registers.
 #[repr(C, align(64))]
@@ -223,7 +224,7 @@ fn every_instruction_does_what_the_host_does() {
     let only = std::env::var("SOFTCPU_SIMD_ONLY").ok();
     map_memory();
     // SAFETY: just mapped.
-    let (mut soft, native) = unsafe { (Soft::new(AT), Native::new(AT + (2 << 20), AT)) };
+    let native = unsafe { Native::new(AT + (2 << 20), AT) };
     if let Ok(path) = std::env::var("SOFTCPU_SIMD_GOLDEN") {
         let mut text = String::new();
         for (name, bytes, states) in golden_cases() {
@@ -236,52 +237,58 @@ fn every_instruction_does_what_the_host_does() {
     let mut r = Random(0x1234_5678_9abc_def1);
     let mut failures = Vec::new();
     let mut tested = 0;
-    for code in codes().into_iter().filter(|c| host_has(*c)) {
-        let name = format!("{code:?}");
-        if only.as_ref().is_some_and(|o| !name.to_lowercase().starts_with(&o.to_lowercase())) {
-            continue;
-        }
-        let immediates = if name.contains("imm8") { 24 } else { 3 };
-        let approximate = name.starts_with("Rcp") || name.starts_with("Rsqrt");
-        let mut done = false;
-        'code: for memory in [false, true] {
-            for _ in 0..immediates {
-                let imm = r.next() as u8;
-                let Some((bytes, instruction)) = encode(&mut r, code, memory, imm) else { continue };
-                done = true;
-                soft.code(&bytes);
-                native.code(&bytes);
-                for _ in 0..cases {
-                    let misaligned = memory && r.below(8) == 0;
-                    let mut before = state(&mut r, AT as u64, misaligned);
-                    if r.below(4) == 0 {
-                        // Some exceptions unmasked.
-                        before.mxcsr &= !(r.next() as u32 & 0x1f80);
-                    }
-                    let n = native.run(&before);
-                    let mut s = soft.run(&before);
-                    s.mxcsr &= 0xffff;
-                    if approximate {
-                        tolerate(&mut s, &n);
-                    }
-                    if s != n {
-                        failures.push(name.clone());
-                        eprintln!(
-                            "{name} imm {imm:#x} {bytes:02x?} operands {:?}\n{}",
-                            (0..instruction.op_count())
-                                .map(|i| instruction.op_register(i))
-                                .collect::<Vec<_>>(),
-                            describe(&before, &s, &n)
-                        );
-                        break 'code;
+    // With the host's own instructions where there are such handlers, and without.
+    for portable in [false, true] {
+        set_portable(portable);
+        // SAFETY: mapped above.
+        let mut soft = unsafe { Soft::new(AT) };
+        for code in codes().into_iter().filter(|c| host_has(*c)) {
+            let name = format!("{code:?}");
+            if only.as_ref().is_some_and(|o| !name.to_lowercase().starts_with(&o.to_lowercase())) {
+                continue;
+            }
+            let immediates = if name.contains("imm8") { 24 } else { 3 };
+            let approximate = name.starts_with("Rcp") || name.starts_with("Rsqrt");
+            let mut done = false;
+            'code: for memory in [false, true] {
+                for _ in 0..immediates {
+                    let imm = r.next() as u8;
+                    let Some((bytes, instruction)) = encode(&mut r, code, memory, imm) else { continue };
+                    done = true;
+                    soft.code(&bytes);
+                    native.code(&bytes);
+                    for _ in 0..cases {
+                        let misaligned = memory && r.below(8) == 0;
+                        let mut before = state(&mut r, AT as u64, misaligned);
+                        if r.below(4) == 0 {
+                            // Some exceptions unmasked.
+                            before.mxcsr &= !(r.next() as u32 & 0x1f80);
+                        }
+                        let n = native.run(&before);
+                        let mut s = soft.run(&before);
+                        s.mxcsr &= 0xffff;
+                        if approximate {
+                            tolerate(&mut s, &n);
+                        }
+                        if s != n {
+                            failures.push(name.clone());
+                            eprintln!(
+                                "{name} portable {portable} imm {imm:#x} {bytes:02x?} operands {:?}\n{}",
+                                (0..instruction.op_count())
+                                    .map(|i| instruction.op_register(i))
+                                    .collect::<Vec<_>>(),
+                                describe(&before, &s, &n)
+                            );
+                            break 'code;
+                        }
                     }
                 }
             }
+            assert!(done, "{name} cannot be encoded");
+            tested += 1;
         }
-        assert!(done, "{name} cannot be encoded");
-        tested += 1;
     }
     eprintln!("{tested} instructions, failures: {failures:?}");
     assert!(failures.is_empty(), "differ from the host: {failures:?}");
-    assert!(only.is_some() || tested > 350);
+    assert!(only.is_some() || tested > 700);
 }

@@ -160,3 +160,51 @@ where
         }
     }
 }
+
+/// A [`Handler`] in two parts: `fast` does the whole instruction and returns true, or it changes nothing and returns
+/// false; then `slow` does the instruction. A `fast` that calls nothing needs no stack frame.
+pub const fn handler_fast<Q, F>(fast: Q, slow: F) -> Handler
+where
+    Q: Fn(&mut Cpu, &Op) -> bool + Copy + 'static,
+    F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    const { assert!(size_of::<Q>() == 0 && size_of::<F>() == 0, "a handler must not capture") };
+    let _ = core::mem::ManuallyDrop::new((fast, slow));
+    thread_fast::<Q, F>
+}
+
+/// Runs `Q`, or `F` in its place, and goes on with the next op.
+///
+/// # Safety
+/// See [`Handler`].
+unsafe fn thread_fast<Q, F>(cpu: &mut Cpu, op: *const Op) -> Stop
+where
+    Q: Fn(&mut Cpu, &Op) -> bool + Copy + 'static,
+    F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    // SAFETY: Q is zero-sized (asserted in `handler_fast`), so any aligned address has a value of it.
+    let fast: Q = unsafe { *core::ptr::NonNull::<Q>::dangling().as_ref() };
+    // SAFETY: as in `thread`.
+    unsafe {
+        if fast(cpu, &*op) {
+            let next = op.add(1);
+            ((*next).f)(cpu, next)
+        } else {
+            thread_slow::<F>(cpu, op)
+        }
+    }
+}
+
+/// [`thread`] out of line, so that its registers are not saved on the fast way.
+///
+/// # Safety
+/// See [`Handler`].
+#[cold]
+#[inline(never)]
+unsafe fn thread_slow<F>(cpu: &mut Cpu, op: *const Op) -> Stop
+where
+    F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    // SAFETY: the same contract.
+    unsafe { thread::<F>(cpu, op) }
+}

@@ -7,10 +7,10 @@
 use iced_x86::{Code, Instruction};
 
 use super::super::flags::Int;
-use super::super::op::{Handler, Op, Res, handler};
+use super::super::op::{Handler, Op, Res, handler, handler_fast};
 use super::super::state::Cpu;
-use super::float::source;
 use super::form::{Form, M128, memory};
+use super::native::{clear_flags, hardware, hardware_from_general, hardware_to_general};
 use super::vector::{V, build, join, split, with_low32, with_low64};
 use crate::float::*;
 
@@ -159,32 +159,50 @@ fn two_wide(b: V, mut f: impl FnMut(u32) -> u64) -> V {
 /// Scalar to a general register.
 fn to_general<const SIZE: u32, T: Int>(
     form: Form,
+    fast: impl Fn(V, u32) -> Option<T> + Copy + 'static,
     f: impl Fn(u64, &mut Env) -> T + Copy + 'static,
 ) -> Handler {
-    #[inline(always)]
-    fn run<const SIZE: u32, const MEM: bool, T: Int>(
-        cpu: &mut Cpu,
-        op: &Op,
-        f: impl Fn(u64, &mut Env) -> T,
-    ) -> Res {
-        let b = source::<SIZE, MEM>(cpu, op)?;
-        let mut env = Env::sse(cpu.rb.mxcsr);
-        let r = f(b[0], &mut env);
-        cpu.sse_commit(&env)?;
-        cpu.set_reg::<T>(op.dst, r);
-        Ok(())
-    }
-    if form.mem {
-        handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, true, T>(cpu, op, f))
-    } else {
-        handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, false, T>(cpu, op, f))
-    }
+    form.sse_try::<SIZE>(
+        move |cpu, op, b| match fast(b, cpu.rb.mxcsr) {
+            Some(r) => {
+                cpu.set_reg::<T>(op.dst, r);
+                true
+            }
+            None => false,
+        },
+        move |cpu, op, b| {
+            clear_flags();
+            let mut env = Env::sse(cpu.rb.mxcsr);
+            let r = f(b[0], &mut env);
+            cpu.sse_commit(&env)?;
+            cpu.set_reg::<T>(op.dst, r);
+            Ok(())
+        },
+    )
 }
 
 /// General register or memory of type T to a scalar.
-fn from_general<T: Int>(form: Form, f: impl Fn(V, i64, &mut Env) -> V + Copy + 'static) -> Handler {
+fn from_general<T: Int>(
+    form: Form,
+    fast: impl Fn(V, T, u32) -> Option<V> + Copy + 'static,
+    f: impl Fn(V, i64, &mut Env) -> V + Copy + 'static,
+) -> Handler {
     #[inline(always)]
-    fn run<T: Int>(cpu: &mut Cpu, op: &Op, v: T, f: impl Fn(V, i64, &mut Env) -> V) -> Res {
+    fn run_fast<T: Int>(cpu: &mut Cpu, op: &Op, v: Option<T>, fast: impl Fn(V, T, u32) -> Option<V>) -> bool {
+        let (true, Some(v)) = (cpu.sse_enabled(), v) else { return false };
+        match fast(cpu.xmm(op.dst), v, cpu.rb.mxcsr) {
+            Some(r) => {
+                cpu.set_xmm(op.dst, r);
+                true
+            }
+            None => false,
+        }
+    }
+    #[inline(always)]
+    fn run<T: Int, const MEM: bool>(cpu: &mut Cpu, op: &Op, f: impl Fn(V, i64, &mut Env) -> V) -> Res {
+        cpu.sse_ready()?;
+        let v: T = if MEM { cpu.load(op)? } else { cpu.reg(op.src) };
+        clear_flags();
         let mut env = Env::sse(cpu.rb.mxcsr);
         let r = f(cpu.xmm(op.dst), v.to_i64(), &mut env);
         cpu.sse_commit(&env)?;
@@ -192,17 +210,15 @@ fn from_general<T: Int>(form: Form, f: impl Fn(V, i64, &mut Env) -> V + Copy + '
         Ok(())
     }
     if form.mem {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let v: T = cpu.load(op)?;
-            run(cpu, op, v, f)
-        })
+        handler_fast(
+            move |cpu: &mut Cpu, op: &Op| run_fast(cpu, op, cpu.quick_load::<T>(op), fast),
+            move |cpu: &mut Cpu, op: &Op| run::<T, true>(cpu, op, f),
+        )
     } else {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let v: T = cpu.reg(op.src);
-            run(cpu, op, v, f)
-        })
+        handler_fast(
+            move |cpu: &mut Cpu, op: &Op| run_fast(cpu, op, Some(cpu.reg::<T>(op.src)), fast),
+            move |cpu: &mut Cpu, op: &Op| run::<T, false>(cpu, op, f),
+        )
     }
 }
 
@@ -239,7 +255,7 @@ fn to_mmx<const SIZE: u32>(form: Form, f: impl Fn(V, &mut Env) -> V + Copy + 'st
     fn run<const SIZE: u32, const MEM: bool>(cpu: &mut Cpu, op: &Op, f: impl Fn(V, &mut Env) -> V) -> Res {
         cpu.sse_ready()?;
         cpu.mmx_ready()?;
-        let b = source::<SIZE, MEM>(cpu, op)?;
+        let b = if MEM { memory::<SIZE>(cpu, op)? } else { cpu.xmm(op.src) };
         let mut env = Env::sse(cpu.rb.mxcsr);
         let r = f(b, &mut env);
         // As in `from_mmx`.
@@ -266,31 +282,67 @@ fn two_low32(b: V, env: &mut Env, f: impl Fn(u32, &mut Env) -> i32) -> V {
 pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
     use Code::*;
     Some(match i.code() {
-        Cvtdq2ps_xmm_xmmm128 => {
-            form.x2f::<M128>(|_, b, e| each32(b, e, |x, e| from_i64_32(x as i32 as i64, e)))
+        Cvtdq2ps_xmm_xmmm128 => form.x2f::<M128>(hardware!("cvtdq2ps"), |_, b, e| {
+            each32(b, e, |x, e| from_i64_32(x as i32 as i64, e))
+        }),
+        Cvtps2dq_xmm_xmmm128 => form.x2f::<M128>(hardware!("cvtps2dq"), |_, b, e| each32(b, e, round32_i32)),
+        Cvttps2dq_xmm_xmmm128 => {
+            form.x2f::<M128>(hardware!("cvttps2dq"), |_, b, e| each32(b, e, trunc32_i32))
         }
-        Cvtps2dq_xmm_xmmm128 => form.x2f::<M128>(|_, b, e| each32(b, e, round32_i32)),
-        Cvttps2dq_xmm_xmmm128 => form.x2f::<M128>(|_, b, e| each32(b, e, trunc32_i32)),
         Cvtdq2pd_xmm_xmmm64 => form.x1::<8>(|b| two_wide(b, |x| (x as i32 as f64).to_bits())),
-        Cvtpd2dq_xmm_xmmm128 => form.x2f::<M128>(|_, b, e| two_low(b, e, |x, e| round64_i32(x, e) as u32)),
-        Cvttpd2dq_xmm_xmmm128 => form.x2f::<M128>(|_, b, e| two_low(b, e, |x, e| trunc64_i32(x, e) as u32)),
-        Cvtps2pd_xmm_xmmm64 => form.x2f::<8>(|_, b, e| two_wide(b, |x| f32_to_f64(x, e))),
-        Cvtpd2ps_xmm_xmmm128 => form.x2f::<M128>(|_, b, e| two_low(b, e, narrow64)),
-        Cvtss2sd_xmm_xmmm32 => form.x2f::<4>(|a, b, e| with_low64(a, f32_to_f64(b[0] as u32, e))),
-        Cvtsd2ss_xmm_xmmm64 => form.x2f::<8>(|a, b, e| with_low32(a, narrow64(b[0], e))),
+        Cvtpd2dq_xmm_xmmm128 => {
+            form.x2f::<M128>(hardware!("cvtpd2dq"), |_, b, e| two_low(b, e, |x, e| round64_i32(x, e) as u32))
+        }
+        Cvttpd2dq_xmm_xmmm128 => {
+            form.x2f::<M128>(hardware!("cvttpd2dq"), |_, b, e| two_low(b, e, |x, e| trunc64_i32(x, e) as u32))
+        }
+        Cvtps2pd_xmm_xmmm64 => {
+            form.x2f::<8>(hardware!("cvtps2pd"), |_, b, e| two_wide(b, |x| f32_to_f64(x, e)))
+        }
+        Cvtpd2ps_xmm_xmmm128 => form.x2f::<M128>(hardware!("cvtpd2ps"), |_, b, e| two_low(b, e, narrow64)),
+        Cvtss2sd_xmm_xmmm32 => {
+            form.x2f::<4>(hardware!("cvtss2sd"), |a, b, e| with_low64(a, f32_to_f64(b[0] as u32, e)))
+        }
+        Cvtsd2ss_xmm_xmmm64 => {
+            form.x2f::<8>(hardware!("cvtsd2ss"), |a, b, e| with_low32(a, narrow64(b[0], e)))
+        }
 
-        Cvtsi2ss_xmm_rm32 => from_general::<u32>(form, |a, v, e| with_low32(a, from_i64_32(v, e))),
-        Cvtsi2ss_xmm_rm64 => from_general::<u64>(form, |a, v, e| with_low32(a, from_i64_32(v, e))),
-        Cvtsi2sd_xmm_rm32 => from_general::<u32>(form, |a, v, e| with_low64(a, from_i64_64(v, e))),
-        Cvtsi2sd_xmm_rm64 => from_general::<u64>(form, |a, v, e| with_low64(a, from_i64_64(v, e))),
-        Cvtss2si_r32_xmmm32 => to_general::<4, u32>(form, |b, e| round32_i32(b as u32, e) as u32),
-        Cvtss2si_r64_xmmm32 => to_general::<4, u64>(form, |b, e| round32_i64(b as u32, e) as u64),
-        Cvttss2si_r32_xmmm32 => to_general::<4, u32>(form, |b, e| trunc32_i32(b as u32, e) as u32),
-        Cvttss2si_r64_xmmm32 => to_general::<4, u64>(form, |b, e| trunc32_i64(b as u32, e) as u64),
-        Cvtsd2si_r32_xmmm64 => to_general::<8, u32>(form, |b, e| round64_i32(b, e) as u32),
-        Cvtsd2si_r64_xmmm64 => to_general::<8, u64>(form, |b, e| round64_i64(b, e) as u64),
-        Cvttsd2si_r32_xmmm64 => to_general::<8, u32>(form, |b, e| trunc64_i32(b, e) as u32),
-        Cvttsd2si_r64_xmmm64 => to_general::<8, u64>(form, |b, e| trunc64_i64(b, e) as u64),
+        Cvtsi2ss_xmm_rm32 => from_general::<u32>(form, hardware_from_general!("cvtsi2ss", u32), |a, v, e| {
+            with_low32(a, from_i64_32(v, e))
+        }),
+        Cvtsi2ss_xmm_rm64 => from_general::<u64>(form, hardware_from_general!("cvtsi2ss", u64), |a, v, e| {
+            with_low32(a, from_i64_32(v, e))
+        }),
+        Cvtsi2sd_xmm_rm32 => from_general::<u32>(form, hardware_from_general!("cvtsi2sd", u32), |a, v, e| {
+            with_low64(a, from_i64_64(v, e))
+        }),
+        Cvtsi2sd_xmm_rm64 => from_general::<u64>(form, hardware_from_general!("cvtsi2sd", u64), |a, v, e| {
+            with_low64(a, from_i64_64(v, e))
+        }),
+        Cvtss2si_r32_xmmm32 => to_general::<4, u32>(form, hardware_to_general!("cvtss2si", u32), |b, e| {
+            round32_i32(b as u32, e) as u32
+        }),
+        Cvtss2si_r64_xmmm32 => to_general::<4, u64>(form, hardware_to_general!("cvtss2si", u64), |b, e| {
+            round32_i64(b as u32, e) as u64
+        }),
+        Cvttss2si_r32_xmmm32 => to_general::<4, u32>(form, hardware_to_general!("cvttss2si", u32), |b, e| {
+            trunc32_i32(b as u32, e) as u32
+        }),
+        Cvttss2si_r64_xmmm32 => to_general::<4, u64>(form, hardware_to_general!("cvttss2si", u64), |b, e| {
+            trunc32_i64(b as u32, e) as u64
+        }),
+        Cvtsd2si_r32_xmmm64 => {
+            to_general::<8, u32>(form, hardware_to_general!("cvtsd2si", u32), |b, e| round64_i32(b, e) as u32)
+        }
+        Cvtsd2si_r64_xmmm64 => {
+            to_general::<8, u64>(form, hardware_to_general!("cvtsd2si", u64), |b, e| round64_i64(b, e) as u64)
+        }
+        Cvttsd2si_r32_xmmm64 => to_general::<8, u32>(form, hardware_to_general!("cvttsd2si", u32), |b, e| {
+            trunc64_i32(b, e) as u32
+        }),
+        Cvttsd2si_r64_xmmm64 => to_general::<8, u64>(form, hardware_to_general!("cvttsd2si", u64), |b, e| {
+            trunc64_i64(b, e) as u64
+        }),
 
         Cvtpi2ps_xmm_mmm64 => from_mmx(form, |a, b, e| {
             let low = from_i64_32(b as i32 as i64, e);

@@ -8,9 +8,10 @@ use core::cmp::Ordering;
 use iced_x86::{Code, Instruction};
 
 use super::super::flags::rf;
-use super::super::op::{Handler, Op, Res, Stop, handler};
+use super::super::op::{Handler, Res, Stop};
 use super::super::state::{Cpu, cr4, vector};
-use super::form::{Form, M128, memory};
+use super::form::{Form, M128};
+use super::native::{clear_flags, hardware, hardware_compare};
 use super::vector::{Lane, V, build, join, map1, split, with_low32, with_low64};
 use crate::float::*;
 
@@ -29,95 +30,99 @@ impl Cpu {
     }
 }
 
-/// XMM source, register or memory.
-#[inline(always)]
-pub fn source<const SIZE: u32, const MEM: bool>(cpu: &mut Cpu, op: &Op) -> Result<V, Stop> {
-    cpu.sse_ready()?;
-    if MEM { memory::<SIZE>(cpu, op) } else { Ok(cpu.xmm(op.src)) }
-}
+/// The host's instruction for an operation: see [`super::native`].
+pub trait Hardware: Fn(V, V, u32) -> Option<V> + Copy + 'static {}
+impl<F: Fn(V, V, u32) -> Option<V> + Copy + 'static> Hardware for F {}
 
 impl Form {
-    /// `dst = f(dst, src, imm8)` with floating-point exceptions.
-    pub fn x2if<const SIZE: u32>(self, f: impl Fn(V, V, u8, &mut Env) -> V + Copy + 'static) -> Handler {
-        #[inline(always)]
-        fn run<const SIZE: u32, const MEM: bool>(
-            cpu: &mut Cpu,
-            op: &Op,
-            f: impl Fn(V, V, u8, &mut Env) -> V,
-        ) -> Res {
-            let b = source::<SIZE, MEM>(cpu, op)?;
-            let mut env = Env::sse(cpu.rb.mxcsr);
-            let r = f(cpu.xmm(op.dst), b, op.imm as u8, &mut env);
-            cpu.sse_commit(&env)?;
-            cpu.set_xmm(op.dst, r);
-            Ok(())
-        }
-        if self.mem {
-            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, true>(cpu, op, f))
-        } else {
-            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, false>(cpu, op, f))
-        }
+    /// `dst = f(dst, src, imm8)` with floating-point exceptions; `fast` where it can.
+    pub fn x2if<const SIZE: u32>(
+        self,
+        fast: impl Hardware,
+        f: impl Fn(V, V, u8, &mut Env) -> V + Copy + 'static,
+    ) -> Handler {
+        self.sse_try::<SIZE>(
+            move |cpu, op, b| match fast(cpu.xmm(op.dst), b, cpu.rb.mxcsr) {
+                Some(r) => {
+                    cpu.set_xmm(op.dst, r);
+                    true
+                }
+                None => false,
+            },
+            move |cpu, op, b| {
+                clear_flags();
+                let mut env = Env::sse(cpu.rb.mxcsr);
+                let r = f(cpu.xmm(op.dst), b, op.imm as u8, &mut env);
+                cpu.sse_commit(&env)?;
+                cpu.set_xmm(op.dst, r);
+                Ok(())
+            },
+        )
     }
 
     /// `dst = f(dst, src)` with floating-point exceptions.
-    pub fn x2f<const SIZE: u32>(self, f: impl Fn(V, V, &mut Env) -> V + Copy + 'static) -> Handler {
-        self.x2if::<SIZE>(move |a, b, _, env| f(a, b, env))
+    pub fn x2f<const SIZE: u32>(
+        self,
+        fast: impl Hardware,
+        f: impl Fn(V, V, &mut Env) -> V + Copy + 'static,
+    ) -> Handler {
+        self.x2if::<SIZE>(fast, move |a, b, _, env| f(a, b, env))
     }
 
     /// Packed single: `f` on every pair of elements.
-    fn ps(self, f: impl Fn(u32, u32, u8, &mut Env) -> u32 + Copy + 'static) -> Handler {
-        self.x2if::<M128>(move |a, b, imm, env| {
+    fn ps(self, fast: impl Hardware, f: impl Fn(u32, u32, u8, &mut Env) -> u32 + Copy + 'static) -> Handler {
+        self.x2if::<M128>(fast, move |a, b, imm, env| {
             let (a, b) = (split::<u32, 4>(a), split::<u32, 4>(b));
             build(|i| f(a[i], b[i], imm, env))
         })
     }
 
     /// Packed double: `f` on every pair of elements.
-    fn pd(self, f: impl Fn(u64, u64, u8, &mut Env) -> u64 + Copy + 'static) -> Handler {
-        self.x2if::<M128>(move |a, b, imm, env| {
+    fn pd(self, fast: impl Hardware, f: impl Fn(u64, u64, u8, &mut Env) -> u64 + Copy + 'static) -> Handler {
+        self.x2if::<M128>(fast, move |a, b, imm, env| {
             let low = f(a[0], b[0], imm, env);
             [low, f(a[1], b[1], imm, env)]
         })
     }
 
     /// Scalar single: `f` on the lowest elements.
-    fn ss(self, f: impl Fn(u32, u32, u8, &mut Env) -> u32 + Copy + 'static) -> Handler {
-        self.x2if::<4>(move |a, b, imm, env| with_low32(a, f(a[0] as u32, b[0] as u32, imm, env)))
+    fn ss(self, fast: impl Hardware, f: impl Fn(u32, u32, u8, &mut Env) -> u32 + Copy + 'static) -> Handler {
+        self.x2if::<4>(fast, move |a, b, imm, env| with_low32(a, f(a[0] as u32, b[0] as u32, imm, env)))
     }
 
     /// Scalar double: `f` on the lowest elements.
-    fn sd(self, f: impl Fn(u64, u64, u8, &mut Env) -> u64 + Copy + 'static) -> Handler {
-        self.x2if::<8>(move |a, b, imm, env| with_low64(a, f(a[0], b[0], imm, env)))
+    fn sd(self, fast: impl Hardware, f: impl Fn(u64, u64, u8, &mut Env) -> u64 + Copy + 'static) -> Handler {
+        self.x2if::<8>(fast, move |a, b, imm, env| with_low64(a, f(a[0], b[0], imm, env)))
     }
 
     /// COMISS and the like: `f` on the lowest words to flags.
     fn compare<const SIZE: u32>(
         self,
+        fast: impl Fn(V, V, u32) -> Option<(bool, bool, bool)> + Copy + 'static,
         f: impl Fn(u64, u64, &mut Env) -> Option<Ordering> + Copy + 'static,
     ) -> Handler {
-        #[inline(always)]
-        fn run<const SIZE: u32, const MEM: bool>(
-            cpu: &mut Cpu,
-            op: &Op,
-            f: impl Fn(u64, u64, &mut Env) -> Option<Ordering>,
-        ) -> Res {
-            let b = source::<SIZE, MEM>(cpu, op)?;
-            let mut env = Env::sse(cpu.rb.mxcsr);
-            let order = f(cpu.xmm(op.dst)[0], b[0], &mut env);
-            cpu.sse_commit(&env)?;
-            cpu.lf.set_all(match order {
-                None => rf::ZF | rf::PF | rf::CF,
-                Some(Ordering::Greater) => 0,
-                Some(Ordering::Less) => rf::CF,
-                Some(Ordering::Equal) => rf::ZF,
-            });
-            Ok(())
-        }
-        if self.mem {
-            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, true>(cpu, op, f))
-        } else {
-            handler(move |cpu: &mut Cpu, op: &Op| run::<SIZE, false>(cpu, op, f))
-        }
+        self.sse_try::<SIZE>(
+            move |cpu, op, b| match fast(cpu.xmm(op.dst), b, cpu.rb.mxcsr) {
+                Some((z, p, c)) => {
+                    cpu.lf.set_all((z as u64) << 6 | (p as u64) << 2 | c as u64);
+                    true
+                }
+                None => false,
+            },
+            move |cpu, op, b| {
+                clear_flags();
+                let mut env = Env::sse(cpu.rb.mxcsr);
+                let order = f(cpu.xmm(op.dst)[0], b[0], &mut env);
+                cpu.sse_commit(&env)?;
+                cpu.lf.set_all(match order {
+                    None => rf::ZF | rf::PF | rf::CF,
+                    Some(Ordering::Greater) => 0,
+                    Some(Ordering::Less) => rf::CF,
+                    Some(Ordering::Equal) => rf::ZF,
+                });
+                Ok(())
+            },
+        )
     }
 }
 
@@ -180,22 +185,16 @@ pub fn dppd(a: V, b: V, imm: u8, mxcsr: &mut u32) -> Option<V> {
 
 /// DPPS and DPPD.
 fn dot(form: Form, f: impl Fn(V, V, u8, &mut u32) -> Option<V> + Copy + 'static) -> Handler {
-    #[inline(always)]
-    fn run<const MEM: bool>(cpu: &mut Cpu, op: &Op, f: impl Fn(V, V, u8, &mut u32) -> Option<V>) -> Res {
-        let b = source::<M128, MEM>(cpu, op)?;
-        match f(cpu.xmm(op.dst), b, op.imm as u8, &mut cpu.rb.mxcsr) {
+    form.sse_try::<M128>(
+        |_, _, _| false,
+        move |cpu, op, b| match f(cpu.xmm(op.dst), b, op.imm as u8, &mut cpu.rb.mxcsr) {
             Some(r) => {
                 cpu.set_xmm(op.dst, r);
                 Ok(())
             }
             None => Err(cpu.simd_exception()),
-        }
-    }
-    if form.mem {
-        handler(move |cpu: &mut Cpu, op: &Op| run::<true>(cpu, op, f))
-    } else {
-        handler(move |cpu: &mut Cpu, op: &Op| run::<false>(cpu, op, f))
-    }
+        },
+    )
 }
 
 /// All ones for true.
@@ -208,64 +207,98 @@ fn all64(x: bool) -> u64 {
     if x { u64::MAX } else { 0 }
 }
 
+/// CMP* with each of the eight predicates.
+macro_rules! predicates {
+    ($form:expr, $kind:ident, $insn:literal, $f:expr) => {
+        match $form.imm & 7 {
+            0 => $form.$kind(hardware!($insn, imm "0"), $f),
+            1 => $form.$kind(hardware!($insn, imm "1"), $f),
+            2 => $form.$kind(hardware!($insn, imm "2"), $f),
+            3 => $form.$kind(hardware!($insn, imm "3"), $f),
+            4 => $form.$kind(hardware!($insn, imm "4"), $f),
+            5 => $form.$kind(hardware!($insn, imm "5"), $f),
+            6 => $form.$kind(hardware!($insn, imm "6"), $f),
+            _ => $form.$kind(hardware!($insn, imm "7"), $f),
+        }
+    };
+}
+
 /// Translates arithmetic and comparisons.
 pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
     use Code::*;
     Some(match i.code() {
-        Addps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_add(a, b, e)),
-        Addpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_add(a, b, e)),
-        Addss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_add(a, b, e)),
-        Addsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_add(a, b, e)),
-        Subps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_sub(a, b, e)),
-        Subpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_sub(a, b, e)),
-        Subss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_sub(a, b, e)),
-        Subsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_sub(a, b, e)),
-        Mulps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_mul(a, b, e)),
-        Mulpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_mul(a, b, e)),
-        Mulss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_mul(a, b, e)),
-        Mulsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_mul(a, b, e)),
-        Divps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_div(a, b, e)),
-        Divpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_div(a, b, e)),
-        Divss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_div(a, b, e)),
-        Divsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_div(a, b, e)),
-        Minps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_min(a, b, e)),
-        Minpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_min(a, b, e)),
-        Minss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_min(a, b, e)),
-        Minsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_min(a, b, e)),
-        Maxps_xmm_xmmm128 => form.ps(|a, b, _, e| f32_max(a, b, e)),
-        Maxpd_xmm_xmmm128 => form.pd(|a, b, _, e| f64_max(a, b, e)),
-        Maxss_xmm_xmmm32 => form.ss(|a, b, _, e| f32_max(a, b, e)),
-        Maxsd_xmm_xmmm64 => form.sd(|a, b, _, e| f64_max(a, b, e)),
-        Sqrtps_xmm_xmmm128 => form.ps(|_, b, _, e| f32_sqrt(b, e)),
-        Sqrtpd_xmm_xmmm128 => form.pd(|_, b, _, e| f64_sqrt(b, e)),
-        Sqrtss_xmm_xmmm32 => form.ss(|_, b, _, e| f32_sqrt(b, e)),
-        Sqrtsd_xmm_xmmm64 => form.sd(|_, b, _, e| f64_sqrt(b, e)),
+        Addps_xmm_xmmm128 => form.ps(hardware!("addps"), |a, b, _, e| f32_add(a, b, e)),
+        Addpd_xmm_xmmm128 => form.pd(hardware!("addpd"), |a, b, _, e| f64_add(a, b, e)),
+        Addss_xmm_xmmm32 => form.ss(hardware!("addss"), |a, b, _, e| f32_add(a, b, e)),
+        Addsd_xmm_xmmm64 => form.sd(hardware!("addsd"), |a, b, _, e| f64_add(a, b, e)),
+        Subps_xmm_xmmm128 => form.ps(hardware!("subps"), |a, b, _, e| f32_sub(a, b, e)),
+        Subpd_xmm_xmmm128 => form.pd(hardware!("subpd"), |a, b, _, e| f64_sub(a, b, e)),
+        Subss_xmm_xmmm32 => form.ss(hardware!("subss"), |a, b, _, e| f32_sub(a, b, e)),
+        Subsd_xmm_xmmm64 => form.sd(hardware!("subsd"), |a, b, _, e| f64_sub(a, b, e)),
+        Mulps_xmm_xmmm128 => form.ps(hardware!("mulps"), |a, b, _, e| f32_mul(a, b, e)),
+        Mulpd_xmm_xmmm128 => form.pd(hardware!("mulpd"), |a, b, _, e| f64_mul(a, b, e)),
+        Mulss_xmm_xmmm32 => form.ss(hardware!("mulss"), |a, b, _, e| f32_mul(a, b, e)),
+        Mulsd_xmm_xmmm64 => form.sd(hardware!("mulsd"), |a, b, _, e| f64_mul(a, b, e)),
+        Divps_xmm_xmmm128 => form.ps(hardware!("divps"), |a, b, _, e| f32_div(a, b, e)),
+        Divpd_xmm_xmmm128 => form.pd(hardware!("divpd"), |a, b, _, e| f64_div(a, b, e)),
+        Divss_xmm_xmmm32 => form.ss(hardware!("divss"), |a, b, _, e| f32_div(a, b, e)),
+        Divsd_xmm_xmmm64 => form.sd(hardware!("divsd"), |a, b, _, e| f64_div(a, b, e)),
+        Minps_xmm_xmmm128 => form.ps(hardware!("minps"), |a, b, _, e| f32_min(a, b, e)),
+        Minpd_xmm_xmmm128 => form.pd(hardware!("minpd"), |a, b, _, e| f64_min(a, b, e)),
+        Minss_xmm_xmmm32 => form.ss(hardware!("minss"), |a, b, _, e| f32_min(a, b, e)),
+        Minsd_xmm_xmmm64 => form.sd(hardware!("minsd"), |a, b, _, e| f64_min(a, b, e)),
+        Maxps_xmm_xmmm128 => form.ps(hardware!("maxps"), |a, b, _, e| f32_max(a, b, e)),
+        Maxpd_xmm_xmmm128 => form.pd(hardware!("maxpd"), |a, b, _, e| f64_max(a, b, e)),
+        Maxss_xmm_xmmm32 => form.ss(hardware!("maxss"), |a, b, _, e| f32_max(a, b, e)),
+        Maxsd_xmm_xmmm64 => form.sd(hardware!("maxsd"), |a, b, _, e| f64_max(a, b, e)),
+        Sqrtps_xmm_xmmm128 => form.ps(hardware!("sqrtps"), |_, b, _, e| f32_sqrt(b, e)),
+        Sqrtpd_xmm_xmmm128 => form.pd(hardware!("sqrtpd"), |_, b, _, e| f64_sqrt(b, e)),
+        Sqrtss_xmm_xmmm32 => form.ss(hardware!("sqrtss"), |_, b, _, e| f32_sqrt(b, e)),
+        Sqrtsd_xmm_xmmm64 => form.sd(hardware!("sqrtsd"), |_, b, _, e| f64_sqrt(b, e)),
         // Legacy encodings have three bits of predicate, the others are ignored.
-        Cmpps_xmm_xmmm128_imm8 => form.ps(|a, b, p, e| all32(f32_cmp_predicate(a, b, p & 7, e))),
-        Cmppd_xmm_xmmm128_imm8 => form.pd(|a, b, p, e| all64(f64_cmp_predicate(a, b, p & 7, e))),
-        Cmpss_xmm_xmmm32_imm8 => form.ss(|a, b, p, e| all32(f32_cmp_predicate(a, b, p & 7, e))),
-        Cmpsd_xmm_xmmm64_imm8 => form.sd(|a, b, p, e| all64(f64_cmp_predicate(a, b, p & 7, e))),
-        Comiss_xmm_xmmm32 => form.compare::<4>(|a, b, e| f32_cmp(a as u32, b as u32, true, e)),
-        Ucomiss_xmm_xmmm32 => form.compare::<4>(|a, b, e| f32_cmp(a as u32, b as u32, false, e)),
-        Comisd_xmm_xmmm64 => form.compare::<8>(|a, b, e| f64_cmp(a, b, true, e)),
-        Ucomisd_xmm_xmmm64 => form.compare::<8>(|a, b, e| f64_cmp(a, b, false, e)),
+        Cmpps_xmm_xmmm128_imm8 => {
+            predicates!(form, ps, "cmpps", |a, b, p, e| all32(f32_cmp_predicate(a, b, p & 7, e)))
+        }
+        Cmppd_xmm_xmmm128_imm8 => {
+            predicates!(form, pd, "cmppd", |a, b, p, e| all64(f64_cmp_predicate(a, b, p & 7, e)))
+        }
+        Cmpss_xmm_xmmm32_imm8 => {
+            predicates!(form, ss, "cmpss", |a, b, p, e| all32(f32_cmp_predicate(a, b, p & 7, e)))
+        }
+        Cmpsd_xmm_xmmm64_imm8 => {
+            predicates!(form, sd, "cmpsd", |a, b, p, e| all64(f64_cmp_predicate(a, b, p & 7, e)))
+        }
+        Comiss_xmm_xmmm32 => {
+            form.compare::<4>(hardware_compare!("comiss"), |a, b, e| f32_cmp(a as u32, b as u32, true, e))
+        }
+        Ucomiss_xmm_xmmm32 => {
+            form.compare::<4>(hardware_compare!("ucomiss"), |a, b, e| f32_cmp(a as u32, b as u32, false, e))
+        }
+        Comisd_xmm_xmmm64 => form.compare::<8>(hardware_compare!("comisd"), |a, b, e| f64_cmp(a, b, true, e)),
+        Ucomisd_xmm_xmmm64 => {
+            form.compare::<8>(hardware_compare!("ucomisd"), |a, b, e| f64_cmp(a, b, false, e))
+        }
         // No exceptions, no MXCSR.
         Rcpps_xmm_xmmm128 => form.x1::<M128>(|b| map1(b, f32_rcp_estimate)),
         Rcpss_xmm_xmmm32 => form.x2::<4>(|a, b| with_low32(a, f32_rcp_estimate(b[0] as u32))),
         Rsqrtps_xmm_xmmm128 => form.x1::<M128>(|b| map1(b, f32_rsqrt_estimate)),
         Rsqrtss_xmm_xmmm32 => form.x2::<4>(|a, b| with_low32(a, f32_rsqrt_estimate(b[0] as u32))),
-        Haddps_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours32(a, b, e, f32_add)),
-        Haddpd_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours64(a, b, e, f64_add)),
-        Hsubps_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours32(a, b, e, f32_sub)),
-        Hsubpd_xmm_xmmm128 => form.x2f::<M128>(|a, b, e| neighbours64(a, b, e, f64_sub)),
-        Addsubps_xmm_xmmm128 => form.x2f::<M128>(addsubps),
-        Addsubpd_xmm_xmmm128 => form.x2f::<M128>(addsubpd),
+        Haddps_xmm_xmmm128 => form.x2f::<M128>(|_, _, _| None, |a, b, e| neighbours32(a, b, e, f32_add)),
+        Haddpd_xmm_xmmm128 => form.x2f::<M128>(|_, _, _| None, |a, b, e| neighbours64(a, b, e, f64_add)),
+        Hsubps_xmm_xmmm128 => form.x2f::<M128>(|_, _, _| None, |a, b, e| neighbours32(a, b, e, f32_sub)),
+        Hsubpd_xmm_xmmm128 => form.x2f::<M128>(|_, _, _| None, |a, b, e| neighbours64(a, b, e, f64_sub)),
+        Addsubps_xmm_xmmm128 => form.x2f::<M128>(|_, _, _| None, addsubps),
+        Addsubpd_xmm_xmmm128 => form.x2f::<M128>(|_, _, _| None, addsubpd),
         Dpps_xmm_xmmm128_imm8 => dot(form, dpps),
         Dppd_xmm_xmmm128_imm8 => dot(form, dppd),
-        Roundps_xmm_xmmm128_imm8 => form.ps(|_, b, imm, e| super::convert::round32(b, imm, e)),
-        Roundpd_xmm_xmmm128_imm8 => form.pd(|_, b, imm, e| super::convert::round64(b, imm, e)),
-        Roundss_xmm_xmmm32_imm8 => form.ss(|_, b, imm, e| super::convert::round32(b, imm, e)),
-        Roundsd_xmm_xmmm64_imm8 => form.sd(|_, b, imm, e| super::convert::round64(b, imm, e)),
+        Roundps_xmm_xmmm128_imm8 => {
+            form.ps(|_, _, _| None, |_, b, imm, e| super::convert::round32(b, imm, e))
+        }
+        Roundpd_xmm_xmmm128_imm8 => {
+            form.pd(|_, _, _| None, |_, b, imm, e| super::convert::round64(b, imm, e))
+        }
+        Roundss_xmm_xmmm32_imm8 => form.ss(|_, _, _| None, |_, b, imm, e| super::convert::round32(b, imm, e)),
+        Roundsd_xmm_xmmm64_imm8 => form.sd(|_, _, _| None, |_, b, imm, e| super::convert::round64(b, imm, e)),
         _ => return None,
     })
 }

@@ -8,7 +8,7 @@
 
 use iced_x86::{Instruction, OpKind};
 
-use super::super::op::{Handler, Op, Res, Stop, handler};
+use super::super::op::{Handler, Op, Res, Stop, handler, handler_fast};
 use super::super::state::{Cpu, cr0, cr4};
 use super::super::translate::gpr;
 use super::vector::V;
@@ -27,11 +27,7 @@ impl Cpu {
     /// #UD or #NM unless SSE instructions may run (APM vol. 2, 11.3.1 and the instructions' exception tables).
     #[inline(always)]
     pub fn sse_ready(&mut self) -> Res {
-        if (self.cr0 & (cr0::EM | cr0::TS)) | (!self.cr4 & cr4::OSFXSR) == 0 {
-            Ok(())
-        } else {
-            Err(self.simd_unavailable(true))
-        }
+        if self.sse_enabled() { Ok(()) } else { Err(self.simd_unavailable(true)) }
     }
 
     /// #UD, #NM or #MF unless MMX instructions may run.
@@ -59,14 +55,15 @@ impl Cpu {
     /// XMM register `n`.
     #[inline(always)]
     pub fn xmm(&self, n: u8) -> V {
-        let y = &self.rb.ymm[n as usize & 15];
-        [y[0], y[1]]
+        // SAFETY: a V is the first half of the register.
+        unsafe { *(&raw const self.rb.ymm[n as usize & 15]).cast::<V>() }
     }
 
     /// Writes XMM register `n`; the upper half of the YMM register stays, as legacy SSE wants it.
     #[inline(always)]
     pub fn set_xmm(&mut self, n: u8, v: V) {
-        self.rb.ymm[n as usize & 15][..2].copy_from_slice(&v);
+        // SAFETY: as in `xmm`.
+        unsafe { *(&raw mut self.rb.ymm[n as usize & 15]).cast::<V>() = v };
     }
 
     /// MMX register `n`.
@@ -114,54 +111,20 @@ fn number(i: &Instruction, n: u32) -> u8 {
 pub struct Form {
     /// One operand is in memory.
     pub mem: bool,
+    /// The immediate operand, if there is one.
+    pub imm: u8,
 }
 
-/// Writes a handler twice, with memory and with register source.
-macro_rules! either {
-    ($self:expr, $size:expr, $get:ident, |$cpu:ident, $op:ident, $b:ident| $body:expr) => {
-        if $self.mem {
-            handler(move |$cpu: &mut Cpu, $op: &Op| {
-                ready::<{ $get::MMX }>($cpu)?;
-                let $b = $get::memory::<{ $size }>($cpu, $op)?;
-                $body
-            })
-        } else {
-            handler(move |$cpu: &mut Cpu, $op: &Op| {
-                ready::<{ $get::MMX }>($cpu)?;
-                let $b = $get::register($cpu, $op);
-                $body
-            })
-        }
-    };
-}
-
+/// Loads the memory operand in the way `SIZE` says, if that needs no slow path.
 #[inline(always)]
-fn ready<const MMX: bool>(cpu: &mut Cpu) -> Res {
-    if MMX { cpu.mmx_ready() } else { cpu.sse_ready() }
-}
-
-/// XMM sources.
-mod xsrc {
-    use super::*;
-    pub const MMX: bool = false;
-    pub use super::memory;
-    #[inline(always)]
-    pub fn register(cpu: &Cpu, op: &Op) -> V {
-        cpu.xmm(op.src)
-    }
-}
-
-/// MMX sources.
-mod msrc {
-    use super::*;
-    pub const MMX: bool = true;
-    #[inline(always)]
-    pub fn memory<const SIZE: u32>(cpu: &mut Cpu, op: &Op) -> Result<u64, Stop> {
-        Ok(super::memory::<SIZE>(cpu, op)?[0])
-    }
-    #[inline(always)]
-    pub fn register(cpu: &Cpu, op: &Op) -> u64 {
-        cpu.mm(op.src)
+pub fn quick_memory<const SIZE: u32>(cpu: &mut Cpu, op: &Op) -> Option<V> {
+    match SIZE {
+        M128 => cpu.quick_load128::<true>(op),
+        U128 => cpu.quick_load128::<false>(op),
+        8 => cpu.quick_load::<u64>(op).map(|v| [v, 0]),
+        4 => cpu.quick_load::<u32>(op).map(|v| [v as u64, 0]),
+        2 => cpu.quick_load::<u16>(op).map(|v| [v as u64, 0]),
+        _ => cpu.quick_load::<u8>(op).map(|v| [v as u64, 0]),
     }
 }
 
@@ -181,79 +144,117 @@ impl Form {
                 _ => {}
             }
         }
-        Form { mem }
+        Form { mem, imm: op.imm as u8 }
+    }
+
+    /// `fast` or, if that returns false (having changed nothing), `slow`, with the XMM source.
+    #[inline(always)]
+    pub fn sse_try<const SIZE: u32>(
+        self,
+        fast: impl Fn(&mut Cpu, &Op, V) -> bool + Copy + 'static,
+        slow: impl Fn(&mut Cpu, &Op, V) -> Res + Copy + 'static,
+    ) -> Handler {
+        if self.mem {
+            handler_fast(
+                move |cpu: &mut Cpu, op: &Op| {
+                    cpu.sse_enabled() && quick_memory::<SIZE>(cpu, op).is_some_and(|b| fast(cpu, op, b))
+                },
+                move |cpu: &mut Cpu, op: &Op| {
+                    cpu.sse_ready()?;
+                    let b = memory::<SIZE>(cpu, op)?;
+                    slow(cpu, op, b)
+                },
+            )
+        } else {
+            handler_fast(
+                move |cpu: &mut Cpu, op: &Op| {
+                    let b = cpu.xmm(op.src);
+                    cpu.sse_enabled() && fast(cpu, op, b)
+                },
+                move |cpu: &mut Cpu, op: &Op| {
+                    cpu.sse_ready()?;
+                    let b = cpu.xmm(op.src);
+                    slow(cpu, op, b)
+                },
+            )
+        }
+    }
+
+    /// `f` with the XMM source; it can't fail.
+    #[inline(always)]
+    pub fn sse<const SIZE: u32>(self, f: impl Fn(&mut Cpu, &Op, V) + Copy + 'static) -> Handler {
+        self.sse_try::<SIZE>(
+            move |cpu, op, b| {
+                f(cpu, op, b);
+                true
+            },
+            move |cpu, op, b| {
+                f(cpu, op, b);
+                Ok(())
+            },
+        )
     }
 
     /// `dst = f(dst, src)`.
     pub fn x2<const SIZE: u32>(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
-        either!(self, SIZE, xsrc, |cpu, op, b| {
-            let r = f(cpu.xmm(op.dst), b);
-            cpu.set_xmm(op.dst, r);
-            Ok(())
-        })
+        self.sse::<SIZE>(move |cpu, op, b| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), b)))
     }
 
     /// `dst = f(src)`.
     pub fn x1<const SIZE: u32>(self, f: impl Fn(V) -> V + Copy + 'static) -> Handler {
-        either!(self, SIZE, xsrc, |cpu, op, b| {
-            cpu.set_xmm(op.dst, f(b));
-            Ok(())
-        })
+        self.sse::<SIZE>(move |cpu, op, b| cpu.set_xmm(op.dst, f(b)))
     }
 
     /// `dst = f(dst, src, imm8)`.
     pub fn x2i<const SIZE: u32>(self, f: impl Fn(V, V, u8) -> V + Copy + 'static) -> Handler {
-        either!(self, SIZE, xsrc, |cpu, op, b| {
-            let r = f(cpu.xmm(op.dst), b, op.imm as u8);
-            cpu.set_xmm(op.dst, r);
-            Ok(())
-        })
+        self.sse::<SIZE>(move |cpu, op, b| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), b, op.imm as u8)))
     }
 
     /// `dst = f(src, imm8)`.
     pub fn x1i<const SIZE: u32>(self, f: impl Fn(V, u8) -> V + Copy + 'static) -> Handler {
-        either!(self, SIZE, xsrc, |cpu, op, b| {
-            cpu.set_xmm(op.dst, f(b, op.imm as u8));
-            Ok(())
-        })
+        self.sse::<SIZE>(move |cpu, op, b| cpu.set_xmm(op.dst, f(b, op.imm as u8)))
     }
 
     /// `dst = f(dst, src, XMM0)`.
     pub fn x3(self, f: impl Fn(V, V, V) -> V + Copy + 'static) -> Handler {
-        either!(self, M128, xsrc, |cpu, op, b| {
-            let r = f(cpu.xmm(op.dst), b, cpu.xmm(0));
-            cpu.set_xmm(op.dst, r);
-            Ok(())
-        })
+        self.sse::<M128>(move |cpu, op, b| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), b, cpu.xmm(0))))
     }
 
     /// `dst = f(dst, [imm8, 0])`: shifts by an immediate.
     pub fn xi(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let r = f(cpu.xmm(op.dst), [op.imm, 0]);
-            cpu.set_xmm(op.dst, r);
-            Ok(())
-        })
+        self.sse::<M128>(move |cpu, op, _| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), [op.imm & 0xff, 0])))
     }
 
     /// Six flags `= f(dst, src)`.
     pub fn x2_flags(self, f: impl Fn(V, V) -> u64 + Copy + 'static) -> Handler {
-        either!(self, M128, xsrc, |cpu, op, b| {
-            let flags = f(cpu.xmm(op.dst), b);
-            cpu.lf.set_all(flags);
-            Ok(())
-        })
+        self.sse::<M128>(move |cpu, op, b| cpu.lf.set_all(f(cpu.xmm(op.dst), b)))
     }
 
     /// General register (32 bits, zero-extended) `= f(src)`.
-    pub fn gx(self, f: impl Fn(V, u8) -> u32 + Copy + 'static) -> Handler {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let r = f(cpu.xmm(op.src), op.imm as u8);
-            cpu.set_reg(op.dst, r);
-            Ok(())
-        })
+    pub fn gx(self, f: impl Fn(V) -> u32 + Copy + 'static) -> Handler {
+        self.sse::<M128>(move |cpu, op, b| cpu.set_reg(op.dst, f(b)))
+    }
+
+    /// `f` with the MMX source; it can't fail and leaves entering MMX state to this.
+    #[inline(always)]
+    fn mmx<const SIZE: u32>(self, f: impl Fn(&mut Cpu, &Op, u64) + Copy + 'static) -> Handler {
+        if self.mem {
+            handler(move |cpu: &mut Cpu, op: &Op| {
+                cpu.mmx_ready()?;
+                let b = memory::<SIZE>(cpu, op)?[0];
+                cpu.mmx_enter();
+                f(cpu, op, b);
+                Ok(())
+            })
+        } else {
+            handler(move |cpu: &mut Cpu, op: &Op| {
+                cpu.mmx_ready()?;
+                let b = cpu.mm(op.src);
+                cpu.mmx_enter();
+                f(cpu, op, b);
+                Ok(())
+            })
+        }
     }
 
     /// MMX `dst = f(dst, src)` of a function on the low halves.
@@ -268,40 +269,21 @@ impl Form {
 
     /// MMX `dst = f(dst, src)`.
     pub fn mm2<const SIZE: u32>(self, f: impl Fn(u64, u64) -> u64 + Copy + 'static) -> Handler {
-        either!(self, SIZE, msrc, |cpu, op, b| {
-            let r = f(cpu.mm(op.dst), b);
-            cpu.set_mm(op.dst, r);
-            Ok(())
-        })
+        self.mmx::<SIZE>(move |cpu, op, b| cpu.set_mm(op.dst, f(cpu.mm(op.dst), b)))
     }
 
     /// MMX `dst = f(dst, src, imm8)`.
     pub fn mm2i(self, f: impl Fn(u64, u64, u8) -> u64 + Copy + 'static) -> Handler {
-        either!(self, 8, msrc, |cpu, op, b| {
-            let r = f(cpu.mm(op.dst), b, op.imm as u8);
-            cpu.set_mm(op.dst, r);
-            Ok(())
-        })
+        self.mmx::<8>(move |cpu, op, b| cpu.set_mm(op.dst, f(cpu.mm(op.dst), b, op.imm as u8)))
     }
 
     /// MMX `dst = f(dst, [imm8, 0])`: shifts by an immediate.
     pub fn mi(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.mmx_ready()?;
-            let r = f([cpu.mm(op.dst), 0], [op.imm, 0]);
-            cpu.set_mm(op.dst, r[0]);
-            Ok(())
-        })
+        self.mmx::<8>(move |cpu, op, _| cpu.set_mm(op.dst, f([cpu.mm(op.dst), 0], [op.imm & 0xff, 0])[0]))
     }
 
     /// General register (32 bits, zero-extended) `= f(MMX source, imm8)`.
     pub fn gm(self, f: impl Fn(u64, u8) -> u32 + Copy + 'static) -> Handler {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.mmx_ready()?;
-            let r = f(cpu.mm(op.src), op.imm as u8);
-            cpu.mmx_enter();
-            cpu.set_reg(op.dst, r);
-            Ok(())
-        })
+        self.mmx::<8>(move |cpu, op, b| cpu.set_reg(op.dst, f(b, op.imm as u8)))
     }
 }

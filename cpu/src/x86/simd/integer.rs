@@ -4,7 +4,7 @@
 //! Every function works on one 128-bit lane and has the name of its instruction. Those that treat each element alone
 //! serve the MMX form too, on the low half.
 
-use super::vector::{V, build, join, map1, map2, split};
+use super::vector::{V, build, join, map1, map2, narrow, split, wide};
 
 /// Functions that apply one scalar function to every pair of elements.
 macro_rules! pairwise {
@@ -248,13 +248,13 @@ pub fn psrad(a: V, count: V) -> V {
 /// PSLLDQ: by bytes.
 #[inline(always)]
 pub fn pslldq(a: V, count: V) -> V {
-    if count[0] < 16 { super::vector::narrow(super::vector::wide(a) << (8 * count[0])) } else { [0; 2] }
+    if count[0] < 16 { narrow(wide(a) << (8 * count[0])) } else { [0; 2] }
 }
 
 /// PSRLDQ: by bytes.
 #[inline(always)]
 pub fn psrldq(a: V, count: V) -> V {
-    if count[0] < 16 { super::vector::narrow(super::vector::wide(a) >> (8 * count[0])) } else { [0; 2] }
+    if count[0] < 16 { narrow(wide(a) >> (8 * count[0])) } else { [0; 2] }
 }
 
 /// PMOVMSKB.
@@ -309,11 +309,13 @@ widen! {
 /// PALIGNR: bytes `imm`.. of `a:b`.
 #[inline(always)]
 pub fn palignr(a: V, b: V, imm: u8) -> V {
-    let mut both = [0u8; 48];
-    both[..16].copy_from_slice(&split::<u8, 16>(b));
-    both[16..32].copy_from_slice(&split::<u8, 16>(a));
-    let at = (imm as usize).min(32);
-    build::<u8, 16>(|i| both[at + i])
+    let (a, b, n) = (wide(a), wide(b), 8 * imm as u32);
+    narrow(match imm {
+        0 => b,
+        1..=15 => b >> n | a << (128 - n),
+        16..=31 => a >> (n - 128),
+        _ => 0,
+    })
 }
 
 /// PALIGNR on MMX registers.

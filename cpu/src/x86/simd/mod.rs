@@ -14,6 +14,7 @@ pub mod form;
 pub mod integer;
 pub mod moves;
 pub mod native;
+pub mod quick;
 pub mod sha;
 pub mod shuffle;
 pub mod strings;

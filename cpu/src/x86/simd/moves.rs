@@ -4,10 +4,11 @@
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::super::access::Access;
-use super::super::op::{Handler, Op, Res, SLOT_ZERO, flag, handler};
+use super::super::flags::Int;
+use super::super::op::{Handler, Op, Res, SLOT_ZERO, flag, handler, handler_fast};
 use super::super::state::{Cpu, reg};
 use super::super::translate::segment;
-use super::form::{Form, M128, U128, memory};
+use super::form::{Form, M128, U128};
 use super::integer::{movmskpd, movmskps, pmovmskb};
 use super::shuffle::{extract, insert, insertps, movshdup, movsldup};
 use super::vector::{V, split, with_low32, with_low64};
@@ -15,28 +16,58 @@ use super::vector::{V, split, with_low32, with_low64};
 /// XMM to XMM or 16 bytes of memory.
 fn store128<const ALIGNED: bool>(form: Form) -> Handler {
     if form.mem {
-        handler(|cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let v = cpu.xmm(op.src);
-            cpu.store128(op, v, ALIGNED)
-        })
+        handler_fast(
+            |cpu: &mut Cpu, op: &Op| {
+                let v = cpu.xmm(op.src);
+                cpu.sse_enabled() && cpu.quick_store128::<ALIGNED>(op, v)
+            },
+            |cpu: &mut Cpu, op: &Op| {
+                cpu.sse_ready()?;
+                let v = cpu.xmm(op.src);
+                cpu.store128(op, v, ALIGNED)
+            },
+        )
     } else {
         form.x1::<M128>(|b| b)
     }
 }
 
-/// XMM to 8 bytes of memory: the word `f` picks.
-fn store64(f: impl Fn(V) -> u64 + Copy + 'static) -> Handler {
-    handler(move |cpu: &mut Cpu, op: &Op| {
-        cpu.sse_ready()?;
-        let v = f(cpu.xmm(op.src));
-        cpu.store::<u64>(op, v)
-    })
+/// XMM to memory of type T: the value `f` picks.
+fn store<T: Int>(f: impl Fn(V, u8) -> T + Copy + 'static) -> Handler {
+    handler_fast(
+        move |cpu: &mut Cpu, op: &Op| {
+            let v = f(cpu.xmm(op.src), op.imm as u8);
+            cpu.sse_enabled() && cpu.quick_store::<T>(op, v)
+        },
+        move |cpu: &mut Cpu, op: &Op| {
+            cpu.sse_ready()?;
+            let v = f(cpu.xmm(op.src), op.imm as u8);
+            cpu.store::<T>(op, v)
+        },
+    )
 }
 
 /// MOVSS or MOVSD to XMM: memory clears the rest, a register leaves it.
 fn load_scalar<const SIZE: u32>(form: Form, merge: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
     if form.mem { form.x1::<SIZE>(|b| b) } else { form.x2::<SIZE>(merge) }
+}
+
+/// `f` without a source that can fault.
+fn register_only(f: impl Fn(&mut Cpu, &Op) + Copy + 'static) -> Handler {
+    handler_fast(
+        move |cpu: &mut Cpu, op: &Op| {
+            if !cpu.sse_enabled() {
+                return false;
+            }
+            f(cpu, op);
+            true
+        },
+        move |cpu: &mut Cpu, op: &Op| {
+            cpu.sse_ready()?;
+            f(cpu, op);
+            Ok(())
+        },
+    )
 }
 
 /// General register or memory of type T to XMM, the rest cleared.
@@ -45,30 +76,22 @@ macro_rules! from_general {
         if $form.mem {
             $form.x1::<{ size_of::<$t>() as u32 }>(|b| b)
         } else {
-            handler(|cpu: &mut Cpu, op: &Op| {
-                cpu.sse_ready()?;
+            register_only(|cpu: &mut Cpu, op: &Op| {
                 let v: $t = cpu.reg(op.src);
                 cpu.set_xmm(op.dst, [v as u64, 0]);
-                Ok(())
             })
         }
     };
 }
 
 /// Element of XMM to memory of type T, or zero-extended to a general register.
-fn to_general<T: super::super::flags::Int>(form: Form, f: impl Fn(V, u8) -> T + Copy + 'static) -> Handler {
+fn to_general<T: Int>(form: Form, f: impl Fn(V, u8) -> T + Copy + 'static) -> Handler {
     if form.mem {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let v = f(cpu.xmm(op.src), op.imm as u8);
-            cpu.store::<T>(op, v)
-        })
+        store::<T>(f)
     } else {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
+        register_only(move |cpu: &mut Cpu, op: &Op| {
             let v = f(cpu.xmm(op.src), op.imm as u8);
             cpu.set_reg::<u64>(op.dst, v.to_u64());
-            Ok(())
         })
     }
 }
@@ -76,19 +99,11 @@ fn to_general<T: super::super::flags::Int>(form: Form, f: impl Fn(V, u8) -> T + 
 /// General register or memory of `SIZE` bytes inserted into XMM.
 fn insert_general<const SIZE: u32>(form: Form, f: impl Fn(V, u64, u8) -> V + Copy + 'static) -> Handler {
     if form.mem {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let x = memory::<SIZE>(cpu, op)?[0];
-            let r = f(cpu.xmm(op.dst), x, op.imm as u8);
-            cpu.set_xmm(op.dst, r);
-            Ok(())
-        })
+        form.x2i::<SIZE>(move |a, b, n| f(a, b[0], n))
     } else {
-        handler(move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
+        register_only(move |cpu: &mut Cpu, op: &Op| {
             let r = f(cpu.xmm(op.dst), cpu.reg(op.src), op.imm as u8);
             cpu.set_xmm(op.dst, r);
-            Ok(())
         })
     }
 }
@@ -241,8 +256,6 @@ macro_rules! movnti {
 /// Translates moves.
 pub fn translate(i: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
     use Code::*;
-    let low = |v: V| v[0];
-    let high = |v: V| v[1];
     Some(match i.code() {
         Movaps_xmm_xmmm128 | Movapd_xmm_xmmm128 | Movdqa_xmm_xmmm128 | Movntdqa_xmm_m128 => {
             form.x1::<M128>(|b| b)
@@ -258,15 +271,15 @@ pub fn translate(i: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
         Movsd_xmm_xmmm64 => load_scalar::<8>(form, |a, b| with_low64(a, b[0])),
         Movss_xmmm32_xmm if form.mem => to_general::<u32>(form, |v, _| v[0] as u32),
         Movss_xmmm32_xmm => form.x2::<4>(|a, b| with_low32(a, b[0] as u32)),
-        Movsd_xmmm64_xmm if form.mem => store64(low),
+        Movsd_xmmm64_xmm if form.mem => store::<u64>(|v, _| v[0]),
         Movsd_xmmm64_xmm => form.x2::<8>(|a, b| with_low64(a, b[0])),
         Movq_xmm_xmmm64 => form.x1::<8>(|b| [b[0], 0]),
-        Movq_xmmm64_xmm if form.mem => store64(low),
+        Movq_xmmm64_xmm if form.mem => store::<u64>(|v, _| v[0]),
         Movq_xmmm64_xmm => form.x1::<8>(|b| [b[0], 0]),
         Movlps_xmm_m64 | Movlpd_xmm_m64 => form.x2::<8>(|a, b| [b[0], a[1]]),
         Movhps_xmm_m64 | Movhpd_xmm_m64 => form.x2::<8>(|a, b| [a[0], b[0]]),
-        Movlps_m64_xmm | Movlpd_m64_xmm => store64(low),
-        Movhps_m64_xmm | Movhpd_m64_xmm => store64(high),
+        Movlps_m64_xmm | Movlpd_m64_xmm => store::<u64>(|v, _| v[0]),
+        Movhps_m64_xmm | Movhpd_m64_xmm => store::<u64>(|v, _| v[1]),
         Movhlps_xmm_xmm => form.x2::<M128>(|a, b| [b[1], a[1]]),
         Movlhps_xmm_xmm => form.x2::<M128>(|a, b| [a[0], b[0]]),
         Movsldup_xmm_xmmm128 => form.x1::<M128>(movsldup),
@@ -295,9 +308,9 @@ pub fn translate(i: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
         Pinsrq_xmm_rm64_imm8 => insert_general::<8>(form, insert),
         Insertps_xmm_xmmm32_imm8 if form.mem => form.x2i::<4>(|a, b, n| insertps(a, b[0] as u32, n)),
         Insertps_xmm_xmmm32_imm8 => form.x2i::<4>(|a, b, n| insertps(a, extract(b, n >> 6), n)),
-        Pmovmskb_r32_xmm | Pmovmskb_r64_xmm => form.gx(|v, _| pmovmskb(v)),
-        Movmskps_r32_xmm | Movmskps_r64_xmm => form.gx(|v, _| movmskps(v)),
-        Movmskpd_r32_xmm | Movmskpd_r64_xmm => form.gx(|v, _| movmskpd(v)),
+        Pmovmskb_r32_xmm | Pmovmskb_r64_xmm => form.gx(pmovmskb),
+        Movmskps_r32_xmm | Movmskps_r64_xmm => form.gx(movmskps),
+        Movmskpd_r32_xmm | Movmskpd_r64_xmm => form.gx(movmskpd),
 
         Movd_mm_rm32 => mmx_from_general!(u32, form),
         Movq_mm_rm64 => mmx_from_general!(u64, form),

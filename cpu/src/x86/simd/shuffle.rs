@@ -45,6 +45,22 @@ fn two(imm: u8, i: usize) -> usize {
     (imm >> (2 * i) & 3) as usize
 }
 
+/// The byte shuffle (PSHUFB control) that does PSHUFD with each immediate.
+pub static PSHUFD: [V; 256] = {
+    let mut t = [[0; 2]; 256];
+    let mut imm = 0;
+    while imm < 256 {
+        let mut i = 0;
+        while i < 4 {
+            let from = (imm >> (2 * i) & 3) as u64 * 4;
+            t[imm][i / 2] |= (from * 0x0101_0101 + 0x0302_0100) << (32 * (i & 1));
+            i += 1;
+        }
+        imm += 1;
+    }
+    t
+};
+
 /// PSHUFD.
 #[inline(always)]
 pub fn pshufd(b: V, imm: u8) -> V {

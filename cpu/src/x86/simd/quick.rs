@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Memory accesses and register access for the fast halves of handlers: a TLB hit in 64-bit mode, or nothing.
+
+use super::super::flags::Int;
+use super::super::op::{Op, flag};
+use super::super::state::{Cpu, cr0, cr4};
+use super::vector::V;
+use crate::mem::{host_load, host_store};
+
+/// Loads 16 bytes, in one piece where the host can.
+///
+/// # Safety
+/// `p..p+16` must be mapped and readable.
+#[inline(always)]
+unsafe fn host_load128(p: *const u64) -> V {
+    if cfg!(target_arch = "x86_64") {
+        // SAFETY: given.
+        unsafe { p.cast::<V>().read_unaligned() }
+    } else {
+        // SAFETY: given.
+        unsafe { [host_load(p), host_load(p.add(1))] }
+    }
+}
+
+/// Stores 16 bytes, in one piece where the host can.
+///
+/// # Safety
+/// `p..p+16` must be mapped and writable.
+#[inline(always)]
+unsafe fn host_store128(p: *mut u64, v: V) {
+    if cfg!(target_arch = "x86_64") {
+        // SAFETY: given.
+        unsafe { p.cast::<V>().write_unaligned(v) }
+    } else {
+        // SAFETY: given.
+        unsafe {
+            host_store(p, v[0]);
+            host_store(p.add(1), v[1]);
+        }
+    }
+}
+
+impl Cpu {
+    /// Whether SSE instructions may run.
+    #[inline(always)]
+    pub fn sse_enabled(&self) -> bool {
+        (self.cr0 & (cr0::EM | cr0::TS)) | (!self.cr4 & cr4::OSFXSR) == 0
+    }
+
+    /// Linear address of the memory operand in 64-bit mode.
+    #[inline(always)]
+    fn quick_lin(&self, op: &Op) -> Option<u64> {
+        (op.flags & flag::LEGACY_EA == 0)
+            .then(|| self.ea_raw(op).wrapping_add(self.ea_base[(op.seg & 7) as usize]))
+    }
+
+    /// The memory operand, if it is in the TLB and within a page.
+    #[inline(always)]
+    pub fn quick_load<T: Int>(&self, op: &Op) -> Option<T> {
+        let linear = self.quick_lin(op)?;
+        let e = self.tlb.entry(self.mmu, linear);
+        (e.read == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1))).then(|| {
+            // SAFETY: as in `Cpu::load_bank`.
+            unsafe { host_load(e.addend.wrapping_add(linear) as *const T) }
+        })
+    }
+
+    /// Stores the memory operand, if it is in the TLB and within a page.
+    #[inline(always)]
+    pub fn quick_store<T: Int>(&mut self, op: &Op, v: T) -> bool {
+        let Some(linear) = self.quick_lin(op) else { return false };
+        let e = self.tlb.entry(self.mmu, linear);
+        if e.write != self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
+            return false;
+        }
+        // SAFETY: as in `Cpu::load_bank`.
+        unsafe { host_store(e.addend.wrapping_add(linear) as *mut T, v) };
+        true
+    }
+
+    /// The 16-byte memory operand, if it is in the TLB, within a page and aligned where it must be.
+    #[inline(always)]
+    pub fn quick_load128<const ALIGNED: bool>(&self, op: &Op) -> Option<V> {
+        let linear = self.quick_lin(op)?;
+        let e = self.tlb.entry(self.mmu, linear);
+        let hit = e.read == self.tlb.tag(linear.wrapping_add(15)) && !(ALIGNED && linear & 15 != 0);
+        hit.then(|| {
+            // SAFETY: as in `Cpu::load_bank`.
+            unsafe { host_load128(e.addend.wrapping_add(linear) as *const u64) }
+        })
+    }
+
+    /// Stores 16 bytes, if the operand is in the TLB, within a page and aligned where it must be.
+    #[inline(always)]
+    pub fn quick_store128<const ALIGNED: bool>(&mut self, op: &Op, v: V) -> bool {
+        let Some(linear) = self.quick_lin(op) else { return false };
+        let e = self.tlb.entry(self.mmu, linear);
+        if e.write != self.tlb.tag(linear.wrapping_add(15)) || ALIGNED && linear & 15 != 0 {
+            return false;
+        }
+        // SAFETY: as in `Cpu::load_bank`.
+        unsafe { host_store128(e.addend.wrapping_add(linear) as *mut u64, v) };
+        true
+    }
+}
