@@ -211,7 +211,7 @@ fn from_general<T: Int>(
     }
     if form.mem {
         handler_fast(
-            move |cpu: &mut Cpu, op: &Op| run_fast(cpu, op, cpu.quick_load::<T>(op), fast),
+            move |cpu: &mut Cpu, op: &Op| run_fast(cpu, op, cpu.quick_load::<T, false>(op), fast),
             move |cpu: &mut Cpu, op: &Op| run::<T, true>(cpu, op, f),
         )
     } else {

@@ -11,6 +11,7 @@ use iced_x86::{Instruction, OpKind};
 use super::super::op::{Handler, Op, Res, Stop, handler, handler_fast};
 use super::super::state::{Cpu, cr0, cr4};
 use super::super::translate::gpr;
+use super::quick::is_simple;
 use super::vector::V;
 
 /// 16 bytes, #GP(0) unless aligned.
@@ -52,18 +53,19 @@ impl Cpu {
         }
     }
 
-    /// XMM register `n`.
+    /// The XMM register of an op's operand: its number times 16.
     #[inline(always)]
-    pub fn xmm(&self, n: u8) -> V {
-        // SAFETY: a V is the first half of the register.
-        unsafe { *(&raw const self.rb.ymm[n as usize & 15]).cast::<V>() }
+    pub fn xmm(&self, slot: u8) -> V {
+        // SAFETY: at most 510 bytes from the first register the block has memory for a V, aligned for any even slot.
+        unsafe { (&raw const self.rb.ymm).byte_add(slot as usize * 2).cast::<V>().read_unaligned() }
     }
 
-    /// Writes XMM register `n`; the upper half of the YMM register stays, as legacy SSE wants it.
+    /// Writes the XMM register of an op's operand (number times 16); the upper half of the YMM register stays, as
+    /// legacy SSE wants it.
     #[inline(always)]
-    pub fn set_xmm(&mut self, n: u8, v: V) {
+    pub fn set_xmm(&mut self, slot: u8, v: V) {
         // SAFETY: as in `xmm`.
-        unsafe { *(&raw mut self.rb.ymm[n as usize & 15]).cast::<V>() = v };
+        unsafe { (&raw mut self.rb.ymm).byte_add(slot as usize * 2).cast::<V>().write_unaligned(v) };
     }
 
     /// MMX register `n`.
@@ -100,10 +102,16 @@ pub fn memory<const SIZE: u32>(cpu: &mut Cpu, op: &Op) -> Result<V, Stop> {
     })
 }
 
-/// Number of a vector register, byte offset of a general one.
+/// Byte offset of a general register, number of an MMX register, 16 times the number of an XMM register.
 fn number(i: &Instruction, n: u32) -> u8 {
     let r = i.op_register(n);
-    if r.is_gpr() { gpr(r) } else { r.number() as u8 }
+    if r.is_gpr() {
+        gpr(r)
+    } else if r.is_xmm() {
+        r.number() as u8 * 16
+    } else {
+        r.number() as u8
+    }
 }
 
 /// What is known of an instruction's operands, and the adaptors.
@@ -111,20 +119,22 @@ fn number(i: &Instruction, n: u32) -> u8 {
 pub struct Form {
     /// One operand is in memory.
     pub mem: bool,
+    /// The memory operand is base and displacement only.
+    pub simple: bool,
     /// The immediate operand, if there is one.
     pub imm: u8,
 }
 
 /// Loads the memory operand in the way `SIZE` says, if that needs no slow path.
 #[inline(always)]
-pub fn quick_memory<const SIZE: u32>(cpu: &mut Cpu, op: &Op) -> Option<V> {
+pub fn quick_memory<const SIZE: u32, const SIMPLE: bool>(cpu: &mut Cpu, op: &Op) -> Option<V> {
     match SIZE {
-        M128 => cpu.quick_load128::<true>(op),
-        U128 => cpu.quick_load128::<false>(op),
-        8 => cpu.quick_load::<u64>(op).map(|v| [v, 0]),
-        4 => cpu.quick_load::<u32>(op).map(|v| [v as u64, 0]),
-        2 => cpu.quick_load::<u16>(op).map(|v| [v as u64, 0]),
-        _ => cpu.quick_load::<u8>(op).map(|v| [v as u64, 0]),
+        M128 => cpu.quick_load128::<true, SIMPLE>(op),
+        U128 => cpu.quick_load128::<false, SIMPLE>(op),
+        8 => cpu.quick_load::<u64, SIMPLE>(op).map(|v| [v, 0]),
+        4 => cpu.quick_load::<u32, SIMPLE>(op).map(|v| [v as u64, 0]),
+        2 => cpu.quick_load::<u16, SIMPLE>(op).map(|v| [v as u64, 0]),
+        _ => cpu.quick_load::<u8, SIMPLE>(op).map(|v| [v as u64, 0]),
     }
 }
 
@@ -144,7 +154,7 @@ impl Form {
                 _ => {}
             }
         }
-        Form { mem, imm: op.imm as u8 }
+        Form { mem, simple: mem && is_simple(op), imm: op.imm as u8 }
     }
 
     /// `fast` or, if that returns false (having changed nothing), `slow`, with the XMM source.
@@ -157,7 +167,8 @@ impl Form {
         if self.mem {
             handler_fast(
                 move |cpu: &mut Cpu, op: &Op| {
-                    cpu.sse_enabled() && quick_memory::<SIZE>(cpu, op).is_some_and(|b| fast(cpu, op, b))
+                    cpu.sse_enabled()
+                        && quick_memory::<SIZE, false>(cpu, op).is_some_and(|b| fast(cpu, op, b))
                 },
                 move |cpu: &mut Cpu, op: &Op| {
                     cpu.sse_ready()?;
@@ -190,6 +201,29 @@ impl Form {
             },
             move |cpu, op, b| {
                 f(cpu, op, b);
+                Ok(())
+            },
+        )
+    }
+
+    /// `dst = src`, the memory form with simple addresses made for it.
+    pub fn load<const SIZE: u32>(self) -> Handler {
+        if !self.simple {
+            return self.x1::<SIZE>(|b| b);
+        }
+        handler_fast(
+            |cpu: &mut Cpu, op: &Op| {
+                let Some(b) = quick_memory::<SIZE, true>(cpu, op) else { return false };
+                if !cpu.sse_enabled() {
+                    return false;
+                }
+                cpu.set_xmm(op.dst, b);
+                true
+            },
+            |cpu: &mut Cpu, op: &Op| {
+                cpu.sse_ready()?;
+                let b = memory::<SIZE>(cpu, op)?;
+                cpu.set_xmm(op.dst, b);
                 Ok(())
             },
         )

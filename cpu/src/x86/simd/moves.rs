@@ -15,41 +15,54 @@ use super::vector::{V, split, with_low32, with_low64};
 
 /// XMM to XMM or 16 bytes of memory.
 fn store128<const ALIGNED: bool>(form: Form) -> Handler {
-    if form.mem {
-        handler_fast(
-            |cpu: &mut Cpu, op: &Op| {
-                let v = cpu.xmm(op.src);
-                cpu.sse_enabled() && cpu.quick_store128::<ALIGNED>(op, v)
-            },
-            |cpu: &mut Cpu, op: &Op| {
-                cpu.sse_ready()?;
-                let v = cpu.xmm(op.src);
-                cpu.store128(op, v, ALIGNED)
-            },
-        )
+    fn slow<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Res {
+        cpu.sse_ready()?;
+        let v = cpu.xmm(op.src);
+        cpu.store128(op, v, ALIGNED)
+    }
+    #[inline(always)]
+    fn fast<const ALIGNED: bool, const SIMPLE: bool>(cpu: &mut Cpu, op: &Op) -> bool {
+        let v = cpu.xmm(op.src);
+        cpu.sse_enabled() && cpu.quick_store128::<ALIGNED, SIMPLE>(op, v)
+    }
+    if !form.mem {
+        form.load::<M128>()
+    } else if form.simple {
+        handler_fast(fast::<ALIGNED, true>, slow::<ALIGNED>)
     } else {
-        form.x1::<M128>(|b| b)
+        handler_fast(fast::<ALIGNED, false>, slow::<ALIGNED>)
     }
 }
 
 /// XMM to memory of type T: the value `f` picks.
-fn store<T: Int>(f: impl Fn(V, u8) -> T + Copy + 'static) -> Handler {
-    handler_fast(
-        move |cpu: &mut Cpu, op: &Op| {
-            let v = f(cpu.xmm(op.src), op.imm as u8);
-            cpu.sse_enabled() && cpu.quick_store::<T>(op, v)
-        },
-        move |cpu: &mut Cpu, op: &Op| {
-            cpu.sse_ready()?;
-            let v = f(cpu.xmm(op.src), op.imm as u8);
-            cpu.store::<T>(op, v)
-        },
-    )
+fn store<T: Int>(form: Form, f: impl Fn(V, u8) -> T + Copy + 'static) -> Handler {
+    let slow = move |cpu: &mut Cpu, op: &Op| {
+        cpu.sse_ready()?;
+        let v = f(cpu.xmm(op.src), op.imm as u8);
+        cpu.store::<T>(op, v)
+    };
+    if form.simple {
+        handler_fast(
+            move |cpu: &mut Cpu, op: &Op| {
+                let v = f(cpu.xmm(op.src), op.imm as u8);
+                cpu.sse_enabled() && cpu.quick_store::<T, true>(op, v)
+            },
+            slow,
+        )
+    } else {
+        handler_fast(
+            move |cpu: &mut Cpu, op: &Op| {
+                let v = f(cpu.xmm(op.src), op.imm as u8);
+                cpu.sse_enabled() && cpu.quick_store::<T, false>(op, v)
+            },
+            slow,
+        )
+    }
 }
 
 /// MOVSS or MOVSD to XMM: memory clears the rest, a register leaves it.
 fn load_scalar<const SIZE: u32>(form: Form, merge: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
-    if form.mem { form.x1::<SIZE>(|b| b) } else { form.x2::<SIZE>(merge) }
+    if form.mem { form.load::<SIZE>() } else { form.x2::<SIZE>(merge) }
 }
 
 /// `f` without a source that can fault.
@@ -74,7 +87,7 @@ fn register_only(f: impl Fn(&mut Cpu, &Op) + Copy + 'static) -> Handler {
 macro_rules! from_general {
     ($t:ty, $form:expr) => {
         if $form.mem {
-            $form.x1::<{ size_of::<$t>() as u32 }>(|b| b)
+            $form.load::<{ size_of::<$t>() as u32 }>()
         } else {
             register_only(|cpu: &mut Cpu, op: &Op| {
                 let v: $t = cpu.reg(op.src);
@@ -87,7 +100,7 @@ macro_rules! from_general {
 /// Element of XMM to memory of type T, or zero-extended to a general register.
 fn to_general<T: Int>(form: Form, f: impl Fn(V, u8) -> T + Copy + 'static) -> Handler {
     if form.mem {
-        store::<T>(f)
+        store::<T>(form, f)
     } else {
         register_only(move |cpu: &mut Cpu, op: &Op| {
             let v = f(cpu.xmm(op.src), op.imm as u8);
@@ -258,11 +271,9 @@ pub fn translate(i: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
     use Code::*;
     Some(match i.code() {
         Movaps_xmm_xmmm128 | Movapd_xmm_xmmm128 | Movdqa_xmm_xmmm128 | Movntdqa_xmm_m128 => {
-            form.x1::<M128>(|b| b)
+            form.load::<M128>()
         }
-        Movups_xmm_xmmm128 | Movupd_xmm_xmmm128 | Movdqu_xmm_xmmm128 | Lddqu_xmm_m128 => {
-            form.x1::<U128>(|b| b)
-        }
+        Movups_xmm_xmmm128 | Movupd_xmm_xmmm128 | Movdqu_xmm_xmmm128 | Lddqu_xmm_m128 => form.load::<U128>(),
         Movaps_xmmm128_xmm | Movapd_xmmm128_xmm | Movdqa_xmmm128_xmm | Movntps_m128_xmm
         | Movntpd_m128_xmm | Movntdq_m128_xmm => store128::<true>(form),
         Movups_xmmm128_xmm | Movupd_xmmm128_xmm | Movdqu_xmmm128_xmm => store128::<false>(form),
@@ -271,15 +282,15 @@ pub fn translate(i: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
         Movsd_xmm_xmmm64 => load_scalar::<8>(form, |a, b| with_low64(a, b[0])),
         Movss_xmmm32_xmm if form.mem => to_general::<u32>(form, |v, _| v[0] as u32),
         Movss_xmmm32_xmm => form.x2::<4>(|a, b| with_low32(a, b[0] as u32)),
-        Movsd_xmmm64_xmm if form.mem => store::<u64>(|v, _| v[0]),
+        Movsd_xmmm64_xmm if form.mem => store::<u64>(form, |v, _| v[0]),
         Movsd_xmmm64_xmm => form.x2::<8>(|a, b| with_low64(a, b[0])),
         Movq_xmm_xmmm64 => form.x1::<8>(|b| [b[0], 0]),
-        Movq_xmmm64_xmm if form.mem => store::<u64>(|v, _| v[0]),
+        Movq_xmmm64_xmm if form.mem => store::<u64>(form, |v, _| v[0]),
         Movq_xmmm64_xmm => form.x1::<8>(|b| [b[0], 0]),
         Movlps_xmm_m64 | Movlpd_xmm_m64 => form.x2::<8>(|a, b| [b[0], a[1]]),
         Movhps_xmm_m64 | Movhpd_xmm_m64 => form.x2::<8>(|a, b| [a[0], b[0]]),
-        Movlps_m64_xmm | Movlpd_m64_xmm => store::<u64>(|v, _| v[0]),
-        Movhps_m64_xmm | Movhpd_m64_xmm => store::<u64>(|v, _| v[1]),
+        Movlps_m64_xmm | Movlpd_m64_xmm => store::<u64>(form, |v, _| v[0]),
+        Movhps_m64_xmm | Movhpd_m64_xmm => store::<u64>(form, |v, _| v[1]),
         Movhlps_xmm_xmm => form.x2::<M128>(|a, b| [b[1], a[1]]),
         Movlhps_xmm_xmm => form.x2::<M128>(|a, b| [a[0], b[0]]),
         Movsldup_xmm_xmmm128 => form.x1::<M128>(movsldup),

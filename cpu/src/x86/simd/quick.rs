@@ -2,8 +2,8 @@
 //! Memory accesses and register access for the fast halves of handlers: a TLB hit in 64-bit mode, or nothing.
 
 use super::super::flags::Int;
-use super::super::op::{Op, flag};
-use super::super::state::{Cpu, cr0, cr4};
+use super::super::op::{Op, SLOT_ZERO, flag};
+use super::super::state::{Cpu, cr0, cr4, sreg};
 use super::vector::V;
 use crate::mem::{host_load, host_store};
 
@@ -40,24 +40,32 @@ unsafe fn host_store128(p: *mut u64, v: V) {
     }
 }
 
+/// Whether the linear address is base plus displacement: 64-bit code and addresses, no index, no FS or GS.
+pub fn is_simple(op: &Op) -> bool {
+    !op.has(flag::LEGACY_EA) && op.index == SLOT_ZERO && !matches!(op.seg as usize, sreg::FS | sreg::GS)
+}
+
 impl Cpu {
     /// Whether SSE instructions may run.
     #[inline(always)]
     pub fn sse_enabled(&self) -> bool {
-        (self.cr0 & (cr0::EM | cr0::TS)) | (!self.cr4 & cr4::OSFXSR) == 0
+        self.cr0 & (cr0::EM | cr0::TS) == 0 && self.cr4 & cr4::OSFXSR != 0
     }
 
-    /// Linear address of the memory operand in 64-bit mode.
+    /// Linear address of the memory operand in 64-bit mode. `SIMPLE`: base and displacement only, see [`is_simple`].
     #[inline(always)]
-    fn quick_lin(&self, op: &Op) -> Option<u64> {
+    fn quick_lin<const SIMPLE: bool>(&self, op: &Op) -> Option<u64> {
+        if SIMPLE {
+            return Some(self.reg::<u64>(op.base).wrapping_add(op.disp as i64 as u64));
+        }
         (op.flags & flag::LEGACY_EA == 0)
             .then(|| self.ea_raw(op).wrapping_add(self.ea_base[(op.seg & 7) as usize]))
     }
 
     /// The memory operand, if it is in the TLB and within a page.
     #[inline(always)]
-    pub fn quick_load<T: Int>(&self, op: &Op) -> Option<T> {
-        let linear = self.quick_lin(op)?;
+    pub fn quick_load<T: Int, const SIMPLE: bool>(&self, op: &Op) -> Option<T> {
+        let linear = self.quick_lin::<SIMPLE>(op)?;
         let e = self.tlb.entry(self.mmu, linear);
         (e.read == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1))).then(|| {
             // SAFETY: as in `Cpu::load_bank`.
@@ -67,8 +75,8 @@ impl Cpu {
 
     /// Stores the memory operand, if it is in the TLB and within a page.
     #[inline(always)]
-    pub fn quick_store<T: Int>(&mut self, op: &Op, v: T) -> bool {
-        let Some(linear) = self.quick_lin(op) else { return false };
+    pub fn quick_store<T: Int, const SIMPLE: bool>(&mut self, op: &Op, v: T) -> bool {
+        let Some(linear) = self.quick_lin::<SIMPLE>(op) else { return false };
         let e = self.tlb.entry(self.mmu, linear);
         if e.write != self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
             return false;
@@ -80,8 +88,8 @@ impl Cpu {
 
     /// The 16-byte memory operand, if it is in the TLB, within a page and aligned where it must be.
     #[inline(always)]
-    pub fn quick_load128<const ALIGNED: bool>(&self, op: &Op) -> Option<V> {
-        let linear = self.quick_lin(op)?;
+    pub fn quick_load128<const ALIGNED: bool, const SIMPLE: bool>(&self, op: &Op) -> Option<V> {
+        let linear = self.quick_lin::<SIMPLE>(op)?;
         let e = self.tlb.entry(self.mmu, linear);
         let hit = e.read == self.tlb.tag(linear.wrapping_add(15)) && !(ALIGNED && linear & 15 != 0);
         hit.then(|| {
@@ -92,8 +100,8 @@ impl Cpu {
 
     /// Stores 16 bytes, if the operand is in the TLB, within a page and aligned where it must be.
     #[inline(always)]
-    pub fn quick_store128<const ALIGNED: bool>(&mut self, op: &Op, v: V) -> bool {
-        let Some(linear) = self.quick_lin(op) else { return false };
+    pub fn quick_store128<const ALIGNED: bool, const SIMPLE: bool>(&mut self, op: &Op, v: V) -> bool {
+        let Some(linear) = self.quick_lin::<SIMPLE>(op) else { return false };
         let e = self.tlb.entry(self.mmu, linear);
         if e.write != self.tlb.tag(linear.wrapping_add(15)) || ALIGNED && linear & 15 != 0 {
             return false;
