@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVM_SET_USER_MEMORY_REGION: the rules of KVM API 4.35 and their errnos."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+from tests.support.tiny import MIB, Memory, Tiny
+
+from softkvm import abi
+
+PAGE = 4096
+
+
+@pytest.fixture
+def tiny() -> Iterator[Tiny]:
+    machine = Tiny(vcpus=1)
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory(4 * MIB)
+
+
+def _errno(tiny: Tiny, **fields: int) -> int | None:
+    values = {"slot": 1, "flags": 0, "gpa": 16 * MIB, "size": MIB, "hva": 0, **fields}
+    try:
+        tiny.slot(values["slot"], values["gpa"], values["size"], values["hva"], values["flags"])
+    except OSError as error:
+        return error.errno
+    return None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"flags": 1 << 7}, errno.EINVAL),
+        ({"slot": 32764}, errno.EINVAL),
+        ({"slot": 1 << 16}, errno.EINVAL),
+        ({"gpa": 16 * MIB + 1}, errno.EINVAL),
+        ({"size": 4097}, errno.EINVAL),
+        ({"hva": 1}, errno.EINVAL),
+        ({"hva": 1 << 63}, errno.EINVAL),
+        ({"gpa": (1 << 64) - MIB}, errno.EINVAL),
+        ({"size": 0}, errno.EINVAL),  # nothing there to delete
+        ({"gpa": MIB}, errno.EEXIST),  # overlaps slot 0
+        ({"gpa": 1 << 52}, errno.EINVAL),  # beyond the physical address width
+        ({"size": 1 << 44, "hva": 0}, errno.EINVAL),  # 2**32 pages
+    ],
+)
+def test_bad_regions_have_the_documented_errno(
+    tiny: Tiny, memory: Memory, fields: dict[str, int], expected: int
+) -> None:
+    values = {"hva": memory.address, **fields}
+    if "hva" in fields:
+        values["hva"] = fields["hva"] if fields["hva"] == 0 else memory.address | fields["hva"]
+    generation = tiny.vm.memslots.generation
+    assert _errno(tiny, **values) == expected
+    assert tiny.vm.memslots.generation == generation
+
+
+def test_an_existing_slot_can_move_and_change_flags_but_not_size_address_or_readonly(
+    tiny: Tiny, memory: Memory
+) -> None:
+    hva = memory.address
+    assert _errno(tiny, hva=hva) is None
+    assert _errno(tiny, hva=hva, size=2 * MIB) == errno.EINVAL
+    assert _errno(tiny, hva=hva + PAGE) == errno.EINVAL
+    assert _errno(tiny, hva=hva, flags=abi.KVM_MEM_READONLY) == errno.EINVAL
+    assert _errno(tiny, hva=hva, flags=abi.KVM_MEM_LOG_DIRTY_PAGES) is None
+    assert _errno(tiny, hva=hva, gpa=32 * MIB) is None
+    assert tiny.vm.memslots.gfn_to_memslot(16 * MIB >> 12) is None
+    slot = tiny.vm.memslots.gfn_to_memslot(32 * MIB >> 12)
+    assert slot is not None and slot.id == 1
+    assert _errno(tiny, hva=hva, gpa=MIB) == errno.EEXIST
+
+
+def test_setting_the_same_region_again_changes_nothing(tiny: Tiny, memory: Memory) -> None:
+    assert _errno(tiny, hva=memory.address) is None
+    generation = tiny.vm.memslots.generation
+    assert _errno(tiny, hva=memory.address) is None
+    assert tiny.vm.memslots.generation == generation
+
+
+def test_every_change_is_a_new_generation(tiny: Tiny, memory: Memory) -> None:
+    first = tiny.vm.memslots.generation
+    _errno(tiny, hva=memory.address)
+    _errno(tiny, size=0)
+    assert tiny.vm.memslots.generation == first + 2
+
+
+def test_several_slots_may_name_the_same_host_memory(tiny: Tiny, memory: Memory) -> None:
+    hva = memory.address
+    assert _errno(tiny, slot=1, hva=hva) is None
+    assert _errno(tiny, slot=2, hva=hva, gpa=32 * MIB) is None
+    assert _errno(tiny, slot=3, hva=hva + MIB // 2, gpa=48 * MIB) is None  # half of it
+    assert _errno(tiny, slot=1, size=0) is None
+    tiny.vm.machine.read(hva, 8)
+    assert _errno(tiny, slot=2, size=0) is None
+    assert _errno(tiny, slot=3, size=0) is None
+    with pytest.raises(ValueError):
+        tiny.vm.machine.read(hva, 8)
+
+
+def test_a_guest_loses_sight_of_a_deleted_slot(tiny: Tiny, memory: Memory) -> None:
+    tiny.protected_mode()
+    memory.write(0, b"\x42")
+    assert _errno(tiny, hva=memory.address) is None
+    tiny.load(b"\xa0\x00\x00\x00\x01\xf4", rax=0)  # mov al, [0x1000000]; hlt
+    assert tiny.run_to_halt().rax == 0x42
+    assert _errno(tiny, size=0) is None
+    tiny.registers(rip=0x1000)
+    assert tiny.run() == abi.KVM_EXIT_MMIO
+    assert tiny.vcpu.kvm_run.mmio.phys_addr == 16 * MIB
+
+
+def test_a_slot_created_over_an_mmio_hole_is_seen_at_once(tiny: Tiny, memory: Memory) -> None:
+    tiny.protected_mode()
+    tiny.load(b"\xa0\x00\x00\x00\x01\xf4")
+    assert tiny.run() == abi.KVM_EXIT_MMIO
+    memory.write(0, b"\x37")
+    assert _errno(tiny, hva=memory.address) is None
+    tiny.vcpu.complete_userspace_io = None
+    tiny.registers(rip=0x1000, rax=0)
+    assert tiny.run_to_halt().rax == 0x37
+
+
+def test_writes_to_a_readonly_slot_are_mmio_and_reads_are_not(tiny: Tiny, memory: Memory) -> None:
+    tiny.protected_mode()
+    memory.write(0, b"\x99")
+    assert _errno(tiny, hva=memory.address, flags=abi.KVM_MEM_READONLY) is None
+    # mov al, [0x1000000]; mov [0x1000000], ah; hlt
+    tiny.load(b"\xa0\x00\x00\x00\x01\x88\x25\x00\x00\x00\x01\xf4", rax=0x5500)
+    assert tiny.run() == abi.KVM_EXIT_MMIO
+    mmio = tiny.vcpu.kvm_run.mmio
+    assert (mmio.phys_addr, mmio.len, mmio.is_write, mmio.data[0]) == (16 * MIB, 1, 1, 0x55)
+    assert tiny.run_to_halt().rax == 0x5599
+    assert memory.read(0, 1) == b"\x99"
