@@ -107,9 +107,11 @@ class CpuModel:
         model = MODELS.get(self.name)
         if model is not None:
             keep = model.features | self.added | _ALWAYS
-            for name in _BITS:
-                if name not in keep:
-                    _clear(entries, name)
+            for word, named in WORDS.items():
+                entry = _find(entries, word)
+                if entry is not None:
+                    mask = sum(1 << bit for bit, name in named.items() if name in keep)
+                    setattr(entry, word[2], getattr(entry, word[2]) & mask)
             entries = _limit(entries, model)
         for name in self.removed:
             _clear(entries, name)

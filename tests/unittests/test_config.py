@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+import time
+from pathlib import Path
+
+import pytest
+
+from softkvm.unittests import config
+from softkvm.unittests.config import SuiteError, expand, parse
+from softkvm.unittests.runner import timeout_of
+
+
+def test_entry_with_every_key() -> None:
+    (entry,) = parse(
+        "[one]\nfile = a.flat\nsmp = 2\ntest_args = 'x y'\nextra_params = -m 1g\narch = x86_64\n"
+        "groups = a b\naccel = kvm\ntimeout = 30\ncheck = /p=Y\n# smp = 4\nmachine = pc\n"
+    )
+    assert (entry.name, entry.file, entry.smp, entry.test_args) == ("one", "a.flat", "2", "'x y'")
+    assert (entry.qemu_params, entry.arch, entry.groups) == ("-m 1g", "x86_64", ("a", "b"))
+    assert (entry.accel, entry.timeout, entry.check, entry.machine) == ("kvm", "30", "/p=Y", "pc")
+
+
+def test_value_between_three_quotes_goes_over_lines() -> None:
+    (entry,) = parse('[one]\nfile = a.flat\nqemu_params = """-cpu max \\\n -m 1g\n -smp 2"""\nsmp = 3\n')
+    assert entry.qemu_params == "-cpu max  -m 1g\n -smp 2"
+    assert entry.smp == "3"
+
+
+def test_unknown_key_is_kept_to_be_named() -> None:
+    (entry,) = parse("[one]\nfile = a.flat\ncolour = red\nkvmtool_params = -x\n")
+    assert entry.unknown == ("colour = red",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[one]\nsmp = 2\n", "has no file"),
+        ("[one]\nfile = a\n[one]\nfile = b\n", "given twice"),
+        ('[one]\nfile = a\nqemu_params = """x\n', "is missing"),
+    ],
+)
+def test_bad_configuration_is_named(text: str, message: str) -> None:
+    with pytest.raises(SuiteError, match=message):
+        parse(text)
+
+
+def test_known_command_is_replaced_and_others_are_left_out() -> None:
+    text, left = expand("10 `date +%s` `rm -rf /tmp/x`")
+    assert abs(int(text.split()[1]) - time.time()) < 5
+    assert left == ["`rm -rf /tmp/x`"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("", 90), ("30", 30), ("90s", 90), ("2m", 120), ("0", 0)])
+def test_timeouts(text: str, seconds: float) -> None:
+    assert timeout_of(config.Entry("x", "x", timeout=text)) == seconds
+
+
+def test_timeout_that_is_no_time() -> None:
+    with pytest.raises(SuiteError, match="expected seconds"):
+        timeout_of(config.Entry("x", "x", timeout="soon"))
+
+
+def test_directory_that_is_no_build(tmp_path: Path) -> None:
+    with pytest.raises(SuiteError, match="expected a build"):
+        config.read(tmp_path)
+    with pytest.raises(SuiteError, match="no such directory"):
+        config.read(tmp_path / "x")
+
+
+def test_the_x86_directory_itself_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "unittests.cfg").write_text("[a]\nfile = a.flat\n")
+    assert config.find(tmp_path) == tmp_path
