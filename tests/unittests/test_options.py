@@ -3,6 +3,7 @@ import pytest
 
 from softkvm import abi
 from softkvm.unittests import cpumodel, options
+from softkvm.unittests.cpufeatures import WORDS
 from softkvm.unittests.cpumodel import MODELS
 from softkvm.vmm.memory import GIB, MIB
 
@@ -92,7 +93,7 @@ def test_what_means_nothing_is_named(option: str, ignored: list[str]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_name_only_known_features(name: str) -> None:
-    known = {feature for names in cpumodel.WORDS.values() for feature in names.values()}
+    known = {feature for names in WORDS.values() for feature in names.values()}
     assert MODELS[name].features <= known
 
 

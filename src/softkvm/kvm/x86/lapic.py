@@ -417,13 +417,16 @@ class Lapic:
     # Registers: see lapic_regs
 
     def set_spiv(self, value: int) -> None:
-        """Write the spurious-interrupt vector register; a disabled APIC has all its LVT entries masked."""
-        self.regs[APIC_SPIV >> 2] = value
-        enabled = bool(value & APIC_SPIV_APIC_ENABLED)
-        self.sw_enabled = enabled
-        if not enabled:
+        """Write the spurious-interrupt vector register: disabling the APIC masks all its LVT entries."""
+        self._load_spiv(value)
+        if not self.sw_enabled:
             for offset in self.lvt_masks:
                 self.regs[offset >> 2] |= APIC_LVT_MASKED
+
+    def _load_spiv(self, value: int) -> None:
+        """Set the register alone: loaded LVT entries stay as they are, LINT0 of a reset processor among them."""
+        self.regs[APIC_SPIV >> 2] = value
+        self.sw_enabled = bool(value & APIC_SPIV_APIC_ENABLED)
 
     def mmio_in_range(self, gpa: int) -> bool:
         """Return whether *gpa* lies in the register page and the mode leaves that page to the APIC."""
@@ -485,7 +488,7 @@ class Lapic:
         for offset, mask in self.lvt_masks.items():
             regs[offset >> 2] &= mask
         regs[APIC_TASKPRI >> 2] &= 0xFF
-        self.set_spiv(regs[APIC_SPIV >> 2] & lapic_regs.spiv_mask(self))
+        self._load_spiv(regs[APIC_SPIV >> 2] & lapic_regs.spiv_mask(self))
         with self._lock:
             for offset, name in _BITMAPS:
                 words = (regs[offset + word * 16 >> 2] << 32 * word for word in range(8))

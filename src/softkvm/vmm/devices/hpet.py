@@ -53,7 +53,8 @@ ROUTES: Final = 1 << 2 | 0xFF << 16  # the lines that a comparator may drive: 2 
 
 _MASK_64: Final = (1 << 64) - 1
 _MASK_32: Final = (1 << 32) - 1
-_LEGACY_LINES: Final = {0: 2, 1: 8}
+_LEGACY_LINES: Final = {0: 0, 1: 8}
+_PIN_LINES: Final = {2: 0}  # the IOAPIC's pin 2 is IRQ 0's
 _FS_PER_NS: Final = 1_000_000
 
 
@@ -74,7 +75,7 @@ class _Comparator:
 
 
 class Hpet:
-    """``set_irq(line, level)`` drives a pin of the IOAPIC; ``clock_ns`` does not go backwards."""
+    """``set_irq(line, level)`` drives an interrupt line (a GSI); ``clock_ns`` does not go backwards."""
 
     def __init__(
         self,
@@ -211,11 +212,13 @@ class Hpet:
 
     def _drive(self, index: int, comparator: _Comparator, level: int) -> None:
         comparator.level = level
-        line = (comparator.config & ROUTE_MASK) >> ROUTE_SHIFT
+        pin = (comparator.config & ROUTE_MASK) >> ROUTE_SHIFT
+        if self._set_irq is None:
+            return
         if self._config & LEGACY and index in _LEGACY_LINES:
-            line = _LEGACY_LINES[index]
-        if self._set_irq is not None and (line == 2 or line == 8 or ROUTES >> line & 1):
-            self._set_irq(line, level)
+            self._set_irq(_LEGACY_LINES[index], level)
+        elif ROUTES >> pin & 1:
+            self._set_irq(_PIN_LINES.get(pin, pin), level)
 
     def close(self) -> None:
         """End the timer thread, if there is one."""
