@@ -54,6 +54,8 @@ impl Region {
 #[derive(Default)]
 pub struct RegionTable {
     regions: Vec<Arc<Region>>,
+    /// First address and size of each, close together for the search.
+    bounds: Vec<(usize, usize)>,
 }
 
 /// Bits of the chunks that `size` bytes at page offset `offset` touch (`size` ends within the page).
@@ -64,6 +66,19 @@ pub fn chunk_mask(offset: usize, size: usize) -> u64 {
 }
 
 impl RegionTable {
+    fn of(regions: Vec<Arc<Region>>) -> RegionTable {
+        let bounds = regions.iter().map(|r| (r.base, r.size)).collect();
+        RegionTable { regions, bounds }
+    }
+
+    /// Index of the region that holds `address`.
+    #[inline]
+    fn index(&self, address: usize) -> Option<usize> {
+        let at = self.bounds.partition_point(|b| b.0 <= address).checked_sub(1)?;
+        let (base, size) = self.bounds[at];
+        (address - base < size).then_some(at)
+    }
+
     /// This table and one region more.
     pub fn with(&self, region: Region) -> Result<RegionTable, RegionError> {
         let at = self.regions.partition_point(|r| r.base < region.base);
@@ -77,7 +92,7 @@ impl RegionTable {
         }
         let mut regions = self.regions.clone();
         regions.insert(at, Arc::new(region));
-        Ok(RegionTable { regions })
+        Ok(RegionTable::of(regions))
     }
 
     /// This table less the region that starts at `base`.
@@ -85,15 +100,13 @@ impl RegionTable {
         let mut regions = self.regions.clone();
         let at = regions.iter().position(|r| r.base == base).ok_or(RegionError::Missing)?;
         regions.remove(at);
-        Ok(RegionTable { regions })
+        Ok(RegionTable::of(regions))
     }
 
     /// The region that holds `address`.
     #[inline]
     pub fn find(&self, address: usize) -> Option<&Region> {
-        let at = self.regions.partition_point(|r| r.base <= address);
-        let region = self.regions.get(at.checked_sub(1)?)?;
-        (address - region.base < region.size).then_some(&**region)
+        self.index(address).map(|at| &*self.regions[at])
     }
 
     /// The page that holds `address`.
@@ -105,7 +118,10 @@ impl RegionTable {
 
     /// Whether `size` bytes at `address` lie in one region.
     pub fn contains(&self, address: usize, size: usize) -> bool {
-        self.find(address).is_some_and(|r| size <= r.size - (address - r.base))
+        self.index(address).is_some_and(|at| {
+            let (base, whole) = self.bounds[at];
+            size <= whole - (address - base)
+        })
     }
 
     /// Forgets that the chunks touched by `size` bytes at `address` hold code; returns whether any did.

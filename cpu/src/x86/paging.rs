@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use super::access::Access;
 use super::op::{Res, Stop};
 use super::state::{Cpu, attention, cr0, cr4, efer, sreg, vector};
-use super::tlb::{GpaEntry, INVALID, PAGE_MASK, SLOW};
+use super::tlb::{GpaEntry, INVALID, LARGE_SHIFT, PAGE_MASK, SLOW};
 
 /// Physical address bits of the processor, guest-physical and nested.
 pub const PHYS_BITS: u32 = 48;
 const PHYS_MASK: u64 = (1 << PHYS_BITS) - 1;
+const LARGE_MASK: u64 = (1 << LARGE_SHIFT) - 1;
 const ADDRESS: u64 = PHYS_MASK & PAGE_MASK;
 const RESERVED_HIGH: u64 = ((1 << 52) - 1) & !PHYS_MASK;
 
@@ -50,6 +51,8 @@ struct Nested {
     /// Writes allowed, and the dirty bit is set.
     write: bool,
     exec: bool,
+    /// The 2 MiB around it are mapped by one leaf, to registered memory.
+    large: bool,
 }
 
 /// Result of a guest walk.
@@ -161,7 +164,9 @@ impl Cpu {
         let nested = self.nested(guest.gpa | (linear & 0xfff), write, access == Access::Fetch, NPF_FINAL)?;
         let page = nested.host;
         let addend = page.wrapping_sub(linear & PAGE_MASK);
-        let code = self.regions.page(page as usize).is_some_and(|p| p.code.load(Ordering::SeqCst) != 0);
+        let writable = guest.write && nested.write;
+        let code =
+            writable && self.regions.page(page as usize).is_some_and(|p| p.code.load(Ordering::SeqCst) != 0);
         let entry = self.tlb.entry_mut(bank, linear);
         let same = entry.addend == addend
             && [entry.read, entry.write, entry.exec].iter().all(|t| *t == INVALID || *t & !SLOW == want);
@@ -174,7 +179,7 @@ impl Cpu {
         if guest.read {
             entry.read = want;
         }
-        if guest.write && nested.write {
+        if writable {
             entry.write = if code { want | SLOW } else { want };
         }
         if guest.exec && nested.exec {
@@ -207,9 +212,23 @@ impl Cpu {
     /// The host address of a guest-physical address, for `write`s or reads or fetches; `origin` says what kind of NPF.
     fn nested(&mut self, gpa: u64, write: bool, fetch: bool, origin: u64) -> Result<Nested, Stop> {
         let page = gpa & PAGE_MASK;
+        let piece = gpa & !LARGE_MASK;
+        let cached = *self.tlb.large_gpa(gpa);
+        if cached.gpa & !0xfff == piece && cached.gpa != INVALID {
+            let host = cached.host | (gpa & LARGE_MASK & PAGE_MASK);
+            let n = Nested { host, write: cached.gpa & 1 != 0, exec: cached.gpa & 2 != 0, large: true };
+            if (!write || n.write) && (!fetch || n.exec) {
+                return Ok(n);
+            }
+        }
         let cached = *self.tlb.gpa(gpa);
         if cached.gpa & !0xfff == page && cached.gpa != INVALID {
-            let n = Nested { host: cached.host, write: cached.gpa & 1 != 0, exec: cached.gpa & 2 != 0 };
+            let n = Nested {
+                host: cached.host,
+                write: cached.gpa & 1 != 0,
+                exec: cached.gpa & 2 != 0,
+                large: false,
+            };
             if (!write || n.write) && (!fetch || n.exec) {
                 return Ok(n);
             }
@@ -218,10 +237,15 @@ impl Cpu {
             if !self.regions.contains(page as usize, 4096) {
                 return Err(self.vmexit(super::system::exitcode::SHUTDOWN, 0, 0));
             }
-            return Ok(Nested { host: page, write: true, exec: true });
+            return Ok(Nested { host: page, write: true, exec: true, large: false });
         }
         let n = self.walk_nested(gpa, write, fetch, origin)?;
-        self.tlb.set_gpa(gpa, GpaEntry { gpa: page | n.write as u64 | (n.exec as u64) << 1, host: n.host });
+        let rights = n.write as u64 | (n.exec as u64) << 1;
+        if n.large {
+            self.tlb.set_large_gpa(GpaEntry { gpa: piece | rights, host: n.host & !LARGE_MASK });
+        } else {
+            self.tlb.set_gpa(gpa, GpaEntry { gpa: page | rights, host: n.host });
+        }
         Ok(n)
     }
 
@@ -282,7 +306,9 @@ impl Cpu {
                         return Err(self.npf(gpa, error::P | error::RSV, write, fetch, origin));
                     }
                     let dirty = (e | need) & pte::D != 0;
-                    return Ok(Nested { host, write: rights & pte::W != 0 && dirty, exec: !nx });
+                    let large = shift >= LARGE_SHIFT
+                        && self.regions.contains((host & !LARGE_MASK) as usize, 1 << LARGE_SHIFT);
+                    return Ok(Nested { host, write: rights & pte::W != 0 && dirty, exec: !nx, large });
                 }
                 if e & pte::A == 0
                     && slot.compare_exchange(e, e | pte::A, Ordering::SeqCst, Ordering::SeqCst).is_err()

@@ -46,11 +46,16 @@ pub struct GpaEntry {
 }
 
 const GPA_BITS: usize = 10;
+const LARGE_BITS: usize = 8;
+/// log2 of the bytes that one large entry covers.
+pub const LARGE_SHIFT: u32 = 21;
 
 /// The TLB of one processor.
 pub struct Tlb {
     entries: Box<[Entry]>,
     gpas: Box<[GpaEntry]>,
+    /// The same for 2 MiB pieces of large nested leaves.
+    large_gpas: Box<[GpaEntry]>,
     /// Context number in force, in tag position.
     pub context: u64,
     contexts: HashMap<(u32, u16), u64>,
@@ -71,6 +76,7 @@ impl Default for Tlb {
         Tlb {
             entries: vec![EMPTY; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
             gpas: vec![GpaEntry { gpa: INVALID, host: 0 }; 1 << GPA_BITS].into_boxed_slice(),
+            large_gpas: vec![GpaEntry { gpa: INVALID, host: 0 }; 1 << LARGE_BITS].into_boxed_slice(),
             context: 0,
             contexts: HashMap::new(),
             current: (u32::MAX, 0),
@@ -115,6 +121,17 @@ impl Tlb {
         &self.gpas[(gpa >> 12) as usize & ((1 << GPA_BITS) - 1)]
     }
 
+    /// Looks up the 2 MiB piece around a guest-physical address.
+    #[inline]
+    pub fn large_gpa(&self, gpa: u64) -> &GpaEntry {
+        &self.large_gpas[(gpa >> LARGE_SHIFT) as usize & ((1 << LARGE_BITS) - 1)]
+    }
+
+    /// Remembers a 2 MiB piece; `gpa` and `host` are its first addresses (with the rights in `gpa`).
+    pub fn set_large_gpa(&mut self, entry: GpaEntry) {
+        self.large_gpas[(entry.gpa >> LARGE_SHIFT) as usize & ((1 << LARGE_BITS) - 1)] = entry;
+    }
+
     /// Remembers a guest-physical page.
     pub fn set_gpa(&mut self, gpa: u64, entry: GpaEntry) {
         self.gpas[(gpa >> 12) as usize & ((1 << GPA_BITS) - 1)] = entry;
@@ -136,6 +153,7 @@ impl Tlb {
     /// Forgets guest-physical translations only (they are all of one nested CR3).
     pub fn flush_gpas(&mut self) {
         self.gpas.fill(GpaEntry { gpa: INVALID, host: 0 });
+        self.large_gpas.fill(GpaEntry { gpa: INVALID, host: 0 });
     }
 
     /// Makes (ASID, PCID) the pair that accesses belong to.
