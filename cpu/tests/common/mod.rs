@@ -103,11 +103,11 @@ impl Memory {
         let machine = Machine::new();
         let ram = map(RAM);
         let tables = 3 + PAGES.div_ceil(512);
-        let host = map((tables + 3 + 2) * 4096);
+        let host = map(Memory::host_size());
         // SAFETY: both stay mapped.
         unsafe {
             machine.add_region(ram, RAM).unwrap();
-            machine.add_region(host, (tables + 5) * 4096).unwrap();
+            machine.add_region(host, Memory::host_size()).unwrap();
         }
         let m = Memory {
             machine,
@@ -126,6 +126,19 @@ impl Memory {
         }
         m.guest_tables();
         m
+    }
+
+    /// Gives the host memory back; the guests of this memory must not run any more.
+    pub fn release(&self) {
+        // SAFETY: the mappings of `new`; the tests' values read from them are copies.
+        unsafe {
+            libc::munmap(self.ram as *mut libc::c_void, RAM);
+            libc::munmap(self.nested as *mut libc::c_void, Memory::host_size());
+        }
+    }
+
+    fn host_size() -> usize {
+        (3 + PAGES.div_ceil(512) + 5) * 4096
     }
 
     fn guest_tables(&self) {
@@ -230,6 +243,9 @@ pub struct Guest {
     pub vmcb: Vmcb,
     pub page: usize,
 }
+
+// SAFETY: the VMCB behind the pointer is this guest's own.
+unsafe impl Send for Guest {}
 
 impl Guest {
     /// In 64-bit mode at CPL 0.

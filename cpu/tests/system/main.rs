@@ -5,6 +5,9 @@
 mod common;
 
 mod exceptions;
+mod fuzz;
 mod intercepts;
 mod paging;
+mod stepping;
+mod threads;
 mod transfers;

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Code that changes under the processor, and several processors at once.
+
+use std::time::Duration;
+
+use iced_x86::code_asm::*;
+use softcpu::x86::system::exitcode as exit;
+use softcpu::x86::vmcb::save;
+
+use crate::common::*;
+
+/// MOV EAX, imm32; RET at DATA; called in a loop by the guests below.
+fn function(value: u32) -> Vec<u8> {
+    let mut bytes = vec![0xb8];
+    bytes.extend(value.to_le_bytes());
+    bytes.push(0xc3);
+    bytes
+}
+
+#[test]
+fn code_written_through_an_alias_takes_effect_at_once() {
+    let alias = DATA + 0x5000;
+    let mut g = Guest::long(|a| {
+        a.mov(rbx, DATA).unwrap();
+        a.call(rbx).unwrap();
+        a.mov(esi, eax).unwrap();
+        a.mov(dword_ptr(alias + 1), 222).unwrap();
+        a.call(rbx).unwrap();
+        a.hlt().unwrap();
+    });
+    g.memory.write_bytes(DATA, &function(111));
+    g.memory.write::<u64>(g.memory.leaf(alias), DATA | 7);
+    g.expect_exit(exit::HLT);
+    assert_eq!((g.cpu.rb.gpr[6], g.rax()), (111, 222));
+}
+
+#[test]
+fn an_instruction_that_overwrites_the_next_one() {
+    let mut g = Guest::long(|a| {
+        // Turns the MOV's immediate behind it from 1 into 2, in the same block.
+        a.db(&[0xc6, 0x04, 0x25]).unwrap();
+        a.dd(&[CODE as u32 + 9]).unwrap();
+        a.db(&[2]).unwrap();
+        a.db(&[0xb0, 1]).unwrap();
+        a.hlt().unwrap();
+    });
+    g.expect_exit(exit::HLT);
+    assert_eq!(g.rax() & 0xff, 2);
+}
+
+#[test]
+fn code_written_by_the_host_takes_effect_at_the_next_vmrun_or_notification() {
+    let mut g = Guest::long(|a| {
+        let mut again = a.create_label();
+        a.mov(rbx, DATA).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.call(rbx).unwrap();
+        a.cpuid().unwrap();
+        a.jmp(again).unwrap();
+    });
+    g.intercept(exit::CPUID);
+    g.memory.write_bytes(DATA, &function(1));
+    g.expect_exit(exit::CPUID);
+    assert_eq!(g.rax(), 1);
+    g.memory.write_bytes(DATA, &function(2));
+    let back = g.rip() + 2;
+    g.set(save::RIP, back);
+    g.expect_exit(exit::CPUID);
+    assert_eq!(g.rax(), 2);
+}
+
+#[test]
+fn code_written_by_another_processor_is_noticed() {
+    let memory = Memory::new();
+    memory.write_bytes(DATA, &function(1));
+    let flag = DATA + 0x2000;
+    // One processor calls until the function returns 2; the other patches it once the first has called it.
+    let mut caller = Guest::bare(memory.clone(), 0);
+    caller.assemble(64, CODE, |a| {
+        let mut again = a.create_label();
+        a.mov(rbx, DATA).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.call(rbx).unwrap();
+        a.inc(qword_ptr(flag)).unwrap();
+        a.cmp(eax, 2).unwrap();
+        a.jne(again).unwrap();
+        a.hlt().unwrap();
+    });
+    let mut writer = Guest::bare(memory.clone(), 1);
+    writer.set(save::RIP, CODE + 0x1000);
+    writer.set(save::RSP, STACK0);
+    writer.assemble(64, CODE + 0x1000, |a| {
+        let mut wait = a.create_label();
+        a.set_label(&mut wait).unwrap();
+        a.cmp(qword_ptr(flag), 1000).unwrap();
+        a.jb(wait).unwrap();
+        a.mov(dword_ptr(DATA + 1), 2).unwrap();
+        a.hlt().unwrap();
+    });
+    std::thread::scope(|s| {
+        s.spawn(move || caller.expect_exit(exit::HLT));
+        s.spawn(move || writer.expect_exit(exit::HLT));
+    });
+    assert!(memory.read::<u64>(flag) > 1000);
+}
+
+fn count_together(cpus: u32, step: fn(&mut CodeAssembler)) -> u64 {
+    let memory = Memory::new();
+    let guests: Vec<Guest> = (0..cpus)
+        .map(|n| {
+            let mut g = Guest::bare(memory.clone(), n);
+            g.set(save::RSP, STACK - 0x400 * n as u64);
+            if n == 0 {
+                g.assemble(64, CODE, |a| {
+                    let mut again = a.create_label();
+                    a.mov(ecx, 20_000).unwrap();
+                    a.set_label(&mut again).unwrap();
+                    step(a);
+                    a.dec(ecx).unwrap();
+                    a.jnz(again).unwrap();
+                    a.hlt().unwrap();
+                });
+            }
+            g
+        })
+        .collect();
+    std::thread::scope(|s| {
+        for mut g in guests {
+            s.spawn(move || g.expect_exit(exit::HLT));
+        }
+    });
+    memory.read(DATA)
+}
+
+#[test]
+fn locked_increments_are_never_lost() {
+    let steps: [fn(&mut CodeAssembler); 3] = [
+        |a| a.lock().inc(qword_ptr(DATA)).unwrap(),
+        |a| {
+            a.mov(eax, 1).unwrap();
+            a.lock().xadd(qword_ptr(DATA), rax).unwrap();
+        },
+        |a| {
+            let mut again = a.create_label();
+            a.mov(rax, qword_ptr(DATA)).unwrap();
+            a.set_label(&mut again).unwrap();
+            a.lea(rdx, ptr(rax + 1)).unwrap();
+            a.lock().cmpxchg(qword_ptr(DATA), rdx).unwrap();
+            a.jne(again).unwrap();
+        },
+    ];
+    for step in steps {
+        for cpus in [2u32, 4] {
+            assert_eq!(count_together(cpus, step), 20_000 * cpus as u64);
+        }
+    }
+}
+
+#[test]
+fn locked_increments_across_a_cache_line_are_never_lost() {
+    let total = count_together(2, |a| a.lock().inc(qword_ptr(DATA + 61)).unwrap());
+    assert_eq!(total, 0);
+}
+
+#[test]
+fn a_kick_ends_an_endless_loop() {
+    let mut g = Guest::long(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.jmp(again).unwrap();
+    });
+    let shared = g.cpu.shared.clone();
+    std::thread::scope(|s| {
+        s.spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            shared.kick();
+        });
+        g.expect_exit(exit::INTR);
+    });
+    assert!(g.cpu.instructions > 1000);
+}
