@@ -211,9 +211,9 @@ impl Cpu {
             }
             _ => {}
         }
-        if stop != Stop::EndBlock {
-            self.stopped(stop)?;
-            return Ok(());
+        // Traps come after every iteration of a repeated instruction too.
+        if !matches!(stop, Stop::EndBlock | Stop::Restart) {
+            return self.stopped(stop);
         }
         let mut hits = self.debug_hits;
         if stepping && !self.sys.no_step {

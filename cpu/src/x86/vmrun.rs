@@ -332,7 +332,9 @@ impl Cpu {
         v.set(control::EXITINFO2, e.info2);
         v.set(control::EXITINTINFO, self.delivering);
         v.set(control::TLB_CONTROL, 0u8);
-        let next = if self.next_rip_enabled && (saves_next_rip(e.code) || self.delivering_software()) {
+        let next = if self.next_rip_enabled
+            && ((self.delivering == 0 && saves_next_rip(e.code)) || self.delivering_software())
+        {
             self.stopped_next_ip()
         } else {
             None
