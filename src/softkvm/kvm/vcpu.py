@@ -216,6 +216,7 @@ class Vcpu(VcpuState):
             self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_INTR
             raise InterruptedError(errno.EINTR, "kicked")
         if requests & KVM_REQ_VM_DEAD:
+            self.make_request(requests & ~KVM_REQ_TASK_WORK)  # for good
             raise kvm_error(errno.EIO, "the VM is dead")
         if requests & (KVM_REQ_TLB_FLUSH | KVM_REQ_TLB_FLUSH_GUEST):
             self.stat_tlb_flush += 1
