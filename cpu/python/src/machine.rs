@@ -33,7 +33,7 @@ impl PyMachine {
     }
 
     fn entries(&self, address: usize, count: usize) -> PyResult<&[AtomicU64]> {
-        let bytes = count.checked_mul(8).unwrap_or(usize::MAX);
+        let bytes = count.saturating_mul(8);
         if address % 8 != 0 || !self.inner.regions().contains(address, bytes) {
             return Err(PyValueError::new_err(format!(
                 "page-table entry {address:#x} (count {count}): expected an 8-byte aligned address of registered memory"

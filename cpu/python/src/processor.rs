@@ -113,7 +113,10 @@ impl PyCpu {
     #[getter]
     fn instructions(&self) -> u64 {
         // SAFETY: a racy read of a counter while the processor runs gives some recent value.
-        unsafe { (&raw const (**self.inner.get()).instructions).read_volatile() }
+        unsafe {
+            let cpu: *const Cpu = &raw const **self.inner.get();
+            (&raw const (*cpu).instructions).read_volatile()
+        }
     }
 
     #[getter]
