@@ -235,7 +235,11 @@ class Lapic:
         return self.regs[APIC_TASKPRI >> 2]
 
     def set_tpr(self, value: int) -> None:
-        """Write the task-priority register."""
+        """Write the task-priority register; the processor's own copy (V_TPR) follows before the next instruction."""
+        self._load_tpr(value)
+        self.vcpu.request_event()
+
+    def _load_tpr(self, value: int) -> None:
         self.regs[APIC_TASKPRI >> 2] = value & 0xFF
         self._update_ppr()
 
@@ -247,7 +251,7 @@ class Lapic:
     def set_cr8(self, value: int) -> None:
         """Take over CR8, which the guest can change without an exit (V_TPR)."""
         if value != self.regs[APIC_TASKPRI >> 2] >> 4:
-            self.set_tpr((value & 0xF) << 4)
+            self._load_tpr((value & 0xF) << 4)
 
     def _update_ppr(self) -> None:
         """Find the processor priority (SDM 11.8.3.1); where it falls, something may have become deliverable."""
