@@ -35,7 +35,7 @@ def _mmio(tiny: Tiny) -> tuple[int, int, int, bytes]:
     return mmio.phys_addr, mmio.len, mmio.is_write, bytes(mmio.data[: mmio.len])
 
 
-# --- port I/O ------------------------------------------------------------------------------------------
+# --- port I/O ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_backwards_rep_outs_goes_down(tiny: Tiny) -> None:
     assert tiny.vcpu.get_regs().rsi == DATA - 1
 
 
-# --- MMIO ------------------------------------------------------------------------------------------------
+# --- MMIO --------------------------------------------------------------------------------------
 
 
 def test_mmio_store_and_load(tiny: Tiny) -> None:
@@ -186,7 +186,7 @@ def test_code_in_mmio_space_cannot_be_emulated(tiny: Tiny) -> None:
     assert tiny.vcpu.kvm_run.internal.suberror == abi.KVM_INTERNAL_ERROR_EMULATION
 
 
-# --- ending KVM_RUN -----------------------------------------------------------------------------------------
+# --- ending KVM_RUN ----------------------------------------------------------------------------
 
 
 def test_immediate_exit_completes_io_and_runs_nothing(tiny: Tiny) -> None:
@@ -223,7 +223,12 @@ def test_a_kick_before_run_ends_exactly_one_run(tiny: Tiny) -> None:
 
 def test_a_second_thread_cannot_run_the_same_vcpu(tiny: Tiny) -> None:
     tiny.real_mode().load(b"\xeb\xfe")
-    thread = threading.Thread(target=lambda: pytest.raises(InterruptedError, tiny.vcpu.run))
+
+    def run() -> None:
+        with pytest.raises(InterruptedError):
+            tiny.vcpu.run()
+
+    thread = threading.Thread(target=run)
     thread.start()
     while not tiny.vcpu.running:
         time.sleep(0.001)
@@ -271,7 +276,7 @@ def test_an_impossible_vmcb_is_fail_entry(tiny: Tiny) -> None:
     assert tiny.vcpu.kvm_run.fail_entry.hardware_entry_failure_reason == (1 << 64) - 1
 
 
-# --- interrupts with chips in userspace -------------------------------------------------------------------------
+# --- interrupts with chips in userspace --------------------------------------------------------
 
 
 def _vector_table(tiny: Tiny) -> None:
@@ -334,7 +339,7 @@ def test_an_nmi_is_blocked_while_one_is_handled() -> None:
     tiny.close()
 
 
-# --- debugging ------------------------------------------------------------------------------------------------------
+# --- debugging ---------------------------------------------------------------------------------
 
 
 def _debug(tiny: Tiny, control: int, dr: dict[int, int] | None = None) -> None:
@@ -385,7 +390,7 @@ def test_the_guests_debug_registers_survive_the_debuggers(tiny: Tiny) -> None:
     assert (after.db[0], after.dr7) == (0x1234, 0x403)
 
 
-# --- skipping instructions ----------------------------------------------------------------------------------------------
+# --- skipping instructions ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nrips", [True, False])

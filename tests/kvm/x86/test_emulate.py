@@ -10,15 +10,29 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from tests.support.tiny import CODE, DATA, Tiny
 
 from softkvm import abi
 from softkvm.kvm.x86.emulate_table import HANDLERS
-from tests.support.tiny import CODE, DATA, Tiny
 
 _GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10")
 _STATUS = 0x8D5
 _AF = 0x10
-_PATTERNS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, (1 << 63) - 1, 1 << 63)
+_PATTERNS = (
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFF_FFFF,
+    0x8000_0000,
+    0xFFFF_FFFF,
+    (1 << 63) - 1,
+    1 << 63,
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ The ``kvm_set_*`` functions return False where the processor raises #GP, with no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm.kvm.mmu.paging import is_canonical
@@ -69,11 +70,11 @@ XFEATURE_SSE: Final = 1 << 1
 XFEATURE_YMM: Final = 1 << 2
 
 
-def cr4_guest_valid_bits(vcpu: Vcpu) -> int:
-    """Return the CR4 bits that the guest's CPUID allows."""
+def cr4_valid_bits(feature: Callable[[int, int, int, int], bool]) -> int:
+    """Return the CR4 bits that exist, ``feature`` telling about bits of CPUID (leaf, subleaf, register, bit)."""
     valid = _CR4_ALWAYS
     for bit, leaf, subleaf, register, cpuid_bit in _CR4_FEATURES:
-        if vcpu.cpuid.feature(leaf, subleaf, register, cpuid_bit):
+        if feature(leaf, subleaf, register, cpuid_bit):
             valid |= bit
     return valid
 

@@ -176,7 +176,8 @@ class CpuidTable:
         self._intel = False
         self.supported_xcr0 = 0
         self.kvm_features = 0
-        self.cr4_valid = 0
+        #: CR4 bits that may be set; until there is a table, all that the silicon has.
+        self.cr4_valid = _silicon_cr4()
 
     def set(self, vcpu: Vcpu, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2: E2BIG for too many entries, EINVAL for a virtual address width that can't be."""
@@ -207,9 +208,9 @@ class CpuidTable:
         d0 = self._base_d0 or _ZERO
         self.supported_xcr0 = (d0[EAX] | d0[EDX] << 32) & supported_xcr0()
         self.kvm_features = self._find_kvm_features()
-        from softkvm.kvm.x86.control_registers import cr4_guest_valid_bits
+        from softkvm.kvm.x86.control_registers import cr4_valid_bits
 
-        self.cr4_valid = cr4_guest_valid_bits(vcpu)
+        self.cr4_valid = cr4_valid_bits(self.feature)
         self.update_runtime(vcpu)
 
     def get(self) -> list[abi.kvm_cpuid_entry2]:
@@ -299,6 +300,17 @@ class CpuidTable:
             self.plain[function] = leaf
         else:
             self.indexed[function][index] = leaf
+
+
+@cache
+def _silicon_cr4() -> int:
+    """Return the CR4 bits of the silicon."""
+    from softkvm.kvm.x86.control_registers import cr4_valid_bits
+
+    def feature(function: int, index: int, register: int, bit: int) -> bool:
+        return bool(_supported_leaf(function, index)[register] >> bit & 1 or (function, bit) == (1, 26))
+
+    return cr4_valid_bits(feature)
 
 
 def xstate_size(features: int, *, compacted: bool = False) -> int:
