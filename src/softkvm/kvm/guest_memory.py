@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from softkvm.kvm.host_mappings import NO_ACCESS, READ_WRITE
 from softkvm.kvm.mmu.spte import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from softkvm._softcpu import Machine
-    from softkvm.kvm.memslots import Memslots
+    from softkvm.kvm.host_mappings import HostMappings
+    from softkvm.kvm.memslots import MemorySlot, Memslots
 
 
 class HasMemory(Protocol):
@@ -17,14 +19,21 @@ class HasMemory(Protocol):
 
     machine: Machine
     memslots: Memslots
+    host_mappings: HostMappings
 
 
 def gpa_to_hva(vm: HasMemory, gpa: int, *, write: bool = False) -> int | None:
     """Return the host virtual address of ``gpa``; None without a slot or for writes to a read-only one."""
     slot = vm.memslots.gfn_to_memslot(gpa >> PAGE_SHIFT)
-    if slot is None or (write and slot.readonly):
+    if slot is None or (write and slot.readonly) or not _reachable(vm, slot, gpa, write=write):
         return None
     return gpa + slot.hva_offset
+
+
+def _reachable(vm: HasMemory, slot: MemorySlot, gpa: int, *, write: bool) -> bool:
+    """Tell whether the process can reach the memory behind the page of ``gpa``."""
+    access = vm.host_mappings.access((gpa & -PAGE_SIZE) + slot.hva_offset, PAGE_SIZE)
+    return access == READ_WRITE or (access != NO_ACCESS and not write)
 
 
 def read_guest(vm: HasMemory, gpa: int, size: int) -> bytes | None:
@@ -59,7 +68,7 @@ def write_guest(vm: HasMemory, gpa: int, data: bytes) -> bool:
     while offset < len(data):
         chunk = min(len(data) - offset, PAGE_SIZE - (gpa & (PAGE_SIZE - 1)))
         slot = vm.memslots.gfn_to_memslot(gpa >> PAGE_SHIFT)
-        if slot is None or slot.readonly:
+        if slot is None or slot.readonly or not _reachable(vm, slot, gpa, write=True):
             return False
         try:
             vm.machine.write(gpa + slot.hva_offset, data[offset : offset + chunk])
@@ -78,7 +87,7 @@ def cmpxchg_guest(vm: HasMemory, gpa: int, expected: bytes, new: bytes) -> bytes
     """
     size = len(expected)
     slot = vm.memslots.gfn_to_memslot(gpa >> PAGE_SHIFT)
-    if slot is None or slot.readonly:
+    if slot is None or slot.readonly or not _reachable(vm, slot, gpa, write=True):
         return None
     word = (gpa + slot.hva_offset) & ~7
     shift = (gpa & 7) * 8

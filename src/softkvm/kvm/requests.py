@@ -21,3 +21,5 @@ KVM_REQ_TLB_FLUSH_GUEST: Final = 1 << 11
 KVM_REQ_SIGNAL: Final = 1 << 12
 #: Code was called for on the vCPU's own thread (``vcpu.call_soon``).
 KVM_REQ_TASK_WORK: Final = 1 << 13
+#: The guest ended an interrupt of an IOAPIC that userspace has.
+KVM_REQ_IOAPIC_EOI_EXIT: Final = 1 << 14

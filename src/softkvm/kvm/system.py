@@ -59,6 +59,8 @@ class Kvm:
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         """KVM_GET_MSRS on the system: feature MSRs, up to the first that isn't one."""
+        if len(indices) >= 256:
+            raise kvm_error(errno.E2BIG, f"nmsrs={len(indices)}, expected fewer than 256")
         values = []
         for index in indices:
             value = msrs.FEATURE_MSRS.get(index)

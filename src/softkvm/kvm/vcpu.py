@@ -14,6 +14,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.requests import (
     KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
+    KVM_REQ_IOAPIC_EOI_EXIT,
     KVM_REQ_NMI,
     KVM_REQ_SIGNAL,
     KVM_REQ_STEAL_UPDATE,
@@ -228,6 +229,11 @@ class Vcpu(VcpuState):
         if requests & KVM_REQ_TRIPLE_FAULT:
             self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SHUTDOWN
             self.make_request(requests & KVM_REQ_EVENT)
+            return False
+        if requests & KVM_REQ_IOAPIC_EOI_EXIT:
+            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_IOAPIC_EOI
+            self.run_b[io.RUN_EOI_VECTOR] = self.pending_ioapic_eoi
+            self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI))
             return False
         if requests & KVM_REQ_NMI:
             events.process_nmi(self)

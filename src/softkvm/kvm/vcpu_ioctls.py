@@ -31,6 +31,14 @@ _MP_STATES: Final = frozenset(
     }
 )
 
+#: One call takes fewer MSRs than this (``MAX_IO_MSRS``).
+_MAX_IO_MSRS: Final = 256
+
+
+def _check_msr_count(count: int) -> None:
+    if count >= _MAX_IO_MSRS:
+        raise kvm_error(errno.E2BIG, f"nmsrs={count}, expected fewer than {_MAX_IO_MSRS}")
+
 
 class VcpuIoctls(Vcpu):
     """A vCPU as userspace drives it (implements :class:`softkvm.api.Vcpu`)."""
@@ -94,7 +102,8 @@ class VcpuIoctls(Vcpu):
         fpu.set_xcrs(self, xcrs)
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
-        """KVM_GET_MSRS (KVM API 4.18): values up to the first MSR that cannot be read."""
+        """KVM_GET_MSRS (KVM API 4.18): values up to the first MSR that cannot be read; E2BIG for 256 or more."""
+        _check_msr_count(len(indices))
         values = []
         for index in indices:
             value = msrs.get_msr(self, index, host=True)
@@ -104,7 +113,8 @@ class VcpuIoctls(Vcpu):
         return values
 
     def set_msrs(self, values: Mapping[int, int]) -> int:
-        """KVM_SET_MSRS (KVM API 4.19): how many were set; stops at the first that cannot be written."""
+        """KVM_SET_MSRS (KVM API 4.19): how many were set, up to the first that cannot be; E2BIG for 256 or more."""
+        _check_msr_count(len(values))
         count = 0
         for index, data in values.items():
             if not msrs.set_msr(self, index, data, host=True):

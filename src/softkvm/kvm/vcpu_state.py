@@ -133,6 +133,7 @@ class VcpuState:
         self.interrupt_soft = False
         self.injecting = False
         self.pending_external_vector = -1
+        self.pending_ioapic_eoi = 0
         self.nmi_queued = 0
         self.nmi_pending = 0
         self.nmi_injected = False

@@ -15,12 +15,13 @@ from softkvm import _softcpu, abi
 from softkvm.kvm import capabilities, dirty_log
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.eventfd import Eventfds
+from softkvm.kvm.host_mappings import HostMappings
 from softkvm.kvm.io_bus import IoBus
 from softkvm.kvm.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
 from softkvm.kvm.mmu.tdp_mmu import TdpMmu
 from softkvm.kvm.params import Params
 from softkvm.kvm.regions import HostRegions
-from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
+from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_IOAPIC_EOI_EXIT, KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.stats import vm_stats
 from softkvm.kvm.vcpu_ioctls import VcpuIoctls
 from softkvm.kvm.vcpu_state import IN_GUEST_MODE, VcpuState
@@ -39,6 +40,8 @@ KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT: Final = 1 << 4
 KVM_X86_QUIRK_FIX_HYPERCALL_INSN: Final = 1 << 5
 KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS: Final = 1 << 6
 
+#: Routes of one VM, and so the most pins that userspace's IOAPICs can have.
+KVM_MAX_IRQ_ROUTES: Final = 4096
 #: The physical TSC ticks once per nanosecond.
 TSC_KHZ: Final = 1_000_000
 _SECOND_NS: Final = 1_000_000_000
@@ -60,7 +63,8 @@ class Vm:
         self.mmu_lock = threading.RLock()
         self.memslots = Memslots()
         self.regions = HostRegions(self.machine)
-        self.mmu = TdpMmu(self.machine, params.max_huge_page_level)
+        self.host_mappings = HostMappings()
+        self.mmu = TdpMmu(self.machine, params.max_huge_page_level, self.host_mappings)
         self.iopm = self.machine.alloc_page(3)
         memoryview(self.iopm).cast("B")[:] = b"\xff" * self.iopm.size
         self.pio_bus = IoBus()
@@ -123,6 +127,7 @@ class Vm:
             change, old = classify_change(slots, region, self.max_gfn)
             if change is MemoryChange.NOTHING:
                 return
+            self.host_mappings.forget()
             new = None
             if change is not MemoryChange.DELETE:
                 initially_dirty = bool(self.manual_dirty_log_protect & abi.KVM_DIRTY_LOG_INITIALLY_SET)
@@ -246,12 +251,20 @@ class Vm:
                 raise kvm_error(errno.EEXIST, "the irqchip exists")
             if self.vcpus:
                 raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
-            if pins > 24:
-                raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most 24 IOAPIC pins")
-            self.chips = KernelIrqchip(_softcpu.clock_ns, split=True)
+            if pins > KVM_MAX_IRQ_ROUTES:
+                raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most {KVM_MAX_IRQ_ROUTES} IOAPIC pins")
+            self.chips = KernelIrqchip(
+                _softcpu.clock_ns, split=True, reserved_pins=pins, eoi_exit=self._ioapic_eoi_exit
+            )
             self.chips.apic_map.bsp_vcpu_id = self.bsp_vcpu_id
             self._apply_quirks(self.chips)
             self.split_irqchip = True
+
+    def _ioapic_eoi_exit(self, vcpu_id: int, vector: int) -> None:
+        """An EOI that userspace's IOAPIC waits for: KVM_EXIT_IOAPIC_EOI from that vCPU."""
+        vcpu = self._vcpu_by_id[vcpu_id]
+        vcpu.pending_ioapic_eoi = vector
+        vcpu.make_request(KVM_REQ_IOAPIC_EOI_EXIT)
 
     def _apply_quirks(self, chips: KernelIrqchip) -> None:
         chips.apic_map.lint0_reenabled = self.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED)

@@ -11,10 +11,13 @@ with the machine's atomic helpers only.
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.host_mappings import NO_ACCESS, READ_WRITE, HostMappings
 from softkvm.kvm.mmu.spte import (
     ACC_ALL,
     MMIO_SPTE_GEN_MASK,
@@ -75,10 +78,11 @@ class TdpTable:
 class TdpMmu:
     """Nested page tables of one VM (one root; the guest's paging mode doesn't matter to them)."""
 
-    __slots__ = ("_free_later", "_machine", "max_level", "pages", "root", "tables")
+    __slots__ = ("_free_later", "_host", "_machine", "max_level", "pages", "root", "tables")
 
-    def __init__(self, machine: Machine, max_level: int = PG_LEVEL_1G) -> None:
+    def __init__(self, machine: Machine, max_level: int = PG_LEVEL_1G, host: HostMappings | None = None) -> None:
         self._machine = machine
+        self._host = host
         self.max_level = max_level
         self.root = TdpTable(machine.alloc_page(), ROOT_LEVEL, 0)
         self._free_later: list[TdpTable] = []
@@ -149,7 +153,10 @@ class TdpMmu:
         return level
 
     def map_gfn(self, slot: MemorySlot, gfn: int, *, write: bool) -> int:
-        """Map ``gfn`` from ``slot`` after a nested page fault; returns a RET_PF_* code."""
+        """Map ``gfn`` from ``slot`` after a nested page fault; returns a RET_PF_* code.
+
+        Raises EFAULT where the process cannot reach the host memory itself.
+        """
         if write and slot.readonly:
             return RET_PF_EMULATE
         old, at = self.get_spte(gfn)
@@ -158,13 +165,25 @@ class TdpMmu:
             return RET_PF_SPURIOUS  # another vCPU was here first
         # Where a table of smaller mappings exists already, the leaf goes there.
         level = min(self.max_mapping_level(slot, gfn), at)
+        hva, access = self._host_page(slot, gfn, level)
+        if access != READ_WRITE and level > PG_LEVEL_4K:
+            level = PG_LEVEL_4K
+            hva, access = self._host_page(slot, gfn, level)
+        if access == NO_ACCESS or (write and access != READ_WRITE):
+            raise kvm_error(errno.EFAULT, f"gpa={gfn << PAGE_SHIFT:#x}: no host memory at userspace_addr={hva:#x}")
         table = self._descend(gfn, level)
-        first = gfn_round_for_level(gfn, level)
-        spte = make_spte((first << PAGE_SHIFT) + slot.hva_offset, level, writable=not slot.readonly)
+        spte = make_spte(hva, level, writable=access == READ_WRITE and not slot.readonly)
         self._machine.pte_store(table.address + ((gfn >> ((level - 1) * 9)) & _INDEX_MASK) * 8, spte)
         if not present:
             self.pages[level] += 1
         return RET_PF_FIXED
+
+    def _host_page(self, slot: MemorySlot, gfn: int, level: int) -> tuple[int, int]:
+        """Return the address of the host's page at ``level`` and what the process may do with it."""
+        hva = (gfn_round_for_level(gfn, level) << PAGE_SHIFT) + slot.hva_offset
+        if self._host is None:
+            return hva, READ_WRITE
+        return hva, self._host.access(hva, pages_per_hpage(level) << PAGE_SHIFT)
 
     def set_mmio_spte(self, gfn: int, generation: int, access: int = ACC_ALL) -> None:
         """Remember that ``gfn`` has no memory slot under ``generation``."""

@@ -91,7 +91,7 @@ def get_fpu(vcpu: Vcpu) -> abi.kvm_fpu:
 
 
 def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
-    """KVM_SET_FPU."""
+    """KVM_SET_FPU. As in the kernel, ``mxcsr`` is not loaded: KVM_SET_XSAVE does that."""
     rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
     rw[_FCW >> 1] = fpu.fcw
     rw[_FSW >> 1] = fpu.fsw
@@ -106,7 +106,6 @@ def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
     for i in range(16):
         at = _YMM + i * 32
         rb[at : at + 16] = bytes(fpu.xmm[i])
-    vcpu.rd[_MXCSR >> 2] = fpu.mxcsr & MXCSR_MASK
 
 
 _LEGACY: Final = struct.Struct("<HHBBHQQII")
@@ -151,11 +150,11 @@ def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
         fpu.last_opcode, fpu.last_ip, fpu.last_dp = fop, fip, fdp
         for i in range(8):
             fpu.fpr[i][:10] = list(area[32 + i * 16 : 42 + i * 16])
-    fpu.mxcsr = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
     if features & cr.XFEATURE_SSE:
         for i in range(16):
             fpu.xmm[i][:] = list(area[160 + i * 16 : 176 + i * 16])
     set_fpu(vcpu, fpu)
+    vcpu.rd[_MXCSR >> 2] = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
     for i in range(16):
         at = _YMM + i * 32 + 16
         high = area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] if features & cr.XFEATURE_YMM else bytes(16)

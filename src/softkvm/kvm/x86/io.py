@@ -28,6 +28,7 @@ RUN_FLAGS: Final = 14 // 2  # w
 RUN_CR8: Final = 16 // 8  # q
 RUN_APIC_BASE: Final = 24 // 8  # q
 RUN_IO_Q: Final = 32 // 8  # q: direction (8 bits), size (8), port (16), count (32)
+RUN_EOI_VECTOR: Final = 32  # b
 RUN_IO_DATA_OFFSET: Final = 40 // 8  # q
 RUN_MMIO_PHYS_ADDR: Final = 32 // 8  # q
 RUN_MMIO_DATA: Final = 40  # b, 8 bytes

@@ -255,13 +255,15 @@ def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 def _write_pv_eoi(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host):
         return False
-    return vcpu.pv_eoi is not None and vcpu.pv_eoi.set_msr(data)
+    if vcpu.pv_eoi is None:
+        return not data & abi.KVM_MSR_ENABLED  # no local APIC whose EOIs could be saved
+    return vcpu.pv_eoi.set_msr(data)
 
 
 def _read_pv_eoi(vcpu: Vcpu, index: int, host: bool) -> int | None:
-    if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host) or vcpu.pv_eoi is None:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host):
         return None
-    return vcpu.pv_eoi.msr
+    return vcpu.pv_eoi.msr if vcpu.pv_eoi is not None else 0
 
 
 def _write_poll_control(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:

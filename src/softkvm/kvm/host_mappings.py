@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which host memory the process can reach: what get_user_pages() finds out for the kernel.
+
+A memory slot may name addresses that are not mapped, or not yet; KVM_RUN fails with EFAULT when the guest
+touches them. Leaves are made only for memory that is mapped at that moment.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Final
+
+NO_ACCESS: Final = 0
+READ: Final = 1
+READ_WRITE: Final = 2
+
+
+class HostMappings:
+    """The process's mappings, read from /proc/self/maps when an address is not among the known ones.
+
+    Memory that is unmapped after the guest has touched it is not noticed: there are no MMU notifiers.
+    """
+
+    __slots__ = ("_access", "_ends", "_starts")
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Look again at the next question; called when memory slots change."""
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._access: list[int] = []
+
+    def access(self, hva: int, size: int) -> int:
+        """Tell what the process may do with all of [hva, hva + size): NO_ACCESS, READ or READ_WRITE."""
+        found = self._known(hva, hva + size)
+        if found != READ_WRITE:
+            self._read()
+            found = self._known(hva, hva + size)
+        return found
+
+    def _known(self, start: int, end: int) -> int:
+        index = bisect_right(self._starts, start) - 1
+        access = READ_WRITE
+        while index >= 0:
+            if self._ends[index] <= start:
+                break
+            access = min(access, self._access[index])
+            start = self._ends[index]
+            if start >= end:
+                return access
+            index += 1
+            if index == len(self._starts) or self._starts[index] != start:
+                break
+        return NO_ACCESS
+
+    def _read(self) -> None:
+        starts, ends, accesses = [], [], []
+        with open("/proc/self/maps", "rb") as maps:
+            for line in maps.read().splitlines():
+                span, permissions = line.split(b" ", 2)[:2]
+                first, last = span.split(b"-")
+                starts.append(int(first, 16))
+                ends.append(int(last, 16))
+                accesses.append(NO_ACCESS if permissions[:1] != b"r" else 1 + (permissions[1:2] == b"w"))
+        self._starts, self._ends, self._access = starts, ends, accesses

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State in and out (KVM API 4.11 to 4.15, 4.22, 4.23, 4.31 to 4.34, 4.42 to 4.45, 4.131)."""
+
+import errno
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from softkvm import abi
+from tests.support.conformance import (
+    CR0_PE,
+    CR0_PG,
+    CR4_PAE,
+    EFER_LMA,
+    EFER_LME,
+    TABLES,
+    Guest,
+    refused,
+)
+
+U64 = (1 << 64) - 1
+GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)))
+SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+
+
+# --- after reset (SDM vol. 3, table 9-1) -----------------------------------------------------------
+
+
+def test_state_after_reset(make: Callable[..., Guest]) -> None:
+    guest = make()
+    regs, sregs = guest.cpu.get_regs(), guest.cpu.get_sregs()
+    assert (regs.rip, regs.rflags) == (0xFFF0, 2)
+    assert (sregs.cs.base, sregs.cs.selector, sregs.cs.limit) == (0xFFFF_0000, 0xF000, 0xFFFF)
+    assert sregs.cr0 == 0x6000_0010
+    assert (sregs.cr3, sregs.cr4, sregs.cr8, sregs.efer) == (0, 0, 0, 0)
+    assert (sregs.gdt.base, sregs.gdt.limit, sregs.idt.limit) == (0, 0xFFFF, 0xFFFF)
+    for name in ("ds", "es", "fs", "gs", "ss"):
+        segment = getattr(sregs, name)
+        assert (segment.base, segment.selector, segment.limit, segment.present) == (0, 0, 0xFFFF, 1), name
+    assert sregs.tr.type == 11
+    debug = guest.cpu.get_debugregs()
+    assert (list(debug.db), debug.dr6, debug.dr7) == ([0] * 4, 0xFFFF_0FF0, 0x400)
+    assert guest.cpu.get_xcrs().xcrs[0].value == 1
+
+
+# --- general registers -----------------------------------------------------------------------------
+
+
+def test_general_registers_round_trip(guest: Guest) -> None:
+    regs = abi.kvm_regs(rip=0x1234_5678_9ABC, rflags=0x246)
+    for n, name in enumerate(GPRS):
+        setattr(regs, name, U64 - n * 0x0101_0101_0101)
+    guest.cpu.set_regs(regs)
+    assert bytes(guest.cpu.get_regs()) == bytes(regs)
+
+
+def test_rflags_bit_1_is_always_set(guest: Guest) -> None:
+    guest.cpu.set_regs(abi.kvm_regs(rflags=0))
+    assert guest.cpu.get_regs().rflags == 2
+
+
+# --- special registers -----------------------------------------------------------------------------
+
+
+def test_special_registers_round_trip(guest: Guest) -> None:
+    sregs = guest.cpu.get_sregs()
+    for n, name in enumerate(("ds", "es", "fs", "gs", "ss")):
+        segment = getattr(sregs, name)
+        segment.base, segment.selector, segment.limit = 0x1000 * (n + 1), 0x100 * (n + 1), 0xFFFF
+    sregs.gdt = abi.kvm_dtable(base=0x5000, limit=0x27)
+    sregs.idt = abi.kvm_dtable(base=0x6000, limit=0x3FF)
+    sregs.ldt = abi.kvm_segment(base=0x7000, limit=0x17, selector=0x20, type=2, present=1)
+    sregs.cr2, sregs.cr3 = 0xDEAD_B000, 0x1_0000
+    guest.cpu.set_sregs(sregs)
+    assert bytes(guest.cpu.get_sregs()) == bytes(sregs)
+
+
+def test_long_mode_round_trips(guest: Guest) -> None:
+    guest.long("f4")
+    sregs = guest.cpu.get_sregs()
+    assert sregs.cs.l == 1 and sregs.cs.db == 0
+    assert sregs.efer & (EFER_LME | EFER_LMA) == EFER_LME | EFER_LMA
+    sregs.fs.base, sregs.gs.base = 0x7FFF_1234_5678, 0xFFFF_8000_0000_1000
+    sregs.cr8 = 9
+    guest.cpu.set_sregs(sregs)
+    again = guest.cpu.get_sregs()
+    assert (again.fs.base, again.gs.base, again.cr8) == (0x7FFF_1234_5678, 0xFFFF_8000_0000_1000, 9)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("efer", EFER_LMA),
+        ("cr0", CR0_PG),
+        ("cr0", 1 << 29 | CR0_PE),
+        ("cr4", 1 << 31),
+        ("cr4", 1 << 40),
+        ("cr0", 1 << 40),
+        ("cs.l", 1),
+    ],
+    ids=str,
+)
+def test_illegal_special_registers_are_einval(guest: Guest, field: str, value: int) -> None:
+    before = guest.cpu.get_sregs()
+    sregs = guest.cpu.get_sregs()
+    if field == "cs.l":
+        sregs.cs.l = value
+    else:
+        setattr(sregs, field, value)
+    refused(errno.EINVAL, lambda: guest.cpu.set_sregs(sregs))
+    assert bytes(guest.cpu.get_sregs()) == bytes(before)
+
+
+def test_long_mode_without_pae_or_lma_is_einval(guest: Guest) -> None:
+    guest.long("f4")
+    for field, value in (("cr4", 0), ("efer", EFER_LME)):
+        sregs = guest.cpu.get_sregs()
+        setattr(sregs, field, value)
+        refused(errno.EINVAL, lambda: guest.cpu.set_sregs(sregs))  # noqa: B023
+    assert guest.cpu.get_sregs().cr4 & CR4_PAE
+
+
+def test_sregs2_agree_with_sregs(guest: Guest) -> None:
+    if not guest.kvm.check_extension(abi.KVM_CAP_SREGS2):
+        pytest.skip("no KVM_CAP_SREGS2")
+    guest.long("f4")
+    one, two = guest.cpu.get_sregs(), guest.cpu.get_sregs2()
+    for name in (*SEGMENTS, "gdt", "idt"):
+        assert bytes(getattr(one, name)) == bytes(getattr(two, name)), name
+    for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"):
+        assert getattr(one, name) == getattr(two, name), name
+    two.cr2 = 0x1234
+    guest.cpu.set_sregs2(two)
+    assert guest.cpu.get_sregs().cr2 == 0x1234
+    two.flags = 2
+    refused(errno.EINVAL, lambda: guest.cpu.set_sregs2(two))
+
+
+def test_the_interrupt_bitmap_carries_an_interrupt_on_its_way(guest: Guest) -> None:
+    sregs = guest.cpu.get_sregs()
+    sregs.interrupt_bitmap[0x61 // 64] = 1 << 0x61 % 64
+    guest.cpu.set_sregs(sregs)
+    assert list(guest.cpu.get_sregs().interrupt_bitmap) == [0, 1 << 0x21, 0, 0]
+    events = guest.cpu.get_vcpu_events()
+    assert (events.interrupt.injected, events.interrupt.nr) == (1, 0x61)
+
+
+def test_translation_follows_the_guest_tables(guest: Guest) -> None:
+    guest.long("f4")
+    entry = TABLES + 0x8000
+    guest.write(TABLES + 2 * 4096 + 8, (entry | 7).to_bytes(8, "little"))  # 0x200000 by a page table
+    guest.write(entry + 5 * 8, (0x7000 | 7).to_bytes(8, "little"))
+    found = guest.cpu.translate(0x20_5123)
+    assert (found.valid, found.physical_address) == (1, 0x7123)
+    assert guest.cpu.translate(0x20_6000).valid == 0
+    assert guest.cpu.translate(0x1234).physical_address == 0x1234
+
+
+# --- x87, SSE, XSAVE -------------------------------------------------------------------------------
+
+
+def test_fpu_round_trips(guest: Guest) -> None:
+    fpu = abi.kvm_fpu(fcw=0x27F, fsw=0x3841, ftwx=0x81, last_opcode=0x123, last_ip=0x1000, last_dp=0x2000)
+    for n in range(8):
+        fpu.fpr[n][:10] = list(range(n * 10, n * 10 + 10))
+    for n in range(16):
+        fpu.xmm[n][:] = list(range(n, n + 16))
+    guest.cpu.set_fpu(fpu)
+    got = guest.cpu.get_fpu()
+    got.mxcsr = 0
+    assert bytes(got) == bytes(fpu)
+
+
+def test_the_mxcsr_of_kvm_fpu_is_not_loaded(guest: Guest) -> None:
+    fpu = guest.cpu.get_fpu()
+    fpu.mxcsr = 0
+    guest.cpu.set_fpu(fpu)
+    assert struct.unpack_from("<I", bytes(guest.cpu.get_xsave()), 24) == (0x1F80,)
+
+
+def test_xsave_shows_the_same_state_as_fpu(guest: Guest) -> None:
+    area = bytearray(bytes(guest.cpu.get_xsave()))
+    struct.pack_into("<Q", area, 512, 3)  # components in use: a new vCPU has them in their initial state
+    guest.cpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area))
+    fpu = guest.cpu.get_fpu()
+    fpu.fcw = 0x27F
+    fpu.xmm[3][:] = list(range(16))
+    guest.cpu.set_fpu(fpu)
+    area = bytes(guest.cpu.get_xsave())
+    assert struct.unpack_from("<H", area, 0) == (0x27F,)
+    assert struct.unpack_from("<I", area, 24) == (0x1F80,)
+    assert area[160 + 48 : 160 + 64] == bytes(range(16))
+    assert struct.unpack_from("<Q", area, 512)[0] & 3 == 3
+
+
+def test_xsave_round_trips(guest: Guest) -> None:
+    area = bytearray(bytes(guest.cpu.get_xsave()))
+    area[160:176] = b"0123456789abcdef"
+    struct.pack_into("<H", area, 0, 0x37F)
+    struct.pack_into("<Q", area, 512, 3)
+    guest.cpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area))
+    assert bytes(guest.cpu.get_xsave())[160:176] == b"0123456789abcdef"
+    assert bytes(guest.cpu.get_fpu().xmm[0]) == b"0123456789abcdef"
+
+
+def test_xsave_components_left_out_are_in_their_initial_state(guest: Guest) -> None:
+    area = bytearray(bytes(guest.cpu.get_xsave()))
+    struct.pack_into("<H", area, 0, 0x27F)
+    area[160:176] = bytes([9] * 16)
+    struct.pack_into("<Q", area, 512, 3)
+    guest.cpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area))
+    struct.pack_into("<Q", area, 512, 0)
+    guest.cpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area))
+    after = bytes(guest.cpu.get_xsave())
+    assert struct.unpack_from("<H", after, 0) == (0x37F,)
+    assert after[160:176] == bytes(16)
+
+
+@pytest.mark.parametrize(("offset", "value"), [(512, 1 << 62), (24, 0xFFFF_0000), (520, 1)], ids=["bv", "mxcsr", "comp"])
+def test_illegal_xsave_areas_are_einval(guest: Guest, offset: int, value: int) -> None:
+    before = bytes(guest.cpu.get_xsave())
+    area = bytearray(before)
+    struct.pack_into("<Q", area, 512, 3)
+    struct.pack_into("<I" if offset == 24 else "<Q", area, offset, value)
+    refused(errno.EINVAL, lambda: guest.cpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area)))
+    assert bytes(guest.cpu.get_xsave()) == before
+
+
+def test_xcr0_round_trips_and_is_checked(guest: Guest) -> None:
+    xcrs = guest.cpu.get_xcrs()
+    assert xcrs.nr_xcrs == 1 and xcrs.xcrs[0].xcr == 0
+    xcrs.xcrs[0].value = 3
+    guest.cpu.set_xcrs(xcrs)
+    assert guest.cpu.get_xcrs().xcrs[0].value == 3
+    for bad in (0, 2, 1 << 62 | 3, 4 | 1):
+        xcrs.xcrs[0].value = bad
+        refused(errno.EINVAL, lambda: guest.cpu.set_xcrs(xcrs))
+    assert guest.cpu.get_xcrs().xcrs[0].value == 3
+    refused(errno.EINVAL, lambda: guest.cpu.set_xcrs(abi.kvm_xcrs(nr_xcrs=17)))
+    refused(errno.EINVAL, lambda: guest.cpu.set_xcrs(abi.kvm_xcrs(nr_xcrs=1, flags=1)))
+
+
+# --- events ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_pending_after_reset(guest: Guest) -> None:
+    events = guest.cpu.get_vcpu_events()
+    assert (events.exception.injected, events.exception.pending) == (0, 0)
+    assert (events.interrupt.injected, events.nmi.injected, events.nmi.pending, events.nmi.masked) == (0, 0, 0, 0)
+    wanted = abi.KVM_VCPUEVENT_VALID_NMI_PENDING | abi.KVM_VCPUEVENT_VALID_SHADOW
+    assert events.flags & wanted == wanted
+
+
+def test_an_exception_on_its_way_round_trips(guest: Guest) -> None:
+    guest.protected("f4")  # real mode has no error codes
+    events = guest.cpu.get_vcpu_events()
+    events.flags = 0
+    events.exception.injected, events.exception.nr = 1, abi.GP_VECTOR
+    events.exception.has_error_code, events.exception.error_code = 1, 0x18
+    guest.cpu.set_vcpu_events(events)
+    got = guest.cpu.get_vcpu_events().exception
+    assert (got.injected, got.nr, got.has_error_code, got.error_code) == (1, abi.GP_VECTOR, 1, 0x18)
+
+
+def test_nmi_state_round_trips(guest: Guest) -> None:
+    events = guest.cpu.get_vcpu_events()
+    events.flags = abi.KVM_VCPUEVENT_VALID_NMI_PENDING
+    events.nmi.pending, events.nmi.masked = 1, 1
+    guest.cpu.set_vcpu_events(events)
+    got = guest.cpu.get_vcpu_events().nmi
+    assert (got.pending, got.masked) == (1, 1)
+
+
+def test_the_nmi_count_stays_without_its_flag(guest: Guest) -> None:
+    guest.cpu.nmi()
+    events = guest.cpu.get_vcpu_events()
+    assert events.nmi.pending == 1
+    events.flags, events.nmi.pending = 0, 0
+    guest.cpu.set_vcpu_events(events)
+    assert guest.cpu.get_vcpu_events().nmi.pending == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"flags": 1 << 12}, {"flags": abi.KVM_VCPUEVENT_VALID_PAYLOAD}, {"nr": 2}, {"nr": 32}, {"nr": 255}],
+    ids=str,
+)
+def test_illegal_events_are_einval(guest: Guest, fields: dict[str, int]) -> None:
+    events = guest.cpu.get_vcpu_events()
+    before = bytes(events)
+    events.flags = fields.get("flags", 0)
+    if "nr" in fields:
+        events.exception.injected, events.exception.nr = 1, fields["nr"]
+    refused(errno.EINVAL, lambda: guest.cpu.set_vcpu_events(events))
+    assert bytes(guest.cpu.get_vcpu_events()) == before
+
+
+def test_payloads_are_seen_with_the_capability(guest: Guest) -> None:
+    guest.vm.enable_cap(abi.KVM_CAP_EXCEPTION_PAYLOAD, 1)
+    events = guest.cpu.get_vcpu_events()
+    assert events.flags & abi.KVM_VCPUEVENT_VALID_PAYLOAD
+    events.flags = abi.KVM_VCPUEVENT_VALID_PAYLOAD
+    events.exception.pending, events.exception.nr = 1, abi.PF_VECTOR
+    events.exception.has_error_code, events.exception.error_code = 1, 4
+    events.exception_has_payload, events.exception_payload = 1, 0xABC_D000
+    guest.cpu.set_vcpu_events(events)
+    got = guest.cpu.get_vcpu_events()
+    assert (got.exception.pending, got.exception.injected, got.exception.nr) == (1, 0, abi.PF_VECTOR)
+    assert (got.exception_has_payload, got.exception_payload) == (1, 0xABC_D000)
+
+
+# --- debug registers -------------------------------------------------------------------------------
+
+
+def test_debug_registers_round_trip(guest: Guest) -> None:
+    wanted = abi.kvm_debugregs(dr6=0xFFFF_0FF1, dr7=0x401)
+    wanted.db[:] = [0x1000, 0x2000, 0x7FFF_FFFF_F000, 0x4000]
+    guest.cpu.set_debugregs(wanted)
+    assert bytes(guest.cpu.get_debugregs()) == bytes(wanted)
+
+
+@pytest.mark.parametrize(("field", "value"), [("flags", 1), ("dr6", 1 << 32), ("dr7", 1 << 32 | 0x400)])
+def test_illegal_debug_registers_are_einval(guest: Guest, field: str, value: int) -> None:
+    before = bytes(guest.cpu.get_debugregs())
+    regs = guest.cpu.get_debugregs()
+    setattr(regs, field, value)
+    refused(errno.EINVAL, lambda: guest.cpu.set_debugregs(regs))
+    assert bytes(guest.cpu.get_debugregs()) == before
+
+
+# --- the rest --------------------------------------------------------------------------------------
+
+
+def test_the_tsc_frequency_can_be_read_and_set_to_itself(guest: Guest) -> None:
+    khz = guest.cpu.get_tsc_khz()
+    assert khz > 100_000
+    guest.cpu.set_tsc_khz(khz)
+    assert guest.cpu.get_tsc_khz() == khz
+
+
+def test_the_clock_runs_and_can_be_set(guest: Guest) -> None:
+    first = guest.vm.get_clock().clock
+    assert guest.vm.get_clock().clock >= first
+    guest.vm.set_clock(abi.kvm_clock_data(clock=1 << 40))
+    assert 0 <= guest.vm.get_clock().clock - (1 << 40) < 10**9
+    refused(errno.EINVAL, lambda: guest.vm.set_clock(abi.kvm_clock_data(flags=1 << 20)))
+
+
+def test_kvmclock_ctrl_without_a_clock_is_einval(guest: Guest) -> None:
+    refused(errno.EINVAL, guest.cpu.kvmclock_ctrl)
+
+
+def test_signal_masks_are_8_bytes(guest: Guest) -> None:
+    guest.cpu.set_signal_mask(bytes(8))
+    refused(errno.EINVAL, lambda: guest.cpu.set_signal_mask(bytes(16)))
+    guest.cpu.set_signal_mask(None)
+
+
+def test_boot_cpu_is_chosen_before_the_first_vcpu(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    guest.vm.set_boot_cpu_id(1)
+    guest.vm.create_vcpu(0).close()
+    refused(errno.EBUSY, lambda: guest.vm.set_boot_cpu_id(0))
+
+
+def test_the_identity_map_comes_before_the_first_vcpu(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    guest.vm.set_identity_map_addr(0xFFFB_C000)
+    guest.vm.create_vcpu(0).close()
+    refused(errno.EINVAL, lambda: guest.vm.set_identity_map_addr(0xFFFB_C000))
+
+
+def test_unknown_capabilities_cannot_be_enabled(guest: Guest) -> None:
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(9999, 1))
+    refused(errno.EINVAL, lambda: guest.cpu.enable_cap(9999, 1))

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small machine on either KVM, for tests that use nothing but the KVM API."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+from softkvm import abi, api
+from tests.support.machines import KVMS
+
+PAGE = 4096
+MEMORY_SIZE = 1 << 20
+CODE = 0x1000
+STACK = 0x8000
+GDT = 0x9000
+IDT = 0xA000
+TABLES = 0x10000
+TIMEOUT_S = 5.0
+
+CR0_PE, CR0_PG = 1, 1 << 31
+CR4_PSE, CR4_PAE, CR4_OSFXSR = 1 << 4, 1 << 5, 1 << 9
+EFER_LME, EFER_LMA = 1 << 8, 1 << 10
+RFLAGS_FIXED, RFLAGS_TF, RFLAGS_IF = 2, 1 << 8, 1 << 9
+CODE_SELECTOR, DATA_SELECTOR = 8, 16
+
+
+class Hang(AssertionError):
+    """A guest that did not leave KVM_RUN in time."""
+
+
+class Guest:
+    """A VM with one megabyte of memory at 0 and one vCPU or more, ready for code at CODE."""
+
+    def __init__(self, kvm: api.Kvm, *, irqchip: bool = False, pit: bool = False, vcpus: int = 1) -> None:
+        self.kvm = kvm
+        self.vm = kvm.create_vm()
+        self.vm.set_tss_addr(0xFFFB_D000)
+        self.memory = mmap.mmap(-1, MEMORY_SIZE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.region(0, 0, MEMORY_SIZE)
+        if irqchip:
+            self.vm.create_irqchip()
+        if pit:
+            self.vm.create_pit2()
+        self.vcpus = []
+        for number in range(vcpus):
+            vcpu = self.vm.create_vcpu(number)
+            vcpu.set_cpuid2(kvm.get_supported_cpuid())
+            self.vcpus.append(vcpu)
+        self.vcpu = self.vcpus[0] if self.vcpus else None
+
+    @property
+    def cpu(self) -> api.Vcpu:
+        """The first vCPU."""
+        assert self.vcpu is not None
+        return self.vcpu
+
+    @property
+    def kvm_run(self) -> abi.kvm_run:
+        """The first vCPU's shared page."""
+        return self.cpu.kvm_run
+
+    def region(self, slot: int, gpa: int, size: int, *, offset: int = 0, flags: int = 0) -> None:
+        """KVM_SET_USER_MEMORY_REGION of a part of the memory."""
+        self.vm.set_user_memory_region(
+            abi.kvm_userspace_memory_region(
+                slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=self.address + offset
+            )
+        )
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write guest memory."""
+        self.memory[gpa : gpa + len(data)] = data
+
+    def word(self, gpa: int, size: int = 4) -> int:
+        """Read a number from guest memory."""
+        return int.from_bytes(self.memory[gpa : gpa + size], "little")
+
+    # --- modes -------------------------------------------------------------------------------------
+
+    def real(self, code: bytes | str, *, rflags: int = RFLAGS_FIXED, vcpu: api.Vcpu | None = None) -> None:
+        """Start *code* in real mode with all segments at 0."""
+        cpu = vcpu or self.cpu
+        self.write(CODE, _bytes(code))
+        sregs = cpu.get_sregs()
+        sregs.cs.base = sregs.cs.selector = 0
+        cpu.set_sregs(sregs)
+        cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=rflags, rsp=STACK))
+
+    def protected(self, code: bytes | str) -> None:
+        """Start *code* in flat 32-bit protected mode without paging."""
+        self.write(CODE, _bytes(code))
+        sregs = self.cpu.get_sregs()
+        _flat(sregs, long=False)
+        sregs.cr0 |= CR0_PE
+        self.cpu.set_sregs(sregs)
+        self.cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=RFLAGS_FIXED, rsp=STACK))
+
+    def long(self, code: bytes | str, *, rflags: int = RFLAGS_FIXED) -> None:
+        """Start *code* in 64-bit mode with the first 4 GiB mapped one to one."""
+        self.write(CODE, _bytes(code))
+        self.identity_map()
+        sregs = self.cpu.get_sregs()
+        _flat(sregs, long=True)
+        sregs.cr3 = TABLES
+        sregs.cr4 |= CR4_PAE | CR4_OSFXSR
+        sregs.efer |= EFER_LME | EFER_LMA
+        sregs.cr0 |= CR0_PE | CR0_PG
+        self.cpu.set_sregs(sregs)
+        self.cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=rflags, rsp=STACK))
+
+    def identity_map(self) -> None:
+        """Write four-level tables of 2 MiB pages for the first 4 GiB at TABLES."""
+        entry = (TABLES + PAGE) | 7
+        self.write(TABLES, entry.to_bytes(8, "little"))
+        for gib in range(4):
+            directory = TABLES + (2 + gib) * PAGE
+            self.write(TABLES + PAGE + gib * 8, (directory | 7).to_bytes(8, "little"))
+            pages = b"".join(((gib << 30 | n << 21) | 0x87).to_bytes(8, "little") for n in range(512))
+            self.write(directory, pages)
+
+    def ivt(self, vector: int, ip: int) -> None:
+        """Point a real-mode vector to 0:*ip*."""
+        self.write(vector * 4, ip.to_bytes(4, "little"))
+
+    # --- running -----------------------------------------------------------------------------------
+
+    def run(self, vcpu: api.Vcpu | None = None, *, timeout_s: float = TIMEOUT_S) -> int:
+        """KVM_RUN; returns the exit reason. Raises Hang when a kick had to end it."""
+        cpu = vcpu or self.cpu
+        with watchdog(cpu, timeout_s) as barked:
+            try:
+                cpu.run()
+            except InterruptedError:
+                if barked.is_set():
+                    raise Hang(f"no exit in {timeout_s} s at rip={cpu.get_regs().rip:#x}") from None
+                raise
+        return int(cpu.kvm_run.exit_reason)
+
+    def expect(self, reason: int, vcpu: api.Vcpu | None = None) -> abi.kvm_run:
+        """KVM_RUN that has to end with *reason*; returns the shared page."""
+        cpu = vcpu or self.cpu
+        got = self.run(cpu)
+        assert got == reason, f"{describe(cpu.kvm_run)}, expected {abi.EXIT_REASON_NAMES[reason]}"
+        return cpu.kvm_run
+
+    def close(self) -> None:
+        """Give everything back."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vm.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def watchdog(vcpu: api.Vcpu, timeout_s: float) -> Iterator[threading.Event]:
+    """Kick *vcpu* after a while; the event tells whether that happened."""
+    barked = threading.Event()
+
+    def bark() -> None:
+        barked.set()
+        vcpu.kick()
+
+    timer = threading.Timer(timeout_s, bark)
+    timer.start()
+    try:
+        yield barked
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def describe(run: abi.kvm_run) -> str:
+    """Say what an exit was."""
+    text = abi.EXIT_REASON_NAMES.get(run.exit_reason, str(run.exit_reason))
+    if run.exit_reason == abi.KVM_EXIT_INTERNAL_ERROR:
+        text += f" suberror {run.internal.suberror} data {[hex(n) for n in run.internal.data[: run.internal.ndata]]}"
+    if run.exit_reason == abi.KVM_EXIT_IO:
+        text += f" port {run.io.port:#x} direction {run.io.direction} size {run.io.size} count {run.io.count}"
+    if run.exit_reason == abi.KVM_EXIT_MMIO:
+        text += f" at {run.mmio.phys_addr:#x} len {run.mmio.len} write {run.mmio.is_write}"
+    return text
+
+
+def pio_data(vcpu: api.Vcpu) -> bytes:
+    """The bytes of a KVM_EXIT_IO."""
+    run = vcpu.kvm_run
+    start = run.io.data_offset
+    return bytes(vcpu.shared[start : start + run.io.size * run.io.count])
+
+
+def set_pio_data(vcpu: api.Vcpu, data: bytes) -> None:
+    """Answer a KVM_EXIT_IO for IN."""
+    start = vcpu.kvm_run.io.data_offset
+    vcpu.shared[start : start + len(data)] = data
+
+
+def refused(expected: int | tuple[int, ...], call: Callable[[], object]) -> None:
+    """Assert that *call* fails with an errno."""
+    allowed = expected if isinstance(expected, tuple) else (expected,)
+    with pytest.raises(OSError) as caught:
+        call()
+    names = [errno.errorcode[e] for e in allowed]
+    assert caught.value.errno in allowed, f"{errno.errorcode.get(caught.value.errno or 0)}, expected one of {names}"
+
+
+def _bytes(code: bytes | str) -> bytes:
+    return bytes.fromhex(code) if isinstance(code, str) else code
+
+
+def _flat(sregs: abi.kvm_sregs, *, long: bool) -> None:
+    """Load flat segments without a descriptor table behind them."""
+    sregs.cs = abi.kvm_segment(
+        limit=0xFFFF_FFFF, selector=CODE_SELECTOR, type=11, present=1, s=1, g=1, db=not long, l=long
+    )
+    data = abi.kvm_segment(limit=0xFFFF_FFFF, selector=DATA_SELECTOR, type=3, present=1, s=1, g=1, db=1)
+    for name in ("ds", "es", "fs", "gs", "ss"):
+        setattr(sregs, name, data)
+
+
+# --- what a host cannot do -------------------------------------------------------------------------
+
+
+def _paging_outside_long_mode(guest: Guest) -> bool:
+    guest.write(TABLES, (0x83).to_bytes(4, "little"))
+    guest.protected("b801000000 f4")  # mov eax, 1; hlt
+    sregs = guest.cpu.get_sregs()
+    sregs.cr3, sregs.cr4, sregs.cr0 = TABLES, sregs.cr4 | CR4_PSE, sregs.cr0 | CR0_PG
+    guest.cpu.set_sregs(sregs)
+    return guest.run() == abi.KVM_EXIT_HLT
+
+
+def _supervisor_sse(guest: Guest) -> bool:
+    guest.long("0f57c0 f4")  # xorps xmm0, xmm0; hlt
+    return guest.run() == abi.KVM_EXIT_HLT
+
+
+def _hypercall(guest: Guest) -> bool:
+    guest.long("b863000000 0f01c1 f4")  # mov eax, 99; vmcall; hlt
+    return guest.run() == abi.KVM_EXIT_HLT
+
+
+def _long_mode_exception(guest: Guest) -> bool:
+    guest.long("cc f4")  # int3 without an IDT: #DF, then shutdown
+    return guest.run() == abi.KVM_EXIT_SHUTDOWN
+
+
+def _real_mode_interrupts(guest: Guest) -> bool:
+    guest.ivt(0x40, CODE + 3)
+    guest.real("cd40 f4 b80100 f4")  # int 0x40; hlt; handler: mov ax, 1; hlt
+    return guest.run() == abi.KVM_EXIT_HLT and guest.cpu.get_regs().rax == 1
+
+
+ABILITIES: dict[str, Callable[[Guest], bool]] = {
+    "paging outside long mode": _paging_outside_long_mode,
+    "SSE at privilege level 0": _supervisor_sse,
+    "hypercalls": _hypercall,
+    "exceptions in long mode": _long_mode_exception,
+    "interrupts in real mode": _real_mode_interrupts,
+}
+
+_KNOWN: dict[tuple[str, str], bool] = {}
+
+
+def require(kind: str, ability: str) -> None:
+    """Skip a test on a device whose host lacks *ability*; the software side has to have them all."""
+    if (kind, ability) not in _KNOWN:
+        with KVMS[kind]() as kvm, Guest(kvm) as guest:
+            try:
+                _KNOWN[kind, ability] = ABILITIES[ability](guest)
+            except (Hang, OSError):
+                _KNOWN[kind, ability] = False
+    if not _KNOWN[kind, ability]:
+        assert kind != "soft", f"the software side lacks {ability}"
+        pytest.skip(f"this host's /dev/kvm cannot run {ability}")
