@@ -197,6 +197,26 @@ fn breakpoints_armed_by_the_guest_itself() {
 }
 
 #[test]
+fn port_breakpoints_need_debugging_extensions() {
+    let code = |a: &mut CodeAssembler| {
+        a.in_(al, 0x70).unwrap();
+        a.hlt().unwrap();
+    };
+    // DR0: I/O, two ports from 70h.
+    let watch = 0x400u64 | 1 | 2 << 16 | 1 << 18;
+    let mut g = Guest::long(code);
+    g.cpu.rb.dr[0] = 0x70;
+    g.set(save::DR7, watch);
+    g.set(save::CR4, 0x6a8u64);
+    g.expect(1, None, CODE + 2);
+    assert_eq!(dr6(&g), 1);
+    let mut g = Guest::long(code);
+    g.cpu.rb.dr[0] = 0x70;
+    g.set(save::DR7, watch);
+    g.expect_exit(exit::HLT);
+}
+
+#[test]
 fn general_detect_and_the_aliases_of_debug_registers() {
     let mut g = Guest::long(|a| a.mov(rax, dr0).unwrap());
     g.set(save::DR7, 0x400u64 | 1 << 13);

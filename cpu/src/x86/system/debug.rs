@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Debug registers: breakpoint matching and single steps (APM vol. 2, 13.1).
 
-use crate::x86::state::{Cpu, sreg};
+use crate::x86::state::{Cpu, cr4, sreg};
 
 /// DR6 bits.
 pub mod dr6 {
@@ -56,6 +56,13 @@ impl Cpu {
             return 0;
         }
         self.breakpoint_hits(linear, size as u64, |kind| if write { kind & 1 != 0 } else { kind == 3 })
+    }
+
+    /// Notes the I/O breakpoints (CR4.DE) that an access to `size` ports hits; their #DB comes after the instruction.
+    pub(super) fn note_port_access(&mut self, port: u16, size: u32) {
+        if self.dr7 & dr7::ENABLES != 0 && self.cr4 & cr4::DE != 0 {
+            self.debug_hits |= self.breakpoint_hits(port as u64, size as u64, |kind| kind == 2);
+        }
     }
 
     /// DR6 hit bits of the instruction breakpoints at `self.rip`; RFLAGS.RF is the caller's business.

@@ -73,6 +73,7 @@ pub(super) fn input(cpu: &mut Cpu, op: &Op) -> Res {
     let size = op.aux as u32;
     check_permission(cpu, port, size)?;
     check_intercept(cpu, op, port, size, info::IN)?;
+    cpu.note_port_access(port, size);
     match size {
         1 => cpu.set_reg::<u8>(0, u8::MAX),
         2 => cpu.set_reg::<u16>(0, u16::MAX),
@@ -85,7 +86,9 @@ pub(super) fn input(cpu: &mut Cpu, op: &Op) -> Res {
 pub(super) fn output(cpu: &mut Cpu, op: &Op) -> Res {
     let port = port(cpu, op);
     check_permission(cpu, port, op.aux as u32)?;
-    check_intercept(cpu, op, port, op.aux as u32, 0)
+    check_intercept(cpu, op, port, op.aux as u32, 0)?;
+    cpu.note_port_access(port, op.aux as u32);
+    Ok(())
 }
 
 /// A register truncated to the address size.
@@ -133,6 +136,7 @@ pub(super) fn string<const IN: bool>(cpu: &mut Cpu, op: &Op) -> Res {
         (false, 2) => drop(cpu.load_at::<u16>(seg, linear)?),
         (false, _) => drop(cpu.load_at::<u32>(seg, linear)?),
     }
+    cpu.note_port_access(port, size);
     let step = if cpu.rflags & rf::DF != 0 { (size as u64).wrapping_neg() } else { size as u64 };
     advance(cpu, pointer, step, op.asize);
     if repeated {
