@@ -7,7 +7,7 @@
 use super::flags::Int;
 use super::op::{Op, Res, Stop, flag};
 use super::state::{Cpu, reg, sreg, vector};
-use super::tlb::PAGE_MASK;
+use super::tlb::{PAGE_MASK, index};
 use crate::mem::{host_cas, host_load, host_store};
 
 /// What an access is for.
@@ -101,18 +101,41 @@ impl Cpu {
         }
     }
 
+    /// Host address of a data access that needs nothing but a translation in the TLB; None: take the slow path.
+    #[inline(always)]
+    pub fn hit<T: Int>(&self, linear: u64, access: Access) -> Option<*mut T> {
+        // SAFETY: `bank` points to the first entry of a whole bank (see `Cpu::update_mmu`), `index` stays inside.
+        let e = unsafe { &*self.bank.add(index(linear)) };
+        let tag = if access == Access::Write { e.write } else { e.read };
+        // A filled entry maps its whole page to registered memory; the tag is that of the last byte's page, the entry
+        // that of the first's: they agree only if both bytes are in it.
+        (tag == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)))
+            .then(|| e.addend.wrapping_add(linear) as *mut T)
+    }
+
     // ---- by linear address -------------------------------------------------------------------------------------
 
     /// Loads from a linear address. `seg` only decides between #SS and #GP for non-canonical addresses.
     #[inline(always)]
     pub fn load_at<T: Int>(&mut self, seg: u8, linear: u64) -> Result<T, Stop> {
-        self.load_bank(self.mmu, seg, linear)
+        match self.hit::<T>(linear, Access::Read) {
+            // SAFETY: `hit` gives mapped memory.
+            Some(p) => Ok(unsafe { host_load(p) }),
+            None => self.load_slow(self.mmu, seg, linear),
+        }
     }
 
     /// Stores to a linear address.
     #[inline(always)]
     pub fn store_at<T: Int>(&mut self, seg: u8, linear: u64, v: T) -> Res {
-        self.store_bank(self.mmu, seg, linear, v)
+        match self.hit::<T>(linear, Access::Write) {
+            // SAFETY: `hit` gives mapped memory.
+            Some(p) => {
+                unsafe { host_store(p, v) };
+                Ok(())
+            }
+            None => self.store_slow(self.mmu, seg, linear, v),
+        }
     }
 
     /// Implicit supervisor load (descriptor tables, TSS, IDT).
@@ -175,11 +198,22 @@ impl Cpu {
         Ok(2)
     }
 
+    /// A non-canonical last byte comes before what the first page has to say.
+    fn check_end(&mut self, seg: u8, linear: u64, size: usize) -> Res {
+        let last = linear.wrapping_add(size as u64).wrapping_sub(1);
+        if self.long_mode() && self.canonical(linear) && !self.canonical(last) {
+            let vector = if seg as usize == sreg::SS { vector::SS } else { vector::GP };
+            return Err(self.fault(vector, Some(0)));
+        }
+        Ok(())
+    }
+
     /// Reads up to 4096 bytes, any alignment; nothing is changed when it faults.
     pub fn read_bytes(&mut self, mmu: usize, seg: u8, linear: u64, out: &mut [u8]) -> Res {
         let mmu = self.check_alignment(mmu, linear, out.len())?;
         let linear = self.wrap(linear);
         let first = (4096 - (linear & 0xfff) as usize).min(out.len());
+        self.check_end(seg, linear, out.len())?;
         let a = self.translate(mmu, seg, linear, first, Access::Read)?;
         let b = if first < out.len() {
             let second = self.wrap(linear.wrapping_add(first as u64));
@@ -212,6 +246,7 @@ impl Cpu {
         let mmu = self.check_alignment(mmu, linear, data.len())?;
         let linear = self.wrap(linear);
         let first = (4096 - (linear & 0xfff) as usize).min(data.len());
+        self.check_end(seg, linear, data.len())?;
         let a = self.translate(mmu, seg, linear, first, Access::Write)?;
         let b = if first < data.len() {
             let second = self.wrap(linear.wrapping_add(first as u64));
@@ -263,6 +298,7 @@ impl Cpu {
         let mmu = self.check_alignment(self.mmu, linear, 1)?;
         let linear = self.wrap(linear);
         let first = (4096 - (linear & 0xfff) as usize).min(size);
+        self.check_end(seg, linear, size)?;
         self.translate(mmu, seg, linear, first, Access::Write)?;
         if first < size {
             let second = self.wrap(linear.wrapping_add(first as u64));
@@ -338,17 +374,14 @@ impl Cpu {
     /// As [`Cpu::modify`], at a linear address.
     #[inline(always)]
     pub fn modify_at<T: Int>(&mut self, seg: u8, linear: u64, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
-        let e = self.tlb.entry(self.mmu, linear);
-        if e.write == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
-            let p = e.addend.wrapping_add(linear) as *mut T;
-            // SAFETY: as in `load_bank`.
-            unsafe {
+        match self.hit::<T>(linear, Access::Write) {
+            // SAFETY: `hit` gives mapped memory; `f` doesn't unmap it.
+            Some(p) => unsafe {
                 let new = f(self, host_load(p));
                 host_store(p, new);
-            }
-            Ok(())
-        } else {
-            self.modify_slow(seg, linear, f)
+                Ok(())
+            },
+            None => self.modify_slow(seg, linear, f),
         }
     }
 
@@ -366,6 +399,7 @@ impl Cpu {
         let mmu = self.check_alignment(self.mmu, linear, size)?;
         let linear = self.wrap(linear);
         let first = (4096 - (linear & 0xfff) as usize).min(size);
+        self.check_end(seg, linear, size)?;
         let a = self.translate(mmu, seg, linear, first, Access::Write)?;
         self.before_code_write(a, first)?;
         if first < size {

@@ -75,7 +75,7 @@ impl Cpu {
             Stop::EndBlock | Stop::Trap | Stop::ExitAfter => {
                 self.instructions += index + (op.len != 0) as u64
             }
-            Stop::Fault | Stop::Exit | Stop::Restart | Stop::SelfModify => {
+            Stop::Fault | Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Slow => {
                 self.instructions += index;
                 let ip = self.this_ip(op);
                 self.rip = self.mask_ip(ip);
@@ -88,7 +88,7 @@ impl Cpu {
     #[cold]
     fn stopped(&mut self, stop: Stop) -> Result<(), ()> {
         match stop {
-            Stop::EndBlock | Stop::Restart | Stop::SelfModify => Ok(()),
+            Stop::EndBlock | Stop::Restart | Stop::SelfModify | Stop::Slow => Ok(()),
             Stop::Exit | Stop::ExitAfter => Err(()),
             Stop::Fault | Stop::Trap => {
                 let exception = self.exception;

@@ -30,6 +30,8 @@ pub enum Stop {
     Restart,
     /// The instruction is about to write into its own block; run it again alone.
     SelfModify,
+    /// The short half of a [`handler_pair`] gives up; nothing is changed, the complete half takes over.
+    Slow,
 }
 
 /// The result of a handler.
@@ -147,18 +149,26 @@ where
             let next = op.add(1);
             ((*next).f)(cpu, next)
         },
-        Err(stop) => {
-            if stop == Stop::EndBlock {
-                let next = cpu.chain();
-                if !next.is_null() {
-                    // SAFETY: `chain` gives the first op of a live block.
-                    return unsafe { ((*next).f)(cpu, next) };
-                }
-            }
-            cpu.stop_op = op;
-            stop
+        // SAFETY: the caller passed a live block's op.
+        Err(stop) => unsafe { leave(cpu, op, stop) },
+    }
+}
+
+/// Leaves the block at `op`: on to the next one where that is linked, else back to the run loop.
+///
+/// # Safety
+/// See [`Handler`].
+#[inline(always)]
+unsafe fn leave(cpu: &mut Cpu, op: *const Op, stop: Stop) -> Stop {
+    if stop == Stop::EndBlock {
+        let next = cpu.chain();
+        if !next.is_null() {
+            // SAFETY: `chain` gives the first op of a live block.
+            return unsafe { ((*next).f)(cpu, next) };
         }
     }
+    cpu.stop_op = op;
+    stop
 }
 
 /// A [`Handler`] in two parts: `fast` does the whole instruction and returns true, or it changes nothing and returns
@@ -207,4 +217,40 @@ where
 {
     // SAFETY: the same contract.
     unsafe { thread::<F>(cpu, op) }
+}
+
+/// As [`handler_fast`], for instructions of which the fast part can fail or end the block: it returns [`Stop::Slow`],
+/// having changed nothing, to hand over to `complete`.
+pub const fn handler_pair<F, C>(fast: F, complete: C) -> Handler
+where
+    F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+    C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    const { assert!(size_of::<F>() == 0 && size_of::<C>() == 0, "a handler must not capture") };
+    let _ = core::mem::ManuallyDrop::new((fast, complete));
+    thread_pair::<F, C>
+}
+
+/// Runs `F` for the op, or `C` when `F` gives up, and goes on with the next one.
+///
+/// # Safety
+/// See [`Handler`].
+unsafe fn thread_pair<F, C>(cpu: &mut Cpu, op: *const Op) -> Stop
+where
+    F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+    C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    // SAFETY: F is zero-sized (asserted in `handler_pair`), so any aligned address has a value of it.
+    let f: F = unsafe { *core::ptr::NonNull::<F>::dangling().as_ref() };
+    // SAFETY: as in `thread`.
+    unsafe {
+        match f(cpu, &*op) {
+            Ok(()) => {
+                let next = op.add(1);
+                ((*next).f)(cpu, next)
+            }
+            Err(Stop::Slow) => thread_slow::<C>(cpu, op),
+            Err(stop) => leave(cpu, op, stop),
+        }
+    }
 }

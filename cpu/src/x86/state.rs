@@ -344,6 +344,8 @@ pub struct Cpu {
     /// MMU index of data accesses now: 0 supervisor with SMAP enforced, 1 supervisor without, 2 user, 3 user with
     /// alignment checks (never cached, so every access takes the slow path that checks).
     pub mmu: usize,
+    /// The TLB's entries for `mmu`.
+    pub bank: *const super::tlb::Entry,
     /// Current privilege level.
     pub cpl: u8,
     /// Bytes of the code segment's default operand size: 2, 4, or 8 for 64-bit code.
@@ -533,6 +535,7 @@ impl Cpu {
         } else {
             1
         };
+        self.bank = self.tlb.bank(self.mmu);
     }
 
     /// Recomputes [`Cpu::attention`]: call after changing IF, TF, RF, the shadow, DR7, V_TPR or V_IRQ.

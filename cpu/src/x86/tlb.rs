@@ -89,8 +89,9 @@ impl Default for Tlb {
     }
 }
 
+/// Number of the entry in its bank that would hold `linear`.
 #[inline(always)]
-fn index(linear: u64) -> usize {
+pub fn index(linear: u64) -> usize {
     (linear >> 12) as usize & (TLB_SIZE - 1)
 }
 
@@ -101,6 +102,11 @@ impl Tlb {
         debug_assert!(bank <= BANKS);
         // SAFETY: bank <= 3 (see `Cpu::update_mmu`) and index < TLB_SIZE.
         unsafe { self.entries.get_unchecked((bank << TLB_BITS) + index(linear)) }
+    }
+
+    /// The first entry of `bank`, valid as long as the TLB.
+    pub fn bank(&self, bank: usize) -> *const Entry {
+        self.entries[bank << TLB_BITS..].as_ptr()
     }
 
     /// The same, for filling. Bank 3 must stay empty.

@@ -94,6 +94,11 @@ fn memory(i: &Instruction, op: &mut Op, cx: &Context) {
     let base = i.memory_base();
     let index = i.memory_index();
     op.seg = segment(i.memory_segment());
+    if cx.code_size == 8 && op.seg < sreg::FS as u8 {
+        // Overrides with the four flat ones are ignored (APM vol. 1, 2.2.2): the default decides between #GP and #SS.
+        let stack = matches!(base.full_register(), Register::RSP | Register::RBP);
+        op.seg = if stack { sreg::SS } else { sreg::DS } as u8;
+    }
     op.scale = i.memory_index_scale().trailing_zeros() as u8;
     op.disp = i.memory_displacement64() as i32;
     if base == Register::RIP || base == Register::EIP {

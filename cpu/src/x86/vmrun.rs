@@ -71,6 +71,7 @@ impl Cpu {
         rb.mxcsr = 0x1f80;
         rb.fcw = 0x37f;
         rb.ftw = 0xffff;
+        let tlb = Tlb::default();
         Box::new(Cpu {
             rb,
             lf: LazyFlags::default(),
@@ -78,6 +79,7 @@ impl Cpu {
             rip: 0xfff0,
             ea_base: [0; 8],
             mmu: 0,
+            bank: tlb.bank(0),
             cpl: 0,
             code_size: 2,
             link: LINK_NONE,
@@ -111,7 +113,7 @@ impl Cpu {
             block: core::ptr::null_mut(),
             stamp: 0,
             chain_left: 0,
-            tlb: Tlb::default(),
+            tlb,
             blocks: BlockCache::default(),
             regions: machine.regions(),
             machine,

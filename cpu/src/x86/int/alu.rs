@@ -4,7 +4,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::operand::{Ea, Place, addressed, load, modify, place, reg, size, sized, sized_word, two};
+use super::operand::{Ea, Place, memory, place, reg, size, sized, sized_word, two};
 use crate::x86::access::Access;
 use crate::x86::flags::{Int, LazyFlags};
 use crate::x86::op::{Handler, Op, Res, flag, handler};
@@ -98,7 +98,7 @@ fn reg_imm<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 fn reg_mem<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let b = load::<E, T>(cpu, op)?;
+    let b = E::load::<T>(cpu, op)?;
     let a = cpu.reg::<T>(op.dst);
     let v = A::run(&mut cpu.lf, a, b);
     if A::WRITES {
@@ -110,9 +110,9 @@ fn reg_mem<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 #[inline(always)]
 fn mem_value<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Res {
     if A::WRITES {
-        modify::<E, T>(cpu, op, |cpu, a| A::run(&mut cpu.lf, a, b))
+        E::modify::<T>(cpu, op, |cpu, a| A::run(&mut cpu.lf, a, b))
     } else {
-        let a = load::<E, T>(cpu, op)?;
+        let a = E::load::<T>(cpu, op)?;
         A::run(&mut cpu.lf, a, b);
         Ok(())
     }
@@ -175,11 +175,11 @@ fn binary<A: Binary>(i: &Instruction, op: &mut Op) -> Option<Handler> {
         },
         (Place::Reg, Place::Reg) => sized!(n, |T| handler(reg_reg::<A, T>)),
         (Place::Reg, Place::Imm) => sized!(n, |T| handler(reg_imm::<A, T>)),
-        (Place::Reg, Place::Mem) => addressed!(op, |E| sized!(n, |T| handler(reg_mem::<A, E, T>))),
+        (Place::Reg, Place::Mem) => sized!(n, |T| memory!(op, |E| reg_mem::<A, E, T>)),
         (Place::Mem, Place::Reg) if lock => sized!(n, |T| handler(locked_reg::<A, T>)),
         (Place::Mem, Place::Imm) if lock => sized!(n, |T| handler(locked_imm::<A, T>)),
-        (Place::Mem, Place::Reg) => addressed!(op, |E| sized!(n, |T| handler(mem_reg::<A, E, T>))),
-        (Place::Mem, Place::Imm) => addressed!(op, |E| sized!(n, |T| handler(mem_imm::<A, E, T>))),
+        (Place::Mem, Place::Reg) => sized!(n, |T| memory!(op, |E| mem_reg::<A, E, T>)),
+        (Place::Mem, Place::Imm) => sized!(n, |T| memory!(op, |E| mem_imm::<A, E, T>)),
         _ => return None,
     })
 }
@@ -231,7 +231,7 @@ fn unary_reg<A: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 fn unary_mem<A: Unary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    modify::<E, T>(cpu, op, |cpu, a| A::run(&mut cpu.lf, a))
+    E::modify::<T>(cpu, op, |cpu, a| A::run(&mut cpu.lf, a))
 }
 
 fn unary_locked<A: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
@@ -250,7 +250,7 @@ fn unary<A: Unary>(i: &Instruction, op: &mut Op) -> Option<Handler> {
             sized!(n, |T| handler(unary_reg::<A, T>))
         }
         _ if op.has(flag::LOCK) => sized!(n, |T| handler(unary_locked::<A, T>)),
-        _ => addressed!(op, |E| sized!(n, |T| handler(unary_mem::<A, E, T>))),
+        _ => sized!(n, |T| memory!(op, |E| unary_mem::<A, E, T>)),
     })
 }
 

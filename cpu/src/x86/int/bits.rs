@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Bit tests, scans, counts, CRC32 (APM vol. 3: BT, BTS, BTR, BTC, BSF, BSR, TZCNT, LZCNT, POPCNT, CRC32).
+//! Bit tests, scans, counts (APM vol. 3: BT, BTS, BTR, BTC, BSF, BSR, TZCNT, LZCNT, POPCNT).
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::operand::{Place, reg, size, sized, sized_word, two};
+use super::operand::{Place, sized_word, two};
 use crate::x86::access::Access;
 use crate::x86::flags::{Int, LazyFlags};
 use crate::x86::op::{Handler, Op, Res, flag, handler};
@@ -177,55 +177,6 @@ fn scan<S: Scan>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     })
 }
 
-// ---- CRC32 -----------------------------------------------------------------------------------------------------
-
-/// Remainders of the bytes for CRC-32C (polynomial 0x1EDC6F41, bit-reflected).
-static CRC: [u32; 256] = {
-    let mut table = [0u32; 256];
-    let mut n = 0;
-    while n < 256 {
-        let mut v = n as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            v = if v & 1 != 0 { v >> 1 ^ 0x82f6_3b78 } else { v >> 1 };
-            bit += 1;
-        }
-        table[n] = v;
-        n += 1;
-    }
-    table
-};
-
-/// Accumulates an operand into a CRC-32C.
-pub fn crc32<T: Int>(mut crc: u32, data: T) -> u32 {
-    for byte in &data.to_u64().to_le_bytes()[..T::BYTES] {
-        crc = crc >> 8 ^ CRC[(crc as u8 ^ byte) as usize];
-    }
-    crc
-}
-
-fn crc32_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let crc = crc32(cpu.reg::<u32>(op.dst), cpu.reg::<T>(op.src));
-    cpu.set_reg(op.dst, crc as u64);
-    Ok(())
-}
-
-fn crc32_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let data = cpu.load::<T>(op)?;
-    let crc = crc32(cpu.reg::<u32>(op.dst), data);
-    cpu.set_reg(op.dst, crc as u64);
-    Ok(())
-}
-
-fn crc(i: &Instruction, op: &mut Op) -> Option<Handler> {
-    let (_, s, _) = two(i, op)?;
-    op.dst = reg(i, 0);
-    Some(match (s, size(i, 1)) {
-        (Place::Reg, n) => sized!(n, |T| handler(crc32_reg::<T>)),
-        (_, n) => sized!(n, |T| handler(crc32_mem::<T>)),
-    })
-}
-
 /// Translates this module's instructions.
 pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
     match i.mnemonic() {
@@ -238,7 +189,6 @@ pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
         Mnemonic::Tzcnt => scan::<Tzcnt>(i, op),
         Mnemonic::Lzcnt => scan::<Lzcnt>(i, op),
         Mnemonic::Popcnt => scan::<Popcnt>(i, op),
-        Mnemonic::Crc32 => crc(i, op),
         _ => None,
     }
 }

@@ -6,8 +6,8 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use super::operand::{Ea, addressed, conditional, load, reg, sized_word};
-use super::stack::{push, release, top};
+use super::operand::{Any, Ea, conditional, memory, reg, sized_word};
+use super::stack::{Fast, Legacy, Long, Stack, stacked};
 use crate::x86::flags::Int;
 use crate::x86::op::{Handler, Op, Res, Stop, handler};
 use crate::x86::state::{Cpu, LINK_NONE, reg as r, sreg};
@@ -64,38 +64,46 @@ fn jcc<const CC: u8, const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     taken_if::<LONG, T>(cpu, op, taken)
 }
 
-fn call<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let target = direct::<LONG, T>(cpu, op)?;
+fn call<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let target = cpu.rb.gpr[17].wrapping_add(op.imm);
+    let target = checked_by::<S, T>(cpu, target)?;
     let next = cpu.next_ip(op);
-    push::<LONG, T>(cpu, T::from_u64(next))?;
-    Err(cpu.jump(target, const { taken_link::<LONG, T>() }))
+    S::push::<T>(cpu, T::from_u64(next))?;
+    let link = if S::LONG { taken_link::<true, T>() } else { taken_link::<false, T>() };
+    Err(cpu.jump(target, link))
+}
+
+/// [`checked`], by the stack's mode.
+#[inline(always)]
+fn checked_by<S: Stack, T: Int>(cpu: &mut Cpu, target: u64) -> Result<u64, Stop> {
+    if S::LONG { checked::<true, T>(cpu, target) } else { checked::<false, T>(cpu, target) }
 }
 
 #[inline(always)]
-fn go<const CALL: bool, const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op, target: T) -> Res {
-    let target = checked::<LONG, T>(cpu, target.to_u64())?;
+fn go<const CALL: bool, S: Stack, T: Int>(cpu: &mut Cpu, op: &Op, target: T) -> Res {
+    let target = checked_by::<S, T>(cpu, target.to_u64())?;
     if CALL {
         let next = cpu.next_ip(op);
-        push::<LONG, T>(cpu, T::from_u64(next))?;
+        S::push::<T>(cpu, T::from_u64(next))?;
     }
     Err(cpu.jump(target, LINK_NONE))
 }
 
-fn indirect_reg<const CALL: bool, const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+fn indirect_reg<const CALL: bool, S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = cpu.reg::<T>(op.src);
-    go::<CALL, LONG, T>(cpu, op, target)
+    go::<CALL, S, T>(cpu, op, target)
 }
 
-fn indirect_mem<const CALL: bool, const LONG: bool, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let target = load::<E, T>(cpu, op)?;
-    go::<CALL, LONG, T>(cpu, op, target)
+fn indirect_mem<const CALL: bool, S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let target = E::load::<T>(cpu, op)?;
+    go::<CALL, S, T>(cpu, op, target)
 }
 
 /// RET, with `imm` bytes more to release.
-fn ret<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let target = top::<LONG, T>(cpu)?;
-    let target = checked::<LONG, T>(cpu, target.to_u64())?;
-    release::<LONG>(cpu, T::BYTES as u64 + op.imm);
+fn ret<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let target = S::top::<T>(cpu)?;
+    let target = checked_by::<S, T>(cpu, target.to_u64())?;
+    S::release(cpu, T::BYTES as u64 + op.imm);
     Err(cpu.jump(target, LINK_NONE))
 }
 
@@ -198,9 +206,14 @@ fn indirect<const CALL: bool>(i: &Instruction, op: &mut Op, long: bool) -> Handl
     let n = width(i);
     if i.op0_kind() == OpKind::Register {
         op.src = reg(i, 0);
-        moded!(long, n, |LONG, T| handler(indirect_reg::<CALL, LONG, T>))
+        sized_word!(n, |T| stacked!(long, |S| indirect_reg::<CALL, S, T>))
+    } else if long {
+        sized_word!(
+            n,
+            |T| memory!(op, |E| { indirect_mem::<CALL, Fast, E, T> } or { indirect_mem::<CALL, Long, E, T> })
+        )
     } else {
-        addressed!(op, |E| moded!(long, n, |LONG, T| handler(indirect_mem::<CALL, LONG, E, T>)))
+        sized_word!(n, |T| handler(indirect_mem::<CALL, Legacy, Any, T>))
     }
 }
 
@@ -221,7 +234,7 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
         return Some(moded!(long, n, |LONG, T| handler(jmp::<LONG, T>)));
     }
     if i.is_call_near() {
-        return Some(moded!(long, n, |LONG, T| handler(call::<LONG, T>)));
+        return Some(sized_word!(n, |T| stacked!(long, |S| call::<S, T>)));
     }
     if i.is_jmp_near_indirect() {
         return Some(indirect::<false>(i, op, long));
@@ -237,7 +250,7 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
                 _ => 8,
             };
             op.imm = if i.op_count() == 0 { 0 } else { i.immediate16() as u64 };
-            Some(moded!(long, n, |LONG, T| handler(ret::<LONG, T>)))
+            Some(sized_word!(n, |T| stacked!(long, |S| ret::<S, T>)))
         }
         Mnemonic::Loop => {
             let c = counter_size(i.code())?;

@@ -5,7 +5,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::operand::{
-    Any, Ea, Place, addressed, conditional, load, place, reg, size, sized, sized_word, store, two,
+    Ea, Place, conditional, memory, memory_small, place, reg, size, sized, sized_word, two,
 };
 use crate::x86::access::Access;
 use crate::x86::flags::{Int, rf};
@@ -26,18 +26,18 @@ fn mov_reg_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 fn mov_reg_mem<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let v = load::<E, T>(cpu, op)?;
+    let v = E::load::<T>(cpu, op)?;
     cpu.set_reg(op.dst, v);
     Ok(())
 }
 
 fn mov_mem_reg<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.src);
-    store::<E, T>(cpu, op, v)
+    E::store::<T>(cpu, op, v)
 }
 
 fn mov_mem_imm<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    store::<E, T>(cpu, op, T::from_u64(op.imm))
+    E::store::<T>(cpu, op, T::from_u64(op.imm))
 }
 
 /// MOV AL/eAX, moffs with a 64-bit offset, in `imm`.
@@ -76,9 +76,9 @@ fn mov(i: &Instruction, op: &mut Op) -> Option<Handler> {
             op.imm = i.memory_displacement64();
             sized!(n, |T| handler(mov_store_offset::<T>))
         }
-        (Place::Reg, Place::Mem) => addressed!(op, |E| sized!(n, |T| handler(mov_reg_mem::<E, T>))),
-        (Place::Mem, Place::Reg) => addressed!(op, |E| sized!(n, |T| handler(mov_mem_reg::<E, T>))),
-        (Place::Mem, Place::Imm) => addressed!(op, |E| sized!(n, |T| handler(mov_mem_imm::<E, T>))),
+        (Place::Reg, Place::Mem) => sized!(n, |T| memory!(op, |E| mov_reg_mem::<E, T>)),
+        (Place::Mem, Place::Reg) => sized!(n, |T| memory!(op, |E| mov_mem_reg::<E, T>)),
+        (Place::Mem, Place::Imm) => sized!(n, |T| memory!(op, |E| mov_mem_imm::<E, T>)),
         _ => return None,
     })
 }
@@ -97,7 +97,7 @@ fn extend_reg<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Res
 }
 
 fn extend_mem<const SIGNED: bool, E: Ea, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let v = load::<E, S>(cpu, op)?;
+    let v = E::load::<S>(cpu, op)?;
     cpu.set_reg(op.dst, extend::<SIGNED, S, D>(v));
     Ok(())
 }
@@ -108,7 +108,7 @@ fn extending<const SIGNED: bool>(i: &Instruction, op: &mut Op) -> Option<Handler
         ($s:ty) => {
             match s {
                 Place::Reg => sized_word!(n, |D| handler(extend_reg::<SIGNED, $s, D>)),
-                _ => addressed!(op, |E| sized_word!(n, |D| handler(extend_mem::<SIGNED, E, $s, D>))),
+                _ => sized_word!(n, |D| memory!(op, |E| extend_mem::<SIGNED, E, $s, D>)),
             }
         };
     }
@@ -195,8 +195,8 @@ fn cmov_reg<const CC: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn cmov_mem<const CC: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let new = load::<Any, T>(cpu, op)?;
+fn cmov_mem<const CC: u8, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let new = E::load::<T>(cpu, op)?;
     let old = cpu.reg::<T>(op.dst);
     let v = if cpu.lf.condition(CC) { new } else { old };
     cpu.set_reg(op.dst, v);
@@ -207,7 +207,7 @@ fn cmov(i: &Instruction, op: &mut Op, cc: u8) -> Option<Handler> {
     let (_, s, n) = two(i, op)?;
     Some(match s {
         Place::Reg => conditional!(cc, |CC| sized_word!(n, |T| handler(cmov_reg::<CC, T>))),
-        _ => conditional!(cc, |CC| sized_word!(n, |T| handler(cmov_mem::<CC, T>))),
+        _ => conditional!(cc, |CC| sized_word!(n, |T| memory_small!(op, |E| cmov_mem::<CC, E, T>))),
     })
 }
 
@@ -217,9 +217,9 @@ fn setcc_reg<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn setcc_mem<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Res {
+fn setcc_mem<const CC: u8, E: Ea>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.lf.condition(CC) as u8;
-    cpu.store(op, v)
+    E::store(cpu, op, v)
 }
 
 fn setcc(i: &Instruction, op: &mut Op, cc: u8) -> Option<Handler> {
@@ -228,7 +228,7 @@ fn setcc(i: &Instruction, op: &mut Op, cc: u8) -> Option<Handler> {
             op.dst = reg(i, 0);
             conditional!(cc, |CC| handler(setcc_reg::<CC>))
         }
-        _ => conditional!(cc, |CC| handler(setcc_mem::<CC>)),
+        _ => conditional!(cc, |CC| memory_small!(op, |E| setcc_mem::<CC, E>)),
     })
 }
 

@@ -3,7 +3,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::operand::{Place, place, reg, size, sized, sized_word, two};
+use super::operand::{Ea, Place, memory, memory_small, place, reg, size, sized, sized_word, two};
 use crate::x86::flags::Int;
 use crate::x86::op::{Handler, Op, Res, handler};
 use crate::x86::state::{Cpu, reg as r, vector};
@@ -86,8 +86,8 @@ fn mul_reg<const SIGNED: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn mul_mem<const SIGNED: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let b = cpu.load::<T>(op)?;
+fn mul_mem<const SIGNED: bool, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let b = E::load::<T>(cpu, op)?;
     multiply_wide::<SIGNED, T>(cpu, b);
     Ok(())
 }
@@ -130,8 +130,8 @@ fn imul_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn imul_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let b = cpu.load::<T>(op)?;
+fn imul_mem<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let b = E::load::<T>(cpu, op)?;
     let a = cpu.reg::<T>(op.dst);
     multiply_low(cpu, op, a, b);
     Ok(())
@@ -143,8 +143,8 @@ fn imul_reg_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn imul_mem_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let a = cpu.load::<T>(op)?;
+fn imul_mem_imm<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let a = E::load::<T>(cpu, op)?;
     multiply_low(cpu, op, a, T::from_u64(op.imm));
     Ok(())
 }
@@ -161,7 +161,7 @@ fn one(i: &Instruction, op: &mut Op) -> Option<(Place, usize)> {
 fn multiplying<const SIGNED: bool>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match one(i, op)? {
         (Place::Reg, n) => sized!(n, |T| handler(mul_reg::<SIGNED, T>)),
-        (_, n) => sized!(n, |T| handler(mul_mem::<SIGNED, T>)),
+        (_, n) => sized!(n, |T| memory_small!(op, |E| mul_mem::<SIGNED, E, T>)),
     })
 }
 
@@ -185,8 +185,8 @@ pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
             Some(match (s, i.op_count()) {
                 (Place::Reg, 2) => sized_word!(n, |T| handler(imul_reg::<T>)),
                 (Place::Reg, _) => sized_word!(n, |T| handler(imul_reg_imm::<T>)),
-                (_, 2) => sized_word!(n, |T| handler(imul_mem::<T>)),
-                _ => sized_word!(n, |T| handler(imul_mem_imm::<T>)),
+                (_, 2) => sized_word!(n, |T| memory_small!(op, |E| imul_mem::<E, T>)),
+                _ => sized_word!(n, |T| memory_small!(op, |E| imul_mem_imm::<E, T>)),
             })
         }
         Mnemonic::Div => dividing::<false>(i, op),

@@ -3,83 +3,113 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
+use crate::mem::{host_load, host_store};
 use crate::x86::access::Access;
 use crate::x86::flags::Int;
 use crate::x86::op::{Op, Res, SLOT_ZERO, Stop, flag};
 use crate::x86::state::{Cpu, sreg};
 use crate::x86::translate::gpr;
 
-/// How the address of a memory operand is computed; chosen once, at translation.
+/// How a memory operand is accessed; chosen once, at translation.
+///
+/// [`Any`] does everything. The others are the fast halves of a [`handler_pair`]: they return [`Stop::Slow`] before
+/// anything is changed when the page isn't in the TLB.
+///
+/// [`handler_pair`]: crate::x86::op::handler_pair
 pub trait Ea: Copy + 'static {
-    /// Linear address of the operand of `size` bytes.
-    fn lin(cpu: &mut Cpu, op: &Op, size: usize, access: Access) -> Result<u64, Stop>;
+    /// Loads the memory operand.
+    fn load<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<T, Stop>;
+    /// Stores the memory operand.
+    fn store<T: Int>(cpu: &mut Cpu, op: &Op, v: T) -> Res;
+    /// Reads, applies `f`, writes back; see [`Cpu::modify`].
+    fn modify<T: Int>(cpu: &mut Cpu, op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res;
 }
 
-/// 64-bit code, flat segment: base + displacement.
-#[derive(Clone, Copy)]
-pub struct Base;
-/// 64-bit code, flat segment: base + index * scale + displacement.
-#[derive(Clone, Copy)]
-pub struct Index;
-/// Everything else: FS and GS, truncated addresses, segments with limits.
+/// Everything: any mode, any segment, page crossings, misses, faults.
 #[derive(Clone, Copy)]
 pub struct Any;
 
-impl Ea for Base {
-    #[inline(always)]
-    fn lin(cpu: &mut Cpu, op: &Op, _: usize, _: Access) -> Result<u64, Stop> {
-        Ok(cpu.reg::<u64>(op.base).wrapping_add(op.disp as i64 as u64))
-    }
-}
-impl Ea for Index {
-    #[inline(always)]
-    fn lin(cpu: &mut Cpu, op: &Op, _: usize, _: Access) -> Result<u64, Stop> {
-        Ok(cpu.ea_raw(op))
-    }
-}
 impl Ea for Any {
     #[inline(always)]
-    fn lin(cpu: &mut Cpu, op: &Op, size: usize, access: Access) -> Result<u64, Stop> {
-        cpu.lin(op, size, access)
+    fn load<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<T, Stop> {
+        cpu.load(op)
+    }
+    #[inline(always)]
+    fn store<T: Int>(cpu: &mut Cpu, op: &Op, v: T) -> Res {
+        cpu.store(op, v)
+    }
+    #[inline(always)]
+    fn modify<T: Int>(cpu: &mut Cpu, op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
+        cpu.modify(op, f)
     }
 }
 
-/// Loads the memory operand.
-#[inline(always)]
-pub fn load<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<T, Stop> {
-    let linear = E::lin(cpu, op, T::BYTES, Access::Read)?;
-    cpu.load_at(op.seg, linear)
+macro_rules! fast {
+    ($($(#[$doc:meta])* $name:ident |$cpu:ident, $op:ident| $linear:expr;)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub struct $name;
+        impl Ea for $name {
+            #[inline(always)]
+            fn load<T: Int>($cpu: &mut Cpu, $op: &Op) -> Result<T, Stop> {
+                match $cpu.hit::<T>($linear, Access::Read) {
+                    // SAFETY: `hit` gives mapped memory.
+                    Some(p) => Ok(unsafe { host_load(p) }),
+                    None => Err(Stop::Slow),
+                }
+            }
+            #[inline(always)]
+            fn store<T: Int>($cpu: &mut Cpu, $op: &Op, v: T) -> Res {
+                match $cpu.hit::<T>($linear, Access::Write) {
+                    // SAFETY: `hit` gives mapped, writable memory.
+                    Some(p) => Ok(unsafe { host_store(p, v) }),
+                    None => Err(Stop::Slow),
+                }
+            }
+            #[inline(always)]
+            fn modify<T: Int>($cpu: &mut Cpu, $op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
+                match $cpu.hit::<T>($linear, Access::Write) {
+                    // SAFETY: `hit` gives mapped, writable memory; `f` doesn't unmap it.
+                    Some(p) => unsafe {
+                        let v = f($cpu, host_load(p));
+                        host_store(p, v);
+                        Ok(())
+                    },
+                    None => Err(Stop::Slow),
+                }
+            }
+        }
+    )*};
 }
 
-/// Stores the memory operand.
-#[inline(always)]
-pub fn store<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op, v: T) -> Res {
-    let linear = E::lin(cpu, op, T::BYTES, Access::Write)?;
-    cpu.store_at(op.seg, linear, v)
+fast! {
+    /// 64-bit code, flat segment: base + displacement.
+    Base |cpu, op| cpu.reg::<u64>(op.base).wrapping_add(op.disp as i64 as u64);
+    /// 64-bit code, flat segment: base + index * scale + displacement.
+    Index |cpu, op| cpu.ea_raw(op);
+    /// 64-bit code, FS or GS.
+    Based |cpu, op| cpu.ea_raw(op).wrapping_add(cpu.ea_base[(op.seg & 7) as usize]);
 }
 
-/// Reads, applies `f`, writes back; see [`Cpu::modify`].
-#[inline(always)]
-pub fn modify<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
-    let linear = E::lin(cpu, op, T::BYTES, Access::Write)?;
-    cpu.modify_at(op.seg, linear, f)
-}
-
-/// The three address forms, for translators.
+/// The address forms, for translators.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum EaKind {
     /// [`Base`].
     Base,
     /// [`Index`].
     Index,
-    /// [`Any`].
+    /// [`Based`].
+    Based,
+    /// [`Any`] only.
     Any,
 }
 
 /// The cheapest address form that is right for the op's memory operand.
 pub fn ea_kind(op: &Op) -> EaKind {
-    if op.has(flag::LEGACY_EA) || op.seg >= sreg::FS as u8 {
+    if op.has(flag::LEGACY_EA) {
         EaKind::Any
+    } else if op.seg >= sreg::FS as u8 {
+        EaKind::Based
     } else if op.index == SLOT_ZERO {
         EaKind::Base
     } else {
@@ -192,22 +222,45 @@ macro_rules! sized_word {
     };
 }
 
-/// `addressed!(op, |E| expression)`: the expression with `E` = the op's address form.
-macro_rules! addressed {
-    ($op:expr, |$e:ident| $x:expr) => {
+/// `memory!(op, |E| function::<E>)`: the handler for the op's address form, with a fast half where there is one.
+macro_rules! memory {
+    // The second function is the complete half, where it isn't the same with E = Any.
+    ($op:expr, |$e:ident| $f:block or $c:block) => {
         match $crate::x86::int::operand::ea_kind($op) {
-            $crate::x86::int::operand::EaKind::Base => {
-                type $e = $crate::x86::int::operand::Base;
-                $x
-            }
-            $crate::x86::int::operand::EaKind::Index => {
-                type $e = $crate::x86::int::operand::Index;
-                $x
-            }
+            $crate::x86::int::operand::EaKind::Base => memory!(@pair Base, $e, $f, $c),
+            $crate::x86::int::operand::EaKind::Index => memory!(@pair Index, $e, $f, $c),
+            $crate::x86::int::operand::EaKind::Based => memory!(@pair Based, $e, $f, $c),
             $crate::x86::int::operand::EaKind::Any => {
                 type $e = $crate::x86::int::operand::Any;
-                $x
+                $crate::x86::op::handler($c)
             }
+        }
+    };
+    ($op:expr, |$e:ident| $f:expr) => {
+        memory!($op, |$e| { $f } or { $f })
+    };
+    (@pair $kind:ident, $e:ident, $f:block, $c:block) => {
+        $crate::x86::op::handler_pair(
+            {
+                type $e = $crate::x86::int::operand::$kind;
+                $f
+            },
+            {
+                type $e = $crate::x86::int::operand::Any;
+                $c
+            },
+        )
+    };
+}
+
+/// As `memory!`, with one fast half for all of 64-bit code: for less frequent instructions.
+macro_rules! memory_small {
+    ($op:expr, |$e:ident| $f:expr) => {
+        if $crate::x86::int::operand::ea_kind($op) == $crate::x86::int::operand::EaKind::Any {
+            type $e = $crate::x86::int::operand::Any;
+            $crate::x86::op::handler($f)
+        } else {
+            memory!(@pair Based, $e, { $f }, { $f })
         }
     };
 }
@@ -225,4 +278,4 @@ macro_rules! conditional {
     };
 }
 
-pub(super) use {addressed, conditional, sized, sized_word};
+pub(super) use {conditional, memory, memory_small, sized, sized_word};

@@ -5,7 +5,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::operand::{Ea, Place, addressed, modify, place, reg, size, sized, sized_word};
+use super::operand::{Ea, Place, memory, place, reg, size, sized, sized_word};
 use crate::x86::flags::{Int, LazyFlags};
 use crate::x86::op::{Handler, Op, Res, handler};
 use crate::x86::state::{Cpu, reg as r};
@@ -89,6 +89,9 @@ shifts! {
     };
     Rcl |lf, a, count| {
         let c = count % (T::BITS + 1);
+        if T::BITS < 32 && c == 0 {
+            return a;
+        }
         let wide = (lf.cf() as u128) << T::BITS | a.to_u64() as u128;
         let turned = wide << c | wide >> (T::BITS + 1 - c);
         let r = T::from_u64(turned as u64);
@@ -98,6 +101,9 @@ shifts! {
     };
     Rcr |lf, a, count| {
         let c = count % (T::BITS + 1);
+        if T::BITS < 32 && c == 0 {
+            return a;
+        }
         let wide = (lf.cf() as u128) << T::BITS | a.to_u64() as u128;
         let turned = wide >> c | wide << (T::BITS + 1 - c);
         let r = T::from_u64(turned as u64);
@@ -115,7 +121,7 @@ fn reg_imm<S: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 fn mem_imm<S: Shift, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    modify::<E, T>(cpu, op, |cpu, a| S::run(&mut cpu.lf, a, op.imm as u32))
+    E::modify::<T>(cpu, op, |cpu, a| S::run(&mut cpu.lf, a, op.imm as u32))
 }
 
 /// The count in CL, masked.
@@ -139,7 +145,7 @@ fn reg_cl<S: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 
 fn mem_cl<S: Shift, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let count = cl::<T>(cpu);
-    modify::<E, T>(cpu, op, |cpu, a| maybe::<S, T>(&mut cpu.lf, a, count))
+    E::modify::<T>(cpu, op, |cpu, a| maybe::<S, T>(&mut cpu.lf, a, count))
 }
 
 /// A count of zero: no flags, but the operand is still read and written.
@@ -162,7 +168,7 @@ fn shift<S: Shift>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     if i.op_kind(1) == OpKind::Register {
         return Some(match d {
             Place::Reg => sized!(n, |T| handler(reg_cl::<S, T>)),
-            _ => addressed!(op, |E| sized!(n, |T| handler(mem_cl::<S, E, T>))),
+            _ => sized!(n, |T| memory!(op, |E| mem_cl::<S, E, T>)),
         });
     }
     op.imm = i.immediate8() as u64 & if n == 8 { 63 } else { 31 };
@@ -170,7 +176,7 @@ fn shift<S: Shift>(i: &Instruction, op: &mut Op) -> Option<Handler> {
         (Place::Reg, 0) => sized!(n, |T| handler(reg_zero::<T>)),
         (Place::Reg, _) => sized!(n, |T| handler(reg_imm::<S, T>)),
         (_, 0) => sized!(n, |T| handler(mem_zero::<T>)),
-        _ => addressed!(op, |E| sized!(n, |T| handler(mem_imm::<S, E, T>))),
+        _ => sized!(n, |T| memory!(op, |E| mem_imm::<S, E, T>)),
     })
 }
 

@@ -3,7 +3,8 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::operand::{Ea, Place, addressed, load, place, reg, sized_word};
+use super::operand::{Any, Ea, Place, memory, place, reg, sized_word};
+use crate::mem::{host_load, host_store};
 use crate::x86::access::Access;
 use crate::x86::flags::Int;
 use crate::x86::op::{Handler, Op, Res, Stop, handler};
@@ -12,53 +13,126 @@ use crate::x86::translate::{Context, segment};
 
 const SS: u8 = sreg::SS as u8;
 
-/// Pushes; `LONG` = 64-bit code.
-#[inline(always)]
-pub fn push<const LONG: bool, T: Int>(cpu: &mut Cpu, v: T) -> Res {
-    if LONG {
+/// How the stack is accessed; chosen once, at translation.
+pub trait Stack: Copy + 'static {
+    /// 64-bit code.
+    const LONG: bool;
+    /// Pushes.
+    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res;
+    /// Reads the top.
+    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop>;
+    /// Moves the stack pointer up by `n` bytes.
+    fn release(cpu: &mut Cpu, n: u64);
+}
+
+/// 64-bit code, fast half: gives up with [`Stop::Slow`] when the page isn't in the TLB.
+#[derive(Clone, Copy)]
+pub struct Fast;
+/// 64-bit code.
+#[derive(Clone, Copy)]
+pub struct Long;
+/// 16 and 32-bit code.
+#[derive(Clone, Copy)]
+pub struct Legacy;
+
+impl Stack for Fast {
+    const LONG: bool = true;
+    #[inline(always)]
+    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res {
+        let sp = cpu.rb.gpr[r::RSP].wrapping_sub(T::BYTES as u64);
+        match cpu.hit::<T>(sp, Access::Write) {
+            // SAFETY: `hit` gives mapped, writable memory.
+            Some(p) => unsafe { host_store(p, v) },
+            None => return Err(Stop::Slow),
+        }
+        cpu.rb.gpr[r::RSP] = sp;
+        Ok(())
+    }
+    #[inline(always)]
+    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
+        match cpu.hit::<T>(cpu.rb.gpr[r::RSP], Access::Read) {
+            // SAFETY: `hit` gives mapped memory.
+            Some(p) => Ok(unsafe { host_load(p) }),
+            None => Err(Stop::Slow),
+        }
+    }
+    #[inline(always)]
+    fn release(cpu: &mut Cpu, n: u64) {
+        cpu.rb.gpr[r::RSP] = cpu.rb.gpr[r::RSP].wrapping_add(n);
+    }
+}
+
+impl Stack for Long {
+    const LONG: bool = true;
+    #[inline(always)]
+    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res {
         let sp = cpu.rb.gpr[r::RSP].wrapping_sub(T::BYTES as u64);
         cpu.store_at(SS, sp, v)?;
         cpu.rb.gpr[r::RSP] = sp;
         Ok(())
-    } else {
-        cpu.push(v)
     }
-}
-
-/// Reads the top of the stack; `LONG` = 64-bit code.
-#[inline(always)]
-pub fn top<const LONG: bool, T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
-    if LONG {
+    #[inline(always)]
+    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
         let sp = cpu.rb.gpr[r::RSP];
         cpu.load_at(SS, sp)
-    } else {
-        cpu.peek(0)
+    }
+    #[inline(always)]
+    fn release(cpu: &mut Cpu, n: u64) {
+        cpu.rb.gpr[r::RSP] = cpu.rb.gpr[r::RSP].wrapping_add(n);
     }
 }
 
-/// Moves the stack pointer up by `n` bytes.
-#[inline(always)]
-pub fn release<const LONG: bool>(cpu: &mut Cpu, n: u64) {
-    let sp = cpu.rb.gpr[r::RSP].wrapping_add(n);
-    if LONG {
-        cpu.rb.gpr[r::RSP] = sp;
-    } else {
+impl Stack for Legacy {
+    const LONG: bool = false;
+    #[inline(always)]
+    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res {
+        cpu.push(v)
+    }
+    #[inline(always)]
+    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
+        cpu.peek(0)
+    }
+    #[inline(always)]
+    fn release(cpu: &mut Cpu, n: u64) {
+        let sp = cpu.rb.gpr[r::RSP].wrapping_add(n);
         cpu.set_sp(sp);
     }
 }
 
-fn push_reg<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+/// `stacked!(long, |S| function::<S>)`: the handler for the mode's stack.
+macro_rules! stacked {
+    ($long:expr, |$s:ident| $f:expr) => {
+        if $long {
+            $crate::x86::op::handler_pair(
+                {
+                    type $s = $crate::x86::int::stack::Fast;
+                    $f
+                },
+                {
+                    type $s = $crate::x86::int::stack::Long;
+                    $f
+                },
+            )
+        } else {
+            type $s = $crate::x86::int::stack::Legacy;
+            $crate::x86::op::handler($f)
+        }
+    };
+}
+pub(super) use stacked;
+
+fn push_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.src);
-    push::<LONG, T>(cpu, v)
+    S::push::<T>(cpu, v)
 }
 
-fn push_imm<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    push::<LONG, T>(cpu, T::from_u64(op.imm))
+fn push_imm<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    S::push::<T>(cpu, T::from_u64(op.imm))
 }
 
-fn push_mem<const LONG: bool, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let v = load::<E, T>(cpu, op)?;
-    push::<LONG, T>(cpu, v)
+fn push_mem<S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let v = E::load::<T>(cpu, op)?;
+    S::push::<T>(cpu, v)
 }
 
 /// The selector, zero-extended to the operand size.
@@ -67,18 +141,18 @@ fn push_segment<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.push(T::from_u64(v as u64))
 }
 
-fn pop_reg<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let v = top::<LONG, T>(cpu)?;
-    release::<LONG>(cpu, T::BYTES as u64);
+fn pop_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+    let v = S::top::<T>(cpu)?;
+    S::release(cpu, T::BYTES as u64);
     cpu.set_reg(op.dst, v);
     Ok(())
 }
 
 /// The destination's address is computed with the stack pointer of after the pop.
-fn pop_mem<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+fn pop_mem<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let before = cpu.rb.gpr[r::RSP];
-    let v = top::<LONG, T>(cpu)?;
-    release::<LONG>(cpu, T::BYTES as u64);
+    let v = S::top::<T>(cpu)?;
+    S::release(cpu, T::BYTES as u64);
     let done = cpu.store(op, v);
     if done.is_err() {
         cpu.rb.gpr[r::RSP] = before;
@@ -101,22 +175,16 @@ fn pushing(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> {
     Some(match place(i, 0)? {
         Place::Reg => {
             op.src = reg(i, 0);
-            if long {
-                sized_word!(n, |T| handler(push_reg::<true, T>))
-            } else {
-                sized_word!(n, |T| handler(push_reg::<false, T>))
-            }
+            sized_word!(n, |T| stacked!(long, |S| push_reg::<S, T>))
         }
         Place::Imm => {
             op.imm = i.immediate(0);
-            if long {
-                sized_word!(n, |T| handler(push_imm::<true, T>))
-            } else {
-                sized_word!(n, |T| handler(push_imm::<false, T>))
-            }
+            sized_word!(n, |T| stacked!(long, |S| push_imm::<S, T>))
         }
-        Place::Mem if long => addressed!(op, |E| sized_word!(n, |T| handler(push_mem::<true, E, T>))),
-        Place::Mem => addressed!(op, |E| sized_word!(n, |T| handler(push_mem::<false, E, T>))),
+        Place::Mem if long => {
+            sized_word!(n, |T| memory!(op, |E| { push_mem::<Fast, E, T> } or { push_mem::<Long, E, T> }))
+        }
+        Place::Mem => sized_word!(n, |T| handler(push_mem::<Legacy, Any, T>)),
     })
 }
 
@@ -126,14 +194,10 @@ fn popping(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> {
     Some(match place(i, 0)? {
         Place::Reg => {
             op.dst = reg(i, 0);
-            if long {
-                sized_word!(n, |T| handler(pop_reg::<true, T>))
-            } else {
-                sized_word!(n, |T| handler(pop_reg::<false, T>))
-            }
+            sized_word!(n, |T| stacked!(long, |S| pop_reg::<S, T>))
         }
-        _ if long => sized_word!(n, |T| handler(pop_mem::<true, T>)),
-        _ => sized_word!(n, |T| handler(pop_mem::<false, T>)),
+        _ if long => sized_word!(n, |T| handler(pop_mem::<Long, T>)),
+        _ => sized_word!(n, |T| handler(pop_mem::<Legacy, T>)),
     })
 }
 
@@ -204,18 +268,26 @@ fn enter<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn leave<const LONG: bool, T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
+/// LEAVE: the frame is read before anything changes.
+fn leave<S: Stack, T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
+    let before = cpu.rb.gpr[r::RSP];
     let bp = cpu.rb.gpr[r::RBP];
-    let linear = if LONG { bp } else { cpu.stack_lin(bp, T::BYTES, Access::Read)? };
-    let v = cpu.load_at::<T>(SS, linear)?;
-    let sp = bp.wrapping_add(T::BYTES as u64);
-    if LONG {
-        cpu.rb.gpr[r::RSP] = sp;
+    if S::LONG {
+        cpu.rb.gpr[r::RSP] = bp;
     } else {
-        cpu.set_sp(sp);
+        cpu.set_sp(bp);
     }
-    cpu.set_reg(r::RBP as u8 * 8, v);
-    Ok(())
+    match S::top::<T>(cpu) {
+        Ok(v) => {
+            S::release(cpu, T::BYTES as u64);
+            cpu.set_reg(r::RBP as u8 * 8, v);
+            Ok(())
+        }
+        Err(stop) => {
+            cpu.rb.gpr[r::RSP] = before;
+            Err(stop)
+        }
+    }
 }
 
 /// Translates this module's instructions.
@@ -239,12 +311,15 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
                 _ => entering(op, handler(enter::<u64>)),
             };
         }
-        Mnemonic::Leave => match (i.code(), cx.code_size) {
-            (iced_x86::Code::Leavew, 8) => handler(leave::<true, u16>),
-            (iced_x86::Code::Leavew, _) => handler(leave::<false, u16>),
-            (iced_x86::Code::Leaved, _) => handler(leave::<false, u32>),
-            _ => handler(leave::<true, u64>),
-        },
+        Mnemonic::Leave => {
+            let n = match i.code() {
+                iced_x86::Code::Leavew => 2,
+                iced_x86::Code::Leaved => 4,
+                _ => 8,
+            };
+            let long = cx.code_size == 8;
+            sized_word!(n, |T| stacked!(long, |S| leave::<S, T>))
+        }
         _ => return None,
     })
 }

@@ -191,8 +191,9 @@ impl Element for Cmps {
     const COMPARES: bool = true;
     #[inline(always)]
     fn run<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, lf: &mut LazyFlags) -> Res {
-        let a = load_source::<A, T>(cpu, op)?;
+        // Processors look at the second operand first: it is the one to fault when both would.
         let b = load_destination::<A, T>(cpu, op)?;
+        let a = load_source::<A, T>(cpu, op)?;
         lf.set_sub(a, b, T::from_u64(a.to_u64().wrapping_sub(b.to_u64())));
         Ok(())
     }
@@ -294,6 +295,9 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let mut iterations = 0;
     let mut moved = 0;
     let mut lf = cpu.lf;
+    // A 32-bit count clears the upper half of RCX even when it is zero.
+    let count = cpu.reg::<A>(RCX);
+    cpu.set_reg(RCX, count);
     while cpu.reg::<A>(RCX).to_u64() != 0 {
         if iterations >= MAX_ITERATIONS || moved >= MAX_BYTES || (alone && iterations > 0) {
             if S::COMPARES {
@@ -344,6 +348,10 @@ fn string<S: Element>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     }
     op.asize = address;
     op.seg = segment(i.memory_segment());
+    if op.has(flag::CODE64) && op.seg < sreg::FS as u8 {
+        // Overrides with the four flat segments are ignored.
+        op.seg = sreg::DS as u8;
+    }
     Some(if op.has(flag::REP | flag::REPNE) {
         sized_word!(address, |A| sized!(bytes, |T| handler(repeated::<S, A, T>)))
     } else {
