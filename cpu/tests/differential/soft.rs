@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Runs a case on softcpu: 64-bit code at CPL 3, flat paging, every exception intercepted.
+
+use softcpu::mem::Machine;
+use softcpu::x86::state::Cpu;
+use softcpu::x86::vmcb::{Vmcb, control, save};
+
+use crate::case::{CODE, Case, DATA, DATA_SIZE, END, Outcome, State, WRITABLE, fill};
+
+/// Guest-physical pages: four of tables, one of code, the data.
+const TABLES: usize = 0x1000;
+const CODE_PAGE: usize = 0x6000;
+const DATA_PAGES: usize = 0x7000;
+const RAM: usize = 0x10000;
+/// Bits of a page-table entry.
+const PRESENT_USER: u64 = 5;
+const WRITE: u64 = 2;
+const NX: u64 = 1 << 63;
+
+/// #VMEXIT codes of exceptions start here.
+const EXCP0: u64 = 0x40;
+
+pub struct Soft {
+    cpu: Box<Cpu>,
+    ram: usize,
+    vmcb: usize,
+}
+
+fn map(size: usize) -> usize {
+    // SAFETY: a fresh anonymous mapping, never unmapped.
+    let p = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    assert!(p != libc::MAP_FAILED);
+    p as usize
+}
+
+impl Soft {
+    pub fn new() -> Soft {
+        let machine = Machine::new();
+        let (ram, host) = (map(RAM), map(0x5000));
+        // SAFETY: both stay mapped.
+        unsafe {
+            machine.add_region(ram, RAM).unwrap();
+            machine.add_region(host, 0x5000).unwrap();
+        }
+        let put = |address: usize, value: u64| {
+            // SAFETY: inside the two mappings.
+            unsafe { (address as *mut u64).write(value) }
+        };
+        // Nested tables: guest-physical 0..64 KiB.
+        let nested = host + 0x1000;
+        for level in 0..3 {
+            put(nested + 0x1000 * level, (nested + 0x1000 * (level + 1)) as u64 | 7);
+        }
+        for page in 0..RAM >> 12 {
+            put(nested + 0x3000 + 8 * page, (ram + (page << 12)) as u64 | 7);
+        }
+        // The guest's tables: all of the addresses used share one table of 2 MiB.
+        let index = |level: u64| ((CODE >> (12 + 9 * level)) & 511) as usize;
+        for level in 0..3 {
+            let entry = (TABLES + 0x1000 * (level + 1)) as u64 | PRESENT_USER | WRITE;
+            put(ram + TABLES + 0x1000 * level + 8 * index(3 - level as u64), entry);
+        }
+        let last = ram + TABLES + 0x3000;
+        put(last + 8 * index(0), CODE_PAGE as u64 | PRESENT_USER);
+        for page in 0..DATA_SIZE >> 12 {
+            let at = ((DATA >> 12) & 511) as usize + page;
+            let writable = if page < WRITABLE >> 12 { WRITE } else { 0 };
+            put(last + 8 * at, (DATA_PAGES + (page << 12)) as u64 | PRESENT_USER | writable | NX);
+        }
+        // SAFETY: a mapped page.
+        let v = unsafe { Vmcb::new(host) };
+        // All exceptions; INTR, HLT, SHUTDOWN; VMRUN.
+        v.set(control::INTERCEPTS + 8, u32::MAX);
+        v.set(control::INTERCEPTS + 12, 1u32 << 24 | 1 << 31 | 1);
+        v.set(control::INTERCEPTS + 16, 1u32);
+        v.set(control::ASID, 1u32);
+        v.set(control::NP_ENABLE, 1u64);
+        v.set(control::N_CR3, nested as u64);
+        let seg = |at: usize, selector: u16, attrib: u16| {
+            v.set(at, selector);
+            v.set(at + 2, attrib);
+            v.set(at + 4, u32::MAX);
+        };
+        for n in 0..6 {
+            seg(save::ES + 16 * n, 0x2b, 0xcf3);
+        }
+        seg(save::ES + 16, 0x33, 0xafb);
+        Soft { cpu: Cpu::new(machine, 0), ram, vmcb: host }
+    }
+
+    pub fn run(&mut self, case: &Case) -> Box<Outcome> {
+        // SAFETY: a mapped page.
+        let v = unsafe { Vmcb::new(self.vmcb) };
+        // SAFETY: inside the mapping; nothing else refers to it while no processor runs.
+        let (code, data) = unsafe {
+            (
+                std::slice::from_raw_parts_mut((self.ram + CODE_PAGE) as *mut u8, 4096),
+                std::slice::from_raw_parts_mut((self.ram + DATA_PAGES) as *mut u8, DATA_SIZE),
+            )
+        };
+        code.fill(END);
+        code[..case.length].copy_from_slice(case.code());
+        fill(case.seed, data);
+        v.set(save::CPL, 3u8);
+        v.set(save::EFER, 0x1d01u64);
+        v.set(save::CR0, 0x8005_0033u64);
+        v.set(save::CR3, TABLES as u64);
+        v.set(save::CR4, 0x6a0u64);
+        v.set(save::RIP, case.state.rip);
+        v.set(save::RFLAGS, case.state.rflags);
+        v.set(save::RSP, case.state.gpr[4]);
+        v.set(save::RAX, case.state.gpr[0]);
+        let rb = &mut self.cpu.rb;
+        rb.gpr[..16].copy_from_slice(&case.state.gpr);
+        rb.fcw = case.state.fcw;
+        rb.fsw = case.state.fsw;
+        rb.mxcsr = case.state.mxcsr;
+        let top = (case.state.fsw >> 11 & 7) as usize;
+        rb.ftw = 0;
+        for i in 0..8 {
+            let physical = (top + i) & 7;
+            let [mantissa, se] = case.state.st[i];
+            rb.st[physical] = [mantissa, se];
+            let tag = if case.state.tags >> physical & 1 == 0 {
+                3
+            } else if mantissa == 0 && se & 0x7fff == 0 {
+                1
+            } else if se & 0x7fff == 0 || se & 0x7fff == 0x7fff || mantissa >> 63 == 0 {
+                2
+            } else {
+                0
+            };
+            rb.ftw |= tag << (2 * physical);
+        }
+        for i in 0..16 {
+            rb.ymm[i][..2].copy_from_slice(&case.state.xmm[i]);
+        }
+        let exit = self.cpu.vmrun(self.vmcb).expect("a good VMCB");
+        let mut out = Box::new(Outcome::EMPTY);
+        out.data.copy_from_slice(data);
+        out.vector = exit.wrapping_sub(EXCP0);
+        if matches!(out.vector, 8 | 10..=14 | 17) {
+            out.error = v.get(control::EXITINFO1);
+        }
+        if out.vector == 14 {
+            out.address = v.get(control::EXITINFO2);
+        }
+        let rb = &self.cpu.rb;
+        let s: &mut State = &mut out.state;
+        s.gpr.copy_from_slice(&rb.gpr[..16]);
+        s.gpr[4] = v.get(save::RSP);
+        s.gpr[0] = v.get(save::RAX);
+        s.rip = v.get(save::RIP);
+        s.rflags = v.get(save::RFLAGS);
+        (s.fcw, s.fsw, s.mxcsr) = (rb.fcw, rb.fsw, rb.mxcsr);
+        let top = (s.fsw >> 11 & 7) as usize;
+        s.tags = (0..8).filter(|i| rb.ftw >> (2 * i) & 3 != 3).fold(0, |t, i| t | 1 << i);
+        for i in 0..8 {
+            let [mantissa, se] = rb.st[(top + i) & 7];
+            s.st[i] = [mantissa, se & 0xffff];
+        }
+        for i in 0..16 {
+            s.xmm[i].copy_from_slice(&rb.ymm[i][..2]);
+        }
+        out.settle();
+        out
+    }
+}
