@@ -86,7 +86,8 @@ impl Outcome {
     pub fn settle(&mut self) {
         let s = &mut self.state;
         for i in 0..8 {
-            if s.tags >> ((s.fsw as usize >> 11) + i & 7) & 1 == 0 {
+            let physical = ((s.fsw as usize >> 11) + i) & 7;
+            if s.tags >> physical & 1 == 0 {
                 s.st[i] = [0; 2];
             }
         }

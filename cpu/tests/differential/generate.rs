@@ -122,20 +122,24 @@ pub fn wanted(i: &Instruction, family: Family) -> bool {
     {
         return false;
     }
+    // Undefined results.
+    let short = matches!(i.mnemonic(), Shld | Shrd | Bswap) && i.op0_kind() == OpKind::Register;
+    if (short && i.op0_register().size() == 2)
+        || (matches!(i.mnemonic(), Shld | Shrd) && i.op1_register().size() == 2)
+    {
+        return false;
+    }
     !matches!(
         i.mnemonic(),
         // Results that belong to the machine or to the kernel.
         Retf | Iret | Iretd | Iretq | Sysret | Syscall | Sysenter | Cpuid | Sgdt | Sidt | Sldt | Str | Smsw
             | Lar | Lsl | Verr | Verw | Popf | Popfd | Popfq | Les | Lds | Lss | Lfs | Lgs | Sysexit | Lmsw
             // Pointers and opcode of the last x87 instruction: AMD's and Intel's processors differ.
-            | Fnstenv | Fnsave | Fstenv | Fsave
+            | Fnstenv | Fnsave | Fstenv | Fsave | Fxsave | Fxrstor | Fxsave64 | Fxrstor64
             // Approximations.
             | Fsin | Fcos | Fsincos | Fptan | Fpatan | F2xm1 | Fyl2x | Fyl2xp1 | Rcpps | Rcpss | Rsqrtps
             | Rsqrtss
-            // Undefined result with 16-bit operands; loads and stores of whole states.
-            | Fxsave | Fxrstor | Fxsave64 | Fxrstor64
-    ) && !matches!(i.code(), Code::Bswap_r16)
-        && !(i.op_count() == 3 && matches!(i.mnemonic(), Shld | Shrd) && i.op1_register().size() == 2)
+    )
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -205,10 +209,8 @@ impl Program {
                 undefined |= at_branch;
                 patch_skip(&mut program.groups, group.bytes.len());
             }
-            if relative(&group.instruction) {
-                if r.one_in(2) {
-                    skipping = Some(before);
-                }
+            if relative(&group.instruction) && r.one_in(2) {
+                skipping = Some(before);
             }
             offset += group.bytes.len();
             program.groups.push(group);
@@ -480,7 +482,7 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
         } else if base == Register::RIP || base == Register::EIP {
             fix = Some(address);
         } else if base == Register::None && index == Register::None {
-            let wide = (address as u64).to_le_bytes();
+            let wide = address.to_le_bytes();
             let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
             bytes[at..at + size].copy_from_slice(&wide[..size]);
         } else if base == Register::None {

@@ -180,7 +180,7 @@ const XSTATE_MAGIC: u32 = 0x4650_5853;
 extern "C" fn handler(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: called by the kernel with a valid context; CHILD belongs to this thread alone.
     unsafe {
-        let child = &mut *(&raw mut CHILD);
+        let child = (&raw mut CHILD).as_mut().unwrap_unchecked();
         let shared = &mut *child.shared;
         let current = shared.current;
         let context = &mut *(context as *mut libc::ucontext_t).cast::<libc::ucontext_t>();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Flag instructions, no-operations, hints, fences, random numbers (APM vol. 3: CLC, STC, CMC, CLD, STD, NOP, ENDBR,
-//! PREFETCH, UD0-UD2, BOUND, MFENCE, LFENCE, SFENCE, CLFLUSH, CLFLUSHOPT, CLWB, RDRAND, RDSEED, RDPID).
+//! PREFETCH, UD0-UD2, MFENCE, LFENCE, SFENCE, CLFLUSH, CLFLUSHOPT, CLWB, RDRAND, RDSEED, RDPID).
 
 use core::cell::RefCell;
 use core::sync::atomic::{Ordering, fence};
@@ -8,10 +8,9 @@ use core::sync::atomic::{Ordering, fence};
 use iced_x86::{Instruction, Mnemonic};
 
 use super::operand::{reg, size, sized_word};
-use crate::x86::access::Access;
 use crate::x86::flags::{Int, rf};
 use crate::x86::op::{Handler, Op, Res, handler};
-use crate::x86::state::{Cpu, vector};
+use crate::x86::state::Cpu;
 use crate::x86::translate::undefined;
 
 fn nop(_: &mut Cpu, _: &Op) -> Res {
@@ -44,18 +43,6 @@ fn memory_fence(_: &mut Cpu, _: &Op) -> Res {
 fn flush_line(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.load::<u8>(op)?;
     fence(Ordering::SeqCst);
-    Ok(())
-}
-
-/// BOUND: #BR unless lower <= index <= upper, signed.
-fn bound<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let linear = cpu.lin(op, T::BYTES * 2, Access::Read)?;
-    let low = cpu.load_at::<T>(op.seg, linear)?;
-    let high = cpu.load_at::<T>(op.seg, (linear as u32).wrapping_add(T::BYTES as u32) as u64)?;
-    let index = cpu.reg::<T>(op.src).to_i64();
-    if index < low.to_i64() || index > high.to_i64() {
-        return Err(cpu.fault(vector::BR, None));
-    }
     Ok(())
 }
 
@@ -139,10 +126,6 @@ pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
         Mnemonic::Mfence | Mnemonic::Lfence | Mnemonic::Sfence => handler(memory_fence),
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => handler(flush_line),
         Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 => handler(undefined),
-        Mnemonic::Bound => {
-            op.src = reg(i, 0);
-            if size(i, 0) == 2 { handler(bound::<u16>) } else { handler(bound::<u32>) }
-        }
         Mnemonic::Rdrand | Mnemonic::Rdseed => {
             op.dst = reg(i, 0);
             sized_word!(size(i, 0), |T| handler(rdrand::<T>))

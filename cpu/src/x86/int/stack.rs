@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! PUSH, POP, PUSHA, POPA, ENTER, LEAVE (APM vol. 3). PUSHF and POPF are system instructions.
+//! PUSH, POP, PUSHA, POPA, ENTER, LEAVE (APM vol. 3). PUSHF, POPF and segment registers belong to `system`.
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Instruction, Mnemonic};
 
 use super::operand::{Any, Ea, Place, memory, place, reg, sized_word};
 use crate::mem::{host_load, host_store};
@@ -9,7 +9,7 @@ use crate::x86::access::Access;
 use crate::x86::flags::Int;
 use crate::x86::op::{Handler, Op, Res, Stop, handler};
 use crate::x86::state::{Cpu, reg as r, sreg};
-use crate::x86::translate::{Context, segment};
+use crate::x86::translate::Context;
 
 const SS: u8 = sreg::SS as u8;
 
@@ -135,12 +135,6 @@ fn push_mem<S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     S::push::<T>(cpu, v)
 }
 
-/// The selector, zero-extended to the operand size.
-fn push_segment<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let v = cpu.seg[op.src as usize % 6].selector;
-    cpu.push(T::from_u64(v as u64))
-}
-
 fn pop_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = S::top::<T>(cpu)?;
     S::release(cpu, T::BYTES as u64);
@@ -167,10 +161,6 @@ fn moved(i: &Instruction) -> i32 {
 
 fn pushing(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> {
     let n = moved(i);
-    if i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register() {
-        op.src = segment(i.op0_register());
-        return Some(sized_word!(n, |T| handler(push_segment::<T>)));
-    }
     let long = cx.code_size == 8;
     Some(match place(i, 0)? {
         Place::Reg => {
