@@ -14,7 +14,7 @@ from softkvm.kvm.mmu.paging import walk
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.stats import vcpu_stats
 from softkvm.kvm.vcpu import Vcpu
-from softkvm.kvm.x86 import debug, events, fpu, kvmclock, msrs, regs
+from softkvm.kvm.x86 import debug, events, fpu, kvmclock, msrs, regs, svm
 from softkvm.kvm.x86.exceptions import X86Exception
 from softkvm.kvm.x86.lapic import Lapic
 
@@ -183,6 +183,8 @@ class VcpuIoctls(Vcpu):
                 raise kvm_error(errno.EINVAL, "the vCPU has run: its CPUID can't change any more")
             return
         self.cpuid.set(self, entries)
+        svm.set_instruction_intercepts(self)
+        svm.set_sysenter_interception(self)
         leaf = self.cpuid.leaf(0x8000_0008, 0)
         self.maxphyaddr = leaf[0] & 0xFF if leaf is not None and leaf[0] & 0xFF else 36
         self.guest_has_gbpages = self.cpuid.feature(0x8000_0001, 0, 3, 26)

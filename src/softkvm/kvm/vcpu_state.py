@@ -77,10 +77,10 @@ class VcpuState:
         self.vmcb = V.Vmcb(machine.alloc_page())
         self.b, self.w, self.d, self.q = self.vmcb.b, self.vmcb.w, self.vmcb.d, self.vmcb.q
         self.msrpm = machine.alloc_page(2)
-        permission_map = memoryview(self.msrpm).cast("B")
-        permission_map[:] = b"\xff" * len(permission_map)
+        self.permission_map = memoryview(self.msrpm).cast("B")
+        self.permission_map[:] = b"\xff" * len(self.permission_map)
         for msr in svm.DIRECT_ACCESS_MSRS:
-            svm.set_msr_interception(permission_map, msr, read=False, write=False)
+            svm.set_msr_interception(self.permission_map, msr, read=False, write=False)
 
         # The pages shared with userspace
         self._mapping = mmap.mmap(-1, VCPU_MMAP_SIZE)
@@ -409,9 +409,6 @@ class VcpuState:
         self.saved_db = None
         self.own_dr7 = 0x400
         svm.init_vmcb(self)
-        if init_event:
-            # The mask survives in the VMCB; a guest debugger's intercepts come back.
-            svm.set_exception_intercepts(self)
         self.make_request(KVM_REQ_EVENT)
 
     # --- time --------------------------------------------------------------------------------------
@@ -504,21 +501,6 @@ class VcpuState:
             self.run_q[48 // 8] = data
             self.complete_userspace_io = _complete_wrmsr if write else _complete_rdmsr
             return 0
-        inject_gp(self)
-        return 1
-
-    def emulate_vmware_backdoor(self) -> int:
-        """#GP on the VMware backdoor's instructions: emulated without the permission check."""
-        try:
-            code = self.emulator.fetch()
-            insn = self.emulator.cache.get(code, svm.code_bitness(self))
-        except (X86Exception, ValueError):
-            inject_gp(self)
-            return 1
-        if insn.mnemonic in ("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"):
-            port = self.gpr[2] & 0xFFFF
-            if port in (0x5658, 0x5659):
-                return self.emulator.emulate()
         inject_gp(self)
         return 1
 

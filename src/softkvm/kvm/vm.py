@@ -168,6 +168,13 @@ class Vm:
                 self.flush_remote_tlbs()
                 self.mmu.free_zapped()
 
+    def zap_gfn_range(self, gfn: int, count: int) -> None:
+        """Forget the nested mappings of some guest frames, as an MMU notifier does; they fault in again."""
+        with self.mmu_lock:
+            if self.mmu.zap_range(gfn, gfn + count):
+                self.flush_remote_tlbs()
+                self.mmu.free_zapped()
+
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG (KVM API 4.8)."""
         return dirty_log.get_dirty_log(self, slot)

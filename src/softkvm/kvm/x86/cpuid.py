@@ -152,11 +152,11 @@ class CpuidTable:
         "_base_d1",
         "_base_leaf1",
         "_base_leaf7",
-        "_intel",
         "_limits",
         "cr4_valid",
         "entries",
         "indexed",
+        "intel",
         "kvm_features",
         "plain",
         "supported_xcr0",
@@ -173,7 +173,7 @@ class CpuidTable:
         self._base_d0: Leaf | None = None
         self._base_d1: Leaf | None = None
         self._limits: dict[int, int] = {}
-        self._intel = False
+        self.intel = False
         self.supported_xcr0 = 0
         self.kvm_features = 0
         #: CR4 bits that may be set; until there is a table, all that the silicon has.
@@ -204,7 +204,7 @@ class CpuidTable:
             base: (self.leaf(base, 0) or _ZERO)[EAX] for base in (0x0, 0x8000_0000, 0xC000_0000, 0x4000_0000)
         }
         vendor = self.leaf(0, 0) or _ZERO
-        self._intel = (vendor[EBX], vendor[EDX], vendor[ECX]) == (0x756E_6547, 0x4965_6E69, 0x6C65_746E)
+        self.intel = (vendor[EBX], vendor[EDX], vendor[ECX]) == (0x756E_6547, 0x4965_6E69, 0x6C65_746E)
         d0 = self._base_d0 or _ZERO
         self.supported_xcr0 = (d0[EAX] | d0[EDX] << 32) & supported_xcr0()
         self.kvm_features = self._find_kvm_features()
@@ -259,7 +259,7 @@ class CpuidTable:
                 one = sub.get(1) or sub.get(0) or _ZERO
                 return 0, 0, index & 0xFF, one[EDX]
             return _ZERO
-        if self._intel:
+        if self.intel:
             return self._out_of_range(function, index)
         return _ZERO
 

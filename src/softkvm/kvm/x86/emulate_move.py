@@ -176,6 +176,19 @@ def ret(e: Emulator, i: Insn) -> None:
     e.drop(size + (i.ops[0].value if i.ops else 0))
 
 
+@handler("enter")
+def enter(e: Emulator, i: Insn) -> None:
+    """Make a stack frame; without nesting levels, as in KVM."""
+    frame, level = i.ops[0].value & 0xFFFF, i.ops[1].value & 31
+    if level:
+        raise Unhandleable
+    size = 8 if e.vcpu.is_64bit_code() else svm.code_bitness(e.vcpu) // 8
+    mask = e.stack_mask()
+    e.push(e.gpr[5], size)
+    e.write(Operand(REG, size, 5), e.gpr[4])
+    e.gpr[4] = e.gpr[4] & ~mask & (1 << 64) - 1 | (e.gpr[4] - frame & mask)
+
+
 @handler("leave")
 def leave(e: Emulator, i: Insn) -> None:
     """Undo ENTER: RSP from RBP, then pop RBP."""

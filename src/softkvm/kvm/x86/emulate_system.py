@@ -7,7 +7,7 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import hypercalls, msrs, svm
+from softkvm.kvm.x86 import hypercalls, msrs, svm, vmware
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate import Emulator, Unhandleable, handler
 from softkvm.kvm.x86.emulate_operands import CR, DR, Insn
@@ -176,8 +176,12 @@ def rdtsc(e: Emulator, i: Insn) -> None:
 
 @handler("rdpmc")
 def rdpmc(e: Emulator, i: Insn) -> None:
-    """Performance counters: there are none."""
-    raise gp()
+    """Performance counters: there are none but VMware's."""
+    value = vmware.read_pmc(e.vcpu, e.gpr[1] & 0xFFFF_FFFF)
+    if value is None:
+        raise gp()
+    e.gpr[0] = value & 0xFFFF_FFFF
+    e.gpr[2] = value >> 32
 
 
 @handler("vmcall", "vmmcall")

@@ -129,6 +129,24 @@ def _in_vmcb(field: int, *, canonical: bool = False, valid: int = _U64) -> Msr:
     return Msr(lambda vcpu, index, host: vcpu.q[field], write)
 
 
+def _sysenter(field: int) -> Msr:
+    """SYSENTER_ESP or _EIP: the upper half is kept apart for guests that take themselves for an Intel."""
+
+    def read(vcpu: Vcpu, index: int, host: bool) -> int:
+        return vcpu.q[field] & _U32 | vcpu.msr_values.get(index, 0) if vcpu.cpuid.intel else vcpu.q[field]
+
+    def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+        if vcpu.cpuid.intel:
+            if cr.is_noncanonical(vcpu, data):
+                return False
+            vcpu.msr_values[index] = data & ~_U32
+            data &= _U32
+        vcpu.q[field] = data
+        return True
+
+    return Msr(read, write)
+
+
 # --- registers with a behaviour ----------------------------------------------------------------
 
 
@@ -301,8 +319,8 @@ _TABLE: Final[dict[int, Msr]] = {
     ),
     0xFE: Msr(lambda vcpu, index, host: 0x508, lambda vcpu, index, data, host: False, False),  # MTRRcap: 8 variable
     MSR_IA32_SYSENTER_CS: _in_vmcb(V.SYSENTER_CS),
-    MSR_IA32_SYSENTER_ESP: _in_vmcb(V.SYSENTER_ESP),
-    MSR_IA32_SYSENTER_EIP: _in_vmcb(V.SYSENTER_EIP),
+    MSR_IA32_SYSENTER_ESP: _sysenter(V.SYSENTER_ESP),
+    MSR_IA32_SYSENTER_EIP: _sysenter(V.SYSENTER_EIP),
     MSR_IA32_MCG_CAP: Msr(lambda vcpu, index, host: vcpu.mcg_cap, lambda vcpu, index, data, host: False, False),
     MSR_IA32_MCG_STATUS: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_mcg_status),
     MSR_IA32_MCG_CTL: Msr(

@@ -127,7 +127,6 @@ def init_vmcb(vcpu: Vcpu) -> None:
     params = vcpu.vm.params
     d[V.INTERCEPT_CR] = V.CR0_READ | V.CR4_READ | V.CR0_WRITE | V.CR4_WRITE | V.CR8_WRITE
     d[V.INTERCEPT_DR] = 0
-    d[V.INTERCEPT_EXCEPTION] = _EXCEPTIONS
     d[V.INTERCEPT_WORD3] = _WORD3
     d[V.INTERCEPT_WORD4] = _WORD4
     d[V.INTERCEPT_WORD5] = 0
@@ -161,6 +160,8 @@ def init_vmcb(vcpu: Vcpu) -> None:
         d[V.INTERCEPT_WORD3] |= V.PAUSE
     if vcpu.vm.disable_hlt_exits:
         d[V.INTERCEPT_WORD3] &= ~V.HLT
+    set_exception_intercepts(vcpu)
+    set_instruction_intercepts(vcpu)
     vcpu.tsc_offset_changed()
     set_efer(vcpu, 0)
     # INIT leaves CD and NW alone (SDM vol. 3, table 9-1); RESET sets them.
@@ -215,6 +216,22 @@ def set_efer(vcpu: Vcpu, efer: int) -> None:
 
 
 # --- intercepts --------------------------------------------------------------------------------
+
+
+def set_instruction_intercepts(vcpu: Vcpu) -> None:
+    """Intercept instructions that the silicon has and the guest's CPUID doesn't: they are #UD then."""
+    rdtscp = vcpu.cpuid.feature(0x8000_0001, 0, 3, 27) or vcpu.cpuid.feature(7, 0, 2, 22)  # or RDPID
+    invpcid = vcpu.cpuid.feature(7, 0, 1, 10)
+    d = vcpu.d
+    d[V.INTERCEPT_WORD4] = d[V.INTERCEPT_WORD4] & ~V.RDTSCP | (0 if rdtscp else V.RDTSCP)
+    d[V.INTERCEPT_WORD5] = d[V.INTERCEPT_WORD5] & ~V.INVPCID | (0 if invpcid else V.INVPCID)
+
+
+def set_sysenter_interception(vcpu: Vcpu) -> None:
+    """A guest that thinks it is an Intel has 64-bit SYSENTER MSRs; the silicon keeps 32 bits of them."""
+    intel = vcpu.cpuid.intel
+    for msr in (0x175, 0x176):
+        set_msr_interception(vcpu.permission_map, msr, read=intel, write=intel)
 
 
 def set_exception_intercepts(vcpu: Vcpu) -> None:

@@ -16,7 +16,7 @@ from softkvm.kvm.mmu.spte import PAGE_SHIFT
 from softkvm.kvm.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import emulate_system, hypercalls, io, msrs, svm
+from softkvm.kvm.x86 import emulate_system, hypercalls, io, msrs, svm, vmware
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import (
     X86Exception,
@@ -265,7 +265,7 @@ def gp_interception(vcpu: Vcpu) -> int:
     if error_code:
         queue_exception_e(vcpu, abi.GP_VECTOR, error_code)
         return 1
-    return vcpu.emulate_vmware_backdoor()
+    return vmware.gp_interception(vcpu)
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -316,9 +316,14 @@ def ud_on_interception(vcpu: Vcpu) -> int:
 
 
 def rdpmc_interception(vcpu: Vcpu) -> int:
-    """RDPMC: there are no counters."""
-    inject_gp(vcpu)
-    return 1
+    """RDPMC: there are no counters but VMware's."""
+    value = vmware.read_pmc(vcpu, vcpu.gpr[1] & _U32)
+    if value is None:
+        inject_gp(vcpu)
+        return 1
+    vcpu.gpr[0] = value & _U32
+    vcpu.gpr[2] = value >> 32
+    return svm.skip_emulated_instruction(vcpu)
 
 
 def xsetbv_interception(vcpu: Vcpu) -> int:
@@ -389,12 +394,12 @@ EXIT_HANDLERS: Final[dict[int, Handler]] = {
     V.EXIT_CLGI: ud_on_interception,
     V.EXIT_SKINIT: ud_on_interception,
     V.EXIT_RDTSC: emulate_on_interception,
-    V.EXIT_RDTSCP: emulate_on_interception,
+    V.EXIT_RDTSCP: ud_on_interception,
     V.EXIT_WBINVD: skip_interception,
     V.EXIT_MONITOR: skip_interception,
     V.EXIT_MWAIT: skip_interception,
     V.EXIT_XSETBV: xsetbv_interception,
     V.EXIT_RDPRU: ud_on_interception,
-    V.EXIT_INVPCID: emulate_on_interception,
+    V.EXIT_INVPCID: ud_on_interception,
     V.EXIT_NPF: npf_interception,
 }
