@@ -36,7 +36,7 @@ def test_pass_with_its_summary_and_checks(suite: Path, accel: str) -> None:
 def test_fail_names_the_check(suite: Path, accel: str) -> None:
     result = run(suite, "fail", accel)
     assert result.line == "FAIL fail (2 tests, 1 unexpected failures)"
-    assert result.first_failure() == "the second check <&>"
+    assert result.why() == "the second check <&>"
 
 
 def test_skip_and_abort(suite: Path, accel: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import softkvm
-from softkvm.unittests.result import FAILED_SUBTESTS, Result, Status
+from softkvm.unittests.result import Result, Status, Subtest
 from softkvm.vmm.memory import MIB
 
 LOG_LIMIT = 200_000
@@ -63,6 +63,7 @@ table { border-collapse: collapse; font-size: 14px; } td { padding: 2px 12px 2px
 td.num { padding-right: 12px; }
 .bar { display: inline-block; height: 8px; background: var(--bar); border-radius: 3px; vertical-align: middle; }
 .checks td:first-child { width: 62px; } .checks .badge { display: block; font-size: 11px; padding: 0; }
+.body details > summary { cursor: pointer; color: var(--dim); }
 .exits { display: flex; flex-wrap: wrap; gap: 8px 48px; }
 @media (max-width: 720px) { details.test > summary, .head { grid-template-columns: 56px 1fr 70px; }
   .why, .head :nth-child(3), .checkcount, .head :nth-child(4) { display: none; } .body { padding-left: 4px; } }
@@ -135,21 +136,20 @@ def _duration(seconds: float) -> str:
 
 def _test(result: Result) -> str:
     """Return one entry: a line, and what opens below it."""
-    why = result.reason or (result.first_failure() if result.status is Status.FAIL else "")
-    if not why and result.status is Status.SKIP:
-        why = next((s.name for s in result.subtests if s.status == "SKIP"), result.summary)
-    mark = f"ignored: {', '.join(result.ignored)}" if result.ignored and result.status is Status.PASS else ""
+    why = result.why()
+    ignored = f"ignored: {', '.join(result.ignored)}" if result.ignored else ""
+    said = "; ".join(part for part in (why, ignored) if part)
     checks = result.counts()
     good = checks.get("PASS", 0)
     done = sum(checks.values()) - checks.get("SKIP", 0)
-    text = escape(f"{result.name} {why} {mark}".lower(), quote=True)
+    text = escape(f"{result.name} {said}".lower(), quote=True)
     return (
         f'<details class="test" id="{escape(result.name)}" data-status="{result.status}" data-text="{text}">'
         f'<summary><span class="badge {result.status}">{result.status}</span>'
-        f'<span class="name">{escape(result.name)}</span><span class="why">{escape(why or mark)}</span>'
+        f'<span class="name">{escape(result.name)}</span><span class="why">{escape(said)}</span>'
         f'<span class="num checkcount">{f"{good} of {done}" if done else ""}</span>'
         f'<span class="num">{_duration(result.time_s) if result.log or result.time_s > 1 else ""}</span></summary>'
-        f'<div class="body">{_facts(result)}{_places(result)}{_subtests(result)}{_exits(result)}{_log(result)}</div>'
+        f'<div class="body">{_facts(result)}{_places(result)}{_exits(result)}{_subtests(result)}{_log(result)}</div>'
         "</details>"
     )
 
@@ -180,18 +180,28 @@ def _places(result: Result) -> str:
 
 
 def _subtests(result: Result) -> str:
+    """Return the checks: what went wrong at once, what passed when asked for."""
     if not result.subtests:
         return ""
-    # what went wrong first; the rest in the order of the log
-    ordered = sorted(result.subtests, key=lambda subtest: subtest.status not in FAILED_SUBTESTS)
+    passed = [subtest for subtest in result.subtests if subtest.status == "PASS"]
+    others = [subtest for subtest in result.subtests if subtest.status != "PASS"]
+    parts = ["<h2>Checks</h2>"]
+    if others:
+        parts.append(_checks(others))
+    if passed:
+        parts.append(f"<details><summary>{len(passed)} passed</summary>{_checks(passed)}</details>")
+    return "".join(parts)
+
+
+def _checks(subtests: Sequence[Subtest]) -> str:
     rows = "".join(
         f'<tr><td><span class="badge {s.status}">{s.status}</span></td><td>{escape(s.name)}</td></tr>'
-        for s in ordered[:SUBTEST_LIMIT]
+        for s in subtests[:SUBTEST_LIMIT]
     )
-    more = len(ordered) - SUBTEST_LIMIT
+    more = len(subtests) - SUBTEST_LIMIT
     if more > 0:
         rows += f"<tr><td></td><td>and {more} more, in the log</td></tr>"
-    return f'<h2>Checks</h2><table class="checks">{rows}</table>'
+    return f'<table class="checks">{rows}</table>'
 
 
 def _exits(result: Result) -> str:

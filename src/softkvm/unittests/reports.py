@@ -50,11 +50,10 @@ def junit(results: Sequence[Result], accel: str) -> str:
         )
         detail = _xml(result.reason or result.summary)
         if result.status is Status.FAIL:
-            failed = [s.name for s in result.subtests if s.status in ("FAIL", "XPASS")]
-            failure = ElementTree.SubElement(case, "failure", message=detail or _xml(result.first_failure()))
-            failure.text = _xml("\n".join([*failed, *map(str, result.places)]))
+            failure = ElementTree.SubElement(case, "failure", message=detail or _xml(result.why()))
+            failure.text = _xml("\n".join([*result.failed_checks(), *map(str, result.places)]))
         elif result.status is Status.SKIP:
-            ElementTree.SubElement(case, "skipped", message=detail)
+            ElementTree.SubElement(case, "skipped", message=_xml(result.why()))
         if result.log:
             ElementTree.SubElement(case, "system-out").text = _xml(result.log)
         if result.ignored:
@@ -91,17 +90,7 @@ def markdown(results: Sequence[Result], accel: str) -> str:
         "|---|---|---|---|",
     ]
     for result in results:
-        why = ""
-        if result.status is not Status.PASS:
-            parts = [result.first_failure() if result.status is Status.FAIL else result.reason or _skip_reason(result)]
-            if result.status is Status.FAIL and result.reason and result.reason != parts[0]:
-                parts.append(result.reason)
-            parts += [f"ignored: {text}" for text in result.ignored]
-            why = _cell("; ".join(part for part in parts if part))
+        parts = [result.why(), *(f"ignored: {text}" for text in result.ignored)]
+        why = _cell("; ".join(part for part in parts if part))
         lines.append(f"| {_cell(result.name)} | {result.status} | {_cell(result.summary)} | {why} |")
     return "\n".join(lines) + "\n"
-
-
-def _skip_reason(result: Result) -> str:
-    """Return what a test that skipped itself says about it."""
-    return next((s.name for s in result.subtests if s.status == "SKIP"), result.summary)

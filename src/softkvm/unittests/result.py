@@ -97,10 +97,18 @@ class Result:
             totals[subtest.status] = totals.get(subtest.status, 0) + 1
         return totals
 
-    def first_failure(self) -> str:
-        """Return the first check that failed, or the reason, in one line."""
-        failed = next((s.name for s in self.subtests if s.status in FAILED_SUBTESTS), "")
-        return failed or self.reason or last_line(self.log)
+    def failed_checks(self) -> list[str]:
+        """Return the names of the checks that failed."""
+        return [subtest.name for subtest in self.subtests if subtest.status in FAILED_SUBTESTS]
+
+    def why(self) -> str:
+        """Return in one line why the entry does not pass; empty if it does."""
+        if self.status is Status.PASS:
+            return ""
+        if self.status is Status.SKIP:
+            skipped = next((subtest.name for subtest in self.subtests if subtest.status == "SKIP"), "")
+            return self.reason or skipped.strip() or _last_words(self.log) or self.summary
+        return "; ".join([*self.failed_checks()[:1], *([self.reason] if self.reason else [])]) or _last_words(self.log)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as plain values, for JSON."""
@@ -116,9 +124,10 @@ class Result:
         return cls(**fields)
 
 
-def last_line(log: str) -> str:
-    """Return the last line of *log* that is not empty."""
-    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
+def _last_words(log: str) -> str:
+    """Return the last line of *log* that says something beyond the count."""
+    lines = (line.strip() for line in reversed(log.splitlines()))
+    return next((line for line in lines if line and not SUMMARY.match(line)), "")
 
 
 def read_log(log: str) -> tuple[list[Subtest], str]:

@@ -113,3 +113,18 @@ def test_iasl_disassembles_the_tables_without_a_complaint(memory: GuestMemory, t
 
 def test_layout_of_the_bios_area_agrees_with_the_memory_map(memory: GuestMemory) -> None:
     assert (layout.ACPI_TABLES, layout.HIGH_MEMORY - layout.ACPI_TABLES, 2) in layout.memory_map(memory)
+
+
+def test_hpet_is_described_where_there_is_one(memory: GuestMemory) -> None:
+    assert "HPET" not in all_tables(memory, acpi.write_tables(memory, [0]))
+    table = all_tables(memory, acpi.write_tables(memory, [0], with_hpet=True))["HPET"]
+    assert struct.unpack_from("<I", table, 36)[0] == 0x8086A201
+    assert struct.unpack_from("<Q", table, 44)[0] == 0xFED00000
+
+
+def test_waking_vector_is_the_one_that_the_guest_wrote_into_the_facs(memory: GuestMemory) -> None:
+    tables = all_tables(memory, acpi.write_tables(memory, [0]))
+    assert acpi.waking_vector(memory) == 0
+    facs = struct.unpack_from("<I", tables["FACP"], 36)[0]
+    memory.write(facs + 12, struct.pack("<I", 0x1234))
+    assert acpi.waking_vector(memory) == 0x1234

@@ -110,3 +110,23 @@ def test_save_and_restore_carry_the_timer_on() -> None:
     assert other.read(PM_TMR, 4) == 2 * 3_579_545
     clock.now_ns += 1_000_000_000
     assert other.read(PM_TMR, 4) == 3 * 3_579_545
+
+
+def test_sleep_type_3_calls_sleep_and_an_enabled_rtc_alarm_wakes() -> None:
+    slept: list[int] = []
+    pm = AcpiPm(sleep=lambda: slept.append(1))
+    pm.write(PM1_CNT, 2, 1 << 13 | 1 << 10)
+    assert slept == [1]
+    pm.rtc_alarm()
+    assert not pm.wait_for_wake_up(0)
+    pm.write(PM1_EN, 2, 1 << 10)
+    assert pm.wait_for_wake_up(0)
+    assert pm.read(PM1_STS, 2) == 1 << 15 | 1 << 10
+    pm.write(PM1_STS, 2, 1 << 15 | 1 << 10)
+    assert pm.read(PM1_STS, 2) == 0
+
+
+def test_the_power_button_wakes_without_being_enabled() -> None:
+    pm = AcpiPm()
+    pm.press_power_button()
+    assert pm.wait_for_wake_up(0)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tests.support.guests import ROOT
+from tests.support.machines import open_soft
+from tests.unittests.conftest import CONFIG
+
+from softkvm.cli.main import main
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A suite of our own entries; without the program if that is not built."""
+    directory = tmp_path / "suite" / "x86"
+    directory.mkdir(parents=True)
+    program = ROOT / "guests" / "build" / "multiboot.elf"
+    if program.exists():
+        shutil.copy(program, directory / "probe.flat")
+    (directory / "unittests.cfg").write_text(CONFIG)
+    return directory.parent
+
+
+@pytest.fixture
+def runnable(suite: Path) -> Path:
+    open_soft().close()
+    if not (suite / "x86" / "probe.flat").exists():
+        pytest.skip("guests/build/multiboot.elf is not built: make guests")
+    return suite
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_list(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests", str(suite), "--list", "--group", "quick"]) == 0
+    assert [line.split() for line in lines(capsys)] == [
+        ["pass", "probe.flat", "groups:", "quick", "good"],
+        ["fail", "probe.flat", "groups:", "quick"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["--group", "nothing"],
+        ["-j", "0"],
+        ["-j", "x"],
+        ["--timeout", "soon"],
+        ["--timeout", "-1"],
+        ["--timeout", "nan"],
+        ["--param", "x"],
+        ["--env", "=x"],
+        ["--html", "/nowhere/x.html"],
+        ["--accel", "tcg"],
+    ],
+)
+def test_usage_errors_have_status_2(suite: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests", str(suite), *arguments]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_directory_without_a_build_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests", str(tmp_path)]) == 2
+    assert "expected a build of kvm-unit-tests" in capsys.readouterr().err
+
+
+@pytest.mark.guest
+def test_results_are_printed_written_and_in_the_status(
+    runnable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("junit", "json", "html", "markdown")}
+    options = [text for kind, path in files.items() for text in (f"--{kind}", str(path))]
+    status = main(["unittests", str(runnable), "pass", "fail", "old", "-j", "2", *options])
+    assert status == 1
+    printed = lines(capsys)
+    assert sorted(printed[:-1]) == [
+        "FAIL fail (2 tests, 1 unexpected failures)",
+        "PASS pass (2 tests, 1 skipped)",
+        "SKIP old (needs i386 build)",
+    ]
+    assert printed[-1] == "1 PASS, 1 FAIL, 1 SKIP"
+    assert [item["name"] for item in json.loads(files["json"].read_text())["results"]] == ["pass", "fail", "old"]
+    assert ElementTree.parse(files["junit"]).getroot()[0].get("failures") == "1"
+    assert files["html"].read_text().startswith("<!doctype html>")
+    assert "| fail | FAIL |" in files["markdown"].read_text()
+
+
+@pytest.mark.guest
+def test_status_is_0_when_nothing_failed(runnable: Path) -> None:
+    assert main(["unittests", str(runnable), "pass", "skip", "old"]) == 0
+
+
+@pytest.mark.guest
+def test_verbose_shows_the_log_and_what_was_ignored(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests", str(runnable), "arguments", "-v"]) == 0
+    printed = lines(capsys)
+    assert "  | arguments: one  two 'three'" in printed
+    assert "  ignored: -overcommit cpu-pm=on" in printed
+
+
+@pytest.mark.guest
+def test_hang_shows_where(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests", str(runnable), "hang", "--timeout", "1"]) == 1
+    printed = lines(capsys)
+    assert printed[0].startswith("FAIL hang (timeout; duration=1s; vCPU 0 at 0x4")
+    assert "hang_here" in printed[1]
+
+
+@pytest.mark.guest
+def test_entries_for_manual_runs_wait_for_all(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runnable / "x86" / "unittests.cfg").write_text(
+        "[manual]\nfile = probe.flat\ntest_args = pass\ngroups = nodefault\n"
+    )
+    assert main(["unittests", str(runnable)]) == 0
+    assert lines(capsys)[0] == "SKIP manual (test marked as manual run only)"
+    assert main(["unittests", str(runnable), "--all"]) == 0
+    assert lines(capsys)[0] == "PASS manual (2 tests, 1 skipped)"
