@@ -354,10 +354,18 @@ impl Cpu {
         let mut nx = false;
         let nxe = self.efer & efer::NXE != 0;
         let mut level = top;
+        let known = if long { self.tlb.directory(linear) } else { None };
+        if let Some(d) = known {
+            (level, rights, nx) = (1, d.rights, d.nx);
+        }
         loop {
             let shift = 12 + 9 * (level - 1);
-            let gpa = table + ((linear >> shift) & 0x1ff) * 8;
-            let host = self.entry_host(gpa)?;
+            let slot = ((linear >> shift) & 0x1ff) * 8;
+            let host = match known {
+                Some(d) => d.host | slot,
+                None => self.entry_host(table + slot)?,
+            };
+            let (above, nx_above) = (rights, nx);
             // SAFETY: entry_host gives an address in registered memory; gpa is a multiple of 8.
             let e = unsafe { AtomicU64::from_ptr(host as *mut u64) }.load(Ordering::Acquire);
             if e & pte::P == 0 {
@@ -395,12 +403,16 @@ impl Cpu {
                 let mask = (1u64 << shift) - 1;
                 let gpa = (e & ADDRESS & !mask) | (linear & mask & PAGE_MASK);
                 let dirty = e & pte::D != 0;
-                return self.finish(
+                let done = self.finish(
                     bank,
                     access,
                     &visited[..count],
                     Leaf { gpa, rights, nx, key, dirty, size: shift as u8 },
                 );
+                if long && level == 1 && known.is_none() && done.is_ok() {
+                    self.tlb.set_directory(linear, host & PAGE_MASK, above, nx_above);
+                }
+                return done;
             }
             table = e & ADDRESS;
             level -= 1;

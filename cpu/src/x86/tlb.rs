@@ -45,6 +45,22 @@ pub struct GpaEntry {
     pub host: u64,
 }
 
+/// Where the last-level table for 2 MiB of linear addresses lies (the paging-structure cache of APM vol. 2, 5.5.3).
+#[derive(Clone, Copy)]
+pub struct Directory {
+    /// Linear address >> 21, over the context number.
+    key: u64,
+    /// Valid while this is the TLB's epoch.
+    epoch: u64,
+    /// Host address of the table.
+    pub host: u64,
+    /// W and U gathered above it.
+    pub rights: u64,
+    /// No-execute gathered above it.
+    pub nx: bool,
+}
+
+const DIRECTORIES: usize = 256;
 const GPA_BITS: usize = 10;
 const LARGE_BITS: usize = 8;
 /// log2 of the bytes that one large entry covers.
@@ -61,7 +77,10 @@ pub struct Tlb {
     contexts: HashMap<(u32, u16), u64>,
     current: (u32, u16),
     next: u64,
-    /// log2 of the guest page size behind each entry.
+    directories: Box<[Directory]>,
+    /// Directories from before the last flush of anything do not count.
+    epoch: u64,
+    /// log2 of the guest page size behind each entry, 12 for empty ones.
     sizes: Box<[u8]>,
     /// Bit (linear >> 30) & 63: large guest pages were filled there since the last whole flush.
     large: u64,
@@ -81,6 +100,9 @@ impl Default for Tlb {
             contexts: HashMap::new(),
             current: (u32::MAX, 0),
             next: 0,
+            directories: vec![Directory { key: 0, epoch: 0, host: 0, rights: 0, nx: false }; DIRECTORIES]
+                .into_boxed_slice(),
+            epoch: 1,
             sizes: vec![12; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
             large: 0,
             fills: 0,
@@ -143,13 +165,36 @@ impl Tlb {
         self.gpas[(gpa >> 12) as usize & ((1 << GPA_BITS) - 1)] = entry;
     }
 
+    fn directory_key(&self, linear: u64) -> u64 {
+        (linear >> 21) << 11 | self.context
+    }
+
+    /// The directory for `linear`, if one is remembered.
+    #[inline]
+    pub fn directory(&self, linear: u64) -> Option<Directory> {
+        let d = self.directories[(linear >> 21) as usize % DIRECTORIES];
+        (d.epoch == self.epoch && d.key == self.directory_key(linear)).then_some(d)
+    }
+
+    /// Remembers where the last-level table for `linear` lies; the entries above it have their accessed bits set.
+    pub fn set_directory(&mut self, linear: u64, host: u64, rights: u64, nx: bool) {
+        let d = Directory { key: self.directory_key(linear), epoch: self.epoch, host, rights, nx };
+        self.directories[(linear >> 21) as usize % DIRECTORIES] = d;
+    }
+
+    /// Empties every bank.
+    fn clear_entries(&mut self) {
+        self.entries.fill(EMPTY);
+        self.sizes.fill(12);
+        self.large = 0;
+    }
+
     /// Forgets everything of every context.
     pub fn flush_all(&mut self) {
-        self.entries.fill(EMPTY);
+        self.clear_entries();
         self.flush_gpas();
         self.contexts.clear();
         self.next = 0;
-        self.large = 0;
         self.flushes += 1;
         let current = self.current;
         self.current = (u32::MAX, 0);
@@ -158,6 +203,7 @@ impl Tlb {
 
     /// Forgets guest-physical translations only (they are all of one nested CR3).
     pub fn flush_gpas(&mut self) {
+        self.epoch += 1;
         self.gpas.fill(GpaEntry { gpa: INVALID, host: 0 });
         self.large_gpas.fill(GpaEntry { gpa: INVALID, host: 0 });
     }
@@ -175,8 +221,9 @@ impl Tlb {
     }
 
     fn new_context(&mut self) -> u64 {
+        self.epoch += 1;
         if self.next >= CONTEXTS {
-            self.entries.fill(EMPTY);
+            self.clear_entries();
             self.contexts.clear();
             self.next = 0;
         }
@@ -198,6 +245,7 @@ impl Tlb {
             self.flush_current();
         } else {
             self.contexts.remove(&(self.current.0, pcid));
+            self.epoch += 1;
         }
     }
 
@@ -210,14 +258,23 @@ impl Tlb {
 
     /// Forgets the page of `linear`, in every context, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
+        self.epoch += 1;
         for bank in 0..BANKS {
             *self.entry_mut(bank, linear) = EMPTY;
         }
-        if self.large >> (linear >> 30 & 63) & 1 != 0 {
-            for (e, size) in self.entries.iter_mut().zip(self.sizes.iter()) {
+        if self.large >> (linear >> 30 & 63) & 1 == 0 {
+            return;
+        }
+        // Eight sizes at a time: most are 12.
+        for (n, sizes) in self.sizes.chunks_exact_mut(8).enumerate() {
+            if sizes == [12; 8] {
+                continue;
+            }
+            for (size, e) in sizes.iter_mut().zip(&mut self.entries[n * 8..]) {
                 let tag = if e.read != INVALID { e.read } else { e.exec };
-                if *size > 12 && (tag ^ linear) >> *size == 0 {
+                if *size > 12 && (tag == INVALID || (tag ^ linear) >> *size == 0) {
                     *e = EMPTY;
+                    *size = 12;
                 }
             }
         }

@@ -68,6 +68,8 @@ fn load(cpu: &mut Cpu, op: &Op, n: usize, selector: u16) -> Res {
 /// Ends the block with the next instruction in the interrupt shadow.
 fn shadow(cpu: &mut Cpu, op: &Op) -> Stop {
     cpu.shadow = true;
+    // MOV SS and POP SS hold off the single-step trap too (APM vol. 2, 13.1.4), unlike STI.
+    cpu.sys.no_step = true;
     cpu.update_attention();
     cpu.end_block(op)
 }

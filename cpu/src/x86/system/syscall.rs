@@ -3,7 +3,8 @@
 
 use crate::x86::flags::rf;
 use crate::x86::op::{Op, Res, Stop, flag};
-use crate::x86::state::{Cpu, LINK_NONE, Segment, efer, reg, sreg};
+use crate::x86::state::{Cpu, Exception, LINK_NONE, Segment, efer, reg, sreg, vector};
+use crate::x86::system::debug::dr6;
 
 /// Attributes of the flat segments that these instructions load: code at DPL 0 (32-bit), 64-bit code, data.
 const CODE32: u16 = 0xC9B;
@@ -70,11 +71,17 @@ pub(super) fn sysret(cpu: &mut Cpu, op: &Op) -> Res {
         let flags = cpu.rflags() | rf::IF;
         cpu.set_rflags(flags);
     }
-    if wide {
+    let done = if wide {
         enter(cpu, flat(base.wrapping_add(16) | 3, CODE64, 3), ss, 3, rcx)
     } else {
         enter(cpu, flat(base | 3, CODE32, 3), ss, 3, rcx & 0xffff_ffff)
+    };
+    if cpu.rflags & rf::TF != 0 {
+        // A step ends with SYSRET itself if it loads TF = 1 (SDM vol. 2, SYSRET: "the resulting TF").
+        cpu.exception = Exception { vector: vector::DB, error: None, address: dr6::BS };
+        return Err(Stop::Trap);
     }
+    done
 }
 
 /// SYSENTER: #UD in long mode on AMD's processors.
