@@ -205,9 +205,12 @@ class VcpuIoctls(Vcpu):
             raise kvm_error(errno.EINVAL, f"irq={irq}, expected 0 to 255")
         if self.apic is not None and not self.vm.split_irqchip:
             raise kvm_error(errno.ENXIO, "interrupts come from the in-kernel chips")
-        if self.pending_external_vector >= 0:
-            raise kvm_error(errno.EEXIST, f"vector {self.pending_external_vector} is waiting already")
-        self.pending_external_vector = irq
+        if self.pending_external_vector >= 0 or (self.apic is None and self.interrupt_injected):
+            raise kvm_error(errno.EEXIST, "a vector is waiting already")
+        if self.apic is None and self._ready_for_interrupt_injection():
+            self.queue_interrupt(irq, soft=False)  # under way, and so part of the vCPU's events
+        else:
+            self.pending_external_vector = irq
         self.request_event()
 
     def nmi(self) -> None:

@@ -144,6 +144,7 @@ def kvm_set_cr8(vcpu: Vcpu, cr8: int) -> bool:
         vcpu.apic.set_tpr(cr8 << 4)
     else:
         vcpu.shadow_cr8 = cr8
+        vcpu.b[V.V_TPR] = vcpu.b[V.V_TPR] & 0xF0 | cr8  # what the guest reads
     return True
 
 

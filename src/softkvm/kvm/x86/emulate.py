@@ -17,7 +17,7 @@ from softkvm.kvm.mmu.spte import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86 import io, svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, DecodeCache, Insn, Operand
-from softkvm.kvm.x86.exceptions import X86Exception, gp, inject_emulated_exception, queue_exception
+from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp, inject_emulated_exception, queue_exception
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,10 +51,6 @@ class PioNeeded(Exception):
         self.port = port
         self.size = size
         self.count = count
-
-
-class Unhandleable(Exception):
-    """The emulator doesn't know the instruction, or can't carry it out."""
 
 
 class Retry(Exception):

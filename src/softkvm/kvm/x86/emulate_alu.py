@@ -8,9 +8,9 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.emulate import Emulator, Unhandleable, handler
+from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_operands import IMM, MEM, REG, Insn, Operand
-from softkvm.kvm.x86.exceptions import X86Exception
+from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception
 
 CF: Final = 1 << 0
 PF: Final = 1 << 2

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import svm
+from softkvm.kvm.x86 import segments, svm
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.emulate import Emulator, Unhandleable, handler
+from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_alu import signed
 from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
-from softkvm.kvm.x86.exceptions import X86Exception, gp
+from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 
 _CR0_EM: Final = 1 << 2
 _CR0_TS: Final = 1 << 3
@@ -135,34 +135,66 @@ def pop(e: Emulator, i: Insn) -> None:
         raise
 
 
+def _near_target(e: Emulator, op: Operand) -> int:
+    return e.read(op) if op.kind in (REG, MEM) else op.value + e.q[V.RIP]
+
+
 @handler("jmp")
 def jmp(e: Emulator, i: Insn) -> None:
-    """Near jump, direct or through a register or memory."""
+    """Jump: near, direct or through a register or memory; far through memory."""
     op = i.ops[0]
-    if op.kind in (REG, MEM) and op.size in (2, 4, 8):
-        if op.kind == MEM and "far" in i.text:
-            raise Unhandleable
-        e.jump(e.read(op), op.size)
-    elif op.value or op.kind not in (REG, MEM):
-        e.jump(op.value + e.q[V.RIP], op.size)
+    if i.far:
+        selector, offset, size = _far_pointer(e, i)
+        _far_transfer(e, selector, offset, size)
+        return
+    e.jump(_near_target(e, op), op.size)
+
+
+def _far_pointer(e: Emulator, i: Insn) -> tuple[int, int, int]:
+    """Return (selector, offset, size of the offset) of a far operand in memory.
+
+    REX.W makes the offset 64 bits wide: so Intel's processors have it, and KVM for every guest.
+    """
+    op = i.ops[0]
+    if op.kind != MEM:
+        raise Unhandleable
+    size = 8 if i.rex_w else op.size - 2
+    data = e.read_linear(e.memory_address(i, size + 2, write=False), size + 2)
+    return int.from_bytes(data[size:], "little"), int.from_bytes(data[:size], "little"), size
+
+
+def _far_transfer(e: Emulator, selector: int, offset: int, size: int) -> None:
+    """Load CS and RIP; what CS was comes back if the target is outside of the new segment."""
+    vcpu = e.vcpu
+    old = vcpu.vmcb.segment(V.CS_OFFSET)
+    segments.load_code_far(e, selector)
+    try:
+        e.jump(offset, size)
+    except X86Exception:
+        vcpu.vmcb.set_segment(V.CS_OFFSET, *old)
+        raise
 
 
 @handler("call")
 def call(e: Emulator, i: Insn) -> None:
-    """Near call, direct or through a register or memory."""
+    """Call: near, direct or through a register or memory; far through memory."""
     op = i.ops[0]
-    if op.kind == MEM and "far" in i.text:
-        raise Unhandleable
-    target = e.read(op) if op.kind in (REG, MEM) else op.value + e.q[V.RIP]
-    size = 8 if e.vcpu.is_64bit_code() else op.size
-    old = e.q[V.RIP]
-    shadow = e.vcpu.b[V.INT_STATE_B]
-    e.jump(target, op.size)
+    vcpu = e.vcpu
+    old_rip, old_cs = e.q[V.RIP], vcpu.vmcb.segment(V.CS_OFFSET)
+    shadow, rsp = vcpu.b[V.INT_STATE_B], e.gpr[4]
     try:
-        e.push(old + i.length, size)
+        if i.far:
+            selector, offset, size = _far_pointer(e, i)
+            _far_transfer(e, selector, offset, size)
+            e.push(old_cs.selector, size)
+        else:
+            size = 8 if vcpu.is_64bit_code() else op.size
+            e.jump(_near_target(e, op), op.size)
+        e.push(old_rip + i.length, size)
     except BaseException:
-        e.q[V.RIP] = old
-        e.vcpu.b[V.INT_STATE_B] = shadow
+        e.q[V.RIP], e.gpr[4] = old_rip, rsp
+        vcpu.vmcb.set_segment(V.CS_OFFSET, *old_cs)
+        vcpu.b[V.INT_STATE_B] = shadow
         e.rip_written = False
         raise
 

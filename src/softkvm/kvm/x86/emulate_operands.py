@@ -73,6 +73,17 @@ def _register_table() -> dict[str, tuple[int, int, int, int]]:
 REGISTERS: Final = _register_table()
 
 
+_LEGACY_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+
+
+def _has_rex_w(code: bytes) -> bool:
+    """Tell whether 64-bit code has a REX prefix with W set, which the decoder doesn't show for every instruction."""
+    for byte in code:
+        if byte not in _LEGACY_PREFIXES:
+            return byte & 0xF8 == 0x48
+    return False
+
+
 class Operand:
     """One operand: where it is and how wide."""
 
@@ -97,6 +108,7 @@ class Insn:
         "bitness",
         "code",
         "disp",
+        "far",
         "has_memory",
         "index",
         "length",
@@ -106,6 +118,7 @@ class Insn:
         "ops",
         "rep",
         "repne",
+        "rex_w",
         "run",
         "scale",
         "segment",
@@ -120,6 +133,9 @@ class Insn:
         self.code = bytes(code[: decoded.length])
         self.mnemonic = decoded.mnemonic
         self.text = str(decoded)
+        #: A jump or call with a selector of its own.
+        self.far = "far" in self.text
+        self.rex_w = bitness == 64 and _has_rex_w(self.code)
         self.lock = decoded.has_lock
         self.rep = decoded.has_rep
         self.repne = decoded.has_repne

@@ -9,9 +9,9 @@ from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import hypercalls, msrs, svm, vmware
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.emulate import Emulator, Unhandleable, handler
+from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_operands import CR, DR, Insn
-from softkvm.kvm.x86.exceptions import DR6_BD, DR7_GD, X86Exception, gp
+from softkvm.kvm.x86.exceptions import DR6_BD, DR7_GD, Unhandleable, X86Exception, gp
 
 _U64: Final = (1 << 64) - 1
 _RFLAGS_IOPL: Final = 3 << 12

@@ -61,6 +61,10 @@ class X86Exception(Exception):
         self.address = address
 
 
+class Unhandleable(Exception):
+    """The emulator doesn't know an instruction, or can't carry it out."""
+
+
 def gp(error_code: int = 0) -> X86Exception:
     """Return a general protection fault."""
     return X86Exception(GP_VECTOR, error_code)

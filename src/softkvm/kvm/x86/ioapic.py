@@ -138,8 +138,6 @@ class IoApic:
                 self._delivered |= bit
             return result
         self._irr |= bit
-        if entry & _REMOTE_IRR:
-            return IRQ_COALESCED
         return self._service(pin)
 
     def _service(self, pin: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import abi
 from softkvm.kvm.x86 import svm
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.exceptions import X86Exception, gp
+from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -225,3 +225,40 @@ def _load_code(e: Emulator, selector: int) -> None:
         attrib |= 1
         e.write_linear(address, (raw | 1 << 40).to_bytes(8, "little"), implicit=True)
     vcpu.vmcb.set_segment(V.CS_OFFSET, selector, attrib, limit, base)
+
+
+# --- far transfers --------------------------------------------------------------------------------
+
+
+def load_code_far(e: Emulator, selector: int) -> int:
+    """Load CS for a far jump or call to code of the same privilege; returns the new code's bitness.
+
+    #GP for what isn't code or not accessible, #NP if absent (APM vol. 2, 4.7.1). Gates are not followed.
+    """
+    vcpu = e.vcpu
+    if not vcpu.cr0 & svm.X86_CR0_PE or e.q[V.RFLAGS] & svm.RFLAGS_VM:
+        _load_real(vcpu, V.CS_OFFSET, selector, virtual8086=bool(vcpu.cr0 & svm.X86_CR0_PE))
+        return 16
+    error = selector & 0xFFFC
+    if not error:
+        raise gp()
+    address, raw = read_descriptor(e, selector)
+    attrib, limit, base = parse_descriptor(raw)
+    if not attrib & V.SEG_S:
+        raise Unhandleable  # a gate
+    cpl = vcpu.b[V.CPL]
+    dpl = attrib >> V.SEG_DPL_SHIFT & 3
+    if not attrib & 8:
+        raise gp(error)
+    if dpl > cpl if attrib & 4 else (selector & 3 > cpl or dpl != cpl):
+        raise gp(error)
+    long_mode = bool(vcpu.efer & svm.EFER_LMA)
+    if long_mode and attrib & V.SEG_L and attrib & V.SEG_DB:
+        raise gp(error)
+    if not attrib & V.SEG_P:
+        raise X86Exception(abi.NP_VECTOR, error)
+    if not attrib & 1:
+        attrib |= 1
+        e.write_linear(address, (raw | 1 << 40).to_bytes(8, "little"), implicit=True)
+    vcpu.vmcb.set_segment(V.CS_OFFSET, error | cpl, attrib, limit, base)
+    return 64 if long_mode and attrib & V.SEG_L else 32 if attrib & V.SEG_DB else 16
