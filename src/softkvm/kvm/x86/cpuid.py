@@ -38,6 +38,9 @@ _APIC: Final = 1 << 9
 _OSPKE: Final = 1 << 4
 _SVM: Final = 1 << 2
 
+#: Vendors whose processors KVM takes for AMD's; every other one is Intel-compatible.
+_AMD_COMPATIBLE: Final = frozenset({b"AuthenticAMD", b"AMDisbetter!", b"HygonGenuine"})
+
 _KVM_FEATURES: Final = (
     1 << abi.KVM_FEATURE_CLOCKSOURCE
     | 1 << abi.KVM_FEATURE_NOP_IO_DELAY
@@ -144,6 +147,11 @@ def get_emulated_cpuid() -> list[abi.kvm_cpuid_entry2]:
 # --- one vCPU's table --------------------------------------------------------------------------
 
 
+def _vendor(leaf: Leaf) -> bytes:
+    """Return the vendor's name in leaf 0."""
+    return b"".join(leaf[register].to_bytes(4, "little") for register in (EBX, EDX, ECX))
+
+
 class CpuidTable:
     """The CPUID leaves of one vCPU (KVM_SET_CPUID2), with the bits that follow its registers."""
 
@@ -156,7 +164,7 @@ class CpuidTable:
         "cr4_valid",
         "entries",
         "indexed",
-        "intel",
+        "intel_compatible",
         "kvm_features",
         "plain",
         "supported_xcr0",
@@ -173,7 +181,8 @@ class CpuidTable:
         self._base_d0: Leaf | None = None
         self._base_d1: Leaf | None = None
         self._limits: dict[int, int] = {}
-        self.intel = False
+        #: Whether the guest isn't told that its processor is AMD's or Hygon's.
+        self.intel_compatible = True
         self.supported_xcr0 = 0
         self.kvm_features = 0
         #: CR4 bits that may be set; until there is a table, all that the silicon has.
@@ -203,8 +212,7 @@ class CpuidTable:
         self._limits = {
             base: (self.leaf(base, 0) or _ZERO)[EAX] for base in (0x0, 0x8000_0000, 0xC000_0000, 0x4000_0000)
         }
-        vendor = self.leaf(0, 0) or _ZERO
-        self.intel = (vendor[EBX], vendor[EDX], vendor[ECX]) == (0x756E_6547, 0x4965_6E69, 0x6C65_746E)
+        self.intel_compatible = _vendor(self.leaf(0, 0) or _ZERO) not in _AMD_COMPATIBLE
         d0 = self._base_d0 or _ZERO
         self.supported_xcr0 = (d0[EAX] | d0[EDX] << 32) & supported_xcr0()
         self.kvm_features = self._find_kvm_features()
@@ -259,12 +267,12 @@ class CpuidTable:
                 one = sub.get(1) or sub.get(0) or _ZERO
                 return 0, 0, index & 0xFF, one[EDX]
             return _ZERO
-        if self.intel:
+        if self.intel_compatible:
             return self._out_of_range(function, index)
         return _ZERO
 
     def _out_of_range(self, function: int, index: int) -> Leaf:
-        """Intel's rule: a leaf beyond its range answers as the highest basic leaf."""
+        """The rule of all but AMD: a leaf beyond its range answers as the highest basic leaf."""
         if 0x4000_0000 <= function <= 0x4FFF_FFFF:
             base = function & 0xFFFF_FF00
             limit = (self.leaf(base, 0) or _ZERO)[EAX]

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from softkvm import _softcpu
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import kvmclock
 from softkvm.kvm.x86 import vmcb as V
@@ -84,6 +85,8 @@ HWCR_TSC_FREQ_SEL: Final = 1 << 24  # the TSC counts at the P0 frequency
 
 _U32: Final = (1 << 32) - 1
 _U64: Final = (1 << 64) - 1
+#: Width of the silicon's linear addresses.
+_HOST_LINEAR_BITS: Final = _softcpu.cpuid(0x8000_0008, 0)[0] >> 8 & 0xFF
 
 
 # --- building blocks ---------------------------------------------------------------------------
@@ -130,18 +133,22 @@ def _in_vmcb(field: int, *, canonical: bool = False, valid: int = _U64) -> Msr:
 
 
 def _sysenter(field: int) -> Msr:
-    """SYSENTER_ESP or _EIP: the upper half is kept apart for guests that take themselves for an Intel."""
+    """SYSENTER_ESP or _EIP: 32 bits of AMD's, 64 for Intel-compatible guests (upper half in ``msr_values``).
+
+    AMD's don't fault on addresses that aren't canonical, so KVM makes them so instead of raising #GP.
+    """
 
     def read(vcpu: Vcpu, index: int, host: bool) -> int:
-        return vcpu.q[field] & _U32 | vcpu.msr_values.get(index, 0) if vcpu.cpuid.intel else vcpu.q[field]
+        high = vcpu.msr_values.get(index, 0) if vcpu.cpuid.intel_compatible else 0
+        return high | vcpu.q[field] & _U32
 
     def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-        if vcpu.cpuid.intel:
-            if cr.is_noncanonical(vcpu, data):
-                return False
-            vcpu.msr_values[index] = data & ~_U32
-            data &= _U32
-        vcpu.q[field] = data
+        if data >> _HOST_LINEAR_BITS - 1 & 1:
+            data |= _U64 << _HOST_LINEAR_BITS & _U64
+        else:
+            data &= (1 << _HOST_LINEAR_BITS) - 1
+        vcpu.msr_values[index] = data & ~_U32 if vcpu.cpuid.intel_compatible else 0
+        vcpu.q[field] = data & _U32
         return True
 
     return Msr(read, write)
@@ -282,15 +289,20 @@ def _write_platform_info(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return host and _keep(vcpu, index, data)
 
 
+def _has_tsc_aux(vcpu: Vcpu, host: bool) -> bool:
+    """TSC_AUX exists with RDTSCP or RDPID; the host may always have it."""
+    return host or vcpu.cpuid.feature(0x8000_0001, 0, 3, 27) or vcpu.cpuid.feature(7, 0, 2, 22)
+
+
 def _write_tsc_aux(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    if data >> 32:
+    if not _has_tsc_aux(vcpu, host) or (vcpu.cpuid.intel_compatible and data >> 32):
         return False
-    vcpu.tsc_aux = data
+    vcpu.tsc_aux = data & _U32  # AMD's drops the upper half
     return True
 
 
-def _read_tsc_aux(vcpu: Vcpu, index: int, host: bool) -> int:
-    return vcpu.tsc_aux
+def _read_tsc_aux(vcpu: Vcpu, index: int, host: bool) -> int | None:
+    return vcpu.tsc_aux if _has_tsc_aux(vcpu, host) else None
 
 
 def _write_xss(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:

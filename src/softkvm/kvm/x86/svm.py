@@ -219,8 +219,11 @@ def set_efer(vcpu: Vcpu, efer: int) -> None:
 
 
 def set_instruction_intercepts(vcpu: Vcpu) -> None:
-    """Intercept instructions that the silicon has and the guest's CPUID doesn't: they are #UD then."""
-    rdtscp = vcpu.cpuid.feature(0x8000_0001, 0, 3, 27) or vcpu.cpuid.feature(7, 0, 2, 22)  # or RDPID
+    """Intercept RDTSCP and INVPCID when the guest's CPUID lacks them: their handler raises #UD.
+
+    Without the intercepts they would work, as the silicon has them. RDPID can't be intercepted.
+    """
+    rdtscp = vcpu.cpuid.feature(0x8000_0001, 0, 3, 27)
     invpcid = vcpu.cpuid.feature(7, 0, 1, 10)
     d = vcpu.d
     d[V.INTERCEPT_WORD4] = d[V.INTERCEPT_WORD4] & ~V.RDTSCP | (0 if rdtscp else V.RDTSCP)
@@ -228,8 +231,11 @@ def set_instruction_intercepts(vcpu: Vcpu) -> None:
 
 
 def set_sysenter_interception(vcpu: Vcpu) -> None:
-    """A guest that thinks it is an Intel has 64-bit SYSENTER MSRs; the silicon keeps 32 bits of them."""
-    intel = vcpu.cpuid.intel
+    """Intercept SYSENTER_ESP and _EIP for Intel-compatible guests.
+
+    Intel's have 64 bits, while AMD's SYSENTER uses 32 (APM vol. 2, 6.1.2): KVM keeps the upper halves.
+    """
+    intel = vcpu.cpuid.intel_compatible
     for msr in (0x175, 0x176):
         set_msr_interception(vcpu.permission_map, msr, read=intel, write=intel)
 
