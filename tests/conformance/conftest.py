@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-
-from softkvm import api
 from tests.support.conformance import Guest, require
 from tests.support.machines import KVMS
+
+from softkvm import api
 
 
 @pytest.fixture(params=list(KVMS))
@@ -41,3 +41,14 @@ def guest(make: Callable[..., Guest]) -> Guest:
 def needs(kind: str) -> Callable[[str], None]:
     """Skips where the host cannot do something."""
     return lambda ability: require(kind, ability)
+
+
+@pytest.fixture
+def device_differs(kind: str) -> Callable[[str], None]:
+    """Ends a test on a real device that is known to differ, with the reason; docs/kvm-api.md lists them."""
+
+    def skip(reason: str) -> None:
+        if kind == "device":
+            pytest.skip(f"differs: {reason}")
+
+    return skip

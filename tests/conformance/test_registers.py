@@ -6,8 +6,6 @@ import struct
 from collections.abc import Callable
 
 import pytest
-
-from softkvm import abi
 from tests.support.conformance import (
     CR0_PE,
     CR0_PG,
@@ -18,6 +16,8 @@ from tests.support.conformance import (
     Guest,
     refused,
 )
+
+from softkvm import abi
 
 U64 = (1 << 64) - 1
 GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)))
@@ -217,7 +217,9 @@ def test_xsave_components_left_out_are_in_their_initial_state(guest: Guest) -> N
     assert after[160:176] == bytes(16)
 
 
-@pytest.mark.parametrize(("offset", "value"), [(512, 1 << 62), (24, 0xFFFF_0000), (520, 1)], ids=["bv", "mxcsr", "comp"])
+@pytest.mark.parametrize(
+    ("offset", "value"), [(512, 1 << 62), (24, 0xFFFF_0000), (520, 1)], ids=["bv", "mxcsr", "comp"]
+)
 def test_illegal_xsave_areas_are_einval(guest: Guest, offset: int, value: int) -> None:
     before = bytes(guest.cpu.get_xsave())
     area = bytearray(before)

@@ -6,10 +6,10 @@ import errno
 from typing import Any, cast
 
 import pytest
+from tests.support.conformance import Guest, refused
 
 from softkvm import abi, api
 from softkvm.devkvm.ioctl import Descriptor, ioctl_pointer
-from tests.support.conformance import Guest, refused
 
 #: Capabilities that every KVM on x86 has had for years; the tests here and the monitor rely on them.
 EXPECTED = [
@@ -233,7 +233,9 @@ def test_256_msrs_in_one_call_are_e2big(guest: Guest) -> None:
     assert guest.cpu.get_msrs([0x174] * 255) == [0] * 255
 
 
-@pytest.mark.parametrize(("request_name", "field"), [("KVM_GET_SUPPORTED_CPUID", "nent"), ("KVM_GET_EMULATED_CPUID", "nent")])
+@pytest.mark.parametrize(
+    ("request_name", "field"), [("KVM_GET_SUPPORTED_CPUID", "nent"), ("KVM_GET_EMULATED_CPUID", "nent")]
+)
 def test_a_short_cpuid_buffer_is_e2big(kind: str, kvm: api.Kvm, request_name: str, field: str) -> None:
     if kind == "soft":
         pytest.skip("the Python API returns lists of any length: there is no buffer to be too short")

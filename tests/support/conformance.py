@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 import pytest
+from tests.support.machines import KVMS
 
 from softkvm import abi, api
-from tests.support.machines import KVMS
 
 PAGE = 4096
 MEMORY_SIZE = 1 << 20
@@ -267,12 +267,58 @@ def _real_mode_interrupts(guest: Guest) -> bool:
     return guest.run() == abi.KVM_EXIT_HLT and guest.cpu.get_regs().rax == 1
 
 
+def _hardware_breakpoints(guest: Guest) -> bool:
+    guest.long("90 90 f4")
+    _break_at(guest, CODE + 1, 0x402)
+    return guest.run() == abi.KVM_EXIT_DEBUG
+
+
+def _watchpoints(guest: Guest) -> bool:
+    guest.long("c6042500600000 11 f4")  # mov byte [0x6000], 0x11; hlt
+    _break_at(guest, 0x6000, 0x402 | 1 << 16)
+    return guest.run() == abi.KVM_EXIT_DEBUG
+
+
+def _break_at(guest: Guest, address: int, dr7: int) -> None:
+    request = abi.kvm_guest_debug(control=abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_USE_HW_BP)
+    request.arch.debugreg[0], request.arch.debugreg[7] = address, dr7
+    guest.cpu.set_guest_debug(request)
+
+
+def _nmi_after_iret(guest: Guest) -> bool:
+    guest.ivt(2, CODE + 0x100)
+    guest.write(CODE + 0x100, bytes.fromhex("e6e9 fec3 cf"))  # out 0xe9, al; inc bl; iret
+    guest.real("90 f4")
+    guest.cpu.nmi()
+    guest.run()
+    guest.cpu.nmi()
+    return guest.run() == abi.KVM_EXIT_IO
+
+
+def _interrupt_windows(guest: Guest) -> bool:
+    guest.real("fb 90 90 f4")  # sti; nop; nop; hlt
+    guest.kvm_run.request_interrupt_window = 1
+    return guest.run() == abi.KVM_EXIT_IRQ_WINDOW_OPEN
+
+
+def _steps_over_emulation(guest: Guest) -> bool:
+    guest.real("e6e9 90 f4")  # out 0xe9, al; nop; hlt
+    guest.cpu.set_guest_debug(abi.kvm_guest_debug(control=abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP))
+    guest.run()
+    return guest.run() == abi.KVM_EXIT_DEBUG and guest.kvm_run.debug.arch.pc == CODE + 2
+
+
 ABILITIES: dict[str, Callable[[Guest], bool]] = {
     "paging outside long mode": _paging_outside_long_mode,
     "SSE at privilege level 0": _supervisor_sse,
     "hypercalls": _hypercall,
     "exceptions in long mode": _long_mode_exception,
     "interrupts in real mode": _real_mode_interrupts,
+    "hardware breakpoints": _hardware_breakpoints,
+    "watchpoints": _watchpoints,
+    "a second NMI in real mode": _nmi_after_iret,
+    "interrupt windows in real mode": _interrupt_windows,
+    "single steps over emulated instructions": _steps_over_emulation,
 }
 
 _KNOWN: dict[tuple[str, str], bool] = {}
