@@ -68,6 +68,7 @@ _CR4_ALWAYS: Final = (
 XFEATURE_FP: Final = 1 << 0
 XFEATURE_SSE: Final = 1 << 1
 XFEATURE_YMM: Final = 1 << 2
+XFEATURE_PKRU: Final = 1 << 9
 
 
 def cr4_valid_bits(feature: Callable[[int, int, int, int], bool]) -> int:

@@ -11,7 +11,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING, Final
 
-from softkvm import abi
+from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import control_registers as cr
 
@@ -27,6 +27,7 @@ _FIP: Final = 0x108
 _FDP: Final = 0x110
 _ST: Final = 0x180
 _YMM: Final = 0x200
+_PKRU: Final = 0xF0
 _MXCSR: Final = 0xF4
 
 MXCSR_DEFAULT: Final = 0x1F80
@@ -42,6 +43,7 @@ def reset(vcpu: Vcpu) -> None:
     vcpu.rw[_FCW >> 1] = 0x40
     vcpu.rw[_FTW >> 1] = 0x5555
     vcpu.rd[_MXCSR >> 2] = MXCSR_DEFAULT
+    vcpu.rd[_PKRU >> 2] = 0
     vcpu.xcr0 = cr.XFEATURE_FP
 
 
@@ -111,6 +113,13 @@ def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
 _LEGACY: Final = struct.Struct("<HHBBHQQII")
 
 
+def _pkru_offset(vcpu: Vcpu) -> int:
+    """Return where the XSAVE area has PKRU (CPUID leaf 0xD, subleaf 9), 0 if the vCPU doesn't have it."""
+    if not vcpu.cpuid.supported_xcr0 & cr.XFEATURE_PKRU:
+        return 0
+    return _softcpu.cpuid(0xD, 9)[1]
+
+
 def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
     """KVM_GET_XSAVE: standard format, every component marked present."""
     fpu = get_fpu(vcpu)
@@ -128,12 +137,19 @@ def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
         for i in range(16):
             at = _YMM + i * 32 + 16
             area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] = vcpu.rb[at : at + 16]
+    pkru = _pkru_offset(vcpu)
+    if pkru:
+        features |= cr.XFEATURE_PKRU
+        struct.pack_into("<I", area, pkru, vcpu.pkru)
     struct.pack_into("<Q", area, _XSTATE_BV, features)
     return abi.kvm_xsave.from_buffer_copy(area)
 
 
 def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
-    """KVM_SET_XSAVE: EINVAL for components that the guest doesn't have, or MXCSR bits that don't exist."""
+    """KVM_SET_XSAVE: EINVAL for components that the guest doesn't have, or MXCSR bits that don't exist.
+
+    Components that XSTATE_BV leaves out get their initial state, all but PKRU, which stays as it is.
+    """
     area = bytes(xsave)
     (features,) = struct.unpack_from("<Q", area, _XSTATE_BV)
     (compaction,) = struct.unpack_from("<Q", area, _XCOMP_BV)
@@ -159,6 +175,12 @@ def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
         at = _YMM + i * 32 + 16
         high = area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] if features & cr.XFEATURE_YMM else bytes(16)
         vcpu.rb[at : at + 16] = high
+    pkru = _pkru_offset(vcpu)
+    if pkru and features & cr.XFEATURE_PKRU:
+        (value,) = struct.unpack_from("<I", area, pkru)
+        if value != vcpu.pkru:
+            vcpu.rd[_PKRU >> 2] = value
+            vcpu.flush_tlb_guest()  # the silicon folds the keys' rights into its translations
 
 
 def get_xcrs(vcpu: Vcpu) -> abi.kvm_xcrs:
