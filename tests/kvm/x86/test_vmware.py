@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.support.tiny import DATA, Tiny
@@ -110,7 +110,7 @@ def test_the_pseudo_counters_are_clocks(backdoor: Tiny, user: bool) -> None:
     code = "0f33 48c1e220 4809d0 0f0b"  # rdpmc; shl rdx, 32; or rax, rdx; ud2
     backdoor.gate64(abi.UD_VECTOR, 0x2100)
     backdoor.memory.write(0x2100, b"\xf4")
-    clocks = (
+    clocks: tuple[Callable[[], int], ...] = (
         _softcpu.rdtsc,
         lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         lambda: backdoor.vm.get_clock().clock,
