@@ -18,6 +18,9 @@ from softkvm.kvm.x86 import io, svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, DecodeCache, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp, inject_emulated_exception, queue_exception
+from softkvm.kvm.x86.io import advance, exit_mmio, kernel_mmio_read, kernel_mmio_write
+from softkvm.kvm.x86.svm import EFER_LMA
+from softkvm.kvm.x86.vmcb import CS_ATTRIB, SEG_L
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -255,7 +258,7 @@ class Emulator:
         """
         vcpu = self.vcpu
         assist = self.assist.tobytes()
-        code64 = vcpu.efer & svm.EFER_LMA and vcpu.w[V.CS_ATTRIB] & V.SEG_L
+        code64 = vcpu.efer & EFER_LMA and vcpu.w[CS_ATTRIB] & SEG_L
         insn = self._assisted.get(assist) if code64 else None
         if insn is None:
             code = assist[1 : 1 + assist[0]]
@@ -278,19 +281,19 @@ class Emulator:
         if is_write:
             value = operand.value if operand.kind == IMM else self.gpr[operand.index] >> operand.shift
             value &= (1 << size * 8) - 1
-            handled = io.kernel_mmio_write(vcpu, gpa, size, value)
-            result = io.advance(vcpu, insn.length)
+            handled = kernel_mmio_write(vcpu, gpa, size, value)
+            result = advance(vcpu, insn.length)
             if handled:
                 return result
             vcpu.stat_mmio_exits += 1
-            io.exit_mmio(vcpu, gpa, size, value, 1)
+            exit_mmio(vcpu, gpa, size, value, 1)
             return 0
-        value_read = io.kernel_mmio_read(vcpu, gpa, size)
+        value_read = kernel_mmio_read(vcpu, gpa, size)
         if value_read is not None:
             self._load(operand, value_read)
-            return io.advance(vcpu, insn.length)
+            return advance(vcpu, insn.length)
         vcpu.stat_mmio_exits += 1
-        io.exit_mmio(vcpu, gpa, size, 0, 0)
+        exit_mmio(vcpu, gpa, size, 0, 0)
         self.insn = insn
         vcpu.complete_userspace_io = self._complete_load
         return 0
@@ -309,7 +312,7 @@ class Emulator:
         _, size, operand = insn.mmio
         value = self.vcpu.run_q[io.RUN_MMIO_DATA_Q] & (1 << size * 8) - 1
         self._load(operand, value)
-        return io.advance(self.vcpu, insn.length)
+        return advance(self.vcpu, insn.length)
 
     # --- addresses ---------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import svm
-from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.svm import RFLAGS_RF, RFLAGS_TF
+from softkvm.kvm.x86.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -37,6 +38,7 @@ RUN_MMIO_LEN_Q: Final = 48 // 8  # q: len (32 bits), is_write (8)
 
 KVM_EXIT_IO: Final = abi.KVM_EXIT_IO
 KVM_EXIT_MMIO: Final = abi.KVM_EXIT_MMIO
+_STEP_FLAGS: Final = RFLAGS_TF | RFLAGS_RF
 _SIZE_MASKS: Final = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF)
 
 
@@ -77,7 +79,7 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
         else:
             vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
         vcpu.complete_userspace_io = skip_pio
-    vcpu.pio_rip = vcpu.q[V.RIP]
+    vcpu.pio_rip = vcpu.q[RIP]
     run_q = vcpu.run_q
     vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_IO
     # direction, size, port and count are neighbours: KVM_EXIT_IO_OUT is 1, the intercept's IN bit its opposite
@@ -89,13 +91,13 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
 def skip_pio(vcpu: Vcpu) -> int:
     """Skip an IN or OUT, unless userspace moved RIP meanwhile; the exit gives the next RIP in EXITINFO2."""
     q = vcpu.q
-    if q[V.RIP] != vcpu.pio_rip and vcpu.pio_rip >= 0:
+    if q[RIP] != vcpu.pio_rip and vcpu.pio_rip >= 0:
         return 1
-    if vcpu.nrips and not q[V.RFLAGS] & svm.RFLAGS_TF:
-        q[V.RIP] = q[V.EXIT_INFO_2]
-        vcpu.b[V.INT_STATE_B] = 0
+    if vcpu.nrips and not q[RFLAGS] & RFLAGS_TF:
+        q[RIP] = q[EXIT_INFO_2]
+        vcpu.b[INT_STATE_B] = 0
         return 1
-    q[V.NEXT_RIP] = q[V.EXIT_INFO_2]
+    q[NEXT_RIP] = q[EXIT_INFO_2]
     return svm.skip_emulated_instruction(vcpu)
 
 
@@ -116,7 +118,7 @@ def complete_fast_pio_in(vcpu: Vcpu) -> int:
         value = vcpu.run_b[PIO_DATA_OFFSET]
     else:
         value = int.from_bytes(vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size], "little")
-    if vcpu.q[V.RIP] == vcpu.pio_rip:
+    if vcpu.q[RIP] == vcpu.pio_rip:
         _load_accumulator(vcpu, size, value)
     return skip_pio(vcpu)
 
@@ -153,14 +155,14 @@ def exit_mmio(vcpu: Vcpu, gpa: int, size: int, value: int, is_write: int) -> Non
 def advance(vcpu: Vcpu, length: int) -> int:
     """Advance RIP by the decoded ``length`` of an emulated instruction and end its interrupt shadow."""
     q = vcpu.q
-    rip = q[V.RIP] + length
+    rip = q[RIP] + length
     if rip >> 32 and not vcpu.is_64bit_code():
         rip &= 0xFFFF_FFFF
-    q[V.RIP] = rip
-    vcpu.b[V.INT_STATE_B] = 0
-    flags = q[V.RFLAGS]
-    if flags & (svm.RFLAGS_TF | svm.RFLAGS_RF):
-        q[V.RFLAGS] = flags & ~svm.RFLAGS_RF
-        if flags & svm.RFLAGS_TF:
+    q[RIP] = rip
+    vcpu.b[INT_STATE_B] = 0
+    flags = q[RFLAGS]
+    if flags & _STEP_FLAGS:
+        q[RFLAGS] = flags & ~RFLAGS_RF
+        if flags & RFLAGS_TF:
             return svm.do_singlestep(vcpu)
     return 1

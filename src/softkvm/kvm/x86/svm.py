@@ -18,6 +18,7 @@ from softkvm.kvm.x86.exceptions import (
     multiple_exception,
     queue_exception_p,
 )
+from softkvm.kvm.x86.vmcb import INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -375,19 +376,19 @@ def skip_emulated_instruction(vcpu: Vcpu) -> int:
     userspace (single step; an instruction that can't be decoded).
     """
     q = vcpu.q
-    next_rip = q[V.NEXT_RIP] if vcpu.nrips else 0
+    next_rip = q[NEXT_RIP] if vcpu.nrips else 0
     if not next_rip:
         length = vcpu.instruction_length()
         if not length:
-            log.warning("vcpu %d: cannot skip the instruction at rip %#x", vcpu.vcpu_id, q[V.RIP])
+            log.warning("vcpu %d: cannot skip the instruction at rip %#x", vcpu.vcpu_id, q[RIP])
             vcpu.internal_error_emulation()
             return 0
-        next_rip = q[V.RIP] + length
+        next_rip = q[RIP] + length
         if not vcpu.is_64bit_code():
             next_rip &= 0xFFFF_FFFF
-    q[V.RIP] = next_rip
-    vcpu.b[V.INT_STATE_B] = 0
-    if q[V.RFLAGS] & RFLAGS_TF:
+    q[RIP] = next_rip
+    vcpu.b[INT_STATE_B] = 0
+    if q[RFLAGS] & RFLAGS_TF:
         return do_singlestep(vcpu)
     return 1
 

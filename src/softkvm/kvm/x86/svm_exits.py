@@ -26,6 +26,8 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_e,
     queue_exception_p,
 )
+from softkvm.kvm.x86.svm import skip_emulated_instruction
+from softkvm.kvm.x86.vmcb import EXIT_INFO_1, EXIT_INFO_2, IOIO_STR, PFERR_GUEST_FINAL, PFERR_PRESENT
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -54,13 +56,13 @@ def cpuid_interception(vcpu: Vcpu) -> int:
     """CPUID."""
     gpr = vcpu.gpr
     gpr[0], gpr[3], gpr[1], gpr[2] = vcpu.cpuid.answer(gpr[0] & _U32, gpr[1] & _U32)
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def io_interception(vcpu: Vcpu) -> int:
     """IN, OUT, INS, OUTS (APM vol. 2, 15.10.2)."""
-    info = vcpu.q[V.EXIT_INFO_1]
-    if info & V.IOIO_STR:
+    info = vcpu.q[EXIT_INFO_1]
+    if info & IOIO_STR:
         return vcpu.emulator.emulate()
     vcpu.pio_rip = -1
     return io.fast_pio(vcpu, info)
@@ -69,14 +71,14 @@ def io_interception(vcpu: Vcpu) -> int:
 def npf_interception(vcpu: Vcpu) -> int:
     """Nested page fault: map the page, or emulate the access where there is no memory."""
     q = vcpu.q
-    gpa = q[V.EXIT_INFO_2]
-    error = q[V.EXIT_INFO_1]
+    gpa = q[EXIT_INFO_2]
+    error = q[EXIT_INFO_1]
     gfn = gpa >> PAGE_SHIFT
     vm = vcpu.vm
     slots = vm.memslots
-    if gfn == vcpu.mmio_gfn and slots is vcpu.mmio_slots:
-        return _mmio(vcpu, gpa, error)
-    if not error & V.PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
+    if gfn == vcpu.mmio_gfn and slots is vcpu.mmio_slots and error & PFERR_GUEST_FINAL:
+        return vcpu.emulator.mmio(gpa)
+    if not error & PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
         vcpu.mmio_gfn, vcpu.mmio_slots = gfn, slots
         return _mmio(vcpu, gpa, error)
     with vm.mmu_lock:
@@ -102,7 +104,7 @@ def msr_interception(vcpu: Vcpu) -> int:
     """RDMSR and WRMSR; one that raises #GP doesn't advance RIP."""
     gpr = vcpu.gpr
     index = gpr[1] & _U32
-    if vcpu.q[V.EXIT_INFO_1] & 1:
+    if vcpu.q[EXIT_INFO_1] & 1:
         data = (gpr[2] & _U32) << 32 | gpr[0] & _U32
         vcpu.stat_msr_writes += 1
         if not msrs.set_msr(vcpu, index, data, host=False):
@@ -113,19 +115,19 @@ def msr_interception(vcpu: Vcpu) -> int:
             return vcpu.msr_failed(index, 0, write=False)
         gpr[0] = value & _U32
         gpr[2] = value >> 32
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def halt_interception(vcpu: Vcpu) -> int:
     """HLT."""
-    result = svm.skip_emulated_instruction(vcpu)
+    result = skip_emulated_instruction(vcpu)
     return vcpu.halt() & result
 
 
 def pause_interception(vcpu: Vcpu) -> int:
     """Too many PAUSEs: the guest spins on a lock whose holder may not be running."""
     os.sched_yield()
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def interrupt_window_interception(vcpu: Vcpu) -> int:
@@ -140,7 +142,7 @@ def vmmcall_interception(vcpu: Vcpu) -> int:
     """VMMCALL."""
     if not hypercalls.emulate_hypercall(vcpu):
         return 0
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 # --- control and debug registers ---------------------------------------------------------------
@@ -164,7 +166,7 @@ def cr_interception(vcpu: Vcpu) -> int:
     except X86Exception as exception:
         inject_emulated_exception(vcpu, exception)
         return 1
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def cr8_write_interception(vcpu: Vcpu) -> int:
@@ -199,7 +201,7 @@ def dr_interception(vcpu: Vcpu) -> int:
     except X86Exception as exception:
         inject_emulated_exception(vcpu, exception)
         return 1
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 # --- exceptions --------------------------------------------------------------------------------
@@ -296,12 +298,12 @@ def shutdown_interception(vcpu: Vcpu) -> int:
 def invlpg_interception(vcpu: Vcpu) -> int:
     """INVLPG: only the translations of one page, but all may go."""
     vcpu.flush_tlb_guest()
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def skip_interception(vcpu: Vcpu) -> int:
     """An instruction that has nothing to do: caches are coherent, MONITOR never waits."""
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def emulate_on_interception(vcpu: Vcpu) -> int:
@@ -323,7 +325,7 @@ def rdpmc_interception(vcpu: Vcpu) -> int:
         return 1
     vcpu.gpr[0] = value & _U32
     vcpu.gpr[2] = value >> 32
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def xsetbv_interception(vcpu: Vcpu) -> int:
@@ -333,7 +335,7 @@ def xsetbv_interception(vcpu: Vcpu) -> int:
     if vcpu.b[V.CPL] or not cr.kvm_set_xcr(vcpu, gpr[1] & _U32, value):
         inject_gp(vcpu)
         return 1
-    return svm.skip_emulated_instruction(vcpu)
+    return skip_emulated_instruction(vcpu)
 
 
 def rsm_interception(vcpu: Vcpu) -> int:
