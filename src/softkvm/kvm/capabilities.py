@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The capabilities that KVM_CHECK_EXTENSION reports (KVM API 4.4): one table."""
+"""The capabilities that KVM_CHECK_EXTENSION reports: one table."""
 
 from __future__ import annotations
 

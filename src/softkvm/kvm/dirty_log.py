@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dirty log of a memory slot (KVM API 4.8 KVM_GET_DIRTY_LOG, 4.117 KVM_CLEAR_DIRTY_LOG).
+"""The dirty log of a memory slot (KVM API, KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG).
 
 Pages that the guest wrote are found by the dirty bits that the processor sets in the nested leaves, collected
 512 at a time; pages that KVM itself wrote are in the slot's bitmap already. Nothing is write-protected, so a

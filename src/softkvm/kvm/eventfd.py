@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""irqfd and ioeventfd (KVM API 4.75 and 4.59).
+"""irqfd and ioeventfd (KVM API, KVM_IRQFD and KVM_IOEVENTFD).
 
 One thread per VM polls the eventfds that raise interrupts; it consumes each counter and drives the line. An
 ioeventfd is a device on a bus whose write adds one to a counter.

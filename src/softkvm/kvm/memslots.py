@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory slots: the guest-physical address space (KVM API 4.35, KVM_SET_USER_MEMORY_REGION).
+"""Memory slots: the guest-physical address space (KVM API, KVM_SET_USER_MEMORY_REGION).
 
 A :class:`Memslots` is an immutable snapshot that readers use without a lock; a change builds a new one
 with the next generation and publishes it with one assignment, which is what SRCU does for the kernel.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of a VM and its vCPUs, with the names of KVM's binary statistics (KVM API 4.133)."""
+"""Counters of a VM and its vCPUs, with the names of KVM's binary statistics."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The system: what an open /dev/kvm is (KVM API 4.1 to 4.6, system ioctls)."""
+"""The system: what an open /dev/kvm is (KVM API, section 4: system ioctls)."""
 
 from __future__ import annotations
 

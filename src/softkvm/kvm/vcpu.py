@@ -64,7 +64,7 @@ class Vcpu(VcpuState):
     # --- the run loop ------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """KVM_RUN (KVM API 4.10)."""
+        """KVM_RUN."""
         if self.running:
             raise kvm_error(errno.EBUSY, "another thread runs the vCPU")
         self.running = True

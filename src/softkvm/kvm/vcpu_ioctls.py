@@ -54,55 +54,55 @@ class VcpuIoctls(Vcpu):
         return self._shared
 
     def get_regs(self) -> abi.kvm_regs:
-        """KVM_GET_REGS (KVM API 4.11)."""
+        """KVM_GET_REGS."""
         return regs.get_regs(self)
 
     def set_regs(self, registers: abi.kvm_regs) -> None:
-        """KVM_SET_REGS (KVM API 4.12)."""
+        """KVM_SET_REGS."""
         regs.set_regs(self, registers)
 
     def get_sregs(self) -> abi.kvm_sregs:
-        """KVM_GET_SREGS (KVM API 4.13)."""
+        """KVM_GET_SREGS."""
         return regs.get_sregs(self)
 
     def set_sregs(self, sregs: abi.kvm_sregs) -> None:
-        """KVM_SET_SREGS (KVM API 4.14)."""
+        """KVM_SET_SREGS."""
         regs.set_sregs(self, sregs)
 
     def get_sregs2(self) -> abi.kvm_sregs2:
-        """KVM_GET_SREGS2 (KVM API 4.131)."""
+        """KVM_GET_SREGS2."""
         return regs.get_sregs2(self)
 
     def set_sregs2(self, sregs: abi.kvm_sregs2) -> None:
-        """KVM_SET_SREGS2 (KVM API 4.132)."""
+        """KVM_SET_SREGS2."""
         regs.set_sregs2(self, sregs)
 
     def get_fpu(self) -> abi.kvm_fpu:
-        """KVM_GET_FPU (KVM API 4.22)."""
+        """KVM_GET_FPU."""
         return fpu.get_fpu(self)
 
     def set_fpu(self, state: abi.kvm_fpu) -> None:
-        """KVM_SET_FPU (KVM API 4.23)."""
+        """KVM_SET_FPU."""
         fpu.set_fpu(self, state)
 
     def get_xsave(self) -> abi.kvm_xsave:
-        """KVM_GET_XSAVE (KVM API 4.42)."""
+        """KVM_GET_XSAVE."""
         return fpu.get_xsave(self)
 
     def set_xsave(self, xsave: abi.kvm_xsave) -> None:
-        """KVM_SET_XSAVE (KVM API 4.43)."""
+        """KVM_SET_XSAVE."""
         fpu.set_xsave(self, xsave)
 
     def get_xcrs(self) -> abi.kvm_xcrs:
-        """KVM_GET_XCRS (KVM API 4.44)."""
+        """KVM_GET_XCRS."""
         return fpu.get_xcrs(self)
 
     def set_xcrs(self, xcrs: abi.kvm_xcrs) -> None:
-        """KVM_SET_XCRS (KVM API 4.45)."""
+        """KVM_SET_XCRS."""
         fpu.set_xcrs(self, xcrs)
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
-        """KVM_GET_MSRS (KVM API 4.18): values up to the first MSR that cannot be read; E2BIG for 256 or more."""
+        """KVM_GET_MSRS: values up to the first MSR that cannot be read; E2BIG for 256 or more."""
         _check_msr_count(len(indices))
         values = []
         for index in indices:
@@ -113,7 +113,7 @@ class VcpuIoctls(Vcpu):
         return values
 
     def set_msrs(self, values: Mapping[int, int]) -> int:
-        """KVM_SET_MSRS (KVM API 4.19): how many were set, up to the first that cannot be; E2BIG for 256 or more."""
+        """KVM_SET_MSRS: how many were set, up to the first that cannot be; E2BIG for 256 or more."""
         _check_msr_count(len(values))
         count = 0
         for index, data in values.items():
@@ -128,16 +128,16 @@ class VcpuIoctls(Vcpu):
         return self.apic
 
     def get_lapic(self) -> abi.kvm_lapic_state:
-        """KVM_GET_LAPIC (KVM API 4.57)."""
+        """KVM_GET_LAPIC."""
         return abi.kvm_lapic_state.from_buffer_copy(self._lapic().get_state())
 
     def set_lapic(self, lapic: abi.kvm_lapic_state) -> None:
-        """KVM_SET_LAPIC (KVM API 4.58)."""
+        """KVM_SET_LAPIC."""
         self._lapic().set_state(bytes(lapic))
         self.make_request(KVM_REQ_EVENT)
 
     def get_mp_state(self) -> abi.kvm_mp_state:
-        """KVM_GET_MP_STATE (KVM API 4.38)."""
+        """KVM_GET_MP_STATE."""
         if self.apic is not None:
             self.apic.accept_events()
         state = self.mp_state
@@ -146,7 +146,7 @@ class VcpuIoctls(Vcpu):
         return abi.kvm_mp_state(mp_state=state)
 
     def set_mp_state(self, state: abi.kvm_mp_state) -> None:
-        """KVM_SET_MP_STATE (KVM API 4.39): EINVAL for states that x86 doesn't have, or not without a local APIC."""
+        """KVM_SET_MP_STATE: EINVAL for states that x86 doesn't have, or not without a local APIC."""
         value = state.mp_state
         if value not in _MP_STATES or (self.apic is None and value != _RUNNABLE):
             raise kvm_error(errno.EINVAL, f"mp_state={value}, expected 0 to 4, or 0 without an in-kernel APIC")
@@ -158,23 +158,23 @@ class VcpuIoctls(Vcpu):
         self.make_request(KVM_REQ_EVENT)
 
     def get_vcpu_events(self) -> abi.kvm_vcpu_events:
-        """KVM_GET_VCPU_EVENTS (KVM API 4.31)."""
+        """KVM_GET_VCPU_EVENTS."""
         return events.get_vcpu_events(self)
 
     def set_vcpu_events(self, state: abi.kvm_vcpu_events) -> None:
-        """KVM_SET_VCPU_EVENTS (KVM API 4.32)."""
+        """KVM_SET_VCPU_EVENTS."""
         events.set_vcpu_events(self, state)
 
     def get_debugregs(self) -> abi.kvm_debugregs:
-        """KVM_GET_DEBUGREGS (KVM API 4.33)."""
+        """KVM_GET_DEBUGREGS."""
         return debug.get_debugregs(self)
 
     def set_debugregs(self, debugregs: abi.kvm_debugregs) -> None:
-        """KVM_SET_DEBUGREGS (KVM API 4.34)."""
+        """KVM_SET_DEBUGREGS."""
         debug.set_debugregs(self, debugregs)
 
     def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
-        """KVM_SET_CPUID2 (KVM API 4.20): EINVAL once the vCPU has run, unless nothing changes."""
+        """KVM_SET_CPUID2: EINVAL once the vCPU has run, unless nothing changes."""
         if self.exit_counts:
             same = len(entries) == len(self.cpuid.entries) and all(
                 bytes(a) == bytes(b) for a, b in zip(entries, self.cpuid.entries, strict=True)
@@ -200,7 +200,7 @@ class VcpuIoctls(Vcpu):
         return self.cpuid.get()
 
     def interrupt(self, irq: int) -> None:
-        """KVM_INTERRUPT (KVM API 4.16): EINVAL for no vector, ENXIO with in-kernel chips, EEXIST if one waits."""
+        """KVM_INTERRUPT: EINVAL for no vector, ENXIO with in-kernel chips, EEXIST if one waits."""
         if not 0 <= irq < abi.KVM_NR_INTERRUPTS:
             raise kvm_error(errno.EINVAL, f"irq={irq}, expected 0 to 255")
         if self.apic is not None and not self.vm.split_irqchip:
@@ -214,19 +214,19 @@ class VcpuIoctls(Vcpu):
         self.request_event()
 
     def nmi(self) -> None:
-        """KVM_NMI (KVM API 4.64)."""
+        """KVM_NMI."""
         self.inject_nmi()
 
     def smi(self) -> None:
-        """KVM_SMI (KVM API 4.124): there is no system management mode."""
+        """KVM_SMI: there is no system management mode."""
         raise kvm_error(errno.EINVAL, "there is no system management mode (KVM_CAP_X86_SMM is 0)")
 
     def set_guest_debug(self, control: abi.kvm_guest_debug) -> None:
-        """KVM_SET_GUEST_DEBUG (KVM API 4.87)."""
+        """KVM_SET_GUEST_DEBUG."""
         debug.set_guest_debug(self, control)
 
     def translate(self, linear_address: int) -> abi.kvm_translation:
-        """KVM_TRANSLATE (KVM API 4.15)."""
+        """KVM_TRANSLATE."""
         result = abi.kvm_translation(linear_address=linear_address)
         try:
             translation = walk(self, linear_address, 0, set_bits=False)
@@ -239,7 +239,7 @@ class VcpuIoctls(Vcpu):
         return result
 
     def set_tsc_khz(self, khz: int) -> None:
-        """KVM_SET_TSC_KHZ (KVM API 4.55): EINVAL for another frequency, as the silicon doesn't scale."""
+        """KVM_SET_TSC_KHZ: EINVAL for another frequency, as the silicon doesn't scale."""
         host = self.vm.default_tsc_khz
         khz = khz or host
         if abs(khz - host) * 1_000_000 > 250 * host:
@@ -247,22 +247,22 @@ class VcpuIoctls(Vcpu):
         self.tsc_khz = host
 
     def get_tsc_khz(self) -> int:
-        """KVM_GET_TSC_KHZ (KVM API 4.56)."""
+        """KVM_GET_TSC_KHZ."""
         return self.tsc_khz
 
     def kvmclock_ctrl(self) -> None:
-        """KVM_KVMCLOCK_CTRL (KVM API 4.69)."""
+        """KVM_KVMCLOCK_CTRL."""
         kvmclock.kvmclock_ctrl(self)
 
     def enable_cap(self, cap: int, *args: int) -> None:
-        """KVM_ENABLE_CAP on a vCPU (KVM API 4.37)."""
+        """KVM_ENABLE_CAP on a vCPU."""
         if cap == abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
             self.pv_cpuid_enforce = bool(args and args[0])
             return
         raise kvm_error(errno.EINVAL, f"cap={cap}, expected KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
 
     def set_signal_mask(self, sigset: bytes | None) -> None:
-        """KVM_SET_SIGNAL_MASK (KVM API 4.21): vCPUs are ended by :meth:`kick`, so the mask changes nothing."""
+        """KVM_SET_SIGNAL_MASK: vCPUs are ended by :meth:`kick`, so the mask changes nothing."""
         if sigset is not None and len(sigset) != 8:
             raise kvm_error(errno.EINVAL, f"sigset of {len(sigset)} bytes, expected 8")
 

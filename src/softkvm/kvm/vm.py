@@ -31,7 +31,7 @@ from softkvm.kvm.x86.irqchip import KernelIrqchip
 
 log = logging.getLogger(__name__)
 
-#: Quirks of KVM_CAP_DISABLE_QUIRKS (KVM API 7.31).
+#: Quirks of KVM_CAP_DISABLE_QUIRKS.
 KVM_X86_QUIRK_LINT0_REENABLED: Final = 1 << 0
 KVM_X86_QUIRK_CD_NW_CLEARED: Final = 1 << 1
 KVM_X86_QUIRK_LAPIC_MMIO_HOLE: Final = 1 << 2
@@ -121,7 +121,7 @@ class Vm:
     # --- memory ------------------------------------------------------------------------------------
 
     def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
-        """KVM_SET_USER_MEMORY_REGION (KVM API 4.35)."""
+        """KVM_SET_USER_MEMORY_REGION."""
         with self.slots_lock:
             slots = self.memslots
             change, old = classify_change(slots, region, self.max_gfn)
@@ -176,11 +176,11 @@ class Vm:
                 self.mmu.free_zapped()
 
     def get_dirty_log(self, slot: int) -> bytes:
-        """KVM_GET_DIRTY_LOG (KVM API 4.8)."""
+        """KVM_GET_DIRTY_LOG."""
         return dirty_log.get_dirty_log(self, slot)
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
-        """KVM_CLEAR_DIRTY_LOG (KVM API 4.117)."""
+        """KVM_CLEAR_DIRTY_LOG."""
         dirty_log.clear_dirty_log(self, slot, first_page, num_pages, bitmap)
 
     # --- requests to all vCPUs ---------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Vm:
     # --- vCPUs -------------------------------------------------------------------------------------
 
     def create_vcpu(self, id: int) -> VcpuIoctls:
-        """KVM_CREATE_VCPU (KVM API 4.7): EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
+        """KVM_CREATE_VCPU: EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
         with self.lock:
             if not 0 <= id < capabilities.KVM_MAX_VCPU_IDS or len(self.vcpus) >= capabilities.KVM_MAX_VCPUS:
                 raise kvm_error(errno.EINVAL, f"id={id}, expected below {capabilities.KVM_MAX_VCPU_IDS}")
@@ -240,7 +240,7 @@ class Vm:
         return self.chips
 
     def create_irqchip(self) -> None:
-        """KVM_CREATE_IRQCHIP (KVM API 4.24): EEXIST if there is one, EINVAL after the first vCPU."""
+        """KVM_CREATE_IRQCHIP: EEXIST if there is one, EINVAL after the first vCPU."""
         with self.lock:
             if self.chips is not None:
                 raise kvm_error(errno.EEXIST, "the irqchip exists")
@@ -278,14 +278,14 @@ class Vm:
         chips.apic_map.mmio_hole = self.has_quirk(KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
 
     def create_pit2(self, flags: int = 0) -> None:
-        """KVM_CREATE_PIT2 (KVM API 4.71)."""
+        """KVM_CREATE_PIT2."""
         with self.lock:
             if self.chips is None:
                 raise kvm_error(errno.ENOENT, "there is no in-kernel irqchip")
             self.chips.create_pit(flags, self.pio_bus)
 
     def irq_line(self, irq: int, level: int) -> None:
-        """KVM_IRQ_LINE (KVM API 4.25)."""
+        """KVM_IRQ_LINE."""
         self._irqchip().set_irq(irq, level)
 
     def irq_line_status(self, irq: int, level: int) -> int:
@@ -293,52 +293,52 @@ class Vm:
         return self._irqchip().set_irq(irq, level)
 
     def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
-        """KVM_GET_IRQCHIP (KVM API 4.26)."""
+        """KVM_GET_IRQCHIP."""
         return self._irqchip().get_irqchip(chip_id)
 
     def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
-        """KVM_SET_IRQCHIP (KVM API 4.27)."""
+        """KVM_SET_IRQCHIP."""
         self._irqchip().set_irqchip(chip)
 
     def get_pit2(self) -> abi.kvm_pit_state2:
-        """KVM_GET_PIT2 (KVM API 4.72)."""
+        """KVM_GET_PIT2."""
         pit = self._irqchip().pit
         if pit is None:
             raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
         return pit.get_state()
 
     def set_pit2(self, state: abi.kvm_pit_state2) -> None:
-        """KVM_SET_PIT2 (KVM API 4.73)."""
+        """KVM_SET_PIT2."""
         pit = self._irqchip().pit
         if pit is None:
             raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
         pit.set_state(state)
 
     def reinject_control(self, pit_reinject: int) -> None:
-        """KVM_REINJECT_CONTROL (KVM API 4.54)."""
+        """KVM_REINJECT_CONTROL."""
         pit = self._irqchip().pit
         if pit is None:
             raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
         pit.set_reinject(bool(pit_reinject))
 
     def set_gsi_routing(self, entries: Sequence[abi.kvm_irq_routing_entry]) -> None:
-        """KVM_SET_GSI_ROUTING (KVM API 4.52)."""
+        """KVM_SET_GSI_ROUTING."""
         if self.chips is None:
             raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
         self.chips.routing.set_routing(entries)
 
     def signal_msi(self, msi: abi.kvm_msi) -> int:
-        """KVM_SIGNAL_MSI (KVM API 4.70)."""
+        """KVM_SIGNAL_MSI."""
         if self.chips is None:
             raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
         return self.chips.routing.signal_msi(msi)
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
-        """KVM_IRQFD (KVM API 4.75)."""
+        """KVM_IRQFD."""
         self.eventfds.irqfd(fd, gsi, flags, resamplefd)
 
     def ioeventfd(self, fd: int, addr: int, len: int, datamatch: int | None = None, flags: int = 0) -> None:
-        """KVM_IOEVENTFD (KVM API 4.59)."""
+        """KVM_IOEVENTFD."""
         self.eventfds.ioeventfd(fd, addr, len, datamatch, flags)
 
     # --- the rest of the API -----------------------------------------------------------------------
@@ -348,17 +348,17 @@ class Vm:
         return capabilities.check_extension(cap)
 
     def set_tss_addr(self, address: int) -> None:
-        """KVM_SET_TSS_ADDR (KVM API 4.41): checked and otherwise without effect, as on AMD processors."""
+        """KVM_SET_TSS_ADDR: checked and otherwise without effect, as on AMD processors."""
         if address > 0xFFFF_FFFF - 3 * 4096 + 1:
             raise kvm_error(errno.EINVAL, f"address={address:#x}, expected three pages below 4 GiB")
 
     def set_identity_map_addr(self, address: int) -> None:
-        """KVM_SET_IDENTITY_MAP_ADDR (KVM API 4.76): EINVAL after the first vCPU; without effect on AMD."""
+        """KVM_SET_IDENTITY_MAP_ADDR: EINVAL after the first vCPU; without effect on AMD."""
         if self.vcpus:
             raise kvm_error(errno.EINVAL, "vCPUs exist: the identity map's address can't change")
 
     def set_boot_cpu_id(self, id: int) -> None:
-        """KVM_SET_BOOT_CPU_ID (KVM API 4.40): EBUSY after the first vCPU."""
+        """KVM_SET_BOOT_CPU_ID: EBUSY after the first vCPU."""
         with self.lock:
             if self.vcpus:
                 raise kvm_error(errno.EBUSY, "vCPUs exist: the boot processor can't change")
@@ -367,11 +367,11 @@ class Vm:
                 self.chips.apic_map.bsp_vcpu_id = id
 
     def get_clock(self) -> abi.kvm_clock_data:
-        """KVM_GET_CLOCK (KVM API 4.29)."""
+        """KVM_GET_CLOCK."""
         return kvmclock.get_clock(self)
 
     def set_clock(self, clock: abi.kvm_clock_data) -> None:
-        """KVM_SET_CLOCK (KVM API 4.30)."""
+        """KVM_SET_CLOCK."""
         kvmclock.set_clock(self, clock)
 
     def enable_cap(self, cap: int, *args: int) -> None:

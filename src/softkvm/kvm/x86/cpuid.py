@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPUID: what KVM supports, and the table that one vCPU answers from (APM vol. 3, appendix E; KVM API 4.46, 4.20)."""
+"""CPUID: what KVM supports, and the table that one vCPU answers from (APM vol. 3, appendix E)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest debugging: KVM_SET_GUEST_DEBUG, KVM_EXIT_DEBUG, debug registers (KVM API 4.87, 4.33, 4.34)."""
+"""Guest debugging: KVM_SET_GUEST_DEBUG, KVM_EXIT_DEBUG, debug registers (KVM API, section 4)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which event the guest gets next: exceptions, NMIs, interrupts (``kvm_check_and_inject_events``).
 
-Also KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS (KVM API 4.31, 4.32).
+Also KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x87, SSE and XSAVE state through the API (KVM API 4.22, 4.23, 4.42 to 4.45).
+"""x87, SSE and XSAVE state through the API (KVM API, section 4).
 
 The register block keeps the x87 registers by their physical number and the full tag word; FXSAVE's image has
 them relative to the top of the stack, with an abridged tag word (APM vol. 2, 11.4.4).

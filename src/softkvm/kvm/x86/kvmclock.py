@@ -60,7 +60,7 @@ def get_kvmclock_ns(vm: Vm) -> int:
 
 
 def get_clock(vm: Vm) -> abi.kvm_clock_data:
-    """KVM_GET_CLOCK (KVM API 4.29)."""
+    """KVM_GET_CLOCK."""
     tsc = _softcpu.rdtsc()
     data = abi.kvm_clock_data()
     data.clock = (tsc + vm.kvmclock_offset) & _U64
@@ -71,7 +71,7 @@ def get_clock(vm: Vm) -> abi.kvm_clock_data:
 
 
 def set_clock(vm: Vm, data: abi.kvm_clock_data) -> None:
-    """KVM_SET_CLOCK (KVM API 4.30): EINVAL for flags other than KVM_CLOCK_REALTIME."""
+    """KVM_SET_CLOCK: EINVAL for flags other than KVM_CLOCK_REALTIME."""
     if data.flags & ~(abi.KVM_CLOCK_REALTIME | abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_HOST_TSC):
         raise kvm_error(errno.EINVAL, f"flags={data.flags:#x}, expected KVM_CLOCK_REALTIME or none")
     now = data.clock

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""General and special registers through the API (KVM API 4.11 to 4.14)."""
+"""General and special registers through the API (KVM API, section 4)."""
 
 from __future__ import annotations
 
