@@ -78,9 +78,8 @@ def test_rep_outs(guest: Guest, code: str, size: int, backward: bool) -> None:
 
 @pytest.mark.parametrize(("code", "size"), [("6c", 1), ("6d", 2), ("666d", 4)], ids=["byte", "word", "dword"])
 def test_rep_ins(guest: Guest, code: str, size: int) -> None:
-    guest.real(
-        "fc bf0060 b90500 ba0005 f3" + code + "f4"
-    )  # cld; mov di, 0x6000; mov cx, 5; mov dx, 0x500; rep ins; hlt
+    # cld; mov di, 0x6000; mov cx, 5; mov dx, 0x500; rep ins; hlt
+    guest.real("fc bf0060 b90500 ba0005 f3" + code + "f4")
     given = b""
     while guest.run() == abi.KVM_EXIT_IO:
         run = guest.kvm_run

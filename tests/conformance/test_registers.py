@@ -187,11 +187,11 @@ def test_xsave_shows_the_same_state_as_fpu(guest: Guest) -> None:
     fpu.fcw = 0x27F
     fpu.xmm[3][:] = list(range(16))
     guest.cpu.set_fpu(fpu)
-    area = bytes(guest.cpu.get_xsave())
-    assert struct.unpack_from("<H", area, 0) == (0x27F,)
-    assert struct.unpack_from("<I", area, 24) == (0x1F80,)
-    assert area[160 + 48 : 160 + 64] == bytes(range(16))
-    assert struct.unpack_from("<Q", area, 512)[0] & 3 == 3
+    got = bytes(guest.cpu.get_xsave())
+    assert struct.unpack_from("<H", got, 0) == (0x27F,)
+    assert struct.unpack_from("<I", got, 24) == (0x1F80,)
+    assert got[160 + 48 : 160 + 64] == bytes(range(16))
+    assert struct.unpack_from("<Q", got, 512)[0] & 3 == 3
 
 
 def test_xsave_round_trips(guest: Guest) -> None:

@@ -46,6 +46,11 @@ MSRS = (
     0x4000_0000,
     0x4000_0070,
 )
+#: Instructions with an operand at [rbx]: moves, read-modify-writes, strings, SSE, wide compare-exchange.
+MMIO_CODE = (
+    *("8a03", "668b03", "8b03", "488b03", "8803", "668903", "8903", "488903", "f00fc103", "8703", "830305"),
+    *("480fb103", "0fb603", "0fc703", "0fae3b", "a4", "f3aa", "ff33", "0f2803", "0f2903", "0fc70b"),
+)
 
 
 def _mov(opcode: str, value: int, size: int = 4) -> bytes:
@@ -67,9 +72,8 @@ def _access(rng: random.Random) -> bytes:
     if kind == 1:
         # mov ebx, address; an instruction with [rbx]
         address = rng.choice(PAGES) + rng.choice([rng.randrange(4096), rng.randrange(256) * 16])
-        code = ["8a03", "668b03", "8b03", "488b03", "8803", "668903", "8903", "488903", "f00fc103", "8703", "830305",
-                "480fb103", "0fb603", "0fc703", "0fae3b", "a4", "f3aa", "ff33", "0f2803", "0f2903", "0fc70b"]  # fmt: skip
-        return values + _mov("bb", address) + _mov("b9", rng.randrange(4)) + bytes.fromhex(rng.choice(code))
+        code = rng.choice(MMIO_CODE)
+        return values + _mov("bb", address) + _mov("b9", rng.randrange(4)) + bytes.fromhex(code)
     if kind == 2:
         return values + _mov("b9", rng.choice(MSRS)) + bytes.fromhex("0f32")  # rdmsr
     if kind == 3:
@@ -138,7 +142,7 @@ class Neighbour:
         self.kvm = KVMS["soft"]()
         self.guest = Guest(self.kvm)
         self.guest.write(0x5_0000, bytes(range(256)) * 1024)
-        # mov esi, 0x50000; mov ecx, 0x10000; xor eax, eax; 1: add eax, [rsi]; add esi, 4; loop 1b; hlt; jmp to the start
+        # 0: mov esi, 0x50000; mov ecx, 0x10000; xor eax, eax; 1: add eax, [rsi]; add esi, 4; loop 1b; hlt; jmp 0b
         self.guest.long("be00000500 b900000100 31c0 0306 83c604 e2f9 f4 ebea")
         words = (ctypes.c_uint32 * 0x1_0000).from_buffer_copy(self.guest.memory[0x5_0000 : 0x5_0000 + 0x4_0000])
         self.total = sum(words) & 0xFFFF_FFFF
