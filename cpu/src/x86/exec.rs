@@ -194,6 +194,7 @@ impl Cpu {
         self.rflags &= !rf::RF;
         self.debug_hits = 0;
         self.sys.no_step = false;
+        let deferred = self.sys.deferred_hits;
         let stop = match self.lookup(true) {
             Ok(b) => self.enter(b),
             Err(stop) => {
@@ -213,9 +214,23 @@ impl Cpu {
         }
         // Traps come after every iteration of a repeated instruction too.
         if !matches!(stop, Stop::EndBlock | Stop::Restart) {
+            if matches!(stop, Stop::Trap | Stop::Fault) {
+                self.sys.deferred_hits = 0;
+                if self.exception.vector == vector::DB {
+                    self.exception.address |= deferred;
+                }
+            }
             return self.stopped(stop);
         }
         let mut hits = self.debug_hits;
+        if self.shadow && self.sys.no_step {
+            // MOV SS: its own data breakpoints wait for the end of the next instruction, too.
+            self.sys.deferred_hits |= hits;
+            return Ok(());
+        }
+        if stop == Stop::EndBlock {
+            hits |= core::mem::take(&mut self.sys.deferred_hits);
+        }
         if stepping && !self.sys.no_step {
             hits |= DR6_BS;
         }

@@ -305,7 +305,9 @@ fn far_return(cpu: &mut Cpu, f: Frame) -> Res {
     if outer {
         for n in [sreg::ES, sreg::DS, sreg::FS, sreg::GS] {
             if unreachable_from(&cpu.seg[n], rpl) {
-                cpu.seg[n] = null_segment(0);
+                // Only the selector and the present bit go: FS and GS keep their bases in 64-bit mode.
+                let base = cpu.seg[n].base;
+                cpu.seg[n] = Segment { base, ..null_segment(0) };
             }
         }
     }

@@ -512,7 +512,12 @@ pub(super) fn into(cpu: &mut Cpu, op: &Op) -> Res {
 pub(super) fn int1(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.intercept(exitcode::ICEBP)?;
     let event = Event { software: false, ext: 1, ..software(cpu, op, vector::DB, false) };
-    cpu.deliver_software(op, class::EXCEPTION, &event)
+    let done = cpu.deliver_software(op, class::EXCEPTION, &event);
+    if done == Err(Stop::EndBlock) {
+        // Breakpoints that MOV SS held back are reported by this #DB.
+        cpu.dr6 |= core::mem::take(&mut cpu.sys.deferred_hits);
+    }
+    done
 }
 
 /// BOUND.
