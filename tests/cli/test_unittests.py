@@ -54,6 +54,8 @@ def test_list(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["--timeout", "soon"],
         ["--timeout", "-1"],
         ["--timeout", "nan"],
+        ["--timeout-scale", "0"],
+        ["--timeout-scale", "x"],
         ["--param", "x"],
         ["--env", "=x"],
         ["--html", "/nowhere/x.html"],

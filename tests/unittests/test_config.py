@@ -6,7 +6,7 @@ import pytest
 
 from softkvm.unittests import config
 from softkvm.unittests.config import SuiteError, expand, parse
-from softkvm.unittests.runner import timeout_of
+from softkvm.unittests.runner import Settings, timeout_of
 
 
 def test_entry_with_every_key() -> None:
@@ -51,12 +51,16 @@ def test_known_command_is_replaced_and_others_are_left_out() -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("", 90), ("30", 30), ("90s", 90), ("2m", 120), ("0", 0)])
 def test_timeouts(text: str, seconds: float) -> None:
-    assert timeout_of(config.Entry("x", "x", timeout=text)) == seconds
+    entry = config.Entry("x", "x", timeout=text)
+    assert timeout_of(entry, Settings("kvm")) == seconds
+    assert timeout_of(entry, Settings("soft")) == seconds * 3
+    assert timeout_of(entry, Settings("soft", timeout_scale=0.5)) == seconds / 2
+    assert timeout_of(entry, Settings(timeout_s=7)) == 7
 
 
 def test_timeout_that_is_no_time() -> None:
     with pytest.raises(SuiteError, match="expected seconds"):
-        timeout_of(config.Entry("x", "x", timeout="soon"))
+        timeout_of(config.Entry("x", "x", timeout="soon"), Settings())
 
 
 def test_directory_that_is_no_build(tmp_path: Path) -> None:

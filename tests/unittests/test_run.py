@@ -45,7 +45,7 @@ def test_skip_and_abort(suite: Path, accel: str) -> None:
 
 
 def test_hang_tells_where_and_the_last_exits(suite: Path, accel: str) -> None:
-    result = run(suite, "hang", accel)
+    result = run(suite, "hang", accel, timeout_scale=1)
     assert result.status is Status.FAIL
     assert result.reason.startswith("timeout; duration=2s; vCPU 0 at 0x4")
     assert result.places[0].symbol.startswith("hang_here")

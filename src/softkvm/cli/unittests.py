@@ -17,7 +17,7 @@ from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.unittests import config, reports
 from softkvm.unittests.config import Entry, SuiteError
 from softkvm.unittests.result import Result, Status
-from softkvm.unittests.runner import DEVICES, Settings
+from softkvm.unittests.runner import DEVICES, TIMEOUT_SCALE, Settings
 from softkvm.unittests.suite import SuiteRun, select
 
 EXIT_FAILED = 1
@@ -48,6 +48,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("-a", "--all", action="store_true", help="run tests that are marked for manual runs, too")
     add("-j", "--jobs", metavar="N", default="1", help="tests at the same time, in processes of their own (default: 1)")
     add("--timeout", metavar="SECONDS", help="for every test, instead of its own limit; 0 for none")
+    add(
+        "--timeout-scale",
+        metavar="FACTOR",
+        help="multiply the tests' own limits, which are made for processors (default: "
+        + ", ".join(f"{factor:g} with --accel {accel}" for accel, factor in TIMEOUT_SCALE.items())
+        + ")",
+    )
     add(
         "--accel",
         choices=tuple(DEVICES),
@@ -85,18 +92,27 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+def _number(option: str, text: str | None, expected: str) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (math.isfinite(value) and value >= 0):
+        raise CommandError(f"{option} {text}: expected {expected}")
+    return value
+
+
 def _settings(args: Namespace) -> Settings:
-    timeout_s = None
-    if args.timeout is not None:
-        try:
-            timeout_s = float(args.timeout)
-        except ValueError:
-            timeout_s = -1.0
-        if not (math.isfinite(timeout_s) and timeout_s >= 0):
-            raise CommandError(f"--timeout {args.timeout}: expected a number of seconds, 0 for no limit")
+    timeout_s = _number("--timeout", args.timeout, "a number of seconds, 0 for no limit")
+    scale = _number("--timeout-scale", args.timeout_scale, "a number above 0")
+    if scale == 0:
+        raise CommandError("--timeout-scale 0: expected a number above 0")
     return Settings(
         args.accel,
         timeout_s,
+        scale,
         run_nodefault=args.all or bool(args.names) or bool(args.group),
         params=_pairs("--param", args.param),
         environment=_pairs("--env", args.env),

@@ -25,6 +25,8 @@ from softkvm.vmm.outcome import End, Outcome
 ARCHITECTURE = "x86_64"
 DEFAULT_TIMEOUT_S = 90.0
 NODEFAULT = "nodefault"
+TIMEOUT_SCALE = {"soft": 3.0, "kvm": 1.0}
+"""The suite's limits are made for processors; the software CPU gets this much more time."""
 DEVICES = {"soft": softkvm.SOFT, "kvm": "/dev/kvm"}
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _ON, _OFF = ("Y", "y", "1"), ("N", "n", "0")
@@ -37,6 +39,8 @@ class Settings:
     accel: str = "soft"
     timeout_s: float | None = None
     """Overrides every entry's own."""
+    timeout_scale: float | None = None
+    """Multiplies the entries' own limits; None is :data:`TIMEOUT_SCALE`."""
     run_nodefault: bool = False
     """Run entries that are marked for manual runs."""
     params: Mapping[str, str] = field(default_factory=dict)
@@ -45,14 +49,17 @@ class Settings:
     """Variables that the test program sees."""
 
 
-def timeout_of(entry: Entry) -> float:
-    """Return the entry's time limit in seconds (``30``, ``2m``); 0 is none. SuiteError if it is no time."""
+def timeout_of(entry: Entry, settings: Settings) -> float:
+    """Return the entry's time limit in seconds; 0 is none. SuiteError if its text (``30``, ``2m``) is no time."""
+    if settings.timeout_s is not None:
+        return settings.timeout_s
+    scale = TIMEOUT_SCALE[settings.accel] if settings.timeout_scale is None else settings.timeout_scale
     text = entry.timeout
     if not text:
-        return DEFAULT_TIMEOUT_S
+        return DEFAULT_TIMEOUT_S * scale
     unit = _UNITS_S.get(text[-1])
     try:
-        return float(text[:-1] if unit else text) * (unit or 1)
+        return float(text[:-1] if unit else text) * (unit or 1) * scale
     except ValueError:
         raise SuiteError(f"[{entry.name}] timeout = {text}: expected seconds") from None
 
@@ -203,7 +210,7 @@ def _execute(
         if console is not None:
             console(data)
 
-    timeout_s = timeout_of(entry) if settings.timeout_s is None else settings.timeout_s
+    timeout_s = timeout_of(entry, settings)
     environment = "".join(f"{name}={value}\n" for name, value in settings.environment.items()).encode()
     try:
         with TestMachine(kvm, platform, result.vcpus, collect) as machine:

@@ -119,12 +119,10 @@ class SuiteRun:
         return [self._results[index] for index in range(len(self._entries))]
 
     def _start(self, index: int, entry: Entry) -> None:
-        timeout_s = self._settings.timeout_s
-        if timeout_s is None:
-            try:
-                timeout_s = timeout_of(entry)
-            except SuiteError:
-                timeout_s = DEFAULT_TIMEOUT_S  # the run itself says what is wrong
+        try:
+            timeout_s = timeout_of(entry, self._settings)
+        except SuiteError:
+            timeout_s = DEFAULT_TIMEOUT_S  # the run itself says what is wrong
         mine, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_main, args=(theirs, self._directory, entry, self._settings), name=entry.name, daemon=True
