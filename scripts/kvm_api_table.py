@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints docs/kvm-api.md: every ioctl and capability, whether it is implemented, and the test that covers it.
+
+python scripts/kvm_api_table.py > docs/kvm-api.md
+
+What is implemented is asked of the classes themselves; tests and known differences are read from the source of
+tests/conformance (calls of the API's methods, of ``needs`` and of ``device_differs``).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from softkvm import abi
+from softkvm.abi import ioctl as requests
+from softkvm.kvm import Kvm, Vm
+from softkvm.kvm.capabilities import check_extension
+from softkvm.kvm.vcpu_ioctls import VcpuIoctls
+
+COMMAND: Final = "python scripts/kvm_api_table.py > docs/kvm-api.md"
+ROOT: Final = Path(__file__).resolve().parents[1]
+CONFORMANCE: Final = ROOT / "tests" / "conformance"
+SUPPORT: Final = ROOT / "tests" / "support" / "conformance.py"
+
+#: Requests that no x86 KVM has (any more), or that belong to other objects.
+OBSOLETE: Final = frozenset(
+    {"KVM_SET_MEMORY_REGION", "KVM_SET_MEMORY_ALIAS", "KVM_SET_NR_MMU_PAGES", "KVM_GET_NR_MMU_PAGES"}
+)
+#: Methods that exist only to refuse.
+REFUSED: Final = {"KVM_SMI": "EINVAL: there is no system management mode (KVM_CAP_X86_SMM is 0)"}
+OTHER_ARCHITECTURES: Final = ("_S390_", "_PPC_", "_ARM_", "_MIPS_", "_SPAPR_", "_XICS", "_MPIC", "_PCI_")
+
+#: Differences that no test can show, or that are not differences of one test.
+NOTES: Final = (
+    "The software side's getters of lists (CPUID, MSR indexes) return Python lists of any length; E2BIG for a short "
+    "buffer exists on the device only. E2BIG for tables that are too long exists on both sides.",
+    "KVM_GET_FPU shows the guest's MXCSR on the software side; the kernel leaves the field alone. KVM_SET_FPU loads it "
+    "on neither side.",
+    "KVM_GET_FPU after a KVM_SET_XSAVE without the x87 or SSE component gives the initial state on the software side, "
+    "and on the device what its buffer held before; KVM_GET_XSAVE gives the initial state on both.",
+    "KVM_GET_XSAVE of a new vCPU marks x87 and SSE as present on the software side, as initial on the device.",
+    "Host memory that is unmapped while a guest uses it ends the process with SIGSEGV on the software side (there are "
+    "no MMU notifiers). Memory that is not mapped when the guest first touches it is EFAULT of KVM_RUN.",
+    "A vCPU's kick is not a signal on the software side, so KVM_SET_SIGNAL_MASK is checked and changes nothing.",
+    "KVM_SET_TSC_KHZ takes the silicon's frequency only (within 250 ppm): it has no TSC scaling.",
+)
+
+
+@dataclass
+class Function:
+    """A function of the test sources: what it calls and names."""
+
+    where: str
+    attributes: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+    needs: set[str] = field(default_factory=set)
+    differs: set[str] = field(default_factory=set)
+
+
+def read_function(where: str, node: ast.AST) -> Function:
+    """Collect attributes, names and the reasons given to ``needs`` and ``device_differs``."""
+    function = Function(where)
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute):
+            function.attributes.add(part.attr)
+        elif isinstance(part, ast.Name):
+            function.names.add(part.id)
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.startswith("KVM_CAP_"):
+            function.attributes.add(part.value)
+        if isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.args:
+            argument = part.args[0]
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                if part.func.id == "needs":
+                    function.needs.add(argument.value)
+                elif part.func.id == "device_differs":
+                    function.differs.add(argument.value)
+    return function
+
+
+def functions(path: Path) -> Iterator[tuple[str, Function]]:
+    """Yield the module's functions and methods by name; module-level tables count for functions that name them."""
+    tree = ast.parse(path.read_text())
+    tables: dict[str, Function] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            tables[node.targets[0].id] = read_function("", node)
+    for definition in ast.walk(tree):
+        if isinstance(definition, ast.FunctionDef):
+            function = read_function(f"{path.name}::{definition.name}", definition)
+            for name in function.names & set(tables):
+                function.attributes |= tables[name].attributes
+            yield definition.name, function
+
+
+def read_tests() -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, list[str]]]:
+    """Return the tests by the API names they use, by what they need, and by the difference they know of."""
+    helpers = dict(functions(SUPPORT))
+    used: dict[str, list[tuple[int, str]]] = {}
+    needs: dict[str, list[str]] = {}
+    differs: dict[str, list[str]] = {}
+    for path in sorted(CONFORMANCE.glob("test_*.py")):
+        local = dict(functions(path))
+        for name, function in local.items():
+            if not name.startswith("test_"):
+                continue
+            for table, found in ((needs, function.needs), (differs, function.differs)):
+                for reason in sorted(found):
+                    table.setdefault(reason, []).append(function.where)
+            depths = dict.fromkeys(function.attributes, 0)
+            pending = [(function, 0)]
+            seen: set[str] = set()
+            while pending:
+                current, depth = pending.pop(0)
+                for attribute in current.attributes:
+                    depths.setdefault(attribute, depth)
+                for callee in (current.names | current.attributes) - seen:
+                    seen.add(callee)
+                    helper = local.get(callee) or helpers.get(callee)
+                    if helper is not None and not callee.startswith("test_"):
+                        pending.append((helper, depth + 1))
+            for attribute, depth in depths.items():
+                used.setdefault(attribute, []).append((depth, function.where))
+    # The tests that call it themselves come first, then those that call it through a helper.
+    covering = {name: [where for _, where in sorted(tests, key=lambda test: test[0])] for name, tests in used.items()}
+    return covering, needs, differs
+
+
+def covered(tests: list[str]) -> str:
+    """Return a table cell that names a test and says how many more there are."""
+    if not tests:
+        return "–"
+    more = f" (+{len(tests) - 1})" if len(tests) > 1 else ""
+    return f"`{tests[0]}`{more}"
+
+
+def ioctls() -> list[str]:
+    """Return the names of the requests in the order of the ABI module."""
+    return [
+        name
+        for name, value in vars(requests).items()
+        if name.startswith("KVM_") and isinstance(value, int) and value >> 8 & 0xFF == requests.KVMIO
+    ]
+
+
+def method(request: str) -> str:
+    """Return the name of a request's method."""
+    return request.removeprefix("KVM_").lower()
+
+
+def owner(request: str) -> str:
+    """Return the class that implements a request on the software side, or nothing."""
+    found = [cls for cls in (Kvm, Vm, VcpuIoctls) if callable(getattr(cls, method(request), None))]
+    return ", ".join(cls.__name__.removesuffix("Ioctls") for cls in found)
+
+
+def ioctl_rows(tests: dict[str, list[str]]) -> Iterator[str]:
+    """Yield the table of ioctls."""
+    yield "| ioctl | software side | test (tests/conformance) |"
+    yield "|---|---|---|"
+    for name in ioctls():
+        if name in OBSOLETE:
+            continue
+        where = owner(name)
+        state = REFUSED.get(name) or (f"yes: `{where}.{method(name)}`" if where else "no")
+        yield f"| {name} | {state} | {covered(tests.get(method(name), []) if where else [])} |"
+
+
+def capability_rows(tests: dict[str, list[str]]) -> Iterator[str]:
+    """Yield the table of capabilities."""
+    yield "| capability | number | software side | test (tests/conformance) |"
+    yield "|---|---|---|---|"
+    for name, number in vars(abi).items():
+        if not name.startswith("KVM_CAP_") or any(mark in name for mark in OTHER_ARCHITECTURES):
+            continue
+        value = check_extension(number)
+        state = "no" if not value else "yes" if value == 1 else f"yes: {value}"
+        yield f"| {name} | {number} | {state} | {covered(tests.get(name, []))} |"
+
+
+def difference_rows(needs: dict[str, list[str]], differs: dict[str, list[str]]) -> Iterator[str]:
+    """Yield what differs between the sides, and what tests skip for."""
+    yield "| the device … | test |"
+    yield "|---|---|"
+    for reason, where in sorted(differs.items()):
+        yield f"| {reason} | {covered(where)} |"
+    yield ""
+    yield from (f"- {note}" for note in NOTES)
+    yield ""
+    yield "Hosts differ too. These abilities are probed on the device, and tests that need one are skipped where it is"
+    yield "missing; the software side has to have them all:"
+    yield ""
+    yield from (f"- {ability}: {covered(where)}" for ability, where in sorted(needs.items()))
+
+
+def main() -> None:
+    """Print the document."""
+    tests, needs, differs = read_tests()
+    print("# The KVM API: what is there, and what tests it")
+    print()
+    print(f"Generated by `{COMMAND}`. Tests are those of `tests/conformance`, which run on the software side and,")
+    print("where it opens, on `/dev/kvm`; `(+n)` is the number of further tests.")
+    print()
+    print("\n".join(["## Differences between the sides", "", *difference_rows(needs, differs), ""]))
+    print("\n".join(["## Ioctls", "", *ioctl_rows(tests), ""]))
+    print("\n".join(["## Capabilities", "", "Those of other architectures are left out.", "", *capability_rows(tests)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capabilities that are turned on with KVM_ENABLE_CAP, and what they change (KVM API, sections 6 and 7)."""
+
+import errno
+import os
+from collections.abc import Callable
+
+import pytest
+from tests.support.conformance import CODE, RFLAGS_FIXED, RFLAGS_IF, Guest, refused
+
+from softkvm import abi
+
+UNKNOWN_MSR = 0x1234_5678
+
+
+def supported(guest: Guest, cap: int) -> int:
+    """Return the capability's value; skips without it."""
+    value = guest.vm.check_extension(cap)
+    if not value:
+        pytest.skip("this KVM does not have the capability")
+    return value
+
+
+def test_a_read_of_an_unknown_msr_is_an_exit(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_X86_USER_SPACE_MSR)
+    guest.vm.enable_cap(abi.KVM_CAP_X86_USER_SPACE_MSR, abi.KVM_MSR_EXIT_REASON_UNKNOWN)
+    guest.real("66b978563412 0f32 f4")  # mov ecx, 0x12345678; rdmsr; hlt
+    run = guest.expect(abi.KVM_EXIT_X86_RDMSR)
+    assert (run.msr.reason, run.msr.index, run.msr.error) == (abi.KVM_MSR_EXIT_REASON_UNKNOWN, UNKNOWN_MSR, 0)
+    run.msr.data = 0x1111_2222_3333_4444
+    guest.expect(abi.KVM_EXIT_HLT)
+    regs = guest.cpu.get_regs()
+    assert (regs.rdx, regs.rax) == (0x1111_2222, 0x3333_4444)
+
+
+def test_a_write_of_an_unknown_msr_is_an_exit(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_X86_USER_SPACE_MSR)
+    guest.vm.enable_cap(abi.KVM_CAP_X86_USER_SPACE_MSR, abi.KVM_MSR_EXIT_REASON_UNKNOWN)
+    # mov ecx, 0x12345678; mov eax, 5; mov edx, 6; wrmsr; hlt
+    guest.real("66b978563412 66b805000000 66ba06000000 0f30 f4")
+    run = guest.expect(abi.KVM_EXIT_X86_WRMSR)
+    assert (run.msr.index, run.msr.data) == (UNKNOWN_MSR, 6 << 32 | 5)
+    guest.expect(abi.KVM_EXIT_HLT)
+
+
+def test_an_msr_exit_with_an_error_is_a_general_protection_fault(guest: Guest, needs: Callable[[str], None]) -> None:
+    needs("interrupts in real mode")
+    supported(guest, abi.KVM_CAP_X86_USER_SPACE_MSR)
+    guest.vm.enable_cap(abi.KVM_CAP_X86_USER_SPACE_MSR, abi.KVM_MSR_EXIT_REASON_UNKNOWN)
+    guest.ivt(abi.GP_VECTOR, CODE + 0x100)
+    guest.write(CODE + 0x100, b"\xe6\xe9")  # out 0xe9, al
+    guest.real("66b978563412 0f32 f4")
+    guest.expect(abi.KVM_EXIT_X86_RDMSR).msr.error = 1
+    assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
+    assert guest.word(guest.cpu.get_regs().rsp, 2) == CODE + 6
+
+
+def test_msr_exit_reasons_are_checked(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_X86_USER_SPACE_MSR)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_USER_SPACE_MSR, 8))
+
+
+def test_hlt_may_stay_in_the_guest(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    bits = supported(guest, abi.KVM_CAP_X86_DISABLE_EXITS)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_DISABLE_EXITS, 1 << 30))
+    guest.vm.enable_cap(abi.KVM_CAP_X86_DISABLE_EXITS, bits & 2)
+    guest.vm.create_vcpu(0).close()
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_DISABLE_EXITS, 2))
+
+
+def test_unknown_quirks_are_einval(guest: Guest) -> None:
+    bits = supported(guest, abi.KVM_CAP_DISABLE_QUIRKS2)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, 1 << 40))
+    guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, bits & 1)
+    assert guest.vm.check_extension(abi.KVM_CAP_DISABLE_QUIRKS)
+
+
+def test_lint0_is_masked_after_reset_without_the_quirk(make: Callable[..., Guest]) -> None:
+    guest = make(irqchip=True, vcpus=0)
+    supported(guest, abi.KVM_CAP_DISABLE_QUIRKS2)
+    guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, 1)
+    with guest.vm.create_vcpu(0) as vcpu:
+        assert bytes(vcpu.get_lapic().regs[0x350:0x354]) == b"\0\0\1\0"
+
+
+def test_the_dirty_log_may_wait_for_its_clearing(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 2))
+    guest.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 1)
+    guest.region(0, 0, 1 << 20, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
+    guest.real("fe060030 f4")  # inc byte [0x3000]; hlt
+    guest.expect(abi.KVM_EXIT_HLT)
+    assert int.from_bytes(guest.vm.get_dirty_log(0), "little") & 8
+    assert int.from_bytes(guest.vm.get_dirty_log(0), "little") & 8, "bits stay until KVM_CLEAR_DIRTY_LOG"
+
+
+def test_a_triple_fault_is_part_of_the_events(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT)
+    events = guest.cpu.get_vcpu_events()
+    assert not events.flags & abi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    events.flags = abi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    refused(errno.EINVAL, lambda: guest.cpu.set_vcpu_events(events))
+    guest.vm.enable_cap(abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1)
+    guest.real("f4")
+    events = guest.cpu.get_vcpu_events()
+    assert events.flags & abi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    events.triple_fault.pending = 1
+    guest.cpu.set_vcpu_events(events)
+    assert guest.cpu.get_vcpu_events().triple_fault.pending == 1
+    guest.expect(abi.KVM_EXIT_SHUTDOWN)
+
+
+def test_paravirtual_msrs_follow_cpuid_when_enforced(guest: Guest, needs: Callable[[str], None]) -> None:
+    needs("interrupts in real mode")
+    supported(guest, abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID)
+    entries = [entry for entry in guest.cpu.get_cpuid2() if entry.function != 0x4000_0001]
+    guest.cpu.set_cpuid2([*entries, abi.kvm_cpuid_entry2(function=0x4000_0001)])
+    guest.cpu.enable_cap(abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
+    guest.ivt(abi.GP_VECTOR, CODE + 0x100)
+    guest.write(CODE + 0x100, b"\xe6\xe9")  # out 0xe9, al
+    guest.real(b"\x66\xb9" + abi.MSR_KVM_SYSTEM_TIME_NEW.to_bytes(4, "little") + b"\x0f\x32\xf4")  # rdmsr
+    assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
+
+
+def test_the_emulation_failure_option_is_checked(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 2))
+    guest.vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
+
+
+def test_the_apic_bus_period_is_set_before_the_first_vcpu(make: Callable[..., Guest]) -> None:
+    guest = make(irqchip=True, vcpus=0)
+    supported(guest, abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS, 0))
+    guest.vm.enable_cap(abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS, 40)
+    guest.vm.create_vcpu(0).close()
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS, 20))
+
+
+def test_an_ioeventfd_of_length_0_takes_any_width(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_IOEVENTFD_ANY_LENGTH)
+    assert guest.vm.check_extension(abi.KVM_CAP_IOEVENTFD_NO_LENGTH)
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        guest.vm.ioeventfd(fd, 0x20_0000, 0)
+        # mov [0x200000], al; mov [0x200000], eax; mov [0x200000], rax; hlt
+        guest.long("880425 00002000 890425 00002000 48890425 00002000 f4")
+        guest.expect(abi.KVM_EXIT_HLT)
+        assert os.eventfd_read(fd) == 3
+    finally:
+        os.close(fd)
+
+
+def test_an_eoi_for_userspaces_ioapic_is_an_exit(make: Callable[..., Guest], needs: Callable[[str], None]) -> None:
+    needs("exceptions in long mode")
+    guest = make(vcpus=0)
+    guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24)
+    vcpu = guest.vm.create_vcpu(0)
+    vcpu.set_cpuid2(guest.kvm.get_supported_cpuid())
+    guest.vcpu, guest.vcpus = vcpu, [vcpu]
+    entry = abi.kvm_irq_routing_entry(gsi=3, type=abi.KVM_IRQ_ROUTING_MSI)
+    entry.u.msi.address_lo, entry.u.msi.data = 0xFEE0_0000, 0xC051  # level, asserted, vector 0x51
+    guest.vm.set_gsi_routing([entry])
+    lapic = vcpu.get_lapic()
+    lapic.regs[0xF0:0xF2] = [0xFF, 1]
+    vcpu.set_lapic(lapic)
+    guest.ivt(0x51, CODE + 0x100)
+    # out 0xe9, al; mov dword [0xfee000b0], 0 by way of "unreal" DS; out 0xea, al
+    guest.write(CODE + 0x100, bytes.fromhex("e6e9 6667c705b000e0fe00000000 e6ea"))
+    guest.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    sregs = vcpu.get_sregs()
+    sregs.ds.limit, sregs.ds.g = 0xFFFF_FFFF, 1
+    vcpu.set_sregs(sregs)
+    guest.vm.irq_line(3, 1)
+    assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
+    assert guest.expect(abi.KVM_EXIT_IOAPIC_EOI).eoi.vector == 0x51
+    assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xEA
+
+
+def test_the_tss_address_is_checked(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    guest.vm.set_tss_addr(0xFFFB_D000)
+    refused(errno.EINVAL, lambda: guest.vm.set_tss_addr(0xFFFF_F000))
+
+
+def test_guest_debug_flags_are_reported(guest: Guest) -> None:
+    flags = supported(guest, abi.KVM_CAP_SET_GUEST_DEBUG2)
+    assert flags & abi.KVM_GUESTDBG_ENABLE and flags & abi.KVM_GUESTDBG_SINGLESTEP

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite covers the API, and the table of docs/kvm-api.md can be made from it."""
+
+import pytest
+from scripts.kvm_api_table import ioctls, main, method, read_tests
+
+from softkvm import api
+
+
+def test_every_method_of_the_api_has_a_conformance_test() -> None:
+    tests, _, _ = read_tests()
+    methods = {name for protocol in (api.Kvm, api.Vm, api.Vcpu) for name in vars(protocol) if not name.startswith("_")}
+    uncovered = methods - set(tests) - {"smi"}  # there is no system management mode
+    assert not uncovered
+
+
+def test_every_row_of_the_table_is_a_request() -> None:
+    names = ioctls()
+    assert {"KVM_RUN", "KVM_CREATE_VM", "KVM_GET_XSAVE2"} <= set(names)
+    assert method("KVM_GET_REGS") == "get_regs"
+
+
+def test_the_table_names_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    text = capsys.readouterr().out
+    assert "python scripts/kvm_api_table.py > docs/kvm-api.md" in text
+    assert "| KVM_RUN | yes: `Vcpu.run` |" in text
