@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import io, svm
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.exceptions import DR7_BP_EN_MASK, queue_exception
+from softkvm.kvm.x86.exceptions import DR6_ACTIVE_LOW, DR7_BP_EN_MASK, queue_exception, queue_exception_p
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -67,6 +68,39 @@ def update_dr7(vcpu: Vcpu) -> None:
 def breakpoints_enabled(vcpu: Vcpu) -> bool:
     """Tell whether any hardware breakpoint is armed."""
     return bool(vcpu.q[V.DR7] & DR7_BP_EN_MASK)
+
+
+def _code_breakpoints(address: int, dr7: int, registers: Sequence[int] | memoryview) -> int:
+    """Return the DR6 bits of the instruction breakpoints that ``dr7`` enables at a linear address."""
+    hits = 0
+    for n in range(4):
+        execute = not dr7 >> 16 + 4 * n & 0xF
+        if execute and dr7 >> 2 * n & 3 and registers[n] == address:
+            hits |= 1 << n
+    return hits
+
+
+def check_code_breakpoint(vcpu: Vcpu) -> int | None:
+    """Look for a breakpoint on an instruction that the processor never sees because KVM emulates it.
+
+    Returns what the exit handler returns, None to go on. RF inhibits the guest's own breakpoints; so does the
+    shadow of MOV SS on Intel's processors, but not on AMD's.
+    """
+    address = svm.linear_rip(vcpu)
+    if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP:
+        hits = _code_breakpoints(address, vcpu.guest_debug_dr7, vcpu.effective_db)
+        if hits:
+            exit_debug(vcpu, abi.DB_VECTOR, hits | DR6_ACTIVE_LOW, address)
+            return 0
+    inhibited = vcpu.get_rflags() & svm.RFLAGS_RF or (
+        vcpu.cpuid.intel_compatible and vcpu.b[V.INT_STATE_B] & V.INTERRUPT_SHADOW
+    )
+    if not inhibited:
+        hits = _code_breakpoints(address, vcpu.guest_dr7, vcpu.db)
+        if hits:
+            queue_exception_p(vcpu, abi.DB_VECTOR, hits)
+            return 1
+    return None
 
 
 def get_debugregs(vcpu: Vcpu) -> abi.kvm_debugregs:

@@ -16,6 +16,7 @@ from softkvm.kvm.mmu.paging import PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFER
 from softkvm.kvm.mmu.spte import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86 import io, svm
 from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.debug import check_code_breakpoint
 from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, DecodeCache, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp, inject_emulated_exception, queue_exception
 from softkvm.kvm.x86.io import advance, exit_mmio, kernel_mmio_read, kernel_mmio_write
@@ -91,6 +92,8 @@ class Emulator:
         self._writes: list[tuple[int, bytes]] = []
         self.pio_data = b""
         self.pio_out: tuple[int, int, bytes] | None = None
+        #: The guest's forced-emulation prefix came before the instruction.
+        self.forced = False
         #: Set by a handler that has put RIP where it belongs.
         self.rip_written = False
         self.shadow_after = 0
@@ -127,12 +130,15 @@ class Emulator:
         except (ValueError, X86Exception):
             return 0
 
-    def emulate(self, gpa: int = -1, code: bytes = b"") -> int:
+    def emulate(self, gpa: int = -1, code: bytes = b"", *, forced: bool = False) -> int:
         """Emulate the instruction at RIP; returns 1 to go on, 0 to leave for userspace.
 
         ``code`` are the bytes that the processor fetched, if any (decode assists, APM vol. 2, 15.33).
+        ``forced``: the guest asked for it by the forced-emulation prefix. Then the processor hasn't looked for
+        breakpoints, and an instruction that the emulator doesn't know is #UD.
         """
         vcpu = self.vcpu
+        self.forced = forced
         bitness = svm.code_bitness(vcpu)
         try:
             if code:
@@ -146,7 +152,11 @@ class Emulator:
             inject_emulated_exception(vcpu, exception)
             return 1
         except ValueError:
-            return self.failed()
+            return self.unknown()
+        if forced:
+            result = check_code_breakpoint(vcpu)
+            if result is not None:
+                return result
         self.insn = insn
         self.gpa = -1 if insn.two_memory or insn.rep or insn.repne else gpa
         self.reads.clear()
@@ -160,7 +170,7 @@ class Emulator:
         if function is None:
             function = HANDLERS.get(insn.mnemonic)
             if function is None:
-                return self.failed()
+                return self.unknown()
             insn.run = function
         while True:
             self._position = 0
@@ -203,6 +213,14 @@ class Emulator:
             io.exit_io(vcpu, abi.KVM_EXIT_IO_OUT, size, port, len(data) // size)
             return 0
         return 0 if self.exit_to_userspace else result
+
+    def unknown(self) -> int:
+        """The instruction can't be decoded, or has no handler."""
+        if not self.forced:
+            return self.failed()
+        self.vcpu.stat_insn_emulation_fail += 1
+        queue_exception(self.vcpu, abi.UD_VECTOR)
+        return 1
 
     def failed(self) -> int:
         """Emulation failed: #UD for user code, KVM_EXIT_INTERNAL_ERROR for the kernel's."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import segments, svm
+from softkvm.kvm.x86 import fpu, segments, svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_alu import signed
@@ -236,12 +236,14 @@ def leave(e: Emulator, i: Insn) -> None:
 
 
 def _check_simd(e: Emulator, *, mmx: bool) -> None:
-    """Raise #UD or #NM as the state of CR0 and CR4 demands (APM vol. 2, 11.3)."""
+    """Raise #UD or #NM as the state of CR0 and CR4 demands (APM vol. 2, 11.3), #MF pending from x87 for MMX."""
     cr0 = e.vcpu.cr0
     if cr0 & _CR0_EM or (not mmx and not e.vcpu.cr4 & _CR4_OSFXSR):
         raise X86Exception(abi.UD_VECTOR)
     if cr0 & _CR0_TS:
         raise X86Exception(abi.NM_VECTOR)
+    if mmx:
+        fpu.check_pending(e.vcpu)
 
 
 _ALIGNED: Final = frozenset({"movaps", "movapd", "movdqa", "movntdq", "movntps", "movntpd", "movntdqa"})
@@ -263,9 +265,12 @@ def move_vector(e: Emulator, i: Insn) -> None:
 def move_quad(e: Emulator, i: Insn) -> None:
     """32- and 64-bit moves between vector registers, general registers and memory."""
     dst, src = i.ops
-    _check_simd(e, mmx=MMX in (dst.kind, src.kind))
+    mmx = MMX in (dst.kind, src.kind)
+    _check_simd(e, mmx=mmx)
     size = 4 if i.mnemonic == "movd" else 8
     e.write(dst, e.read(src) & (1 << size * 8) - 1)
+    if mmx:
+        fpu.enter_mmx(e.vcpu)
 
 
 @handler("movss", "movsd")

@@ -7,7 +7,7 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import hypercalls, msrs, svm, vmware
+from softkvm.kvm.x86 import fpu, hypercalls, msrs, svm, vmware
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_operands import CR, DR, Insn
@@ -310,11 +310,14 @@ def popf(e: Emulator, i: Insn) -> None:
     e.vcpu.set_rflags(flags & ~(change | svm.RFLAGS_RF) | value & change)
 
 
-@handler("fwait", "fnop")
+@handler("wait", "fnop")
 def fwait(e: Emulator, i: Insn) -> None:
-    """#NM with TS and MP set; pending x87 exceptions are the silicon's to raise."""
-    if e.vcpu.cr0 & (svm.X86_CR0_TS | svm.X86_CR0_MP) == svm.X86_CR0_TS | svm.X86_CR0_MP:
+    """Wait for x87: #NM with TS and MP set (FNOP: TS or EM), then #MF if one is pending."""
+    cr0 = e.vcpu.cr0
+    waits = svm.X86_CR0_TS | svm.X86_CR0_MP
+    if cr0 & waits == waits or (i.mnemonic == "fnop" and cr0 & (svm.X86_CR0_TS | svm.X86_CR0_EM)):
         raise X86Exception(abi.NM_VECTOR)
+    fpu.check_pending(e.vcpu)
 
 
 @handler("int3", "int", "into", "int1")

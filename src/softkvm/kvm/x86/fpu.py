@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import control_registers as cr
+from softkvm.kvm.x86.exceptions import X86Exception
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -30,6 +31,9 @@ _YMM: Final = 0x200
 _PKRU: Final = 0xF0
 _MXCSR: Final = 0xF4
 
+_FSW_ES: Final = 1 << 7
+_FSW_TOP: Final = 7 << 11
+
 MXCSR_DEFAULT: Final = 0x1F80
 MXCSR_MASK: Final = 0xFFFF
 _XSTATE_BV: Final = 512
@@ -45,6 +49,18 @@ def reset(vcpu: Vcpu) -> None:
     vcpu.rd[_MXCSR >> 2] = MXCSR_DEFAULT
     vcpu.rd[_PKRU >> 2] = 0
     vcpu.xcr0 = cr.XFEATURE_FP
+
+
+def check_pending(vcpu: Vcpu) -> None:
+    """Raise the #MF that an earlier x87 instruction left pending (FSW.ES; APM vol. 1, 6.8.4)."""
+    if vcpu.rw[_FSW >> 1] & _FSW_ES:
+        raise X86Exception(abi.MF_VECTOR)
+
+
+def enter_mmx(vcpu: Vcpu) -> None:
+    """What every MMX instruction but EMMS does to the x87 state: all tags valid, TOP zero (APM vol. 2, 11.4)."""
+    vcpu.rw[_FSW >> 1] &= ~_FSW_TOP & 0xFFFF
+    vcpu.rw[_FTW >> 1] = 0
 
 
 def abridge_tags(ftw: int) -> int:

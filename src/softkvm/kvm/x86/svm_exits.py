@@ -243,7 +243,7 @@ def ud_interception(vcpu: Vcpu) -> int:
         return 1
     if vcpu.vm.params.force_emulation_prefix and code.startswith(b"\x0f\x0bkvm"):
         vcpu.q[V.RIP] += 5
-        return emulator.emulate()
+        return emulator.emulate(forced=True)
     if code.startswith((b"\x0f\x01\xc1", b"\x0f\x01\xd9")):
         return emulator.emulate()
     queue_exception(vcpu, abi.UD_VECTOR)
