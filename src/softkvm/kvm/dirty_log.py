@@ -98,5 +98,4 @@ def stop_logging(vm: Vm, slot: MemorySlot) -> None:
     """Let large leaves come back after KVM_MEM_LOG_DIRTY_PAGES has been cleared."""
     with vm.mmu_lock:
         if vm.mmu.zap_collapsible(slot):
-            vm.flush_remote_tlbs()
-            vm.mmu.free_zapped()
+            vm.finish_zap()

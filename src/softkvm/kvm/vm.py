@@ -165,15 +165,28 @@ class Vm:
             if slots.generation & 0x3FFFF == 0:
                 flush |= self.mmu.zap_all()  # MMIO SPTEs of the generation 2**18 before would look valid
             if flush or self.mmu.has_zapped_tables():
-                self.flush_remote_tlbs()
-                self.mmu.free_zapped()
+                self.finish_zap(old)
 
     def zap_gfn_range(self, gfn: int, count: int) -> None:
         """Forget the nested mappings of some guest frames, as an MMU notifier does; they fault in again."""
         with self.mmu_lock:
             if self.mmu.zap_range(gfn, gfn + count):
-                self.flush_remote_tlbs()
-                self.mmu.free_zapped()
+                self.finish_zap()
+
+    def finish_zap(self, old: MemorySlot | None = None) -> None:
+        """Flush after a zap, keep what was dirty in the dirty log, free the tables; with ``mmu_lock`` held.
+
+        ``old`` is a slot that has just been replaced: its log goes on in its successor's.
+        """
+        self.flush_remote_tlbs()
+        logged = [slot for slot in (*self.memslots, *((old,) if old else ())) if slot.dirty_bitmap is not None]
+
+        def mark_dirty(gfn: int, count: int) -> None:
+            for slot in logged:
+                for page in range(max(gfn, slot.base_gfn), min(gfn + count, slot.end_gfn)):
+                    slot.mark_page_dirty(page)
+
+        self.mmu.free_zapped(mark_dirty if logged else None)
 
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG."""

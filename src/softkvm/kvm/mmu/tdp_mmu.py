@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from softkvm.kvm.errors import kvm_error
@@ -78,7 +78,7 @@ class TdpTable:
 class TdpMmu:
     """Nested page tables of one VM (one root; the guest's paging mode doesn't matter to them)."""
 
-    __slots__ = ("_free_later", "_host", "_machine", "max_level", "pages", "root", "tables")
+    __slots__ = ("_dirty_later", "_free_later", "_host", "_machine", "max_level", "pages", "root", "tables")
 
     def __init__(self, machine: Machine, max_level: int = PG_LEVEL_1G, host: HostMappings | None = None) -> None:
         self._machine = machine
@@ -86,6 +86,8 @@ class TdpMmu:
         self.max_level = max_level
         self.root = TdpTable(machine.alloc_page(), ROOT_LEVEL, 0)
         self._free_later: list[TdpTable] = []
+        #: Frames and sizes in pages of leaves zapped while dirty.
+        self._dirty_later: list[tuple[int, int]] = []
         #: Leaves present, by level (``pages_4k`` ... of KVM's statistics).
         self.pages = [0, 0, 0, 0]
         self.tables = 1
@@ -234,18 +236,39 @@ class TdpMmu:
                 if old & PT_PRESENT_MASK:
                     self.pages[table.level] -= 1
                     flush = True
+                    if old & PT_DIRTY_MASK:
+                        self._dirty_later.append((first, 1 << shift))
         return flush
 
     def zap_all(self) -> bool:
         """Remove every mapping; True if a TLB flush is needed."""
         return self.zap_range(0, 1 << 36)
 
-    def free_zapped(self) -> None:
-        """Give back the tables unlinked so far; the caller has flushed every processor's TLB since."""
+    def free_zapped(self, mark_dirty: Callable[[int, int], None] | None = None) -> None:
+        """Give back the tables unlinked so far; the caller has flushed every processor's TLB since.
+
+        ``mark_dirty`` gets (first frame, pages) of what was dirty in the leaves that are gone: only now no
+        processor can write through them any more.
+        """
+        dirty, self._dirty_later = self._dirty_later, []
         tables, self._free_later = self._free_later, []
+        if mark_dirty is not None:
+            for gfn, count in dirty:
+                mark_dirty(gfn, count)
         for table in tables:
+            if mark_dirty is not None:
+                self._mark_dirty_leaves(table, mark_dirty)
             table.q.release()
             table.page.free()
+
+    def _mark_dirty_leaves(self, table: TdpTable, mark_dirty: Callable[[int, int], None]) -> None:
+        address, shift = table.address, (table.level - 1) * 9
+        bits = int.from_bytes(self._machine.pte_test_and_clear(address, SPTES_PER_PAGE, PT_DIRTY_MASK), "little")
+        while bits:
+            index = (bits & -bits).bit_length() - 1
+            bits &= bits - 1
+            if table.level == PG_LEVEL_4K or table.q[index] & PT_PAGE_SIZE_MASK:
+                mark_dirty(table.gfn + (index << shift), 1 << shift)
 
     def has_zapped_tables(self) -> bool:
         """Tell whether unlinked tables wait for a flush."""
