@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from softkvm.kvm.host_mappings import NO_ACCESS, READ_WRITE
+from softkvm.kvm.host_mappings import READ, READ_WRITE
 from softkvm.kvm.mmu.spte import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def gpa_to_hva(vm: HasMemory, gpa: int, *, write: bool = False) -> int | None:
 
 def _reachable(vm: HasMemory, slot: MemorySlot, gpa: int, *, write: bool) -> bool:
     """Tell whether the process can reach the memory behind the page of ``gpa``."""
-    access = vm.host_mappings.access((gpa & -PAGE_SIZE) + slot.hva_offset, PAGE_SIZE)
-    return access == READ_WRITE or (access != NO_ACCESS and not write)
+    wanted = READ_WRITE if write else READ
+    return vm.host_mappings.access((gpa & -PAGE_SIZE) + slot.hva_offset, PAGE_SIZE, wanted) >= wanted
 
 
 def read_guest(vm: HasMemory, gpa: int, size: int) -> bytes | None:

@@ -32,10 +32,13 @@ class HostMappings:
         self._ends: list[int] = []
         self._access: list[int] = []
 
-    def access(self, hva: int, size: int) -> int:
-        """Tell what the process may do with all of [hva, hva + size): NO_ACCESS, READ or READ_WRITE."""
+    def access(self, hva: int, size: int, wanted: int = READ_WRITE) -> int:
+        """Tell what the process may do with all of [hva, hva + size): NO_ACCESS, READ or READ_WRITE.
+
+        What is known is believed if it gives ``wanted``.
+        """
         found = self._known(hva, hva + size)
-        if found != READ_WRITE:
+        if found < wanted:
             self._read()
             found = self._known(hva, hva + size)
         return found
