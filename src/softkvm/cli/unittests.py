@@ -46,7 +46,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--group", metavar="GROUP", action="append", default=[], help="tests of this group (may be repeated)")
     add("--list", action="store_true", help="list the tests instead of running them")
     add("-a", "--all", action="store_true", help="run tests that are marked for manual runs, too")
-    add("-j", "--jobs", metavar="N", default="1", help="tests at the same time, in processes of their own (default: 1)")
+    add(
+        "-j",
+        "--jobs",
+        metavar="N",
+        default="1",
+        help="vCPUs at the same time: a test takes as many places as it has (default: 1)",
+    )
     add("--timeout", metavar="SECONDS", help="for every test, instead of its own limit; 0 for none")
     add(
         "--timeout-scale",

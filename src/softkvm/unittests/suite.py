@@ -76,7 +76,10 @@ def _main(pipe: Connection, directory: Path, entry: Entry, settings: Settings) -
 
 
 class SuiteRun:
-    """Runs *entries* with up to *jobs* processes. ``run`` returns the results in the entries' order.
+    """Runs *entries* on *jobs* processors' worth of processes. ``run`` returns the results in the entries' order.
+
+    An entry takes as many places as it has vCPUs (all places, if it has more), so that those that wait for each other
+    run at the same time. One that does not fit yet lets later ones go first.
 
     *started* and *finished* are called as entries start and end.
     """
@@ -106,17 +109,25 @@ class SuiteRun:
 
     def run(self) -> list[Result]:
         """Run all; on an exception, KeyboardInterrupt among them, processes are ended first."""
-        waiting = list(enumerate(self._entries))[::-1]
+        waiting = list(enumerate(self._entries))
         try:
             while waiting or self._running:
-                while waiting and len(self._running) < self._jobs:
-                    self._start(*waiting.pop())
+                free = self._jobs - sum(self._places(job.entry) for job in self._running)
+                for index, entry in list(waiting):
+                    if self._places(entry) <= free:
+                        free -= self._places(entry)
+                        waiting.remove((index, entry))
+                        self._start(index, entry)
                 self._wait()
         finally:
             for job in self._running:
                 job.process.kill()
                 job.process.join()
         return [self._results[index] for index in range(len(self._entries))]
+
+    def _places(self, entry: Entry) -> int:
+        words = entry.smp.split()
+        return min(int(words[0]) if words and words[0].isdecimal() else 1, self._jobs) or 1
 
     def _start(self, index: int, entry: Entry) -> None:
         try:

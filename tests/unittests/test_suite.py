@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How entries share the processors, and what becomes of a process that dies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from softkvm.unittests import suite as suite_module
+from softkvm.unittests.config import Entry, SuiteError
+from softkvm.unittests.result import Status
+from softkvm.unittests.runner import Settings
+from softkvm.unittests.suite import SuiteRun, select
+
+ENTRIES = [Entry("a", "x", groups=("g",)), Entry("b", "x", groups=("g", "h")), Entry("c", "x")]
+
+
+def test_selection_keeps_the_order_of_the_file() -> None:
+    assert [e.name for e in select(ENTRIES, ["c", "a"], [])] == ["a", "c"]
+    assert [e.name for e in select(ENTRIES, [], ["g"])] == ["a", "b"]
+    assert [e.name for e in select(ENTRIES, ["c"], ["h"])] == ["b", "c"]
+    assert select(ENTRIES, [], []) == ENTRIES
+
+
+def test_unknown_names_and_groups_are_named() -> None:
+    with pytest.raises(SuiteError, match="no test is named x"):
+        select(ENTRIES, ["x"], [])
+    with pytest.raises(SuiteError, match="no test is in group x"):
+        select(ENTRIES, [], ["x"])
+
+
+def test_entry_with_more_vcpus_than_places_runs_alone(suite: Path) -> None:
+    entries = [Entry("one", "n", arch="i386"), Entry("four", "n", smp="4", arch="i386"), Entry("two", "n", smp="2")]
+    running: set[str] = set()
+    together: list[set[str]] = []
+
+    def started(entry: Entry) -> None:
+        running.add(entry.name)
+        together.append(set(running))
+
+    run = SuiteRun(suite, entries, Settings(), 2, started=started, finished=lambda result: running.discard(result.name))
+    assert [result.name for result in run.run()] == ["one", "four", "two"]
+    assert {"four"} in together
+    assert not any({"four", "two"} <= names or {"one", "four"} <= names for names in together)
+
+
+def test_process_that_dies_is_a_failure_with_its_end(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_module, "_main", die)
+    (result,) = SuiteRun(suite, [Entry("dies", "probe.flat")], Settings()).run()
+    assert result.status is Status.FAIL
+    assert result.reason == "the process ended with signal SIGABRT"
+    assert result.log == "PASS: before\n"
+    assert [s.name for s in result.subtests] == ["before"]
+
+
+def test_process_that_does_not_end_is_killed(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_module, "_main", stay)
+    monkeypatch.setattr(suite_module, "GRACE_S", 0.5)
+    (result,) = SuiteRun(suite, [Entry("stays", "probe.flat")], Settings(timeout_s=0.5)).run()
+    assert result.reason == "timeout; the process did not end by itself and was killed"
+
+
+def die(pipe, directory, entry, settings) -> None:  # type: ignore[no-untyped-def]
+    """Print something, then crash."""
+    pipe.send(b"PASS: before\r\n")
+    os.abort()
+
+
+def stay(pipe, directory, entry, settings) -> None:  # type: ignore[no-untyped-def]
+    """Never end."""
+    import time
+
+    time.sleep(60)
