@@ -46,7 +46,8 @@ wheel: venv guests
 demo: build
 	@$(BIN)/python scripts/demo.py
 
-lint: $(BIN)/.dev
+# mypy reads the libraries that `build` installs with the package.
+lint: build $(BIN)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
