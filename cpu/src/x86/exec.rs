@@ -185,7 +185,8 @@ impl Cpu {
         let shadow = core::mem::take(&mut self.shadow);
         let stepping = self.rflags & rf::TF != 0;
         let resume = self.rflags & rf::RF;
-        if self.attention & attention::DEBUG != 0 && resume == 0 && !shadow {
+        // AMD's processors take an instruction breakpoint behind MOV SS, too.
+        if self.attention & attention::DEBUG != 0 && resume == 0 {
             let hits = self.instruction_breakpoints();
             if hits != 0 {
                 return self.deliver_exception(Exception { vector: vector::DB, error: None, address: hits });
