@@ -117,6 +117,14 @@ _ALU = {
     "mul byte [rbx]": "f623",
     "imul qword [rbx]": "48f72b",
     "imul word [rbx]": "66f72b",
+    "enter 0x20, 0": "c8200000",
+    "lahf": "9f",
+    "sahf": "9e",
+    "xlatb": "d7",
+    "mfence": "0faef0",
+    "loop 0": "e200",
+    "a32 loop 0": "67e200",
+    "rdpid r10": "f3410fc7fa",
 }
 _SHIFTS = {
     f"{name} {size} [rbx], {amount}": code

@@ -96,6 +96,8 @@ class Emulator:
         self.forced = False
         #: Set by a handler that has put RIP where it belongs.
         self.rip_written = False
+        #: Set by a handler that has completed a branch.
+        self.branched = False
         self.shadow_after = 0
         #: Set by a handler that leaves for userspace by itself.
         self.exit_to_userspace = False
@@ -177,6 +179,7 @@ class Emulator:
             self._writes.clear()
             self.pio_out = None
             self.rip_written = False
+            self.branched = False
             self.shadow_after = 0
             self.exit_to_userspace = False
             try:
@@ -202,6 +205,8 @@ class Emulator:
         result = 1
         if not self.rip_written:
             result = io.advance(vcpu, insn.length)
+        elif self.branched:
+            result = io.advance(vcpu, 0)  # RF and TF are the same as for other instructions
         if self.shadow_after:
             vcpu.b[V.INT_STATE_B] = V.INTERRUPT_SHADOW
         if self._writes:
@@ -563,4 +568,4 @@ class Emulator:
                 raise gp()
         self.q[V.RIP] = target
         vcpu.b[V.INT_STATE_B] = 0
-        self.rip_written = True
+        self.rip_written = self.branched = True

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from softkvm.kvm.x86 import emulate_alu, emulate_move, emulate_string, emulate_system
+from softkvm.kvm.x86 import emulate_alu, emulate_misc, emulate_move, emulate_string, emulate_system
 from softkvm.kvm.x86.emulate import HANDLERS, Emulator
 
-MODULES: Final = (emulate_alu, emulate_move, emulate_string, emulate_system)
+MODULES: Final = (emulate_alu, emulate_misc, emulate_move, emulate_string, emulate_system)
 
 __all__ = ["HANDLERS", "MODULES", "Emulator"]

@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 Handler = Callable[["Vcpu"], int]
 
 _U32: Final = (1 << 32) - 1
+#: VMCALL and VMMCALL.
+_HYPERCALLS: Final = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")
+#: SYSENTER and SYSEXIT, which AMD's processors don't have in long mode.
+_FAST_CALLS: Final = (b"\x0f\x34", b"\x0f\x35", b"\x48\x0f\x35")
 _DECODE_ASSIST_MOV: Final = 1 << 63
 _PFERR_WRITE: Final = V.PFERR_WRITE
 
@@ -234,7 +238,7 @@ def bp_interception(vcpu: Vcpu) -> int:
 
 
 def ud_interception(vcpu: Vcpu) -> int:
-    """#UD: the other vendor's hypercall instruction, the forced-emulation prefix, or the guest's own."""
+    """#UD: the other vendor's instructions, the forced-emulation prefix, or the guest's own."""
     emulator = vcpu.emulator
     try:
         code = emulator.fetch()
@@ -244,7 +248,7 @@ def ud_interception(vcpu: Vcpu) -> int:
     if vcpu.vm.params.force_emulation_prefix and code.startswith(b"\x0f\x0bkvm"):
         vcpu.q[V.RIP] += 5
         return emulator.emulate(forced=True)
-    if code.startswith((b"\x0f\x01\xc1", b"\x0f\x01\xd9")):
+    if code.startswith(_HYPERCALLS) or (vcpu.cpuid.intel_compatible and code.startswith(_FAST_CALLS)):
         return emulator.emulate()
     queue_exception(vcpu, abi.UD_VECTOR)
     return 1
