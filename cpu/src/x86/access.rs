@@ -80,7 +80,8 @@ impl Cpu {
             let top = if s.db() { u32::MAX as u64 } else { 0xffff };
             offset as u64 > limit && last <= top
         } else {
-            last <= limit
+            // In a segment of 4 GiB an access may wrap around.
+            last <= limit || s.limit == u32::MAX
         };
         let allowed = if self.real_or_v86() {
             true

@@ -52,6 +52,8 @@ impl State {
 #[repr(C)]
 pub struct Case {
     pub state: State,
+    /// 64-bit code, or 32-bit code in compatibility mode.
+    pub long: bool,
     /// Seed of the data's contents, see [`fill`].
     pub seed: u64,
     pub length: usize,
@@ -215,10 +217,15 @@ fn set(s: &mut State, name: &str, v: u128) -> Option<()> {
     Some(())
 }
 
-/// One golden vector: three lines, `case` (code, undefined flags at its end, data seed), `in` (what differs from the
+/// One golden vector: three lines, `case` or `case32` (code, undefined flags at its end, data seed), `in` (what differs from the
 /// zero state) and `out` (what differs from `in`, the fault, bytes written).
 pub fn to_text(name: &str, case: &Case, undefined: u64, out: &Outcome) -> String {
-    let mut s = format!("# {name}\ncase {} {undefined:x} {:x}\n", hex(case.code()), case.seed);
+    let mut s = format!(
+        "# {name}\n{} {} {undefined:x} {:x}\n",
+        if case.long { "case" } else { "case32" },
+        hex(case.code()),
+        case.seed
+    );
     let _ = writeln!(s, "in{}", fields(&case.state, &State::ZERO));
     let _ = write!(s, "out{}", fields(&out.state, &case.state));
     let _ = write!(s, " fault={:x}:{:x}:{:x}", out.vector, out.error, out.address);
@@ -237,11 +244,16 @@ pub fn to_text(name: &str, case: &Case, undefined: u64, out: &Outcome) -> String
 
 /// Reads a vector back: the case, the undefined flags, what must come out.
 pub fn from_text(lines: [&str; 3]) -> Option<(Case, u64, Box<Outcome>)> {
-    let mut words = lines[0].strip_prefix("case ")?.split(' ');
+    let mut words = lines[0].split(' ');
+    let long = match words.next()? {
+        "case" => true,
+        "case32" => false,
+        _ => return None,
+    };
     let bytes = unhex(words.next()?)?;
     let undefined = u64::from_str_radix(words.next()?, 16).ok()?;
     let seed = u64::from_str_radix(words.next()?, 16).ok()?;
-    let mut case = Case { state: State::ZERO, seed, length: bytes.len(), code: [END; CODE_SIZE] };
+    let mut case = Case { state: State::ZERO, long, seed, length: bytes.len(), code: [END; CODE_SIZE] };
     case.code.get_mut(..bytes.len())?.copy_from_slice(&bytes);
     for word in lines[1].strip_prefix("in")?.split_whitespace() {
         let (name, v) = word.split_once('=')?;

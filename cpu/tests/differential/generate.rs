@@ -13,6 +13,7 @@ use crate::case::{CODE, CODE_SIZE, Case, DATA, DATA_SIZE, END, State, WRITABLE, 
 #[derive(Clone)]
 pub struct Program {
     pub state: State,
+    pub long: bool,
     pub seed: u64,
     pub groups: Vec<Group>,
 }
@@ -31,6 +32,14 @@ pub enum Family {
     Simd,
     X87,
     All,
+    /// Integer instructions in 32-bit code.
+    Integer32,
+}
+
+impl Family {
+    fn long(self) -> bool {
+        self != Family::Integer32
+    }
 }
 
 /// Traces that a faulting instruction leaves on some processors, left out of the comparison.
@@ -85,7 +94,8 @@ pub fn wanted(i: &Instruction, family: Family) -> bool {
     if features.contains(&CpuidFeature::SHA) && !sha() {
         return false;
     }
-    if family != Family::All && !own.contains(&family) {
+    let kind = if family.long() { family } else { Family::Integer };
+    if kind != Family::All && !own.contains(&kind) {
         return false;
     }
     let bmi = features.iter().any(|f| matches!(f, CpuidFeature::BMI1 | CpuidFeature::BMI2));
@@ -151,9 +161,14 @@ fn sha() -> bool {
     true
 }
 
-/// `mov r64, imm64`
-fn load_register(bytes: &mut Vec<u8>, register: Register, value: u64) {
+/// `mov r64, imm64` or `mov r32, imm32`
+fn load_register(bytes: &mut Vec<u8>, long: bool, register: Register, value: u64) {
     let n = register.full_register().number() as u8;
+    if !long {
+        bytes.push(0xb8 | n & 7);
+        bytes.extend((value as u32).to_le_bytes());
+        return;
+    }
     bytes.push(0x48 | n >> 3);
     bytes.push(0xb8 | n & 7);
     bytes.extend(value.to_le_bytes());
@@ -189,7 +204,11 @@ impl Program {
     /// A random program.
     pub fn random(seed: u64, family: Family) -> Program {
         let mut r = Random(seed);
-        let mut program = Program { state: random_state(&mut r), seed: r.next(), groups: Vec::new() };
+        let mut program =
+            Program { state: random_state(&mut r), long: family.long(), seed: r.next(), groups: Vec::new() };
+        if !program.long {
+            program.state.gpr.iter_mut().for_each(|g| *g &= 0xffff_ffff);
+        }
         let count = match r.below(4) {
             0 => 1,
             1 => 2,
@@ -220,7 +239,8 @@ impl Program {
 
     /// As a case to run.
     pub fn case(&self) -> Case {
-        let mut case = Case { state: self.state, seed: self.seed, length: 0, code: [END; CODE_SIZE] };
+        let mut case =
+            Case { state: self.state, long: self.long, seed: self.seed, length: 0, code: [END; CODE_SIZE] };
         for g in &self.groups {
             case.code[case.length..case.length + g.bytes.len()].copy_from_slice(&g.bytes);
             case.length += g.bytes.len();
@@ -314,7 +334,7 @@ fn relative(i: &Instruction) -> bool {
 fn patch_skip(groups: &mut [Group], length: usize) {
     let Some(group) = groups.last_mut() else { return };
     let n = group.bytes.len();
-    if group.instruction.op0_kind() == OpKind::NearBranch64 {
+    if matches!(group.instruction.op0_kind(), OpKind::NearBranch32 | OpKind::NearBranch64) {
         let wide = group.instruction.len() >= 5;
         if wide {
             group.bytes[n - 4..].copy_from_slice(&(length as u32).to_le_bytes());
@@ -412,10 +432,10 @@ fn random_bytes(r: &mut Random, family: Family) -> Vec<u8> {
     let kind = match family {
         Family::X87 => 4 + r.below(2) * 2,
         Family::Simd => 1 + r.below(3),
-        Family::Integer => r.pick(&[0, 0, 0, 0, 1, 1, 1, 2, 5]),
+        Family::Integer | Family::Integer32 => r.pick(&[0, 0, 0, 0, 1, 1, 1, 2, 5]),
         Family::All => r.below(6),
     };
-    if kind != 5 && r.one_in(2) {
+    if kind != 5 && family.long() && r.one_in(2) {
         b.push(0x40 | r.below(16) as u8);
     }
     let opcode = r.next() as u8;
@@ -439,15 +459,16 @@ fn random_bytes(r: &mut Random, family: Family) -> Vec<u8> {
     b
 }
 
-fn decode(bytes: &[u8], ip: u64) -> (Instruction, iced_x86::ConstantOffsets) {
-    let mut d = Decoder::with_ip(64, bytes, ip, DecoderOptions::AMD);
+fn decode(bytes: &[u8], long: bool, ip: u64) -> (Instruction, iced_x86::ConstantOffsets) {
+    let mut d = Decoder::with_ip(if long { 64 } else { 32 }, bytes, ip, DecoderOptions::AMD);
     let i = d.decode();
     (i, d.get_constant_offsets(&i))
 }
 
 fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -> Option<Group> {
+    let long = family.long();
     let mut bytes = random_bytes(r, family);
-    let (mut i, mut offsets) = decode(&bytes, 0);
+    let (mut i, mut offsets) = decode(&bytes, long, 0);
     if i.is_invalid() {
         return None;
     }
@@ -459,8 +480,11 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
     if relative(&i) {
         // To the next instruction; `patch_skip` may make it jump further.
         let size = if n >= 5 { 4 } else { 1 };
+        if i.op0_kind() == OpKind::NearBranch16 {
+            return None;
+        }
         bytes[n - size..].fill(0);
-        (i, offsets) = decode(&bytes, 0);
+        (i, offsets) = decode(&bytes, long, 0);
         if !relative(&i) || i.len() != n {
             return None;
         }
@@ -470,7 +494,7 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
         if !(register.is_gpr64() || register.is_gpr32()) {
             return;
         }
-        load_register(&mut before, register, value);
+        load_register(&mut before, long, register, value);
     };
     let mut fix = None;
     if (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
@@ -556,9 +580,9 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
         set(Register::RDX, if i.mnemonic() == Mnemonic::Idiv { (v as i64 >> 63) as u64 } else { r.below(4) });
     }
     if (i.is_jmp_near_indirect() || i.is_call_near_indirect()) && i.op0_kind() == OpKind::Register {
-        let here = CODE + (offset + before.len() + 10 + bytes.len()) as u64;
+        let here = CODE + (offset + before.len() + if long { 10 } else { 5 } + bytes.len()) as u64;
         let value = if r.one_in(6) && i.is_jmp_near_indirect() { interesting(&mut r.0) } else { here };
-        load_register(&mut before, i.op0_register(), value);
+        load_register(&mut before, long, i.op0_register(), value);
     }
     if let Some(address) = fix {
         let next = CODE + (offset + before.len() + bytes.len()) as u64;
@@ -566,7 +590,7 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
         let at = offsets.displacement_offset();
         bytes[at..at + 4].copy_from_slice(&displacement);
     }
-    let (again, _) = decode(&bytes, CODE + (offset + before.len()) as u64);
+    let (again, _) = decode(&bytes, long, CODE + (offset + before.len()) as u64);
     if again.code() != i.code() || again.len() != bytes.len() {
         return None;
     }

@@ -5,7 +5,7 @@
 //! x87 and SSE state, memory and the fault must agree. Bounded by default; a longer run:
 //!
 //! ```text
-//! SOFTCPU_DIFF_CASES=1000000 [SOFTCPU_DIFF_SEED=1] [SOFTCPU_DIFF_FAMILY=integer|simd|x87|all] \
+//! SOFTCPU_DIFF_CASES=1000000 [SOFTCPU_DIFF_SEED=1] [SOFTCPU_DIFF_FAMILY=integer|integer32|simd|x87|all] \
 //!     [SOFTCPU_DIFF_SAVE=found.txt] cargo test --release -p softcpu --test differential -- --nocapture
 //! ```
 //!
@@ -37,7 +37,7 @@ fn golden_vectors_come_out_as_on_a_real_processor() {
         while let Some(line) = lines.next() {
             if let Some(comment) = line.strip_prefix("# ") {
                 name = comment;
-            } else if line.starts_with("case ") {
+            } else if line.starts_with("case") {
                 let input = lines.next().unwrap_or("");
                 let output = lines.next().unwrap_or("");
                 let Some((case, undefined, expected)) = from_text([line, input, output]) else {
@@ -235,6 +235,7 @@ mod random {
             Some("simd") => Family::Simd,
             Some("x87") => Family::X87,
             Some("all") => Family::All,
+            Some("integer32") => Family::Integer32,
             _ => Family::Integer,
         };
         let seed: u64 = variable("SOFTCPU_DIFF_SEED").map_or(1, |v| v.parse().expect("a number"));
@@ -268,6 +269,11 @@ mod random {
     #[test]
     fn integer_programs_do_what_this_processor_does() {
         run(Family::Integer, 4000);
+    }
+
+    #[test]
+    fn integer32_programs_do_what_this_processor_does() {
+        run(Family::Integer32, 4000);
     }
 
     #[test]

@@ -152,6 +152,8 @@ impl Native {
             }
             libc::signal(libc::SIGALRM, libc::SIG_DFL);
             libc::alarm(TIMEOUT_S);
+            // 32-bit code uses them.
+            core::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DS);
             (&raw mut CHILD.shared).write(shared);
             // So that a write finds the read-only page present.
             ((DATA as usize + WRITABLE) as *const u8).read_volatile();
@@ -175,6 +177,11 @@ impl Native {
 /// First address that Linux doesn't give to processes.
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 
+/// Linux's selector of 32-bit user code.
+const COMPATIBILITY_CS: i64 = 0x23;
+/// And of flat user data.
+const USER_DS: u16 = 0x2b;
+
 const XSTATE_MAGIC: u32 = 0x4650_5853;
 
 extern "C" fn handler(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -193,6 +200,10 @@ extern "C" fn handler(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_voi
             let s = &shared.cases[current].state;
             for (i, &at) in GREGS.iter().enumerate() {
                 gregs[at as usize] = s.gpr[i] as i64;
+            }
+            if !shared.cases[current].long {
+                let cs = &mut gregs[libc::REG_CSGSFS as usize];
+                *cs = *cs & !0xffff | COMPATIBILITY_CS;
             }
             gregs[libc::REG_RIP as usize] = s.rip as i64;
             gregs[libc::REG_EFL as usize] = s.rflags as i64;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Runs a case on softcpu: 64-bit code at CPL 3, flat paging, every exception intercepted.
+//! Runs a case on softcpu: 64-bit or 32-bit code at CPL 3 in long mode, flat paging, every exception intercepted.
 
 use softcpu::mem::Machine;
 use softcpu::x86::state::Cpu;
@@ -93,7 +93,6 @@ impl Soft {
         for n in 0..6 {
             seg(save::ES + 16 * n, 0x2b, 0xcf3);
         }
-        seg(save::ES + 16, 0x33, 0xafb);
         Soft { cpu: Cpu::new(machine, 0), ram, vmcb: host }
     }
 
@@ -110,6 +109,8 @@ impl Soft {
         code.fill(END);
         code[..case.length].copy_from_slice(case.code());
         fill(case.seed, data);
+        v.set(save::ES + 16, if case.long { 0x33u16 } else { 0x23 });
+        v.set(save::ES + 16 + 2, if case.long { 0xafbu16 } else { 0xcfb });
         v.set(save::CPL, 3u8);
         v.set(save::EFER, 0x1d01u64);
         v.set(save::CR0, 0x8005_0033u64);

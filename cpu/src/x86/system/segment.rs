@@ -286,12 +286,14 @@ pub(super) fn arpl(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.protected_only()?;
     let rpl = cpu.reg::<u16>(op.src) & 3;
     let raise = |v: u16| if v & 3 < rpl { (v & !3) | rpl } else { v };
-    let mut changed = false;
+    let changed;
     if op.aux != 0 {
-        cpu.modify::<u16>(op, |_, v| {
-            changed = raise(v) != v;
-            raise(v)
-        })?;
+        // Written only if it changes, as processors do.
+        let v = cpu.load::<u16>(op)?;
+        changed = raise(v) != v;
+        if changed {
+            cpu.store(op, raise(v))?;
+        }
     } else {
         let v = cpu.reg::<u16>(op.dst);
         changed = raise(v) != v;
