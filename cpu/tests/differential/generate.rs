@@ -52,6 +52,10 @@ pub enum Quirk {
     Address,
     /// A part in the page before is written.
     Memory,
+    /// Some of the registers are loaded or pushed.
+    Registers,
+    /// Another one of the instruction's faults.
+    Fault,
 }
 
 struct Random(u64);
@@ -259,6 +263,8 @@ impl Program {
             Fbstp => Quirk::Memory,
             Fstp if i.memory_size().size() == 10 => Quirk::Memory,
             Movbe => Quirk::Memory,
+            Popa | Popad | Pusha | Pushad => Quirk::Registers,
+            Bound => Quirk::Fault,
             _ => Quirk::None,
         }
     }

@@ -91,7 +91,15 @@ mod random {
             }
             Quirk::Address => found.address = found.address & !0xfff | expected.address & 0xfff,
             Quirk::Memory if expected.vector == PAGE_FAULT => found.data = expected.data,
-            Quirk::Memory => {}
+            Quirk::Registers if expected.vector == PAGE_FAULT => {
+                found.state.gpr = expected.state.gpr;
+                found.data = expected.data;
+            }
+            Quirk::Memory | Quirk::Registers => {}
+            Quirk::Fault => {
+                found.vector = expected.vector;
+                (found.error, found.address) = (expected.error, expected.address);
+            }
         }
         differences(&found, expected, program.undefined(rip))
     }

@@ -3,7 +3,7 @@
 //!
 //! A REP form updates the registers after each completed iteration, so a fault finds them precise and the instruction
 //! restarts where it was. Forward MOVS and STOS work on runs of elements within a page; after a bounded amount of work
-//! the instruction stops with [`Stop::Restart`] so that interrupts get in.
+//! the instruction looks for events, and stops with [`Stop::Restart`] if there are any.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -300,10 +300,13 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.set_reg(RCX, count);
     while cpu.reg::<A>(RCX).to_u64() != 0 {
         if iterations >= MAX_ITERATIONS || moved >= MAX_BYTES || (alone && iterations > 0) {
-            if S::COMPARES {
-                cpu.lf = lf;
+            if alone || cpu.needs_attention() {
+                if S::COMPARES {
+                    cpu.lf = lf;
+                }
+                return Err(Stop::Restart);
             }
-            return Err(Stop::Restart);
+            (iterations, moved) = (0, 0);
         }
         let count = cpu.reg::<A>(RCX).to_u64();
         if forward && !alone {
