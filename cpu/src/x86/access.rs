@@ -80,8 +80,8 @@ impl Cpu {
             let top = if s.db() { u32::MAX as u64 } else { 0xffff };
             offset as u64 > limit && last <= top
         } else {
-            // In a segment of 4 GiB an access may wrap around.
-            last <= limit || s.limit == u32::MAX
+            // What happens at the end of 4 GiB is up to the processor: in compatibility mode accesses wrap around.
+            last <= limit || (s.limit == u32::MAX && self.long_mode())
         };
         let allowed = if self.real_or_v86() {
             true
