@@ -87,9 +87,14 @@ class TestMachine(Machine):
         if self.platform.vmport:
             self.pio.add(vmport.VMPORT, 4, vmport.VmPort(self.current_vcpu), "vmport")
         self.pci_config.add(0, 0, pci.host_bridge())
-        device = pci_testdev.PciTestDevice(self.vm)
-        device.connect(self.pio, self.mmio)
-        self.pci_config.add(PCI_TESTDEV_SLOT, 0, device)
+        self._pci_testdev = pci_testdev.PciTestDevice(self.vm)
+        self._pci_testdev.connect(self.pio, self.mmio)
+        self.pci_config.add(PCI_TESTDEV_SLOT, 0, self._pci_testdev)
+
+    def close(self) -> None:
+        """Give back everything, the test device's eventfds too."""
+        self._pci_testdev.close()
+        super().close()
 
     def _flush_page(self, gpa: int) -> None:
         """Take the page at *gpa* out of KVM's page tables: its next use is a fault."""
