@@ -205,11 +205,9 @@ impl Cpu {
         };
         match stop {
             Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Fault => {
-                // Not retired: what held for it holds still.
+                // Not retired: what held for it holds still (the delivery of a fault ends it).
                 self.rflags |= resume;
-                if stop != Stop::Fault {
-                    self.shadow |= shadow;
-                }
+                self.shadow |= shadow;
             }
             _ => {}
         }
