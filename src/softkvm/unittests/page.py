@@ -39,7 +39,7 @@ nav button, nav input { font: inherit; border: 1px solid var(--line); background
   border-radius: 7px; padding: 5px 12px; }
 nav button { cursor: pointer; } nav button[aria-pressed=true] { border-color: var(--fg); font-weight: 600; }
 nav input { flex: 1; min-width: 160px; }
-details.test { border-bottom: 1px solid var(--line); }
+details.test { border-bottom: 1px solid var(--line); scroll-margin-top: 60px; }
 details.test > summary { display: grid; grid-template-columns: 62px minmax(150px, 250px) 1fr 84px 76px; gap: 12px;
   align-items: baseline; padding: 8px 4px; cursor: pointer; list-style: none; }
 details.test > summary::-webkit-details-marker { display: none; }
