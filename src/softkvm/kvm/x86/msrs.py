@@ -69,6 +69,7 @@ MSR_KERNEL_GS_BASE: Final = 0xC000_0102
 MSR_TSC_AUX: Final = 0xC000_0103
 MSR_AMD64_SYSCFG: Final = 0xC001_0010
 MSR_K7_HWCR: Final = 0xC001_0015
+MSR_AMD64_NB_CFG: Final = 0xC001_001F
 MSR_AMD64_PATCH_LOADER: Final = 0xC001_0020
 MSR_VM_CR: Final = 0xC001_0114
 MSR_VM_HSAVE_PA: Final = 0xC001_0117
@@ -368,6 +369,7 @@ _TABLE: Final[dict[int, Msr]] = {
         index: _constant(0)
         for index in (*range(0xC001_0000, 0xC001_0008), *range(0xC001_0016, 0xC001_001B), 0xC001_001D)
     },
+    MSR_AMD64_NB_CFG: _constant(0),  # Linux enables extended PCI configuration there on AMD processors
     MSR_AMD64_PATCH_LOADER: _constant(0),
     0xC001_0055: _constant(0),  # INT_PENDING
     0xC001_0058: _constant(0),  # MMIO configuration base
