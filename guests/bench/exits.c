@@ -98,10 +98,15 @@ u64 halt_ipi(u64 iterations)
 
 /* Vcpu 0 wakes vcpu 1 and halts until vcpu 1 wakes it: two wake-ups a round. */
 static volatile u64 rounds_left;
+/* Vcpu 1 starts to count when the interrupt that called it has come: the next one is the first round's. */
+static volatile u32 called, answering;
 
 static void answer(struct processor *me)
 {
+    while (!called)
+        asm volatile("pause");
     u64 seen = me->ipi_irqs;
+    answering = 1;
     while (rounds_left) {
         irq_disable();
         while (*(volatile u64 *)&me->ipi_irqs == seen && rounds_left) {
@@ -120,8 +125,14 @@ u64 ping_pong(u64 iterations)
 {
     u64 start = processors[0].ipi_irqs;
     rounds_left = iterations;
+    u64 before = processors[1].ipi_irqs;
+    called = answering = 0;
     smp_call(1, answer);
-    delay_us(1000); /* it has begun, and counted the interrupt that called it */
+    while (*(volatile u64 *)&processors[1].ipi_irqs == before)
+        asm volatile("pause");
+    called = 1;
+    while (!answering)
+        asm volatile("pause");
     for (;;) {
         u64 seen = processors[0].ipi_irqs;
         lapic_ipi(processors[1].apic_id, VECTOR_IPI);
