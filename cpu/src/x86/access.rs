@@ -7,7 +7,7 @@
 use super::flags::Int;
 use super::op::{Op, Res, Stop, flag};
 use super::state::{Cpu, reg, sreg, vector};
-use super::tlb::{PAGE_MASK, index};
+use super::tlb::index;
 use crate::mem::{host_cas, host_load, host_store};
 
 /// What an access is for.
@@ -543,10 +543,5 @@ impl Cpu {
         let sp = self.rb.gpr[reg::RSP].wrapping_add(T::BYTES as u64);
         self.set_sp(sp);
         Ok(v)
-    }
-
-    /// Whether `linear` and `linear + size - 1` lie in different pages.
-    pub fn crosses_page(linear: u64, size: u64) -> bool {
-        (linear ^ linear.wrapping_add(size - 1)) & PAGE_MASK != 0
     }
 }
