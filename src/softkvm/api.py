@@ -122,6 +122,13 @@ class Vm(Closeable, Protocol):
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG: a bit per page of *slot*, LSB first, in whole 64-bit words."""
 
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+        """KVM_CLEAR_DIRTY_LOG: clear the dirty bits that *bitmap* names; its bit 0 is *first_page*.
+
+        EINVAL unless *first_page* is a multiple of 64 and *num_pages* is one too or reaches the slot's end; ENOENT
+        if the slot has no log; EFAULT if *bitmap* is shorter than *num_pages* in whole 64-bit words.
+        """
+
     def enable_cap(self, cap: int, *args: int) -> None:
         """KVM_ENABLE_CAP on a VM."""
 

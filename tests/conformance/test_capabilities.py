@@ -84,17 +84,6 @@ def test_lint0_is_masked_after_reset_without_the_quirk(make: Callable[..., Guest
         assert bytes(vcpu.get_lapic().regs[0x350:0x354]) == b"\0\0\1\0"
 
 
-def test_the_dirty_log_may_wait_for_its_clearing(guest: Guest) -> None:
-    supported(guest, abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
-    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 2))
-    guest.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 1)
-    guest.region(0, 0, 1 << 20, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    guest.real("fe060030 f4")  # inc byte [0x3000]; hlt
-    guest.expect(abi.KVM_EXIT_HLT)
-    assert int.from_bytes(guest.vm.get_dirty_log(0), "little") & 8
-    assert int.from_bytes(guest.vm.get_dirty_log(0), "little") & 8, "bits stay until KVM_CLEAR_DIRTY_LOG"
-
-
 def test_a_triple_fault_is_part_of_the_events(guest: Guest) -> None:
     supported(guest, abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT)
     events = guest.cpu.get_vcpu_events()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory slots and the dirty log (KVM API 4.35 KVM_SET_USER_MEMORY_REGION, 4.8 KVM_GET_DIRTY_LOG)."""
+"""Memory slots (KVM API 4.35 KVM_SET_USER_MEMORY_REGION)."""
 
 import ctypes
 import errno
@@ -7,7 +7,7 @@ import mmap
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.support.conformance import CODE, MEMORY_SIZE, PAGE, Guest, describe, refused
+from tests.support.conformance import CODE, PAGE, Guest, describe, refused
 
 from softkvm import abi, api
 
@@ -186,71 +186,3 @@ def test_host_memory_that_the_process_cannot_reach_is_efault_when_it_is_used(
         assert guest.cpu.get_regs().rip == CODE, "the instruction has not happened"
         assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 3) == 0
         guest.expect(abi.KVM_EXIT_HLT)
-
-
-# --- the dirty log ---------------------------------------------------------------------------------
-
-
-def bits(log: bytes) -> set[int]:
-    value = int.from_bytes(log, "little")
-    return {n for n in range(len(log) * 8) if value >> n & 1}
-
-
-def test_the_log_of_a_slot_that_has_none_is_enoent(guest: Guest) -> None:
-    refused(errno.ENOENT, lambda: guest.vm.get_dirty_log(0))
-    refused(errno.ENOENT, lambda: guest.vm.get_dirty_log(5))
-
-
-def test_the_log_of_an_impossible_slot_is_einval(guest: Guest) -> None:
-    refused(errno.EINVAL, lambda: guest.vm.get_dirty_log(0x7FFF))
-    refused(errno.EINVAL, lambda: guest.vm.get_dirty_log(7 << 16))
-
-
-def test_the_log_names_each_written_page_once(guest: Guest) -> None:
-    guest.region(0, 0, MEMORY_SIZE, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    # mov byte [0x3000], 1; mov byte [0x5fff], 1; hlt; mov byte [0x4000], 1; mov al, [0x6000]; hlt
-    guest.real("c606003001 c606ff5f01 f4 c606004001 a00060 f4")
-    assert guest.vm.get_dirty_log(0) == bytes(MEMORY_SIZE // PAGE // 8)
-    guest.expect(abi.KVM_EXIT_HLT)
-    assert bits(guest.vm.get_dirty_log(0)) == {3, 5}
-    assert bits(guest.vm.get_dirty_log(0)) == set()
-    guest.expect(abi.KVM_EXIT_HLT)
-    assert bits(guest.vm.get_dirty_log(0)) == {4}
-
-
-def test_a_page_dirtied_again_is_logged_again(guest: Guest) -> None:
-    guest.region(0, 0, MEMORY_SIZE, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    guest.real("fe060030 f4 ebf9")  # 1: inc byte [0x3000]; hlt; jmp 1b
-    for _ in range(3):
-        guest.expect(abi.KVM_EXIT_HLT)
-        assert bits(guest.vm.get_dirty_log(0)) == {3}
-    assert guest.memory[0x3000] == 3
-
-
-def test_the_log_is_in_whole_words(guest: Guest) -> None:
-    guest.region(1, 0x20_0000, 3 * PAGE, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    assert guest.vm.get_dirty_log(1) == bytes(8)
-    guest.region(2, 0x30_0000, 65 * PAGE, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    assert guest.vm.get_dirty_log(2) == bytes(16)
-
-
-def test_turning_the_log_off_ends_it(guest: Guest) -> None:
-    guest.region(0, 0, MEMORY_SIZE, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    guest.real("fe060030 f4 ebf9")  # 1: inc byte [0x3000]; hlt; jmp 1b
-    guest.expect(abi.KVM_EXIT_HLT)
-    guest.region(0, 0, MEMORY_SIZE)
-    refused(errno.ENOENT, lambda: guest.vm.get_dirty_log(0))
-    guest.expect(abi.KVM_EXIT_HLT)
-    guest.region(0, 0, MEMORY_SIZE, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    assert bits(guest.vm.get_dirty_log(0)) == set()
-    guest.expect(abi.KVM_EXIT_HLT)
-    assert bits(guest.vm.get_dirty_log(0)) == {3}
-
-
-def test_a_string_input_dirties_its_page(guest: Guest) -> None:
-    guest.region(0, 0, MEMORY_SIZE, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
-    guest.real("bf0070 ba3412 6c f4")  # mov di, 0x7000; mov dx, 0x1234; insb; hlt
-    guest.vm.get_dirty_log(0)
-    guest.expect(abi.KVM_EXIT_IO)
-    guest.expect(abi.KVM_EXIT_HLT)
-    assert bits(guest.vm.get_dirty_log(0)) == {7}

@@ -59,10 +59,17 @@ class kvm_dirty_log(Structure):
 
 @layout
 class kvm_clear_dirty_log(Structure):
+    """KVM_CLEAR_DIRTY_LOG; bit 0 of the bitmap at ``dirty_bitmap`` is ``first_page``."""
+
     slot: u32
     num_pages: u32
     first_page: u64
     dirty_bitmap: u64
+
+
+def dirty_bitmap_bytes(npages: int) -> int:
+    """Return the size of a dirty bitmap: one bit per page, in whole 64-bit words."""
+    return (npages + 63) // 64 * 8
 
 
 @layout

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,11 +84,21 @@ class Vm(Descriptor):
         ioctl_pointer(self.fd, abi.KVM_SET_CLOCK, clock)
 
     def get_dirty_log(self, slot: int) -> bytes:
-        words = (self._slot_size.get(slot, 0) // 4096 + 63) // 64
-        bitmap = (ctypes.c_uint64 * max(words, 1))()
+        size = abi.dirty_bitmap_bytes(self._slot_size.get(slot, 0) // 4096)
+        bitmap = (ctypes.c_uint8 * max(size, 8))()
         log = abi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
         ioctl_pointer(self.fd, abi.KVM_GET_DIRTY_LOG, log)
         return bytes(bitmap)
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+        if len(bitmap) < abi.dirty_bitmap_bytes(num_pages):
+            expected = abi.dirty_bitmap_bytes(num_pages)
+            raise OSError(errno.EFAULT, f"bitmap of {len(bitmap)} bytes, expected {expected}")
+        bits = ctypes.create_string_buffer(bitmap, max(len(bitmap), 1))
+        log = abi.kvm_clear_dirty_log(
+            slot=slot, num_pages=num_pages, first_page=first_page, dirty_bitmap=ctypes.addressof(bits)
+        )
+        ioctl_pointer(self.fd, abi.KVM_CLEAR_DIRTY_LOG, log)
 
     def enable_cap(self, cap: int, *args: int) -> None:
         enable_cap(self.fd, cap, args)

@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 _BATCH_PAGES: Final = 1 << 18
 
 
-def _logged_slot(vm: Vm, slot_id: int) -> MemorySlot:
-    """Return the slot: EINVAL for a number that no slot has, ENOENT if it is not being logged."""
+def _check_slot_id(slot_id: int) -> None:
+    """EINVAL for a number that no slot has."""
     if slot_id >> 16 >= KVM_ADDRESS_SPACE_NUM or slot_id & 0xFFFF >= KVM_USER_MEM_SLOTS:
         raise kvm_error(errno.EINVAL, f"slot={slot_id:#x}, expected below {KVM_USER_MEM_SLOTS}")
+
+
+def _logged_slot(vm: Vm, slot_id: int) -> MemorySlot:
+    """Return the slot: EINVAL for a number that no slot has, ENOENT if it is not being logged."""
+    _check_slot_id(slot_id)
     slot = vm.memslots.by_id.get(slot_id & 0xFFFF)
     if slot is None or slot.dirty_bitmap is None:
         raise kvm_error(errno.ENOENT, f"slot={slot_id} is not being logged")
@@ -64,22 +69,30 @@ def get_dirty_log(vm: Vm, slot_id: int) -> bytes:
 def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
     """Clear the dirty bits that ``bitmap`` names, bit 0 being ``first_page``.
 
-    EINVAL unless ``first_page`` is a multiple of 64 and ``num_pages`` one too or up to the slot's end.
+    EINVAL unless ``first_page`` is a multiple of 64 and ``num_pages`` one too or up to the slot's end; EFAULT if
+    ``bitmap`` is shorter than the range.
     """
     with vm.slots_lock:
-        slot = _logged_slot(vm, slot_id)
+        _check_slot_id(slot_id)
         if first_page & 63:
             raise kvm_error(errno.EINVAL, f"first_page={first_page}, expected a multiple of 64")
+        slot = _logged_slot(vm, slot_id)
         if (
             first_page > slot.npages
             or num_pages > slot.npages - first_page
             or (num_pages < slot.npages - first_page and num_pages & 63)
         ):
-            raise kvm_error(errno.EINVAL, f"num_pages={num_pages}, expected a multiple of 64 inside the slot")
+            raise kvm_error(
+                errno.EINVAL, f"num_pages={num_pages}, expected a multiple of 64 inside the slot, or up to its end"
+            )
+        if len(bitmap) < abi.dirty_bitmap_bytes(num_pages):
+            raise kvm_error(
+                errno.EFAULT, f"bitmap of {len(bitmap)} bytes, expected {abi.dirty_bitmap_bytes(num_pages)}"
+            )
         if not num_pages:
             return
         # Bits set by the processor since the last log would be reported twice if they stayed behind.
-        clear = int.from_bytes(bitmap[: (num_pages + 7) // 8], "little") & ((1 << num_pages) - 1)
+        clear = int.from_bytes(bitmap[: abi.dirty_bitmap_bytes(num_pages)], "little") & ((1 << num_pages) - 1)
         sync_dirty_log(vm, slot)
         slot.exchange_dirty_bits(first_page, clear, count=num_pages)
 

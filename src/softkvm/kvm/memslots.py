@@ -84,8 +84,8 @@ class MemorySlot:
 
     @property
     def dirty_bitmap_bytes(self) -> int:
-        """Size of the slot's dirty bitmap in bytes: one bit per page, whole 64-bit words."""
-        return (self.npages + 63) // 64 * 8
+        """Size of the slot's dirty bitmap."""
+        return abi.dirty_bitmap_bytes(self.npages)
 
     def mark_page_dirty(self, gfn: int) -> None:
         """Set the dirty bit of ``gfn`` if the slot is being logged."""
