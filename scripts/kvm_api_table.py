@@ -38,8 +38,11 @@ OTHER_ARCHITECTURES: Final = ("_S390_", "_PPC_", "_ARM_", "_MIPS_", "_SPAPR_", "
 NOTES: Final = (
     "On the device (Linux 6.18), an interrupt message to the APIC id of a vCPU that was never given a KVM_SET_LAPIC "
     "may find nobody (KVM_SIGNAL_MSI: 0); on the software side a vCPU is found from its creation on.",
-    "On the device tried here, the handler of a level interrupt in real mode saw it requested (IRR) and not in service "
-    "(ISR), where the software side has it in service as the manual says; the cause is not established.",
+    "The device tried here is neither VMX nor SVM: it is the module kvm_pvm, which delivers interrupts itself and writes "
+    "the local APIC's EOI at delivery, in every mode (the tracepoints kvm_apic and kvm_eoi show the write before the "
+    "handler's first instruction). So a handler never sees its interrupt in service (ISR), the processor priority "
+    "stays, a lower vector interrupts a higher one, and a level that is still up is requested again (IRR) at once. The "
+    "software side has it in service until the guest's EOI (SDM vol. 3, 11.8.4 and 11.8.5).",
     "The software side's getters of lists (CPUID, MSR indexes) return Python lists of any length; E2BIG for a short "
     "buffer exists on the device only. E2BIG for tables that are too long exists on both sides.",
     "KVM_GET_FPU shows the guest's MXCSR on the software side; the kernel leaves the field alone. KVM_SET_FPU loads it "

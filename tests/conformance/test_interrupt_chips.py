@@ -11,7 +11,8 @@ from tests.support.conformance import CODE, RFLAGS_FIXED, RFLAGS_IF, Guest, refu
 
 from softkvm import abi
 
-APIC_ID, APIC_TPR, APIC_SPIV, APIC_LVT0, APIC_ISR, APIC_IRR = 0x20, 0x80, 0xF0, 0x350, 0x100, 0x200
+APIC_ID, APIC_TPR, APIC_PPR, APIC_SPIV, APIC_LVT0 = 0x20, 0x80, 0xA0, 0xF0, 0x350
+APIC_ISR, APIC_IRR = 0x100, 0x200
 
 
 @pytest.fixture
@@ -267,13 +268,37 @@ def test_an_ioapic_level_comes_again_while_the_line_is_up(apic: Guest, needs: Ca
     apic.cpu.set_sregs(sregs)
     apic.vm.irq_line(11, 1)
     apic.expect(abi.KVM_EXIT_IO)
-    # A host that emulates real mode shows the interrupt as requested again already.
-    assert pending(apic, APIC_ISR, 0x61) or pending(apic, APIC_IRR, 0x61)
     apic.expect(abi.KVM_EXIT_IO)
     apic.vm.irq_line(11, 0)
     apic.cpu.kick()
     with pytest.raises(InterruptedError):
         apic.cpu.run()
+
+
+@pytest.mark.parametrize("level", [False, True], ids=["edge", "level"])
+def test_an_interrupt_is_in_service_until_its_eoi(apic: Guest, needs: Callable[[str], None], level: bool) -> None:
+    needs("interrupts in real mode")
+    needs("interrupts in service until their EOI")
+    redirect(apic, 11, vector=0x61, level=level)
+    apic.ivt(0x61, CODE + 0x100)
+    apic.ivt(0x55, CODE + 0x200)
+    # sti; nop; nop; out 0xe9, al; mov dword [0xfee000b0], 0 through 32-bit addressing; nop; hlt
+    apic.write(CODE + 0x100, bytes.fromhex("fb 90 90 e6e9 6667c7 05b000e0fe 00000000 90 f4"))
+    apic.write(CODE + 0x200, bytes.fromhex("e6ea"))  # out 0xea, al
+    apic.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    sregs = apic.cpu.get_sregs()
+    sregs.ds.limit, sregs.ds.g = 0xFFFF_FFFF, 1  # "unreal" mode
+    apic.cpu.set_sregs(sregs)
+    apic.vm.irq_line(11, 1)
+    apic.vm.signal_msi(abi.kvm_msi(address_lo=0xFEE0_0000, data=0x55))
+    assert apic.expect(abi.KVM_EXIT_IO).io.port == 0xE9, "the lower priority waits although IF is set"
+    assert pending(apic, APIC_ISR, 0x61) and not pending(apic, APIC_IRR, 0x61)
+    assert pending(apic, APIC_IRR, 0x55) and lapic_register(apic, APIC_PPR) == 0x60
+    assert ioapic_entry(apic, 11).remote_irr == level
+    apic.vm.irq_line(11, 0)
+    assert apic.expect(abi.KVM_EXIT_IO).io.port == 0xEA, "after the EOI"
+    assert not pending(apic, APIC_ISR, 0x61) and pending(apic, APIC_ISR, 0x55)
+    assert ioapic_entry(apic, 11).remote_irr == 0
 
 
 def test_a_masked_ioapic_pin_is_ignored(apic: Guest) -> None:

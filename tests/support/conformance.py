@@ -308,12 +308,25 @@ def _steps_over_emulation(guest: Guest) -> bool:
     return guest.run() == abi.KVM_EXIT_DEBUG and guest.kvm_run.debug.arch.pc == CODE + 2
 
 
+def _in_service(guest: Guest) -> bool:
+    with Guest(guest.kvm, irqchip=True) as chips:
+        lapic = chips.cpu.get_lapic()
+        lapic.regs[0xF0:0xF2] = [0xFF, 1]  # SPIV: enabled
+        chips.cpu.set_lapic(lapic)
+        chips.ivt(0x41, CODE + 0x100)
+        chips.write(CODE + 0x100, bytes.fromhex("e6e9"))  # out 0xe9, al
+        chips.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+        chips.vm.signal_msi(abi.kvm_msi(address_lo=0xFEE0_0000, data=0x41))
+        return chips.run() == abi.KVM_EXIT_IO and chips.cpu.get_lapic().regs[0x120] == 2  # ISR, vectors 0x40 to 0x5f
+
+
 ABILITIES: dict[str, Callable[[Guest], bool]] = {
     "paging outside long mode": _paging_outside_long_mode,
     "SSE at privilege level 0": _supervisor_sse,
     "hypercalls": _hypercall,
     "exceptions in long mode": _long_mode_exception,
     "interrupts in real mode": _real_mode_interrupts,
+    "interrupts in service until their EOI": _in_service,
     "hardware breakpoints": _hardware_breakpoints,
     "watchpoints": _watchpoints,
     "a second NMI in real mode": _nmi_after_iret,
