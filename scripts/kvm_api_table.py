@@ -38,7 +38,7 @@ OTHER_ARCHITECTURES: Final = ("_S390_", "_PPC_", "_ARM_", "_MIPS_", "_SPAPR_", "
 NOTES: Final = (
     "On the device (Linux 6.18), an interrupt message to the APIC id of a vCPU that was never given a KVM_SET_LAPIC "
     "may find nobody (KVM_SIGNAL_MSI: 0); on the software side a vCPU is found from its creation on.",
-    "The device tried here is neither VMX nor SVM: it is the module kvm_pvm, which delivers interrupts itself and writes "
+    "The device tried here is neither VMX nor SVM: the module kvm_pvm delivers interrupts itself and writes "
     "the local APIC's EOI at delivery, in every mode (the tracepoints kvm_apic and kvm_eoi show the write before the "
     "handler's first instruction). So a handler never sees its interrupt in service (ISR), the processor priority "
     "stays, a lower vector interrupts a higher one, and a level that is still up is requested again (IRR) at once. The "

@@ -33,7 +33,7 @@ def test_boots_to_a_working_shell(vcpus: int) -> None:
         assert "5.67" in shell("awk 'BEGIN { print 1.89 * 3 }'")  # floating point in user space
         total_kib = int(re.search(r"MemTotal: +(\d+)", shell("cat /proc/meminfo | head -1"))[1])  # type: ignore[index]
         assert 200_000 < total_kib <= 256 * 1024
-        # A shell of its own says "begun": by then its process group is the terminal's foreground, which takes the Ctrl-C.
+        # A shell of its own says "begun": by then its process group is the terminal's foreground, which takes Ctrl-C.
         console.send("sh -c 'echo begun; sleep 1000'\n")
         console.expect(r"^begun\r\n", 30)
         console.send("\x03")  # job control: Ctrl-C ends the command, not the shell
