@@ -5,7 +5,7 @@
 mod x87_guest;
 
 use softcpu::x86::vmcb::{control, save};
-use softcpu::x86::x87::{validate_xcr0, xsave_size};
+use softcpu::x86::x87::{compacted_size, validate_xcr0, xsave_size};
 use x87_guest::{CODE, DATA_SIZE, Guest};
 
 const EXIT_NM: u64 = 0x47;
@@ -156,9 +156,60 @@ fn bad_xsave_headers_raise_gp() {
 
 #[test]
 fn xcr0_needs_x87_and_only_supported_components() {
-    assert!(validate_xcr0(1) && validate_xcr0(3));
-    assert!(!validate_xcr0(0) && !validate_xcr0(2) && !validate_xcr0(1 << 9 | 3));
-    assert_eq!(xsave_size(3), 576);
+    assert!(validate_xcr0(1) && validate_xcr0(3) && validate_xcr0(0x201) && validate_xcr0(0x203));
+    assert!(!validate_xcr0(0) && !validate_xcr0(2) && !validate_xcr0(0x200) && !validate_xcr0(1 << 10 | 3));
+    assert_eq!([3, 7, 0x203, 0x207].map(xsave_size), [576, 832, 0x988, 0x988]);
+    assert_eq!([3, 7, 0x203, 0x207].map(compacted_size), [576, 832, 584, 840]);
+}
+
+/// Runs the instruction with PKRU among the enabled and the requested components.
+fn run_with_pkru(pkru: u32, data: [u8; DATA_SIZE], instruction: &[u8]) -> (u64, [u8; DATA_SIZE], u32) {
+    let mut guest = Guest::new();
+    guest.cpu.rb.xcr0 = 0x203;
+    guest.cpu.rb.pkru = pkru;
+    let mut data = data;
+    // mov eax, 0x203; xor edx, edx
+    guest.run(&[&[0xb8, 3, 2, 0, 0, 0x31, 0xd2], instruction, &HLT].concat(), &mut data);
+    (guest.exit(), data, guest.cpu.rb.pkru)
+}
+
+#[test]
+fn pkru_is_component_nine_in_both_formats() {
+    let foreign = [0x55; DATA_SIZE];
+    let mut data = foreign;
+    data[512..576].fill(0);
+    let filler = 0x5555_5555_5555_5555;
+    let (exit, after, _) = run_with_pkru(0x1234_5678, data, &XSAVE);
+    assert_eq!((exit, word(&after, 512), word(&after, 0x980)), (EXIT_HLT, 0x200, 0x1234_5678));
+    let (_, after, _) = run_with_pkru(0, data, &XSAVE);
+    assert_eq!((word(&after, 512), word(&after, 0x980)), (0, 0), "the initial state, written all the same");
+    let (_, after, _) = run_with_pkru(0, data, &[0x0f, 0xae, 0x37]);
+    assert_eq!((word(&after, 512), word(&after, 0x980)), (0, filler), "XSAVEOPT leaves it out");
+    let (_, after, _) = run_with_pkru(0x1234_5678, data, &XSAVEC);
+    assert_eq!((word(&after, 512), word(&after, 520)), (0x200, 1 << 63 | 0x203));
+    assert_eq!((word(&after, 576), word(&after, 0x980)), (0x1234_5678, filler));
+}
+
+#[test]
+fn xrstor_loads_pkru_or_its_initial_state() {
+    let mut data = [0; DATA_SIZE];
+    data[576..580].copy_from_slice(&0x1111_1111u32.to_le_bytes());
+    data[0x980..0x984].copy_from_slice(&0x2222_2222u32.to_le_bytes());
+    for (state, layout, expected) in [
+        (0x200u64, 0, 0x2222_2222),
+        (0x200, 1 << 63 | 0x200, 0x1111_1111),
+        (0, 0, 0),
+        (0, 1 << 63 | 0x200, 0),
+        (0, 1 << 63 | 3, 0),
+    ] {
+        data[512..520].copy_from_slice(&state.to_le_bytes());
+        data[520..528].copy_from_slice(&u64::to_le_bytes(layout));
+        let (exit, _, pkru) = run_with_pkru(0x3333_3333, data, &XRSTOR);
+        assert_eq!((exit, pkru), (EXIT_HLT, expected), "XSTATE_BV {state:x} XCOMP_BV {layout:x}");
+    }
+    // Not asked for: left alone.
+    let keep = [&ALL_COMPONENTS[..], &XRSTOR].concat();
+    assert_eq!(run_with_pkru(0x3333_3333, data, &keep).2, 0x3333_3333);
 }
 
 #[test]

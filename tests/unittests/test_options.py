@@ -53,6 +53,12 @@ def test_features_are_added_and_taken_away() -> None:
     assert not leaf(table, 0x80000001).edx & 1 << 20
 
 
+def test_a_feature_takes_its_xsave_component_with_it() -> None:
+    table = cpumodel.parse("max,-pku").apply(everything())
+    assert leaf(table, 0xD).eax == ALL & ~(1 << 9)
+    assert leaf(cpumodel.parse("max").apply(everything()), 0xD).eax == ALL
+
+
 def test_the_last_word_on_a_feature_counts() -> None:
     assert leaf(cpumodel.parse("max,-umip,+umip").apply(everything()), 7).ecx & 1 << 2
     assert not leaf(cpumodel.parse("max,+umip,-umip").apply(everything()), 7).ecx & 1 << 2

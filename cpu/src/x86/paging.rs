@@ -483,6 +483,7 @@ impl Cpu {
         let exec = !leaf.nx && if user { user_page } else { !(user_page && self.cr4 & cr4::SMEP != 0) };
         let mut key_fault = false;
         if self.cr4 & cr4::PKE != 0 && self.long_mode() && user_page {
+            self.keys |= 1 << leaf.key;
             let bits = self.rb.pkru >> (leaf.key * 2);
             let no_access = bits & 1 != 0;
             let no_write = no_access || (bits & 2 != 0 && (user || wp));

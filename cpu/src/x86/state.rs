@@ -414,6 +414,8 @@ pub struct Cpu {
     pub stamp: u64,
     /// Software TLB.
     pub tlb: Tlb,
+    /// Protection keys of the pages that the TLB has ever been filled with (a bit each).
+    pub keys: u16,
     /// Decoded code.
     pub blocks: BlockCache,
     /// Machine this processor is in.

@@ -114,6 +114,7 @@ impl Cpu {
             stamp: 0,
             chain_left: 0,
             tlb,
+            keys: 0,
             blocks: BlockCache::default(),
             regions: machine.regions(),
             machine,

@@ -309,3 +309,101 @@ fn pae_and_two_level_paging() {
     assert_eq!(g.memory.read::<u32>(DATA), 9);
     assert_eq!(g.memory.read::<u32>(PML4) as u64 & (pte::A | pte::D), pte::A | pte::D);
 }
+
+const PKE: u64 = 1 << 22;
+const OSXSAVE: u64 = 1 << 18;
+const KEY: u64 = 3;
+const ACCESS_DISABLE: u32 = 1 << (2 * KEY);
+const WRITE_DISABLE: u32 = 2 << (2 * KEY);
+/// #PF by a protection key, for a read.
+const KEY_FAULT: u32 = 1 | 1 << 5;
+
+/// A guest with CR4.PKE whose page at DATA has protection key 3.
+fn keyed(code: impl FnOnce(&mut CodeAssembler)) -> Guest {
+    let mut g = Guest::long(code);
+    g.set(save::CR4, 0x6a0u64 | PKE | OSXSAVE);
+    g.memory.change_leaf(DATA, KEY << 59, 0);
+    g.cpu.rb.xcr0 = 0x203;
+    g
+}
+
+fn wrpkru(a: &mut CodeAssembler, rights: u32) {
+    a.xor(ecx, ecx).unwrap();
+    a.xor(edx, edx).unwrap();
+    a.mov(eax, rights).unwrap();
+    a.wrpkru().unwrap();
+}
+
+#[test]
+fn wrpkru_counts_at_once() {
+    let mut g = keyed(|a| {
+        a.mov(dword_ptr(DATA), 1).unwrap();
+        wrpkru(a, WRITE_DISABLE);
+        a.mov(rbx, qword_ptr(DATA)).unwrap();
+        wrpkru(a, ACCESS_DISABLE);
+        a.mov(rbx, qword_ptr(DATA + 8)).unwrap();
+    });
+    assert_eq!(g.run_to_handler(), 14);
+    assert_eq!(g.frame(true).0, Some(KEY_FAULT as u64));
+    assert_eq!((g.get::<u64>(save::CR2), g.cpu.rb.gpr[3]), (DATA + 8, 1));
+    // Rights of keys that no page has change nothing.
+    let mut g = keyed(|a| {
+        a.mov(dword_ptr(DATA), 1).unwrap();
+        wrpkru(a, !(3 << (2 * KEY) | 3));
+        a.mov(dword_ptr(DATA), 2).unwrap();
+        a.hlt().unwrap();
+    });
+    g.expect_exit(exitcode::HLT);
+}
+
+#[test]
+fn xrstor_of_pkru_counts_at_once() {
+    let area = DATA + 0x1000;
+    let mut g = keyed(|a| {
+        a.mov(dword_ptr(DATA), 1).unwrap();
+        a.mov(eax, 0x200).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.xrstor(ptr(area)).unwrap();
+        a.mov(rbx, qword_ptr(DATA)).unwrap();
+    });
+    g.memory.write::<u64>(area + 512, 0x200);
+    g.memory.write::<u32>(area + 0x980, ACCESS_DISABLE);
+    assert_eq!(g.run_to_handler(), 14);
+    assert_eq!(g.frame(true).0, Some(KEY_FAULT as u64));
+    assert_eq!(g.cpu.rb.pkru, ACCESS_DISABLE);
+}
+
+#[test]
+fn pke_can_be_set_and_shows_in_cpuid() {
+    let mut g = Guest::long(|a| {
+        a.mov(rax, 0x6a0 | PKE).unwrap();
+        a.mov(cr4, rax).unwrap();
+        a.mov(eax, 7).unwrap();
+        a.xor(ecx, ecx).unwrap();
+        a.cpuid().unwrap();
+        a.hlt().unwrap();
+    });
+    g.expect_exit(exitcode::HLT);
+    assert_eq!(g.cpu.rb.gpr[1] >> 3 & 3, 3, "PKU and OSPKE");
+}
+
+#[test]
+fn the_save_areas_sizes_follow_xcr0() {
+    for (xcr0, standard, compacted) in [(1, 0x240, 0x240), (0x201, 0x988, 0x248), (0x203, 0x988, 0x248)] {
+        let mut g = keyed(|a| {
+            a.mov(eax, xcr0).unwrap();
+            a.xor(edx, edx).unwrap();
+            a.xor(ecx, ecx).unwrap();
+            a.xsetbv().unwrap();
+            a.mov(eax, 0xd).unwrap();
+            a.cpuid().unwrap();
+            a.mov(r8, rbx).unwrap();
+            a.mov(eax, 0xd).unwrap();
+            a.mov(ecx, 1).unwrap();
+            a.cpuid().unwrap();
+            a.hlt().unwrap();
+        });
+        g.expect_exit(exitcode::HLT);
+        assert_eq!((g.cpu.rb.gpr[8], g.cpu.rb.gpr[3]), (standard, compacted), "XCR0 {xcr0:#x}");
+    }
+}

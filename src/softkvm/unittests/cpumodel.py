@@ -36,6 +36,8 @@ for _word, _named in WORDS.items():
         _BITS.setdefault(_name, []).append((_word, _bit))
 
 _XSAVE_LEAF = 0xD
+_COMPONENTS = {"avx": 2, "pku": 9}
+"""The XSAVE state component of a feature."""
 _ALWAYS = frozenset({"hypervisor", "ht", "apic"})
 """Facts of the machine, not of the model."""
 
@@ -115,6 +117,9 @@ class CpuModel:
             entries = _limit(entries, model)
         for name in self.removed:
             _clear(entries, name)
+        for name, component in _COMPONENTS.items():
+            if not _has(entries, name):
+                _clear_component(entries, component)
         if not _has(entries, "xsave"):
             for entry in entries:
                 if entry.function == _XSAVE_LEAF:
@@ -145,6 +150,15 @@ def _clear(entries: Sequence[abi.kvm_cpuid_entry2], name: str) -> None:
         entry = _find(entries, word)
         if entry is not None:
             setattr(entry, word[2], getattr(entry, word[2]) & ~(1 << bit))
+
+
+def _clear_component(entries: Sequence[abi.kvm_cpuid_entry2], component: int) -> None:
+    """Take an XSAVE state component away: from XCR0's bits, and its own sub-leaf."""
+    for entry in entries:
+        if (entry.function, entry.index) == (_XSAVE_LEAF, 0):
+            entry.eax &= ~(1 << component)
+        elif (entry.function, entry.index) == (_XSAVE_LEAF, component):
+            entry.eax = entry.ebx = entry.ecx = entry.edx = 0
 
 
 def _limit(entries: list[abi.kvm_cpuid_entry2], model: Model) -> list[abi.kvm_cpuid_entry2]:

@@ -11,7 +11,6 @@ from tests.support.tiny import PAGE_TABLES, Tiny
 
 from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import fpu
 
 _PKU = 1 << 3
 _OSPKE = 1 << 4
@@ -137,9 +136,21 @@ def _xsave_with(tiny: Tiny, present: bool, value: int) -> abi.kvm_xsave:
     return abi.kvm_xsave.from_buffer_copy(area)
 
 
-def test_pkru_is_in_the_xsave_area(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fpu, "_pkru_offset", lambda vcpu: _PKRU_AT)
-    tiny.vcpu.cpuid.supported_xcr0 |= cr.XFEATURE_PKRU
+def test_kvm_supports_the_component_where_amd_processors_have_it(tiny: Tiny) -> None:
+    leaves = {(e.function, e.index): e for e in tiny.kvm.get_supported_cpuid()}
+    assert leaves[7, 0].ecx & (_PKU | _OSPKE) == _PKU
+    assert (leaves[0xD, 0].eax, leaves[0xD, 0].ecx) == (0x203, _PKRU_AT + 8)
+    component = leaves[0xD, 9]
+    assert (component.eax, component.ebx, component.ecx, component.edx) == (8, _PKRU_AT, 0, 0)
+    xcrs = abi.kvm_xcrs(nr_xcrs=1)
+    xcrs.xcrs[0].value = 0x203
+    tiny.vcpu.set_xcrs(xcrs)
+    assert tiny.vcpu.get_xcrs().xcrs[0].value == 0x203
+    assert tiny.vcpu.cpuid.answer(0xD, 0)[1] == _PKRU_AT + 8
+    assert tiny.vcpu.cpuid.answer(0xD, 1)[1] == 576 + 8
+
+
+def test_pkru_is_in_the_xsave_area(tiny: Tiny) -> None:
     _enable(tiny)
     assert _after_wrpkru(tiny, _ACCESS_DISABLE, "") == -1
     area = bytes(tiny.vcpu.get_xsave())

@@ -7,6 +7,7 @@ use crate::mem::host_load;
 use crate::x86::op::{Op, Res, Stop, flag};
 use crate::x86::paging::PHYS_BITS;
 use crate::x86::state::{Cpu, Exception, cr0, cr4, efer, reg, vector};
+use crate::x86::x87::validate_xcr0;
 
 /// CR0 bits that exist.
 const CR0_BITS: u64 = cr0::PE
@@ -37,7 +38,8 @@ pub const CR4_BITS: u64 = cr4::VME
     | cr4::PCIDE
     | cr4::OSXSAVE
     | cr4::SMEP
-    | cr4::SMAP;
+    | cr4::SMAP
+    | cr4::PKE;
 /// CR4 bits that translations depend on.
 const CR4_PAGING: u64 =
     cr4::PSE | cr4::PAE | cr4::PGE | cr4::LA57 | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE;
@@ -57,6 +59,18 @@ impl Cpu {
     fn flush_paging(&mut self) {
         self.tlb.flush_asid();
         self.switch_tlb();
+    }
+
+    /// Writes PKRU; whether translations were forgotten for it. The TLB has the keys' rights folded in, so it must go
+    /// when the rights of a key change that a page has had.
+    pub fn write_pkru(&mut self, v: u32) -> bool {
+        let changed = self.rb.pkru ^ v;
+        self.rb.pkru = v;
+        let stale = (0..16).any(|key| self.keys >> key & 1 != 0 && changed >> (2 * key) & 3 != 0);
+        if stale {
+            self.flush_paging();
+        }
+        stale
     }
 
     /// Whether the paging structures are PAE's, with four PDPTEs in the processor.
@@ -389,7 +403,7 @@ pub(super) fn xgetbv(cpu: &mut Cpu, _: &Op) -> Res {
     Ok(())
 }
 
-/// XSETBV: x87 always, SSE at will.
+/// XSETBV.
 pub(super) fn xsetbv(cpu: &mut Cpu, op: &Op) -> Res {
     if cpu.cr4 & cr4::OSXSAVE == 0 {
         return Err(cpu.ud());
@@ -397,7 +411,7 @@ pub(super) fn xsetbv(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.privileged()?;
     cpu.intercept(exitcode::XSETBV)?;
     let v = super::msr::edx_eax(cpu);
-    if cpu.rb.gpr[reg::RCX] as u32 != 0 || v & 1 == 0 || v & !super::cpuid::XCR0_BITS != 0 {
+    if cpu.rb.gpr[reg::RCX] as u32 != 0 || !validate_xcr0(v) {
         return Err(cpu.gp(0));
     }
     cpu.rb.xcr0 = v;
@@ -426,10 +440,6 @@ pub(super) fn wrpkru(cpu: &mut Cpu, op: &Op) -> Res {
         return Err(cpu.gp(0));
     }
     let v = cpu.rb.gpr[reg::RAX] as u32;
-    if v != cpu.rb.pkru {
-        cpu.rb.pkru = v;
-        // The keys' rights are folded into the TLB.
-        cpu.flush_paging();
-    }
+    cpu.write_pkru(v);
     Err(cpu.end_block(op))
 }

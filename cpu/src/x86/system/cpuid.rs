@@ -3,10 +3,8 @@
 //!
 //! A hypervisor starts from these leaves; topology, APIC and paravirtual leaves are its own affair.
 
-use crate::x86::x87::SUPPORTED_XCR0;
-
-/// XCR0 bits that can be set.
-pub const XCR0_BITS: u64 = SUPPORTED_XCR0;
+use crate::x86::x87::xsave::{PKRU_AT, PKRU_SIZE};
+use crate::x86::x87::{SUPPORTED_XCR0, compacted_size, xsave_size};
 
 /// Highest standard and extended leaf.
 const MAX_STANDARD: u32 = 0xD;
@@ -33,8 +31,8 @@ const COMMON_EDX: u32 = bits(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16,
 const LEAF1_EDX: u32 = COMMON_EDX | bits(&[11, 19, 25, 26]);
 /// Fn0000_0007_EBX_x0: FSGSBASE BMI1 SMEP BMI2 ERMS INVPCID RDSEED ADX SMAP CLFLUSHOPT CLWB SHA.
 const LEAF7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 10, 18, 19, 20, 23, 24, 29]);
-/// Fn0000_0007_ECX_x0: UMIP RDPID.
-const LEAF7_ECX: u32 = bits(&[2, 22]);
+/// Fn0000_0007_ECX_x0: UMIP PKU RDPID.
+const LEAF7_ECX: u32 = bits(&[2, 3, 22]);
 /// Fn0000_0007_EDX_x0: FSRM.
 const LEAF7_EDX: u32 = bits(&[4]);
 /// Fn8000_0001_ECX: LAHF SVM AltMovCr8 ABM 3DNowPrefetch.
@@ -49,11 +47,6 @@ const SVM_EDX: u32 = bits(&[0, 3, 6, 7, 10, 12]);
 const EXT21_EAX: u32 = bits(&[0, 2, 6]);
 /// ASIDs.
 const ASIDS: u32 = 0x8000;
-
-/// Size of the XSAVE area for the components in `mask`.
-pub fn xsave_size(mask: u64) -> u32 {
-    crate::x86::x87::xsave_size(mask & XCR0_BITS) as u32
-}
 
 fn brand(part: usize) -> [u32; 4] {
     core::array::from_fn(|n| {
@@ -76,9 +69,10 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
         6 => [4, 0, 0, 0],
         7 if subleaf == 0 => [0, LEAF7_EBX, LEAF7_ECX, LEAF7_EDX],
         0xD => match subleaf {
-            0 => [XCR0_BITS as u32, xsave_size(1), xsave_size(XCR0_BITS), 0],
+            0 => [SUPPORTED_XCR0 as u32, xsave_size(1) as u32, xsave_size(SUPPORTED_XCR0) as u32, 0],
             // XSAVEOPT XSAVEC.
-            1 => [3, xsave_size(1), 0, 0],
+            1 => [3, compacted_size(1) as u32, 0, 0],
+            9 => [PKRU_SIZE as u32, PKRU_AT as u32, 0, 0],
             _ => [0; 4],
         },
         0x8000_0000 => [MAX_EXTENDED, VENDOR[0], VENDOR[1], VENDOR[2]],
@@ -109,6 +103,14 @@ mod tests {
         let text: Vec<u8> =
             (2..5).flat_map(|n| cpuid(0x8000_0000 + n, 0)).flat_map(|v| v.to_le_bytes()).collect();
         assert!(text.starts_with(b"softkvm software CPU\0"));
+    }
+
+    #[test]
+    fn protection_keys_and_their_component_are_reported_as_on_amd_processors() {
+        assert_eq!(cpuid(7, 0)[2] >> 3 & 1, 1);
+        assert_eq!(cpuid(0xD, 0), [0x203, 0x240, 0x988, 0]);
+        assert_eq!(cpuid(0xD, 1), [3, 0x240, 0, 0]);
+        assert_eq!(cpuid(0xD, 9), [8, 0x980, 0, 0]);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::x86::access::Access;
 use crate::x86::flags::rf;
 use crate::x86::op::{Op, Res};
 use crate::x86::state::{Cpu, cr4, reg};
+use crate::x86::x87::{compacted_size, xsave_size};
 
 /// CPUID.
 pub(super) fn cpuid(cpu: &mut Cpu, _: &Op) -> Res {
@@ -25,8 +26,8 @@ pub(super) fn cpuid(cpu: &mut Cpu, _: &Op) -> Res {
             }
         }
         (7, 0) if cpu.cr4 & cr4::PKE != 0 => v[2] |= 1 << 4,
-        (0xD, 0) => v[1] = super::cpuid::xsave_size(cpu.rb.xcr0),
-        (0xD, 1) => v[1] = super::cpuid::xsave_size(cpu.rb.xcr0),
+        (0xD, 0) => v[1] = xsave_size(cpu.rb.xcr0) as u32,
+        (0xD, 1) => v[1] = compacted_size(cpu.rb.xcr0) as u32,
         _ => {}
     }
     for (n, r) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX].into_iter().enumerate() {

@@ -20,7 +20,7 @@ use crate::float::{self, Constant};
 use arith::{form, operation};
 use moves::format;
 
-pub use xsave::{SUPPORTED_XCR0, validate_xcr0, xsave_size};
+pub use xsave::{SUPPORTED_XCR0, compacted_size, validate_xcr0, xsave_size};
 
 /// Number of the ST(i) operand that isn't ST0 (0 if both are, or there is none).
 fn stack_operand(i: &Instruction) -> u8 {

@@ -16,17 +16,23 @@ pub mod component {
     pub const SSE: u64 = 1 << 1;
     /// Upper halves of the YMM registers.
     pub const AVX: u64 = 1 << 2;
+    /// PKRU.
+    pub const PKRU: u64 = 1 << 9;
 }
 
 /// The components that XCR0 may enable.
-pub const SUPPORTED_XCR0: u64 = component::X87 | component::SSE;
+pub const SUPPORTED_XCR0: u64 = component::X87 | component::SSE | component::PKRU;
 
 /// Offset of the XSAVE header.
 const HEADER: usize = 512;
-/// Offset of the extended region; the AVX component is its first, and only, one in either format.
+/// Offset of the extended region; the AVX component is its first one in either format.
 const EXTENDED: usize = 576;
 /// Size of the AVX component.
 const AVX_SIZE: usize = 256;
+/// Offset of PKRU in the standard format, where AMD's processors have it (Intel's leave room for MPX: A80h).
+pub const PKRU_AT: usize = 0x980;
+/// Size of the PKRU component, of which the first four bytes are the register.
+pub const PKRU_SIZE: usize = 8;
 /// XCOMP_BV bit of the compacted format.
 const COMPACTED: u64 = 1 << 63;
 
@@ -37,9 +43,25 @@ pub const fn validate_xcr0(value: u64) -> bool {
         && (value & component::AVX == 0 || value & component::SSE != 0)
 }
 
-/// Size in bytes of the XSAVE area for the components in `mask` (CPUID leaf 0xD).
+/// Size in bytes of the XSAVE area in the standard format for the components in `mask` (CPUID leaf 0xD).
 pub const fn xsave_size(mask: u64) -> usize {
-    if mask & component::AVX != 0 { EXTENDED + AVX_SIZE } else { EXTENDED }
+    if mask & component::PKRU != 0 {
+        PKRU_AT + PKRU_SIZE
+    } else if mask & component::AVX != 0 {
+        EXTENDED + AVX_SIZE
+    } else {
+        EXTENDED
+    }
+}
+
+/// The same in the compacted format; no component asks for alignment.
+pub const fn compacted_size(mask: u64) -> usize {
+    compacted_pkru(mask) + if mask & component::PKRU != 0 { PKRU_SIZE } else { 0 }
+}
+
+/// Offset of PKRU in the compacted format with the components in `layout`.
+const fn compacted_pkru(layout: u64) -> usize {
+    EXTENDED + if layout & component::AVX != 0 { AVX_SIZE } else { 0 }
 }
 
 impl Cpu {
@@ -55,7 +77,7 @@ impl Cpu {
         let vectors = self.vector_registers();
         let sse = rb.ymm[..vectors].iter().any(|v| v[0] | v[1] != 0);
         let avx = rb.ymm[..vectors].iter().any(|v| v[2] | v[3] != 0);
-        u64::from(x87) | u64::from(sse) << 1 | u64::from(avx) << 2
+        u64::from(x87) | u64::from(sse) << 1 | u64::from(avx) << 2 | u64::from(rb.pkru != 0) << 9
     }
 
     /// #UD, #NM and the mask of requested components: EDX:EAX and XCR0.
@@ -74,8 +96,16 @@ impl Cpu {
         self.write_bytes(self.mmu, op.seg, linear.wrapping_add(at as u64), bytes)
     }
 
-    /// Writes the components of `mask`, and MXCSR with its mask if `mxcsr`.
-    fn write_components(&mut self, op: &Op, linear: u64, mask: u64, mxcsr: bool, wide: bool) -> Res {
+    /// Writes the components of `mask`, PKRU at `pkru_at`, and MXCSR with its mask if `mxcsr`.
+    fn write_components(
+        &mut self,
+        op: &Op,
+        linear: u64,
+        mask: u64,
+        pkru_at: usize,
+        mxcsr: bool,
+        wide: bool,
+    ) -> Res {
         if mask & component::X87 != 0 {
             let head = self.legacy_head(wide);
             self.write_part(op, linear, 0, &head)?;
@@ -100,6 +130,10 @@ impl Cpu {
             let size = 16 * self.vector_registers();
             self.write_part(op, linear, EXTENDED, &upper[..size])?;
         }
+        if mask & component::PKRU != 0 {
+            let both = u64::from(self.rb.pkru);
+            self.write_part(op, linear, pkru_at, &both.to_le_bytes())?;
+        }
         Ok(())
     }
 
@@ -115,12 +149,12 @@ pub fn xsave<const WIDE: bool, const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     let size = xsave_size(mask);
     let linear = cpu.save_area(op, size, 64, Access::Write)?;
     let mut old = [0; 8];
-    cpu.probe_write(op.seg, linear, size)?;
-    cpu.read_bytes(cpu.mmu, op.seg, linear.wrapping_add(HEADER as u64), &mut old)?;
     let in_use = cpu.xinuse();
     let written = if OPT { mask & in_use } else { mask };
+    cpu.probe_write(op.seg, linear, xsave_size(written))?;
+    cpu.read_bytes(cpu.mmu, op.seg, linear.wrapping_add(HEADER as u64), &mut old)?;
     let mxcsr = mask & (component::SSE | component::AVX) != 0;
-    cpu.write_components(op, linear, written, mxcsr, WIDE)?;
+    cpu.write_components(op, linear, written, PKRU_AT, mxcsr, WIDE)?;
     let header = u64::from_le_bytes(old) & !mask | in_use & mask;
     cpu.write_part(op, linear, HEADER, &header.to_le_bytes())
 }
@@ -128,7 +162,7 @@ pub fn xsave<const WIDE: bool, const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Res {
 /// XSAVEC: the compacted format. `WIDE`: the form with REX.W.
 pub fn xsavec<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     let mask = cpu.xsave_enter()?;
-    let size = xsave_size(mask);
+    let size = compacted_size(mask);
     let linear = cpu.save_area(op, size, 64, Access::Write)?;
     cpu.probe_write(op.seg, linear, size)?;
     let mut in_use = cpu.xinuse();
@@ -136,7 +170,8 @@ pub fn xsavec<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
         in_use |= component::SSE;
     }
     let written = mask & in_use;
-    cpu.write_components(op, linear, written, written & component::SSE != 0, WIDE)?;
+    let mxcsr = written & component::SSE != 0;
+    cpu.write_components(op, linear, written, compacted_pkru(mask), mxcsr, WIDE)?;
     let header = u128::from(written) | u128::from(mask | COMPACTED) << 64;
     cpu.write_part(op, linear, HEADER, &header.to_le_bytes())
 }
@@ -176,6 +211,12 @@ pub fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
         cpu.lin(op, EXTENDED + AVX_SIZE, Access::Read)?;
         cpu.read_bytes(cpu.mmu, op.seg, linear.wrapping_add(EXTENDED as u64), upper)?;
     }
+    let mut pkru = [0; 4];
+    if load & component::PKRU != 0 {
+        let at = if compacted { compacted_pkru(layout) } else { PKRU_AT };
+        cpu.lin(op, at + PKRU_SIZE, Access::Read)?;
+        cpu.read_bytes(cpu.mmu, op.seg, linear.wrapping_add(at as u64), &mut pkru)?;
+    }
     if load & component::X87 != 0 {
         cpu.set_legacy_x87(&area, WIDE);
     } else if mask & component::X87 != 0 {
@@ -201,6 +242,10 @@ pub fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
             let v = u128::from_le_bytes(bytes);
             (ymm[2], ymm[3]) = (v as u64, (v >> 64) as u64);
         }
+    }
+    // Whatever CR4.PKE says (SDM vol. 1, 13.5.7).
+    if mask & component::PKRU != 0 && cpu.write_pkru(u32::from_le_bytes(pkru)) {
+        return Err(cpu.end_block(op));
     }
     Ok(())
 }
