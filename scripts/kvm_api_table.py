@@ -52,6 +52,8 @@ NOTES: Final = (
     "KVM_GET_XSAVE of a new vCPU marks x87 and SSE as present on the software side, as initial on the device.",
     "Host memory that is unmapped while a guest uses it ends the process with SIGSEGV on the software side (there are "
     "no MMU notifiers). Memory that is not mapped when the guest first touches it is EFAULT of KVM_RUN.",
+    "The device tried here does not report KVM_CAP_INTR_SHADOW, although KVM_GET_VCPU_EVENTS has the shadow, nor "
+    "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A vCPU's kick is not a signal on the software side, so KVM_SET_SIGNAL_MASK is checked and changes nothing.",
     "KVM_SET_TSC_KHZ takes the silicon's frequency only (within 250 ppm): it has no TSC scaling.",
 )

@@ -112,6 +112,23 @@ def test_paravirtual_msrs_follow_cpuid_when_enforced(guest: Guest, needs: Callab
     assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
 
 
+def test_platform_info_may_be_kept_from_the_guest(guest: Guest, needs: Callable[[str], None]) -> None:
+    needs("interrupts in real mode")
+    supported(guest, abi.KVM_CAP_MSR_PLATFORM_INFO)
+    guest.ivt(abi.GP_VECTOR, CODE + 0x100)
+    guest.write(CODE + 0x100, b"\xe6\xe9")  # out 0xe9, al
+    read = "66b9ce000000 0f32 f4"  # mov ecx, MSR_PLATFORM_INFO; rdmsr; hlt
+    guest.real(read)
+    guest.expect(abi.KVM_EXIT_HLT)
+    guest.vm.enable_cap(abi.KVM_CAP_MSR_PLATFORM_INFO, 0)
+    guest.real(read)
+    assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
+    assert len(guest.cpu.get_msrs([0xCE])) == 1, "userspace reads it as before"
+    guest.vm.enable_cap(abi.KVM_CAP_MSR_PLATFORM_INFO, 1)
+    guest.real(read)
+    guest.expect(abi.KVM_EXIT_HLT)
+
+
 def test_the_emulation_failure_option_is_checked(guest: Guest) -> None:
     supported(guest, abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE)
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 2))

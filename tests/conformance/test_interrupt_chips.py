@@ -301,6 +301,17 @@ def test_an_interrupt_is_in_service_until_its_eoi(apic: Guest, needs: Callable[[
     assert ioapic_entry(apic, 11).remote_irr == 0
 
 
+@pytest.mark.parametrize("polarity", [0, 1], ids=["active-high", "active-low"])
+def test_the_polarity_of_an_ioapic_entry_is_ignored(apic: Guest, polarity: int) -> None:
+    assert apic.vm.check_extension(abi.KVM_CAP_IOAPIC_POLARITY_IGNORED)
+    chip = apic.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC)
+    chip.chip.ioapic.redirtbl[12].bits = 0x71 | polarity << 13
+    apic.vm.set_irqchip(chip)
+    assert not pending(apic, APIC_IRR, 0x71)
+    apic.vm.irq_line(12, 1)
+    assert pending(apic, APIC_IRR, 0x71), "1 is active"
+
+
 def test_a_masked_ioapic_pin_is_ignored(apic: Guest) -> None:
     redirect(apic, 12, vector=0x71, mask=True)
     apic.vm.irq_line(12, 1)

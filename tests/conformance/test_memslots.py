@@ -68,6 +68,13 @@ def test_the_number_of_slots_is_the_first_bad_slot(kvm: api.Kvm, vm: api.Vm, hva
     refused(errno.EINVAL, lambda: vm.set_user_memory_region(region(hva, slot=slots, guest_phys_addr=0)))
 
 
+def test_address_spaces_that_do_not_exist_are_einval(kvm: api.Kvm, vm: api.Vm, hva: int) -> None:
+    spaces = kvm.check_extension(abi.KVM_CAP_MULTI_ADDRESS_SPACE) or 1
+    vm.set_user_memory_region(region(hva, slot=1 | (spaces - 1) << 16))
+    refused(errno.EINVAL, lambda: vm.set_user_memory_region(region(hva, slot=1 | spaces << 16)))
+    refused(errno.EINVAL, lambda: vm.get_dirty_log(1 | spaces << 16))
+
+
 def test_deleting_what_is_not_there_is_einval(vm: api.Vm, hva: int) -> None:
     refused(errno.EINVAL, lambda: vm.set_user_memory_region(region(hva, memory_size=0)))
     vm.set_user_memory_region(region(hva))

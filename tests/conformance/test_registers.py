@@ -274,6 +274,24 @@ def test_nmi_state_round_trips(guest: Guest) -> None:
     assert (got.pending, got.masked) == (1, 1)
 
 
+def test_the_interrupt_shadow_round_trips_and_ends_with_the_instruction(guest: Guest) -> None:
+    # The device tried has the flag without the capability.
+    assert guest.cpu.get_vcpu_events().flags & abi.KVM_VCPUEVENT_VALID_SHADOW or not guest.vm.check_extension(
+        abi.KVM_CAP_INTR_SHADOW
+    )
+    guest.real("90 f4")  # nop; hlt
+    events = guest.cpu.get_vcpu_events()
+    assert events.interrupt.shadow == 0
+    events.flags, events.interrupt.shadow = abi.KVM_VCPUEVENT_VALID_SHADOW, abi.KVM_X86_SHADOW_INT_STI
+    guest.cpu.set_vcpu_events(events)
+    assert guest.cpu.get_vcpu_events().interrupt.shadow & abi.KVM_X86_SHADOW_INT_STI
+    events.flags, events.interrupt.shadow = 0, 0
+    guest.cpu.set_vcpu_events(events)
+    assert guest.cpu.get_vcpu_events().interrupt.shadow, "stays without its flag"
+    guest.expect(abi.KVM_EXIT_HLT)
+    assert guest.cpu.get_vcpu_events().interrupt.shadow == 0
+
+
 def test_the_nmi_count_stays_without_its_flag(guest: Guest) -> None:
     guest.cpu.nmi()
     events = guest.cpu.get_vcpu_events()

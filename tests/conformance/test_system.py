@@ -94,6 +94,11 @@ def test_numbers_of_vcpus_are_in_order(kvm: api.Kvm) -> None:
 
 
 def test_unknown_vm_types_are_refused(kvm: api.Kvm) -> None:
+    types = kvm.check_extension(abi.KVM_CAP_VM_TYPES)
+    assert types & 1, "the default"
+    kvm.create_vm(0).close()
+    for kind in (number for number in range(8) if not types >> number & 1):
+        refused(errno.EINVAL, lambda kind=kind: kvm.create_vm(kind))  # type: ignore[misc]
     refused(errno.EINVAL, lambda: kvm.create_vm(0x7F))
 
 
@@ -130,7 +135,13 @@ def test_indexed_leaves_carry_the_flag(kvm: api.Kvm) -> None:
 
 
 def test_emulated_cpuid_can_be_read(kvm: api.Kvm) -> None:
-    assert len(kvm.get_emulated_cpuid()) <= 256
+    entries = kvm.get_emulated_cpuid()
+    assert len(entries) <= 256
+    assert kvm.check_extension(abi.KVM_CAP_EXT_EMUL_CPUID) or not entries
+    registers = {(e.function, e.index): (e.eax, e.ebx, e.ecx, e.edx) for e in entries}
+    assert len(registers) == len(entries)
+    for function, index in registers:
+        assert function <= registers[0, 0][0], (function, index)
 
 
 def test_cpuid_comes_back_as_set(guest: Guest) -> None:

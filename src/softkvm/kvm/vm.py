@@ -86,6 +86,7 @@ class Vm:
         self.exit_on_emulation_error = False
         self.disable_hlt_exits = False
         self.user_space_msr_mask = 0
+        self.guest_can_read_msr_platform_info = True
 
         # Time
         self.default_tsc_khz = TSC_KHZ
@@ -425,7 +426,7 @@ class Vm:
                 raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_MSR_EXIT_REASON_* bits")
             self.user_space_msr_mask = value
         elif cap == abi.KVM_CAP_MSR_PLATFORM_INFO:
-            pass  # the guest reads MSR_PLATFORM_INFO either way
+            self.guest_can_read_msr_platform_info = bool(value)
         elif cap == abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS:
             chips = self._irqchip()
             if not value or self.vcpus:

@@ -286,6 +286,12 @@ def _write_debugctl(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return True
 
 
+def _read_platform_info(vcpu: Vcpu, index: int, host: bool) -> int | None:
+    if not host and not vcpu.vm.guest_can_read_msr_platform_info:  # KVM_CAP_MSR_PLATFORM_INFO
+        return None
+    return vcpu.msr_values.get(index, PLATFORM_INFO_CPUID_FAULT)
+
+
 def _write_platform_info(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return host and _keep(vcpu, index, data)
 
@@ -327,9 +333,7 @@ _TABLE: Final[dict[int, Msr]] = {
     0xC1: _constant(0),
     0xC2: _constant(0),
     0xCD: _constant(3),  # FSB_FREQ
-    MSR_PLATFORM_INFO: Msr(
-        lambda vcpu, index, host: vcpu.msr_values.get(index, PLATFORM_INFO_CPUID_FAULT), _write_platform_info
-    ),
+    MSR_PLATFORM_INFO: Msr(_read_platform_info, _write_platform_info),
     0xFE: Msr(lambda vcpu, index, host: 0x508, lambda vcpu, index, data, host: False, False),  # MTRRcap: 8 variable
     MSR_IA32_SYSENTER_CS: _in_vmcb(V.SYSENTER_CS),
     MSR_IA32_SYSENTER_ESP: _sysenter(V.SYSENTER_ESP),
