@@ -327,11 +327,6 @@ impl Cpu {
         Ok(n.host | (gpa & 0xfff))
     }
 
-    /// Host address of a guest-physical address that the processor itself reads (PDPTEs).
-    pub(super) fn guest_physical(&mut self, gpa: u64) -> Result<u64, Stop> {
-        self.entry_host(gpa)
-    }
-
     /// Walks the guest's page tables for one access.
     fn walk_guest(&mut self, bank: usize, linear: u64, access: Access) -> Result<Guest, Failure> {
         if self.cr0 & cr0::PG == 0 {

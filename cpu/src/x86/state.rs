@@ -386,8 +386,6 @@ pub struct Cpu {
     pub dr6: u64,
     /// DR7.
     pub dr7: u64,
-    /// PDPTEs of PAE paging (loaded with CR3).
-    pub pdpte: [u64; 4],
     /// Other MSRs.
     pub msr: Msrs,
     /// VMCB control fields.

@@ -100,7 +100,6 @@ impl Cpu {
             efer: 0,
             dr6: 0,
             dr7: 0,
-            pdpte: [0; 4],
             msr: Msrs::default(),
             ctl: Control::default(),
             shadow: false,

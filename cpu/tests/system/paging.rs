@@ -282,19 +282,51 @@ fn rep_movs_restarts_after_a_fault_with_its_progress() {
     }
 }
 
-#[test]
-fn pae_and_two_level_paging() {
-    // PAE: PDPTEs without rights, NX by EFER.NXE.
-    let mut g = Guest::protected(|a| {
-        a.mov(dword_ptr(DATA as u32), 7).unwrap();
-        a.hlt().unwrap();
-    });
+/// In 32-bit mode with PAE paging; only the first PDPTE is present.
+fn pae(code: impl FnOnce(&mut CodeAssembler)) -> Guest {
+    let mut g = Guest::protected(code);
     for n in 0..4u64 {
         g.memory.write::<u64>(PDPT + 8 * n, if n == 0 { PD | 1 } else { 0 });
     }
     g.set(save::CR0, 0x8001_0011u64);
     g.set(save::CR3, PDPT);
     g.set(save::CR4, 0x20u64);
+    g
+}
+
+#[test]
+fn pdptes_are_read_by_the_table_walk_and_not_by_mov_to_cr3() {
+    // APM vol. 2, 15.25.10: what is wrong with an entry shows when a walk comes to it.
+    let mut g = pae(|a| {
+        a.mov(eax, cr3).unwrap();
+        a.mov(cr3, eax).unwrap();
+        a.mov(eax, cr4).unwrap();
+        a.bts(eax, 7).unwrap();
+        a.mov(cr4, eax).unwrap();
+        a.mov(dword_ptr(DATA as u32), 7).unwrap();
+        a.mov(dword_ptr(0xc000_0000u32 + DATA as u32), 8).unwrap();
+    });
+    g.memory.write::<u64>(PDPT + 24, PD | 1 | 1 << 1);
+    assert_eq!(g.run_to_handler(), 14);
+    assert_eq!(g.memory.read::<u32>(g.rsp()), 1 | 2 | 8, "a reserved bit");
+    assert_eq!((g.get::<u64>(save::CR2), g.memory.read::<u32>(DATA)), (0xc000_0000 + DATA, 7));
+    // An entry made present counts without another load of CR3.
+    let mut g = pae(|a| {
+        a.mov(dword_ptr(PDPT as u32 + 24), PD as u32 | 1).unwrap();
+        a.mov(dword_ptr(0xc000_0000u32 + DATA as u32), 8).unwrap();
+        a.hlt().unwrap();
+    });
+    g.expect_exit(exitcode::HLT);
+    assert_eq!(g.memory.read::<u32>(DATA), 8);
+}
+
+#[test]
+fn pae_and_two_level_paging() {
+    // PAE: PDPTEs without rights, NX by EFER.NXE.
+    let mut g = pae(|a| {
+        a.mov(dword_ptr(DATA as u32), 7).unwrap();
+        a.hlt().unwrap();
+    });
     g.expect_exit(exitcode::HLT);
     assert_eq!(g.memory.read::<u64>(g.memory.leaf(DATA)) & pte::D, pte::D);
     // 32-bit entries, one 4 MiB page.

@@ -3,7 +3,6 @@
 
 use super::debug::{dr6, dr7};
 use super::exitcode;
-use crate::mem::host_load;
 use crate::x86::op::{Op, Res, Stop, flag};
 use crate::x86::paging::PHYS_BITS;
 use crate::x86::state::{Cpu, Exception, cr0, cr4, efer, reg, vector};
@@ -73,28 +72,6 @@ impl Cpu {
         stale
     }
 
-    /// Whether the paging structures are PAE's, with four PDPTEs in the processor.
-    fn pae_paging(cr0: u64, cr4: u64, efer: u64) -> bool {
-        cr0 & cr0::PG != 0 && cr4 & cr4::PAE != 0 && efer & efer::LMA == 0
-    }
-
-    /// Loads the four PDPTEs of PAE paging from `cr3`; #GP(0) when a present one has reserved bits set.
-    pub fn load_pdptrs(&mut self, cr3: u64) -> Res {
-        let mut entries = [0u64; 4];
-        for (n, entry) in entries.iter_mut().enumerate() {
-            let gpa = (cr3 & 0xffff_ffe0) + 8 * n as u64;
-            let host = self.guest_physical(gpa)?;
-            // SAFETY: `guest_physical` gives the address of registered memory, and 8 bytes at a multiple of 8 stay in it.
-            *entry = unsafe { host_load(host as *const u64) };
-        }
-        let reserved = !((1u64 << PHYS_BITS) - 1) | 0x1e6;
-        if entries.iter().any(|e| e & 1 != 0 && e & reserved != 0) {
-            return Err(self.gp(0));
-        }
-        self.pdpte = entries;
-        Ok(())
-    }
-
     /// Writes CR0 with the manual's checks (APM vol. 2, 3.1.1 and 14.6).
     pub(super) fn write_cr0(&mut self, v: u64) -> Res {
         let bad = v >> 32 != 0 || v & (cr0::PG | cr0::PE) == cr0::PG || v & (cr0::NW | cr0::CD) == cr0::NW;
@@ -121,11 +98,6 @@ impl Cpu {
                 new_efer &= !efer::LMA;
             }
         }
-        let reload = cr0::PG | cr0::CD | cr0::NW;
-        if changed & reload != 0 && Self::pae_paging(v, self.cr4, new_efer) {
-            let cr3 = self.cr3;
-            self.load_pdptrs(cr3)?;
-        }
         self.cr0 = v;
         self.efer = new_efer;
         if changed & (cr0::PG | cr0::WP | cr0::PE) != 0 {
@@ -138,7 +110,8 @@ impl Cpu {
         Ok(())
     }
 
-    /// Writes CR3 (bit 63: with PCIDE, keep the TLB).
+    /// Writes CR3 (bit 63: with PCIDE, keep the TLB). PAE paging's four PDPTEs are not loaded: under nested paging the
+    /// table walk reads them on demand (APM vol. 2, 15.25.10).
     pub(super) fn load_cr3(&mut self, v: u64) -> Res {
         let pcide = self.cr4 & cr4::PCIDE != 0;
         let no_flush = pcide && v & CR3_NO_FLUSH != 0;
@@ -149,9 +122,6 @@ impl Cpu {
             }
         } else {
             v &= 0xffff_ffff;
-            if Self::pae_paging(self.cr0, self.cr4, self.efer) {
-                self.load_pdptrs(v)?;
-            }
         }
         self.cr3 = v;
         self.switch_tlb();
@@ -172,11 +142,6 @@ impl Cpu {
             || (sets_pcide && (!self.long_mode() || self.cr3 & 0xfff != 0));
         if bad {
             return Err(self.gp(0));
-        }
-        let reload = cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP;
-        if changed & reload != 0 && Self::pae_paging(self.cr0, v, self.efer) {
-            let cr3 = self.cr3;
-            self.load_pdptrs(cr3)?;
         }
         self.cr4 = v;
         if changed & CR4_PAGING != 0 {
