@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from tests.support.conformance import CODE, RFLAGS_FIXED, RFLAGS_IF, Guest, refused
+from tests.support.conformance import CODE, Guest, refused
 
 from softkvm import abi
 
@@ -174,7 +174,7 @@ def test_an_eoi_for_userspaces_ioapic_is_an_exit(make: Callable[..., Guest], nee
     guest.ivt(0x51, CODE + 0x100)
     # out 0xe9, al; mov dword [0xfee000b0], 0 by way of "unreal" DS; out 0xea, al
     guest.write(CODE + 0x100, bytes.fromhex("e6e9 6667c705b000e0fe00000000 e6ea"))
-    guest.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    guest.real("f4 ebfd", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     sregs = vcpu.get_sregs()
     sregs.ds.limit, sregs.ds.g = 0xFFFF_FFFF, 1
     vcpu.set_sregs(sregs)

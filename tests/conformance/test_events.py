@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tests.support.conformance import CODE, RFLAGS_FIXED, RFLAGS_IF, STACK, Guest, pio_data, refused
+from tests.support.conformance import CODE, STACK, Guest, pio_data, refused
 
 from softkvm import abi
 
@@ -20,7 +20,7 @@ def test_an_interrupt_from_userspace_is_taken(guest: Guest, needs: Callable[[str
     needs("interrupts in real mode")
     guest.ivt(0x40, HANDLER)
     guest.write(HANDLER, bytes.fromhex("b042 e6e9 cf"))  # mov al, 0x42; out 0xe9, al; iret
-    guest.real("90 f4", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    guest.real("90 f4", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     guest.cpu.interrupt(0x40)
     assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
     assert pio_data(guest.cpu) == b"\x42"
@@ -55,7 +55,7 @@ def test_an_interrupt_waits_for_if(guest: Guest, device_differs: Callable[[str],
 
 
 def test_an_interrupt_on_its_way_is_part_of_the_events(guest: Guest) -> None:
-    guest.real("90 f4", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    guest.real("90 f4", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     guest.cpu.interrupt(0x61)
     events = guest.cpu.get_vcpu_events()
     assert (events.interrupt.injected, events.interrupt.nr, events.interrupt.soft) == (1, 0x61, 0)
@@ -84,7 +84,7 @@ def test_an_open_window_takes_one_interrupt_after_another(guest: Guest, needs: C
     needs("interrupts in real mode")
     guest.ivt(0x40, HANDLER)
     guest.write(HANDLER, bytes.fromhex("fec3 cf"))  # inc bl; iret
-    guest.real("ebfe", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    guest.real("ebfe", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     for count in range(1, 4):
         guest.kvm_run.request_interrupt_window = 1
         guest.expect(abi.KVM_EXIT_IRQ_WINDOW_OPEN)
@@ -160,7 +160,7 @@ def test_a_halted_vcpu_wakes_for_an_interrupt(make: Callable[..., Guest], needs:
     guest.vm.set_irqchip(chip)
     guest.ivt(0x24, HANDLER)
     guest.write(HANDLER, bytes.fromhex("e6e9 cf"))
-    guest.real("f4 f4", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    guest.real("f4 f4", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     timer = threading.Timer(0.05, lambda: guest.vm.irq_line(4, 1))
     timer.start()
     assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
@@ -289,7 +289,7 @@ def test_the_guest_keeps_its_own_breakpoint_without_a_debugger(guest: Guest, nee
     needs("interrupts in real mode")
     guest.ivt(1, HANDLER)
     guest.write(HANDLER, bytes.fromhex("e6e9 cf"))  # out 0xe9, al; iret
-    guest.real("90 90 f4", rflags=RFLAGS_FIXED | 0x100)
+    guest.real("90 90 f4", rflags=abi.X86_EFLAGS_FIXED | 0x100)
     assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
     assert guest.word(STACK - 6, 2) == CODE + 1
 

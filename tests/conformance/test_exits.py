@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from tests.support.conformance import CODE, RFLAGS_FIXED, RFLAGS_IF, TABLES, Guest, pio_data, refused, set_pio_data
+from tests.support.conformance import CODE, TABLES, Guest, pio_data, refused, set_pio_data
 
 from softkvm import abi
 
@@ -102,7 +102,7 @@ def test_a_rep_outs_of_no_elements_does_nothing(guest: Guest) -> None:
 def test_userspace_may_move_rip_instead_of_completing(guest: Guest) -> None:
     guest.real("e410 90 90 f4")  # in al, 0x10; nop; nop; hlt
     guest.expect(abi.KVM_EXIT_IO)
-    guest.cpu.set_regs(abi.kvm_regs(rip=CODE + 4, rflags=RFLAGS_FIXED, rax=0x55))
+    guest.cpu.set_regs(abi.kvm_regs(rip=CODE + 4, rflags=abi.X86_EFLAGS_FIXED, rax=0x55))
     set_pio_data(guest.cpu, b"\x99")
     guest.expect(abi.KVM_EXIT_HLT)
     assert guest.cpu.get_regs().rip == CODE + 5
@@ -323,7 +323,7 @@ def test_a_kick_ends_an_endless_loop(guest: Guest) -> None:
 
 def test_a_kick_ends_hlt_with_chips(make: Callable[..., Guest]) -> None:
     guest = make(irqchip=True)
-    guest.real("f4 f4", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    guest.real("f4 f4", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     timer = threading.Timer(0.05, guest.cpu.kick)
     timer.start()
     refused(errno.EINTR, guest.cpu.run)
@@ -363,7 +363,7 @@ def test_a_guest_goes_from_real_through_protected_to_long_mode(guest: Guest) -> 
     sregs = guest.cpu.get_sregs()
     sregs.cs.base = sregs.cs.selector = 0
     guest.cpu.set_sregs(sregs)
-    guest.cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=RFLAGS_FIXED, rsp=0x8000))
+    guest.cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=abi.X86_EFLAGS_FIXED, rsp=0x8000))
     guest.expect(abi.KVM_EXIT_IO)
     assert pio_data(guest.cpu) == b"P"
     assert guest.cpu.get_sregs().cs.selector == 8

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tests.support.conformance import CODE, RFLAGS_FIXED, RFLAGS_IF, Guest, refused
+from tests.support.conformance import CODE, Guest, refused
 
 from softkvm import abi
 
@@ -182,7 +182,7 @@ def test_an_unmasked_pic_line_reaches_the_guest(chips: Guest, needs: Callable[[s
     unmask_pic(chips)
     chips.ivt(0x24, CODE + 0x100)
     chips.write(CODE + 0x100, bytes.fromhex("b042 e6e9 b020 e620 cf"))  # mov al, 0x42; out 0xe9, al; EOI; iret
-    chips.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)  # 1: hlt; jmp 1b
+    chips.real("f4 ebfd", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)  # 1: hlt; jmp 1b
     for _ in range(2):
         chips.vm.irq_line(4, 1)
         chips.vm.irq_line(4, 0)
@@ -196,7 +196,7 @@ def test_a_level_pic_line_comes_again_after_its_eoi(chips: Guest, needs: Callabl
     unmask_pic(chips, elcr=0x20)
     chips.ivt(0x25, CODE + 0x100)
     chips.write(CODE + 0x100, bytes.fromhex("e6e9 b020 e620 cf"))  # out 0xe9, al; EOI; iret
-    chips.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    chips.real("f4 ebfd", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     chips.vm.irq_line(5, 1)
     chips.expect(abi.KVM_EXIT_IO)
     chips.expect(abi.KVM_EXIT_IO)  # the line is still up
@@ -214,7 +214,7 @@ def test_a_masked_pic_line_waits(chips: Guest) -> None:
     chips.vm.set_irqchip(state)
     chips.vm.irq_line(4, 1)
     assert pic(chips).irr == 0x10
-    chips.real("90 e6e9", rflags=RFLAGS_FIXED | RFLAGS_IF)  # nop; out 0xe9, al
+    chips.real("90 e6e9", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)  # nop; out 0xe9, al
     assert chips.expect(abi.KVM_EXIT_IO).io.port == 0xE9
     assert pic(chips).isr == 0
 
@@ -262,7 +262,7 @@ def test_an_ioapic_level_comes_again_while_the_line_is_up(apic: Guest, needs: Ca
     apic.ivt(0x61, CODE + 0x100)
     # out 0xe9, al; mov dword [0xfee000b0], 0 through 32-bit addressing; iret
     apic.write(CODE + 0x100, bytes.fromhex("e6e9 6667c7 05b000e0fe 00000000 cf"))
-    apic.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    apic.real("f4 ebfd", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     sregs = apic.cpu.get_sregs()
     sregs.ds.limit, sregs.ds.g = 0xFFFF_FFFF, 1  # "unreal" mode
     apic.cpu.set_sregs(sregs)
@@ -285,7 +285,7 @@ def test_an_interrupt_is_in_service_until_its_eoi(apic: Guest, needs: Callable[[
     # sti; nop; nop; out 0xe9, al; mov dword [0xfee000b0], 0 through 32-bit addressing; nop; hlt
     apic.write(CODE + 0x100, bytes.fromhex("fb 90 90 e6e9 6667c7 05b000e0fe 00000000 90 f4"))
     apic.write(CODE + 0x200, bytes.fromhex("e6ea"))  # out 0xea, al
-    apic.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    apic.real("f4 ebfd", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     sregs = apic.cpu.get_sregs()
     sregs.ds.limit, sregs.ds.g = 0xFFFF_FFFF, 1  # "unreal" mode
     apic.cpu.set_sregs(sregs)
@@ -385,7 +385,7 @@ def test_the_pit_counts_and_interrupts(chips: Guest, needs: Callable[[str], None
     chips.ivt(0x20, CODE + 0x100)
     chips.write(CODE + 0x100, bytes.fromhex("e6e9 b020 e620 cf"))  # out 0xe9, al; EOI; iret
     # channel 0, mode 2, count 0x1000 (3.4 ms): mov al,0x34; out 0x43; mov al,0; out 0x40; mov al,0x10; out 0x40; 1: hlt
-    chips.real("b034 e643 b000 e640 b010 e640 f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+    chips.real("b034 e643 b000 e640 b010 e640 f4 ebfd", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
     for _ in range(3):
         assert chips.expect(abi.KVM_EXIT_IO).io.port == 0xE9
 

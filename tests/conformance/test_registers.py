@@ -6,16 +6,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from tests.support.conformance import (
-    CR0_PE,
-    CR0_PG,
-    CR4_PAE,
-    EFER_LMA,
-    EFER_LME,
-    TABLES,
-    Guest,
-    refused,
-)
+from tests.support.conformance import TABLES, Guest, refused
 
 from softkvm import abi
 
@@ -80,7 +71,7 @@ def test_long_mode_round_trips(guest: Guest) -> None:
     guest.long("f4")
     sregs = guest.cpu.get_sregs()
     assert sregs.cs.l == 1 and sregs.cs.db == 0
-    assert sregs.efer & (EFER_LME | EFER_LMA) == EFER_LME | EFER_LMA
+    assert sregs.efer & (abi.EFER_LME | abi.EFER_LMA) == abi.EFER_LME | abi.EFER_LMA
     sregs.fs.base, sregs.gs.base = 0x7FFF_1234_5678, 0xFFFF_8000_0000_1000
     sregs.cr8 = 9
     guest.cpu.set_sregs(sregs)
@@ -91,9 +82,9 @@ def test_long_mode_round_trips(guest: Guest) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("efer", EFER_LMA),
-        ("cr0", CR0_PG),
-        ("cr0", 1 << 29 | CR0_PE),
+        ("efer", abi.EFER_LMA),
+        ("cr0", abi.X86_CR0_PG),
+        ("cr0", 1 << 29 | abi.X86_CR0_PE),
         ("cr4", 1 << 31),
         ("cr4", 1 << 40),
         ("cr0", 1 << 40),
@@ -114,11 +105,11 @@ def test_illegal_special_registers_are_einval(guest: Guest, field: str, value: i
 
 def test_long_mode_without_pae_or_lma_is_einval(guest: Guest) -> None:
     guest.long("f4")
-    for field, value in (("cr4", 0), ("efer", EFER_LME)):
+    for field, value in (("cr4", 0), ("efer", abi.EFER_LME)):
         sregs = guest.cpu.get_sregs()
         setattr(sregs, field, value)
         refused(errno.EINVAL, lambda: guest.cpu.set_sregs(sregs))  # noqa: B023
-    assert guest.cpu.get_sregs().cr4 & CR4_PAE
+    assert guest.cpu.get_sregs().cr4 & abi.X86_CR4_PAE
 
 
 def test_sregs2_agree_with_sregs(guest: Guest) -> None:

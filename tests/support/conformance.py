@@ -26,10 +26,6 @@ IDT = 0xA000
 TABLES = 0x10000
 TIMEOUT_S = 5.0
 
-CR0_PE, CR0_PG = 1, 1 << 31
-CR4_PSE, CR4_PAE, CR4_OSFXSR = 1 << 4, 1 << 5, 1 << 9
-EFER_LME, EFER_LMA = 1 << 8, 1 << 10
-RFLAGS_FIXED, RFLAGS_TF, RFLAGS_IF = 2, 1 << 8, 1 << 9
 CODE_SELECTOR, DATA_SELECTOR = 8, 16
 
 
@@ -87,7 +83,7 @@ class Guest:
 
     # --- modes -------------------------------------------------------------------------------------
 
-    def real(self, code: bytes | str, *, rflags: int = RFLAGS_FIXED, vcpu: api.Vcpu | None = None) -> None:
+    def real(self, code: bytes | str, *, rflags: int = abi.X86_EFLAGS_FIXED, vcpu: api.Vcpu | None = None) -> None:
         """Start *code* in real mode with all segments at 0."""
         cpu = vcpu or self.cpu
         self.write(CODE, _bytes(code))
@@ -101,20 +97,20 @@ class Guest:
         self.write(CODE, _bytes(code))
         sregs = self.cpu.get_sregs()
         _flat(sregs, long=False)
-        sregs.cr0 |= CR0_PE
+        sregs.cr0 |= abi.X86_CR0_PE
         self.cpu.set_sregs(sregs)
-        self.cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=RFLAGS_FIXED, rsp=STACK))
+        self.cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=abi.X86_EFLAGS_FIXED, rsp=STACK))
 
-    def long(self, code: bytes | str, *, rflags: int = RFLAGS_FIXED) -> None:
+    def long(self, code: bytes | str, *, rflags: int = abi.X86_EFLAGS_FIXED) -> None:
         """Start *code* in 64-bit mode with the first 4 GiB mapped one to one."""
         self.write(CODE, _bytes(code))
         self.identity_map()
         sregs = self.cpu.get_sregs()
         _flat(sregs, long=True)
         sregs.cr3 = TABLES
-        sregs.cr4 |= CR4_PAE | CR4_OSFXSR
-        sregs.efer |= EFER_LME | EFER_LMA
-        sregs.cr0 |= CR0_PE | CR0_PG
+        sregs.cr4 |= abi.X86_CR4_PAE | abi.X86_CR4_OSFXSR
+        sregs.efer |= abi.EFER_LME | abi.EFER_LMA
+        sregs.cr0 |= abi.X86_CR0_PE | abi.X86_CR0_PG
         self.cpu.set_sregs(sregs)
         self.cpu.set_regs(abi.kvm_regs(rip=CODE, rflags=rflags, rsp=STACK))
 
@@ -241,7 +237,7 @@ def _paging_outside_long_mode(guest: Guest) -> bool:
     guest.write(TABLES, (0x83).to_bytes(4, "little"))
     guest.protected("b801000000 f4")  # mov eax, 1; hlt
     sregs = guest.cpu.get_sregs()
-    sregs.cr3, sregs.cr4, sregs.cr0 = TABLES, sregs.cr4 | CR4_PSE, sregs.cr0 | CR0_PG
+    sregs.cr3, sregs.cr4, sregs.cr0 = TABLES, sregs.cr4 | abi.X86_CR4_PSE, sregs.cr0 | abi.X86_CR0_PG
     guest.cpu.set_sregs(sregs)
     return guest.run() == abi.KVM_EXIT_HLT
 
@@ -315,7 +311,7 @@ def _in_service(guest: Guest) -> bool:
         chips.cpu.set_lapic(lapic)
         chips.ivt(0x41, CODE + 0x100)
         chips.write(CODE + 0x100, bytes.fromhex("e6e9"))  # out 0xe9, al
-        chips.real("f4 ebfd", rflags=RFLAGS_FIXED | RFLAGS_IF)
+        chips.real("f4 ebfd", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
         chips.vm.signal_msi(abi.kvm_msi(address_lo=0xFEE0_0000, data=0x41))
         return chips.run() == abi.KVM_EXIT_IO and chips.cpu.get_lapic().regs[0x120] == 2  # ISR, vectors 0x40 to 0x5f
 

@@ -243,7 +243,7 @@ class VcpuState:
 
     def is_64bit_code(self) -> bool:
         """Tell whether the guest executes 64-bit code."""
-        return bool(self.efer & svm.EFER_LMA and self.w[V.CS_ATTRIB] & V.SEG_L)
+        return bool(self.efer & abi.EFER_LMA and self.w[V.CS_ATTRIB] & V.SEG_L)
 
     def is_bsp(self) -> bool:
         """Tell whether this vCPU boots the machine (KVM_SET_BOOT_CPU_ID)."""
@@ -253,21 +253,21 @@ class VcpuState:
         """Return RFLAGS without a TF that only the debugger or an NMI window set."""
         flags = self.q[V.RFLAGS]
         if self.guest_debug & abi.KVM_GUESTDBG_SINGLESTEP:
-            flags &= ~svm.RFLAGS_TF
+            flags &= ~abi.X86_EFLAGS_TF
         if self.nmi_singlestep:
-            if not self.nmi_singlestep_guest_rflags & svm.RFLAGS_TF:
-                flags &= ~svm.RFLAGS_TF
-            if not self.nmi_singlestep_guest_rflags & svm.RFLAGS_RF:
-                flags &= ~svm.RFLAGS_RF
+            if not self.nmi_singlestep_guest_rflags & abi.X86_EFLAGS_TF:
+                flags &= ~abi.X86_EFLAGS_TF
+            if not self.nmi_singlestep_guest_rflags & abi.X86_EFLAGS_RF:
+                flags &= ~abi.X86_EFLAGS_RF
         return flags
 
     def set_rflags(self, flags: int) -> None:
         """Load RFLAGS, keeping the TF that single-stepping needs."""
         if self.guest_debug & abi.KVM_GUESTDBG_SINGLESTEP:
-            flags |= svm.RFLAGS_TF
+            flags |= abi.X86_EFLAGS_TF
         if self.nmi_singlestep:
-            flags |= svm.RFLAGS_TF | svm.RFLAGS_RF
-        self.q[V.RFLAGS] = flags & 0x3F_7FD5 | svm.RFLAGS_FIXED
+            flags |= abi.X86_EFLAGS_TF | abi.X86_EFLAGS_RF
+        self.q[V.RFLAGS] = flags & 0x3F_7FD5 | abi.X86_EFLAGS_FIXED
         self.make_request(KVM_REQ_EVENT)
 
     def set_nmi_mask(self, masked: bool) -> None:

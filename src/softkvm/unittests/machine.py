@@ -26,8 +26,6 @@ _UNION = 32  # offset of the union in kvm_run
 _UNION_SIZE = 24
 _IO = struct.Struct("<BBHIQ")
 _MMIO = struct.Struct("<Q8sIB")
-_CR0_PE = 1 << 0
-_EFER_LMA = 1 << 10
 
 _STATES = {
     abi.KVM_MP_STATE_UNINITIALIZED: "waits for INIT",
@@ -114,8 +112,8 @@ class TestMachine(Machine):
             state = _STATES.get(thread.vcpu.get_mp_state().mp_state, "")
         except OSError as error:
             return Place(thread.index, 0, "", f"registers cannot be read: {error}", exits)
-        linear = rip if sregs.efer & _EFER_LMA and sregs.cs.l else sregs.cs.base + rip
-        if not sregs.cr0 & _CR0_PE:
+        linear = rip if sregs.efer & abi.EFER_LMA and sregs.cs.l else sregs.cs.base + rip
+        if not sregs.cr0 & abi.X86_CR0_PE:
             state = f"{state}, real mode".lstrip(", ")
         return Place(thread.index, linear, symbols.name(linear), state, exits)
 

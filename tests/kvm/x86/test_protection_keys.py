@@ -49,7 +49,7 @@ def tiny() -> Iterator[Tiny]:
 
 def _enable(tiny: Tiny) -> None:
     sregs = tiny.vcpu.get_sregs()
-    sregs.cr4 |= cr.CR4_PKE
+    sregs.cr4 |= abi.X86_CR4_PKE
     tiny.vcpu.set_sregs(sregs)
 
 
@@ -74,11 +74,11 @@ def test_pke_needs_the_guests_cpuid() -> None:
         tiny.load(bytes.fromhex("0f20e0 0fbae816 0f22e0 b807000000 31c9 0fa2 f4"), rbp=0)
         regs = tiny.run_to_halt()
         assert regs.rbp == (0 if pku else abi.GP_VECTOR)
-        assert bool(tiny.vcpu.get_sregs().cr4 & cr.CR4_PKE) == pku
+        assert bool(tiny.vcpu.get_sregs().cr4 & abi.X86_CR4_PKE) == pku
         if pku:
             assert regs.rcx & (_PKU | _OSPKE) == _PKU | _OSPKE
         sregs = tiny.vcpu.get_sregs()
-        sregs.cr4 |= cr.CR4_PKE
+        sregs.cr4 |= abi.X86_CR4_PKE
         if pku:
             tiny.vcpu.set_sregs(sregs)
         else:

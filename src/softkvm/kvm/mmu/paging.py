@@ -9,7 +9,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from softkvm.abi import GP_VECTOR, PF_VECTOR
+from softkvm.abi import (
+    EFER_LMA,
+    EFER_NX,
+    GP_VECTOR,
+    PF_VECTOR,
+    X86_CR0_PG,
+    X86_CR0_WP,
+    X86_CR4_LA57,
+    X86_CR4_PAE,
+    X86_CR4_PKE,
+    X86_CR4_PSE,
+    X86_CR4_SMAP,
+    X86_CR4_SMEP,
+    X86_EFLAGS_AC,
+)
 from softkvm.kvm.guest_memory import cmpxchg_guest, read_guest
 from softkvm.kvm.x86.exceptions import X86Exception
 
@@ -35,18 +49,6 @@ _PS: Final = 1 << 7
 _NX: Final = 1 << 63
 _PFN: Final = 0x000F_FFFF_FFFF_F000
 
-CR0_WP: Final = 1 << 16
-CR0_PG: Final = 1 << 31
-CR4_PSE: Final = 1 << 4
-CR4_PAE: Final = 1 << 5
-CR4_LA57: Final = 1 << 12
-CR4_SMEP: Final = 1 << 20
-CR4_SMAP: Final = 1 << 21
-CR4_PKE: Final = 1 << 22
-EFER_LMA: Final = 1 << 10
-EFER_NX: Final = 1 << 11
-RFLAGS_AC: Final = 1 << 18
-
 
 class Translation(NamedTuple):
     """Where a linear address leads, and what the tables allow there."""
@@ -71,8 +73,8 @@ class _Mode(NamedTuple):
 
 def _paging_mode(cr3: int, cr4: int, efer: int) -> _Mode:
     if efer & EFER_LMA:
-        return _Mode(5 if cr4 & CR4_LA57 else 4, 8, 9, cr3 & _PFN)
-    if cr4 & CR4_PAE:
+        return _Mode(5 if cr4 & X86_CR4_LA57 else 4, 8, 9, cr3 & _PFN)
+    if cr4 & X86_CR4_PAE:
         return _Mode(3, 8, 9, cr3 & 0xFFFF_FFE0)
     return _Mode(2, 4, 10, cr3 & 0xFFFF_F000)
 
@@ -80,7 +82,7 @@ def _paging_mode(cr3: int, cr4: int, efer: int) -> _Mode:
 def _reserved_bits(vcpu: Vcpu, mode: _Mode, level: int, entry: int, cr4: int, efer: int) -> int:
     """Return the reserved bits that are set in a present entry."""
     if mode.entry_size == 4:
-        if level == 2 and entry & _PS and cr4 & CR4_PSE:
+        if level == 2 and entry & _PS and cr4 & X86_CR4_PSE:
             return entry & (1 << 21)
         return 0
     reserved = _PFN & ~((1 << vcpu.maxphyaddr) - 1)
@@ -102,7 +104,7 @@ def _reserved_bits(vcpu: Vcpu, mode: _Mode, level: int, entry: int, cr4: int, ef
 
 def _page_fault(vcpu: Vcpu, gva: int, access: int, flags: int) -> X86Exception:
     error = flags | (access & (PFERR_WRITE | PFERR_USER))
-    if access & PFERR_FETCH and (vcpu.efer & EFER_NX or vcpu.cr4 & CR4_SMEP):
+    if access & PFERR_FETCH and (vcpu.efer & EFER_NX or vcpu.cr4 & X86_CR4_SMEP):
         error |= PFERR_FETCH
     return X86Exception(PF_VECTOR, error, gva)
 
@@ -114,9 +116,9 @@ def walk(vcpu: Vcpu, gva: int, access: int, *, set_bits: bool = True) -> Transla
     and dirty bits of the entries used are set.
     """
     cr0, cr4, efer = vcpu.cr0, vcpu.cr4, vcpu.efer
-    if not cr0 & CR0_PG:
+    if not cr0 & X86_CR0_PG:
         return Translation(gva, True, True)
-    if efer & EFER_LMA and not is_canonical(gva, la57=bool(cr4 & CR4_LA57)):
+    if efer & EFER_LMA and not is_canonical(gva, la57=bool(cr4 & X86_CR4_LA57)):
         raise X86Exception(GP_VECTOR, 0)
     vm = vcpu.vm
     mode = _paging_mode(vcpu.cr3, cr4, efer)
@@ -142,7 +144,7 @@ def walk(vcpu: Vcpu, gva: int, access: int, *, set_bits: bool = True) -> Transla
             allowed &= entry
             no_execute |= entry & _NX if size == 8 else 0
             used.append((address, entry))
-        large = level > 1 and entry & _PS and not pdpte and (size == 8 or cr4 & CR4_PSE)
+        large = level > 1 and entry & _PS and not pdpte and (size == 8 or cr4 & X86_CR4_PSE)
         if level == 1 or large:
             break
         table = entry & _PFN if size == 8 else entry & 0xFFFF_F000
@@ -157,7 +159,7 @@ def walk(vcpu: Vcpu, gva: int, access: int, *, set_bits: bool = True) -> Transla
             base = (entry & 0xFFC0_0000) | ((entry >> 13 & 0xFF) << 32)
     else:
         base = entry & _PFN
-    writable = bool(allowed & _W) or not cr0 & CR0_WP
+    writable = bool(allowed & _W) or not cr0 & X86_CR0_WP
     return Translation((base & ~offset_mask) | (gva & offset_mask), writable, bool(allowed & _U))
 
 
@@ -170,16 +172,16 @@ def _check_permissions(vcpu: Vcpu, gva: int, access: int, allowed: int, no_execu
     if user_access and not user_page:
         denied = True
     elif access & PFERR_WRITE and not allowed & _W:
-        denied = user_access or bool(vcpu.cr0 & CR0_WP)
+        denied = user_access or bool(vcpu.cr0 & X86_CR0_WP)
     if fetch:
-        denied |= bool(no_execute) or (not user_access and user_page and bool(vcpu.cr4 & CR4_SMEP))
-    elif not user_access and user_page and vcpu.cr4 & CR4_SMAP:
-        denied |= bool(access & PFERR_IMPLICIT) or not vcpu.get_rflags() & RFLAGS_AC
+        denied |= bool(no_execute) or (not user_access and user_page and bool(vcpu.cr4 & X86_CR4_SMEP))
+    elif not user_access and user_page and vcpu.cr4 & X86_CR4_SMAP:
+        denied |= bool(access & PFERR_IMPLICIT) or not vcpu.get_rflags() & X86_EFLAGS_AC
     if denied:
         raise _page_fault(vcpu, gva, access, PFERR_PRESENT)
-    if not fetch and user_page and vcpu.cr4 & CR4_PKE and vcpu.efer & EFER_LMA:
+    if not fetch and user_page and vcpu.cr4 & X86_CR4_PKE and vcpu.efer & EFER_LMA:
         rights = vcpu.pkru >> ((leaf >> 59 & 0xF) * 2) & 3
-        write_denied = rights & 2 and access & PFERR_WRITE and (user_access or vcpu.cr0 & CR0_WP)
+        write_denied = rights & 2 and access & PFERR_WRITE and (user_access or vcpu.cr0 & X86_CR0_WP)
         if rights & 1 or write_denied:
             raise _page_fault(vcpu, gva, access, PFERR_PRESENT | PFERR_PK)
 

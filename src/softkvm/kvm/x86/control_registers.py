@@ -9,60 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from softkvm import abi
 from softkvm.kvm.mmu.paging import is_canonical
 from softkvm.kvm.x86 import svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import DR7_FIXED_1, DR7_VOLATILE
-from softkvm.kvm.x86.svm import (
-    EFER_LMA,
-    EFER_LME,
-    EFER_NX,
-    EFER_SCE,
-    X86_CR0_CD,
-    X86_CR0_ET,
-    X86_CR0_NW,
-    X86_CR0_PE,
-    X86_CR0_PG,
-)
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 CR0_VALID: Final = 0xE005_003F
 
-CR4_VME: Final = 1 << 0
-CR4_PVI: Final = 1 << 1
-CR4_TSD: Final = 1 << 2
-CR4_DE: Final = 1 << 3
-CR4_PSE: Final = 1 << 4
-CR4_PAE: Final = 1 << 5
-CR4_MCE: Final = 1 << 6
-CR4_PGE: Final = 1 << 7
-CR4_PCE: Final = 1 << 8
-CR4_OSFXSR: Final = 1 << 9
-CR4_OSXMMEXCPT: Final = 1 << 10
-CR4_UMIP: Final = 1 << 11
-CR4_LA57: Final = 1 << 12
-CR4_FSGSBASE: Final = 1 << 16
-CR4_PCIDE: Final = 1 << 17
-CR4_OSXSAVE: Final = 1 << 18
-CR4_SMEP: Final = 1 << 20
-CR4_SMAP: Final = 1 << 21
-CR4_PKE: Final = 1 << 22
 
 #: CR4 bits that exist only with a CPUID feature: (bit, leaf, subleaf, register, CPUID bit).
 _CR4_FEATURES: Final = (
-    (CR4_OSXSAVE, 0x1, 0, 2, 26),
-    (CR4_PCIDE, 0x1, 0, 2, 17),
-    (CR4_SMEP, 0x7, 0, 1, 7),
-    (CR4_SMAP, 0x7, 0, 1, 20),
-    (CR4_FSGSBASE, 0x7, 0, 1, 0),
-    (CR4_PKE, 0x7, 0, 2, 3),
-    (CR4_LA57, 0x7, 0, 2, 16),
-    (CR4_UMIP, 0x7, 0, 2, 2),
+    (abi.X86_CR4_OSXSAVE, 0x1, 0, 2, 26),
+    (abi.X86_CR4_PCIDE, 0x1, 0, 2, 17),
+    (abi.X86_CR4_SMEP, 0x7, 0, 1, 7),
+    (abi.X86_CR4_SMAP, 0x7, 0, 1, 20),
+    (abi.X86_CR4_FSGSBASE, 0x7, 0, 1, 0),
+    (abi.X86_CR4_PKE, 0x7, 0, 2, 3),
+    (abi.X86_CR4_LA57, 0x7, 0, 2, 16),
+    (abi.X86_CR4_UMIP, 0x7, 0, 2, 2),
 )
 _CR4_ALWAYS: Final = (
-    CR4_VME | CR4_PVI | CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT
+    abi.X86_CR4_VME
+    | abi.X86_CR4_PVI
+    | abi.X86_CR4_TSD
+    | abi.X86_CR4_DE
+    | abi.X86_CR4_PSE
+    | abi.X86_CR4_PAE
+    | abi.X86_CR4_MCE
+    | abi.X86_CR4_PGE
+    | abi.X86_CR4_PCE
+    | abi.X86_CR4_OSFXSR
+    | abi.X86_CR4_OSXMMEXCPT
 )
 
 XFEATURE_FP: Final = 1 << 0
@@ -84,9 +65,9 @@ def is_valid_cr0(vcpu: Vcpu, cr0: int) -> bool:
     """Tell whether ``cr0`` is a legal combination: 32 bits, NW only with CD, PG only with PE."""
     if cr0 >> 32:
         return False
-    if cr0 & X86_CR0_NW and not cr0 & X86_CR0_CD:
+    if cr0 & abi.X86_CR0_NW and not cr0 & abi.X86_CR0_CD:
         return False
-    return not cr0 & X86_CR0_PG or bool(cr0 & X86_CR0_PE)
+    return not cr0 & abi.X86_CR0_PG or bool(cr0 & abi.X86_CR0_PE)
 
 
 def is_valid_cr4(vcpu: Vcpu, cr4: int) -> bool:
@@ -97,14 +78,14 @@ def is_valid_cr4(vcpu: Vcpu, cr4: int) -> bool:
 def kvm_set_cr0(vcpu: Vcpu, cr0: int) -> bool:
     """MOV to CR0 (APM vol. 2, 3.1.1 and 14.6.1)."""
     old = vcpu.cr0
-    cr0 |= X86_CR0_ET
+    cr0 |= abi.X86_CR0_ET
     if not is_valid_cr0(vcpu, cr0):
         return False
     cr0 &= CR0_VALID
-    if vcpu.efer & EFER_LME and not old & X86_CR0_PG and cr0 & X86_CR0_PG:
-        if not vcpu.cr4 & CR4_PAE or vcpu.w[V.CS_ATTRIB] & V.SEG_L:
+    if vcpu.efer & abi.EFER_LME and not old & abi.X86_CR0_PG and cr0 & abi.X86_CR0_PG:
+        if not vcpu.cr4 & abi.X86_CR4_PAE or vcpu.w[V.CS_ATTRIB] & V.SEG_L:
             return False
-    if not cr0 & X86_CR0_PG and (vcpu.cr4 & CR4_PCIDE or vcpu.is_64bit_code()):
+    if not cr0 & abi.X86_CR0_PG and (vcpu.cr4 & abi.X86_CR4_PCIDE or vcpu.is_64bit_code()):
         return False
     svm.set_cr0(vcpu, cr0)
     return True
@@ -112,11 +93,11 @@ def kvm_set_cr0(vcpu: Vcpu, cr0: int) -> bool:
 
 def kvm_set_cr3(vcpu: Vcpu, cr3: int) -> bool:
     """MOV to CR3."""
-    if vcpu.cr4 & CR4_PCIDE and cr3 >> 63:
+    if vcpu.cr4 & abi.X86_CR4_PCIDE and cr3 >> 63:
         cr3 &= ~(1 << 63)
     else:
         vcpu.flush_tlb_guest()
-    if vcpu.efer & EFER_LMA and cr3 >> vcpu.maxphyaddr:
+    if vcpu.efer & abi.EFER_LMA and cr3 >> vcpu.maxphyaddr:
         return False
     vcpu.q[V.CR3] = cr3
     return True
@@ -127,11 +108,11 @@ def kvm_set_cr4(vcpu: Vcpu, cr4: int) -> bool:
     old = vcpu.cr4
     if not is_valid_cr4(vcpu, cr4):
         return False
-    if vcpu.efer & EFER_LMA:
-        if not cr4 & CR4_PAE or (cr4 ^ old) & CR4_LA57:
+    if vcpu.efer & abi.EFER_LMA:
+        if not cr4 & abi.X86_CR4_PAE or (cr4 ^ old) & abi.X86_CR4_LA57:
             return False
-    if cr4 & CR4_PCIDE and not old & CR4_PCIDE:
-        if not vcpu.efer & EFER_LMA or vcpu.cr3 & 0xFFF:
+    if cr4 & abi.X86_CR4_PCIDE and not old & abi.X86_CR4_PCIDE:
+        if not vcpu.efer & abi.EFER_LMA or vcpu.cr3 & 0xFFF:
             return False
     svm.set_cr4(vcpu, cr4)
     return True
@@ -157,7 +138,7 @@ def kvm_get_cr8(vcpu: Vcpu) -> int:
 def efer_valid_bits(vcpu: Vcpu) -> int:
     """Return the EFER bits that the guest's CPUID allows."""
     valid = 0
-    for bit, cpuid_bit in ((EFER_SCE, 11), (EFER_NX, 20), (EFER_LME | EFER_LMA, 29)):
+    for bit, cpuid_bit in ((abi.EFER_SCE, 11), (abi.EFER_NX, 20), (abi.EFER_LME | abi.EFER_LMA, 29)):
         if vcpu.cpuid.feature(0x8000_0001, 0, 3, cpuid_bit):
             valid |= bit
     return valid
@@ -165,13 +146,13 @@ def efer_valid_bits(vcpu: Vcpu) -> int:
 
 def kvm_set_efer(vcpu: Vcpu, efer: int, *, host_initiated: bool) -> bool:
     """WRMSR to EFER; the host may set LMA, and bits that the guest's CPUID lacks but the silicon has."""
-    valid = EFER_SCE | EFER_NX | EFER_LME | EFER_LMA if host_initiated else efer_valid_bits(vcpu)
+    valid = abi.EFER_SCE | abi.EFER_NX | abi.EFER_LME | abi.EFER_LMA if host_initiated else efer_valid_bits(vcpu)
     if efer & ~valid:
         return False
     if not host_initiated:
-        if vcpu.cr0 & X86_CR0_PG and (vcpu.efer ^ efer) & EFER_LME:
+        if vcpu.cr0 & abi.X86_CR0_PG and (vcpu.efer ^ efer) & abi.EFER_LME:
             return False
-        efer = efer & ~EFER_LMA | vcpu.efer & EFER_LMA
+        efer = efer & ~abi.EFER_LMA | vcpu.efer & abi.EFER_LMA
     svm.set_efer(vcpu, efer)
     return True
 
@@ -215,4 +196,4 @@ def kvm_get_dr(vcpu: Vcpu, index: int) -> int:
 
 def is_noncanonical(vcpu: Vcpu, address: int) -> bool:
     """Tell whether ``address`` is not canonical for the guest's paging mode."""
-    return not is_canonical(address, la57=bool(vcpu.cr4 & CR4_LA57))
+    return not is_canonical(address, la57=bool(vcpu.cr4 & abi.X86_CR4_LA57))

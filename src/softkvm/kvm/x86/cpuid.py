@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.x86.svm import EFER_LMA
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -336,4 +335,4 @@ def xstate_size(features: int, *, compacted: bool = False) -> int:
 
 def linear_bits(vcpu: Vcpu) -> int:
     """Return the width of linear addresses in the guest's paging mode."""
-    return 57 if vcpu.efer & EFER_LMA and vcpu.cr4 >> 12 & 1 else 48
+    return 57 if vcpu.efer & abi.EFER_LMA and vcpu.cr4 & abi.X86_CR4_LA57 else 48

@@ -11,7 +11,14 @@ from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import io, svm
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.exceptions import DR6_ACTIVE_LOW, DR7_BP_EN_MASK, queue_exception, queue_exception_p
+from softkvm.kvm.x86.exceptions import (
+    DR6_ACTIVE_LOW,
+    DR7_BP_EN_MASK,
+    DR7_FIXED_1,
+    DR7_GD,
+    queue_exception,
+    queue_exception_p,
+)
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -60,7 +67,7 @@ def set_guest_debug(vcpu: Vcpu, debug: abi.kvm_guest_debug) -> None:
 def update_dr7(vcpu: Vcpu) -> None:
     """Load DR7 with the debugger's value while it owns the breakpoints, else with the guest's."""
     if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP:
-        vcpu.q[V.DR7] = vcpu.guest_debug_dr7 & ~(1 << 13) | 0x400
+        vcpu.q[V.DR7] = vcpu.guest_debug_dr7 & ~DR7_GD | DR7_FIXED_1
     else:
         vcpu.q[V.DR7] = vcpu.own_dr7
 
@@ -92,7 +99,7 @@ def check_code_breakpoint(vcpu: Vcpu) -> int | None:
         if hits:
             exit_debug(vcpu, abi.DB_VECTOR, hits | DR6_ACTIVE_LOW, address)
             return 0
-    inhibited = vcpu.get_rflags() & svm.RFLAGS_RF or (
+    inhibited = vcpu.get_rflags() & abi.X86_EFLAGS_RF or (
         vcpu.cpuid.intel_compatible and vcpu.b[V.INT_STATE_B] & V.INTERRUPT_SHADOW
     )
     if not inhibited:

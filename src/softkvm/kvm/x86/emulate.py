@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.abi import EFER_LMA
 from softkvm.kvm.guest_memory import cmpxchg_guest, read_guest, write_guest
 from softkvm.kvm.mmu.paging import PFERR_FETCH, PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, is_canonical, walk
 from softkvm.kvm.mmu.spte import PAGE_SHIFT, PAGE_SIZE
@@ -20,7 +21,6 @@ from softkvm.kvm.x86.debug import check_code_breakpoint
 from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, DecodeCache, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp, inject_emulated_exception, queue_exception
 from softkvm.kvm.x86.io import advance, exit_mmio, kernel_mmio_read, kernel_mmio_write
-from softkvm.kvm.x86.svm import EFER_LMA
 from softkvm.kvm.x86.vmcb import CS_ATTRIB, SEG_L
 
 if TYPE_CHECKING:
@@ -367,7 +367,7 @@ class Emulator:
             return address
         seg = vcpu.vmcb.segment(segment)
         attrib = seg.attrib
-        if vcpu.cr0 & svm.X86_CR0_PE and not self.q[V.RFLAGS] & svm.RFLAGS_VM:
+        if vcpu.cr0 & abi.X86_CR0_PE and not self.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
             if not attrib & V.SEG_P:
                 raise fault
             code = attrib & 8

@@ -12,13 +12,13 @@ from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_operands import IMM, MEM, REG, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception
 
-CF: Final = 1 << 0
-PF: Final = 1 << 2
-AF: Final = 1 << 4
-ZF: Final = 1 << 6
-SF: Final = 1 << 7
-DF: Final = 1 << 10
-OF: Final = 1 << 11
+CF: Final = abi.X86_EFLAGS_CF
+PF: Final = abi.X86_EFLAGS_PF
+AF: Final = abi.X86_EFLAGS_AF
+ZF: Final = abi.X86_EFLAGS_ZF
+SF: Final = abi.X86_EFLAGS_SF
+DF: Final = abi.X86_EFLAGS_DF
+OF: Final = abi.X86_EFLAGS_OF
 STATUS: Final = CF | PF | AF | ZF | SF | OF
 
 _U64: Final = (1 << 64) - 1

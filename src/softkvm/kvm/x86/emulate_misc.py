@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import msrs, svm
+from softkvm.kvm.x86 import msrs
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_operands import REG, Insn, Operand
 from softkvm.kvm.x86.exceptions import X86Exception, gp
 
-_ZF: Final = 1 << 6
 #: SF, ZF, AF, PF and CF: what LAHF and SAHF move.
 _AH_FLAGS: Final = 0xD5
 _RBX: Final = 3
@@ -36,7 +35,7 @@ def loop(e: Emulator, i: Insn) -> None:
     size = _COUNTER_SIZES.get(i.text.rpartition(",")[2], i.bitness // 8)
     mask = (1 << size * 8) - 1
     left = e.gpr[_RCX] - 1 & mask
-    zero = bool(e.q[V.RFLAGS] & _ZF)
+    zero = bool(e.q[V.RFLAGS] & abi.X86_EFLAGS_ZF)
     if left and (i.mnemonic == "loop" or zero == (i.mnemonic == "loope")):
         e.jump(i.ops[0].value + e.q[V.RIP], i.ops[0].size)
     e.write(Operand(REG, size, _RCX), left)
@@ -108,10 +107,10 @@ def _sysenter_cs(e: Emulator) -> int:
     Intel, whose 32-bit programs use SYSENTER under a 64-bit kernel; in 64-bit code they stay undefined.
     """
     vcpu = e.vcpu
-    if vcpu.efer & svm.EFER_LMA and not vcpu.cpuid.intel_compatible:
+    if vcpu.efer & abi.EFER_LMA and not vcpu.cpuid.intel_compatible:
         raise X86Exception(abi.UD_VECTOR)
     cs = e.q[V.SYSENTER_CS] & 0xFFFC
-    if not vcpu.cr0 & svm.X86_CR0_PE or not cs:
+    if not vcpu.cr0 & abi.X86_CR0_PE or not cs:
         raise gp()
     return cs
 
@@ -129,10 +128,10 @@ def sysenter(e: Emulator, i: Insn) -> None:
     vcpu = e.vcpu
     if vcpu.is_64bit_code():
         raise X86Exception(abi.UD_VECTOR)
-    long_mode = bool(vcpu.efer & svm.EFER_LMA)
+    long_mode = bool(vcpu.efer & abi.EFER_LMA)
     mask = (1 << 64) - 1 if long_mode else _U32
     _flat(e, cs, cs + 8, 0, code64=long_mode)
-    e.set_flags(svm.RFLAGS_VM | svm.RFLAGS_IF | svm.RFLAGS_RF, 0)
+    e.set_flags(abi.X86_EFLAGS_VM | abi.X86_EFLAGS_IF | abi.X86_EFLAGS_RF, 0)
     e.gpr[_RSP] = _msr(e, msrs.MSR_IA32_SYSENTER_ESP) & mask
     _go(e, _msr(e, msrs.MSR_IA32_SYSENTER_EIP) & mask)
 

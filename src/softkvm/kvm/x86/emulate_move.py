@@ -13,10 +13,6 @@ from softkvm.kvm.x86.emulate_alu import signed
 from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 
-_CR0_EM: Final = 1 << 2
-_CR0_TS: Final = 1 << 3
-_CR4_OSFXSR: Final = 1 << 9
-
 
 @handler("mov", "movzx", "movnti")
 def mov(e: Emulator, i: Insn) -> None:
@@ -238,9 +234,9 @@ def leave(e: Emulator, i: Insn) -> None:
 def _check_simd(e: Emulator, *, mmx: bool) -> None:
     """Raise #UD or #NM as the state of CR0 and CR4 demands (APM vol. 2, 11.3), #MF pending from x87 for MMX."""
     cr0 = e.vcpu.cr0
-    if cr0 & _CR0_EM or (not mmx and not e.vcpu.cr4 & _CR4_OSFXSR):
+    if cr0 & abi.X86_CR0_EM or (not mmx and not e.vcpu.cr4 & abi.X86_CR4_OSFXSR):
         raise X86Exception(abi.UD_VECTOR)
-    if cr0 & _CR0_TS:
+    if cr0 & abi.X86_CR0_TS:
         raise X86Exception(abi.NM_VECTOR)
     if mmx:
         fpu.check_pending(e.vcpu)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from softkvm import abi
 from softkvm.kvm.mmu.paging import walk
 from softkvm.kvm.mmu.spte import PAGE_SIZE
-from softkvm.kvm.x86 import io, svm
+from softkvm.kvm.x86 import io
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate import Emulator, PioNeeded, handler
 from softkvm.kvm.x86.emulate_alu import DF, STATUS, ZF, sub_flags
@@ -58,7 +59,7 @@ def _finish(e: Emulator, i: Insn, steps: int, *, stop: bool = False) -> None:
         e.gpr[RCX] = left
     if left and not stop:
         e.rip_written = True
-        e.q[V.RFLAGS] |= svm.RFLAGS_RF
+        e.q[V.RFLAGS] |= abi.X86_EFLAGS_RF
         e.reads.clear()
         e.pio_data = b""
 
@@ -151,11 +152,11 @@ def check_io_permission(e: Emulator, port: int, size: int) -> None:
     vcpu = e.vcpu
     cr0 = vcpu.cr0
     flags = e.q[V.RFLAGS]
-    if not cr0 & svm.X86_CR0_PE:
+    if not cr0 & abi.X86_CR0_PE:
         return
     if e.vm.params.enable_vmware_backdoor and port in VMWARE_PORTS:
         return
-    if not flags & svm.RFLAGS_VM and vcpu.b[V.CPL] <= flags >> 12 & 3:
+    if not flags & abi.X86_EFLAGS_VM and vcpu.b[V.CPL] <= flags >> 12 & 3:
         return
     tr = vcpu.vmcb.segment(V.TR_OFFSET)
     if not tr.attrib & V.SEG_P or tr.limit < 103:

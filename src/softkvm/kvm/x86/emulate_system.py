@@ -14,9 +14,6 @@ from softkvm.kvm.x86.emulate_operands import CR, DR, Insn
 from softkvm.kvm.x86.exceptions import DR6_BD, DR7_GD, Unhandleable, X86Exception, gp
 
 _U64: Final = (1 << 64) - 1
-_RFLAGS_IOPL: Final = 3 << 12
-_CR4_UMIP: Final = 1 << 11
-_CR4_TSD: Final = 1 << 2
 
 
 def require_cpl0(e: Emulator) -> None:
@@ -26,7 +23,7 @@ def require_cpl0(e: Emulator) -> None:
 
 
 def _umip(e: Emulator) -> None:
-    if e.vcpu.cr4 & _CR4_UMIP:
+    if e.vcpu.cr4 & abi.X86_CR4_UMIP:
         require_cpl0(e)
 
 
@@ -81,7 +78,7 @@ def mov_system(e: Emulator, i: Insn) -> None:
 
 def check_dr(e: Emulator, number: int) -> None:
     """#UD for DR4 and DR5 with CR4.DE and beyond DR7; #DB with DR7.GD."""
-    if number > 7 or (e.vcpu.cr4 & cr.CR4_DE and number in (4, 5)):
+    if number > 7 or (e.vcpu.cr4 & abi.X86_CR4_DE and number in (4, 5)):
         raise X86Exception(abi.UD_VECTOR)
     if e.vcpu.guest_dr7 & DR7_GD:
         e.q[V.DR6] = e.q[V.DR6] & ~0xF | DR6_BD
@@ -94,7 +91,7 @@ def check_dr(e: Emulator, number: int) -> None:
 def clts(e: Emulator, i: Insn) -> None:
     """Clear CR0.TS."""
     require_cpl0(e)
-    cr.kvm_set_cr0(e.vcpu, e.vcpu.cr0 & ~svm.X86_CR0_TS)
+    cr.kvm_set_cr0(e.vcpu, e.vcpu.cr0 & ~abi.X86_CR0_TS)
 
 
 @handler("lmsw")
@@ -165,7 +162,7 @@ def wrmsr(e: Emulator, i: Insn) -> None:
 @handler("rdtsc", "rdtscp")
 def rdtsc(e: Emulator, i: Insn) -> None:
     """Read the time-stamp counter."""
-    if e.vcpu.cr4 & _CR4_TSD and e.vcpu.cr0 & svm.X86_CR0_PE:
+    if e.vcpu.cr4 & abi.X86_CR4_TSD and e.vcpu.cr0 & abi.X86_CR0_PE:
         require_cpl0(e)
     tsc = e.vcpu.read_guest_tsc()
     e.gpr[0] = tsc & 0xFFFF_FFFF
@@ -198,7 +195,7 @@ def vmcall(e: Emulator, i: Insn) -> None:
 @handler("xsetbv")
 def xsetbv(e: Emulator, i: Insn) -> None:
     """Write an extended control register."""
-    if not e.vcpu.cr4 & cr.CR4_OSXSAVE:
+    if not e.vcpu.cr4 & abi.X86_CR4_OSXSAVE:
         raise X86Exception(abi.UD_VECTOR)
     require_cpl0(e)
     value = (e.gpr[2] & 0xFFFF_FFFF) << 32 | e.gpr[0] & 0xFFFF_FFFF
@@ -243,7 +240,7 @@ def store_table(e: Emulator, i: Insn) -> None:
 def store_selector(e: Emulator, i: Insn) -> None:
     """Store the selector of LDTR or TR."""
     vcpu = e.vcpu
-    if not vcpu.cr0 & svm.X86_CR0_PE or e.q[V.RFLAGS] & svm.RFLAGS_VM:
+    if not vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
         raise X86Exception(abi.UD_VECTOR)
     _umip(e)
     offset = V.LDTR_OFFSET if i.mnemonic == "sldt" else V.TR_OFFSET
@@ -254,7 +251,7 @@ def store_selector(e: Emulator, i: Insn) -> None:
 def load_selector(e: Emulator, i: Insn) -> None:
     """Load LDTR or TR."""
     vcpu = e.vcpu
-    if not vcpu.cr0 & svm.X86_CR0_PE or e.q[V.RFLAGS] & svm.RFLAGS_VM:
+    if not vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
         raise X86Exception(abi.UD_VECTOR)
     require_cpl0(e)
     selector = e.read(i.ops[0]) & 0xFFFF
@@ -268,23 +265,23 @@ def load_selector(e: Emulator, i: Insn) -> None:
 def interrupt_flag(e: Emulator, i: Insn) -> None:
     """Clear or set IF as IOPL allows; STI opens a shadow of one instruction."""
     flags = e.q[V.RFLAGS]
-    if e.vcpu.cr0 & svm.X86_CR0_PE and e.vcpu.b[V.CPL] > flags >> 12 & 3:
+    if e.vcpu.cr0 & abi.X86_CR0_PE and e.vcpu.b[V.CPL] > flags >> 12 & 3:
         raise gp()
     if i.mnemonic == "cli":
-        e.q[V.RFLAGS] = flags & ~svm.RFLAGS_IF
+        e.q[V.RFLAGS] = flags & ~abi.X86_EFLAGS_IF
     else:
-        if not flags & svm.RFLAGS_IF:
+        if not flags & abi.X86_EFLAGS_IF:
             e.shadow_after = 1
-        e.q[V.RFLAGS] = flags | svm.RFLAGS_IF
+        e.q[V.RFLAGS] = flags | abi.X86_EFLAGS_IF
 
 
 @handler("pushf", "pushfd", "pushfq")
 def pushf(e: Emulator, i: Insn) -> None:
     """Push the flags without VM and RF."""
     size = {"pushf": 2, "pushfd": 4, "pushfq": 8}[i.mnemonic]
-    if e.q[V.RFLAGS] & svm.RFLAGS_VM and e.q[V.RFLAGS] & _RFLAGS_IOPL != _RFLAGS_IOPL:
+    if e.q[V.RFLAGS] & abi.X86_EFLAGS_VM and e.q[V.RFLAGS] & abi.X86_EFLAGS_IOPL != abi.X86_EFLAGS_IOPL:
         raise gp()
-    e.push(e.vcpu.get_rflags() & ~(svm.RFLAGS_VM | svm.RFLAGS_RF), size)
+    e.push(e.vcpu.get_rflags() & ~(abi.X86_EFLAGS_VM | abi.X86_EFLAGS_RF), size)
 
 
 @handler("popf", "popfd", "popfq")
@@ -292,30 +289,30 @@ def popf(e: Emulator, i: Insn) -> None:
     """Pop the flags that the privilege level may change."""
     size = {"popf": 2, "popfd": 4, "popfq": 8}[i.mnemonic]
     flags = e.q[V.RFLAGS]
-    if flags & svm.RFLAGS_VM and flags & _RFLAGS_IOPL != _RFLAGS_IOPL:
+    if flags & abi.X86_EFLAGS_VM and flags & abi.X86_EFLAGS_IOPL != abi.X86_EFLAGS_IOPL:
         raise gp()
     value = e.peek(size)
     change = 0x24_4DD5  # CF PF AF ZF SF TF DF OF NT AC ID
-    if not e.vcpu.cr0 & svm.X86_CR0_PE:
-        change |= _RFLAGS_IOPL | svm.RFLAGS_IF
+    if not e.vcpu.cr0 & abi.X86_CR0_PE:
+        change |= abi.X86_EFLAGS_IOPL | abi.X86_EFLAGS_IF
     else:
         cpl = e.vcpu.b[V.CPL]
         if cpl == 0:
-            change |= _RFLAGS_IOPL
+            change |= abi.X86_EFLAGS_IOPL
         if cpl <= flags >> 12 & 3:
-            change |= svm.RFLAGS_IF
+            change |= abi.X86_EFLAGS_IF
     if size == 2:
         change &= 0xFFFF
     e.drop(size)
-    e.vcpu.set_rflags(flags & ~(change | svm.RFLAGS_RF) | value & change)
+    e.vcpu.set_rflags(flags & ~(change | abi.X86_EFLAGS_RF) | value & change)
 
 
 @handler("wait", "fnop")
 def fwait(e: Emulator, i: Insn) -> None:
     """Wait for x87: #NM with TS and MP set (FNOP: TS or EM), then #MF if one is pending."""
     cr0 = e.vcpu.cr0
-    waits = svm.X86_CR0_TS | svm.X86_CR0_MP
-    if cr0 & waits == waits or (i.mnemonic == "fnop" and cr0 & (svm.X86_CR0_TS | svm.X86_CR0_EM)):
+    waits = abi.X86_CR0_TS | abi.X86_CR0_MP
+    if cr0 & waits == waits or (i.mnemonic == "fnop" and cr0 & (abi.X86_CR0_TS | abi.X86_CR0_EM)):
         raise X86Exception(abi.NM_VECTOR)
     fpu.check_pending(e.vcpu)
 

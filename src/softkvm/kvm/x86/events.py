@@ -111,7 +111,7 @@ def inject_events(vcpu: Vcpu) -> None:
 def _deliver_pending_exception(vcpu: Vcpu) -> None:
     exception = vcpu.exception
     if exception_is_fault(exception.vector, exception.payload):
-        vcpu.q[V.RFLAGS] |= svm.RFLAGS_RF
+        vcpu.q[V.RFLAGS] |= abi.X86_EFLAGS_RF
     if exception.vector == abi.DB_VECTOR:
         deliver_exception_payload(vcpu, exception)
         if vcpu.q[V.DR7] & DR7_GD:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.abi import X86_EFLAGS_RF, X86_EFLAGS_TF
 from softkvm.kvm.x86 import svm
-from softkvm.kvm.x86.svm import RFLAGS_RF, RFLAGS_TF
 from softkvm.kvm.x86.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ RUN_MMIO_LEN_Q: Final = 48 // 8  # q: len (32 bits), is_write (8)
 
 KVM_EXIT_IO: Final = abi.KVM_EXIT_IO
 KVM_EXIT_MMIO: Final = abi.KVM_EXIT_MMIO
-_STEP_FLAGS: Final = RFLAGS_TF | RFLAGS_RF
+_STEP_FLAGS: Final = X86_EFLAGS_TF | X86_EFLAGS_RF
 _SIZE_MASKS: Final = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF)
 
 
@@ -93,7 +93,7 @@ def skip_pio(vcpu: Vcpu) -> int:
     q = vcpu.q
     if q[RIP] != vcpu.pio_rip and vcpu.pio_rip >= 0:
         return 1
-    if vcpu.nrips and not q[RFLAGS] & RFLAGS_TF:
+    if vcpu.nrips and not q[RFLAGS] & X86_EFLAGS_TF:
         q[RIP] = q[EXIT_INFO_2]
         vcpu.b[INT_STATE_B] = 0
         return 1
@@ -162,7 +162,7 @@ def advance(vcpu: Vcpu, length: int) -> int:
     vcpu.b[INT_STATE_B] = 0
     flags = q[RFLAGS]
     if flags & _STEP_FLAGS:
-        q[RFLAGS] = flags & ~RFLAGS_RF
-        if flags & RFLAGS_TF:
+        q[RFLAGS] = flags & ~X86_EFLAGS_RF
+        if flags & X86_EFLAGS_TF:
             return svm.do_singlestep(vcpu)
     return 1

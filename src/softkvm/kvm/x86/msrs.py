@@ -11,11 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from softkvm import _softcpu
+from softkvm import _softcpu, abi
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import kvmclock
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.svm import EFER_SVME
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -357,7 +356,7 @@ _TABLE: Final[dict[int, Msr]] = {
     MSR_MTRR_DEF_TYPE: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_mtrr_def_type),
     MSR_IA32_TSC_DEADLINE: Msr(_read_tsc_deadline, _write_tsc_deadline),
     MSR_IA32_XSS: Msr(lambda vcpu, index, host: 0, _write_xss),
-    MSR_EFER: Msr(lambda vcpu, index, host: vcpu.efer & ~EFER_SVME, _write_efer, save=False),
+    MSR_EFER: Msr(lambda vcpu, index, host: vcpu.efer & ~abi.EFER_SVME, _write_efer, save=False),
     MSR_STAR: _in_vmcb(V.STAR),
     MSR_LSTAR: _in_vmcb(V.LSTAR, canonical=True),
     MSR_CSTAR: _in_vmcb(V.CSTAR, canonical=True),

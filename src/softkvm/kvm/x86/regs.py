@@ -36,7 +36,7 @@ def set_regs(vcpu: Vcpu, regs: abi.kvm_regs) -> None:
     for index, name in enumerate(GPR_NAMES):
         vcpu.gpr[index] = getattr(regs, name)
     vcpu.q[V.RIP] = regs.rip
-    vcpu.set_rflags(regs.rflags | svm.RFLAGS_FIXED)
+    vcpu.set_rflags(regs.rflags | abi.X86_EFLAGS_FIXED)
     vcpu.exception.pending = False
     vcpu.make_request(KVM_REQ_EVENT)
 
@@ -77,12 +77,12 @@ def get_sregs2(vcpu: Vcpu) -> abi.kvm_sregs2:
 
 def is_valid_sregs(vcpu: Vcpu, sregs: Sregs) -> bool:
     """Tell whether CR0, CR4, EFER and CS.L are a legal combination (``kvm_is_valid_sregs``)."""
-    if sregs.efer & svm.EFER_LME and sregs.cr0 & svm.X86_CR0_PG:
-        if not sregs.cr4 & cr.CR4_PAE or not sregs.efer & svm.EFER_LMA:
+    if sregs.efer & abi.EFER_LME and sregs.cr0 & abi.X86_CR0_PG:
+        if not sregs.cr4 & abi.X86_CR4_PAE or not sregs.efer & abi.EFER_LMA:
             return False
         if sregs.cr3 >> vcpu.maxphyaddr:
             return False
-    elif sregs.efer & svm.EFER_LMA or sregs.cs.l:
+    elif sregs.efer & abi.EFER_LMA or sregs.cs.l:
         return False
     return cr.is_valid_cr4(vcpu, sregs.cr4) and cr.is_valid_cr0(vcpu, sregs.cr0)
 
@@ -114,7 +114,7 @@ def set_sregs(vcpu: Vcpu, sregs: Sregs) -> None:
         and vcpu.q[V.RIP] == 0xFFF0
         and sregs.cs.selector == 0xF000
         and sregs.cs.base == 0xFFFF_0000
-        and not sregs.cr0 & svm.X86_CR0_PE
+        and not sregs.cr0 & abi.X86_CR0_PE
     ):
         vcpu.mp_state = abi.KVM_MP_STATE_RUNNABLE
     if isinstance(sregs, abi.kvm_sregs):

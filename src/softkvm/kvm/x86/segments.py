@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 
@@ -106,8 +105,8 @@ def read_descriptor(e: Emulator, selector: int) -> tuple[int, int]:
 def load_segment(e: Emulator, offset: int, selector: int) -> None:
     """Load a segment register with ``selector``, with all checks but those of far transfers (CS)."""
     vcpu = e.vcpu
-    protected = bool(vcpu.cr0 & svm.X86_CR0_PE)
-    if not protected or e.q[V.RFLAGS] & svm.RFLAGS_VM:
+    protected = bool(vcpu.cr0 & abi.X86_CR0_PE)
+    if not protected or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
         _load_real(vcpu, offset, selector, virtual8086=protected)
         return
     if offset == V.CS_OFFSET:
@@ -141,7 +140,7 @@ def load_segment(e: Emulator, offset: int, selector: int) -> None:
     if not attrib & V.SEG_P:
         raise X86Exception(abi.NP_VECTOR, error)
     if offset in (V.TR_OFFSET, V.LDTR_OFFSET):
-        if vcpu.efer & svm.EFER_LMA:
+        if vcpu.efer & abi.EFER_LMA:
             high = int.from_bytes(e.read_linear(address + 8, 8, implicit=True), "little")
             base |= (high & 0xFFFF_FFFF) << 32
         if offset == V.TR_OFFSET:
@@ -186,7 +185,7 @@ _MAX: Final = 0xFFFF_FFFF
 def load_task_segments(e: Emulator, ldt: int, selectors: list[tuple[int, int]]) -> None:
     """Load LDTR and the segment registers of a new task; faults are #TS where others would be #GP."""
     vcpu = e.vcpu
-    if e.q[V.RFLAGS] & svm.RFLAGS_VM:
+    if e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
         vcpu.b[V.CPL] = 3
         for offset, selector in selectors:
             _load_real(vcpu, offset, selector, virtual8086=True)
@@ -236,8 +235,8 @@ def load_code_far(e: Emulator, selector: int) -> int:
     #GP for what isn't code or not accessible, #NP if absent (APM vol. 2, 4.7.1). Gates are not followed.
     """
     vcpu = e.vcpu
-    if not vcpu.cr0 & svm.X86_CR0_PE or e.q[V.RFLAGS] & svm.RFLAGS_VM:
-        _load_real(vcpu, V.CS_OFFSET, selector, virtual8086=bool(vcpu.cr0 & svm.X86_CR0_PE))
+    if not vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
+        _load_real(vcpu, V.CS_OFFSET, selector, virtual8086=bool(vcpu.cr0 & abi.X86_CR0_PE))
         return 16
     error = selector & 0xFFFC
     if not error:
@@ -252,7 +251,7 @@ def load_code_far(e: Emulator, selector: int) -> int:
         raise gp(error)
     if dpl > cpl if attrib & 4 else (selector & 3 > cpl or dpl != cpl):
         raise gp(error)
-    long_mode = bool(vcpu.efer & svm.EFER_LMA)
+    long_mode = bool(vcpu.efer & abi.EFER_LMA)
     if long_mode and attrib & V.SEG_L and attrib & V.SEG_DB:
         raise gp(error)
     if not attrib & V.SEG_P:

@@ -10,7 +10,23 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from softkvm.abi import DB_VECTOR
+from softkvm.abi import (
+    DB_VECTOR,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NX,
+    EFER_SVME,
+    X86_CR0_CD,
+    X86_CR0_ET,
+    X86_CR0_NW,
+    X86_CR0_PE,
+    X86_CR0_PG,
+    X86_CR0_WP,
+    X86_EFLAGS_FIXED,
+    X86_EFLAGS_IF,
+    X86_EFLAGS_RF,
+    X86_EFLAGS_TF,
+)
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import (
@@ -25,29 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-X86_CR0_PE: Final = 1 << 0
-X86_CR0_MP: Final = 1 << 1
-X86_CR0_EM: Final = 1 << 2
-X86_CR0_TS: Final = 1 << 3
-X86_CR0_ET: Final = 1 << 4
-X86_CR0_NE: Final = 1 << 5
-X86_CR0_WP: Final = 1 << 16
-X86_CR0_AM: Final = 1 << 18
-X86_CR0_NW: Final = 1 << 29
-X86_CR0_CD: Final = 1 << 30
-X86_CR0_PG: Final = 1 << 31
-
-EFER_SCE: Final = 1 << 0
-EFER_LME: Final = 1 << 8
-EFER_LMA: Final = 1 << 10
-EFER_NX: Final = 1 << 11
-EFER_SVME: Final = 1 << 12
-
-RFLAGS_FIXED: Final = 1 << 1
-RFLAGS_TF: Final = 1 << 8
-RFLAGS_IF: Final = 1 << 9
-RFLAGS_RF: Final = 1 << 16
-RFLAGS_VM: Final = 1 << 17
 
 MSR_PAT_DEFAULT: Final = 0x0007_0406_0007_0406
 ASID_GUEST: Final = 1
@@ -152,7 +145,7 @@ def init_vmcb(vcpu: Vcpu) -> None:
     q[V.CR3] = 0
     q[V.CR2] = 0
     q[V.RIP] = 0xFFF0
-    q[V.RFLAGS] = RFLAGS_FIXED
+    q[V.RFLAGS] = X86_EFLAGS_FIXED
     q[V.DR6] = 0xFFFF_0FF0
     q[V.DR7] = 0x400
     q[V.DBGCTL] = 0
@@ -283,7 +276,7 @@ def inject_irq(vcpu: Vcpu) -> None:
 
 def interrupt_blocked(vcpu: Vcpu) -> bool:
     """Tell whether RFLAGS.IF or the interrupt shadow keep interrupts out."""
-    return not vcpu.q[V.RFLAGS] & RFLAGS_IF or bool(vcpu.b[V.INT_STATE_B] & V.INTERRUPT_SHADOW)
+    return not vcpu.q[V.RFLAGS] & X86_EFLAGS_IF or bool(vcpu.b[V.INT_STATE_B] & V.INTERRUPT_SHADOW)
 
 
 def nmi_blocked(vcpu: Vcpu) -> bool:
@@ -312,7 +305,7 @@ def enable_nmi_window(vcpu: Vcpu) -> None:
     if not vcpu.nmi_singlestep:
         vcpu.nmi_singlestep_guest_rflags = vcpu.get_rflags()
         vcpu.nmi_singlestep = True
-        vcpu.q[V.RFLAGS] |= RFLAGS_TF | RFLAGS_RF
+        vcpu.q[V.RFLAGS] |= X86_EFLAGS_TF | X86_EFLAGS_RF
 
 
 def disable_nmi_singlestep(vcpu: Vcpu) -> None:
@@ -320,10 +313,10 @@ def disable_nmi_singlestep(vcpu: Vcpu) -> None:
     vcpu.nmi_singlestep = False
     if not vcpu.guest_debug & 2:  # KVM_GUESTDBG_SINGLESTEP
         flags = vcpu.nmi_singlestep_guest_rflags
-        if not flags & RFLAGS_TF:
-            vcpu.q[V.RFLAGS] &= ~RFLAGS_TF
-        if not flags & RFLAGS_RF:
-            vcpu.q[V.RFLAGS] &= ~RFLAGS_RF
+        if not flags & X86_EFLAGS_TF:
+            vcpu.q[V.RFLAGS] &= ~X86_EFLAGS_TF
+        if not flags & X86_EFLAGS_RF:
+            vcpu.q[V.RFLAGS] &= ~X86_EFLAGS_RF
 
 
 def complete_interrupts(vcpu: Vcpu) -> None:
@@ -388,7 +381,7 @@ def skip_emulated_instruction(vcpu: Vcpu) -> int:
             next_rip &= 0xFFFF_FFFF
     q[RIP] = next_rip
     vcpu.b[INT_STATE_B] = 0
-    if q[RFLAGS] & RFLAGS_TF:
+    if q[RFLAGS] & X86_EFLAGS_TF:
         return do_singlestep(vcpu)
     return 1
 
@@ -401,7 +394,7 @@ def do_singlestep(vcpu: Vcpu) -> int:
     if vcpu.nmi_singlestep:
         disable_nmi_singlestep(vcpu)
         vcpu.make_request(KVM_REQ_EVENT)
-        if not vcpu.get_rflags() & RFLAGS_TF:
+        if not vcpu.get_rflags() & X86_EFLAGS_TF:
             return 1
     queue_exception_p(vcpu, DB_VECTOR, DR6_BS)
     return 1

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.kvm.mmu.paging import PFERR_PRESENT, PFERR_WRITE
 from softkvm.kvm.mmu.spte import PAGE_SHIFT
 from softkvm.kvm.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.requests import KVM_REQ_EVENT
@@ -19,6 +20,8 @@ from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import emulate_system, hypercalls, io, msrs, svm, vmware
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import (
+    DR6_ACTIVE_LOW,
+    DR6_BS,
     X86Exception,
     inject_emulated_exception,
     inject_gp,
@@ -27,7 +30,7 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_p,
 )
 from softkvm.kvm.x86.svm import skip_emulated_instruction
-from softkvm.kvm.x86.vmcb import EXIT_INFO_1, EXIT_INFO_2, IOIO_STR, PFERR_GUEST_FINAL, PFERR_PRESENT
+from softkvm.kvm.x86.vmcb import EXIT_INFO_1, EXIT_INFO_2, IOIO_STR, PFERR_GUEST_FINAL
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -42,7 +45,6 @@ _HYPERCALLS: Final = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")
 #: SYSENTER and SYSEXIT, which AMD's processors don't have in long mode.
 _FAST_CALLS: Final = (b"\x0f\x34", b"\x0f\x35", b"\x48\x0f\x35")
 _DECODE_ASSIST_MOV: Final = 1 << 63
-_PFERR_WRITE: Final = V.PFERR_WRITE
 
 
 # --- the frequent ones -------------------------------------------------------------------------
@@ -90,7 +92,7 @@ def npf_interception(vcpu: Vcpu) -> int:
         slot = slots.gfn_to_memslot(gfn)
         if slot is not None:
             vcpu.stat_pf_taken += 1
-            if vm.mmu.map_gfn(slot, gfn, write=bool(error & _PFERR_WRITE)) != RET_PF_EMULATE:
+            if vm.mmu.map_gfn(slot, gfn, write=bool(error & PFERR_WRITE)) != RET_PF_EMULATE:
                 return 1
         elif vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
             vm.mmu.set_mmio_spte(gfn, slots.generation)
@@ -214,12 +216,12 @@ def dr_interception(vcpu: Vcpu) -> int:
 def db_interception(vcpu: Vcpu) -> int:
     """#DB: the guest's, its debugger's, or the step that opens an NMI window."""
     q = vcpu.q
-    dr6 = q[V.DR6] ^ 0xFFFF_0FF0
+    dr6 = q[V.DR6] ^ DR6_ACTIVE_LOW
     if vcpu.nmi_singlestep and not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
         svm.disable_nmi_singlestep(vcpu)
         vcpu.make_request(KVM_REQ_EVENT)
-        if not vcpu.nmi_singlestep_guest_rflags & svm.RFLAGS_TF:
-            q[V.DR6] &= ~(1 << 14)
+        if not vcpu.nmi_singlestep_guest_rflags & abi.X86_EFLAGS_TF:
+            q[V.DR6] &= ~DR6_BS
             return 1
     elif not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
         queue_exception_p(vcpu, abi.DB_VECTOR, dr6)

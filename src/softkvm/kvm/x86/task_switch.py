@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import segments, svm
+from softkvm.kvm.x86 import segments
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import X86Exception, gp, inject_emulated_exception
 
@@ -27,7 +27,6 @@ REASON_JMP: Final = 2
 REASON_GATE: Final = 3
 
 _BUSY: Final = 2 << 40
-_RFLAGS_NT: Final = 1 << 14
 
 #: 32-bit TSS from CR3 on: CR3, EIP, EFLAGS, 8 registers, 6 selectors, LDTR; offsets 28 to 96.
 _TSS32: Final = struct.Struct("<18I")
@@ -105,7 +104,7 @@ def switch(vcpu: Vcpu, selector: int, reason: int, error_code: int | None) -> No
         old_address, old_raw = segments.read_descriptor(e, old.selector)
         e.write_linear(old_address, (old_raw & ~_BUSY).to_bytes(8, "little"), implicit=True)
     if reason == REASON_IRET:
-        vcpu.q[V.RFLAGS] &= ~_RFLAGS_NT
+        vcpu.q[V.RFLAGS] &= ~abi.X86_EFLAGS_NT
     _save(e, old.base, wide=bool(old.attrib & 8))
     link = old.selector if reason in (REASON_CALL, REASON_GATE) else None
     if reason != REASON_IRET:
@@ -116,11 +115,11 @@ def switch(vcpu: Vcpu, selector: int, reason: int, error_code: int | None) -> No
         e.write_linear(base, link.to_bytes(2, "little"), implicit=True)
     # Long-mode fields aside, the new TSS is in force from here on: faults belong to the new task.
     data = e.read_linear(base, 104 if wide else 44, implicit=True)
-    cr.kvm_set_cr0(vcpu, vcpu.cr0 | svm.X86_CR0_TS)
+    cr.kvm_set_cr0(vcpu, vcpu.cr0 | abi.X86_CR0_TS)
     vcpu.vmcb.set_segment(V.TR_OFFSET, selector, attrib | 2, limit, base)
     _load(e, data, wide=wide)
     if link is not None:
-        vcpu.q[V.RFLAGS] |= _RFLAGS_NT
+        vcpu.q[V.RFLAGS] |= abi.X86_EFLAGS_NT
     if error_code is not None:
         e.push(error_code, 4 if wide else 2)
 
@@ -143,14 +142,14 @@ def _load(e: Emulator, data: bytes, *, wide: bool) -> None:
     vcpu = e.vcpu
     if wide:
         cr3, *values = _TSS32.unpack_from(data, 28)
-        if vcpu.cr0 & svm.X86_CR0_PG and not cr.kvm_set_cr3(vcpu, cr3):
+        if vcpu.cr0 & abi.X86_CR0_PG and not cr.kvm_set_cr3(vcpu, cr3):
             raise gp()
         offsets = _SEGMENTS32
     else:
         values = list(_TSS16.unpack_from(data, 14))
         offsets = _SEGMENTS16
     vcpu.q[V.RIP] = values[0]
-    vcpu.set_rflags(values[1] | svm.RFLAGS_FIXED)
+    vcpu.set_rflags(values[1] | abi.X86_EFLAGS_FIXED)
     for n in range(8):
         e.gpr[n] = values[2 + n]
     selectors = values[10 : 10 + len(offsets)]

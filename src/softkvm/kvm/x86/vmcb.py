@@ -219,12 +219,6 @@ IOIO_SEG_SHIFT: Final = 10
 IOIO_PORT_SHIFT: Final = 16
 
 # --- EXITINFO1 of NPF (APM vol. 2, 15.25.6) ----------------------------------------------------
-PFERR_PRESENT: Final = 1 << 0
-PFERR_WRITE: Final = 1 << 1
-PFERR_USER: Final = 1 << 2
-PFERR_RSVD: Final = 1 << 3
-PFERR_FETCH: Final = 1 << 4
-PFERR_PK: Final = 1 << 5
 PFERR_GUEST_FINAL: Final = 1 << 32
 PFERR_GUEST_PAGE: Final = 1 << 33
 

@@ -13,13 +13,6 @@ from softkvm import abi, api
 from softkvm.vmm.boot import layout
 from softkvm.vmm.memory import GIB, HUGE_PAGE_SIZE, PAGE_SIZE, GuestMemory
 
-CR0_PE = 1 << 0
-CR0_ET = 1 << 4
-CR0_PG = 1 << 31
-CR4_PAE = 1 << 5
-EFER_LME = 1 << 8
-EFER_LMA = 1 << 10
-
 # Linux's __BOOT_CS and __BOOT_DS
 CODE_SELECTOR = 0x10
 DATA_SELECTOR = 0x18
@@ -105,9 +98,9 @@ def enter_long_mode(vcpu: api.Vcpu, memory: GuestMemory, regs: abi.kvm_regs) -> 
     sregs = vcpu.get_sregs()
     _set_flat_segments(sregs, memory, long=True)
     sregs.cr3 = _write_identity_map(memory)
-    sregs.cr4 |= CR4_PAE
-    sregs.cr0 = CR0_PE | CR0_ET | CR0_PG
-    sregs.efer |= EFER_LME | EFER_LMA
+    sregs.cr4 |= abi.X86_CR4_PAE
+    sregs.cr0 = abi.X86_CR0_PE | abi.X86_CR0_ET | abi.X86_CR0_PG
+    sregs.efer |= abi.EFER_LME | abi.EFER_LMA
     vcpu.set_sregs(sregs)
     regs.rflags |= 2
     vcpu.set_regs(regs)
@@ -117,7 +110,7 @@ def enter_protected_mode(vcpu: api.Vcpu, memory: GuestMemory, regs: abi.kvm_regs
     """Put *vcpu* at *regs* in 32-bit protected mode, flat segments, paging and interrupts off."""
     sregs = vcpu.get_sregs()
     _set_flat_segments(sregs, memory, long=False)
-    sregs.cr0 = CR0_PE | CR0_ET
+    sregs.cr0 = abi.X86_CR0_PE | abi.X86_CR0_ET
     vcpu.set_sregs(sregs)
     regs.rflags |= 2
     vcpu.set_regs(regs)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits of RFLAGS, CR0, CR4 and EFER (``<asm/processor-flags.h>``, EFER's of ``<asm/msr-index.h>``).
+
+Sources: SDM vol. 3, sections 2.2.1, 2.3 and 2.5; APM vol. 2, chapter 3.
+"""
+
+X86_EFLAGS_CF = 1 << 0
+X86_EFLAGS_FIXED = 1 << 1
+X86_EFLAGS_PF = 1 << 2
+X86_EFLAGS_AF = 1 << 4
+X86_EFLAGS_ZF = 1 << 6
+X86_EFLAGS_SF = 1 << 7
+X86_EFLAGS_TF = 1 << 8
+X86_EFLAGS_IF = 1 << 9
+X86_EFLAGS_DF = 1 << 10
+X86_EFLAGS_OF = 1 << 11
+X86_EFLAGS_IOPL = 3 << 12
+X86_EFLAGS_NT = 1 << 14
+X86_EFLAGS_RF = 1 << 16
+X86_EFLAGS_VM = 1 << 17
+X86_EFLAGS_AC = 1 << 18
+X86_EFLAGS_VIF = 1 << 19
+X86_EFLAGS_VIP = 1 << 20
+X86_EFLAGS_ID = 1 << 21
+
+X86_CR0_PE = 1 << 0
+X86_CR0_MP = 1 << 1
+X86_CR0_EM = 1 << 2
+X86_CR0_TS = 1 << 3
+X86_CR0_ET = 1 << 4
+X86_CR0_NE = 1 << 5
+X86_CR0_WP = 1 << 16
+X86_CR0_AM = 1 << 18
+X86_CR0_NW = 1 << 29
+X86_CR0_CD = 1 << 30
+X86_CR0_PG = 1 << 31
+
+X86_CR4_VME = 1 << 0
+X86_CR4_PVI = 1 << 1
+X86_CR4_TSD = 1 << 2
+X86_CR4_DE = 1 << 3
+X86_CR4_PSE = 1 << 4
+X86_CR4_PAE = 1 << 5
+X86_CR4_MCE = 1 << 6
+X86_CR4_PGE = 1 << 7
+X86_CR4_PCE = 1 << 8
+X86_CR4_OSFXSR = 1 << 9
+X86_CR4_OSXMMEXCPT = 1 << 10
+X86_CR4_UMIP = 1 << 11
+X86_CR4_LA57 = 1 << 12
+X86_CR4_FSGSBASE = 1 << 16
+X86_CR4_PCIDE = 1 << 17
+X86_CR4_OSXSAVE = 1 << 18
+X86_CR4_SMEP = 1 << 20
+X86_CR4_SMAP = 1 << 21
+X86_CR4_PKE = 1 << 22
+
+EFER_SCE = 1 << 0
+EFER_LME = 1 << 8
+EFER_LMA = 1 << 10
+EFER_NX = 1 << 11
+EFER_SVME = 1 << 12
