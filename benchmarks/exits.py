@@ -1,43 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Round trips: guest, silicon, KVM, for some the machine and its device, and back; timed by the guest.
 
-CPUID and the local APIC end in KVM; IN, OUT and MMIO go to the machine. HLT: to itself by IPI, and how late a timer
-wakes it. Aim: at most 5 us each. QEMU's TCG has no such exits (one process emulates all): its figures are the work.
+``softkvm bench vmexit`` with its own guest, in microseconds beside the aim of at most 5 us each. CPUID and the local
+APIC end in KVM; IN, OUT and MMIO go to the machine. QEMU's TCG has no such exits (one process emulates all): its
+figures are the work.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from benchmarks import common
+from softkvm import qemu
+from softkvm.bench import vmexit
+from softkvm.bench.sides import QemuSide, Side, SideError, SoftkvmSide
 
-KERNELS = {
-    "cpuid": "CPUID",
-    "in": "IN (serial scratch register)",
-    "out": "OUT (serial scratch register)",
-    "mmio": "MMIO read, nobody there",
-    "lapic": "local APIC read",
-    "hlt-ipi": "self-IPI, HLT, wake",
-    "hlt-timer": "HLT, lateness of a timer's wake",
-    "ipi-pingpong": "IPI to a halted vCPU and back",
-}
 AIM_US = 5.0
+
+
+def _us(kind: vmexit.Kind, side: str) -> float | None:
+    figure = kind.figures.get(side)
+    return None if figure is None or figure.ns is None else figure.ns / 1e3
 
 
 def measure() -> None:
     """Run, print, save."""
     args = common.arguments(__doc__ or "", runs=5).parse_args()
-    us: dict[str, dict[str, float]] = {}
-    for side in common.chosen_sides(args):
-        runs = [common.run_bench(side, list(KERNELS), vcpus=2)[0] for _ in range(args.runs)]
-        us[side] = {name: common.median(run[name].ns / run[name].iterations / 1e3 for run in runs) for name in KERNELS}
-    rows = []
-    for name, title in KERNELS.items():
-        ours, theirs = (us.get(side, {}).get(name) for side in (common.SOFTKVM, common.QEMU))
-        rows.append((title, common.number(ours, 2), common.number(theirs, 2), common.number(AIM_US, 0)))
+    chosen = common.chosen_sides(args)
+    try:
+        sides: list[Side] = [SoftkvmSide()] if common.SOFTKVM in chosen else []
+        if common.QEMU in chosen:
+            sides.append(QemuSide(qemu.PROGRAM))
+        report = vmexit.own_guest(sides, args.runs)
+    except SideError as error:
+        raise common.BenchmarkError(str(error)) from None
+    rows = [
+        (
+            kind.what,
+            *(common.number(_us(kind, side), 2) for side in (common.SOFTKVM, common.QEMU)),
+            common.number(AIM_US, 0),
+        )
+        for kind in report.kinds
+    ]
     common.table("Round trips, microseconds", ("", "softkvm", "QEMU", "aim"), rows)
-    result: dict[str, Any] = {"runs": args.runs, "us": us}
-    common.save("exits", result)
+    common.save("exits", report.as_dict())
 
 
 if __name__ == "__main__":

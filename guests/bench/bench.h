@@ -2,15 +2,19 @@
 #pragma once
 #include "guest.h"
 
-/* A kernel runs its loop and returns a checksum that depends on every round. */
-typedef u64 (*kernel)(u64 iterations);
+/* One thing to measure. run() goes round its loop and returns a checksum that depends on every round. */
+struct bench_kernel {
+    const char *name;
+    u64 (*run)(u64 iterations);
+    u64 iterations; /* where the command line names none */
+    u32 vcpus;      /* skipped where there are fewer */
+    void (*prepare)(void); /* before the clock starts; may be 0 */
+};
+extern const struct bench_kernel bench_kernels[]; /* ends with a name of 0 */
 
-/* Of exits.c: nanoseconds that are the measured thing's own and no overhead (a timer's set time). */
+/* Nanoseconds that are the measured thing's own and no overhead (a timer's set time). */
 extern u64 excluded_ns;
 
 u64 loop_registers(u64), loop_load_store(u64), loop_call_return(u64), loop_pages(u64);
 u64 compiled_mix(u64);
 u64 footprint(u64);
-u64 exit_cpuid(u64), exit_in(u64), exit_out(u64), exit_mmio(u64), exit_lapic(u64);
-u64 halt_timer(u64), halt_ipi(u64), ping_pong(u64);
-void map_pages(void);

@@ -1,27 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* One exit after the other: what a round trip to the hypervisor and, for some, to the machine costs. */
+/*
+ * One exit after the other: what a round trip to the hypervisor and, for some, to the machine costs. This is the guest of
+ * `softkvm bench vmexit`.
+ */
 #include "bench.h"
 
 enum { SCRATCH = 0x3ff }; /* the serial port's scratch register */
 #define HOLE ((volatile u32 *)0xfe000000) /* memory space with nothing in it */
 
-/* Mapped 64 MiB by 4 KiB pages at 4 GiB, on physical 32..96 MiB. */
-enum { PAGES = 16384, FIRST = 32 << 20 };
-extern u64 page_root[512];
-static u64 tables[PAGES] __attribute__((aligned(4096)));
-static u64 directory[512] __attribute__((aligned(4096)));
-
-void map_pages(void)
-{
-    u64 *pointers = (u64 *)(page_root[0] & ~0xffful);
-    for (u64 i = 0; i < PAGES; i++)
-        tables[i] = (FIRST + (i << 12)) | 3;
-    for (u64 i = 0; i < PAGES / 512; i++)
-        directory[i] = (u64)&tables[i * 512] | 3;
-    pointers[4] = (u64)directory | 3;
-}
-
-u64 exit_cpuid(u64 iterations)
+static u64 exit_cpuid(u64 iterations)
 {
     u64 sum = 0;
     while (iterations--)
@@ -29,7 +16,7 @@ u64 exit_cpuid(u64 iterations)
     return sum;
 }
 
-u64 exit_in(u64 iterations)
+static u64 exit_in(u64 iterations)
 {
     u64 sum = 0;
     outb(SCRATCH, 3);
@@ -38,14 +25,14 @@ u64 exit_in(u64 iterations)
     return sum;
 }
 
-u64 exit_out(u64 iterations)
+static u64 exit_out(u64 iterations)
 {
     while (iterations--)
         outb(SCRATCH, (u8)iterations);
     return inb(SCRATCH);
 }
 
-u64 exit_mmio(u64 iterations)
+static u64 exit_mmio(u64 iterations)
 {
     u64 sum = 0;
     for (; sum < iterations; sum++)
@@ -53,7 +40,7 @@ u64 exit_mmio(u64 iterations)
     return sum;
 }
 
-u64 exit_lapic(u64 iterations)
+static u64 exit_lapic(u64 iterations)
 {
     u64 sum = 0;
     while (iterations--)
@@ -62,7 +49,7 @@ u64 exit_lapic(u64 iterations)
 }
 
 /* The time from a timer's moment to the handler's end, 100 us after it was set. */
-u64 halt_timer(u64 iterations)
+static u64 halt_timer(u64 iterations)
 {
     enum { US = 100 };
     u64 count = lapic_hz * US / 1000000, rounds = iterations;
@@ -80,7 +67,7 @@ u64 halt_timer(u64 iterations)
     return processors[0].timer_irqs;
 }
 
-u64 halt_ipi(u64 iterations)
+static u64 halt_ipi(u64 iterations)
 {
     u64 start = processors[0].ipi_irqs;
     while (iterations--) {
@@ -121,7 +108,7 @@ static void answer(struct processor *me)
     }
 }
 
-u64 ping_pong(u64 iterations)
+static u64 ping_pong(u64 iterations)
 {
     u64 start = processors[0].ipi_irqs;
     rounds_left = iterations;
@@ -149,3 +136,15 @@ u64 ping_pong(u64 iterations)
     smp_wait(1);
     return processors[0].ipi_irqs - start;
 }
+
+const struct bench_kernel bench_kernels[] = {
+    {"cpuid", exit_cpuid, 20000, 1, 0},
+    {"in", exit_in, 20000, 1, 0},
+    {"out", exit_out, 20000, 1, 0},
+    {"mmio", exit_mmio, 20000, 1, 0},
+    {"lapic", exit_lapic, 20000, 1, 0},
+    {"hlt-timer", halt_timer, 2000, 1, 0},
+    {"hlt-ipi", halt_ipi, 10000, 1, 0},
+    {"ipi-pingpong", ping_pong, 5000, 2, 0},
+    {0, 0, 0, 0, 0},
+};

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from softkvm import api
+from softkvm.bench.sides import SideError, guest_image
 from softkvm.vmm.console import Console
 from softkvm.vmm.guest import Guest, GuestUnavailable, demo_kernel, prepare
 from softkvm.vmm.machine import Config, Machine
@@ -49,6 +50,15 @@ def bench_image() -> Path:
     if not path.exists():
         _missing("guests/build/bench.elf is not built: make guests")
     return path
+
+
+def exits_image() -> Path:
+    """The guest of ``softkvm bench vmexit``."""
+    try:
+        return guest_image()
+    except SideError as error:
+        _missing(str(error))
+        raise AssertionError from error
 
 
 @contextmanager

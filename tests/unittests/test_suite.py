@@ -2,13 +2,15 @@
 """How entries share the processors, and what becomes of a process that dies."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from softkvm.unittests import suite as suite_module
 from softkvm.unittests.config import Entry, SuiteError
-from softkvm.unittests.result import Status
+from softkvm.unittests.result import Result, Status
 from softkvm.unittests.runner import Settings
 from softkvm.unittests.suite import SuiteRun, select
 
@@ -44,9 +46,8 @@ def test_entry_with_more_vcpus_than_places_runs_alone(suite: Path) -> None:
     assert not any({"four", "two"} <= names or {"one", "four"} <= names for names in together)
 
 
-def test_process_that_dies_is_a_failure_with_its_end(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_module, "_main", die)
-    (result,) = SuiteRun(suite, [Entry("dies", "probe.flat")], Settings()).run()
+def test_process_that_dies_is_a_failure_with_its_end(suite: Path) -> None:
+    (result,) = SuiteRun(suite, [Entry("dies", "probe.flat")], Settings(), run=die).run()
     assert result.status is Status.FAIL
     assert result.reason == "the process ended with signal SIGABRT"
     assert result.log == "PASS: before\n"
@@ -54,20 +55,18 @@ def test_process_that_dies_is_a_failure_with_its_end(suite: Path, monkeypatch: p
 
 
 def test_process_that_does_not_end_is_killed(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_module, "_main", stay)
     monkeypatch.setattr(suite_module, "GRACE_S", 0.5)
-    (result,) = SuiteRun(suite, [Entry("stays", "probe.flat")], Settings(timeout_s=0.5)).run()
+    (result,) = SuiteRun(suite, [Entry("stays", "probe.flat")], Settings(timeout_s=0.5), run=stay).run()
     assert result.reason == "timeout; the process did not end by itself and was killed"
 
 
-def die(pipe, directory, entry, settings) -> None:  # type: ignore[no-untyped-def]
+def die(directory: Path, entry: Entry, settings: Settings, console: Callable[[bytes], None]) -> Result:
     """Print something, then crash."""
-    pipe.send(b"PASS: before\r\n")
+    console(b"PASS: before\r\n")
     os.abort()
 
 
-def stay(pipe, directory, entry, settings) -> None:  # type: ignore[no-untyped-def]
+def stay(directory: Path, entry: Entry, settings: Settings, console: Callable[[bytes], None]) -> Result:
     """Never end."""
-    import time
-
     time.sleep(60)
+    raise AssertionError

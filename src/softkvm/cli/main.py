@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
+    "bench": ("softkvm.cli.bench", "measure what exits cost, QEMU beside it"),
 }
 """Every command: its module, imported only when it is called, and a line of help."""
 

@@ -72,6 +72,10 @@ class Result:
     """What was set up for it beyond its options."""
     exit_status: int | None = None
     time_s: float = 0.0
+    timeout_s: float | None = None
+    """The limit that it ran under; 0 is none, None: it did not run."""
+    suite_timeout_s: float | None = None
+    """The suite's own limit for it."""
     instructions: int | None = None
     exits: dict[str, int] = field(default_factory=dict)
     """Returns of KVM_RUN by exit reason, all vCPUs."""
@@ -89,6 +93,11 @@ class Result:
         if detail:
             parts.append(f"({detail})")
         return " ".join(parts)
+
+    @property
+    def over_suite_limit(self) -> bool:
+        """Did it take longer than the suite allows it, under a limit that was scaled or set?"""
+        return self.suite_timeout_s is not None and self.time_s > self.suite_timeout_s
 
     def counts(self) -> dict[str, int]:
         """Return the subtests by status."""

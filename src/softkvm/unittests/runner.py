@@ -49,19 +49,65 @@ class Settings:
     """Variables that the test program sees."""
 
 
-def timeout_of(entry: Entry, settings: Settings) -> float:
-    """Return the entry's time limit in seconds; 0 is none. SuiteError if its text (``30``, ``2m``) is no time."""
-    if settings.timeout_s is not None:
-        return settings.timeout_s
-    scale = TIMEOUT_SCALE[settings.accel] if settings.timeout_scale is None else settings.timeout_scale
+def scale_of(settings: Settings) -> float:
+    """Return what the entries' own limits are multiplied by."""
+    return TIMEOUT_SCALE.get(settings.accel, 1.0) if settings.timeout_scale is None else settings.timeout_scale
+
+
+def suite_timeout_of(entry: Entry) -> float:
+    """Return the suite's limit for the entry, in seconds. SuiteError if its text (``30``, ``2m``) is no time."""
     text = entry.timeout
     if not text:
-        return DEFAULT_TIMEOUT_S * scale
+        return DEFAULT_TIMEOUT_S
     unit = _UNITS_S.get(text[-1])
     try:
-        return float(text[:-1] if unit else text) * (unit or 1) * scale
+        return float(text[:-1] if unit else text) * (unit or 1)
     except ValueError:
         raise SuiteError(f"[{entry.name}] timeout = {text}: expected seconds") from None
+
+
+def timeout_of(entry: Entry, settings: Settings) -> float:
+    """Return the limit that the entry runs under, in seconds; 0 is none. SuiteError as :func:`suite_timeout_of`."""
+    if settings.timeout_s is not None:
+        return settings.timeout_s
+    return suite_timeout_of(entry) * scale_of(settings)
+
+
+def note_limits(entry: Entry, settings: Settings, result: Result) -> None:
+    """Fill in the limit that the entry runs under and the suite's own."""
+    result.timeout_s = timeout_of(entry, settings)
+    result.suite_timeout_s = suite_timeout_of(entry)
+
+
+def arguments_of(entry: Entry) -> tuple[str, list[str]]:
+    """Return what the test program's command line holds, and what was left out. SuiteError for unbalanced quotes."""
+    text, left = config.expand(entry.test_args)
+    try:
+        return " ".join(shlex.split(text)), left
+    except ValueError as error:
+        raise SuiteError(f"[{entry.name}]: {error}") from None
+
+
+def smp_of(entry: Entry) -> list[str]:
+    """Return the words of the entry's ``smp``: the number of vCPUs first. SuiteError if it is none."""
+    words = entry.smp.split()
+    if not words or not words[0].isdecimal():
+        raise SuiteError(f"[{entry.name}] smp = {entry.smp}: expected a number")
+    return words
+
+
+def skip_reason(directory: Path, entry: Entry, settings: Settings, accel: str) -> str:
+    """Return why the suite would not run *entry* with *accel* (``kvm``, ``tcg``); empty if it would."""
+    if NODEFAULT in entry.groups and not settings.run_nodefault:
+        return "test marked as manual run only"
+    if entry.arch and entry.arch != ARCHITECTURE:
+        return f"needs {entry.arch} build"
+    wanted = entry.accel.split(",")[0]
+    if wanted and wanted != accel:
+        return f"{wanted} only"
+    if not (config.find(directory) / entry.file).is_file():
+        return f"{entry.file} is not built"
+    return ""
 
 
 def run(path: str | os.PathLike[str], name: str, settings: Settings | None = None) -> Result:
@@ -95,15 +141,8 @@ def run_entry(
 def _prepare(directory: Path, entry: Entry, settings: Settings, result: Result) -> options.Platform | None:
     """Fill in what the entry's text says; None if it cannot run, with the reason in *result*."""
     result.ignored += entry.unknown
-    if NODEFAULT in entry.groups and not settings.run_nodefault:
-        result.reason = "test marked as manual run only"
-        return None
-    if entry.arch and entry.arch != ARCHITECTURE:
-        result.reason = f"needs {entry.arch} build"
-        return None
-    accel = entry.accel.split(",")[0]
-    if accel and accel != "kvm":  # both of ours are KVM
-        result.reason = f"{accel} only"
+    result.reason = skip_reason(directory, entry, settings, "kvm")  # both of ours are KVM
+    if result.reason:
         return None
     if entry.disabled_if:
         result.ignored.append(f"disabled_if = {entry.disabled_if}")
@@ -111,24 +150,18 @@ def _prepare(directory: Path, entry: Entry, settings: Settings, result: Result) 
     result.ignored += left
     try:
         platform = options.parse(parameters)
-        arguments, left = config.expand(entry.test_args)
-        result.arguments = " ".join(shlex.split(arguments))
     except ValueError as error:
         raise SuiteError(f"[{entry.name}]: {error}") from None
+    result.arguments, left = arguments_of(entry)
     result.ignored += [*left, *platform.ignored]
     result.memory_bytes = platform.memory_size
-    words = entry.smp.split()
-    if not words or not words[0].isdecimal():
-        raise SuiteError(f"[{entry.name}] smp = {entry.smp}: expected a number")
-    result.vcpus = int(words[0])
+    result.vcpus = int(smp_of(entry)[0])
+    note_limits(entry, settings, result)
     if platform.missing:
         result.reason = "needs " + ", ".join(platform.missing)
         return None
     if result.vcpus > MAX_VCPUS:
         result.reason = f"needs {result.vcpus} vCPUs, there are at most {MAX_VCPUS}"
-        return None
-    if not (config.find(directory) / entry.file).is_file():
-        result.reason = f"{entry.file} is not built"
         return None
     return platform
 

@@ -19,6 +19,9 @@ from softkvm.unittests.runner import DEFAULT_TIMEOUT_S, Settings, run_entry, tim
 GRACE_S = 20.0
 """How long after its time limit a process may take to report before it is killed."""
 
+RunEntry = Callable[[Path, Entry, Settings, Callable[[bytes], None]], Result]
+"""What runs an entry: :func:`~softkvm.unittests.runner.run_entry`, or QEMU's. It must be picklable."""
+
 _PRELOAD = ["softkvm.unittests.runner", "softkvm.kvm"]
 
 
@@ -64,11 +67,11 @@ class _Job:
         return True
 
 
-def _main(pipe: Connection, directory: Path, entry: Entry, settings: Settings) -> None:
+def _main(pipe: Connection, run: RunEntry, directory: Path, entry: Entry, settings: Settings) -> None:
     """The process: run the entry, send its output as it comes, then the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     try:
-        result = run_entry(directory, entry, settings, pipe.send)
+        result = run(directory, entry, settings, pipe.send)
     except Exception as error:
         result = Result(entry.name, Status.FAIL, f"internal error: {type(error).__name__}: {error}", file=entry.file)
     pipe.send(result)
@@ -81,7 +84,7 @@ class SuiteRun:
     An entry takes as many places as it has vCPUs (all places, if it has more), so that those that wait for each other
     run at the same time. One that does not fit yet lets later ones go first.
 
-    *started* and *finished* are called as entries start and end.
+    *started* and *finished* are called as entries start and end. *run* is what runs one.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class SuiteRun:
         settings: Settings,
         jobs: int = 1,
         *,
+        run: RunEntry = run_entry,
         started: Callable[[Entry], None] = lambda entry: None,
         finished: Callable[[Result], None] = lambda result: None,
         tick: Callable[[list[tuple[str, float]]], None] = lambda running: None,
@@ -99,6 +103,7 @@ class SuiteRun:
         self._entries = list(entries)
         self._settings = settings
         self._jobs = jobs
+        self._run = run
         self._started = started
         self._finished = finished
         self._tick = tick
@@ -136,7 +141,10 @@ class SuiteRun:
             timeout_s = DEFAULT_TIMEOUT_S  # the run itself says what is wrong
         mine, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_main, args=(theirs, self._directory, entry, self._settings), name=entry.name, daemon=True
+            target=_main,
+            args=(theirs, self._run, self._directory, entry, self._settings),
+            name=entry.name,
+            daemon=True,
         )
         process.start()
         theirs.close()

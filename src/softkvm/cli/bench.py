@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``softkvm bench``: measurements. ``vmexit`` is what an exit costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from softkvm import qemu
+from softkvm.bench import vmexit
+from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, SoftkvmSide
+from softkvm.bench.vmexit import Figure, Kind, Report
+from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.unittests.config import SuiteError
+from softkvm.unittests.runner import DEVICES
+
+EXIT_FAILED = 1
+STDOUT = "-"
+
+EPILOG = """\
+measurements:
+  vmexit   nanoseconds for each kind of exit, QEMU's TCG beside it
+
+`softkvm bench vmexit --help` explains it.
+"""
+
+VMEXIT_EPILOG = """\
+Without DIR our own guest measures: CPUID, IN, OUT, MMIO, the local APIC, HLT, IPIs. With DIR, your own build of
+kvm-unit-tests (a checkout after `./configure && make`), its vmexit entries do.
+
+QEMU runs the same images with -accel tcg. It has no exits: its figures are the work itself, in one process. A failure
+there is shown and does not change the exit status.
+
+exit status:
+  0  softkvm gave every figure
+  1  it did not, or the KVM cannot be opened
+  2  usage: bad arguments, no build in DIR
+
+examples:
+  softkvm bench vmexit
+  softkvm bench vmexit ~/kvm-unit-tests --runs 3 --json vmexit.json
+  softkvm bench vmexit --accel kvm --no-qemu
+"""
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    measurements = parser.add_subparsers(dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit")
+    command = measurements.add_parser(
+        "vmexit",
+        description="Measure what an exit costs, kind by kind.",
+        epilog=VMEXIT_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = command.add_argument
+    add("directory", metavar="DIR", type=Path, nargs="?", help="build of kvm-unit-tests (default: our own guest)")
+    add("--runs", metavar="N", default="1", help="runs; the figure is their median (default: 1)")
+    add(
+        "--accel",
+        choices=tuple(DEVICES),
+        default="soft",
+        help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm",
+    )
+    side = command.add_mutually_exclusive_group()
+    side.add_argument("--qemu", metavar="PATH", help=f"QEMU to compare with (default: {qemu.PROGRAM} on PATH)")
+    side.add_argument("--no-qemu", action="store_true", help="do not compare")
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        help=f"for every kind or entry on either side (default: {vmexit.TIMEOUT_S:g}; with DIR the suite's limits, "
+        "3 times those with --accel soft)",
+    )
+    add("--json", metavar="FILE", help="write everything as JSON; - is standard output, instead of the table")
+
+
+def _runs(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise CommandError(f"--runs {text}: expected a number from 1 to 1000")
+    return int(text)
+
+
+def _timeout(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < threading.TIMEOUT_MAX:
+        raise CommandError(f"--timeout {text}: expected a number of seconds above 0")
+    return value
+
+
+def _sides(args: Namespace) -> list[Side]:
+    """Return what can be compared; a note on stderr if QEMU is not there."""
+    sides: list[Side] = [SoftkvmSide(args.accel)]
+    if args.no_qemu:
+        return sides
+    program = qemu.find(args.qemu)
+    if program is not None:
+        return [*sides, QemuSide(program)]
+    if args.qemu is not None:
+        raise CommandError(f"--qemu {args.qemu}: no such program")
+    print(f"softkvm: no {qemu.PROGRAM} on PATH to compare with", file=sys.stderr)
+    return sides
+
+
+class _ProgressLine:
+    """A line of progress on standard error if that is a terminal."""
+
+    def __init__(self) -> None:
+        self._shown = os.isatty(2)
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self._write(f"[{done}/{total}] {what}")
+
+    def clear(self) -> None:
+        """Take it away."""
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        if self._shown:
+            sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
+            sys.stderr.flush()
+
+
+def _run(args: Namespace) -> int:
+    runs, timeout_s = _runs(args.runs), _timeout(args.timeout)
+    _check_file(args.json)
+    progress = _ProgressLine()
+    try:
+        if args.directory is not None:
+            vmexit.entries_of(args.directory)
+        sides = _sides(args)
+        if args.directory is not None:
+            report = vmexit.suite(args.directory, sides, runs, timeout_s, progress)
+        else:
+            report = vmexit.own_guest(sides, runs, timeout_s or vmexit.TIMEOUT_S, progress)
+    except SuiteError as error:
+        raise CommandError(str(error)) from None
+    except SideError as error:
+        raise CommandError(str(error), EXIT_ERROR) from None
+    finally:
+        progress.clear()
+    if args.json != STDOUT:
+        print(render(report))
+    _write_json(args.json, report)
+    complete = all(kind.figures[SOFTKVM].ns is not None for kind in report.kinds)
+    return EXIT_OK if complete else EXIT_FAILED
+
+
+def _check_file(file: str | None) -> None:
+    """Say before the measurement that its result cannot be written."""
+    if file is not None and file != STDOUT and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+        raise CommandError(f"--json {file}: cannot be written")
+
+
+def _write_json(file: str | None, report: Report) -> None:
+    if file is None:
+        return
+    text = json.dumps(report.as_dict(), indent=2)
+    if file == STDOUT:
+        print(text)
+        return
+    try:
+        Path(file).write_text(text + "\n")
+    except OSError as error:
+        raise CommandError(f"--json {file}: {error.strerror}", EXIT_ERROR) from None
+
+
+# -- the table
+
+
+def _cell(figure: Figure) -> str:
+    return figure.problem if figure.ns is None else f"{figure.ns:,.0f}"
+
+
+def _row(kind: Kind, sides: list[str]) -> list[str]:
+    row = [kind.name, kind.what, *(_cell(kind.figures[side]) for side in sides)]
+    if QEMU in sides:
+        ratio = kind.ratio(SOFTKVM, QEMU)
+        row.append("" if ratio is None else f"{ratio:,.1f}")
+    return row
+
+
+def render(report: Report) -> str:
+    """Return the report as a table for people, with what the problems were below it."""
+    sides = list(report.sides)
+    titles = [f"{facts['title']} ns" for facts in report.sides.values()]
+    header = ["exit", "what it does", *titles, *(["ratio"] if QEMU in sides else [])]
+    rows = [_row(kind, sides) for kind in report.kinds]
+    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
+        cells += [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    problems = [
+        f"{kind.name} on {report.sides[side]['title']}: " + ", ".join(filter(None, (figure.problem, figure.detail)))
+        for kind in report.kinds
+        for side, figure in kind.figures.items()
+        if figure.problem
+    ]
+    return "\n".join([*lines, *([""] if problems else []), *problems])
+
+
+command = Command(_add_arguments, _run, "Measurements.", EPILOG)
