@@ -11,6 +11,8 @@ from softkvm.abi.capabilities import *  # noqa: F403
 from softkvm.abi.ioctl import *  # noqa: F403
 from softkvm.abi.irq import *  # noqa: F403
 from softkvm.abi.memory import *  # noqa: F403
+from softkvm.abi.msr import *  # noqa: F403
+from softkvm.abi.nested import *  # noqa: F403
 from softkvm.abi.para import *  # noqa: F403
 from softkvm.abi.processor_flags import *  # noqa: F403
 from softkvm.abi.run import *  # noqa: F403

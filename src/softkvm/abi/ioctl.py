@@ -34,6 +34,8 @@ from softkvm.abi.memory import (
     kvm_translation,
     kvm_userspace_memory_region,
 )
+from softkvm.abi.msr import kvm_msr_filter, kvm_msr_list, kvm_msrs
+from softkvm.abi.nested import kvm_nested_state
 from softkvm.abi.x86 import (
     kvm_clock_data,
     kvm_cpuid,
@@ -42,10 +44,6 @@ from softkvm.abi.x86 import (
     kvm_fpu,
     kvm_guest_debug,
     kvm_mp_state,
-    kvm_msr_filter,
-    kvm_msr_list,
-    kvm_msrs,
-    kvm_nested_state,
     kvm_pmu_event_filter,
     kvm_regs,
     kvm_sregs,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of an x86 vCPU: registers, FPU, MSRs, CPUID, events, debugging, nested state (KVM API, section 4)."""
+"""State of an x86 vCPU: registers, FPU, CPUID, events, debugging, clock (KVM API, section 4)."""
 
-from ctypes import Array, Structure, Union
+from ctypes import Array, Structure
 from typing import Annotated
 
 from softkvm.abi._layout import layout, u8, u8s, u8s2, u16, u16s, u32, u32s, u64, u64s
@@ -161,57 +161,6 @@ class kvm_xcrs(Structure):
     flags: u32
     xcrs: Annotated[Array[kvm_xcr], kvm_xcr, KVM_MAX_XCRS]
     padding: Annotated[u64s, 16]
-
-
-# --- model-specific registers ---------------------------------------------------------------------
-
-KVM_MSR_FILTER_MAX_BITMAP_SIZE = 0x600
-KVM_MSR_FILTER_READ = 1 << 0
-KVM_MSR_FILTER_WRITE = 1 << 1
-KVM_MSR_FILTER_MAX_RANGES = 16
-KVM_MSR_FILTER_DEFAULT_ALLOW = 0
-KVM_MSR_FILTER_DEFAULT_DENY = 1 << 0
-KVM_MSR_EXIT_REASON_INVAL = 1 << 0
-KVM_MSR_EXIT_REASON_UNKNOWN = 1 << 1
-KVM_MSR_EXIT_REASON_FILTER = 1 << 2
-
-
-@layout
-class kvm_msr_entry(Structure):
-    index: u32
-    reserved: u32
-    data: u64
-
-
-@layout
-class kvm_msrs(Structure):
-    """Header of KVM_GET_MSRS/KVM_SET_MSRS; see :func:`softkvm.abi.flexible`."""
-
-    nmsrs: u32
-    pad: u32
-
-
-@layout
-class kvm_msr_list(Structure):
-    """Header of KVM_GET_MSR_INDEX_LIST, followed by ``u32 indices[]``."""
-
-    nmsrs: u32
-
-
-@layout
-class kvm_msr_filter_range(Structure):
-    """``bitmap`` is an address: one bit per MSR from ``base``, set = allowed."""
-
-    flags: u32
-    nmsrs: u32
-    base: u32
-    bitmap: u64
-
-
-@layout
-class kvm_msr_filter(Structure):
-    flags: u32
-    ranges: Annotated[Array[kvm_msr_filter_range], kvm_msr_filter_range, KVM_MSR_FILTER_MAX_RANGES]
 
 
 # --- CPUID ----------------------------------------------------------------------------------------
@@ -469,67 +418,3 @@ class kvm_clock_data(Structure):
     realtime: u64
     host_tsc: u64
     pad: Annotated[u32s, 4]
-
-
-# --- nested virtualization ------------------------------------------------------------------------
-
-KVM_STATE_NESTED_FORMAT_VMX = 0
-KVM_STATE_NESTED_FORMAT_SVM = 1
-KVM_STATE_NESTED_GUEST_MODE = 0x0001
-KVM_STATE_NESTED_RUN_PENDING = 0x0002
-KVM_STATE_NESTED_EVMCS = 0x0004
-KVM_STATE_NESTED_MTF_PENDING = 0x0008
-KVM_STATE_NESTED_GIF_SET = 0x0100
-KVM_STATE_NESTED_SMM_GUEST_MODE = 0x0001
-KVM_STATE_NESTED_SMM_VMXON = 0x0002
-KVM_STATE_NESTED_VMX_VMCS_SIZE = 0x1000
-KVM_STATE_NESTED_SVM_VMCB_SIZE = 0x1000
-KVM_STATE_VMX_PREEMPTION_TIMER_DEADLINE = 0x0001
-
-
-@layout
-class kvm_vmx_nested_state_smm(Structure):
-    flags: u16
-
-
-@layout
-class kvm_vmx_nested_state_hdr(Structure):
-    vmxon_pa: u64
-    vmcs12_pa: u64
-    smm: kvm_vmx_nested_state_smm
-    pad: u16
-    flags: u32
-    preemption_timer_deadline: u64
-
-
-@layout
-class kvm_vmx_nested_state_data(Structure):
-    vmcs12: Annotated[u8s, KVM_STATE_NESTED_VMX_VMCS_SIZE]
-    shadow_vmcs12: Annotated[u8s, KVM_STATE_NESTED_VMX_VMCS_SIZE]
-
-
-@layout
-class kvm_svm_nested_state_hdr(Structure):
-    vmcb_pa: u64
-
-
-@layout
-class kvm_svm_nested_state_data(Structure):
-    vmcb12: Annotated[u8s, KVM_STATE_NESTED_SVM_VMCB_SIZE]
-
-
-@layout
-class kvm_nested_state_hdr(Union):
-    vmx: kvm_vmx_nested_state_hdr
-    svm: kvm_svm_nested_state_hdr
-    pad: Annotated[u8s, 120]
-
-
-@layout
-class kvm_nested_state(Structure):
-    """Header of KVM_GET/SET_NESTED_STATE; ``size`` includes the data that follow it."""
-
-    flags: u16
-    format: u16
-    size: u32
-    hdr: kvm_nested_state_hdr

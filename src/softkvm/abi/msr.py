@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model-specific registers (KVM API 4.3, 4.18, 4.19, 4.97 KVM_X86_SET_MSR_FILTER)."""
+
+from ctypes import Array, Structure
+from typing import Annotated
+
+from softkvm.abi._layout import layout, u32, u64
+
+KVM_MSR_FILTER_MAX_BITMAP_SIZE = 0x600
+KVM_MSR_FILTER_READ = 1 << 0
+KVM_MSR_FILTER_WRITE = 1 << 1
+KVM_MSR_FILTER_MAX_RANGES = 16
+KVM_MSR_FILTER_DEFAULT_ALLOW = 0
+KVM_MSR_FILTER_DEFAULT_DENY = 1 << 0
+KVM_MSR_EXIT_REASON_INVAL = 1 << 0
+KVM_MSR_EXIT_REASON_UNKNOWN = 1 << 1
+KVM_MSR_EXIT_REASON_FILTER = 1 << 2
+
+
+@layout
+class kvm_msr_entry(Structure):
+    index: u32
+    reserved: u32
+    data: u64
+
+
+@layout
+class kvm_msrs(Structure):
+    """Header of KVM_GET_MSRS/KVM_SET_MSRS; see :func:`softkvm.abi.flexible`."""
+
+    nmsrs: u32
+    pad: u32
+
+
+@layout
+class kvm_msr_list(Structure):
+    """Header of KVM_GET_MSR_INDEX_LIST, followed by ``u32 indices[]``."""
+
+    nmsrs: u32
+
+
+@layout
+class kvm_msr_filter_range(Structure):
+    """``bitmap`` is an address: one bit per MSR from ``base``, set = allowed."""
+
+    flags: u32
+    nmsrs: u32
+    base: u32
+    bitmap: u64
+
+
+@layout
+class kvm_msr_filter(Structure):
+    flags: u32
+    ranges: Annotated[Array[kvm_msr_filter_range], kvm_msr_filter_range, KVM_MSR_FILTER_MAX_RANGES]
+
+
+# --- CPUID ----------------------------------------------------------------------------------------
