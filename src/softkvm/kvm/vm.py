@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import capabilities, dirty_log
+from softkvm.kvm import capabilities, dirty_log, vm_caps
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.eventfd import Eventfds
 from softkvm.kvm.host_mappings import HostMappings
@@ -30,15 +30,6 @@ from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.irqchip import KernelIrqchip
 
 log = logging.getLogger(__name__)
-
-#: Quirks of KVM_CAP_DISABLE_QUIRKS.
-KVM_X86_QUIRK_LINT0_REENABLED: Final = 1 << 0
-KVM_X86_QUIRK_CD_NW_CLEARED: Final = 1 << 1
-KVM_X86_QUIRK_LAPIC_MMIO_HOLE: Final = 1 << 2
-KVM_X86_QUIRK_OUT_7E_INC_RIP: Final = 1 << 3
-KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT: Final = 1 << 4
-KVM_X86_QUIRK_FIX_HYPERCALL_INSN: Final = 1 << 5
-KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS: Final = 1 << 6
 
 #: Routes of one VM, and so the most pins that userspace's IOAPICs can have.
 KVM_MAX_IRQ_ROUTES: Final = 4096
@@ -112,12 +103,12 @@ class Vm:
     @property
     def cd_nw_cleared_quirk(self) -> bool:
         """KVM_X86_QUIRK_CD_NW_CLEARED."""
-        return self.has_quirk(KVM_X86_QUIRK_CD_NW_CLEARED)
+        return self.has_quirk(abi.KVM_X86_QUIRK_CD_NW_CLEARED)
 
     @property
     def fix_hypercall_quirk(self) -> bool:
         """KVM_X86_QUIRK_FIX_HYPERCALL_INSN."""
-        return self.has_quirk(KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
+        return self.has_quirk(abi.KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
 
     # --- memory ------------------------------------------------------------------------------------
 
@@ -248,7 +239,8 @@ class Vm:
 
     # --- interrupt chips ---------------------------------------------------------------------------
 
-    def _irqchip(self) -> KernelIrqchip:
+    def irqchip(self) -> KernelIrqchip:
+        """Return the in-kernel chips; ENXIO without."""
         if self.chips is None:
             raise kvm_error(errno.ENXIO, "there is no in-kernel irqchip")
         return self.chips
@@ -262,11 +254,12 @@ class Vm:
                 raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
             chips = KernelIrqchip(_softcpu.clock_ns)
             chips.apic_map.bsp_vcpu_id = self.bsp_vcpu_id
-            self._apply_quirks(chips)
+            self.apply_quirks(chips)
             chips.attach(self.pio_bus, self.mmio_bus)
             self.chips = chips
 
-    def _create_split_irqchip(self, pins: int) -> None:
+    def create_split_irqchip(self, pins: int) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP: local APICs only; *pins* GSIs are those of userspace's IOAPICs."""
         with self.lock:
             if self.chips is not None:
                 raise kvm_error(errno.EEXIST, "the irqchip exists")
@@ -278,7 +271,7 @@ class Vm:
                 _softcpu.clock_ns, split=True, reserved_pins=pins, eoi_exit=self._ioapic_eoi_exit
             )
             self.chips.apic_map.bsp_vcpu_id = self.bsp_vcpu_id
-            self._apply_quirks(self.chips)
+            self.apply_quirks(self.chips)
             self.split_irqchip = True
 
     def _ioapic_eoi_exit(self, vcpu_id: int, vector: int) -> None:
@@ -287,9 +280,10 @@ class Vm:
         vcpu.pending_ioapic_eoi = vector
         vcpu.make_request(KVM_REQ_IOAPIC_EOI_EXIT)
 
-    def _apply_quirks(self, chips: KernelIrqchip) -> None:
-        chips.apic_map.lint0_reenabled = self.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED)
-        chips.apic_map.mmio_hole = self.has_quirk(KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
+    def apply_quirks(self, chips: KernelIrqchip) -> None:
+        """Tell *chips* which quirks are in force."""
+        chips.apic_map.lint0_reenabled = self.has_quirk(abi.KVM_X86_QUIRK_LINT0_REENABLED)
+        chips.apic_map.mmio_hole = self.has_quirk(abi.KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
 
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2."""
@@ -300,37 +294,37 @@ class Vm:
 
     def irq_line(self, irq: int, level: int) -> None:
         """KVM_IRQ_LINE."""
-        self._irqchip().set_irq(irq, level)
+        self.irqchip().set_irq(irq, level)
 
     def irq_line_status(self, irq: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS."""
-        return self._irqchip().set_irq(irq, level)
+        return self.irqchip().set_irq(irq, level)
 
     def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
         """KVM_GET_IRQCHIP."""
-        return self._irqchip().get_irqchip(chip_id)
+        return self.irqchip().get_irqchip(chip_id)
 
     def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
         """KVM_SET_IRQCHIP."""
-        self._irqchip().set_irqchip(chip)
+        self.irqchip().set_irqchip(chip)
 
     def get_pit2(self) -> abi.kvm_pit_state2:
         """KVM_GET_PIT2."""
-        pit = self._irqchip().pit
+        pit = self.irqchip().pit
         if pit is None:
             raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
         return pit.get_state()
 
     def set_pit2(self, state: abi.kvm_pit_state2) -> None:
         """KVM_SET_PIT2."""
-        pit = self._irqchip().pit
+        pit = self.irqchip().pit
         if pit is None:
             raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
         pit.set_state(state)
 
     def reinject_control(self, pit_reinject: int) -> None:
         """KVM_REINJECT_CONTROL."""
-        pit = self._irqchip().pit
+        pit = self.irqchip().pit
         if pit is None:
             raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
         pit.set_reinject(bool(pit_reinject))
@@ -390,50 +384,7 @@ class Vm:
 
     def enable_cap(self, cap: int, *args: int) -> None:
         """KVM_ENABLE_CAP on a VM (KVM API section 7)."""
-        value = args[0] if args else 0
-        if cap in (abi.KVM_CAP_DISABLE_QUIRKS, abi.KVM_CAP_DISABLE_QUIRKS2):
-            if cap == abi.KVM_CAP_DISABLE_QUIRKS2 and value & ~0x7F:
-                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known quirks")
-            self.quirks_disabled = value
-            if self.chips is not None:
-                self._apply_quirks(self.chips)
-        elif cap == abi.KVM_CAP_SPLIT_IRQCHIP:
-            self._create_split_irqchip(value)
-        elif cap == abi.KVM_CAP_X2APIC_API:
-            if value & ~3:
-                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_X2APIC_API_* bits")
-            apic_map = self._irqchip().apic_map
-            apic_map.x2apic_format |= bool(value & abi.KVM_X2APIC_API_USE_32BIT_IDS)
-            apic_map.x2apic_broadcast_quirk_disabled |= bool(value & abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
-        elif cap == abi.KVM_CAP_X86_DISABLE_EXITS:
-            if self.vcpus or value & ~0xF:
-                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known exits, before the first vCPU")
-            self.disable_hlt_exits = bool(value & 2)
-        elif cap == abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
-            if value & ~3 or value == abi.KVM_DIRTY_LOG_INITIALLY_SET:
-                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0, 1 or 3")
-            self.manual_dirty_log_protect = value
-        elif cap == abi.KVM_CAP_EXCEPTION_PAYLOAD:
-            self.exception_payload_enabled = bool(value)
-        elif cap == abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
-            self.triple_fault_event = bool(value)
-        elif cap == abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE:
-            if value & ~1:
-                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0 or 1")
-            self.exit_on_emulation_error = bool(value)
-        elif cap == abi.KVM_CAP_X86_USER_SPACE_MSR:
-            if value & ~7:
-                raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_MSR_EXIT_REASON_* bits")
-            self.user_space_msr_mask = value
-        elif cap == abi.KVM_CAP_MSR_PLATFORM_INFO:
-            self.guest_can_read_msr_platform_info = bool(value)
-        elif cap == abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS:
-            chips = self._irqchip()
-            if not value or self.vcpus:
-                raise kvm_error(errno.EINVAL, f"args[0]={value}, expected a period in ns, before the first vCPU")
-            chips.apic_map.bus_cycle_ns = value
-        else:
-            raise kvm_error(errno.EINVAL, f"cap={cap}, expected one that can be enabled on a VM")
+        vm_caps.enable_cap(self, cap, args[0] if args else 0)
 
     # --- time --------------------------------------------------------------------------------------
 

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVM_ENABLE_CAP on a VM (KVM API, section 7): one function per capability, found by a table."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.capabilities import CAPABILITIES
+from softkvm.kvm.errors import kvm_error
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vm import Vm
+
+_X2APIC_API: Final = abi.KVM_X2APIC_API_USE_32BIT_IDS | abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+_MSR_EXIT_REASONS: Final = (
+    abi.KVM_MSR_EXIT_REASON_INVAL | abi.KVM_MSR_EXIT_REASON_UNKNOWN | abi.KVM_MSR_EXIT_REASON_FILTER
+)
+
+
+def enable_cap(vm: Vm, cap: int, value: int) -> None:
+    """Enable *cap* with its first argument; EINVAL for what cannot be enabled on a VM."""
+    enable = _ENABLE.get(cap)
+    if enable is None:
+        raise kvm_error(errno.EINVAL, f"cap={cap}, expected one that can be enabled on a VM")
+    enable(vm, value)
+
+
+def _disable_quirks(vm: Vm, value: int) -> None:
+    vm.quirks_disabled = value
+    if vm.chips is not None:
+        vm.apply_quirks(vm.chips)
+
+
+def _disable_quirks2(vm: Vm, value: int) -> None:
+    if value & ~CAPABILITIES[abi.KVM_CAP_DISABLE_QUIRKS2]:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known quirks")
+    _disable_quirks(vm, value)
+
+
+def _x2apic_api(vm: Vm, value: int) -> None:
+    if value & ~_X2APIC_API:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_X2APIC_API_* bits")
+    apic_map = vm.irqchip().apic_map
+    apic_map.x2apic_format |= bool(value & abi.KVM_X2APIC_API_USE_32BIT_IDS)
+    apic_map.x2apic_broadcast_quirk_disabled |= bool(value & abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
+
+
+def _disable_exits(vm: Vm, value: int) -> None:
+    if vm.vcpus or value & ~abi.KVM_X86_DISABLE_VALID_EXITS:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known exits, before the first vCPU")
+    vm.disable_hlt_exits = bool(value & abi.KVM_X86_DISABLE_EXITS_HLT)
+
+
+def _manual_dirty_log_protect(vm: Vm, value: int) -> None:
+    enable, initially = abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, abi.KVM_DIRTY_LOG_INITIALLY_SET
+    if value & ~(enable | initially) or value == initially:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0, 1 or 3")
+    vm.manual_dirty_log_protect = value
+
+
+def _exception_payload(vm: Vm, value: int) -> None:
+    vm.exception_payload_enabled = bool(value)
+
+
+def _triple_fault_event(vm: Vm, value: int) -> None:
+    vm.triple_fault_event = bool(value)
+
+
+def _exit_on_emulation_failure(vm: Vm, value: int) -> None:
+    if value & ~1:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0 or 1")
+    vm.exit_on_emulation_error = bool(value)
+
+
+def _user_space_msr(vm: Vm, value: int) -> None:
+    if value & ~_MSR_EXIT_REASONS:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_MSR_EXIT_REASON_* bits")
+    vm.user_space_msr_mask = value
+
+
+def _msr_platform_info(vm: Vm, value: int) -> None:
+    vm.guest_can_read_msr_platform_info = bool(value)
+
+
+def _apic_bus_cycles(vm: Vm, value: int) -> None:
+    chips = vm.irqchip()
+    if not value or vm.vcpus:
+        raise kvm_error(errno.EINVAL, f"args[0]={value}, expected a period in ns, before the first vCPU")
+    chips.apic_map.bus_cycle_ns = value
+
+
+_ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
+    abi.KVM_CAP_DISABLE_QUIRKS: _disable_quirks,
+    abi.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks2,
+    abi.KVM_CAP_SPLIT_IRQCHIP: lambda vm, value: vm.create_split_irqchip(value),
+    abi.KVM_CAP_X2APIC_API: _x2apic_api,
+    abi.KVM_CAP_X86_DISABLE_EXITS: _disable_exits,
+    abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: _manual_dirty_log_protect,
+    abi.KVM_CAP_EXCEPTION_PAYLOAD: _exception_payload,
+    abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _triple_fault_event,
+    abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE: _exit_on_emulation_failure,
+    abi.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
+    abi.KVM_CAP_MSR_PLATFORM_INFO: _msr_platform_info,
+    abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
+}
