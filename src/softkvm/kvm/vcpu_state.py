@@ -27,7 +27,7 @@ from softkvm.kvm.x86 import debug, fpu, io, msrs, segments, svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate_table import Emulator
-from softkvm.kvm.x86.exceptions import QueuedException, X86Exception, inject_gp
+from softkvm.kvm.x86.exceptions import QueuedException, X86Exception
 from softkvm.kvm.x86.lapic import Lapic
 from softkvm.kvm.x86.pv_eoi import PvEoi
 
@@ -490,35 +490,3 @@ class VcpuState:
             self.run_q[40 // 8] = abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
             self.run_b[48] = len(code)
             self.run_b[49 : 49 + len(code)] = code
-
-    def msr_failed(self, index: int, data: int, *, write: bool) -> int:
-        """An MSR access that KVM refuses: #GP, or KVM_EXIT_X86_RDMSR/WRMSR if userspace asked for them."""
-        if self.vm.user_space_msr_mask & abi.KVM_MSR_EXIT_REASON_UNKNOWN:
-            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_X86_WRMSR if write else abi.KVM_EXIT_X86_RDMSR
-            self.run_q[32 // 8] = 0
-            self.run_d[40 // 4] = abi.KVM_MSR_EXIT_REASON_UNKNOWN
-            self.run_d[44 // 4] = index
-            self.run_q[48 // 8] = data
-            self.complete_userspace_io = _complete_wrmsr if write else _complete_rdmsr
-            return 0
-        inject_gp(self)
-        return 1
-
-
-def _complete_rdmsr(vcpu: VcpuState) -> int:
-    """After KVM_EXIT_X86_RDMSR: userspace's value, or #GP."""
-    if vcpu.run_b[32]:
-        inject_gp(vcpu)
-        return 1
-    value = vcpu.run_q[48 // 8]
-    vcpu.gpr[0] = value & 0xFFFF_FFFF
-    vcpu.gpr[2] = value >> 32
-    return svm.skip_emulated_instruction(vcpu)
-
-
-def _complete_wrmsr(vcpu: VcpuState) -> int:
-    """After KVM_EXIT_X86_WRMSR: done, or #GP."""
-    if vcpu.run_b[32]:
-        inject_gp(vcpu)
-        return 1
-    return svm.skip_emulated_instruction(vcpu)

@@ -6,19 +6,16 @@ Its registers as the guest reads and writes them are in :mod:`lapic_regs <softkv
 
 Any thread may deliver an interrupt (:meth:`Lapic.accept_irq`); everything else belongs to the vCPU's thread, or to one
 that holds the vCPU stopped. IRR, ISR and TMR are integers of 256 bits while the machine runs: the highest vector is
-``bit_length() - 1``. :meth:`Lapic.get_state` puts them where the architecture has them.
+``bit_length() - 1``. :mod:`lapic_state <softkvm.kvm.x86.lapic_state>` puts them where the architecture has them.
 """
 
-import errno
-import struct
 import threading
 
 from softkvm.abi import (
-    KVM_APIC_REG_SIZE,
     KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE,
 )
-from softkvm.kvm.x86 import lapic_regs
+from softkvm.kvm.x86 import lapic_regs, lapic_state
 from softkvm.kvm.x86.apic_map import ApicMap
 from softkvm.kvm.x86.apicdef import (
     APIC_DEFAULT_PHYS_BASE,
@@ -35,8 +32,6 @@ from softkvm.kvm.x86.apicdef import (
     APIC_ESR_RECEIVE_ILLEGAL_VECTOR,
     APIC_ID,
     APIC_INPUT_POLARITY,
-    APIC_IRR,
-    APIC_ISR,
     APIC_LDR,
     APIC_LVR,
     APIC_LVR_DIRECTED_EOI,
@@ -50,15 +45,11 @@ from softkvm.kvm.x86.apicdef import (
     APIC_LVTPC,
     APIC_LVTT,
     APIC_MODE_MASK,
-    APIC_PROCPRI,
     APIC_SPIV,
     APIC_SPIV_APIC_ENABLED,
     APIC_SPIV_DIRECTED_EOI,
     APIC_TASKPRI,
     APIC_TDCR,
-    APIC_TMCCT,
-    APIC_TMICT,
-    APIC_TMR,
     APIC_VECTOR_MASK,
     APIC_VERSION,
     KVM_APIC_INIT,
@@ -77,7 +68,6 @@ from softkvm.kvm.x86.irq_seams import ApicVcpu, Clock
 from softkvm.kvm.x86.lapic_timer import LapicTimer
 
 _PAGE_MASK = ~(LAPIC_MMIO_LENGTH - 1)
-_BITMAPS = ((APIC_ISR, "isr"), (APIC_TMR, "tmr"), (APIC_IRR, "irr"))
 
 
 class Lapic:
@@ -111,7 +101,7 @@ class Lapic:
         self.x2apic_mode = False
         self.lvt_masks = dict(APIC_LVT_MASKS)
         self._base_valid = 0
-        self._lock = threading.Lock()  # of irr, tmr, pending_esr, pending_events
+        self.lock = threading.Lock()  # of irr, tmr, pending_esr, pending_events
         self.cpuid_changed(x2apic=True, tsc_deadline=True, maxphyaddr=48)
         self.reset(init_event=False)
         apic_map.add(self)
@@ -157,7 +147,7 @@ class Lapic:
             regs[offset >> 2] = APIC_LVT_MASKED
         if self.vcpu_id == self.apic_map.bsp_vcpu_id and self.apic_map.lint0_reenabled:
             regs[APIC_LVT0 >> 2] = APIC_DM_EXTINT  # virtual wire
-        with self._lock:
+        with self.lock:
             self.irr = self.isr = self.tmr = self.pending_esr = 0
             if not init_event:
                 self.pending_events = 0
@@ -188,7 +178,7 @@ class Lapic:
         self._load_base(value)
         if old != new:
             if new == LAPIC_MODE_X2APIC:
-                self._set_x2apic_id()
+                self.set_x2apic_id()
             elif old in (LAPIC_MODE_DISABLED, LAPIC_MODE_X2APIC):
                 self.set_xapic_id(self.vcpu_id)
             if new == LAPIC_MODE_DISABLED:
@@ -203,7 +193,7 @@ class Lapic:
         self.regs[APIC_ID >> 2] = (apic_id & 0xFF) << 24
         self.apic_map.changed()
 
-    def _set_x2apic_id(self) -> None:
+    def set_x2apic_id(self) -> None:
         """Set the ID of x2APIC mode and the logical ID that follows from it (SDM 11.12.10.2)."""
         self.regs[APIC_ID >> 2] = self.vcpu_id
         self.regs[APIC_LDR >> 2] = self.vcpu_id >> 4 << 16 | 1 << (self.vcpu_id & 0xF)
@@ -241,7 +231,7 @@ class Lapic:
 
     def _load_tpr(self, value: int) -> None:
         self.regs[APIC_TASKPRI >> 2] = value & 0xFF
-        self._update_ppr()
+        self.update_ppr()
 
     @property
     def cr8(self) -> int:
@@ -253,7 +243,7 @@ class Lapic:
         if value != self.regs[APIC_TASKPRI >> 2] >> 4:
             self._load_tpr((value & 0xF) << 4)
 
-    def _update_ppr(self) -> None:
+    def update_ppr(self) -> None:
         """Find the processor priority (SDM 11.8.3.1); where it falls, something may have become deliverable."""
         tpr = self.regs[APIC_TASKPRI >> 2]
         isr = self.isr
@@ -273,7 +263,7 @@ class Lapic:
 
     def get_interrupt(self) -> int:
         """Acknowledge the deliverable interrupt: it goes from IRR to ISR. Returns its vector, or -1."""
-        with self._lock:
+        with self.lock:
             vector = self.irr.bit_length() - 1
             if vector < 0 or vector & 0xF0 <= self.ppr or not self.hw_enabled:
                 return -1
@@ -291,7 +281,7 @@ class Lapic:
         vector = isr.bit_length() - 1
         bit = 1 << vector
         self.isr = isr ^ bit
-        self._update_ppr()
+        self.update_ppr()
         target = self.apic_map.eoi_target
         if target is not None and target.handled_vectors & bit and not self.eoi_broadcast_suppressed():
             target.update_eoi(vector, self.tmr & bit != 0, self.vcpu_id)
@@ -311,7 +301,7 @@ class Lapic:
                 self.set_error(APIC_ESR_RECEIVE_ILLEGAL_VECTOR)
                 return 0
             bit = 1 << vector
-            with self._lock:
+            with self.lock:
                 if level_triggered:
                     self.tmr |= bit
                 else:
@@ -328,12 +318,12 @@ class Lapic:
         if delivery_mode == APIC_DM_INIT:
             if level_triggered and not level:
                 return 0  # INIT level de-assert: nothing since the Pentium 4
-            with self._lock:
+            with self.lock:
                 self.pending_events = 1 << KVM_APIC_INIT  # a start-up IPI that came before is void
             self.vcpu.request_event()
             return 1
         if delivery_mode == APIC_DM_STARTUP:
-            with self._lock:
+            with self.lock:
                 self.sipi_vector = vector
                 self.pending_events |= 1 << KVM_APIC_SIPI
             self.vcpu.request_event()
@@ -354,7 +344,7 @@ class Lapic:
 
     def set_error(self, error: int) -> None:
         """Note an error for the ESR, and signal it through the LVT error entry; any thread."""
-        with self._lock:
+        with self.lock:
             known = self.pending_esr & error
             self.pending_esr |= error
         if not known:  # bounds the recursion through an LVT entry that names an illegal vector
@@ -362,7 +352,7 @@ class Lapic:
 
     def latch_errors(self) -> None:
         """Bring the errors since the last time into the error status register (SDM 11.5.3)."""
-        with self._lock:
+        with self.lock:
             self.regs[APIC_ESR >> 2], self.pending_esr = self.pending_esr, 0
 
     def accept_pic_intr(self) -> bool:
@@ -381,10 +371,10 @@ class Lapic:
             return
         vcpu = self.vcpu
         if vcpu.init_signal_blocked():
-            with self._lock:
+            with self.lock:
                 self.pending_events &= ~(1 << KVM_APIC_SIPI)  # not in wait-for-SIPI: lost; INIT stays pending
             return
-        with self._lock:
+        with self.lock:
             events, self.pending_events = self.pending_events, 0
         if events >> KVM_APIC_INIT & 1:
             vcpu.vcpu_reset(True)
@@ -422,12 +412,12 @@ class Lapic:
 
     def set_spiv(self, value: int) -> None:
         """Write the spurious-interrupt vector register: disabling the APIC masks all its LVT entries."""
-        self._load_spiv(value)
+        self.load_spiv(value)
         if not self.sw_enabled:
             for offset in self.lvt_masks:
                 self.regs[offset >> 2] |= APIC_LVT_MASKED
 
-    def _load_spiv(self, value: int) -> None:
+    def load_spiv(self, value: int) -> None:
         """Set the register alone: loaded LVT entries stay as they are, LINT0 of a reset processor among them."""
         self.regs[APIC_SPIV >> 2] = value
         self.sw_enabled = bool(value & APIC_SPIV_APIC_ENABLED)
@@ -457,50 +447,12 @@ class Lapic:
         """WRMSR to 0x800..0x8FF; False stands for #GP."""
         return self.x2apic_mode and lapic_regs.msr_write(self, index, value)
 
-    # Save and restore (KVM API 4.57, 4.58)
+    # Save and restore: see lapic_state
 
     def get_state(self) -> bytes:
         """Return the registers as KVM_GET_LAPIC does (``kvm_lapic_state``)."""
-        state = bytearray(self.page[:KVM_APIC_REG_SIZE])
-        for offset, name in _BITMAPS:
-            bits = getattr(self, name)
-            for word in range(8):
-                struct.pack_into("<I", state, offset + word * 16, bits >> 32 * word & 0xFFFFFFFF)
-        struct.pack_into("<I", state, APIC_PROCPRI, self.ppr)
-        struct.pack_into("<I", state, APIC_TMICT, self.timer.tmict)
-        struct.pack_into("<I", state, APIC_TMCCT, self.timer.tmcct())
-        if self.x2apic_mode and not self.apic_map.x2apic_format:
-            struct.pack_into("<I", state, APIC_ID, self.vcpu_id << 24 & 0xFFFFFFFF)
-        return bytes(state)
+        return lapic_state.get_state(self)
 
     def set_state(self, state: bytes) -> None:
         """Load the registers as KVM_SET_LAPIC does; EINVAL for an x2APIC ID that isn't the vCPU's."""
-        if len(state) != KVM_APIC_REG_SIZE:
-            raise OSError(errno.EINVAL, f"kvm_lapic_state: {len(state)} bytes, expected {KVM_APIC_REG_SIZE}")
-        if self.x2apic_mode:
-            (apic_id,) = struct.unpack_from("<I", state, APIC_ID)
-            expected = self.vcpu_id if self.apic_map.x2apic_format else self.vcpu_id << 24 & 0xFFFFFFFF
-            if apic_id != expected:
-                raise OSError(errno.EINVAL, f"kvm_lapic_state: x2APIC ID {apic_id:#x}, expected {expected:#x}")
-        regs = self.regs
-        version = regs[APIC_LVR >> 2]
-        self.timer.reset()
-        self.page[:KVM_APIC_REG_SIZE] = state
-        regs[APIC_LVR >> 2] = version
-        if self.x2apic_mode:
-            self._set_x2apic_id()
-        for offset, mask in self.lvt_masks.items():
-            regs[offset >> 2] &= mask
-        regs[APIC_TASKPRI >> 2] &= 0xFF
-        self._load_spiv(regs[APIC_SPIV >> 2] & lapic_regs.spiv_mask(self))
-        with self._lock:
-            for offset, name in _BITMAPS:
-                words = (regs[offset + word * 16 >> 2] << 32 * word for word in range(8))
-                setattr(self, name, sum(words) & ~0xFFFF)
-            self.pending_esr = 0
-        self.timer.set_mode(regs[APIC_LVTT >> 2])
-        self.timer.set_divide(regs[APIC_TDCR >> 2])
-        self.timer.restore(regs[APIC_TMICT >> 2], regs[APIC_TMCCT >> 2])
-        self._update_ppr()
-        self.apic_map.changed()
-        self.vcpu.request_event()
+        lapic_state.set_state(self, state)

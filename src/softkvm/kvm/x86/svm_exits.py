@@ -29,6 +29,7 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_e,
     queue_exception_p,
 )
+from softkvm.kvm.x86.msr_exits import msr_failed
 from softkvm.kvm.x86.svm import skip_emulated_instruction
 from softkvm.kvm.x86.vmcb import EXIT_INFO_1, EXIT_INFO_2, IOIO_STR, PFERR_GUEST_FINAL
 
@@ -114,11 +115,11 @@ def msr_interception(vcpu: Vcpu) -> int:
         data = (gpr[2] & _U32) << 32 | gpr[0] & _U32
         vcpu.stat_msr_writes += 1
         if not msrs.set_msr(vcpu, index, data, host=False):
-            return vcpu.msr_failed(index, data, write=True)
+            return msr_failed(vcpu, index, data, write=True)
     else:
         value = msrs.get_msr(vcpu, index, host=False)
         if value is None:
-            return vcpu.msr_failed(index, 0, write=False)
+            return msr_failed(vcpu, index, 0, write=False)
         gpr[0] = value & _U32
         gpr[2] = value >> 32
     return skip_emulated_instruction(vcpu)
