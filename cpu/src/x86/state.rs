@@ -152,8 +152,9 @@ pub struct RegisterBlock {
     pad1: [u8; 4096 - 0x400],
 }
 
-/// A segment register with its descriptor cache.
+/// A segment register with its descriptor cache, laid out as in the VMCB (APM vol. 2, appendix B).
 #[derive(Clone, Copy, Default, Debug)]
+#[repr(C)]
 pub struct Segment {
     /// Selector.
     pub selector: u16,

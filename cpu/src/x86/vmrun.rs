@@ -157,6 +157,60 @@ impl Cpu {
         Ok(self.exit.code)
     }
 
+    /// The fields of the state save area that are the same on both sides: VMRUN copies them in, #VMEXIT back.
+    #[inline(always)]
+    fn state_registers(&mut self, mut copy: impl FnMut(usize, &mut u64)) {
+        copy(save::EFER, &mut self.efer);
+        copy(save::CR4, &mut self.cr4);
+        copy(save::CR3, &mut self.cr3);
+        copy(save::CR0, &mut self.cr0);
+        copy(save::DR7, &mut self.dr7);
+        copy(save::DR6, &mut self.dr6);
+        copy(save::RIP, &mut self.rip);
+        copy(save::RSP, &mut self.rb.gpr[reg::RSP]);
+        copy(save::RAX, &mut self.rb.gpr[reg::RAX]);
+        copy(save::STAR, &mut self.msr.star);
+        copy(save::LSTAR, &mut self.msr.lstar);
+        copy(save::CSTAR, &mut self.msr.cstar);
+        copy(save::SFMASK, &mut self.msr.sfmask);
+        copy(save::KERNEL_GS_BASE, &mut self.msr.kernel_gs_base);
+        copy(save::SYSENTER_CS, &mut self.msr.sysenter_cs);
+        copy(save::SYSENTER_ESP, &mut self.msr.sysenter_esp);
+        copy(save::SYSENTER_EIP, &mut self.msr.sysenter_eip);
+        copy(save::CR2, &mut self.cr2);
+        copy(save::G_PAT, &mut self.msr.pat);
+        copy(save::DEBUGCTL, &mut self.msr.debugctl);
+    }
+
+    /// The same for segment registers.
+    #[inline(always)]
+    fn state_segments(&mut self, mut copy: impl FnMut(usize, &mut Segment)) {
+        for (i, s) in self.seg.iter_mut().enumerate() {
+            copy(save::ES + 16 * i, s);
+        }
+        copy(save::LDTR, &mut self.ldtr);
+        copy(save::TR, &mut self.tr);
+    }
+
+    /// The same for the descriptor tables' registers.
+    #[inline(always)]
+    fn state_tables(&mut self, mut copy: impl FnMut(usize, &mut TableRegister)) {
+        copy(save::GDTR, &mut self.gdtr);
+        copy(save::IDTR, &mut self.idtr);
+    }
+
+    /// The bits of CR0, CR4 and EFER that translations depend on, and CR3.
+    #[inline(always)]
+    fn paging_mode(&self) -> (u64, u64, u64, u64) {
+        let irrelevant = cr4::TSD | cr4::DE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
+        (
+            self.cr0 & (cr0::PG | cr0::WP | cr0::PE),
+            self.cr4 & !irrelevant,
+            self.efer & (efer::LMA | efer::NXE),
+            self.cr3,
+        )
+    }
+
     /// Loads guest state and control fields; returns EVENTINJ.
     fn load_guest(&mut self, v: &Vmcb) -> u64 {
         for (i, word) in self.ctl.intercepts.iter_mut().enumerate() {
@@ -186,49 +240,19 @@ impl Cpu {
         };
         self.sys.pause_left = self.ctl.pause_count;
         self.shadow = v.get::<u64>(control::INTERRUPT_SHADOW) & 1 != 0;
-        for (i, s) in self.seg.iter_mut().enumerate() {
-            *s = segment(v, save::ES + 16 * i);
-        }
-        self.ldtr = segment(v, save::LDTR);
-        self.tr = segment(v, save::TR);
-        let table = |at| TableRegister { base: v.get(at + 8), limit: v.get(at + 4) };
-        self.gdtr = table(save::GDTR);
-        self.idtr = table(save::IDTR);
-        let (cr0, cr3, cr4, efer): (u64, u64, u64, u64) =
-            (v.get(save::CR0), v.get(save::CR3), v.get(save::CR4), v.get(save::EFER));
-        let paging = |cr0: u64, cr4: u64, efer: u64| {
-            (
-                cr0 & (super::state::cr0::PG | super::state::cr0::WP | super::state::cr0::PE),
-                cr4 & !(cr4::TSD | cr4::DE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE),
-                efer & (super::state::efer::LMA | super::state::efer::NXE),
-            )
-        };
-        let changed = paging(cr0, cr4, efer) != paging(self.cr0, self.cr4, self.efer) || (cr3 != self.cr3);
-        (self.cr0, self.cr3, self.cr4, self.efer) = (cr0, cr3, cr4, efer);
-        self.cr2 = v.get(save::CR2);
-        self.dr6 = v.get(save::DR6);
-        let dr7: u64 = v.get(save::DR7);
-        let watch = dr7 & 0xff != self.dr7 & 0xff;
-        self.dr7 = dr7;
-        self.rip = v.get(save::RIP);
-        self.rb.gpr[reg::RSP] = v.get(save::RSP);
-        self.rb.gpr[reg::RAX] = v.get(save::RAX);
+        let (mode, breakpoints) = (self.paging_mode(), self.dr7 & 0xff);
+        self.state_registers(|at, field| *field = v.get(at));
+        self.state_segments(|at, s| {
+            *s = v.get(at);
+            s.attrib &= 0xfff;
+        });
+        self.state_tables(|at, t| *t = TableRegister { base: v.get(at + 8), limit: v.get(at + 4) });
+        let changed = mode != self.paging_mode();
+        let watch = breakpoints != self.dr7 & 0xff;
         self.rb.gpr[16] = 0;
-        self.msr = Msrs {
-            star: v.get(save::STAR),
-            lstar: v.get(save::LSTAR),
-            cstar: v.get(save::CSTAR),
-            sfmask: v.get(save::SFMASK),
-            kernel_gs_base: v.get(save::KERNEL_GS_BASE),
-            sysenter_cs: v.get(save::SYSENTER_CS),
-            sysenter_esp: v.get(save::SYSENTER_ESP),
-            sysenter_eip: v.get(save::SYSENTER_EIP),
-            pat: v.get(save::G_PAT),
-            debugctl: v.get(save::DEBUGCTL),
-        };
         let flags: u64 = v.get(save::RFLAGS);
         self.cpl = v.get::<u8>(save::CPL) & 3;
-        if cr0 & cr0::PE == 0 {
+        if self.cr0 & cr0::PE == 0 {
             self.cpl = 0;
         } else if flags & super::flags::rf::VM != 0 {
             self.cpl = 3;
@@ -290,38 +314,14 @@ impl Cpu {
 
     /// Writes guest state and exit information back.
     fn save_guest(&mut self, v: &Vmcb) {
-        for (i, s) in self.seg.iter().enumerate() {
-            put_segment(v, save::ES + 16 * i, s);
-        }
-        put_segment(v, save::LDTR, &self.ldtr);
-        put_segment(v, save::TR, &self.tr);
-        for (at, t) in [(save::GDTR, &self.gdtr), (save::IDTR, &self.idtr)] {
+        self.state_registers(|at, field| v.set(at, *field));
+        self.state_segments(|at, s| v.set(at, *s));
+        self.state_tables(|at, t| {
             v.set(at + 4, t.limit);
             v.set(at + 8, t.base);
-        }
+        });
         v.set(save::CPL, self.cpl);
-        v.set(save::EFER, self.efer);
-        v.set(save::CR4, self.cr4);
-        v.set(save::CR3, self.cr3);
-        v.set(save::CR0, self.cr0);
-        v.set(save::CR2, self.cr2);
-        v.set(save::DR7, self.dr7);
-        v.set(save::DR6, self.dr6);
         v.set(save::RFLAGS, self.rflags());
-        v.set(save::RIP, self.rip);
-        v.set(save::RSP, self.rb.gpr[reg::RSP]);
-        v.set(save::RAX, self.rb.gpr[reg::RAX]);
-        let m = &self.msr;
-        v.set(save::STAR, m.star);
-        v.set(save::LSTAR, m.lstar);
-        v.set(save::CSTAR, m.cstar);
-        v.set(save::SFMASK, m.sfmask);
-        v.set(save::KERNEL_GS_BASE, m.kernel_gs_base);
-        v.set(save::SYSENTER_CS, m.sysenter_cs);
-        v.set(save::SYSENTER_ESP, m.sysenter_esp);
-        v.set(save::SYSENTER_EIP, m.sysenter_eip);
-        v.set(save::G_PAT, m.pat);
-        v.set(save::DEBUGCTL, m.debugctl);
         let v_intr: u64 = v.get(control::V_INTR);
         v.set(control::V_INTR, (v_intr & !0x10f) | self.ctl.v_tpr as u64 | (self.ctl.v_irq as u64) << 8);
         v.set(
@@ -357,22 +357,6 @@ impl Cpu {
 fn saves_next_rip(code: u64) -> bool {
     let soft = [exitcode::EXCP0 + vector::BP as u64, exitcode::EXCP0 + vector::OF as u64];
     exitcode::is_instruction(code) || soft.contains(&code)
-}
-
-fn segment(v: &Vmcb, at: usize) -> Segment {
-    Segment {
-        selector: v.get(at),
-        attrib: v.get::<u16>(at + 2) & 0xfff,
-        limit: v.get(at + 4),
-        base: v.get(at + 8),
-    }
-}
-
-fn put_segment(v: &Vmcb, at: usize, s: &Segment) {
-    v.set(at, s.selector);
-    v.set(at + 2, s.attrib);
-    v.set(at + 4, s.limit);
-    v.set(at + 8, s.base);
 }
 
 /// Clears `running` however the run ends.

@@ -441,3 +441,29 @@ fn an_invalid_vmcb_is_refused() {
         g.expect_exit(exit::INVALID);
     }
 }
+
+#[test]
+fn what_the_guest_leaves_alone_comes_out_of_the_save_area_as_it_went_in() {
+    let mut g = Guest::long(|a| a.hlt().unwrap());
+    let registers = [
+        save::STAR,
+        save::LSTAR,
+        save::CSTAR,
+        save::SFMASK,
+        save::KERNEL_GS_BASE,
+        save::SYSENTER_CS,
+        save::SYSENTER_ESP,
+        save::SYSENTER_EIP,
+        save::CR2,
+        save::G_PAT,
+        save::RAX,
+    ];
+    for (n, at) in registers.into_iter().enumerate() {
+        g.set(at, 0x1234_5678_0000_1000u64 + n as u64);
+    }
+    g.segment(5, 0x2468, 0x0c93, 0x1357_9bdf, 0x000f_ffff);
+    let before: Vec<u8> = (save::ES..save::DEBUGCTL + 8).map(|at| g.get(at)).collect();
+    g.expect_exit(exit::HLT);
+    let after: Vec<u8> = (save::ES..save::DEBUGCTL + 8).map(|at| g.get(at)).collect();
+    assert_eq!(before, after);
+}
