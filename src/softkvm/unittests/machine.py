@@ -16,8 +16,9 @@ from softkvm.unittests.options import Platform
 from softkvm.unittests.result import Place
 from softkvm.unittests.symbols import Symbols
 from softkvm.vmm.devices import fw_cfg, pci, pci_testdev, testdev, vmport
-from softkvm.vmm.machine import Config, Machine, VcpuThread
+from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.stats import REASONS
+from softkvm.vmm.vcpu_thread import VcpuThread
 
 LAST_EXITS = 8
 PCI_TESTDEV_SLOT = 2

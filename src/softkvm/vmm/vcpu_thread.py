@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vCPU's thread, and the way exits find their handlers.
+
+An exit's way: ``vcpu.run()`` returns on the vCPU's thread, :meth:`VcpuThread.loop` looks ``exit_reason`` up in a
+table of handlers, a handler for I/O asks the bus for the range, the range's device answers. One way in, one way out.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from softkvm import abi, api
+from softkvm.vmm.bus import CACHE_ENTRIES
+from softkvm.vmm.outcome import End, Outcome
+from softkvm.vmm.stats import REASONS, ExitStats
+
+if TYPE_CHECKING:
+    from softkvm.vmm.machine import Machine
+
+_EXIT_REASON_U32 = 2  # index of kvm_run.exit_reason in the shared page seen as u32
+_IO = struct.Struct("<BBHIQ")  # kvm_run.io
+_UNION = 32  # offset of the union in kvm_run
+_IO_KEY_U32 = 8  # direction, size and port in one word
+_IO_COUNT_U32 = 9
+_IO_DATA_OFFSET_U32 = 10
+_MMIO_ADDRESS_U64 = 4
+_MMIO_DATA_U64 = 5
+_MMIO_LEN_U32 = 12
+_MMIO_IS_WRITE = 52
+_MASKS = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
+
+
+class VcpuThread:
+    """One vCPU, the thread that runs it, and its statistics."""
+
+    def __init__(self, machine: Machine, index: int, vcpu: api.Vcpu) -> None:
+        self.machine = machine
+        self.index = index
+        self.vcpu = vcpu
+        self.stats = ExitStats()
+        self.cpu_time_ns = 0
+        self.thread = threading.Thread(target=self._main, name=f"vcpu {index}", daemon=True)
+        self.handlers: list[Callable[[], None]] = [self._unexpected] * REASONS
+        self.handlers[abi.KVM_EXIT_IO] = self._io
+        self.handlers[abi.KVM_EXIT_MMIO] = self._mmio
+        for reason, handler in _EXIT_HANDLERS.items():
+            self.handlers[reason] = handler.__get__(self)
+        self._shared = vcpu.shared
+        self._words = self._shared.cast("I")
+        self._quads = self._shared.cast("Q")
+        # (is_out, size, the device's method, offset, data offset) by the word that tells the access
+        self._io_routes = machine.pio.new_cache()
+
+    def _main(self) -> None:
+        try:
+            self.loop()
+        except Exception as error:  # a thread's exception must end the machine, not vanish
+            self.machine.failure = error
+            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: {type(error).__name__}: {error}"))
+        finally:
+            self.cpu_time_ns = time.thread_time_ns()
+
+    def loop(self) -> None:
+        """Run the vCPU until the machine ends. The hot path: nothing here that is not needed per exit."""
+        run = self.vcpu.run
+        words = self._words
+        handlers = self.handlers
+        counts, handler_ns = self.stats.counts, self.stats.handler_ns
+        clock = time.perf_counter_ns
+        ended = self.machine.ended
+        guest_ns = 0
+        before = clock()
+        try:
+            while True:
+                try:
+                    run()
+                except (InterruptedError, BlockingIOError):
+                    # EINTR: a kick; EAGAIN: a processor that waited for its start-up IPI was woken
+                    after = clock()
+                    guest_ns += after - before
+                    before = after
+                    self.stats.interrupts += 1
+                    if ended.is_set():
+                        return
+                    if self.machine.sleeping:
+                        self.machine.sleep_on(self)
+                        before = clock()
+                    continue
+                after = clock()
+                guest_ns += after - before
+                reason = words[_EXIT_REASON_U32]
+                handlers[reason]()
+                before = clock()
+                counts[reason] += 1
+                handler_ns[reason] += before - after
+        finally:
+            self.stats.guest_ns = guest_ns
+
+    def close(self) -> None:
+        """Give back the vCPU."""
+        self._words.release()
+        self._quads.release()
+        self.vcpu.close()
+
+    # -- exit handlers
+
+    def _io(self) -> None:
+        """KVM_EXIT_IO: one access of up to 4 bytes, by the route that its direction, size and port have."""
+        words = self._words
+        try:
+            is_out, size, access, offset, at = self._io_routes[words[_IO_KEY_U32]]
+        except KeyError:
+            return self._io_slow()
+        if words[_IO_COUNT_U32] != 1 or words[_IO_DATA_OFFSET_U32] != at:
+            return self._io_slow()
+        shared = self._shared
+        if is_out:
+            access(offset, size, shared[at] if size == 1 else int.from_bytes(shared[at : at + size], "little"))
+        elif size == 1:
+            shared[at] = access(offset, 1) & 0xFF
+        else:
+            shared[at : at + size] = (access(offset, size) & _MASKS[size]).to_bytes(size, "little")
+        return None
+
+    def _io_slow(self) -> None:
+        """Any KVM_EXIT_IO: *count* accesses of *size* bytes at *port*, data in the shared page."""
+        shared = self._shared
+        pio = self.machine.pio
+        direction, size, port, count, at = _IO.unpack_from(shared, _UNION)
+        is_out = direction == abi.KVM_EXIT_IO_OUT
+        found = pio.find(port)
+        if found and port + size <= found.end and len(self._io_routes) < CACHE_ENTRIES:
+            access = found.device.write if is_out else found.device.read
+            self._io_routes[self._words[_IO_KEY_U32]] = (is_out, size, access, port - found.start, at)
+        for start in range(at, at + size * count, size):
+            if is_out:
+                pio.write(port, size, int.from_bytes(shared[start : start + size], "little"))
+            else:
+                shared[start : start + size] = pio.read(port, size).to_bytes(size, "little")
+
+    def _mmio(self) -> None:
+        """KVM_EXIT_MMIO: one access of up to 8 bytes."""
+        address = self._quads[_MMIO_ADDRESS_U64]
+        size = self._words[_MMIO_LEN_U32]
+        mask = _MASKS[size]
+        found = self.machine.mmio.find(address)
+        if found is None or address + size > found.end:
+            self._quads[_MMIO_DATA_U64] = mask  # a write is lost, a read finds ones
+        elif self._shared[_MMIO_IS_WRITE]:
+            found.device.write(address - found.start, size, self._quads[_MMIO_DATA_U64] & mask)
+        else:
+            self._quads[_MMIO_DATA_U64] = found.device.read(address - found.start, size) & mask
+
+    def _nothing(self) -> None:
+        """An exit that asks for nothing."""
+
+    def _halted(self) -> None:
+        """KVM_EXIT_HLT: only a KVM without interrupt chips leaves it to us, and then nothing can wake the vCPU."""
+        self.machine.end(Outcome(End.STOPPED, f"vCPU {self.index} halted"))
+
+    def _shutdown(self) -> None:
+        """KVM_EXIT_SHUTDOWN: a triple fault."""
+        rip = self.vcpu.get_regs().rip
+        self.machine.end(Outcome(End.TRIPLE_FAULT, f"vCPU {self.index} at RIP {rip:#x}"))
+
+    def _system_event(self) -> None:
+        """KVM_EXIT_SYSTEM_EVENT."""
+        kind = self.vcpu.kvm_run.system_event.type
+        end = _SYSTEM_EVENTS.get(kind)
+        if end is None:
+            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: unknown system event {kind}"))
+        else:
+            self.machine.end(Outcome(end, "KVM_EXIT_SYSTEM_EVENT"))
+
+    def _internal_error(self) -> None:
+        """KVM_EXIT_INTERNAL_ERROR: KVM cannot go on."""
+        internal = self.vcpu.kvm_run.internal
+        data = " ".join(f"{value:#x}" for value in internal.data[: min(internal.ndata, 16)])
+        rip = self.vcpu.get_regs().rip
+        name = _INTERNAL_ERRORS.get(internal.suberror, f"suberror {internal.suberror}")
+        self.machine.end(Outcome(End.ERROR, f"KVM: {name}, vCPU {self.index} at RIP {rip:#x}, data {data}"))
+
+    def _fail_entry(self) -> None:
+        """KVM_EXIT_FAIL_ENTRY: the processor refused the guest state."""
+        reason = self.vcpu.kvm_run.fail_entry.hardware_entry_failure_reason
+        self.machine.end(Outcome(End.ERROR, f"KVM: entry failed for hardware reason {reason:#x}"))
+
+    def _unexpected(self) -> None:
+        """An exit reason that this machine did not ask for."""
+        reason = self.vcpu.kvm_run.exit_reason
+        name = abi.EXIT_REASON_NAMES.get(reason, str(reason))
+        self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: unexpected exit {name}"))
+
+
+_EXIT_HANDLERS: dict[int, Callable[[VcpuThread], None]] = {
+    abi.KVM_EXIT_HLT: VcpuThread._halted,
+    abi.KVM_EXIT_IRQ_WINDOW_OPEN: VcpuThread._nothing,
+    abi.KVM_EXIT_SHUTDOWN: VcpuThread._shutdown,
+    abi.KVM_EXIT_FAIL_ENTRY: VcpuThread._fail_entry,
+    abi.KVM_EXIT_INTR: VcpuThread._nothing,
+    abi.KVM_EXIT_SET_TPR: VcpuThread._nothing,
+    abi.KVM_EXIT_INTERNAL_ERROR: VcpuThread._internal_error,
+    abi.KVM_EXIT_SYSTEM_EVENT: VcpuThread._system_event,
+}
+
+_SYSTEM_EVENTS = {
+    abi.KVM_SYSTEM_EVENT_SHUTDOWN: End.POWER_OFF,
+    abi.KVM_SYSTEM_EVENT_RESET: End.RESET,
+    abi.KVM_SYSTEM_EVENT_CRASH: End.PANIC,
+}
+
+_INTERNAL_ERRORS = {
+    abi.KVM_INTERNAL_ERROR_EMULATION: "an instruction could not be emulated",
+    abi.KVM_INTERNAL_ERROR_SIMUL_EX: "simultaneous exceptions",
+    abi.KVM_INTERNAL_ERROR_DELIVERY_EV: "exit during event delivery",
+    abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON: "unexpected hardware exit",
+}
