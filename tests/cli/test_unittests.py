@@ -115,6 +115,17 @@ def test_hang_shows_where(runnable: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.guest
+def test_pass_beyond_the_suites_limit_is_said(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runnable / "x86" / "unittests.cfg").write_text("[slow]\nfile = probe.flat\ntest_args = pass\ntimeout = 0.0001\n")
+    assert main(["unittests", str(runnable), "--timeout-scale", "1000000"]) == 0
+    assert lines(capsys) == [
+        "PASS slow (2 tests, 1 skipped)",
+        "  took 0 s, the suite's limit is 0.0001 s",
+        "1 PASS, 0 FAIL, 0 SKIP; 1 took longer than the suite's own limit",
+    ]
+
+
+@pytest.mark.guest
 def test_entries_for_manual_runs_wait_for_all(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runnable / "x86" / "unittests.cfg").write_text(
         "[manual]\nfile = probe.flat\ntest_args = pass\ngroups = nodefault\n"

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import html
 import json
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -64,6 +65,39 @@ def test_place_reads_well() -> None:
     assert str(results()[1].places[0]) == "vCPU 0 at 0x1000 main+0x4 (halted)"
 
 
+def test_last_exits_name_repeated_ones_once() -> None:
+    assert Place(0, 0, "", "", ("IO", "MMIO", "MMIO", "IO")).exits_text() == "IO, MMIO (2 times), IO"
+    assert Place(0, 0, "", "").exits_text() == "none"
+
+
+def slow(time_s: float = 47.2, timeout_s: float = 90, status: Status = Status.PASS) -> Result:
+    """An entry that the suite gives 30 s."""
+    return Result("slow", status, time_s=time_s, timeout_s=timeout_s, suite_timeout_s=30, log="x\n")
+
+
+def test_pass_beyond_the_suites_own_limit_is_named_everywhere() -> None:
+    said = "took 47 s, the suite's limit is 30 s"
+    assert slow().over_suite_limit == said
+    assert not slow(time_s=29).over_suite_limit
+    assert not slow(status=Status.FAIL).over_suite_limit
+    assert not results()[0].over_suite_limit
+    document = json.loads(reports.json_text([slow(), *results()], "soft"))
+    assert document["over_suite_limit"] == ["slow"]
+    assert (document["results"][0]["timeout_s"], document["results"][0]["suite_timeout_s"]) == (90, 30)
+    assert said in reports.junit([slow()], "soft")
+    assert f"slow {said}" in reports.markdown([slow()], "soft")
+    page = reports.html_page([slow()], "soft")
+    assert html.escape(said) in page
+    assert html.escape("47.2 s; limit: 90 s; the suite's is 30 s") in page
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "text"), [(90, "90 s; the suite's is 30 s"), (30, "30 s"), (0, "none; the suite's is 30 s")]
+)
+def test_limit_text_names_the_suites_where_it_is_another(limit_s: float, text: str) -> None:
+    assert slow(timeout_s=limit_s).limit_text == text
+
+
 def test_json_holds_everything() -> None:
     document = json.loads(reports.json_text(results(), "soft"))
     assert document["counts"] == {"PASS": 1, "FAIL": 1, "SKIP": 2}
@@ -100,7 +134,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         assert "src" not in given
-        assert "href" not in given
+        assert (given.get("href") or "#").startswith("#")
         if given.get("class") == "test":
             self.tests.append(given["id"] or "")
         if tag not in self.VOID:
@@ -118,6 +152,8 @@ def test_page_is_complete_and_self_contained() -> None:
     assert page.tests == ["good", "bad|one", "other", "itself"]
     assert "two &lt;&amp;&gt;" in text
     assert "IO in 0x60/1" in text
+    assert '<a href="#bad%7Cone">bad|one</a>' in text
+    assert '<b class="SKIP">2</b> skipped' in text
     assert "http" not in text
 
 

@@ -53,6 +53,12 @@ def test_hang_tells_where_and_the_last_exits(suite: Path, accel: str) -> None:
     assert result.log.endswith("about to hang\n")
 
 
+def test_scaled_limit_is_named_where_it_passes(suite: Path) -> None:
+    result = run(suite, "hang", timeout_scale=0.5)
+    assert result.reason.startswith("timeout; duration=1s, 0.5 times the suite's; vCPU 0 at")
+    assert (result.timeout_s, result.suite_timeout_s) == (1, 2)
+
+
 def test_triple_fault_is_a_failure_with_its_place(suite: Path) -> None:
     result = run(suite, "crash")
     assert result.status is Status.FAIL

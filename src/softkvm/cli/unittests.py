@@ -158,6 +158,7 @@ class _Printer:
         self._colours = os.isatty(1) and "NO_COLOR" not in os.environ
         self._progress = os.isatty(2)
         self._counts: Counter[Status] = Counter()
+        self._over = 0
 
     def finished(self, result: Result) -> None:
         """Print a result."""
@@ -174,9 +175,12 @@ class _Printer:
                 print(f"  set: {text}")
             for text in result.log.splitlines():
                 print(f"  | {text}")
+        if result.over_suite_limit:
+            self._over += 1
+            print(f"  {result.over_suite_limit}")
         if result.places and (self._verbose or result.status is Status.FAIL):
             for place in result.places:
-                print(f"  {place}; last exits: {', '.join(place.last_exits[-4:]) or 'none'}")
+                print(f"  {place}; last exits: {place.exits_text()}")
         sys.stdout.flush()
 
     def tick(self, running: list[tuple[str, float]]) -> None:
@@ -199,7 +203,8 @@ class _Printer:
     def summary(self) -> None:
         """Print the totals."""
         self._clear()
-        print(", ".join(f"{self._counts[status]} {status}" for status in Status))
+        over = f"; {self._over} took longer than the suite's own limit" if self._over else ""
+        print(", ".join(f"{self._counts[status]} {status}" for status in Status) + over)
 
 
 def _run(args: Namespace) -> int:

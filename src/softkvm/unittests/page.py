@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from urllib.parse import quote
 
 import softkvm
 from softkvm.unittests.result import Result, Status, Subtest
@@ -27,7 +28,10 @@ _STYLE = """
 body { margin: 0; background: var(--bg); color: var(--fg); font: 15px/1.45 system-ui, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 24px; margin: 0 0 2px; }
-.sub { color: var(--dim); margin: 0 0 18px; }
+.sub { color: var(--dim); margin: 0 0 14px; }
+.totals { font-size: 18px; margin: 0 0 10px; } .totals b { color: var(--c); }
+.failed { margin: 0 0 14px; } .failed a { color: var(--fail); margin-right: 10px; overflow-wrap: anywhere; }
+.none { color: var(--dim); padding: 14px 4px; }
 .share { display: flex; height: 10px; border-radius: 5px; overflow: hidden; background: var(--line); margin: 0 0 14px; }
 .share span { display: block; }
 .PASS { --c: var(--pass); --b: var(--passbg); } .SKIP { --c: var(--skip); --b: var(--skipbg); }
@@ -40,12 +44,12 @@ nav button, nav input { font: inherit; border: 1px solid var(--line); background
 nav button { cursor: pointer; } nav button[aria-pressed=true] { border-color: var(--fg); font-weight: 600; }
 nav input { flex: 1; min-width: 160px; }
 details.test { border-bottom: 1px solid var(--line); scroll-margin-top: 60px; }
-details.test > summary { display: grid; grid-template-columns: 62px minmax(150px, 250px) 1fr 84px 76px; gap: 12px;
+details.test > summary { display: grid; grid-template-columns: 62px minmax(150px, 250px) 1fr 108px 92px; gap: 12px;
   align-items: baseline; padding: 8px 4px; cursor: pointer; list-style: none; }
 details.test > summary::-webkit-details-marker { display: none; }
 details.test > summary:hover { background: var(--card); }
 details.test[open] > summary { background: var(--card); }
-.head { display: grid; grid-template-columns: 62px minmax(150px, 250px) 1fr 84px 76px; gap: 12px; padding: 8px 4px;
+.head { display: grid; grid-template-columns: 62px minmax(150px, 250px) 1fr 108px 92px; gap: 12px; padding: 8px 4px;
   color: var(--dim); font-size: 13px; border-bottom: 1px solid var(--line); }
 .badge { color: var(--c); background: var(--b); font-size: 12px; font-weight: 700; border-radius: 5px; padding: 2px 0;
   text-align: center; letter-spacing: .03em; }
@@ -63,20 +67,26 @@ table { border-collapse: collapse; font-size: 14px; } td { padding: 2px 12px 2px
 td.num { padding-right: 12px; }
 .bar { display: inline-block; height: 8px; background: var(--bar); border-radius: 3px; vertical-align: middle; }
 .checks td:first-child { width: 62px; } .checks .badge { display: block; font-size: 11px; padding: 0; }
+.places { grid-template-columns: minmax(120px, max-content) 1fr; }
 .body details > summary { cursor: pointer; color: var(--dim); }
 .exits { display: flex; flex-wrap: wrap; gap: 8px 48px; }
-@media (max-width: 720px) { details.test > summary, .head { grid-template-columns: 56px 1fr 70px; }
-  .why, .head :nth-child(3), .checkcount, .head :nth-child(4) { display: none; } .body { padding-left: 4px; } }
+@media (max-width: 720px) { details.test > summary, .head { grid-template-columns: 56px 1fr max-content; }
+  .head :nth-child(3), .checkcount, .head :nth-child(4) { display: none; }
+  details.test > summary { row-gap: 2px; } .why { grid-column: 2 / -1; grid-row: 2; font-size: 14px; }
+  .why:empty { display: none; }
+  .body { padding-left: 4px; } .places { grid-template-columns: 1fr; } .places dd { margin-bottom: 6px; }
+  details.test { scroll-margin-top: 105px; } }
 """
 
 _SCRIPT = """
 const tests = [...document.querySelectorAll('details.test')], buttons = [...document.querySelectorAll('nav button')];
-const search = document.querySelector('nav input');
+const search = document.querySelector('nav input'), none = document.querySelector('.none');
 let wanted = '';
 function show() {
   const text = search.value.toLowerCase();
   for (const test of tests)
     test.hidden = (wanted && test.dataset.status !== wanted) || !test.dataset.text.includes(text);
+  none.hidden = tests.some(test => !test.hidden);
 }
 for (const button of buttons) button.onclick = () => {
   wanted = button.value;
@@ -84,9 +94,12 @@ for (const button of buttons) button.onclick = () => {
   show();
 };
 search.oninput = show;
+for (const test of tests) test.querySelector('summary').onclick = () => {
+  if (!test.open) history.replaceState(null, '', '#' + encodeURIComponent(test.id));
+};
 function reveal() {
   const test = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if (test) { test.open = true; test.scrollIntoView(); }
+  if (test) { test.hidden = false; test.open = true; test.scrollIntoView(); }
 }
 addEventListener('hashchange', reveal); reveal();
 """
@@ -114,17 +127,35 @@ def html_page(results: Sequence[Result], accel: str) -> str:
         "<h1>kvm-unit-tests</h1>\n"
         f'<p class="sub">softkvm {escape(softkvm.__version__)}, {engine}; '
         f"{len(results)} entries, {_duration(total_s)} of test time</p>\n"
+        f'<p class="totals">{_totals(counts)}</p>\n'
         f'<div class="share" role="img" aria-label="{escape(_counts(counts))}">{share}</div>\n'
+        f"{_failed(results)}"
         f'<nav>{buttons}<input type="search" placeholder="Name or reason" aria-label="Name or reason"></nav>\n'
-        '<div class="head"><span>Status</span><span>Entry</span><span></span>'
+        '<div class="head"><span>Status</span><span>Entry</span><span>Remarks</span>'
         '<span class="num">Checks</span><span class="num">Time</span></div>\n'
         + "\n".join(_test(result) for result in results)
+        + '\n<p class="none" hidden>No entry matches.</p>'
         + f"\n</main><script>{_SCRIPT}</script></body></html>\n"
     )
 
 
 def _counts(counts: Mapping[Status, int]) -> str:
     return ", ".join(f"{counts[status]} {status.lower()}" for status in Status)
+
+
+def _totals(counts: Mapping[Status, int]) -> str:
+    words = {Status.PASS: "pass", Status.FAIL: "fail", Status.SKIP: "skipped"}
+    return " · ".join(f'<b class="{status}">{counts[status]}</b> {word}' for status, word in words.items())
+
+
+def _failed(results: Sequence[Result]) -> str:
+    """Return links to what failed."""
+    links = "".join(
+        f'<a href="#{quote(result.name)}">{escape(result.name)}</a>'
+        for result in results
+        if result.status is Status.FAIL
+    )
+    return f'<p class="failed">Failed: {links}</p>\n' if links else ""
 
 
 def _duration(seconds: float) -> str:
@@ -138,7 +169,7 @@ def _test(result: Result) -> str:
     """Return one entry: a line, and what opens below it."""
     why = result.why()
     ignored = f"ignored: {', '.join(result.ignored)}" if result.ignored else ""
-    said = "; ".join(part for part in (why, ignored) if part)
+    said = "; ".join(part for part in (why, result.over_suite_limit, ignored) if part)
     checks = result.counts()
     good = checks.get("PASS", 0)
     done = sum(checks.values()) - checks.get("SKIP", 0)
@@ -149,7 +180,7 @@ def _test(result: Result) -> str:
         f'<span class="name">{escape(result.name)}</span><span class="why">{escape(said)}</span>'
         f'<span class="num checkcount">{f"{good} of {done}" if done else ""}</span>'
         f'<span class="num">{_duration(result.time_s) if result.log or result.time_s > 1 else ""}</span></summary>'
-        f'<div class="body">{_facts(result)}{_places(result)}{_exits(result)}{_subtests(result)}{_log(result)}</div>'
+        f'<div class="body">{_facts(result)}{_places(result)}{_subtests(result)}{_exits(result)}{_log(result)}</div>'
         "</details>"
     )
 
@@ -159,9 +190,10 @@ def _facts(result: Result) -> str:
         ("Reason", result.reason),
         ("Summary", result.summary),
         ("Program", f"{result.file} {result.arguments}".strip()),
-        ("Machine", f"{result.vcpus} vCPU, {result.memory_bytes // MIB} MiB" if result.memory_bytes else ""),
+        ("Machine", _machine(result)),
         ("Ignored", "; ".join(result.ignored)),
         ("Set for it", "; ".join(result.notes)),
+        ("Time", f"{_duration(result.time_s)}; limit: {result.limit_text}" if result.limit_text else ""),
         ("Exit status", "" if result.exit_status is None else str(result.exit_status)),
         ("Instructions", "" if result.instructions is None else f"{result.instructions:,}"),
     ]
@@ -169,14 +201,16 @@ def _facts(result: Result) -> str:
     return f"<dl>{rows}</dl>"
 
 
+def _machine(result: Result) -> str:
+    vcpus = "1 vCPU" if result.vcpus == 1 else f"{result.vcpus} vCPUs"
+    return f"{vcpus}, {result.memory_bytes // MIB} MiB" if result.memory_bytes else ""
+
+
 def _places(result: Result) -> str:
     if not result.places:
         return ""
-    rows = "".join(
-        f"<dt>{escape(str(place))}</dt><dd>{escape(', '.join(place.last_exits) or 'no exits')}</dd>"
-        for place in result.places
-    )
-    return f"<h2>Where it stood, and its last exits</h2><dl>{rows}</dl>"
+    rows = "".join(f"<dt>{escape(str(place))}</dt><dd>{escape(place.exits_text())}</dd>" for place in result.places)
+    return f'<h2>Where it stood, and its last exits</h2><dl class="places">{rows}</dl>'
 
 
 def _subtests(result: Result) -> str:
@@ -221,7 +255,7 @@ def _bars(title: str, counts: Mapping[str, int]) -> str:
         f'<td><span class="bar" style="width:{max(2, round(120 * count / most))}px"></span></td></tr>'
         for name, count in ordered
     )
-    return f"<div><h2>{title}</h2><table>{rows}</table></div>"
+    return f"<div><h2>{title}: {sum(counts.values()):,}</h2><table>{rows}</table></div>"
 
 
 def _log(result: Result) -> str:

@@ -27,6 +27,7 @@ def json_text(results: Sequence[Result], accel: str) -> str:
         "softkvm": softkvm.__version__,
         "accel": accel,
         "counts": {status.value: sum(r.status is status for r in results) for status in Status},
+        "over_suite_limit": [result.name for result in results if result.over_suite_limit],
         "results": [result.as_dict() for result in results],
     }
     return json.dumps(document, indent=2) + "\n"
@@ -56,8 +57,10 @@ def junit(results: Sequence[Result], accel: str) -> str:
             ElementTree.SubElement(case, "skipped", message=_xml(result.why()))
         if result.log:
             ElementTree.SubElement(case, "system-out").text = _xml(result.log)
-        if result.ignored:
-            ElementTree.SubElement(case, "system-err").text = _xml("\n".join(f"ignored: {t}" for t in result.ignored))
+        remarks = [f"ignored: {text}" for text in result.ignored]
+        remarks += [result.over_suite_limit] if result.over_suite_limit else []
+        if remarks:
+            ElementTree.SubElement(case, "system-err").text = _xml("\n".join(remarks))
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)
@@ -73,6 +76,14 @@ def _cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
+def _limits(results: Sequence[Result]) -> list[str]:
+    """Return a paragraph on the entries that took longer than the suite allows; none, if none did."""
+    over = [f"{_cell(result.name)} {result.over_suite_limit}" for result in results if result.over_suite_limit]
+    if not over:
+        return []
+    return [f"Took longer than the suite allows, under [scaled limits](unittests.md): {'; '.join(over)}.", ""]
+
+
 def markdown(results: Sequence[Result], accel: str) -> str:
     """Return the page of the documentation: every entry with its status, and why it does not pass."""
     counts = Counter(result.status for result in results)
@@ -86,6 +97,7 @@ def markdown(results: Sequence[Result], accel: str) -> str:
         "",
         "`softkvm unittests DIR` runs the suite from your own build of it; nothing of it is in this repository.",
         "",
+        *_limits(results),
         "| entry | status | checks | why not |",
         "|---|---|---|---|",
     ]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,11 @@ class Place:
     symbol: str
     state: str
     last_exits: tuple[str, ...] = ()
+
+    def exits_text(self) -> str:
+        """Return the last exits in one line, repeated ones once: ``HLT, IO out 0x3f8/1 (7 times)``."""
+        groups = [(text, len(list(same))) for text, same in itertools.groupby(self.last_exits)]
+        return ", ".join(text if count == 1 else f"{text} ({count} times)" for text, count in groups) or "none"
 
     def __str__(self) -> str:
         where = f"{self.rip:#x} {self.symbol}".rstrip()
@@ -95,9 +101,19 @@ class Result:
         return " ".join(parts)
 
     @property
-    def over_suite_limit(self) -> bool:
-        """Did it take longer than the suite allows it, under a limit that was scaled or set?"""
-        return self.suite_timeout_s is not None and self.time_s > self.suite_timeout_s
+    def limit_text(self) -> str:
+        """The limit that it ran under, and the suite's where that is another; empty if it did not run."""
+        if self.timeout_s is None:
+            return ""
+        text = f"{self.timeout_s:g} s" if self.timeout_s else "none"
+        return text if self.timeout_s == self.suite_timeout_s else f"{text}; the suite's is {self.suite_timeout_s:g} s"
+
+    @property
+    def over_suite_limit(self) -> str:
+        """What there is to say if it did not fail, but took longer than the suite allows it; otherwise empty."""
+        if self.suite_timeout_s is None or self.time_s <= self.suite_timeout_s or self.status is Status.FAIL:
+            return ""
+        return f"took {self.time_s:.0f} s, the suite's limit is {self.suite_timeout_s:g} s"
 
     def counts(self) -> dict[str, int]:
         """Return the subtests by status."""

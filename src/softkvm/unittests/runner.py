@@ -256,10 +256,10 @@ def _execute(
         outcome = Outcome(End.ERROR, f"the machine cannot be built: {error}")
     result.log = output.decode("utf-8", "replace").replace("\r", "")
     result.subtests, result.summary = read_log(result.log)
-    _judge(outcome, result, timeout_s)
+    _judge(outcome, result, settings, timeout_s)
 
 
-def _judge(outcome: Outcome, result: Result, timeout_s: float) -> None:
+def _judge(outcome: Outcome, result: Result, settings: Settings, timeout_s: float) -> None:
     if outcome.end is End.DEBUG_EXIT:
         result.exit_status = outcome.status
         result.status, result.reason = judge(outcome.status)
@@ -267,6 +267,8 @@ def _judge(outcome: Outcome, result: Result, timeout_s: float) -> None:
     result.status = Status.FAIL
     if outcome.end is End.TIMEOUT:
         result.reason = f"timeout; duration={timeout_s:g}s"
+        if settings.timeout_s is None and scale_of(settings) != 1:
+            result.reason += f", {scale_of(settings):g} times the suite's"
         if result.places:
             result.reason += f"; {result.places[0]}"
     else:
