@@ -9,7 +9,7 @@ mod float_cases;
 mod x87_guest;
 
 use float_cases::Random;
-use x87_guest::{DATA_SIZE, Guest, map};
+use x87_guest::{DATA_SIZE, Guest, flat};
 
 /// Places in the data page.
 const INITIAL: usize = 0;
@@ -28,7 +28,7 @@ struct Native {
 
 impl Native {
     fn new() -> Native {
-        Native { code: map(0x1_0000, 4096, libc::PROT_EXEC), data: map(DATA_SIZE, 4096, 0) }
+        Native { code: flat::map(0x1_0000, 4096, libc::PROT_EXEC), data: flat::map(DATA_SIZE, 4096, 0) }
     }
 
     fn run(&self, code: &[u8], data: &mut [u8; DATA_SIZE]) {

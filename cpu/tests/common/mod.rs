@@ -7,6 +7,8 @@
 //! RSP.
 #![allow(dead_code)]
 
+pub mod flat;
+
 use std::sync::Arc;
 
 use iced_x86::code_asm::CodeAssembler;
@@ -69,23 +71,6 @@ pub mod pte {
     pub const NX: u64 = 1 << 63;
 }
 
-/// Maps zeroed host memory that stays for the life of the process.
-fn map(size: usize) -> usize {
-    // SAFETY: a fresh anonymous mapping, never unmapped.
-    let p = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            -1,
-            0,
-        )
-    };
-    assert!(p != libc::MAP_FAILED);
-    p as usize
-}
-
 /// Memory shared by the processors of a test.
 #[derive(Clone)]
 pub struct Memory {
@@ -101,9 +86,9 @@ pub struct Memory {
 impl Memory {
     pub fn new() -> Memory {
         let machine = Machine::new();
-        let ram = map(RAM);
+        let ram = flat::map(RAM, 4096, 0);
         let tables = 3 + PAGES.div_ceil(512);
-        let host = map(Memory::host_size());
+        let host = flat::map(Memory::host_size(), 4096, 0);
         // SAFETY: both stay mapped.
         unsafe {
             machine.add_region(ram, RAM).unwrap();
@@ -332,36 +317,23 @@ impl Guest {
 
     /// A processor in 64-bit mode with nothing loaded at CODE.
     pub fn bare(memory: Memory, index: u32) -> Guest {
-        let page = map(4096);
+        let page = flat::map(4096, 4096, 0);
         // SAFETY: stays mapped; the VMCB is this guest's alone.
         unsafe { memory.machine.add_region(page, 4096).unwrap() };
         // SAFETY: as above.
         let vmcb = unsafe { Vmcb::new(page) };
         let cpu = Cpu::new(memory.machine.clone(), index);
         let mut g = Guest { memory, cpu, vmcb, page };
-        for code in [exitcode::SHUTDOWN, exitcode::VMRUN, exitcode::VMMCALL, exitcode::HLT, exitcode::INTR] {
-            g.intercept(code);
-        }
-        g.set(control::ASID, 1u32);
-        g.set(control::NP_ENABLE, 1u64);
-        g.set(control::N_CR3, g.memory.nested as u64);
+        flat::long_mode(vmcb, g.memory.nested, PML4);
+        g.intercept(exitcode::VMMCALL);
         g.set(control::IOPM_BASE, g.memory.iopm as u64);
         g.set(control::MSRPM_BASE, g.memory.msrpm as u64);
-        for n in [0, 2, 3, 4, 5] {
-            g.segment(n, DATA0, 0xc93, 0, u32::MAX);
-        }
-        g.segment(1, CODE64, 0xa9b, 0, u32::MAX);
         g.table(save::GDTR, GDT, 0xfff);
         g.system(save::TR, TSS_SEL, 0x8b, TSS, TSS_LIMIT);
         g.system(save::LDTR, LDT_SEL, 0x82, LDT, 0xfff);
-        g.set(save::EFER, 0x1d01u64);
-        g.set(save::CR0, 0x8005_0033u64);
-        g.set(save::CR3, PML4);
-        g.set(save::CR4, 0x6a0u64);
         g.set(save::DR6, 0xffff_0ff0u64);
         g.set(save::DR7, 0x400u64);
         g.set(save::G_PAT, 0x0007_0406_0007_0406u64);
-        g.set(save::RFLAGS, 2u64);
         g.set(save::RIP, CODE);
         g.set(save::RSP, STACK);
         g.idt64();
@@ -402,11 +374,7 @@ impl Guest {
         self.vmcb.set(offset, v)
     }
     pub fn segment(&mut self, n: usize, selector: u16, attrib: u16, base: u64, limit: u32) {
-        let at = save::ES + 16 * n;
-        self.set(at, selector);
-        self.set(at + 2, attrib);
-        self.set(at + 4, limit);
-        self.set(at + 8, base);
+        flat::put_segment(self.vmcb, n, selector, attrib, base, limit);
     }
     pub fn system(&mut self, at: usize, selector: u16, attrib: u16, base: u64, limit: u32) {
         self.segment((at - save::ES) / 16, selector, attrib, base, limit);

@@ -13,6 +13,8 @@
 //! into `tests/vectors/` once softcpu is right.
 
 mod case;
+#[path = "../common/flat.rs"]
+mod common;
 mod soft;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Runs a case on softcpu: 64-bit or 32-bit code at CPL 3 in long mode, flat paging, every exception intercepted.
 
-use softcpu::mem::Machine;
 use softcpu::x86::state::Cpu;
 use softcpu::x86::vmcb::{Vmcb, control, save};
 
 use crate::case::{CODE, Case, DATA, DATA_SIZE, END, Outcome, State, WRITABLE, fill};
+use crate::common::{Flat, put_segment};
 
 /// Guest-physical pages: four of tables, one of code, the data.
-const TABLES: usize = 0x1000;
-const CODE_PAGE: usize = 0x6000;
-const DATA_PAGES: usize = 0x7000;
-const RAM: usize = 0x10000;
+const TABLES: usize = 0x4000;
+const CODE_PAGE: usize = 0x8000;
+const DATA_PAGES: usize = 0x9000;
+const RAM: usize = 2 << 20;
 /// Bits of a page-table entry.
 const PRESENT_USER: u64 = 5;
 const WRITE: u64 = 2;
@@ -26,43 +26,13 @@ pub struct Soft {
     vmcb: usize,
 }
 
-fn map(size: usize) -> usize {
-    // SAFETY: a fresh anonymous mapping, never unmapped.
-    let p = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            -1,
-            0,
-        )
-    };
-    assert!(p != libc::MAP_FAILED);
-    p as usize
-}
-
 impl Soft {
     pub fn new() -> Soft {
-        let machine = Machine::new();
-        let (ram, host) = (map(RAM), map(0x5000));
-        // SAFETY: both stay mapped.
-        unsafe {
-            machine.add_region(ram, RAM).unwrap();
-            machine.add_region(host, 0x5000).unwrap();
-        }
+        let Flat { cpu, ram, page: vmcb, .. } = Flat::new(RAM);
         let put = |address: usize, value: u64| {
-            // SAFETY: inside the two mappings.
+            // SAFETY: inside guest memory.
             unsafe { (address as *mut u64).write(value) }
         };
-        // Nested tables: guest-physical 0..64 KiB.
-        let nested = host + 0x1000;
-        for level in 0..3 {
-            put(nested + 0x1000 * level, (nested + 0x1000 * (level + 1)) as u64 | 7);
-        }
-        for page in 0..RAM >> 12 {
-            put(nested + 0x3000 + 8 * page, (ram + (page << 12)) as u64 | 7);
-        }
         // The guest's tables: all of the addresses used share one table of 2 MiB.
         let index = |level: u64| ((CODE >> (12 + 9 * level)) & 511) as usize;
         for level in 0..3 {
@@ -77,23 +47,14 @@ impl Soft {
             put(last + 8 * at, (DATA_PAGES + (page << 12)) as u64 | PRESENT_USER | writable | NX);
         }
         // SAFETY: a mapped page.
-        let v = unsafe { Vmcb::new(host) };
-        // All exceptions; INTR, HLT, SHUTDOWN; VMRUN.
-        v.set(control::INTERCEPTS + 8, u32::MAX);
-        v.set(control::INTERCEPTS + 12, 1u32 << 24 | 1 << 31 | 1);
-        v.set(control::INTERCEPTS + 16, 1u32);
-        v.set(control::ASID, 1u32);
-        v.set(control::NP_ENABLE, 1u64);
-        v.set(control::N_CR3, nested as u64);
-        let seg = |at: usize, selector: u16, attrib: u16| {
-            v.set(at, selector);
-            v.set(at + 2, attrib);
-            v.set(at + 4, u32::MAX);
-        };
-        for n in 0..6 {
-            seg(save::ES + 16 * n, 0x2b, 0xcf3);
+        let v = unsafe { Vmcb::new(vmcb) };
+        v.set(control::INTERCEPTS + 8, u32::MAX); // all exceptions
+        v.set(save::CR3, TABLES as u64);
+        for n in [0, 2, 3, 4, 5] {
+            put_segment(v, n, 0x2b, 0xcf3, 0, u32::MAX);
         }
-        Soft { cpu: Cpu::new(machine, 0), ram, vmcb: host }
+        v.set(save::CPL, 3u8);
+        Soft { cpu, ram, vmcb }
     }
 
     pub fn run(&mut self, case: &Case) -> Box<Outcome> {
@@ -109,13 +70,8 @@ impl Soft {
         code.fill(END);
         code[..case.length].copy_from_slice(case.code());
         fill(case.seed, data);
-        v.set(save::ES + 16, if case.long { 0x33u16 } else { 0x23 });
-        v.set(save::ES + 16 + 2, if case.long { 0xafbu16 } else { 0xcfb });
-        v.set(save::CPL, 3u8);
-        v.set(save::EFER, 0x1d01u64);
-        v.set(save::CR0, 0x8005_0033u64);
-        v.set(save::CR3, TABLES as u64);
-        v.set(save::CR4, 0x6a0u64);
+        let (selector, attrib) = if case.long { (0x33, 0xafb) } else { (0x23, 0xcfb) };
+        put_segment(v, 1, selector, attrib, 0, u32::MAX);
         v.set(save::RIP, case.state.rip);
         v.set(save::RFLAGS, case.state.rflags);
         v.set(save::RSP, case.state.gpr[4]);

@@ -3,6 +3,9 @@
 #![allow(dead_code)] // each test uses its part
 
 use iced_x86::{Code, Encoder, EncodingKind, Instruction, OpCodeOperandKind as Kind, OpKind, Register};
+#[path = "../common/flat.rs"]
+mod flat;
+
 use softcpu::mem::Machine;
 use softcpu::x86::state::Cpu;
 use softcpu::x86::vmcb::{Vmcb, control, save};
@@ -341,20 +344,7 @@ impl Soft {
         // SAFETY: a page of the region.
         let v = unsafe { Vmcb::new(page(0)) };
         v.set(control::INTERCEPTS + 8, u32::MAX);
-        v.set(control::INTERCEPTS + 12, 1u32 << 24 | 1 << 31 | 1);
-        v.set(control::INTERCEPTS + 16, 1u32);
-        v.set(control::ASID, 1u32);
-        v.set(control::NP_ENABLE, 1u64);
-        v.set(control::N_CR3, page(4) as u64);
-        for n in 0..6 {
-            v.set(save::ES + 16 * n, 0x10u16);
-            v.set(save::ES + 16 * n + 2, if n == 1 { 0xa9bu16 } else { 0xc93 });
-            v.set(save::ES + 16 * n + 4, u32::MAX);
-        }
-        v.set(save::EFER, 0x1d00u64);
-        v.set(save::CR0, 0x8005_0033u64);
-        v.set(save::CR3, page(1) as u64);
-        v.set(save::CR4, 0x6a0u64);
+        flat::long_mode(v, page(4), page(1) as u64);
         let cpu = Cpu::new(machine.clone(), 0);
         Soft { cpu, machine, vmcb: page(0), code: at + 4096, data: at }
     }

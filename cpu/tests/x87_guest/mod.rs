@@ -3,7 +3,10 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
-use softcpu::mem::Machine;
+#[path = "../common/flat.rs"]
+pub mod flat;
+
+use flat::Flat;
 use softcpu::x86::state::Cpu;
 use softcpu::x86::vmcb::{Vmcb, control, save};
 
@@ -16,23 +19,6 @@ const STACK: usize = 0x30_0000;
 /// Size of the data page.
 pub const DATA_SIZE: usize = 4096;
 
-/// Fresh memory, never unmapped.
-pub fn map(size: usize, align: usize, protection: i32) -> usize {
-    // SAFETY: a fresh anonymous mapping, never unmapped.
-    let p = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            size + align,
-            libc::PROT_READ | libc::PROT_WRITE | protection,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            -1,
-            0,
-        )
-    };
-    assert!(p != libc::MAP_FAILED);
-    (p as usize).next_multiple_of(align)
-}
-
 /// A guest in 64-bit mode with 4 MiB of memory.
 pub struct Guest {
     /// The processor.
@@ -43,49 +29,14 @@ pub struct Guest {
 
 impl Guest {
     pub fn new() -> Guest {
-        let machine = Machine::new();
-        let ram = map(RAM, 2 << 20, 0);
-        let host = map(64 << 10, 4096, 0);
-        // SAFETY: both stay mapped.
-        unsafe {
-            machine.add_region(ram, RAM).unwrap();
-            machine.add_region(host, 64 << 10).unwrap();
-        }
-        let put = |address: usize, value: u64| {
-            // SAFETY: inside the two mappings.
-            unsafe { (address as *mut u64).write(value) }
-        };
-        let (n4, n3, n2) = (host + 0x1000, host + 0x2000, host + 0x3000);
-        put(n4, n3 as u64 | 7);
-        put(n3, n2 as u64 | 7);
-        put(ram + 0x1000, 0x2000 | 7);
-        put(ram + 0x2000, 0x3000 | 7);
-        for i in 0..RAM >> 21 {
-            put(n2 + 8 * i, (ram + (i << 21)) as u64 | 0xe7);
-            put(ram + 0x3000 + 8 * i, (i << 21) as u64 | 0xe7);
-        }
-        // SAFETY: a mapped page.
-        let v = unsafe { Vmcb::new(host) };
+        let flat = Flat::new(RAM);
+        let v = flat.vmcb();
         v.set(control::INTERCEPTS + 8, u32::MAX); // all exceptions
-        v.set(control::INTERCEPTS + 12, 1u32 << 24 | 1 << 31 | 1); // HLT, shutdown, INTR
-        v.set(control::INTERCEPTS + 16, 1u32);
-        v.set(control::ASID, 1u32);
-        v.set(control::NP_ENABLE, 1u64);
-        v.set(control::N_CR3, n4 as u64);
-        for n in 0..6 {
-            v.set(save::ES + 16 * n, 0x10u16);
-            v.set(save::ES + 16 * n + 2, 0xc93u16);
-            v.set(save::ES + 16 * n + 4, u32::MAX);
-        }
-        v.set(save::ES + 16, 8u16);
-        v.set(save::ES + 18, 0xa9bu16);
-        v.set(save::EFER, 0x1d00u64);
         v.set(save::CR0, 0x8000_0033u64);
-        v.set(save::CR3, 0x1000u64);
         v.set(save::CR4, 0x4_06a0u64);
-        let mut cpu = Cpu::new(machine, 0);
+        let Flat { mut cpu, ram, page, .. } = flat;
         cpu.rb.xcr0 = 3;
-        Guest { cpu, vmcb: host, ram }
+        Guest { cpu, vmcb: page, ram }
     }
 
     /// Its VMCB.
