@@ -50,8 +50,11 @@ NOTES: Final = (
     "KVM_GET_FPU after a KVM_SET_XSAVE without the x87 or SSE component gives the initial state on the software side, "
     "and on the device what its buffer held before; KVM_GET_XSAVE gives the initial state on both.",
     "KVM_GET_XSAVE of a new vCPU marks x87 and SSE as present on the software side, as initial on the device.",
-    "Host memory that is unmapped while a guest uses it ends the process with SIGSEGV on the software side (there are "
-    "no MMU notifiers). Memory that is not mapped when the guest first touches it is EFAULT of KVM_RUN.",
+    "There are no MMU notifiers on the software side. KVM_SET_USER_MEMORY_REGION takes the object that owns the memory "
+    "and holds it, so an mmap object is not unmapped under a slot (its close() raises BufferError, on both sides). "
+    "Memory that is unmapped or moved past Python (munmap or mremap of libc, mmap over it), or that nobody was told to "
+    "hold, ends the process with SIGSEGV when the guest uses it. Memory that is not mapped when the guest first "
+    "touches it is EFAULT of KVM_RUN.",
     "The device tried here does not report KVM_CAP_INTR_SHADOW, although KVM_GET_VCPU_EVENTS has the shadow, nor "
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A vCPU's kick is not a signal on the software side, so KVM_SET_SIGNAL_MASK is checked and changes nothing.",

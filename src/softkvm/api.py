@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from softkvm import abi
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class Closeable(Protocol):
@@ -68,8 +71,14 @@ class Vm(Closeable, Protocol):
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on a VM."""
 
-    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
-        """KVM_SET_USER_MEMORY_REGION."""
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
+        """KVM_SET_USER_MEMORY_REGION.
+
+        *memory* is the object that owns the memory, an :class:`mmap.mmap` for example. The slot holds a view of it
+        until it is deleted or the VM is closed, so that it is not unmapped while the guest uses it: its ``close()``
+        and ``resize()`` raise BufferError, and it stays when its last name is gone. Without it the caller answers
+        for that: the process may end with SIGSEGV otherwise.
+        """
 
     def create_vcpu(self, id: int) -> Vcpu:
         """KVM_CREATE_VCPU: *id* is the APIC id."""

@@ -3,6 +3,7 @@
 
 import ctypes
 import errno
+import gc
 import mmap
 from collections.abc import Callable, Iterator
 
@@ -193,3 +194,68 @@ def test_host_memory_that_the_process_cannot_reach_is_efault_when_it_is_used(
         assert guest.cpu.get_regs().rip == CODE, "the instruction has not happened"
         assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 3) == 0
         guest.expect(abi.KVM_EXIT_HLT)
+
+
+# --- memory that a slot holds ----------------------------------------------------------------------
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def test_memory_is_held_until_its_slot_is_deleted(vm: api.Vm) -> None:
+    memory = mmap.mmap(-1, SIZE)
+    hva = address_of(memory)
+    vm.set_user_memory_region(region(hva), memory)
+    with pytest.raises(BufferError):
+        memory.close()
+    vm.set_user_memory_region(region(hva, flags=abi.KVM_MEM_LOG_DIRTY_PAGES))
+    vm.set_user_memory_region(region(hva, guest_phys_addr=2 * GPA))
+    vm.set_user_memory_region(region(hva, guest_phys_addr=2 * GPA))  # nothing changes
+    with pytest.raises(BufferError):
+        memory.close()
+    vm.set_user_memory_region(region(hva, memory_size=0))
+    memory.close()
+
+
+def test_memory_may_be_held_later_and_by_several_slots(vm: api.Vm) -> None:
+    memory = mmap.mmap(-1, SIZE)
+    hva = address_of(memory)
+    vm.set_user_memory_region(region(hva))
+    vm.set_user_memory_region(region(hva), memory)
+    vm.set_user_memory_region(region(hva, slot=2, guest_phys_addr=2 * GPA), memory)
+    vm.set_user_memory_region(region(hva, memory_size=0))
+    with pytest.raises(BufferError):
+        memory.close()
+    vm.set_user_memory_region(region(hva, slot=2, memory_size=0))
+    memory.close()
+
+
+def test_refused_memory_is_not_held(vm: api.Vm) -> None:
+    memory = mmap.mmap(-1, SIZE)
+    refused(errno.EINVAL, lambda: vm.set_user_memory_region(region(address_of(memory), flags=1 << 5), memory))
+    memory.close()
+
+
+def test_closing_the_vm_lets_its_memory_go(kvm: api.Kvm) -> None:
+    memory = mmap.mmap(-1, SIZE)
+    vm = kvm.create_vm()
+    vm.set_user_memory_region(region(address_of(memory)), memory)
+    vm.close()
+    memory.close()
+
+
+def test_held_memory_outlives_its_names(guest: Guest) -> None:
+    memory = mmap.mmap(-1, PAGE)
+    memory[0] = 0x5A
+    guest.vm.set_user_memory_region(
+        abi.kvm_userspace_memory_region(
+            slot=1, guest_phys_addr=0x20_0000, memory_size=PAGE, userspace_addr=address_of(memory)
+        ),
+        memory,
+    )
+    del memory
+    gc.collect()
+    guest.long("8a042500002000 f4")  # mov al, [0x200000]; hlt
+    guest.expect(abi.KVM_EXIT_HLT)
+    assert guest.cpu.get_regs().rax & 0xFF == 0x5A

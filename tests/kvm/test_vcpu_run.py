@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import threading
 import time
 from collections.abc import Iterator
@@ -258,6 +260,40 @@ def test_closing_the_vm_ends_run_with_an_error() -> None:
     assert isinstance(caught[0], OSError) and caught[0].errno == errno.EIO
     with pytest.raises(OSError):
         tiny.vcpu.run()
+
+
+def test_memory_may_be_unmapped_when_the_vm_is_closed_under_a_running_vcpu() -> None:
+    tiny = Tiny()
+    gpa = 64 * MIB
+    extra = mmap.mmap(-1, MIB)
+    tiny.vm.set_user_memory_region(
+        abi.kvm_userspace_memory_region(
+            slot=1,
+            guest_phys_addr=gpa,
+            memory_size=MIB,
+            userspace_addr=ctypes.addressof(ctypes.c_char.from_buffer(extra)),
+        ),
+        extra,
+    )
+    tiny.protected_mode().load(b"\xff\x03\xeb\xfc", rbx=gpa)  # 1: inc dword [ebx]; jmp 1b
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            tiny.vcpu.run()
+        except OSError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not extra[0]:
+        time.sleep(0.001)
+    with pytest.raises(BufferError):
+        extra.close()
+    tiny.close()
+    extra.close()
+    thread.join(10)
+    assert isinstance(caught[0], OSError) and caught[0].errno == errno.EIO
 
 
 def test_a_triple_fault_is_shutdown(tiny: Tiny) -> None:

@@ -15,7 +15,7 @@ class SlotRecorder:
     def __init__(self) -> None:
         self.regions: list[abi.kvm_userspace_memory_region] = []
 
-    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: mmap.mmap) -> None:
         self.regions.append(region)
 
 

@@ -6,11 +6,14 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softkvm import abi
 from softkvm.devkvm.ioctl import Descriptor, enable_cap, get, ioctl_pointer, ioctl_value
 from softkvm.devkvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class Vm(Descriptor):
@@ -20,13 +23,24 @@ class Vm(Descriptor):
         super().__init__(fd)
         self._vcpu_mmap_size = vcpu_mmap_size
         self._slot_size: dict[int, int] = {}
+        self._held: dict[int, memoryview] = {}
 
     def check_extension(self, cap: int) -> int:
         return ioctl_value(self.fd, abi.KVM_CHECK_EXTENSION, cap)
 
-    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
-        ioctl_pointer(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
+        held = memoryview(memory) if memory is not None else None
+        try:
+            ioctl_pointer(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
+        except OSError:
+            if held is not None:
+                held.release()
+            raise
         self._slot_size[region.slot] = region.memory_size
+        if not region.memory_size:
+            self._held.pop(region.slot, None)
+        elif held is not None:
+            self._held[region.slot] = held
 
     def create_vcpu(self, id: int) -> Vcpu:
         return Vcpu(ioctl_value(self.fd, abi.KVM_CREATE_VCPU, id), self._vcpu_mmap_size)
@@ -99,6 +113,10 @@ class Vm(Descriptor):
             slot=slot, num_pages=num_pages, first_page=first_page, dirty_bitmap=ctypes.addressof(bits)
         )
         ioctl_pointer(self.fd, abi.KVM_CLEAR_DIRTY_LOG, log)
+
+    def close(self) -> None:
+        super().close()
+        getattr(self, "_held", {}).clear()
 
     def enable_cap(self, cap: int, *args: int) -> None:
         enable_cap(self.fd, cap, args)

@@ -47,6 +47,7 @@ class MemorySlot:
         "dirty_bitmap",
         "end_gfn",
         "flags",
+        "held",
         "hva_offset",
         "id",
         "max_level",
@@ -67,6 +68,8 @@ class MemorySlot:
         self.hva_offset = userspace_addr - (base_gfn << PAGE_SHIFT)
         self.max_level = self._max_level()
         self.dirty_bitmap: bytearray | None = None
+        #: Keeps the memory mapped: a view of the object that owns it.
+        self.held: memoryview | None = None
         self._dirty_lock = threading.Lock()
 
     def _max_level(self) -> int:
@@ -76,6 +79,12 @@ class MemorySlot:
         while level > PG_LEVEL_4K and misalignment & (pages_per_hpage(level) - 1):
             level -= 1
         return level
+
+    def release(self) -> None:
+        """Let the memory's owner unmap it; no processor may reach it any more."""
+        if self.held is not None:
+            self.held.release()
+            self.held = None
 
     @property
     def dirty_logging(self) -> bool:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from softkvm import _softcpu, abi
 from softkvm.kvm import capabilities, dirty_log, vm_caps
@@ -28,6 +28,9 @@ from softkvm.kvm.vcpu_state import IN_GUEST_MODE, VcpuState
 from softkvm.kvm.x86 import kvmclock
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.irqchip import KernelIrqchip
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +115,15 @@ class Vm:
 
     # --- memory ------------------------------------------------------------------------------------
 
-    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region) -> None:
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
         """KVM_SET_USER_MEMORY_REGION."""
         with self.slots_lock:
             slots = self.memslots
             change, old = classify_change(slots, region, self.max_gfn)
+            held = memoryview(memory) if memory is not None else None
             if change is MemoryChange.NOTHING:
+                assert old is not None
+                old.held = held or old.held
                 return
             self.host_mappings.forget()
             new = None
@@ -127,10 +133,12 @@ class Vm:
             if change is MemoryChange.CREATE:
                 assert new is not None
                 self._map_host(new)
+            if new is not None:
+                new.held = held or (old.held if old is not None else None)
             self._install(slots.replaced(old, new), old, new, change)
             if change is MemoryChange.DELETE:
                 assert old is not None
-                self.regions.put(old.userspace_addr, old.npages << 12)
+                self._unmap_host(old)
             elif change is MemoryChange.FLAGS_ONLY:
                 assert new is not None and old is not None
                 if new.dirty_logging and not old.dirty_logging:
@@ -143,6 +151,21 @@ class Vm:
             self.regions.get(slot.userspace_addr, slot.npages << 12)
         except ValueError as problem:
             raise kvm_error(errno.EINVAL, f"userspace_addr={slot.userspace_addr:#x}: {problem}") from None
+
+    def _unmap_host(self, slot: MemorySlot) -> None:
+        self.regions.put(slot.userspace_addr, slot.npages << 12)
+        slot.release()
+
+    def _drop_memory(self) -> None:
+        """Delete all slots: afterwards no processor reaches their memory, and its owners may unmap it."""
+        with self.slots_lock:
+            slots = self.memslots
+            with self.mmu_lock:
+                self.memslots = Memslots((), slots.generation + 1)
+                self.mmu.zap_all()
+                self.finish_zap()
+            for slot in slots:
+                self._unmap_host(slot)
 
     def _install(self, slots: Memslots, old: MemorySlot | None, new: MemorySlot | None, change: MemoryChange) -> None:
         """Publish a generation; mappings of what is gone go before anyone can use the new one."""
@@ -454,6 +477,7 @@ class Vm:
         self.eventfds.close()
         if self.chips is not None:
             self.chips.close()
+        self._drop_memory()
 
     def __enter__(self) -> Self:
         return self

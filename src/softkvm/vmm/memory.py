@@ -97,7 +97,8 @@ class GuestMemory:
                     guest_phys_addr=ram.start,
                     memory_size=ram.end - ram.start,
                     userspace_addr=ram.hva,
-                )
+                ),
+                self._map,
             )
 
     def slice(self, gpa: int, size: int) -> memoryview:
@@ -118,9 +119,9 @@ class GuestMemory:
         self.slice(gpa, len(data))[:] = data
 
     def close(self) -> None:
-        """Unmap the memory; nothing may use it any more."""
+        """Unmap the memory, or let the last that holds a view of it do so: a slice, a memory slot."""
         self.view.release()
-        with contextlib.suppress(BufferError):  # a view of a slice is still held: the last one unmaps
+        with contextlib.suppress(BufferError):
             self._map.close()
         if self.fd >= 0:
             os.close(self.fd)
