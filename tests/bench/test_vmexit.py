@@ -166,6 +166,17 @@ def test_lines_of_other_things_are_no_figures(directory: Path) -> None:
     assert found == {"cpuid": (0.5, ""), "ipi": (None, "no figure"), "mov_dr": (None, "skipped"), "vmcall": (2.5, "")}
 
 
+def test_argument_that_stands_for_several_kinds_has_a_row_for_each(directory: Path) -> None:
+    (directory / "x86" / "unittests.cfg").write_text("[pci]\nfile = vmexit.flat\ntest_args = 'pci-mem pci-io'\n")
+    text = "mmio-no-eventfd:pci-mem 10\nmmio-wildcard-eventfd:pci-mem 4\n"
+    report = vmexit.suite(directory, [FakeSide(results={"pci": [passed("pci", text)]})])
+    assert [(kind.name, kind.what, kind.figures["softkvm"].ns) for kind in report.kinds] == [
+        ("mmio-no-eventfd:pci-mem", "store to a device of the machine monitor", 5),
+        ("mmio-wildcard-eventfd:pci-mem", "store that signals an eventfd", 2),
+        ("pci-io", "", None),
+    ]
+
+
 def test_entry_that_does_not_pass_is_failed_skipped_or_timed_out_and_not_run_again(directory: Path) -> None:
     results = {
         "vmexit_cpuid": [Result("vmexit_cpuid", Status.FAIL, "timeout; duration=90s")],

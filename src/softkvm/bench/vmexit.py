@@ -77,6 +77,12 @@ SUITE: dict[str, str] = {
     "tscdeadline_immed": "TSC-deadline timer set to a time that has passed",
     "toggle_cr0_wp": "CR0.WP off and on",
     "toggle_cr4_pge": "CR4.PGE off and on: a flush of the TLB",
+    "mmio-no-eventfd": "store to a device of the machine monitor",
+    "mmio-wildcard-eventfd": "store that signals an eventfd",
+    "mmio-datamatch-eventfd": "store of the value that signals an eventfd",
+    "portio-no-eventfd": "OUT to a device of the machine monitor",
+    "portio-wildcard-eventfd": "OUT that signals an eventfd",
+    "portio-datamatch-eventfd": "OUT of the value that signals an eventfd",
 }
 """What the suite's kinds do. Source: their names, and kvm-unit-tests' ``x86/vmexit.c``."""
 
@@ -239,7 +245,7 @@ def suite(
 
 def _suite_kind(name: str, entry: Entry, sides: Sequence[Side]) -> Kind:
     part, _, whole = name.rpartition(" ")
-    what = SUITE.get(whole, "")
+    what = SUITE.get(whole.partition(":")[0], "")
     if part:
         what = PARTS[part]
     return Kind(name, what, entry.name, {side.name: Figure() for side in sides})
@@ -258,7 +264,7 @@ def _figures_of(entry: Entry, result: Result) -> dict[str, int | tuple[str, str]
     for line in result.log.splitlines():
         ticks, skipped = _TICKS.match(line), _SKIPPED.match(line)
         name = ticks["name"] if ticks else skipped["name"] if skipped else ""
-        if not name or (wanted and name not in wanted):
+        if not name or (wanted and _asked_for(name) not in wanted):
             continue
         if ticks:
             found[(ticks["part"] or "").lstrip() + name] = int(ticks["ticks"])
@@ -266,9 +272,13 @@ def _figures_of(entry: Entry, result: Result) -> dict[str, int | tuple[str, str]
             found[name] = (SKIPPED, "the program skipped it")
     if result.status is not Status.PASS:
         return {name: _problem(result) for name in wanted or [entry.name]}
-    for name in wanted:
-        found.setdefault(name, (MISSING, ""))
-    return found
+    given = {_asked_for(name.rpartition(" ")[2]) for name in found}
+    return found | {name: (MISSING, "") for name in wanted if name not in given}
+
+
+def _asked_for(name: str) -> str:
+    """Return the argument that *name* answers: ``pci-mem`` for ``mmio-no-eventfd:pci-mem``."""
+    return name.rpartition(":")[2]
 
 
 def _problem(result: Result) -> tuple[str, str]:

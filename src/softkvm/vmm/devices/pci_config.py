@@ -4,6 +4,9 @@
 Source: PCI Local Bus Specification 3.0, section 3.2.2.3.2. A configuration read of an absent function returns all
 ones and a write is dropped, which is how a guest finds that there is no host bridge and no bus. Byte accesses inside
 0xCF8..0xCFB are not the mechanism's; the one to 0xCF9 is the reset control register.
+
+The specification leaves bits 1:0 of CONFIG_ADDRESS zero. As on QEMU's host bridge they are kept and select within the
+dword: kvm-unit-tests reads the device ID with address 2 and the data port's first bytes.
 """
 
 from typing import Any, Final
@@ -15,7 +18,7 @@ PCI_CONFIG_PORT: Final = 0xCF8
 PCI_CONFIG_SIZE: Final = 8
 
 _ENABLE: Final = 1 << 31
-_ADDRESS_MASK: Final = _ENABLE | 0x00FF_FFFC
+_ADDRESS_MASK: Final = _ENABLE | 0x00FF_FFFF
 _DATA_OFFSET: Final = 4
 _RESET_OFFSET: Final = RESET_PORT - PCI_CONFIG_PORT
 
@@ -42,6 +45,10 @@ class PciConfig:
             return None
         return self._functions.get(address >> 8 & 0xFF)
 
+    def _register(self, offset: int) -> int:
+        """The register that an access at *offset* means."""
+        return self._address & 0xFF | offset & 3
+
     def read(self, offset: int, size: int) -> int:
         """The latched address, a register of the selected function, or all ones: nothing is there."""
         if offset == 0 and size == 4:
@@ -49,7 +56,7 @@ class PciConfig:
         if offset >= _DATA_OFFSET:
             selected = self._selected()
             if selected is not None:
-                return selected.read((self._address & 0xFC) + offset - _DATA_OFFSET, size)
+                return selected.read(self._register(offset), size)
         if offset == _RESET_OFFSET and size == 1 and self._reset is not None:
             return self._reset.read(0, 1)
         return (1 << 8 * size) - 1
@@ -63,7 +70,7 @@ class PciConfig:
         elif offset >= _DATA_OFFSET:
             selected = self._selected()
             if selected is not None:
-                selected.write((self._address & 0xFC) + offset - _DATA_OFFSET, size, value)
+                selected.write(self._register(offset), size, value)
 
     def save(self) -> dict[str, Any]:
         """The address latch, and every function."""
