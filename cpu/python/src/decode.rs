@@ -12,7 +12,22 @@ use pyo3::prelude::*;
 #[pyclass(frozen, name = "Instruction", module = "softkvm._softcpu")]
 pub struct PyInstruction {
     i: Instruction,
-    bitness: u32,
+    address_size: u32,
+}
+
+/// Address size in bytes (APM vol. 3, 1.2.3): that of the mode, or the other one with a 67 prefix. For instructions that
+/// have no operand in memory, as LOOP, the decoder doesn't say.
+fn address_size(code: &[u8], bitness: u32) -> u32 {
+    let prefix = |b: &u8| match b {
+        0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3 => true,
+        _ => bitness == 64 && b & 0xf0 == 0x40,
+    };
+    let other = code.iter().take_while(|b| prefix(b)).any(|&b| b == 0x67);
+    match (bitness, other) {
+        (64, false) => 8,
+        (64, true) | (32, false) | (16, true) => 4,
+        _ => 2,
+    }
 }
 
 /// Decodes the instruction at the start of `code`.
@@ -30,7 +45,7 @@ pub fn decode(code: &[u8], bitness: u32, ip: u64) -> PyResult<PyInstruction> {
         };
         return Err(PyValueError::new_err(format!("{why}: {} bytes at ip {ip:#x}", code.len())));
     }
-    Ok(PyInstruction { i, bitness })
+    Ok(PyInstruction { i, address_size: address_size(code, bitness) })
 }
 
 fn name(r: Register) -> Option<String> {
@@ -186,30 +201,7 @@ impl PyInstruction {
     /// Address size in bytes.
     #[getter]
     fn address_size(&self) -> u32 {
-        for n in 0..self.i.op_count() {
-            match self.i.op_kind(n) {
-                OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => return 2,
-                OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => return 4,
-                OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI => return 8,
-                OpKind::Memory => {
-                    let r = match (self.i.memory_base(), self.i.memory_index()) {
-                        (Register::None, i) => i,
-                        (b, _) => b,
-                    };
-                    return match r {
-                        Register::None => match self.i.memory_displ_size() {
-                            n @ (2 | 4 | 8) => n,
-                            _ => self.bitness / 8,
-                        },
-                        Register::RIP => 8,
-                        Register::EIP => 4,
-                        r => r.size() as u32,
-                    };
-                }
-                _ => {}
-            }
-        }
-        self.bitness / 8
+        self.address_size
     }
 
     fn __str__(&self) -> String {

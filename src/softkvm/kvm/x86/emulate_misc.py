@@ -24,27 +24,20 @@ _U32: Final = (1 << 32) - 1
 # --- loops -------------------------------------------------------------------------------------
 
 
-#: Counters of LOOP with another address size than the code's own, as the decoder names them, and of JrCXZ.
-_COUNTER_SIZES: Final = {"cx": 2, "ecx": 4, "rcx": 8}
-_JUMPS: Final = {"jcxz": 2, "jecxz": 4, "jrcxz": 8}
-
-
 @handler("loop", "loope", "loopne")
 def loop(e: Emulator, i: Insn) -> None:
     """Count RCX down by the address size; jump while it isn't zero and ZF is as asked for."""
-    size = _COUNTER_SIZES.get(i.text.rpartition(",")[2], i.bitness // 8)
-    mask = (1 << size * 8) - 1
-    left = e.gpr[_RCX] - 1 & mask
+    left = e.gpr[_RCX] - 1 & i.address_mask
     zero = bool(e.q[V.RFLAGS] & abi.X86_EFLAGS_ZF)
     if left and (i.mnemonic == "loop" or zero == (i.mnemonic == "loope")):
         e.jump(i.ops[0].value + e.q[V.RIP], i.ops[0].size)
-    e.write(Operand(REG, size, _RCX), left)
+    e.write(Operand(REG, i.address_size, _RCX), left)
 
 
-@handler(*_JUMPS)
+@handler("jcxz", "jecxz", "jrcxz")
 def jump_without_count(e: Emulator, i: Insn) -> None:
     """Jump if the counter of the address size is zero."""
-    if not e.gpr[_RCX] & (1 << _JUMPS[i.mnemonic] * 8) - 1:
+    if not e.gpr[_RCX] & i.address_mask:
         e.jump(i.ops[0].value + e.q[V.RIP], i.ops[0].size)
 
 

@@ -104,6 +104,7 @@ class Insn:
 
     __slots__ = (
         "address_mask",
+        "address_size",
         "base",
         "bitness",
         "code",
@@ -139,7 +140,8 @@ class Insn:
         self.lock = decoded.has_lock
         self.rep = decoded.has_rep
         self.repne = decoded.has_repne
-        self.address_mask = (1 << decoded.address_size * 8) - 1
+        self.address_size = decoded.address_size
+        self.address_mask = (1 << self.address_size * 8) - 1
         self.segment = SEGMENT_OFFSETS.get(decoded.memory_segment or "ds", V.DS_OFFSET)
         self.scale = decoded.memory_scale
         self.disp = decoded.memory_displacement
