@@ -141,6 +141,13 @@ class Vm(Closeable, Protocol):
     def enable_cap(self, cap: int, *args: int) -> None:
         """KVM_ENABLE_CAP on a VM."""
 
+    def x86_set_msr_filter(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
+        """KVM_X86_SET_MSR_FILTER: which MSRs the guest may read and write; replaces the filter before.
+
+        EINVAL for unknown flags, more than 16 ranges, a range of more than 12288 MSRs, and
+        KVM_MSR_FILTER_DEFAULT_DENY without a range; EFAULT for a bitmap that is shorter than its range.
+        """
+
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
         """KVM_IRQFD: a write to eventfd *fd* raises *gsi*."""
 

@@ -104,6 +104,19 @@ OPERATIONS: dict[str, Operation] = {
     "set_clock": _op(lambda g, a, b, p: g.vm.set_clock(poked(abi.kvm_clock_data(clock=a), p)), E.EINVAL),
     "set_user_memory_region": _op(_region, E.EINVAL, E.EEXIST),
     "get_dirty_log": _op(lambda g, a, b, p: g.vm.get_dirty_log(a & 0xFFFF_FFFF), E.EINVAL, E.ENOENT),
+    "clear_dirty_log": _op(
+        lambda g, a, b, p: g.vm.clear_dirty_log(a % 4, b & 0x40, a & 0xC0, b"\xff" * (b & 31)),
+        E.EINVAL,
+        E.ENOENT,
+        E.EFAULT,
+    ),
+    "x86_set_msr_filter": _op(
+        lambda g, a, b, p: g.vm.x86_set_msr_filter(
+            a & 3, [abi.MsrFilterRange(b & 7, a & 0xFFFF_FFFF, b & 127, bytes(8))]
+        ),
+        E.EINVAL,
+        E.EFAULT,
+    ),
     "irq_line": _op(lambda g, a, b, p: g.vm.irq_line(a & 0xFFFF_FFFF, b & 0xFFFF_FFFF), E.ENXIO, E.EINVAL),
     "irq_line_status": _op(lambda g, a, b, p: g.vm.irq_line_status(a & 63, b & 1), E.ENXIO, E.EINVAL),
     "signal_msi": _op(

@@ -2,7 +2,7 @@
 """Model-specific registers (KVM API 4.3, 4.18, 4.19, 4.97 KVM_X86_SET_MSR_FILTER)."""
 
 from ctypes import Array, Structure
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from softkvm.abi._layout import layout, u32, u64
 
@@ -55,4 +55,15 @@ class kvm_msr_filter(Structure):
     ranges: Annotated[Array[kvm_msr_filter_range], kvm_msr_filter_range, KVM_MSR_FILTER_MAX_RANGES]
 
 
-# --- CPUID ----------------------------------------------------------------------------------------
+class MsrFilterRange(NamedTuple):
+    """A :class:`kvm_msr_filter_range` with its bitmap: bit 0 is MSR ``base``, in whole 64-bit words."""
+
+    flags: int
+    base: int
+    nmsrs: int
+    bitmap: bytes
+
+
+def msr_bitmap_bytes(nmsrs: int) -> int:
+    """Return the size of a bitmap of MSRs: one bit each, in whole 64-bit words."""
+    return (nmsrs + 63) // 64 * 8

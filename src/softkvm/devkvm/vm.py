@@ -121,6 +121,20 @@ class Vm(Descriptor):
     def enable_cap(self, cap: int, *args: int) -> None:
         enable_cap(self.fd, cap, args)
 
+    def x86_set_msr_filter(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
+        if len(ranges) > abi.KVM_MSR_FILTER_MAX_RANGES:
+            raise OSError(errno.EINVAL, f"{len(ranges)} ranges, expected at most {abi.KVM_MSR_FILTER_MAX_RANGES}")
+        msr_filter = abi.kvm_msr_filter(flags=flags)
+        bitmaps = []  # kept until the request has read them
+        for part, entry in zip(ranges, msr_filter.ranges, strict=False):
+            size = abi.msr_bitmap_bytes(part.nmsrs)
+            if len(part.bitmap) < min(size, abi.KVM_MSR_FILTER_MAX_BITMAP_SIZE):
+                raise OSError(errno.EFAULT, f"bitmap of {len(part.bitmap)} bytes, expected {size}")
+            bitmaps.append(ctypes.create_string_buffer(part.bitmap, max(len(part.bitmap), 1)))
+            entry.flags, entry.base, entry.nmsrs = part.flags, part.base, part.nmsrs
+            entry.bitmap = ctypes.addressof(bitmaps[-1])
+        ioctl_pointer(self.fd, abi.KVM_X86_SET_MSR_FILTER, msr_filter)
+
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
         ioctl_pointer(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=fd, gsi=gsi, flags=flags, resamplefd=resamplefd))
 

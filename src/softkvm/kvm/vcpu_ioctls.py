@@ -184,7 +184,7 @@ class VcpuIoctls(Vcpu):
             return
         self.cpuid.set(self, entries)
         svm.set_instruction_intercepts(self)
-        svm.set_sysenter_interception(self)
+        svm.recalc_msr_intercepts(self)
         leaf = self.cpuid.leaf(0x8000_0008, 0)
         self.maxphyaddr = leaf[0] & 0xFF if leaf is not None and leaf[0] & 0xFF else 36
         self.guest_has_gbpages = self.cpuid.feature(0x8000_0001, 0, 3, 26)

@@ -34,6 +34,7 @@ from softkvm.kvm.x86.pv_eoi import PvEoi
 if TYPE_CHECKING:
     from softkvm.kvm.memslots import Memslots
     from softkvm.kvm.vm import Vm
+    from softkvm.kvm.x86.msr_filter import MsrFilter
 
 OUTSIDE_GUEST_MODE: Final = 0
 IN_GUEST_MODE: Final = 1
@@ -79,8 +80,6 @@ class VcpuState:
         self.msrpm = machine.alloc_page(2)
         self.permission_map = memoryview(self.msrpm).cast("B")
         self.permission_map[:] = b"\xff" * len(self.permission_map)
-        for msr in svm.DIRECT_ACCESS_MSRS:
-            svm.set_msr_interception(self.permission_map, msr, read=False, write=False)
 
         # The pages shared with userspace
         self._mapping = mmap.mmap(-1, VCPU_MMAP_SIZE)
@@ -119,6 +118,8 @@ class VcpuState:
         self.mcg_cap = msrs.MCG_CAP
         self.msr_values: dict[int, int] = {}
         self.cpuid = CpuidTable()
+        self.msr_filter: MsrFilter | None = None
+        self.set_msr_filter(vm.msr_filter)
         self.pv_cpuid_enforce = False
         self.pv_unhalted = False
         self.pvclock_set_guest_stopped = False
@@ -290,6 +291,11 @@ class VcpuState:
     def flush_tlb_guest(self) -> None:
         """Drop every translation of this vCPU at the next entry; vCPU thread only."""
         self.b[V.TLB_CTL] = V.TLB_CONTROL_FLUSH_ASID
+
+    def set_msr_filter(self, msr_filter: MsrFilter | None) -> None:
+        """Filter the guest's accesses to MSRs from now on; vCPU thread only."""
+        self.msr_filter = msr_filter
+        svm.recalc_msr_intercepts(self)
 
     # --- requests ----------------------------------------------------------------------------------
 

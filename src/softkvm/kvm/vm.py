@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -28,6 +29,7 @@ from softkvm.kvm.vcpu_state import IN_GUEST_MODE, VcpuState
 from softkvm.kvm.x86 import kvmclock
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.irqchip import KernelIrqchip
+from softkvm.kvm.x86.msr_filter import MsrFilter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -80,6 +82,7 @@ class Vm:
         self.exit_on_emulation_error = False
         self.disable_hlt_exits = False
         self.user_space_msr_mask = 0
+        self.msr_filter: MsrFilter | None = None
         self.guest_can_read_msr_platform_info = True
 
         # Time
@@ -377,6 +380,14 @@ class Vm:
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on a VM."""
         return capabilities.check_extension(cap)
+
+    def x86_set_msr_filter(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
+        """KVM_X86_SET_MSR_FILTER."""
+        msr_filter = MsrFilter(flags, ranges)
+        with self.lock:
+            self.msr_filter = msr_filter
+            for vcpu in self.vcpus:
+                vcpu.call_soon(partial(vcpu.set_msr_filter, msr_filter))
 
     def set_tss_addr(self, address: int) -> None:
         """KVM_SET_TSS_ADDR: checked and otherwise without effect, as on AMD processors."""

@@ -63,6 +63,31 @@ def test_unknown_instructions_are_undefined_even_in_the_kernel(tiny: Tiny, code:
     assert (regs.rbp, regs.rax) == (abi.UD_VECTOR, CODE + 5)
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"), [("0f32", abi.KVM_EXIT_X86_RDMSR), ("0f30", abi.KVM_EXIT_X86_WRMSR)], ids=["rdmsr", "wrmsr"]
+)
+def test_emulated_accesses_to_filtered_msrs_are_exits_too(tiny: Tiny, code: str, reason: int) -> None:
+    tiny.vm.enable_cap(abi.KVM_CAP_X86_USER_SPACE_MSR, abi.KVM_MSR_EXIT_REASON_FILTER)
+    both = abi.KVM_MSR_FILTER_READ | abi.KVM_MSR_FILTER_WRITE
+    tiny.vm.x86_set_msr_filter(0, [abi.MsrFilterRange(both, 0x174, 1, bytes(8))])
+    tiny.load(bytes.fromhex(FEP + code) + b"\xf4", rax=0x33, rcx=0x174, rdx=0, rbp=0)
+    assert tiny.run() == reason
+    msr = tiny.vcpu.kvm_run.msr
+    assert (msr.reason, msr.index, msr.error) == (abi.KVM_MSR_EXIT_REASON_FILTER, 0x174, 0)
+    if reason == abi.KVM_EXIT_X86_WRMSR:
+        assert msr.data == 0x33
+    msr.data = 0x5_0000_0077
+    regs = tiny.run_to_halt()
+    assert (regs.rax, regs.rdx) == ((0x77, 5) if reason == abi.KVM_EXIT_X86_RDMSR else (0x33, 0))
+    assert (regs.rip, tiny.vcpu.get_msrs([0x174])) == (CODE + 8, [0])
+
+
+def test_an_emulated_access_to_a_filtered_msr_may_fault(tiny: Tiny) -> None:
+    tiny.gate64(abi.GP_VECTOR, _UD_HANDLER)
+    tiny.vm.x86_set_msr_filter(0, [abi.MsrFilterRange(abi.KVM_MSR_FILTER_READ, 0x174, 1, bytes(8))])
+    assert _run(tiny, FEP + "0f32", rcx=0x174).rbp == abi.UD_VECTOR, "the handler of #GP"
+
+
 def _arm(tiny: Tiny, address: int) -> None:
     debug = tiny.vcpu.get_debugregs()
     debug.db[0], debug.dr7 = address, 0x402

@@ -7,7 +7,7 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import fpu, hypercalls, msrs, svm, vmware
+from softkvm.kvm.x86 import fpu, hypercalls, io, msr_exits, svm, vmware
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_operands import CR, DR, Insn
@@ -143,9 +143,11 @@ def cpuid(e: Emulator, i: Insn) -> None:
 def rdmsr(e: Emulator, i: Insn) -> None:
     """Read an MSR."""
     require_cpl0(e)
-    value = msrs.get_msr(e.vcpu, e.gpr[1] & 0xFFFF_FFFF, host=False)
+    index = e.gpr[1] & 0xFFFF_FFFF
+    value = msr_exits.read_msr(e.vcpu, index)
     if value is None:
-        raise gp()
+        _msr_refused(e, i, index, 0, write=False)
+        return
     e.gpr[0] = value & 0xFFFF_FFFF
     e.gpr[2] = value >> 32
 
@@ -154,9 +156,17 @@ def rdmsr(e: Emulator, i: Insn) -> None:
 def wrmsr(e: Emulator, i: Insn) -> None:
     """Write an MSR."""
     require_cpl0(e)
+    index = e.gpr[1] & 0xFFFF_FFFF
     value = (e.gpr[2] & 0xFFFF_FFFF) << 32 | e.gpr[0] & 0xFFFF_FFFF
-    if not msrs.set_msr(e.vcpu, e.gpr[1] & 0xFFFF_FFFF, value, host=False):
+    if not msr_exits.write_msr(e.vcpu, index, value):
+        _msr_refused(e, i, index, value, write=True)
+
+
+def _msr_refused(e: Emulator, i: Insn, index: int, data: int, *, write: bool) -> None:
+    """Leave for userspace if it asked for that, else #GP."""
+    if not msr_exits.exit_msr(e.vcpu, index, data, lambda vcpu: io.advance(vcpu, i.length), write=write):
         raise gp()
+    e.rip_written = e.exit_to_userspace = True
 
 
 @handler("rdtsc", "rdtscp")

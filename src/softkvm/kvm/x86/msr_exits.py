@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSR accesses that KVM leaves to userspace (KVM API 7.21 KVM_CAP_X86_USER_SPACE_MSR)."""
+"""MSR accesses by the guest: the filter, and what is left to userspace (KVM API 7.21 KVM_CAP_X86_USER_SPACE_MSR)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import io, svm
+from softkvm.kvm.x86 import io, msrs
 from softkvm.kvm.x86.exceptions import inject_gp
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+
+    Skip = Callable[[Vcpu], int]
 
 # kvm_run.msr
 _ERROR_Q: Final = 32 // 8  # the error and seven bytes of padding
@@ -20,21 +24,46 @@ _INDEX: Final = 44 // 4  # d
 _DATA: Final = 48 // 8  # q
 
 
-def msr_failed(vcpu: Vcpu, index: int, data: int, *, write: bool) -> int:
-    """An MSR access that KVM refuses: #GP, or an exit if userspace asked for them. Returns 1 or 0."""
-    if not vcpu.vm.user_space_msr_mask & abi.KVM_MSR_EXIT_REASON_UNKNOWN:
-        inject_gp(vcpu)
-        return 1
+def read_msr(vcpu: Vcpu, index: int) -> int | None:
+    """RDMSR by the guest: the value, None if it is refused."""
+    if vcpu.msr_filter is not None and not vcpu.msr_filter.allows(index, abi.KVM_MSR_FILTER_READ):
+        return None
+    return msrs.get_msr(vcpu, index, host=False)
+
+
+def write_msr(vcpu: Vcpu, index: int, data: int) -> bool:
+    """WRMSR by the guest; False if it is refused."""
+    if vcpu.msr_filter is not None and not vcpu.msr_filter.allows(index, abi.KVM_MSR_FILTER_WRITE):
+        return False
+    return msrs.set_msr(vcpu, index, data, host=False)
+
+
+def exit_msr(vcpu: Vcpu, index: int, data: int, skip: Skip, *, write: bool) -> bool:
+    """Describe a refused access to userspace; False if it didn't ask for such exits: then it is #GP.
+
+    ``skip`` goes past the instruction when userspace has answered.
+    """
+    reason = _reason(vcpu, index, write=write)
+    if not vcpu.vm.user_space_msr_mask & reason:
+        return False
     vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_X86_WRMSR if write else abi.KVM_EXIT_X86_RDMSR
     vcpu.run_q[_ERROR_Q] = 0
-    vcpu.run_d[_REASON] = abi.KVM_MSR_EXIT_REASON_UNKNOWN
+    vcpu.run_d[_REASON] = reason
     vcpu.run_d[_INDEX] = index
     vcpu.run_q[_DATA] = data
-    vcpu.complete_userspace_io = _complete_wrmsr if write else _complete_rdmsr
-    return 0
+    vcpu.complete_userspace_io = partial(_complete_wrmsr if write else _complete_rdmsr, skip=skip)
+    return True
 
 
-def _complete_rdmsr(vcpu: Vcpu) -> int:
+def _reason(vcpu: Vcpu, index: int, *, write: bool) -> int:
+    """Return why an access was refused, as a KVM_MSR_EXIT_REASON_* bit."""
+    access = abi.KVM_MSR_FILTER_WRITE if write else abi.KVM_MSR_FILTER_READ
+    if vcpu.msr_filter is not None and not vcpu.msr_filter.allows(index, access):
+        return abi.KVM_MSR_EXIT_REASON_FILTER
+    return abi.KVM_MSR_EXIT_REASON_INVAL if msrs.is_known(index) else abi.KVM_MSR_EXIT_REASON_UNKNOWN
+
+
+def _complete_rdmsr(vcpu: Vcpu, skip: Skip) -> int:
     """After KVM_EXIT_X86_RDMSR: userspace's value, or #GP."""
     if vcpu.run_b[_ERROR]:
         inject_gp(vcpu)
@@ -42,12 +71,12 @@ def _complete_rdmsr(vcpu: Vcpu) -> int:
     value = vcpu.run_q[_DATA]
     vcpu.gpr[0] = value & 0xFFFF_FFFF
     vcpu.gpr[2] = value >> 32
-    return svm.skip_emulated_instruction(vcpu)
+    return skip(vcpu)
 
 
-def _complete_wrmsr(vcpu: Vcpu) -> int:
+def _complete_wrmsr(vcpu: Vcpu, skip: Skip) -> int:
     """After KVM_EXIT_X86_WRMSR: done, or #GP."""
     if vcpu.run_b[_ERROR]:
         inject_gp(vcpu)
         return 1
-    return svm.skip_emulated_instruction(vcpu)
+    return skip(vcpu)

@@ -417,6 +417,11 @@ def msr_index_list() -> list[int]:
     return [index for index, msr in _TABLE.items() if msr.save]
 
 
+def is_known(index: int) -> bool:
+    """Tell whether there is such a register, whatever this guest may do with it."""
+    return index in _TABLE
+
+
 def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int | None:
     """Read an MSR; None stands for #GP, or for "unknown" to the host."""
     row = _TABLE.get(index)

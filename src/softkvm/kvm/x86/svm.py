@@ -16,6 +16,8 @@ from softkvm.abi import (
     EFER_LME,
     EFER_NX,
     EFER_SVME,
+    KVM_MSR_FILTER_READ,
+    KVM_MSR_FILTER_WRITE,
     X86_CR0_CD,
     X86_CR0_ET,
     X86_CR0_NW,
@@ -58,6 +60,7 @@ DIRECT_ACCESS_MSRS: Final = (
     0xC000_0083,  # CSTAR
     0xC000_0084,  # SYSCALL_MASK
 )
+_SYSENTER_MSRS: Final = (0x0000_0175, 0x0000_0176)
 
 #: MSRPM: byte offset of the bits of each range of 0x2000 MSRs (APM vol. 2, 15.11).
 _MSRPM_RANGES: Final = ((0x0000_0000, 0x0000), (0xC000_0000, 0x0800), (0xC001_0000, 0x1000))
@@ -224,14 +227,19 @@ def set_instruction_intercepts(vcpu: Vcpu) -> None:
     d[V.INTERCEPT_WORD5] = d[V.INTERCEPT_WORD5] & ~V.INVPCID | (0 if invpcid else V.INVPCID)
 
 
-def set_sysenter_interception(vcpu: Vcpu) -> None:
-    """Intercept SYSENTER_ESP and _EIP for Intel-compatible guests.
+def recalc_msr_intercepts(vcpu: Vcpu) -> None:
+    """Intercept those of the MSRs with direct access that the filter denies, and what an Intel guest needs.
 
-    Intel's have 64 bits, while AMD's SYSENTER uses 32 (APM vol. 2, 6.1.2): KVM keeps the upper halves.
+    Intel's SYSENTER_ESP and _EIP have 64 bits, while AMD's SYSENTER uses 32 (APM vol. 2, 6.1.2): KVM keeps the upper
+    halves.
     """
-    intel = vcpu.cpuid.intel_compatible
-    for msr in (0x175, 0x176):
-        set_msr_interception(vcpu.permission_map, msr, read=intel, write=intel)
+    msr_filter = vcpu.msr_filter
+    for msr in DIRECT_ACCESS_MSRS:
+        read = write = vcpu.cpuid.intel_compatible and msr in _SYSENTER_MSRS
+        if msr_filter is not None:
+            read |= not msr_filter.allows(msr, KVM_MSR_FILTER_READ)
+            write |= not msr_filter.allows(msr, KVM_MSR_FILTER_WRITE)
+        set_msr_interception(vcpu.permission_map, msr, read=read, write=write)
 
 
 def set_exception_intercepts(vcpu: Vcpu) -> None:

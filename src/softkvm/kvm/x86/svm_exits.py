@@ -17,7 +17,7 @@ from softkvm.kvm.mmu.spte import PAGE_SHIFT
 from softkvm.kvm.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import emulate_system, hypercalls, io, msrs, svm, vmware
+from softkvm.kvm.x86 import emulate_system, hypercalls, io, svm, vmware
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
@@ -29,7 +29,7 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_e,
     queue_exception_p,
 )
-from softkvm.kvm.x86.msr_exits import msr_failed
+from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
 from softkvm.kvm.x86.svm import skip_emulated_instruction
 from softkvm.kvm.x86.vmcb import EXIT_INFO_1, EXIT_INFO_2, IOIO_STR, PFERR_GUEST_FINAL
 
@@ -114,15 +114,23 @@ def msr_interception(vcpu: Vcpu) -> int:
     if vcpu.q[EXIT_INFO_1] & 1:
         data = (gpr[2] & _U32) << 32 | gpr[0] & _U32
         vcpu.stat_msr_writes += 1
-        if not msrs.set_msr(vcpu, index, data, host=False):
-            return msr_failed(vcpu, index, data, write=True)
+        if not write_msr(vcpu, index, data):
+            return _msr_refused(vcpu, index, data, write=True)
     else:
-        value = msrs.get_msr(vcpu, index, host=False)
+        value = read_msr(vcpu, index)
         if value is None:
-            return msr_failed(vcpu, index, 0, write=False)
+            return _msr_refused(vcpu, index, 0, write=False)
         gpr[0] = value & _U32
         gpr[2] = value >> 32
     return skip_emulated_instruction(vcpu)
+
+
+def _msr_refused(vcpu: Vcpu, index: int, data: int, *, write: bool) -> int:
+    """Leave for userspace if it asked for that, else #GP."""
+    if exit_msr(vcpu, index, data, skip_emulated_instruction, write=write):
+        return 0
+    inject_gp(vcpu)
+    return 1
 
 
 def halt_interception(vcpu: Vcpu) -> int:
