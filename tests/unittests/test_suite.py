@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How entries share the processors, and what becomes of a process that dies."""
 
+import contextlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +61,45 @@ def test_process_that_does_not_end_is_killed(suite: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(suite_module, "GRACE_S", 0.5)
     (result,) = SuiteRun(suite, [Entry("stays", "probe.flat")], Settings(timeout_s=0.5), run=stay).run()
     assert result.reason == "timeout; the process did not end by itself and was killed"
+
+
+def test_entry_ends_with_the_process_that_runs_the_suite(suite: Path, tmp_path: Path) -> None:
+    source = f"""
+from pathlib import Path
+from softkvm.unittests import Entry, Settings
+from softkvm.unittests.suite import SuiteRun
+if __name__ == "__main__":
+    entry = Entry("hang", "probe.flat", test_args="hang")
+    SuiteRun(Path({str(suite)!r}), [entry], Settings(timeout_s=60), tick=lambda r: print(r[0][0], flush=True)).run()
+"""
+    script = tmp_path / "run.py"
+    script.write_text(source)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+    assert wait_for(lambda: not group(process.pid))
+
+
+def group(leader: int) -> list[int]:
+    """The processes of a session that are not waiting to be collected."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+    """Wait until *condition* holds; False if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def die(directory: Path, entry: Entry, settings: Settings, console: Callable[[bytes], None]) -> Result:

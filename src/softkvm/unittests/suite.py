@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,9 +69,18 @@ class _Job:
         return True
 
 
+def _end_with_parent() -> None:
+    """Wait until the process that runs the suite has ended, however it did, and end at once."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def _main(pipe: Connection, run: RunEntry, directory: Path, entry: Entry, settings: Settings) -> None:
     """The process: run the entry, send its output as it comes, then the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
         result = run(directory, entry, settings, pipe.send)
     except Exception as error:
