@@ -11,6 +11,12 @@ pub const DATA: u64 = 0x2346_1000;
 pub const WRITABLE: usize = 0x2000;
 /// Bytes of data, with the read-only page.
 pub const DATA_SIZE: usize = 0x3000;
+/// Offset of the code page in the code segment of 16-bit code: no value that data often has, or returns would loop.
+pub const OFFSET16: u64 = 0x5a00;
+/// Base of the data and stack segment of 16-bit code.
+pub const SEGMENT16: u64 = 0x2346_0000;
+/// Limit of both.
+pub const LIMIT16: u32 = 0xffff;
 /// Most bytes of code.
 pub const CODE_SIZE: usize = 1024;
 /// HLT: #GP(0) at CPL 3, the end of every case.
@@ -52,12 +58,17 @@ impl State {
 #[repr(C)]
 pub struct Case {
     pub state: State,
-    /// 64-bit code, or 32-bit code in compatibility mode.
-    pub long: bool,
+    /// 64-bit code, or 32-bit or 16-bit code in compatibility mode.
+    pub bits: u32,
     /// Seed of the data's contents, see [`fill`].
     pub seed: u64,
     pub length: usize,
     pub code: [u8; CODE_SIZE],
+}
+
+/// RIP of the first instruction.
+pub fn origin(bits: u32) -> u64 {
+    if bits == 16 { OFFSET16 } else { CODE }
 }
 
 impl Case {
@@ -217,12 +228,15 @@ fn set(s: &mut State, name: &str, v: u128) -> Option<()> {
     Some(())
 }
 
-/// One golden vector: three lines, `case` or `case32` (code, undefined flags at its end, data seed), `in` (what differs from the
-/// zero state) and `out` (what differs from `in`, the fault, bytes written).
+/// The word that starts a golden vector.
+const WORDS: [(&str, u32); 3] = [("case", 64), ("case32", 32), ("case16", 16)];
+
+/// One golden vector: three lines, `case`, `case32` or `case16` (code, undefined flags at its end, data seed), `in` (what
+/// differs from the zero state) and `out` (what differs from `in`, the fault, bytes written).
 pub fn to_text(name: &str, case: &Case, undefined: u64, out: &Outcome) -> String {
     let mut s = format!(
         "# {name}\n{} {} {undefined:x} {:x}\n",
-        if case.long { "case" } else { "case32" },
+        WORDS.iter().find(|w| w.1 == case.bits).map_or("", |w| w.0),
         hex(case.code()),
         case.seed
     );
@@ -245,15 +259,12 @@ pub fn to_text(name: &str, case: &Case, undefined: u64, out: &Outcome) -> String
 /// Reads a vector back: the case, the undefined flags, what must come out.
 pub fn from_text(lines: [&str; 3]) -> Option<(Case, u64, Box<Outcome>)> {
     let mut words = lines[0].split(' ');
-    let long = match words.next()? {
-        "case" => true,
-        "case32" => false,
-        _ => return None,
-    };
+    let word = words.next()?;
+    let bits = WORDS.iter().find(|w| w.0 == word)?.1;
     let bytes = unhex(words.next()?)?;
     let undefined = u64::from_str_radix(words.next()?, 16).ok()?;
     let seed = u64::from_str_radix(words.next()?, 16).ok()?;
-    let mut case = Case { state: State::ZERO, long, seed, length: bytes.len(), code: [END; CODE_SIZE] };
+    let mut case = Case { state: State::ZERO, bits, seed, length: bytes.len(), code: [END; CODE_SIZE] };
     case.code.get_mut(..bytes.len())?.copy_from_slice(&bytes);
     for word in lines[1].strip_prefix("in")?.split_whitespace() {
         let (name, v) = word.split_once('=')?;

@@ -7,13 +7,15 @@ use iced_x86::{
     Register, RflagsBits,
 };
 
-use crate::case::{CODE, CODE_SIZE, Case, DATA, DATA_SIZE, END, State, WRITABLE, interesting, next};
+use crate::case::{
+    CODE, CODE_SIZE, Case, DATA, DATA_SIZE, END, SEGMENT16, State, WRITABLE, interesting, next, origin,
+};
 
 /// A program in pieces that can be left out one by one.
 #[derive(Clone)]
 pub struct Program {
     pub state: State,
-    pub long: bool,
+    pub bits: u32,
     pub seed: u64,
     pub groups: Vec<Group>,
 }
@@ -34,11 +36,18 @@ pub enum Family {
     All,
     /// Integer instructions in 32-bit code.
     Integer32,
+    /// And in 16-bit code.
+    Integer16,
 }
 
 impl Family {
-    fn long(self) -> bool {
-        self != Family::Integer32
+    /// Default operand size of the code, as the decoder wants it.
+    fn bits(self) -> u32 {
+        match self {
+            Family::Integer32 => 32,
+            Family::Integer16 => 16,
+            _ => 64,
+        }
     }
 }
 
@@ -98,7 +107,7 @@ pub fn wanted(i: &Instruction, family: Family) -> bool {
     if features.contains(&CpuidFeature::SHA) && !sha() {
         return false;
     }
-    let kind = if family.long() { family } else { Family::Integer };
+    let kind = if family.bits() == 64 { family } else { Family::Integer };
     if kind != Family::All && !own.contains(&kind) {
         return false;
     }
@@ -126,13 +135,14 @@ pub fn wanted(i: &Instruction, family: Family) -> bool {
         FlowControl::Exception => return matches!(i.mnemonic(), Ud2),
         _ => return false,
     }
-    // Near branches with a 16-bit operand: AMD's and Intel's processors differ.
-    if i.op0_kind() == OpKind::NearBranch16
-        || matches!(i.code(), Code::Retnw | Code::Retnw_imm16)
-        || (i.flow_control() != FlowControl::Next && i.memory_size().size() == 2)
-        || (i.flow_control() != FlowControl::Next
-            && i.op0_kind() == OpKind::Register
-            && i.op0_register().size() == 2)
+    // Near branches with a 16-bit operand: AMD's and Intel's processors differ, but for 16-bit code.
+    if family.bits() != 16
+        && (i.op0_kind() == OpKind::NearBranch16
+            || matches!(i.code(), Code::Retnw | Code::Retnw_imm16)
+            || (i.flow_control() != FlowControl::Next && i.memory_size().size() == 2)
+            || (i.flow_control() != FlowControl::Next
+                && i.op0_kind() == OpKind::Register
+                && i.op0_register().size() == 2))
     {
         return false;
     }
@@ -166,16 +176,18 @@ fn sha() -> bool {
 }
 
 /// `mov r64, imm64` or `mov r32, imm32`
-fn load_register(bytes: &mut Vec<u8>, long: bool, register: Register, value: u64) {
+fn load_register(bits: u32, register: Register, value: u64) -> Vec<u8> {
     let n = register.full_register().number() as u8;
-    if !long {
-        bytes.push(0xb8 | n & 7);
-        bytes.extend((value as u32).to_le_bytes());
-        return;
+    match bits {
+        64 => [&[0x48 | n >> 3, 0xb8 | n & 7][..], &value.to_le_bytes()].concat(),
+        32 => [&[0xb8 | n & 7][..], &(value as u32).to_le_bytes()].concat(),
+        _ => [&[0x66, 0xb8 | n & 7][..], &(value as u32).to_le_bytes()].concat(),
     }
-    bytes.push(0x48 | n >> 3);
-    bytes.push(0xb8 | n & 7);
-    bytes.extend(value.to_le_bytes());
+}
+
+/// `mov r16, imm16` in 16-bit code
+fn load_half(register: Register, value: u64) -> Vec<u8> {
+    [&[0xb8 | register.full_register().number() as u8 & 7][..], &(value as u16).to_le_bytes()].concat()
 }
 
 /// Undefined bits of RFLAGS after an instruction.
@@ -209,9 +221,13 @@ impl Program {
     pub fn random(seed: u64, family: Family) -> Program {
         let mut r = Random(seed);
         let mut program =
-            Program { state: random_state(&mut r), long: family.long(), seed: r.next(), groups: Vec::new() };
-        if !program.long {
+            Program { state: random_state(&mut r), bits: family.bits(), seed: r.next(), groups: Vec::new() };
+        program.state.rip = origin(program.bits);
+        if program.bits != 64 {
             program.state.gpr.iter_mut().for_each(|g| *g &= 0xffff_ffff);
+        }
+        if program.bits == 16 {
+            program.state.gpr[4] -= SEGMENT16;
         }
         let count = match r.below(4) {
             0 => 1,
@@ -244,7 +260,7 @@ impl Program {
     /// As a case to run.
     pub fn case(&self) -> Case {
         let mut case =
-            Case { state: self.state, long: self.long, seed: self.seed, length: 0, code: [END; CODE_SIZE] };
+            Case { state: self.state, bits: self.bits, seed: self.seed, length: 0, code: [END; CODE_SIZE] };
         for g in &self.groups {
             case.code[case.length..case.length + g.bytes.len()].copy_from_slice(&g.bytes);
             case.length += g.bytes.len();
@@ -271,7 +287,7 @@ impl Program {
 
     /// The instruction at `rip`.
     fn instruction(&self, rip: u64) -> Option<&Instruction> {
-        let mut at = CODE;
+        let mut at = origin(self.bits);
         for g in &self.groups {
             let next = at + g.bytes.len() as u64;
             if rip == next - g.instruction.len() as u64 {
@@ -284,7 +300,7 @@ impl Program {
 
     /// Flags that are undefined when it stops at `rip`.
     pub fn undefined(&self, rip: u64) -> u64 {
-        let mut at = CODE;
+        let mut at = origin(self.bits);
         let mut undefined = 0;
         for g in &self.groups {
             let next = at + g.bytes.len() as u64;
@@ -305,7 +321,7 @@ impl Program {
     }
 
     fn skipped_undefined(&self, at: u64) -> u64 {
-        let mut start = CODE;
+        let mut start = origin(self.bits);
         for g in &self.groups {
             let next = start + g.bytes.len() as u64;
             if next == at && relative(&g.instruction) {
@@ -332,6 +348,10 @@ fn truncated(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| matches!(i.op_kind(n), OpKind::MemorySegESI | OpKind::MemoryESEDI))
 }
 
+fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+}
+
 fn relative(i: &Instruction) -> bool {
     matches!(i.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
 }
@@ -340,13 +360,17 @@ fn relative(i: &Instruction) -> bool {
 fn patch_skip(groups: &mut [Group], length: usize) {
     let Some(group) = groups.last_mut() else { return };
     let n = group.bytes.len();
-    if matches!(group.instruction.op0_kind(), OpKind::NearBranch32 | OpKind::NearBranch64) {
-        let wide = group.instruction.len() >= 5;
-        if wide {
-            group.bytes[n - 4..].copy_from_slice(&(length as u32).to_le_bytes());
-        } else {
-            group.bytes[n - 1] = length as u8;
-        }
+    let size = displacement_size(&group.instruction);
+    group.bytes[n - size..].copy_from_slice(&(length as u32).to_le_bytes()[..size]);
+}
+
+/// Bytes of a relative branch's displacement.
+fn displacement_size(i: &Instruction) -> usize {
+    use iced_x86::OpCodeOperandKind::*;
+    match i.op_code().op0_kind() {
+        br16_1 | br32_1 | br64_1 => 1,
+        br16_2 => 2,
+        _ => 4,
     }
 }
 
@@ -430,7 +454,10 @@ fn target(r: &mut Random) -> u64 {
 /// Structured random bytes of one instruction.
 fn random_bytes(r: &mut Random, family: Family) -> Vec<u8> {
     let mut b = Vec::with_capacity(24);
-    for (prefix, odds) in [(0x66, 5), (0xf2, 9), (0xf3, 9), (0x67, 24), (0xf0, 24), (0x3e, 60), (0x36, 60)] {
+    let other_address_size = if family.bits() == 16 { 6 } else { 24 };
+    for (prefix, odds) in
+        [(0x66, 5), (0xf2, 9), (0xf3, 9), (0x67, other_address_size), (0xf0, 24), (0x3e, 60), (0x36, 60)]
+    {
         if r.one_in(odds) {
             b.push(prefix);
         }
@@ -438,10 +465,10 @@ fn random_bytes(r: &mut Random, family: Family) -> Vec<u8> {
     let kind = match family {
         Family::X87 => 4 + r.below(2) * 2,
         Family::Simd => 1 + r.below(3),
-        Family::Integer | Family::Integer32 => r.pick(&[0, 0, 0, 0, 1, 1, 1, 2, 5]),
+        Family::Integer | Family::Integer32 | Family::Integer16 => r.pick(&[0, 0, 0, 0, 1, 1, 1, 2, 5]),
         Family::All => r.below(6),
     };
-    if kind != 5 && family.long() && r.one_in(2) {
+    if kind != 5 && family.bits() == 64 && r.one_in(2) {
         b.push(0x40 | r.below(16) as u8);
     }
     let opcode = r.next() as u8;
@@ -465,16 +492,16 @@ fn random_bytes(r: &mut Random, family: Family) -> Vec<u8> {
     b
 }
 
-fn decode(bytes: &[u8], long: bool, ip: u64) -> (Instruction, iced_x86::ConstantOffsets) {
-    let mut d = Decoder::with_ip(if long { 64 } else { 32 }, bytes, ip, DecoderOptions::AMD);
+fn decode(bytes: &[u8], bits: u32, ip: u64) -> (Instruction, iced_x86::ConstantOffsets) {
+    let mut d = Decoder::with_ip(bits, bytes, ip, DecoderOptions::AMD);
     let i = d.decode();
     (i, d.get_constant_offsets(&i))
 }
 
 fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -> Option<Group> {
-    let long = family.long();
+    let bits = family.bits();
     let mut bytes = random_bytes(r, family);
-    let (mut i, mut offsets) = decode(&bytes, long, 0);
+    let (mut i, mut offsets) = decode(&bytes, bits, 0);
     if i.is_invalid() {
         return None;
     }
@@ -485,22 +512,25 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
     let n = bytes.len();
     if relative(&i) {
         // To the next instruction; `patch_skip` may make it jump further.
-        let size = if n >= 5 { 4 } else { 1 };
-        if i.op0_kind() == OpKind::NearBranch16 {
-            return None;
-        }
-        bytes[n - size..].fill(0);
-        (i, offsets) = decode(&bytes, long, 0);
+        bytes[n - displacement_size(&i)..].fill(0);
+        (i, offsets) = decode(&bytes, bits, 0);
         if !relative(&i) || i.len() != n {
             return None;
         }
     }
     let mut before = Vec::new();
+    // In 16-bit code the halves above what the instruction uses stay as they are.
+    let half = bits == 16 && !bytes[..n - 1].iter().take_while(|b| is_prefix(**b)).any(|b| *b == 0x67);
+    let segment = if bits == 16 { SEGMENT16 } else { 0 };
+    let target = |r: &mut Random| target(r).wrapping_sub(segment);
     let mut set = |register: Register, value: u64| {
-        if !(register.is_gpr64() || register.is_gpr32()) {
-            return;
+        if register.is_gpr64() || register.is_gpr32() || register.is_gpr16() {
+            before.extend(if half {
+                load_half(register, value)
+            } else {
+                load_register(bits, register, value)
+            });
         }
-        load_register(&mut before, long, register, value);
     };
     let mut fix = None;
     if (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
@@ -531,7 +561,7 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
             && !r.one_in(8)
         {
             let bit = i.op1_register().full_register();
-            if bit != base && bit != index {
+            if bit != base.full_register() && bit != index.full_register() {
                 set(bit, (r.below(1 << 14) as i64 - (1 << 13)) as u64);
             }
         }
@@ -544,21 +574,21 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
             OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => set(Register::RDI, target(r)),
             // MASKMOVQ, MASKMOVDQU: whether a zero mask accesses memory is up to the processor.
             OpKind::MemorySegDI | OpKind::MemorySegEDI | OpKind::MemorySegRDI => {
-                set(Register::RDI, DATA + r.below(WRITABLE as u64 - 16));
+                set(Register::RDI, DATA - segment + r.below(WRITABLE as u64 - 16));
             }
             _ => {}
         }
     }
     if i.is_string_instruction() && r.one_in(4) {
         // Overlapping ones, and ones that compare equal.
-        let at = DATA + r.below(0xf00);
+        let at = DATA - segment + r.below(0xf00);
         set(Register::RSI, at);
         set(Register::RDI, at.wrapping_add(r.below(40)).wrapping_sub(20));
     }
     if i.is_string_instruction() && truncated(&i) {
         // Processors may clear the upper halves although the instruction faults.
         for register in [Register::RSI, Register::RDI] {
-            let at = DATA + r.below(WRITABLE as u64);
+            let at = DATA - segment + r.below(WRITABLE as u64);
             set(register, at);
         }
     }
@@ -572,7 +602,7 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
             Mnemonic::Leave => set(Register::RBP, target(r)),
             // Frame pointers to copy and their copies don't overlap: processors' order differs from the manual's.
             Mnemonic::Enter => {
-                let low = DATA + 0x200 + 2 * r.below(0x80);
+                let low = DATA - segment + 0x200 + 2 * r.below(0x80);
                 set(Register::RBP, low);
                 set(Register::RSP, low + 0x800 + 2 * r.below(0x800));
             }
@@ -586,9 +616,10 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
         set(Register::RDX, if i.mnemonic() == Mnemonic::Idiv { (v as i64 >> 63) as u64 } else { r.below(4) });
     }
     if (i.is_jmp_near_indirect() || i.is_call_near_indirect()) && i.op0_kind() == OpKind::Register {
-        let here = CODE + (offset + before.len() + if long { 10 } else { 5 } + bytes.len()) as u64;
+        let load = load_register(bits, i.op0_register(), 0).len();
+        let here = origin(bits) + (offset + before.len() + load + bytes.len()) as u64;
         let value = if r.one_in(6) && i.is_jmp_near_indirect() { interesting(&mut r.0) } else { here };
-        load_register(&mut before, long, i.op0_register(), value);
+        before.extend(load_register(bits, i.op0_register(), value));
     }
     if let Some(address) = fix {
         let next = CODE + (offset + before.len() + bytes.len()) as u64;
@@ -596,7 +627,7 @@ fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -
         let at = offsets.displacement_offset();
         bytes[at..at + 4].copy_from_slice(&displacement);
     }
-    let (again, _) = decode(&bytes, long, CODE + (offset + before.len()) as u64);
+    let (again, _) = decode(&bytes, bits, origin(bits) + (offset + before.len()) as u64);
     if again.code() != i.code() || again.len() != bytes.len() {
         return None;
     }

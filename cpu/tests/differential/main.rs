@@ -5,7 +5,7 @@
 //! x87 and SSE state, memory and the fault must agree. Bounded by default; a longer run:
 //!
 //! ```text
-//! SOFTCPU_DIFF_CASES=1000000 [SOFTCPU_DIFF_SEED=1] [SOFTCPU_DIFF_FAMILY=integer|integer32|simd|x87|all] \
+//! SOFTCPU_DIFF_CASES=1000000 [SOFTCPU_DIFF_SEED=1] [SOFTCPU_DIFF_FAMILY=integer|integer32|integer16|simd|x87|all] \
 //!     [SOFTCPU_DIFF_SAVE=found.txt] cargo test --release -p softcpu --test differential -- --nocapture
 //! ```
 //!
@@ -66,7 +66,7 @@ fn golden_vectors_come_out_as_on_a_real_processor() {
 mod random {
     use super::case::{Case, Outcome, State, differences, from_text, to_text};
     use super::generate::{Family, Program, Quirk};
-    use super::native::{BATCH, Native, native};
+    use super::native::{BATCH, Native, has_16_bit_segments, native};
     use super::soft::Soft;
     use std::io::Write as _;
 
@@ -246,6 +246,10 @@ mod random {
             Some("x87") => Family::X87,
             Some("all") => Family::All,
             Some("integer32") => Family::Integer32,
+            Some("integer16") => {
+                assert!(has_16_bit_segments(), "this kernel has no modify_ldt");
+                Family::Integer16
+            }
             _ => Family::Integer,
         };
         let seed: u64 = variable("SOFTCPU_DIFF_SEED").map_or(1, |v| v.parse().expect("a number"));
@@ -265,7 +269,7 @@ mod random {
             let case = program.case();
             let expected = natively(&mut native, &case);
             let rip = expected.state.rip;
-            let faulted = rip != super::case::CODE + case.length as u64;
+            let faulted = rip != super::case::origin(case.bits) + case.length as u64;
             let most = if faulted { 1 } else { 2 };
             let vectors = kept.entry((name.clone(), faulted)).or_default();
             if vectors.len() < most && program.quirk(rip) == Quirk::None {
@@ -284,6 +288,15 @@ mod random {
     #[test]
     fn integer32_programs_do_what_this_processor_does() {
         run(Family::Integer32, 4000);
+    }
+
+    #[test]
+    fn integer16_programs_do_what_this_processor_does() {
+        if has_16_bit_segments() {
+            run(Family::Integer16, 4000);
+        } else {
+            println!("this kernel has no modify_ldt: 16-bit code cannot run natively");
+        }
     }
 
     #[test]

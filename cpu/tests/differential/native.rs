@@ -4,7 +4,7 @@
 
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
-use crate::case::{CODE, Case, DATA, DATA_SIZE, END, Outcome, WRITABLE, fill};
+use crate::case::{CODE, Case, DATA, DATA_SIZE, END, LIMIT16, OFFSET16, Outcome, SEGMENT16, WRITABLE, fill};
 
 /// Most cases of one child.
 pub const BATCH: usize = 256;
@@ -73,6 +73,36 @@ fn map(address: u64, size: usize, prot: i32, fd: i32, offset: i64) -> usize {
     };
     assert!(p != libc::MAP_FAILED && (address == 0 || p as u64 == address), "mmap at {address:#x}");
     p as usize
+}
+
+/// Linux's `struct user_desc`.
+#[repr(C)]
+struct UserDesc {
+    entry_number: u32,
+    base: u32,
+    limit: u32,
+    flags: u32,
+}
+/// `user_desc.contents` of a code segment.
+const CONTENTS_CODE: u32 = 2 << 1;
+/// modify_ldt's function that writes an entry.
+const WRITE_LDT: i32 = 1;
+
+/// Makes the segments of 16-bit code, for this process and its children; whether the kernel has modify_ldt.
+pub fn has_16_bit_segments() -> bool {
+    static DONE: OnceLock<bool> = OnceLock::new();
+    *DONE.get_or_init(|| {
+        [(0, CODE - OFFSET16, CONTENTS_CODE), (1, SEGMENT16, 0)].into_iter().all(
+            |(entry_number, base, flags)| {
+                let entry = UserDesc { entry_number, base: base as u32, limit: LIMIT16, flags };
+                // SAFETY: the kernel reads the structure; nothing uses these LDT entries yet.
+                let result = unsafe {
+                    libc::syscall(libc::SYS_modify_ldt, WRITE_LDT, &raw const entry, size_of::<UserDesc>())
+                };
+                result == 0
+            },
+        )
+    })
 }
 
 /// The host as a processor under test; one user at a time.
@@ -152,8 +182,6 @@ impl Native {
             }
             libc::signal(libc::SIGALRM, libc::SIG_DFL);
             libc::alarm(TIMEOUT_S);
-            // 32-bit code uses them.
-            core::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DS);
             (&raw mut CHILD.shared).write(shared);
             // So that a write finds the read-only page present.
             ((DATA as usize + WRITABLE) as *const u8).read_volatile();
@@ -165,6 +193,9 @@ impl Native {
                 code.fill(END);
                 code[..case.length].copy_from_slice(case.code());
                 fill(case.seed, data);
+                // Not in the context; 64-bit code does without.
+                let selector = if case.bits == 16 { LDT_DATA } else { USER_DS };
+                core::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) selector);
                 // Into the case and out again, both by way of the handler.
                 core::arch::asm!("ud2");
                 (*shared).outcomes[i].data.copy_from_slice(data);
@@ -181,6 +212,9 @@ const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const COMPATIBILITY_CS: i64 = 0x23;
 /// And of flat user data.
 const USER_DS: u16 = 0x2b;
+/// Selectors of the LDT's two descriptors.
+const LDT_CODE: i64 = 0x07;
+const LDT_DATA: u16 = 0x0f;
 
 const XSTATE_MAGIC: u32 = 0x4650_5853;
 
@@ -201,9 +235,12 @@ extern "C" fn handler(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_voi
             for (i, &at) in GREGS.iter().enumerate() {
                 gregs[at as usize] = s.gpr[i] as i64;
             }
-            if !shared.cases[current].long {
-                let cs = &mut gregs[libc::REG_CSGSFS as usize];
-                *cs = *cs & !0xffff | COMPATIBILITY_CS;
+            // CS is in the low quarter, SS in the high one.
+            let selectors = &mut gregs[libc::REG_CSGSFS as usize];
+            match shared.cases[current].bits {
+                64 => {}
+                32 => *selectors = *selectors & !0xffff | COMPATIBILITY_CS,
+                _ => *selectors = *selectors & 0xffff_ffff_0000 | LDT_CODE | (LDT_DATA as i64) << 48,
             }
             gregs[libc::REG_RIP as usize] = s.rip as i64;
             gregs[libc::REG_EFL as usize] = s.rflags as i64;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Runs a case on softcpu: 64-bit or 32-bit code at CPL 3 in long mode, flat paging, every exception intercepted.
+//! Runs a case on softcpu: 64-, 32- or 16-bit code at CPL 3 in long mode, flat paging, every exception intercepted.
 
 use softcpu::x86::state::Cpu;
 use softcpu::x86::vmcb::{Vmcb, control, save};
 
-use crate::case::{CODE, Case, DATA, DATA_SIZE, END, Outcome, State, WRITABLE, fill};
+use crate::case::{
+    CODE, Case, DATA, DATA_SIZE, END, LIMIT16, OFFSET16, Outcome, SEGMENT16, State, WRITABLE, fill,
+};
 use crate::common::{Flat, put_segment};
 
 /// Guest-physical pages: four of tables, one of code, the data.
@@ -19,6 +21,9 @@ const NX: u64 = 1 << 63;
 
 /// #VMEXIT codes of exceptions start here.
 const EXCP0: u64 = 0x40;
+
+/// Flat user data: selector, attributes, base, limit.
+const FLAT: (u16, u16, u64, u32) = (0x2b, 0xcf3, 0, u32::MAX);
 
 pub struct Soft {
     cpu: Box<Cpu>,
@@ -50,8 +55,8 @@ impl Soft {
         let v = unsafe { Vmcb::new(vmcb) };
         v.set(control::INTERCEPTS + 8, u32::MAX); // all exceptions
         v.set(save::CR3, TABLES as u64);
-        for n in [0, 2, 3, 4, 5] {
-            put_segment(v, n, 0x2b, 0xcf3, 0, u32::MAX);
+        for n in [4, 5] {
+            put_segment(v, n, FLAT.0, FLAT.1, FLAT.2, FLAT.3);
         }
         v.set(save::CPL, 3u8);
         Soft { cpu, ram, vmcb }
@@ -70,8 +75,17 @@ impl Soft {
         code.fill(END);
         code[..case.length].copy_from_slice(case.code());
         fill(case.seed, data);
-        let (selector, attrib) = if case.long { (0x33, 0xafb) } else { (0x23, 0xcfb) };
-        put_segment(v, 1, selector, attrib, 0, u32::MAX);
+        let (code_segment, data_segment) = match case.bits {
+            64 => ((0x33, 0xafb, 0, u32::MAX), FLAT),
+            32 => ((0x23, 0xcfb, 0, u32::MAX), FLAT),
+            _ => ((7, 0xfb, CODE - OFFSET16, LIMIT16), (0xf, 0xf3, SEGMENT16, LIMIT16)),
+        };
+        let (selector, attrib, base, limit) = code_segment;
+        put_segment(v, 1, selector, attrib, base, limit);
+        let (selector, attrib, base, limit) = data_segment;
+        for n in [0, 2, 3] {
+            put_segment(v, n, selector, attrib, base, limit);
+        }
         v.set(save::RIP, case.state.rip);
         v.set(save::RFLAGS, case.state.rflags);
         v.set(save::RSP, case.state.gpr[4]);

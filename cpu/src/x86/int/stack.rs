@@ -252,7 +252,7 @@ fn enter<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let sp = sp.wrapping_sub(op.imm);
     // The stack must be writable where it ends now.
     let last = cpu.stack_lin(sp, T::BYTES, Access::Write)?;
-    cpu.probe_write(SS, last, 1)?;
+    cpu.probe_write(SS, last, T::BYTES)?;
     cpu.set_reg(r::RBP as u8 * 8, T::from_u64(frame));
     cpu.set_sp(sp);
     Ok(())
