@@ -4,7 +4,8 @@
 import pytest
 from scripts.kvm_api_table import ioctls, main, method, read_tests
 
-from softkvm import api
+from softkvm import abi, api
+from softkvm.kvm.capabilities import check_extension
 
 
 def test_every_method_of_the_api_has_a_conformance_test() -> None:
@@ -12,6 +13,12 @@ def test_every_method_of_the_api_has_a_conformance_test() -> None:
     methods = {name for protocol in (api.Kvm, api.Vm, api.Vcpu) for name in vars(protocol) if not name.startswith("_")}
     uncovered = methods - set(tests) - {"smi"}  # there is no system management mode
     assert not uncovered
+
+
+def test_every_capability_that_is_there_has_a_conformance_test() -> None:
+    tests, _, _ = read_tests()
+    there = {name for name, cap in vars(abi).items() if name.startswith("KVM_CAP_") and check_extension(cap)}
+    assert not there - set(tests)
 
 
 def test_every_row_of_the_table_is_a_request() -> None:

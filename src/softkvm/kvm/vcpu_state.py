@@ -442,7 +442,7 @@ class VcpuState:
 
     def synchronize_tsc(self, tsc: int) -> None:
         """Host write of the TSC: writes of nearly the same value keep the vCPUs' counters equal."""
-        self.set_tsc_offset(self.vm.synchronized_tsc_offset(tsc, self.tsc_khz))
+        self.set_tsc_offset(self.vm.tsc.write(tsc, self.tsc_khz))
 
     def run_delay_ns(self) -> int:
         """Return how long the vCPU's thread has waited for a processor, as the host's scheduler counts it."""

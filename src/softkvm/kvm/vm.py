@@ -30,6 +30,7 @@ from softkvm.kvm.x86 import kvmclock
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.irqchip import KernelIrqchip
 from softkvm.kvm.x86.msr_filter import MsrFilter
+from softkvm.kvm.x86.tsc import TscSynchronizer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -90,10 +91,7 @@ class Vm:
         self.kvmclock_offset = -_softcpu.clock_ns()
         self.wall_clock_msr = 0
         self.boot_vcpu_runs_old_kvmclock = False
-        self._last_tsc_write = 0
-        self._last_tsc_write_ns = 0
-        self._last_tsc_offset: int | None = None
-        self._initial_tsc_offset = -_softcpu.rdtsc()
+        self.tsc = TscSynchronizer()
 
         self.stat_remote_tlb_flush = 0
         self.stat_remote_tlb_flush_requests = 0
@@ -251,7 +249,7 @@ class Vm:
             if id in self._vcpu_by_id:
                 raise kvm_error(errno.EEXIST, f"id={id} exists")
             vcpu = VcpuIoctls(self, id)
-            vcpu.set_tsc_offset(self._initial_tsc_offset if self._last_tsc_offset is None else self._last_tsc_offset)
+            vcpu.set_tsc_offset(self.tsc.offset)
             self._vcpu_by_id[id] = vcpu
             self.vcpus = [*self.vcpus, vcpu]
             return vcpu
@@ -421,26 +419,6 @@ class Vm:
         vm_caps.enable_cap(self, cap, args[0] if args else 0)
 
     # --- time --------------------------------------------------------------------------------------
-
-    def synchronized_tsc_offset(self, tsc: int, khz: int) -> int:
-        """Return the offset for a host write of ``tsc``.
-
-        Writes within a second of each other's time and of the running counter's value mean "the same counter":
-        they get the offset of the first (``kvm_synchronize_tsc``).
-        """
-        now = _softcpu.clock_ns()
-        offset = tsc - _softcpu.rdtsc()
-        last = self._last_tsc_offset
-        if last is not None:
-            elapsed = now - self._last_tsc_write_ns
-            expected = self._last_tsc_write + elapsed * khz // 1_000_000
-            matching = tsc == 0 or abs(tsc - expected) < khz * 1000
-            if matching:
-                offset = last
-        self._last_tsc_write = tsc
-        self._last_tsc_write_ns = now
-        self._last_tsc_offset = offset
-        return offset
 
     def update_masterclock(self) -> None:
         """Let every vCPU rewrite its time structure."""

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time-stamp counters that agree: which offset a write of the TSC gives a vCPU.
+
+Userspace starts the counters of all vCPUs by writing the same value to each, or restores what it saved from each, a
+moment apart. A guest needs them equal, so writes that mean "the same counter" get the same offset
+(``kvm_synchronize_tsc`` in KVM).
+"""
+
+from __future__ import annotations
+
+from softkvm import _softcpu
+
+
+class TscSynchronizer:
+    """The last write of a TSC in one VM."""
+
+    __slots__ = ("_initial_offset", "_offset", "_value", "_written_ns")
+
+    def __init__(self) -> None:
+        self._initial_offset = -_softcpu.rdtsc()
+        self._offset: int | None = None
+        self._value = 0
+        self._written_ns = 0
+
+    @property
+    def offset(self) -> int:
+        """The offset of a new vCPU: that of the last write, or one that starts the counter with the VM."""
+        return self._initial_offset if self._offset is None else self._offset
+
+    def write(self, tsc: int, khz: int) -> int:
+        """Return the offset for a write of *tsc* by userspace.
+
+        Writes within a second of each other's time and of the running counter's value, and any of 0, mean "the same
+        counter": they get the offset of the first.
+        """
+        now = _softcpu.clock_ns()
+        offset = tsc - _softcpu.rdtsc()
+        if self._offset is not None:
+            expected = self._value + (now - self._written_ns) * khz // 1_000_000
+            if tsc == 0 or abs(tsc - expected) < khz * 1000:
+                offset = self._offset
+        self._value = tsc
+        self._written_ns = now
+        self._offset = offset
+        return offset
