@@ -21,6 +21,8 @@ mod soft;
 mod generate;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod native;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod select;
 
 use case::{differences, from_text};
 use soft::Soft;
@@ -64,10 +66,11 @@ fn golden_vectors_come_out_as_on_a_real_processor() {
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod random {
-    use super::case::{Case, Outcome, State, differences, from_text, to_text};
-    use super::generate::{Family, Program, Quirk};
+    use super::case::{Case, Outcome, State, differences, from_text, origin, to_text};
+    use super::generate::{Program, Quirk};
     use super::native::{BATCH, Native, has_16_bit_segments, native};
-    use super::soft::Soft;
+    use super::select::Family;
+    use super::soft::{HALTED, Soft};
     use std::io::Write as _;
 
     const PAGE_FAULT: u64 = 14;
@@ -269,7 +272,7 @@ mod random {
             let case = program.case();
             let expected = natively(&mut native, &case);
             let rip = expected.state.rip;
-            let faulted = rip != super::case::origin(case.bits) + case.length as u64;
+            let faulted = rip != origin(case.bits) + case.length as u64;
             let most = if faulted { 1 } else { 2 };
             let vectors = kept.entry((name.clone(), faulted)).or_default();
             if vectors.len() < most && program.quirk(rip) == Quirk::None {
@@ -297,6 +300,42 @@ mod random {
         } else {
             println!("this kernel has no modify_ldt: 16-bit code cannot run natively");
         }
+    }
+
+    /// Protected mode natively, real mode on softcpu: as long as nothing faults they do the same.
+    #[test]
+    fn integer16_programs_do_in_real_mode_what_this_processor_does_in_protected_mode() {
+        if !has_16_bit_segments() {
+            println!("this kernel has no modify_ldt: 16-bit code cannot run natively");
+            return;
+        }
+        const COUNT: u64 = 4000;
+        let (mut soft, mut native) = (Soft::new(), native());
+        let programs: Vec<_> = (0..COUNT).map(|k| Program::random(k, Family::Integer16)).collect();
+        let programs: Vec<_> = programs.into_iter().filter(Program::runs_in_real_mode).collect();
+        let (mut compared, mut failed) = (0, 0);
+        for batch in programs.chunks(BATCH) {
+            let cases: Vec<_> = batch.iter().map(Program::case).collect();
+            let outcomes =
+                native.run(&cases).unwrap_or_else(|k| panic!("{} killed the child", describe(&batch[k])));
+            for ((program, case), expected) in batch.iter().zip(&cases).zip(&outcomes) {
+                let rip = expected.state.rip;
+                if rip != origin(case.bits) + case.length as u64 {
+                    continue;
+                }
+                compared += 1;
+                let mut found = soft.run_real(case);
+                assert_eq!(found.vector, HALTED, "{}", describe(program));
+                found.vector = expected.vector;
+                let found = differences(&found, expected, program.undefined(rip));
+                if !found.is_empty() {
+                    failed += 1;
+                    println!("{}:\n  {}", describe(program), found.join("\n  "));
+                }
+            }
+        }
+        assert!(failed == 0, "{failed} of {compared} programs differ");
+        assert!(compared > COUNT / 4, "only {compared} of {COUNT} came to their end");
     }
 
     #[test]

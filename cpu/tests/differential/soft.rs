@@ -21,9 +21,26 @@ const NX: u64 = 1 << 63;
 
 /// #VMEXIT codes of exceptions start here.
 const EXCP0: u64 = 0x40;
+/// [`Outcome::vector`] after #VMEXIT HLT.
+pub const HALTED: u64 = 0x78 - EXCP0;
 
-/// Flat user data: selector, attributes, base, limit.
-const FLAT: (u16, u16, u64, u32) = (0x2b, 0xcf3, 0, u32::MAX);
+/// Selector, attributes, base, limit.
+type Segment = (u16, u16, u64, u32);
+
+/// Flat user data.
+const FLAT: Segment = (0x2b, 0xcf3, 0, u32::MAX);
+
+struct Mode {
+    cr0: u64,
+    cr4: u64,
+    efer: u64,
+    cpl: u8,
+}
+
+/// Long mode at CPL 3.
+const PAGED: Mode = Mode { cr0: 0x8005_0033, cr4: 0x6a0, efer: 0x1d01, cpl: 3 };
+/// Real mode.
+const REAL: Mode = Mode { cr0: 0x32, cr4: 0x600, efer: 0x1000, cpl: 0 };
 
 pub struct Soft {
     cpu: Box<Cpu>,
@@ -58,11 +75,33 @@ impl Soft {
         for n in [4, 5] {
             put_segment(v, n, FLAT.0, FLAT.1, FLAT.2, FLAT.3);
         }
-        v.set(save::CPL, 3u8);
         Soft { cpu, ram, vmcb }
     }
 
     pub fn run(&mut self, case: &Case) -> Box<Outcome> {
+        let (code_segment, data_segment) = match case.bits {
+            64 => ((0x33, 0xafb, 0, u32::MAX), FLAT),
+            32 => ((0x23, 0xcfb, 0, u32::MAX), FLAT),
+            _ => ((7, 0xfb, CODE - OFFSET16, LIMIT16), (0xf, 0xf3, SEGMENT16, LIMIT16)),
+        };
+        self.run_in(case, PAGED, code_segment, data_segment)
+    }
+
+    /// Runs 16-bit code in real mode, where HLT ends it with #VMEXIT HLT. The segments have the same limits, and lead to
+    /// the same memory; nothing of it is read-only or missing.
+    pub fn run_real(&mut self, case: &Case) -> Box<Outcome> {
+        let code_segment = (0, 0x9b, CODE_PAGE as u64 - OFFSET16, LIMIT16);
+        let data_segment = (0, 0x93, DATA_PAGES as u64 - (DATA - SEGMENT16), LIMIT16);
+        self.run_in(case, REAL, code_segment, data_segment)
+    }
+
+    fn run_in(
+        &mut self,
+        case: &Case,
+        mode: Mode,
+        code_segment: Segment,
+        data_segment: Segment,
+    ) -> Box<Outcome> {
         // SAFETY: a mapped page.
         let v = unsafe { Vmcb::new(self.vmcb) };
         // SAFETY: inside the mapping; nothing else refers to it while no processor runs.
@@ -75,11 +114,10 @@ impl Soft {
         code.fill(END);
         code[..case.length].copy_from_slice(case.code());
         fill(case.seed, data);
-        let (code_segment, data_segment) = match case.bits {
-            64 => ((0x33, 0xafb, 0, u32::MAX), FLAT),
-            32 => ((0x23, 0xcfb, 0, u32::MAX), FLAT),
-            _ => ((7, 0xfb, CODE - OFFSET16, LIMIT16), (0xf, 0xf3, SEGMENT16, LIMIT16)),
-        };
+        v.set(save::CR0, mode.cr0);
+        v.set(save::CR4, mode.cr4);
+        v.set(save::EFER, mode.efer);
+        v.set(save::CPL, mode.cpl);
         let (selector, attrib, base, limit) = code_segment;
         put_segment(v, 1, selector, attrib, base, limit);
         let (selector, attrib, base, limit) = data_segment;
