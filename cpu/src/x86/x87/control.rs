@@ -171,12 +171,17 @@ const fn environment_size(wide: bool) -> usize {
     if wide { 28 } else { 14 }
 }
 
+/// Alignment of the images that start with an environment (SDM vol. 3, interrupt 17).
+const fn environment_align(wide: bool) -> u64 {
+    if wide { 4 } else { 2 }
+}
+
 /// FNSTENV; masks all exceptions afterwards.
 pub fn store_environment<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.x87_available()?;
     let bytes = cpu.x87_environment(WIDE);
     let size = environment_size(WIDE);
-    let linear = cpu.lin(op, size, Access::Write)?;
+    let linear = cpu.aligned_operand(op, size, environment_align(WIDE), Access::Write)?;
     cpu.write_bytes(cpu.mmu, op.seg, linear, &bytes[..size])?;
     cpu.rb.fcw |= 0x3f;
     cpu.x87_summarize();
@@ -187,7 +192,7 @@ pub fn store_environment<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
 pub fn load_environment<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.x87_enter()?;
     let size = environment_size(WIDE);
-    let linear = cpu.lin(op, size, Access::Read)?;
+    let linear = cpu.aligned_operand(op, size, environment_align(WIDE), Access::Read)?;
     let mut bytes = [0; 28];
     cpu.read_bytes(cpu.mmu, op.seg, linear, &mut bytes[..size])?;
     cpu.set_x87_environment(&bytes[..size], WIDE);
@@ -203,7 +208,7 @@ pub fn save<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     for (i, out) in bytes[head..].chunks_exact_mut(10).take(8).enumerate() {
         out.copy_from_slice(&image(cpu.st(i)));
     }
-    let linear = cpu.lin(op, head + 80, Access::Write)?;
+    let linear = cpu.aligned_operand(op, head + 80, environment_align(WIDE), Access::Write)?;
     cpu.write_bytes(cpu.mmu, op.seg, linear, &bytes[..head + 80])?;
     cpu.x87_reset();
     Ok(())
@@ -213,7 +218,7 @@ pub fn save<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
 pub fn restore<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.x87_enter()?;
     let head = environment_size(WIDE);
-    let linear = cpu.lin(op, head + 80, Access::Read)?;
+    let linear = cpu.aligned_operand(op, head + 80, environment_align(WIDE), Access::Read)?;
     let mut bytes = [0; 108];
     cpu.read_bytes(cpu.mmu, op.seg, linear, &mut bytes[..head + 80])?;
     cpu.set_x87_environment(&bytes[..head], WIDE);

@@ -2,8 +2,8 @@
 //! FXSAVE and FXRSTOR, MXCSR, and the 512-byte legacy area they share with XSAVE (APM vol. 2, 11.4.4 and 11.5.2).
 
 use super::super::access::Access;
-use super::super::op::{Op, Res};
-use super::super::state::{Cpu, cr0, cr4, efer};
+use super::super::op::{Op, Res, Stop};
+use super::super::state::{Cpu, cr0, cr4, efer, vector};
 
 /// MXCSR bits that may be written (MXCSR_MASK): DAZ is there, MM is not.
 pub const MXCSR_MASK: u32 = 0xffff;
@@ -91,15 +91,32 @@ impl Cpu {
         }
     }
 
-    /// Linear address of a save area of `size` bytes: segment checks, then #GP(0) unless it is on `align` bytes.
+    /// Linear address of an operand of `size` bytes that is no power of two: segment checks, then #AC(0) unless it is on
+    /// `align` bytes, where alignment is checked.
+    pub(super) fn aligned_operand(
+        &mut self,
+        op: &Op,
+        size: usize,
+        align: u64,
+        access: Access,
+    ) -> Result<u64, Stop> {
+        let linear = self.lin(op, size, access)?;
+        if self.mmu == 3 && linear & (align - 1) != 0 {
+            return Err(self.fault(vector::AC, Some(0)));
+        }
+        Ok(linear)
+    }
+
+    /// Linear address of a save area of `size` bytes: segment checks, then #GP(0) unless it is on `align` bytes. Where
+    /// alignment is checked, processors raise #AC(0) for one that isn't even on 4.
     pub(super) fn save_area(
         &mut self,
         op: &Op,
         size: usize,
         align: u64,
         access: Access,
-    ) -> Result<u64, super::super::op::Stop> {
-        let linear = self.lin(op, size, access)?;
+    ) -> Result<u64, Stop> {
+        let linear = self.aligned_operand(op, size, 4, access)?;
         if linear & (align - 1) != 0 {
             return Err(self.gp(0));
         }

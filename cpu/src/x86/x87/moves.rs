@@ -19,16 +19,19 @@ pub mod format {
     pub const BCD: u8 = 6;
 }
 
+/// Alignment of the ten bytes of an m80 operand (SDM vol. 3, interrupt 17).
+const TEN_ALIGN: u64 = 8;
+
 /// Reads the ten bytes of an m80 operand.
 fn load_ten(cpu: &mut Cpu, op: &Op) -> Result<[u8; 10], super::super::op::Stop> {
-    let linear = cpu.lin(op, 10, Access::Read)?;
+    let linear = cpu.aligned_operand(op, 10, TEN_ALIGN, Access::Read)?;
     let mut bytes = [0; 10];
     cpu.read_bytes(cpu.mmu, op.seg, linear, &mut bytes)?;
     Ok(bytes)
 }
 
 fn store_ten(cpu: &mut Cpu, op: &Op, bytes: &[u8; 10]) -> Res {
-    let linear = cpu.lin(op, 10, Access::Write)?;
+    let linear = cpu.aligned_operand(op, 10, TEN_ALIGN, Access::Write)?;
     cpu.write_bytes(cpu.mmu, op.seg, linear, bytes)
 }
 
