@@ -2,7 +2,7 @@
 //! String instructions (APM vol. 3: MOVS, STOS, LODS, CMPS, SCAS) and their REP forms.
 //!
 //! A REP form updates the registers after each completed iteration, so a fault finds them precise and the instruction
-//! restarts where it was. Forward MOVS and STOS work on runs of elements within a page; after a bounded amount of work
+//! restarts where it was. MOVS and STOS work on runs of elements within a page; after a bounded amount of work
 //! the instruction looks for events, and stops with [`Stop::Restart`] if there are any.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
@@ -35,9 +35,9 @@ trait Element: Copy + 'static {
     const COMPARES: bool = false;
     /// Does one element; the flags of a comparison go to `lf`.
     fn run<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, lf: &mut LazyFlags) -> Res;
-    /// Does up to `count` elements at once where possible; returns how many (0: do one by one).
+    /// Does up to `count` elements at once where possible, upwards or downwards; returns how many (0: do one by one).
     #[inline(always)]
-    fn bulk<A: Int, T: Int>(_: &mut Cpu, _: &Op, _: u64) -> u64 {
+    fn bulk<A: Int, T: Int>(_: &mut Cpu, _: &Op, _: u64, _upwards: bool) -> u64 {
         0
     }
 }
@@ -80,7 +80,8 @@ fn store_destination<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, v: T) -> Res {
     cpu.store_at(ES, linear, v)
 }
 
-/// Host memory of the elements from `offset` on, forward: pointer and how many whole ones, at most `count`.
+/// Host memory of the elements from `offset` on: pointer to the first and how many whole ones, at most `count`, lie in
+/// its page upwards or downwards.
 #[inline(always)]
 fn run_of<A: Int, T: Int>(
     cpu: &mut Cpu,
@@ -89,9 +90,9 @@ fn run_of<A: Int, T: Int>(
     offset: A,
     count: u64,
     access: Access,
+    upwards: bool,
 ) -> Option<(*mut u8, u64)> {
-    // Up to where the offset wraps around.
-    let to_wrap = A::from_u64(offset.to_u64().wrapping_neg()).to_u64();
+    let size = T::BYTES as u64;
     let linear = if op.has(flag::CODE64) {
         offset.to_u64().wrapping_add(cpu.ea_base[(seg & 7) as usize])
     } else {
@@ -102,17 +103,24 @@ fn run_of<A: Int, T: Int>(
         linear.ok()?
     };
     let (p, bytes) = cpu.span(linear, access)?;
-    let mut bytes = bytes as u64;
-    if to_wrap != 0 {
-        bytes = bytes.min(to_wrap);
-    }
-    let n = (bytes / T::BYTES as u64).min(count);
+    let bytes = bytes as u64;
+    // Up to where the offset wraps around.
+    let n = if upwards {
+        let to_wrap = A::from_u64(offset.to_u64().wrapping_neg()).to_u64();
+        let bytes = if to_wrap != 0 { bytes.min(to_wrap) } else { bytes };
+        (bytes / size).min(count)
+    } else if bytes >= size {
+        (((4096 - bytes).min(offset.to_u64())) / size + 1).min(count)
+    } else {
+        0
+    };
     if n == 0 {
         return None;
     }
     if !op.has(flag::CODE64) {
+        let lowest = if upwards { offset.to_u64() } else { offset.to_u64() - (n - 1) * size };
         let before = cpu.exception;
-        let fits = cpu.seg_lin(seg, offset.to_u64(), n as usize * T::BYTES, access);
+        let fits = cpu.seg_lin(seg, lowest, (n * size) as usize, access);
         cpu.exception = before;
         fits.ok()?;
     }
@@ -145,12 +153,20 @@ impl Element for Movs {
         store_destination::<A, T>(cpu, op, v)
     }
     #[inline(always)]
-    fn bulk<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, count: u64) -> u64 {
+    fn bulk<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, count: u64, upwards: bool) -> u64 {
         let (si, di) = (cpu.reg::<A>(RSI), cpu.reg::<A>(RDI));
-        let Some((from, n)) = run_of::<A, T>(cpu, op, op.seg, si, count, Access::Read) else { return 0 };
-        let Some((to, n)) = run_of::<A, T>(cpu, op, ES, di, n, Access::Write) else { return 0 };
+        let Some((from, n)) = run_of::<A, T>(cpu, op, op.seg, si, count, Access::Read, upwards) else {
+            return 0;
+        };
+        let Some((to, n)) = run_of::<A, T>(cpu, op, ES, di, n, Access::Write, upwards) else { return 0 };
         // SAFETY: both runs are n elements of registered memory.
-        unsafe { copy_forward::<T>(from, to, n as usize) };
+        unsafe {
+            if upwards {
+                copy_upwards::<T>(from, to, n as usize);
+            } else {
+                copy_downwards::<T>(from, to, n as usize);
+            }
+        }
         n
     }
 }
@@ -164,12 +180,13 @@ impl Element for Stos {
         store_destination::<A, T>(cpu, op, v)
     }
     #[inline(always)]
-    fn bulk<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, count: u64) -> u64 {
+    fn bulk<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, count: u64, upwards: bool) -> u64 {
         let di = cpu.reg::<A>(RDI);
-        let Some((to, n)) = run_of::<A, T>(cpu, op, ES, di, count, Access::Write) else { return 0 };
+        let Some((to, n)) = run_of::<A, T>(cpu, op, ES, di, count, Access::Write, upwards) else { return 0 };
         let v = cpu.reg::<T>(0);
+        let lowest = if upwards { to } else { to.wrapping_sub((n as usize - 1) * T::BYTES) };
         // SAFETY: the run is n elements of registered memory.
-        unsafe { fill::<T>(to, v, n as usize) };
+        unsafe { fill::<T>(lowest, v, n as usize) };
         n
     }
 }
@@ -217,7 +234,7 @@ impl Element for Scas {
 /// # Safety
 /// Both ranges must be mapped, the destination writable.
 #[inline]
-unsafe fn copy_forward<T: Int>(from: *const u8, to: *mut u8, n: usize) {
+unsafe fn copy_upwards<T: Int>(from: *const u8, to: *mut u8, n: usize) {
     let bytes = n * T::BYTES;
     let distance = (to as usize).wrapping_sub(from as usize);
     // SAFETY: given.
@@ -230,6 +247,29 @@ unsafe fn copy_forward<T: Int>(from: *const u8, to: *mut u8, n: usize) {
             let (from, to) = (from.cast::<T>(), to.cast::<T>());
             for k in 0..n {
                 host_store(to.add(k), host_load(from.add(k)));
+            }
+        }
+    }
+}
+
+/// The same downwards, from the elements at `from` and `to` on.
+///
+/// # Safety
+/// As for [`copy_upwards`].
+#[inline]
+unsafe fn copy_downwards<T: Int>(from: *const u8, to: *mut u8, n: usize) {
+    let bytes = n * T::BYTES;
+    let distance = (from as usize).wrapping_sub(to as usize);
+    // SAFETY: given.
+    unsafe {
+        if distance >= bytes {
+            // Apart, or the destination is above.
+            let below = bytes - T::BYTES;
+            core::ptr::copy(from.sub(below), to.sub(below), bytes);
+        } else {
+            let (from, to) = (from.cast::<T>(), to.cast::<T>());
+            for k in 0..n {
+                host_store(to.sub(k), host_load(from.sub(k)));
             }
         }
     }
@@ -288,7 +328,7 @@ fn once<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 #[inline(never)]
 fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let bytes = step::<T>(cpu);
-    let forward = cpu.rflags & rf::DF == 0;
+    let upwards = cpu.rflags & rf::DF == 0;
     // Traps come after every iteration.
     let alone = cpu.attention & (attention::STEP | attention::DEBUG) != 0;
     let until_zf = op.has(flag::REPNE);
@@ -309,10 +349,10 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
             (iterations, moved) = (0, 0);
         }
         let count = cpu.reg::<A>(RCX).to_u64();
-        if forward && !alone {
-            let n = S::bulk::<A, T>(cpu, op, count);
+        if !alone {
+            let n = S::bulk::<A, T>(cpu, op, count, upwards);
             if n != 0 {
-                move_on::<S, A>(cpu, n * T::BYTES as u64);
+                move_on::<S, A>(cpu, n.wrapping_mul(bytes));
                 cpu.set_reg(RCX, A::from_u64(count - n));
                 moved += n * T::BYTES as u64;
                 continue;
