@@ -482,9 +482,10 @@ impl Cpu {
             let bits = self.rb.pkru >> (leaf.key * 2);
             let no_access = bits & 1 != 0;
             let no_write = no_access || (bits & 2 != 0 && (user || wp));
+            // Whether or not the page's own rights allow it (SDM vol. 3, 4.7).
             key_fault = match access {
-                Access::Read => read && no_access,
-                Access::Write => write && no_write,
+                Access::Read => no_access,
+                Access::Write => no_write,
                 Access::Fetch => false,
             };
             read &= !no_access;

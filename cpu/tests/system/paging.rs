@@ -378,6 +378,14 @@ fn wrpkru_counts_at_once() {
     assert_eq!(g.run_to_handler(), 14);
     assert_eq!(g.frame(true).0, Some(KEY_FAULT as u64));
     assert_eq!((g.get::<u64>(save::CR2), g.cpu.rb.gpr[3]), (DATA + 8, 1));
+    // The page's own rights forbid it as well.
+    let mut g = keyed(|a| {
+        wrpkru(a, ACCESS_DISABLE);
+        a.mov(dword_ptr(DATA), 2).unwrap();
+    });
+    g.memory.change_leaf(DATA, 0, pte::W);
+    assert_eq!(g.run_to_handler(), 14);
+    assert_eq!(g.frame(true).0, Some(KEY_FAULT as u64 | 2));
     // Rights of keys that no page has change nothing.
     let mut g = keyed(|a| {
         a.mov(dword_ptr(DATA), 1).unwrap();

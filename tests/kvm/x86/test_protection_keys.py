@@ -122,6 +122,18 @@ def test_rights_of_a_user_page(tiny: Tiny, rights: int, access: str, wp: bool, e
         assert (vcpu.exception.vector, vcpu.exception.error_code) == (abi.PF_VECTOR, error)
 
 
+def test_the_error_code_names_the_key_even_if_the_page_is_read_only(tiny: Tiny) -> None:
+    tiny.memory.write(PAGE_TABLES + 0x2008, struct.pack("<Q", _KEY << 59 | _KEYED | 0x85))
+    _enable(tiny)
+    sregs = tiny.vcpu.get_sregs()
+    sregs.cr0 |= 1 << 16
+    tiny.vcpu.set_sregs(sregs)
+    assert _after_wrpkru(tiny, _ACCESS_DISABLE, _WRITE) == 0x23
+    tiny.load(bytes.fromhex(_WRITE), rbx=_KEYED + 0x100)
+    assert tiny.vcpu.emulator.emulate() == 1
+    assert (tiny.vcpu.exception.vector, tiny.vcpu.exception.error_code) == (abi.PF_VECTOR, 0x23)
+
+
 def test_a_supervisor_page_has_no_key(tiny: Tiny) -> None:
     tiny.memory.write(PAGE_TABLES + 0x2008, struct.pack("<Q", _KEY << 59 | _KEYED | 0x83))
     _enable(tiny)

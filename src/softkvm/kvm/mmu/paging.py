@@ -177,13 +177,15 @@ def _check_permissions(vcpu: Vcpu, gva: int, access: int, allowed: int, no_execu
         denied |= bool(no_execute) or (not user_access and user_page and bool(vcpu.cr4 & X86_CR4_SMEP))
     elif not user_access and user_page and vcpu.cr4 & X86_CR4_SMAP:
         denied |= bool(access & PFERR_IMPLICIT) or not vcpu.get_rflags() & X86_EFLAGS_AC
-    if denied:
-        raise _page_fault(vcpu, gva, access, PFERR_PRESENT)
+    error = PFERR_PRESENT
     if not fetch and user_page and vcpu.cr4 & X86_CR4_PKE and vcpu.efer & EFER_LMA:
         rights = vcpu.pkru >> ((leaf >> 59 & 0xF) * 2) & 3
         write_denied = rights & 2 and access & PFERR_WRITE and (user_access or vcpu.cr0 & X86_CR0_WP)
         if rights & 1 or write_denied:
-            raise _page_fault(vcpu, gva, access, PFERR_PRESENT | PFERR_PK)
+            denied = True
+            error |= PFERR_PK  # whether or not the page's own rights allow it (SDM vol. 3, 4.7)
+    if denied:
+        raise _page_fault(vcpu, gva, access, error)
 
 
 def _set_accessed_dirty(vcpu: Vcpu, used: list[tuple[int, int]], size: int, *, write: bool) -> None:
