@@ -116,6 +116,16 @@ impl RegionTable {
         region.pages.get((address - region.base) / PAGE_SIZE)
     }
 
+    /// [`RegionTable::page`] with a guess which region holds it, which the answer corrects.
+    #[inline]
+    pub fn page_near(&self, address: usize, guess: &mut usize) -> Option<&PageInfo> {
+        if self.bounds.get(*guess).is_none_or(|&(base, size)| address.wrapping_sub(base) >= size) {
+            *guess = self.index(address)?;
+        }
+        let region = &self.regions[*guess];
+        region.pages.get((address - region.base) / PAGE_SIZE)
+    }
+
     /// Whether `size` bytes at `address` lie in one region.
     pub fn contains(&self, address: usize, size: usize) -> bool {
         self.index(address).is_some_and(|at| {

@@ -174,9 +174,21 @@ impl Cpu {
         }
     }
 
+    /// Whether an access of `size` bytes needs one translation and no alignment check.
+    #[inline(always)]
+    fn plain(mmu: usize, linear: u64, size: usize) -> bool {
+        mmu != 3 && (linear & 0xfff) as usize + size <= 4096
+    }
+
     #[cold]
     #[inline(never)]
     fn load_slow<T: Int>(&mut self, mmu: usize, seg: u8, linear: u64) -> Result<T, Stop> {
+        if Self::plain(mmu, linear, T::BYTES) {
+            let linear = self.wrap(linear);
+            let host = self.translate(mmu, seg, linear, T::BYTES, Access::Read)?;
+            // SAFETY: translate gives an address in a registered page; the access ends in it.
+            return Ok(unsafe { host_load(host as *const T) });
+        }
         let mut bytes = [0u8; 8];
         self.read_bytes(mmu, seg, linear, &mut bytes[..T::BYTES])?;
         Ok(T::from_u64(u64::from_le_bytes(bytes)))
@@ -185,6 +197,21 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn store_slow<T: Int>(&mut self, mmu: usize, seg: u8, linear: u64, v: T) -> Res {
+        if Self::plain(mmu, linear, T::BYTES) {
+            let linear = self.wrap(linear);
+            let host = self.translate(mmu, seg, linear, T::BYTES, Access::Write)?;
+            // A page without code has its translation in the TLB now.
+            let code = self.tlb.entry(mmu, linear).write != self.tlb.tag(linear);
+            if code {
+                self.before_code_write(host, T::BYTES)?;
+            }
+            // SAFETY: as in `load_slow`.
+            unsafe { host_store(host as *mut T, v) };
+            if code {
+                self.after_code_write(host, T::BYTES);
+            }
+            return Ok(());
+        }
         self.write_bytes(mmu, seg, linear, &v.to_u64().to_le_bytes()[..T::BYTES])
     }
 

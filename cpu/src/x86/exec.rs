@@ -66,11 +66,12 @@ impl Cpu {
         self.link = LINK_NONE;
         // SAFETY: `b` is a live block; its ops end with one that stops.
         let stop = unsafe {
-            let first = (*b).first;
+            let first = Block::first(b);
             ((*first).f)(self, first)
         };
         // SAFETY: the op at which the run stopped belongs to the block that ran last.
-        let (index, op) = unsafe { (self.stop_op.offset_from((*self.block).first) as u64, &*self.stop_op) };
+        let (index, op) =
+            unsafe { (self.stop_op.offset_from(Block::first(self.block)) as u64, &*self.stop_op) };
         match stop {
             Stop::EndBlock | Stop::Trap | Stop::ExitAfter => {
                 self.instructions += index + (op.len != 0) as u64

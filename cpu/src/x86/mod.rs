@@ -4,6 +4,7 @@
 pub mod access;
 pub mod block;
 pub mod exec;
+pub mod fetch;
 pub mod flags;
 pub mod int;
 pub mod op;

@@ -161,7 +161,7 @@ where
 #[inline(always)]
 unsafe fn leave(cpu: &mut Cpu, op: *const Op, stop: Stop) -> Stop {
     if stop == Stop::EndBlock {
-        let next = cpu.chain();
+        let next = cpu.chain(op);
         if !next.is_null() {
             // SAFETY: `chain` gives the first op of a live block.
             return unsafe { ((*next).f)(cpu, next) };

@@ -165,8 +165,11 @@ impl Cpu {
         let page = nested.host;
         let addend = page.wrapping_sub(linear & PAGE_MASK);
         let writable = guest.write && nested.write;
-        let code =
-            writable && self.regions.page(page as usize).is_some_and(|p| p.code.load(Ordering::SeqCst) != 0);
+        let code = writable
+            && self
+                .regions
+                .page_near(page as usize, &mut self.region_guess)
+                .is_some_and(|p| p.code.load(Ordering::SeqCst) != 0);
         let entry = self.tlb.entry_mut(bank, linear);
         let same = entry.addend == addend
             && [entry.read, entry.write, entry.exec].iter().all(|t| *t == INVALID || *t & !SLOW == want);
@@ -558,7 +561,7 @@ impl Cpu {
     /// After a write through the slow path: tells every processor if it hit decoded code.
     #[inline]
     pub fn after_code_write(&mut self, host: usize, size: usize) {
-        let Some(page) = self.regions.page(host) else { return };
+        let Some(page) = self.regions.page_near(host, &mut self.region_guess) else { return };
         let mask = crate::mem::chunk_mask(host & 0xfff, size);
         if page.code.load(Ordering::SeqCst) & mask != 0 {
             page.code.fetch_and(!mask, Ordering::SeqCst);

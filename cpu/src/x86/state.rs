@@ -421,6 +421,8 @@ pub struct Cpu {
     pub machine: Arc<Machine>,
     /// Snapshot of the machine's regions.
     pub regions: Arc<crate::mem::RegionTable>,
+    /// Index of the region that the last look-up found.
+    pub region_guess: usize,
     /// Shared with other threads.
     pub shared: Arc<Shared>,
     /// Number of this processor in its machine.

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 
 /// log2 of the entries in a bank.
-pub const TLB_BITS: usize = 10;
+pub const TLB_BITS: usize = 12;
 const TLB_SIZE: usize = 1 << TLB_BITS;
 /// Banks that are ever filled.
 pub const BANKS: usize = 3;

@@ -116,6 +116,7 @@ impl Cpu {
             keys: 0,
             blocks: BlockCache::default(),
             regions: machine.regions(),
+            region_guess: 0,
             machine,
             shared,
             index,
