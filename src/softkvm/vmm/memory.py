@@ -65,6 +65,8 @@ class GuestMemory:
             self._map = mmap.mmap(self.fd, length, mmap.MAP_SHARED | noreserve)
         else:
             self._map = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve)
+        with contextlib.suppress(OSError):  # a host without transparent huge pages has EINVAL
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         anchor = ctypes.c_char.from_buffer(self._map)
         address = ctypes.addressof(anchor)
         del anchor
