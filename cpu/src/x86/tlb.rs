@@ -34,6 +34,10 @@ pub struct Entry {
     pub addend: u64,
 }
 
+/// log2 of the bytes of linear addresses that are searched together for entries of a large page.
+const WINDOW_SHIFT: u32 = 22;
+const LARGE_WINDOWS: usize = 4096;
+
 const EMPTY: Entry = Entry { read: INVALID, write: INVALID, exec: INVALID, addend: 0 };
 
 /// Host frame of a guest-physical page.
@@ -82,8 +86,11 @@ pub struct Tlb {
     epoch: u64,
     /// log2 of the guest page size behind each entry, 12 for empty ones.
     sizes: Box<[u8]>,
-    /// Bit (linear >> 30) & 63: large guest pages were filled there since the last whole flush.
-    large: u64,
+    /// Where entries of large guest pages may be, since the last whole flush: bit (linear >> 22) & 4095 for pages of up
+    /// to 4 MiB.
+    large: Box<[u64; LARGE_WINDOWS / 64]>,
+    /// Bit (linear >> 30) & 63: the same for pages of 1 GiB.
+    giant: u64,
     /// Fills, for statistics.
     pub fills: u64,
     /// Whole flushes, for statistics.
@@ -104,7 +111,8 @@ impl Default for Tlb {
                 .into_boxed_slice(),
             epoch: 1,
             sizes: vec![12; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
-            large: 0,
+            large: Box::new([0; LARGE_WINDOWS / 64]),
+            giant: 0,
             fills: 0,
             flushes: 0,
         }
@@ -115,6 +123,11 @@ impl Default for Tlb {
 #[inline(always)]
 pub fn index(linear: u64) -> usize {
     (linear >> 12) as usize & (TLB_SIZE - 1)
+}
+
+/// Number of the window that `linear` lies in, modulo [`LARGE_WINDOWS`].
+fn window(linear: u64) -> usize {
+    (linear >> WINDOW_SHIFT) as usize & (LARGE_WINDOWS - 1)
 }
 
 impl Tlb {
@@ -186,7 +199,8 @@ impl Tlb {
     fn clear_entries(&mut self) {
         self.entries.fill(EMPTY);
         self.sizes.fill(12);
-        self.large = 0;
+        self.large.fill(0);
+        self.giant = 0;
     }
 
     /// Forgets everything of every context.
@@ -262,19 +276,29 @@ impl Tlb {
         for bank in 0..BANKS {
             *self.entry_mut(bank, linear) = EMPTY;
         }
-        if self.large >> (linear >> 30 & 63) & 1 == 0 {
+        // The entries of a large page are as far apart as their addresses, modulo the size of a bank.
+        let (first, count) = if self.giant >> (linear >> 30 & 63) & 1 != 0 {
+            (0, TLB_SIZE)
+        } else if self.large[window(linear) / 64] >> (window(linear) % 64) & 1 != 0 {
+            let count = TLB_SIZE.min(1 << (WINDOW_SHIFT - 12));
+            (index(linear) & !(count - 1), count)
+        } else {
             return;
-        }
-        // Eight sizes at a time: most are 12.
-        for (n, sizes) in self.sizes.chunks_exact_mut(8).enumerate() {
-            if sizes == [12; 8] {
-                continue;
-            }
-            for (size, e) in sizes.iter_mut().zip(&mut self.entries[n * 8..]) {
-                let tag = if e.read != INVALID { e.read } else { e.exec };
-                if *size > 12 && (tag == INVALID || (tag ^ linear) >> *size == 0) {
-                    *e = EMPTY;
-                    *size = 12;
+        };
+        for bank in 0..BANKS {
+            let at = (bank << TLB_BITS) + first;
+            let sizes = &mut self.sizes[at..at + count];
+            // Eight sizes at a time: most are 12.
+            for (sizes, entries) in sizes.chunks_exact_mut(8).zip(self.entries[at..].chunks_exact_mut(8)) {
+                if sizes == [12; 8] {
+                    continue;
+                }
+                for (size, e) in sizes.iter_mut().zip(entries) {
+                    let tag = if e.read != INVALID { e.read } else { e.exec };
+                    if *size > 12 && (tag == INVALID || (tag ^ linear) >> *size == 0) {
+                        *e = EMPTY;
+                        *size = 12;
+                    }
                 }
             }
         }
@@ -283,8 +307,10 @@ impl Tlb {
     /// Notes the guest page size (log2) behind the entry of `linear` in `bank`.
     pub fn note_size(&mut self, bank: usize, linear: u64, size: u8) {
         self.sizes[(bank << TLB_BITS) + index(linear)] = size;
-        if size > 12 {
-            self.large |= 1 << (linear >> 30 & 63);
+        if size as u32 > WINDOW_SHIFT {
+            self.giant |= 1 << (linear >> 30 & 63);
+        } else if size > 12 {
+            self.large[window(linear) / 64] |= 1 << (window(linear) % 64);
         }
     }
 

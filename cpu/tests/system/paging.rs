@@ -197,6 +197,27 @@ fn a_changed_translation_takes_effect_after_invlpg() {
 }
 
 #[test]
+fn invlpg_drops_a_large_page_whichever_of_its_addresses_it_names() {
+    // 2 MiB by the third directory entry, 1 GiB by the second of the level above.
+    for (linear, entry) in [(2 << 21, PD + 2 * 8), (1 << 30, PDPT + 8)] {
+        let mut g = Guest::long(|a| {
+            a.mov(rsi, linear + DATA).unwrap();
+            a.mov(rbx, qword_ptr(rsi)).unwrap();
+            a.mov(rcx, qword_ptr(rsi + 0x3000)).unwrap();
+            a.mov(qword_ptr(entry), 0).unwrap();
+            a.invlpg(byte_ptr(rsi + 0x1000)).unwrap();
+            a.mov(rdx, qword_ptr(rsi)).unwrap();
+        });
+        g.memory.write::<u64>(entry, 0x87);
+        g.memory.write::<u64>(DATA, 111);
+        g.memory.write::<u64>(DATA + 0x3000, 222);
+        assert_eq!(g.run_to_handler(), 14);
+        assert_eq!((g.cpu.rb.gpr[3], g.cpu.rb.gpr[1]), (111, 222));
+        assert_eq!(g.get::<u64>(save::CR2), linear + DATA);
+    }
+}
+
+#[test]
 fn writing_cr3_cr0_and_cr4_drops_translations() {
     // CR3.
     let mut g = Guest::long(|a| {
