@@ -3,6 +3,8 @@
 
 import ctypes
 import mmap
+import sys
+import threading
 
 from softkvm.kvm.host_mappings import NO_ACCESS, READ, READ_WRITE, HostMappings
 
@@ -35,7 +37,33 @@ def test_access_follows_the_mappings_when_asked_for_more_than_is_known() -> None
 
 def test_ranges_may_span_neighbouring_mappings_and_end_anywhere() -> None:
     mappings = HostMappings()
-    mappings._starts, mappings._ends, mappings._access = [0x1000, 0x3000, 0x6000], [0x3000, 0x5000, 0x7000], [2, 2, 2]
+    mappings._map = [0x1000, 0x3000, 0x6000], [0x3000, 0x5000, 0x7000], [2, 2, 2]
     assert mappings.access(0x2000, 0x2000) == READ_WRITE
     assert mappings.access(0x6000, 0x1000) == READ_WRITE
     assert mappings.access(0x4000, 0x3000) == NO_ACCESS  # a hole, and the real mappings are not there either
+
+
+def test_vcpus_may_ask_while_a_memory_slot_changes() -> None:
+    memory = mmap.mmap(-1, PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    mappings = HostMappings()
+    found: list[int | Exception] = []
+
+    def ask() -> None:
+        for _ in range(300):
+            try:
+                found.append(mappings.access(address, PAGE))
+            except IndexError as error:
+                found.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            mappings.forget()
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [READ_WRITE] * 600

@@ -22,50 +22,54 @@ class HostMappings:
     slot holds its memory's owner, if it is told who that is.
     """
 
-    __slots__ = ("_access", "_ends", "_starts")
+    __slots__ = ("_map",)
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """Look again at the next question; called when memory slots change."""
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        self._access: list[int] = []
+        #: Starts, ends and accesses of the mappings: one object, as vCPUs look into it without a lock.
+        self._map: tuple[list[int], list[int], list[int]] = ([], [], [])
 
     def access(self, hva: int, size: int, wanted: int = READ_WRITE) -> int:
         """Tell what the process may do with all of [hva, hva + size): NO_ACCESS, READ or READ_WRITE.
 
         What is known is believed if it gives ``wanted``.
         """
-        found = self._known(hva, hva + size)
+        found = _lookup(self._map, hva, hva + size)
         if found < wanted:
-            self._read()
-            found = self._known(hva, hva + size)
+            mappings = self._map = _read_mappings()
+            found = _lookup(mappings, hva, hva + size)
         return found
 
-    def _known(self, start: int, end: int) -> int:
-        index = bisect_right(self._starts, start) - 1
-        access = READ_WRITE
-        while index >= 0:
-            if self._ends[index] <= start:
-                break
-            access = min(access, self._access[index])
-            start = self._ends[index]
-            if start >= end:
-                return access
-            index += 1
-            if index == len(self._starts) or self._starts[index] != start:
-                break
-        return NO_ACCESS
 
-    def _read(self) -> None:
-        starts, ends, accesses = [], [], []
-        with open("/proc/self/maps", "rb") as maps:
-            for line in maps.read().splitlines():
-                span, permissions = line.split(b" ", 2)[:2]
-                first, last = span.split(b"-")
-                starts.append(int(first, 16))
-                ends.append(int(last, 16))
-                accesses.append(NO_ACCESS if permissions[:1] != b"r" else 1 + (permissions[1:2] == b"w"))
-        self._starts, self._ends, self._access = starts, ends, accesses
+def _lookup(mappings: tuple[list[int], list[int], list[int]], start: int, end: int) -> int:
+    """Return the least access that the mappings give to a byte of [start, end)."""
+    starts, ends, accesses = mappings
+    index = bisect_right(starts, start) - 1
+    access = READ_WRITE
+    while index >= 0:
+        if ends[index] <= start:
+            break
+        access = min(access, accesses[index])
+        start = ends[index]
+        if start >= end:
+            return access
+        index += 1
+        if index == len(starts) or starts[index] != start:
+            break
+    return NO_ACCESS
+
+
+def _read_mappings() -> tuple[list[int], list[int], list[int]]:
+    """Read the process's mappings."""
+    starts, ends, accesses = [], [], []
+    with open("/proc/self/maps", "rb") as maps:
+        for line in maps.read().splitlines():
+            span, permissions = line.split(b" ", 2)[:2]
+            first, last = span.split(b"-")
+            starts.append(int(first, 16))
+            ends.append(int(last, 16))
+            accesses.append(NO_ACCESS if permissions[:1] != b"r" else 1 + (permissions[1:2] == b"w"))
+    return starts, ends, accesses
