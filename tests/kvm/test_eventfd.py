@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 from tests.support.tiny import Tiny
 
+import softkvm
 from softkvm import abi
 
 MMIO = 0x1000_0000
@@ -151,3 +153,105 @@ def test_ioeventfds_that_cannot_be_are_refused(tiny: Tiny, fd: int, length: int,
     with pytest.raises(OSError) as info:
         tiny.vm.ioeventfd(fd, MMIO, length, match, flags)
     assert info.value.errno == errno.EINVAL
+
+
+def test_resampling_needs_the_kernels_ioapic(fd: int) -> None:
+    with softkvm.open() as kvm, kvm.create_vm() as vm:
+        vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24)
+        vm.irqfd(fd, 5)
+        with pytest.raises(OSError) as info:
+            vm.irqfd(fd, 6, abi.KVM_IRQFD_FLAG_RESAMPLE, fd)
+        assert info.value.errno == errno.EINVAL
+
+
+def test_a_shared_line_is_lowered_once_before_any_device_is_looked_at_again(
+    tiny: Tiny, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _unmasked_ioapic_pin(tiny, 20, 0x8045)  # level triggered
+    other, first, second = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
+    tiny.vm.irqfd(fd, 20, abi.KVM_IRQFD_FLAG_RESAMPLE, first)
+    tiny.vm.irqfd(other, 20, abi.KVM_IRQFD_FLAG_RESAMPLE, second)
+    levels: list[tuple[int, int, int]] = []
+    chips = tiny.vm.chips
+    assert chips is not None and chips.ioapic is not None
+    drive = chips.ioapic.set_irq
+
+    def watch(pin: int, level: int, source: int = 0) -> int:
+        levels.append((level, _counter(first), _counter(second)))
+        return drive(pin, level, source)
+
+    os.eventfd_write(fd, 1)
+    apic = tiny.vcpu.apic
+    assert apic is not None
+    assert _wait_for(lambda: apic.irr)
+    assert apic.get_interrupt() == 0x45
+    with monkeypatch.context() as patch:
+        patch.setattr(chips.ioapic, "set_irq", watch)
+        apic.eoi()
+    assert levels == [(0, 0, 0)]  # one of the two may have raised it again before a second one
+    assert _counter(first) == _counter(second) == 1
+    for descriptor in (other, first, second):
+        os.close(descriptor)
+
+
+def test_the_last_resampled_irqfd_takes_its_level_with_it(tiny: Tiny, fd: int) -> None:
+    resample = os.eventfd(0, os.EFD_NONBLOCK)
+    tiny.vm.irqfd(fd, 20, abi.KVM_IRQFD_FLAG_RESAMPLE, resample)
+    os.eventfd_write(fd, 1)
+
+    def pins() -> int:
+        return int(tiny.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC).chip.ioapic.irr)
+
+    state = tiny.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC)
+    state.chip.ioapic.redirtbl[20].bits = 0x1_8045  # level triggered, masked
+    tiny.vm.set_irqchip(state)
+    os.eventfd_write(fd, 1)
+    assert _wait_for(lambda: pins() >> 20 & 1)
+    tiny.vm.irqfd(fd, 20, abi.KVM_IRQFD_FLAG_DEASSIGN)
+    assert pins() >> 20 & 1 == 0
+    os.close(resample)
+
+
+@pytest.mark.parametrize("path", ["irqfd", "ioeventfd"])
+def test_what_is_taken_away_must_be_an_eventfd(tiny: Tiny, path: str) -> None:
+    null = os.open("/dev/null", os.O_RDONLY)
+    for descriptor, code in ((0x7FFF, errno.EBADF), (null, errno.EINVAL)):
+        with pytest.raises(OSError) as info:
+            if path == "irqfd":
+                tiny.vm.irqfd(descriptor, 5, abi.KVM_IRQFD_FLAG_DEASSIGN)
+            else:
+                tiny.vm.ioeventfd(descriptor, MMIO, 4, flags=abi.KVM_IOEVENTFD_FLAG_DEASSIGN)
+        assert info.value.errno == code
+    os.close(null)
+
+
+def test_there_may_be_more_ioeventfds_than_devices_on_a_bus(tiny: Tiny, fd: int) -> None:
+    for n in range(1100):  # NR_IOBUS_DEVS is 1000, ioeventfds excluded
+        tiny.vm.ioeventfd(fd, MMIO + 8 * n, 4)
+    tiny.protected_mode().load(bytes.fromhex("c7055822001001000000 e610"))  # mov dword [MMIO + 8 * 1099], 1
+    assert tiny.run() == abi.KVM_EXIT_IO
+    assert _counter(fd) == 1
+
+
+def test_an_eventfd_taken_away_while_it_is_signalled_stays_open_until_that_is_done(tiny: Tiny, fd: int) -> None:
+    tiny.vm.ioeventfd(fd, MMIO, 4)
+    before = len(os.listdir("/proc/self/fd"))
+    (device,) = tiny.vm.mmio_bus.devices(MMIO, 4)  # a vCPU is on its way to it
+    tiny.vm.ioeventfd(fd, MMIO, 4, flags=abi.KVM_IOEVENTFD_FLAG_DEASSIGN)
+    assert device.io_write(MMIO, 4, 1)
+    assert _counter(fd) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+    del device
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_a_closed_vm_has_given_back_its_eventfds_and_its_thread() -> None:
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    machine = Tiny(irqchip=True)
+    raised, resample, notified = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
+    machine.vm.irqfd(raised, 20, abi.KVM_IRQFD_FLAG_RESAMPLE, resample)
+    machine.vm.ioeventfd(notified, MMIO, 4)
+    machine.close()
+    for descriptor in (raised, resample, notified):
+        os.close(descriptor)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
