@@ -31,7 +31,7 @@ OBSOLETE: Final = frozenset(
     {"KVM_SET_MEMORY_REGION", "KVM_SET_MEMORY_ALIAS", "KVM_SET_NR_MMU_PAGES", "KVM_GET_NR_MMU_PAGES"}
 )
 #: Methods that exist only to refuse.
-REFUSED: Final = {"KVM_SMI": "EINVAL: there is no system management mode (KVM_CAP_X86_SMM is 0)"}
+REFUSED: Final = {"KVM_SMI": "ENOTTY: there is no system management mode (KVM_CAP_X86_SMM is 0)"}
 OTHER_ARCHITECTURES: Final = ("_S390_", "_PPC_", "_ARM_", "_MIPS_", "_SPAPR_", "_XICS", "_MPIC", "_PCI_")
 
 #: Differences that no test can show, or that are not differences of one test.

@@ -193,3 +193,50 @@ def test_the_tss_address_is_checked(make: Callable[..., Guest]) -> None:
 def test_guest_debug_flags_are_reported(guest: Guest) -> None:
     flags = supported(guest, abi.KVM_CAP_SET_GUEST_DEBUG2)
     assert flags & abi.KVM_GUESTDBG_ENABLE and flags & abi.KVM_GUESTDBG_SINGLESTEP
+
+
+def test_the_x2apic_format_may_be_chosen_before_the_irqchip(make: Callable[..., Guest]) -> None:
+    both = abi.KVM_X2APIC_API_USE_32BIT_IDS | abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+    guest = make(vcpus=0)
+    if supported(guest, abi.KVM_CAP_X2APIC_API) & both != both:
+        pytest.skip("this KVM has not both options")
+    guest.vm.enable_cap(abi.KVM_CAP_X2APIC_API, both)
+    guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24)
+    refused(errno.EINVAL, lambda: guest.vm.signal_msi(abi.kvm_msi(address_lo=0xFEE0_0000, address_hi=1, data=0x41)))
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X2APIC_API, both + 1 << 2))
+
+
+def test_a_split_irqchip_comes_once_and_before_the_first_vcpu(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 4097))
+    guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 4097))
+    refused(errno.EEXIST, lambda: guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24))
+    refused(errno.EEXIST, guest.vm.create_irqchip)
+    late = make(vcpus=1)
+    refused(errno.EEXIST, lambda: late.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24))
+
+
+def test_the_apic_bus_period_is_checked_before_the_irqchip(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    supported(guest, abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS, 0))
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS, 1 << 40))
+    refused(errno.ENXIO, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS, 1))
+
+
+def test_without_system_management_mode_an_smi_is_enotty(guest: Guest) -> None:
+    if guest.vm.check_extension(abi.KVM_CAP_X86_SMM):
+        pytest.skip("this KVM has system management mode")
+    refused(errno.ENOTTY, guest.cpu.smi)
+
+
+def test_resampling_needs_the_kernels_ioapic(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24)
+    event = os.eventfd(0)
+    try:
+        guest.vm.irqfd(event, 5)
+        refused(errno.EINVAL, lambda: guest.vm.irqfd(event, 6, abi.KVM_IRQFD_FLAG_RESAMPLE, event))
+    finally:
+        os.close(event)

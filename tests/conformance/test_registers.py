@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from tests.support.conformance import TABLES, Guest, refused
 
-from softkvm import abi
+from softkvm import abi, api
 
 U64 = (1 << 64) - 1
 GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)))
@@ -112,6 +112,15 @@ def test_long_mode_without_pae_or_lma_is_einval(guest: Guest) -> None:
     assert guest.cpu.get_sregs().cr4 & abi.X86_CR4_PAE
 
 
+def test_lma_is_no_bit_that_an_msr_write_changes(guest: Guest) -> None:
+    efer = 0xC000_0080
+    assert guest.cpu.set_msrs({efer: abi.EFER_LME | abi.EFER_LMA}) == 1
+    assert guest.cpu.get_msrs([efer]) == [abi.EFER_LME]
+    guest.long("f4")
+    assert guest.cpu.set_msrs({efer: abi.EFER_LME | abi.EFER_SCE}) == 1
+    assert guest.cpu.get_msrs([efer]) == [abi.EFER_LME | abi.EFER_LMA | abi.EFER_SCE]
+
+
 def test_sregs2_agree_with_sregs(guest: Guest) -> None:
     if not guest.kvm.check_extension(abi.KVM_CAP_SREGS2):
         pytest.skip("no KVM_CAP_SREGS2")
@@ -125,6 +134,8 @@ def test_sregs2_agree_with_sregs(guest: Guest) -> None:
     guest.cpu.set_sregs2(two)
     assert guest.cpu.get_sregs().cr2 == 0x1234
     two.flags = 2
+    refused(errno.EINVAL, lambda: guest.cpu.set_sregs2(two))
+    two.flags = abi.KVM_SREGS2_FLAGS_PDPTRS_VALID  # long mode has none
     refused(errno.EINVAL, lambda: guest.cpu.set_sregs2(two))
 
 
@@ -218,6 +229,12 @@ def test_illegal_xsave_areas_are_einval(guest: Guest, offset: int, value: int) -
     struct.pack_into("<I" if offset == 24 else "<Q", area, offset, value)
     refused(errno.EINVAL, lambda: guest.cpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area)))
     assert bytes(guest.cpu.get_xsave()) == before
+
+
+def test_xcr0_round_trips_before_the_vcpu_has_a_cpuid(kvm: api.Kvm) -> None:
+    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vcpu.set_xcrs(vcpu.get_xcrs())
+        assert vcpu.get_xcrs().xcrs[0].value == 1
 
 
 def test_xcr0_round_trips_and_is_checked(guest: Guest) -> None:

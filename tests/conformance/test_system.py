@@ -3,6 +3,7 @@
 
 import ctypes
 import errno
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -260,3 +261,23 @@ def test_a_short_msr_list_is_e2big_and_tells_the_length(kind: str, kvm: api.Kvm)
     table: Any = abi.flexible(abi.kvm_msr_list, ctypes.c_uint32, 1, "indices")(nmsrs=0)
     refused(errno.E2BIG, lambda: ioctl_pointer(cast(Descriptor, kvm).fd, abi.KVM_GET_MSR_INDEX_LIST, table))
     assert table.nmsrs == len(kvm.get_msr_index_list())
+
+
+def test_requests_to_what_is_closed_are_ebadf(kvm: api.Kvm) -> None:
+    vm = kvm.create_vm()
+    vcpu = vm.create_vcpu(0)
+    vcpu.close()
+    requests: list[Callable[[], object]] = [vcpu.run, vcpu.get_regs, lambda: vcpu.set_regs(abi.kvm_regs()), vcpu.nmi]
+    for request in requests:
+        refused(errno.EBADF, request)
+    vcpu.kick()  # a signal may come late
+    vcpu.close()
+    vm.close()
+    requests = [lambda: vm.create_vcpu(1), vm.get_clock, vm.create_irqchip, lambda: vm.get_dirty_log(0)]
+    for request in requests:
+        refused(errno.EBADF, request)
+    vm.close()
+    kvm.close()
+    requests = [kvm.create_vm, kvm.get_api_version, kvm.get_supported_cpuid, lambda: kvm.get_msrs([0x10])]
+    for request in requests:
+        refused(errno.EBADF, request)

@@ -33,6 +33,7 @@ class Vcpu(Descriptor):
 
     def __init__(self, fd: int, mmap_size: int) -> None:
         super().__init__(fd)
+        self._lock = threading.Lock()
         install_handler()
         self._map = mmap.mmap(fd, mmap_size)
         self.shared = memoryview(self._map)
@@ -40,7 +41,6 @@ class Vcpu(Descriptor):
         libc = ctypes.CDLL(None, use_errno=True)
         self._ioctl = libc.ioctl
         self._ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
-        self._lock = threading.Lock()
         self._kicked = False
         self._immediate_exit = 0  # the client's own value while a kick occupies the field
         self._native_id = 0  # the thread that is in run(), or 0
@@ -63,6 +63,8 @@ class Vcpu(Descriptor):
 
     def kick(self) -> None:
         with self._lock:
+            if self.fd < 0:  # closed: there is nobody to end
+                return
             if not self._kicked:
                 self._kicked = True
                 self._immediate_exit = self.shared[_IMMEDIATE_EXIT]
@@ -73,10 +75,11 @@ class Vcpu(Descriptor):
                 signal_thread(native_id)
 
     def close(self) -> None:
-        super().close()
-        if hasattr(self, "kvm_run"):
-            del self.kvm_run
-            self.shared.release()
+        with self._lock:
+            super().close()
+            if hasattr(self, "kvm_run"):
+                del self.kvm_run
+                self.shared.release()
 
     def stats(self) -> dict[str, int]:
         """KVM_GET_STATS_FD: the kernel's counters for this vCPU, by the kernel's names."""

@@ -6,15 +6,21 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from softkvm import abi
 from softkvm.kvm.capabilities import check_extension
-from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.params import Params
 from softkvm.kvm.vcpu_state import VCPU_MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.kvm.x86 import cpuid, msrs
+
+#: The requests of :class:`softkvm.api.Kvm`.
+KVM_REQUESTS: Final = (
+    "check_extension", "create_vm", "get_api_version", "get_emulated_cpuid", "get_msr_feature_index_list",
+    "get_msr_index_list", "get_msrs", "get_supported_cpuid", "get_vcpu_mmap_size",
+)  # fmt: skip
 
 
 class Kvm:
@@ -70,7 +76,8 @@ class Kvm:
         return values
 
     def close(self) -> None:
-        """Nothing to give back: VMs live on by themselves."""
+        """Nothing to give back: VMs live on by themselves. Requests are EBADF from now on."""
+        refuse_requests(self, KVM_REQUESTS)
 
     def __enter__(self) -> Self:
         return self

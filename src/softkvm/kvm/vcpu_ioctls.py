@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from softkvm import abi
-from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.mmu.paging import walk
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.stats import vcpu_stats
@@ -33,6 +33,15 @@ _MP_STATES: Final = frozenset(
 
 #: One call takes fewer MSRs than this (``MAX_IO_MSRS``).
 _MAX_IO_MSRS: Final = 256
+
+#: The requests of :class:`softkvm.api.Vcpu`. ``kick`` is none: a signal may come late.
+VCPU_REQUESTS: Final = (
+    "enable_cap", "get_cpuid2", "get_debugregs", "get_fpu", "get_lapic", "get_mp_state", "get_msrs", "get_regs",
+    "get_sregs", "get_sregs2", "get_tsc_khz", "get_vcpu_events", "get_xcrs", "get_xsave", "interrupt", "kvmclock_ctrl",
+    "nmi", "run", "set_cpuid2", "set_debugregs", "set_fpu", "set_guest_debug", "set_lapic", "set_mp_state", "set_msrs",
+    "set_regs", "set_signal_mask", "set_sregs", "set_sregs2", "set_tsc_khz", "set_vcpu_events", "set_xcrs",
+    "set_xsave", "smi", "translate",
+)  # fmt: skip
 
 
 def _check_msr_count(count: int) -> None:
@@ -219,7 +228,7 @@ class VcpuIoctls(Vcpu):
 
     def smi(self) -> None:
         """KVM_SMI: there is no system management mode."""
-        raise kvm_error(errno.EINVAL, "there is no system management mode (KVM_CAP_X86_SMM is 0)")
+        raise kvm_error(errno.ENOTTY, "there is no system management mode (KVM_CAP_X86_SMM is 0)")
 
     def set_guest_debug(self, control: abi.kvm_guest_debug) -> None:
         """KVM_SET_GUEST_DEBUG."""
@@ -271,9 +280,10 @@ class VcpuIoctls(Vcpu):
         return vcpu_stats(self)
 
     def close(self) -> None:
-        """Give the vCPU back; the VM keeps its number taken, as KVM does."""
+        """Give the vCPU back; the VM keeps its number taken, as KVM does. Requests are EBADF from now on."""
         if not self._closed:
             self._closed = True
+            refuse_requests(self, VCPU_REQUESTS)
             self.cpu.set_timer(0)
             self.vm.vcpu_closed(self)
 

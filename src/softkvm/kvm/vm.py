@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from softkvm import _softcpu, abi
 from softkvm.kvm import capabilities, dirty_log, vm_caps
-from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.eventfd import Eventfds
 from softkvm.kvm.host_mappings import HostMappings
 from softkvm.kvm.io_bus import IoBus
@@ -44,6 +44,14 @@ TSC_KHZ: Final = 1_000_000
 _SECOND_NS: Final = 1_000_000_000
 _LOG_BURST: Final = 10
 _LOG_INTERVAL_S: Final = 5.0
+
+#: The requests of :class:`softkvm.api.Vm`.
+VM_REQUESTS: Final = (
+    "check_extension", "clear_dirty_log", "create_irqchip", "create_pit2", "create_vcpu", "enable_cap", "get_clock",
+    "get_dirty_log", "get_irqchip", "get_pit2", "ioeventfd", "irq_line", "irq_line_status", "irqfd",
+    "reinject_control", "set_boot_cpu_id", "set_clock", "set_gsi_routing", "set_identity_map_addr", "set_irqchip",
+    "set_pit2", "set_tss_addr", "set_user_memory_region", "signal_msi", "x86_set_msr_filter",
+)  # fmt: skip
 
 
 class Vm:
@@ -83,6 +91,7 @@ class Vm:
         self.exit_on_emulation_error = False
         self.disable_hlt_exits = False
         self.user_space_msr_mask = 0
+        self.x2apic_api = 0
         self.msr_filter: MsrFilter | None = None
         self.guest_can_read_msr_platform_info = True
 
@@ -277,25 +286,23 @@ class Vm:
             if self.vcpus:
                 raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
             chips = KernelIrqchip(_softcpu.clock_ns)
-            chips.apic_map.bsp_vcpu_id = self.bsp_vcpu_id
-            self.apply_quirks(chips)
+            self.apply_options(chips)
             chips.attach(self.pio_bus, self.mmio_bus)
             self.chips = chips
 
     def create_split_irqchip(self, pins: int) -> None:
-        """KVM_CAP_SPLIT_IRQCHIP: local APICs only; *pins* GSIs are those of userspace's IOAPICs."""
+        """KVM_CAP_SPLIT_IRQCHIP: local APICs only; *pins* GSIs are those of userspace's IOAPICs.
+
+        EINVAL for too many pins, EEXIST if there is an irqchip or a vCPU.
+        """
         with self.lock:
-            if self.chips is not None:
-                raise kvm_error(errno.EEXIST, "the irqchip exists")
-            if self.vcpus:
-                raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
             if pins > KVM_MAX_IRQ_ROUTES:
                 raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most {KVM_MAX_IRQ_ROUTES} IOAPIC pins")
-            self.chips = KernelIrqchip(
-                _softcpu.clock_ns, split=True, reserved_pins=pins, eoi_exit=self._ioapic_eoi_exit
-            )
-            self.chips.apic_map.bsp_vcpu_id = self.bsp_vcpu_id
-            self.apply_quirks(self.chips)
+            if self.chips is not None or self.vcpus:
+                raise kvm_error(errno.EEXIST, "an irqchip or vCPUs exist: the irqchip has to come first")
+            chips = KernelIrqchip(_softcpu.clock_ns, split=True, reserved_pins=pins, eoi_exit=self._ioapic_eoi_exit)
+            self.apply_options(chips)
+            self.chips = chips
             self.split_irqchip = True
 
     def _ioapic_eoi_exit(self, vcpu_id: int, vector: int) -> None:
@@ -304,10 +311,14 @@ class Vm:
         vcpu.pending_ioapic_eoi = vector
         vcpu.make_request(KVM_REQ_IOAPIC_EOI_EXIT)
 
-    def apply_quirks(self, chips: KernelIrqchip) -> None:
-        """Tell *chips* which quirks are in force."""
-        chips.apic_map.lint0_reenabled = self.has_quirk(abi.KVM_X86_QUIRK_LINT0_REENABLED)
-        chips.apic_map.mmio_hole = self.has_quirk(abi.KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
+    def apply_options(self, chips: KernelIrqchip) -> None:
+        """Tell *chips* the boot processor and which options and quirks are in force."""
+        apic_map = chips.apic_map
+        apic_map.bsp_vcpu_id = self.bsp_vcpu_id
+        apic_map.lint0_reenabled = self.has_quirk(abi.KVM_X86_QUIRK_LINT0_REENABLED)
+        apic_map.mmio_hole = self.has_quirk(abi.KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
+        apic_map.x2apic_format = bool(self.x2apic_api & abi.KVM_X2APIC_API_USE_32BIT_IDS)
+        apic_map.x2apic_broadcast_quirk_disabled = bool(self.x2apic_api & abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
 
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2."""
@@ -404,7 +415,7 @@ class Vm:
                 raise kvm_error(errno.EBUSY, "vCPUs exist: the boot processor can't change")
             self.bsp_vcpu_id = id
             if self.chips is not None:
-                self.chips.apic_map.bsp_vcpu_id = id
+                self.apply_options(self.chips)
 
     def get_clock(self) -> abi.kvm_clock_data:
         """KVM_GET_CLOCK."""
@@ -456,10 +467,12 @@ class Vm:
         return vm_stats(self)
 
     def close(self) -> None:
-        """End the VM: every KVM_RUN returns, the chips' timers stop, memory is let go."""
-        if self._closed:
-            return
-        self._closed = True
+        """End the VM: every KVM_RUN returns, the chips' timers stop, memory is let go, requests are EBADF."""
+        with self.lock:
+            if self._closed:
+                return
+            self._closed = True
+        refuse_requests(self, VM_REQUESTS)
         self.make_all_cpus_request(KVM_REQ_VM_DEAD)
         for vcpu in self.vcpus:
             vcpu.cpu.set_timer(0)

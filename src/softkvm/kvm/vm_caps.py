@@ -18,6 +18,8 @@ _X2APIC_API: Final = abi.KVM_X2APIC_API_USE_32BIT_IDS | abi.KVM_X2APIC_API_DISAB
 _MSR_EXIT_REASONS: Final = (
     abi.KVM_MSR_EXIT_REASON_INVAL | abi.KVM_MSR_EXIT_REASON_UNKNOWN | abi.KVM_MSR_EXIT_REASON_FILTER
 )
+#: The longest timer, 2**32-1 periods of the largest divisor, has to fit into 64 bits.
+_MAX_BUS_CYCLE_NS: Final = ((1 << 64) - 1) // (((1 << 32) - 1) * 128)
 
 
 def enable_cap(vm: Vm, cap: int, value: int) -> None:
@@ -31,7 +33,7 @@ def enable_cap(vm: Vm, cap: int, value: int) -> None:
 def _disable_quirks(vm: Vm, value: int) -> None:
     vm.quirks_disabled = value
     if vm.chips is not None:
-        vm.apply_quirks(vm.chips)
+        vm.apply_options(vm.chips)
 
 
 def _disable_quirks2(vm: Vm, value: int) -> None:
@@ -43,15 +45,15 @@ def _disable_quirks2(vm: Vm, value: int) -> None:
 def _x2apic_api(vm: Vm, value: int) -> None:
     if value & ~_X2APIC_API:
         raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_X2APIC_API_* bits")
-    apic_map = vm.irqchip().apic_map
-    apic_map.x2apic_format |= bool(value & abi.KVM_X2APIC_API_USE_32BIT_IDS)
-    apic_map.x2apic_broadcast_quirk_disabled |= bool(value & abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
+    vm.x2apic_api |= value
+    if vm.chips is not None:
+        vm.apply_options(vm.chips)
 
 
 def _disable_exits(vm: Vm, value: int) -> None:
     if vm.vcpus or value & ~abi.KVM_X86_DISABLE_VALID_EXITS:
         raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known exits, before the first vCPU")
-    vm.disable_hlt_exits = bool(value & abi.KVM_X86_DISABLE_EXITS_HLT)
+    vm.disable_hlt_exits |= bool(value & abi.KVM_X86_DISABLE_EXITS_HLT)
 
 
 def _manual_dirty_log_protect(vm: Vm, value: int) -> None:
@@ -86,9 +88,11 @@ def _msr_platform_info(vm: Vm, value: int) -> None:
 
 
 def _apic_bus_cycles(vm: Vm, value: int) -> None:
+    if not 0 < value <= _MAX_BUS_CYCLE_NS:
+        raise kvm_error(errno.EINVAL, f"args[0]={value}, expected a period of 1 to {_MAX_BUS_CYCLE_NS} ns")
     chips = vm.irqchip()
-    if not value or vm.vcpus:
-        raise kvm_error(errno.EINVAL, f"args[0]={value}, expected a period in ns, before the first vCPU")
+    if vm.vcpus:
+        raise kvm_error(errno.EINVAL, "vCPUs exist: the APIC bus's period can't change")
     chips.apic_map.bus_cycle_ns = value
 
 

@@ -321,10 +321,7 @@ def test_speaker_port_comes_with_its_flag(machine: Machine) -> None:
 
 
 def test_create_pit_errors(machine: Machine) -> None:
-    with pytest.raises(OSError) as failed:
-        machine.chips.create_pit(2, machine.pio)
-    assert failed.value.errno == errno.EINVAL
-    machine.chips.create_pit(0, machine.pio)
+    machine.chips.create_pit(2, machine.pio)  # flags that KVM doesn't know are nothing to it
     with pytest.raises(OSError) as failed:
         machine.chips.create_pit(0, machine.pio)
     assert failed.value.errno == errno.EEXIST

@@ -145,15 +145,13 @@ def efer_valid_bits(vcpu: Vcpu) -> int:
 
 
 def kvm_set_efer(vcpu: Vcpu, efer: int, *, host_initiated: bool) -> bool:
-    """WRMSR to EFER; the host may set LMA, and bits that the guest's CPUID lacks but the silicon has."""
+    """WRMSR to EFER: LMA stays as it is; the host may set bits that the guest's CPUID lacks but the silicon has."""
     valid = abi.EFER_SCE | abi.EFER_NX | abi.EFER_LME | abi.EFER_LMA if host_initiated else efer_valid_bits(vcpu)
     if efer & ~valid:
         return False
-    if not host_initiated:
-        if vcpu.cr0 & abi.X86_CR0_PG and (vcpu.efer ^ efer) & abi.EFER_LME:
-            return False
-        efer = efer & ~abi.EFER_LMA | vcpu.efer & abi.EFER_LMA
-    svm.set_efer(vcpu, efer)
+    if not host_initiated and vcpu.cr0 & abi.X86_CR0_PG and (vcpu.efer ^ efer) & abi.EFER_LME:
+        return False
+    svm.set_efer(vcpu, efer & ~abi.EFER_LMA | vcpu.efer & abi.EFER_LMA)
     return True
 
 
@@ -163,7 +161,7 @@ def kvm_set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
         return False
     if value & XFEATURE_YMM and not value & XFEATURE_SSE:
         return False
-    if value & ~vcpu.cpuid.supported_xcr0:
+    if value & ~(vcpu.cpuid.supported_xcr0 | XFEATURE_FP):
         return False
     vcpu.xcr0 = value
     vcpu.cpuid.update_runtime(vcpu)

@@ -130,4 +130,7 @@ def set_sregs2(vcpu: Vcpu, sregs: abi.kvm_sregs2) -> None:
     """KVM_SET_SREGS2: PDPTEs given are ignored, as the silicon reads them from memory."""
     if sregs.flags & ~abi.KVM_SREGS2_FLAGS_PDPTRS_VALID:
         raise kvm_error(errno.EINVAL, f"flags={sregs.flags:#x}, expected KVM_SREGS2_FLAGS_PDPTRS_VALID or none")
+    pae = sregs.cr0 & abi.X86_CR0_PG and sregs.cr4 & abi.X86_CR4_PAE and not sregs.efer & abi.EFER_LMA
+    if sregs.flags and not pae:
+        raise kvm_error(errno.EINVAL, "flags has KVM_SREGS2_FLAGS_PDPTRS_VALID without PAE paging")
     set_sregs(vcpu, sregs)
