@@ -64,6 +64,9 @@ class Kvm(Closeable, Protocol):
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         """KVM_GET_MSRS on the system: values of feature MSRs, up to the first that cannot be read."""
 
+    def x86_get_mce_cap_supported(self) -> int:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED: the bits of IA32_MCG_CAP that KVM_X86_SETUP_MCE takes."""
+
 
 class Vm(Closeable, Protocol):
     """A virtual machine."""
@@ -225,6 +228,12 @@ class Vcpu(Closeable, Protocol):
 
     def set_msrs(self, msrs: Mapping[int, int]) -> int:
         """KVM_SET_MSRS: how many were set; stops at the first that cannot be written."""
+
+    def x86_setup_mce(self, mcg_cap: int) -> None:
+        """KVM_X86_SETUP_MCE: IA32_MCG_CAP, with the number of banks in bits 7:0; EINVAL for what isn't supported."""
+
+    def x86_set_mce(self, event: abi.kvm_x86_mce) -> None:
+        """KVM_X86_SET_MCE: report an error in a bank; EINVAL for a bank that isn't there or no valid status."""
 
     def get_lapic(self) -> abi.kvm_lapic_state:
         """KVM_GET_LAPIC."""

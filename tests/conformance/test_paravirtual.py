@@ -105,3 +105,11 @@ def test_the_reserved_bits_of_the_steal_time_register_are_refused(guest: Guest) 
     for bit in range(1, abi.KVM_STEAL_ALIGNMENT_BITS + 1):
         assert guest.cpu.set_msrs({abi.MSR_KVM_STEAL_TIME: AREA | abi.KVM_MSR_ENABLED | 1 << bit}) == 0, bit
     assert guest.cpu.get_msrs([abi.MSR_KVM_STEAL_TIME]) == [0]
+
+
+@pytest.mark.parametrize("msr", [abi.MSR_KVM_WALL_CLOCK, abi.MSR_KVM_WALL_CLOCK_NEW], ids=["old", "new"])
+def test_a_wall_clock_at_0_is_none(guest: Guest, msr: int) -> None:
+    supported(guest, abi.KVM_CAP_CLOCKSOURCE, abi.KVM_FEATURE_CLOCKSOURCE)
+    guest.write(0, b"\xaa" * 16)
+    assert guest.cpu.set_msrs({msr: 0}) == 1  # what a reset or a restore writes for a guest that has no clock
+    assert guest.memory[:16] == b"\xaa" * 16

@@ -281,3 +281,18 @@ def test_requests_to_what_is_closed_are_ebadf(kvm: api.Kvm) -> None:
     requests = [kvm.create_vm, kvm.get_api_version, kvm.get_supported_cpuid, lambda: kvm.get_msrs([0x10])]
     for request in requests:
         refused(errno.EBADF, request)
+
+
+def test_what_cpuid_is_after_a_run_can_be_set_again_and_nothing_else(guest: Guest) -> None:
+    guest.long("f4")
+    sregs = guest.cpu.get_sregs()
+    sregs.cr4 |= abi.X86_CR4_OSXSAVE
+    guest.cpu.set_sregs(sregs)
+    guest.expect(abi.KVM_EXIT_HLT)
+    entries = guest.cpu.get_cpuid2()
+    (features,) = (entry for entry in entries if entry.function == 1)
+    assert features.ecx >> 27 & 1, "OSXSAVE follows CR4"
+    guest.cpu.set_cpuid2(entries)
+    features.eax ^= 1
+    refused(errno.EINVAL, lambda: guest.cpu.set_cpuid2(entries))
+    refused(errno.E2BIG, lambda: guest.cpu.set_cpuid2([abi.kvm_cpuid_entry2()] * 257))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from softkvm import abi
-from softkvm.devkvm.ioctl import Descriptor, get_counted, get_cpuid, get_msrs, ioctl_value
+from softkvm.devkvm.ioctl import Descriptor, get_counted, get_cpuid, get_msrs, ioctl_pointer, ioctl_value
 from softkvm.devkvm.vm import Vm
 
 
@@ -65,3 +65,8 @@ class Kvm(Descriptor):
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         return get_msrs(self.fd, indices)
+
+    def x86_get_mce_cap_supported(self) -> int:
+        supported = ctypes.c_uint64()
+        ioctl_pointer(self.fd, abi.KVM_X86_GET_MCE_CAP_SUPPORTED, supported)
+        return supported.value

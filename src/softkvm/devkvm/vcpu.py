@@ -131,6 +131,12 @@ class Vcpu(Descriptor):
             entry.data = data
         return ioctl_pointer(self.fd, abi.KVM_SET_MSRS, table)
 
+    def x86_setup_mce(self, mcg_cap: int) -> None:
+        ioctl_pointer(self.fd, abi.KVM_X86_SETUP_MCE, ctypes.c_uint64(mcg_cap))
+
+    def x86_set_mce(self, event: abi.kvm_x86_mce) -> None:
+        ioctl_pointer(self.fd, abi.KVM_X86_SET_MCE, event)
+
     def get_lapic(self) -> abi.kvm_lapic_state:
         return get(self.fd, abi.KVM_GET_LAPIC, abi.kvm_lapic_state)
 

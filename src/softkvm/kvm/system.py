@@ -14,12 +14,12 @@ from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.params import Params
 from softkvm.kvm.vcpu_state import VCPU_MMAP_SIZE
 from softkvm.kvm.vm import Vm
-from softkvm.kvm.x86 import cpuid, msrs
+from softkvm.kvm.x86 import cpuid, mce, msrs
 
 #: The requests of :class:`softkvm.api.Kvm`.
 KVM_REQUESTS: Final = (
     "check_extension", "create_vm", "get_api_version", "get_emulated_cpuid", "get_msr_feature_index_list",
-    "get_msr_index_list", "get_msrs", "get_supported_cpuid", "get_vcpu_mmap_size",
+    "get_msr_index_list", "get_msrs", "get_supported_cpuid", "get_vcpu_mmap_size", "x86_get_mce_cap_supported",
 )  # fmt: skip
 
 
@@ -62,6 +62,10 @@ class Kvm:
     def get_msr_feature_index_list(self) -> list[int]:
         """KVM_GET_MSR_FEATURE_INDEX_LIST."""
         return list(msrs.FEATURE_MSRS)
+
+    def x86_get_mce_cap_supported(self) -> int:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED."""
+        return mce.SUPPORTED_MCE_CAP
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         """KVM_GET_MSRS on the system: feature MSRs, up to the first that isn't one."""

@@ -14,7 +14,8 @@ from softkvm.kvm.mmu.paging import walk
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.stats import vcpu_stats
 from softkvm.kvm.vcpu import Vcpu
-from softkvm.kvm.x86 import debug, events, fpu, kvmclock, msrs, regs, svm
+from softkvm.kvm.x86 import debug, events, fpu, kvmclock, mce, msrs, regs, svm
+from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
 from softkvm.kvm.x86.lapic import Lapic
 
@@ -40,7 +41,7 @@ VCPU_REQUESTS: Final = (
     "get_sregs", "get_sregs2", "get_tsc_khz", "get_vcpu_events", "get_xcrs", "get_xsave", "interrupt", "kvmclock_ctrl",
     "nmi", "run", "set_cpuid2", "set_debugregs", "set_fpu", "set_guest_debug", "set_lapic", "set_mp_state", "set_msrs",
     "set_regs", "set_signal_mask", "set_sregs", "set_sregs2", "set_tsc_khz", "set_vcpu_events", "set_xcrs",
-    "set_xsave", "smi", "translate",
+    "set_xsave", "smi", "translate", "x86_set_mce", "x86_setup_mce",
 )  # fmt: skip
 
 
@@ -131,6 +132,14 @@ class VcpuIoctls(Vcpu):
             count += 1
         return count
 
+    def x86_setup_mce(self, mcg_cap: int) -> None:
+        """KVM_X86_SETUP_MCE."""
+        mce.setup_mce(self, mcg_cap)
+
+    def x86_set_mce(self, event: abi.kvm_x86_mce) -> None:
+        """KVM_X86_SET_MCE."""
+        mce.set_mce(self, event)
+
     def _lapic(self) -> Lapic:
         if self.apic is None:
             raise kvm_error(errno.EINVAL, "the vCPU has no in-kernel local APIC")
@@ -183,12 +192,12 @@ class VcpuIoctls(Vcpu):
         debug.set_debugregs(self, debugregs)
 
     def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
-        """KVM_SET_CPUID2: EINVAL once the vCPU has run, unless nothing changes."""
+        """KVM_SET_CPUID2: E2BIG for too many entries; EINVAL once the vCPU has run, unless nothing changes."""
+        check_entry_count(entries)
         if self.exit_counts:
-            same = len(entries) == len(self.cpuid.entries) and all(
-                bytes(a) == bytes(b) for a, b in zip(entries, self.cpuid.entries, strict=True)
-            )
-            if not same:
+            # Bits that follow registers are as they were given, or as KVM_GET_CPUID2 has them now.
+            wanted = [bytes(e) for e in entries]
+            if all(wanted != [bytes(e) for e in known] for known in (self.cpuid.entries, self.cpuid.get())):
                 raise kvm_error(errno.EINVAL, "the vCPU has run: its CPUID can't change any more")
             return
         self.cpuid.set(self, entries)

@@ -146,6 +146,12 @@ def get_emulated_cpuid() -> list[abi.kvm_cpuid_entry2]:
 # --- one vCPU's table --------------------------------------------------------------------------
 
 
+def check_entry_count(entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
+    """Raise E2BIG for more entries than KVM_SET_CPUID2 takes."""
+    if len(entries) > KVM_MAX_CPUID_ENTRIES:
+        raise kvm_error(errno.E2BIG, f"nent={len(entries)}, expected at most {KVM_MAX_CPUID_ENTRIES}")
+
+
 def _vendor(leaf: Leaf) -> bytes:
     """Return the vendor's name in leaf 0."""
     return b"".join(leaf[register].to_bytes(4, "little") for register in (EBX, EDX, ECX))
@@ -188,9 +194,7 @@ class CpuidTable:
         self.cr4_valid = _silicon_cr4()
 
     def set(self, vcpu: Vcpu, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
-        """KVM_SET_CPUID2: E2BIG for too many entries, EINVAL for a virtual address width that can't be."""
-        if len(entries) > KVM_MAX_CPUID_ENTRIES:
-            raise kvm_error(errno.E2BIG, f"nent={len(entries)}, expected at most {KVM_MAX_CPUID_ENTRIES}")
+        """KVM_SET_CPUID2: EINVAL for a virtual address width that can't be."""
         copies = [type(e).from_buffer_copy(e) for e in entries]
         for e in copies:
             if e.function == 0x8000_0008 and (e.eax >> 8 & 0xFF) not in (0, 48, 57):

@@ -117,7 +117,9 @@ def update_guest_time(vcpu: Vcpu) -> None:
 
 
 def write_wall_clock(vcpu: Vcpu, gpa: int) -> None:
-    """Write the wall-clock time of the guest's boot at ``gpa``."""
+    """Write the wall-clock time of the guest's boot at ``gpa``; 0 is no address: userspace's reset writes it."""
+    if not gpa:
+        return
     vm = vcpu.vm
     old = read_guest(vm, gpa, 4)
     if old is None:
@@ -247,7 +249,8 @@ def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
         return False
     vcpu.msr_values[index] = data
     if data & abi.KVM_MSR_ENABLED:
-        vcpu.last_steal = vcpu.run_delay_ns()
+        if not host:  # on the vCPU's thread, whose delay it is
+            vcpu.last_steal = vcpu.run_delay_ns()
         vcpu.make_request(KVM_REQ_STEAL_UPDATE)
     return True
 

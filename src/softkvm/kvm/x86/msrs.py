@@ -77,7 +77,10 @@ MSR_AMD64_OSVW_STATUS: Final = 0xC001_0141
 MSR_AMD64_DE_CFG: Final = 0xC001_1029
 
 KVM_MAX_MCE_BANKS: Final = 32
-MCG_CAP: Final = KVM_MAX_MCE_BANKS | 1 << 8 | 1 << 24  # banks, MCG_CTL_P, SER_P
+MCG_CTL_P: Final = 1 << 8
+#: Until KVM_X86_SETUP_MCE: banks only.
+MCG_CAP: Final = KVM_MAX_MCE_BANKS
+UCODE_REV: Final = 0x0100_0065  # AMD's patch level is in the lower half
 DE_CFG_LFENCE_SERIALIZE: Final = 1 << 1
 MISC_ENABLE_DEFAULT: Final = 1 << 0  # fast strings
 PLATFORM_INFO_CPUID_FAULT: Final = 1 << 31
@@ -236,12 +239,12 @@ def _write_mtrr_var(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return not data & (reserved | 0xF00) and _mtrr_type_valid(data & 0xFF) and _keep(vcpu, index, data)
 
 
-def _write_mcg_status(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    return (host or not data) and _keep(vcpu, index, data)
+def _read_mcg_ctl(vcpu: Vcpu, index: int, host: bool) -> int | None:
+    return vcpu.msr_values.get(index, 0) if vcpu.mcg_cap & MCG_CTL_P or host else None
 
 
 def _write_mcg_ctl(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    if not vcpu.mcg_cap & 1 << 8 and (data or not host):
+    if not vcpu.mcg_cap & MCG_CTL_P and (data or not host):
         return False
     return data in (0, _U64) and _keep(vcpu, index, data)
 
@@ -249,14 +252,15 @@ def _write_mcg_ctl(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 def _read_mc_bank(vcpu: Vcpu, index: int, host: bool) -> int | None:
     if index - MSR_IA32_MC0_CTL >= 4 * (vcpu.mcg_cap & 0xFF):
         return None
-    return vcpu.msr_values.get(index, _U64 if index & 3 == 0 else 0)
+    return vcpu.msr_values.get(index, 0)
 
 
 def _write_mc_bank(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if index - MSR_IA32_MC0_CTL >= 4 * (vcpu.mcg_cap & 0xFF):
         return False
     kind = index & 3
-    if kind == 0 and data not in (0, _U64) and data | 1 << 10 != _U64 and data | 1 != _U64:
+    # Linux clears bit 10 of bank 4's control register on AMD, bit 0 of some Intel's: KVM takes them for set.
+    if kind == 0 and data and data | 1 << 10 | 1 != _U64:
         return False
     if kind == 1 and not host and data and not vcpu.msr_values.get(MSR_K7_HWCR, 0) & 1 << 18:
         return False
@@ -325,9 +329,7 @@ _TABLE: Final[dict[int, Msr]] = {
     MSR_IA32_APICBASE: Msr(_read_apic_base, _write_apic_base, save=False),
     0x2A: _constant(0),  # EBL_CR_POWERON
     MSR_IA32_TSC_ADJUST: Msr(lambda vcpu, index, host: vcpu.tsc_adjust, _write_tsc_adjust),
-    MSR_IA32_UCODE_REV: Msr(
-        lambda vcpu, index, host: vcpu.msr_values.get(index, 0x0100_0065 << 32), _write_ucode_rev, False
-    ),
+    MSR_IA32_UCODE_REV: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, UCODE_REV), _write_ucode_rev, False),
     0x79: Msr(lambda vcpu, index, host: 0, lambda vcpu, index, data, host: True, False),  # UCODE_WRITE
     0xC1: _constant(0),
     0xC2: _constant(0),
@@ -338,11 +340,8 @@ _TABLE: Final[dict[int, Msr]] = {
     MSR_IA32_SYSENTER_ESP: _sysenter(V.SYSENTER_ESP),
     MSR_IA32_SYSENTER_EIP: _sysenter(V.SYSENTER_EIP),
     MSR_IA32_MCG_CAP: Msr(lambda vcpu, index, host: vcpu.mcg_cap, lambda vcpu, index, data, host: False, False),
-    MSR_IA32_MCG_STATUS: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_mcg_status),
-    MSR_IA32_MCG_CTL: Msr(
-        lambda vcpu, index, host: vcpu.msr_values.get(index, _U64) if vcpu.mcg_cap & 1 << 8 or host else None,
-        _write_mcg_ctl,
-    ),
+    MSR_IA32_MCG_STATUS: _stored(),
+    MSR_IA32_MCG_CTL: Msr(_read_mcg_ctl, _write_mcg_ctl),
     0x198: _constant(1000 | 4 << 40),  # PERF_STATUS
     MSR_IA32_MISC_ENABLE: Msr(
         lambda vcpu, index, host: vcpu.msr_values.get(index, MISC_ENABLE_DEFAULT), _write_misc_enable
@@ -386,11 +385,7 @@ _TABLE: Final[dict[int, Msr]] = {
     MSR_AMD64_OSVW_STATUS: _read_only(0),
     0xC001_1022: _constant(0),  # DC_CFG
     0xC001_102A: _constant(0),  # BU_CFG2
-    MSR_AMD64_DE_CFG: Msr(
-        lambda vcpu, index, host: vcpu.msr_values.get(index, DE_CFG_LFENCE_SERIALIZE),
-        lambda vcpu, index, data, host: not data & ~DE_CFG_LFENCE_SERIALIZE,
-        False,
-    ),
+    MSR_AMD64_DE_CFG: _stored(DE_CFG_LFENCE_SERIALIZE, DE_CFG_LFENCE_SERIALIZE, save=False),
     **{index: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_mtrr_fixed) for index in _MTRR_FIXED},
     **{
         index: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_mtrr_var)
@@ -407,7 +402,7 @@ _TABLE: Final[dict[int, Msr]] = {
 
 #: MSRs that say what this KVM supports (KVM_GET_MSR_FEATURE_INDEX_LIST), and their values.
 FEATURE_MSRS: Final = {
-    MSR_IA32_UCODE_REV: 0x0100_0065 << 32,
+    MSR_IA32_UCODE_REV: UCODE_REV,
     MSR_AMD64_DE_CFG: DE_CFG_LFENCE_SERIALIZE,
 }
 

@@ -8,15 +8,18 @@ moment apart. A guest needs them equal, so writes that mean "the same counter" g
 
 from __future__ import annotations
 
+import threading
+
 from softkvm import _softcpu
 
 
 class TscSynchronizer:
     """The last write of a TSC in one VM."""
 
-    __slots__ = ("_initial_offset", "_offset", "_value", "_written_ns")
+    __slots__ = ("_initial_offset", "_lock", "_offset", "_value", "_written_ns")
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # each vCPU's counter may be written on a thread of its own
         self._initial_offset = -_softcpu.rdtsc()
         self._offset: int | None = None
         self._value = 0
@@ -33,13 +36,14 @@ class TscSynchronizer:
         Writes within a second of each other's time and of the running counter's value, and any of 0, mean "the same
         counter": they get the offset of the first.
         """
-        now = _softcpu.clock_ns()
-        offset = tsc - _softcpu.rdtsc()
-        if self._offset is not None:
-            expected = self._value + (now - self._written_ns) * khz // 1_000_000
-            if tsc == 0 or abs(tsc - expected) < khz * 1000:
-                offset = self._offset
-        self._value = tsc
-        self._written_ns = now
-        self._offset = offset
-        return offset
+        with self._lock:
+            now = _softcpu.clock_ns()
+            offset = tsc - _softcpu.rdtsc()
+            if self._offset is not None:
+                expected = self._value + (now - self._written_ns) * khz // 1_000_000
+                if tsc == 0 or abs(tsc - expected) < khz * 1000:
+                    offset = self._offset
+            self._value = tsc
+            self._written_ns = now
+            self._offset = offset
+            return offset
