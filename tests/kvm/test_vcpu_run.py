@@ -517,3 +517,29 @@ def test_memory_given_to_a_vm_may_be_read_only_for_a_while(tiny: Tiny) -> None:
     tiny.run_to_halt()
     assert extra.read(0, 1) == b"\x07"
     assert STACK < 2 * MIB
+
+
+def test_asking_for_the_state_of_a_running_vcpu_resets_nothing() -> None:
+    tiny = Tiny(irqchip=True)
+    tiny.protected_mode().load(b"\xfe\x03\xeb\xfc", rbx=DATA)  # 1: inc byte [ebx]; jmp 1b
+    ended: list[type[BaseException]] = []
+
+    def run() -> None:
+        try:
+            tiny.vcpu.run()
+        except InterruptedError as error:
+            ended.append(type(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while tiny.memory.read(DATA, 1) == b"\0":
+        time.sleep(0.001)
+    assert tiny.vcpu.apic is not None
+    tiny.vcpu.apic.pending_events |= 1  # INIT, for the vCPU's own thread to take
+    assert tiny.vcpu.get_mp_state().mp_state == abi.KVM_MP_STATE_RUNNABLE
+    assert tiny.vcpu.apic.pending_events == 1
+    tiny.vcpu.apic.pending_events = 0
+    tiny.vcpu.kick()
+    thread.join(10)
+    assert ended == [InterruptedError]
+    tiny.close()

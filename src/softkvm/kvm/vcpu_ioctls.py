@@ -155,8 +155,8 @@ class VcpuIoctls(Vcpu):
         self.make_request(KVM_REQ_EVENT)
 
     def get_mp_state(self) -> abi.kvm_mp_state:
-        """KVM_GET_MP_STATE."""
-        if self.apic is not None:
+        """KVM_GET_MP_STATE, with a pending INIT or start-up IPI taken; a running vCPU takes it by itself."""
+        if self.apic is not None and not self.running:
             self.apic.accept_events()
         state = self.mp_state
         if state == _HALTED and self.pv_unhalted:

@@ -10,7 +10,7 @@ import pytest
 from softkvm import _softcpu, abi
 from softkvm.kvm.memslots import MemorySlot
 from softkvm.kvm.mmu.spte import PT_DIRTY_MASK, PT_PRESENT_MASK, PT_WRITABLE_MASK, SPTE_PFN_MASK
-from softkvm.kvm.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, TdpMmu
+from softkvm.kvm.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, TdpMmu, TdpTable
 
 HVA = 0x7F00_0000_0000
 PAGES_2M = 512
@@ -97,6 +97,22 @@ def test_mmio_entries_are_believed_in_their_generation_only(mmu: TdpMmu) -> None
     assert mmu.lookup_mmio(0xFEE00, 4)
     assert not mmu.lookup_mmio(0xFEE00, 5)
     assert not mmu.lookup_mmio(0xFEE01, 4)
+
+
+def test_a_look_up_that_meets_a_zap_finds_nothing(mmu: TdpMmu) -> None:
+    class ZappedBelow(dict[int, TdpTable]):
+        """Children of the root; whoever goes down is overtaken by another thread's zap."""
+
+        def get(self, key: int, default: TdpTable | None = None) -> TdpTable | None:  # type: ignore[override]
+            child = super().get(key, default)
+            mmu.root.children = dict(self)
+            mmu.zap_all()
+            mmu.free_zapped()
+            return child
+
+    mmu.set_mmio_spte(0xFEE00, 4)
+    mmu.root.children = ZappedBelow(mmu.root.children)
+    assert not mmu.lookup_mmio(0xFEE00, 4)
 
 
 def test_splitting_keeps_every_translation(mmu: TdpMmu) -> None:

@@ -129,3 +129,15 @@ def test_sysenter_is_undefined_in_long_mode_for_amds() -> None:
     assert tiny.vcpu.emulator.emulate() == 1
     assert tiny.vcpu.exception.vector == abi.UD_VECTOR
     tiny.close()
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_the_other_vendors_hypercall_is_patched_or_undefined(tiny: Tiny, patched: bool) -> None:
+    if not patched:
+        tiny.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, abi.KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
+    tiny.load(bytes.fromhex("0f01c1 f4"), rax=99)  # vmcall; hlt
+    regs = tiny.run_to_halt()
+    if patched:
+        assert (regs.rax, tiny.memory.read(CODE, 3)) == ((1 << 64) - 1000, b"\x0f\x01\xd9")  # -KVM_ENOSYS, VMMCALL
+    else:
+        assert (regs.rbp, regs.rax, tiny.memory.read(CODE, 3)) == (abi.UD_VECTOR, 99, b"\x0f\x01\xc1")

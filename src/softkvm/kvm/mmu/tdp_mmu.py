@@ -5,8 +5,8 @@ Tables are ordinary pages of the machine. Each :class:`TdpTable` mirrors the str
 to which child) so that a walk costs a few dictionary look-ups; the entries themselves live in the page alone,
 because the processor sets accessed and dirty bits there.
 
-Locking: every method is called with ``mmu_lock`` held. Entries that the processor may be using are changed
-with the machine's atomic helpers only.
+Locking: every method but :meth:`TdpMmu.lookup_mmio` is called with ``mmu_lock`` held. Entries that the processor may
+be using are changed with the machine's atomic helpers only.
 """
 
 from __future__ import annotations
@@ -116,8 +116,11 @@ class TdpMmu:
         return mmio_spte_generation(spte) == generation & MMIO_SPTE_GEN_MASK
 
     def lookup_mmio(self, gfn: int, generation: int) -> bool:
-        """Tell whether ``gfn`` has a valid MMIO SPTE. The fast path of an MMIO exit."""
-        spte, _ = self.get_spte(gfn)
+        """Tell whether ``gfn`` has a valid MMIO SPTE. The fast path of an MMIO exit, without ``mmu_lock``."""
+        try:
+            spte, _ = self.get_spte(gfn)
+        except ValueError:  # the table was zapped and given back on the way down
+            return False
         return is_mmio_spte(spte) and self.mmio_generation_matches(spte, generation)
 
     def _descend(self, gfn: int, to_level: int) -> TdpTable:

@@ -193,8 +193,13 @@ def rdpmc(e: Emulator, i: Insn) -> None:
 
 @handler("vmcall", "vmmcall")
 def vmcall(e: Emulator, i: Insn) -> None:
-    """A hypercall; the instruction of the other vendor is patched to this one's (KVM_X86_QUIRK_FIX_HYPERCALL_INSN)."""
-    if i.mnemonic == "vmcall" and e.vm.fix_hypercall_quirk:
+    """A hypercall; the other vendor's instruction is patched to this one's.
+
+    It is #UD without KVM_X86_QUIRK_FIX_HYPERCALL_INSN.
+    """
+    if i.mnemonic == "vmcall":
+        if not e.vm.fix_hypercall_quirk:
+            raise X86Exception(abi.UD_VECTOR)
         e.write_linear(svm.linear_rip(e.vcpu), b"\x0f\x01\xd9")
         e.rip_written = True  # the patched instruction is executed next
         return

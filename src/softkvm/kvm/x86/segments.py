@@ -165,7 +165,6 @@ def _load_null(e: Emulator, offset: int, selector: int, cpl: int, rpl: int) -> N
     vcpu = e.vcpu
     if offset == V.TR_OFFSET:
         raise gp()
-    seg = vcpu.vmcb.segment(offset)
     if offset == V.SS_OFFSET:
         if not vcpu.is_64bit_code() or cpl == 3 or rpl != cpl:
             raise gp()
@@ -173,7 +172,7 @@ def _load_null(e: Emulator, offset: int, selector: int, cpl: int, rpl: int) -> N
             offset, selector, V.SEG_P | V.SEG_S | cpl << V.SEG_DPL_SHIFT | V.SEG_DB | V.SEG_G | 3, _MAX, 0
         )
         return
-    vcpu.vmcb.set_segment(offset, selector, 0, seg.limit if offset == V.LDTR_OFFSET else 0, seg.base)
+    vcpu.vmcb.set_segment(offset, selector, 0, 0, 0)  # CPUID 80000021h EAX[6]: null selectors clear the base
 
 
 _MAX: Final = 0xFFFF_FFFF

@@ -27,6 +27,8 @@ REASON_JMP: Final = 2
 REASON_GATE: Final = 3
 
 _BUSY: Final = 2 << 40
+#: L0 to L3 and LE: breakpoints of one task (APM vol. 2, 13.1.1.4).
+_DR7_LOCAL: Final = 0x155
 
 #: 32-bit TSS from CR3 on: CR3, EIP, EFLAGS, 8 registers, 6 selectors, LDTR; offsets 28 to 96.
 _TSS32: Final = struct.Struct("<18I")
@@ -117,6 +119,8 @@ def switch(vcpu: Vcpu, selector: int, reason: int, error_code: int | None) -> No
     data = e.read_linear(base, 104 if wide else 44, implicit=True)
     cr.kvm_set_cr0(vcpu, vcpu.cr0 | abi.X86_CR0_TS)
     vcpu.vmcb.set_segment(V.TR_OFFSET, selector, attrib | 2, limit, base)
+    vcpu.guest_dr7 = vcpu.guest_dr7 & ~_DR7_LOCAL
+    vcpu.update_dr7()
     _load(e, data, wide=wide)
     if link is not None:
         vcpu.q[V.RFLAGS] |= abi.X86_EFLAGS_NT
