@@ -96,7 +96,7 @@ def parse(text: str) -> list[Entry]:
 
 
 def _entry(name: str, values: dict[str, str]) -> Entry:
-    if "file" not in values:
+    if not values.get("file"):
         raise SuiteError(f"[{name}]: has no file")
     fields: dict[str, str] = {}
     unknown = []
@@ -125,11 +125,14 @@ def expand(text: str) -> tuple[str, list[str]]:
 
 def find(directory: Path) -> Path:
     """Return the x86 directory of a build: *directory* itself or its subdirectory x86; SuiteError if it is none."""
-    for candidate in (directory / "x86", directory):
-        if (candidate / CONFIG).is_file():
-            return candidate
-    if not directory.is_dir():
-        raise SuiteError(f"{directory}: no such directory")
+    try:
+        for candidate in (directory / "x86", directory):
+            if (candidate / CONFIG).is_file():
+                return candidate
+        if not directory.exists():
+            raise SuiteError(f"{directory}: no such directory")
+    except OSError as error:
+        raise SuiteError(f"{directory}: {error.strerror}") from None
     raise SuiteError(f"{directory}: expected a build of kvm-unit-tests, with x86/{CONFIG}")
 
 
@@ -137,8 +140,13 @@ def read(directory: Path) -> list[Entry]:
     """Return the entries of the build in *directory*; SuiteError if there is none."""
     path = find(directory) / CONFIG
     try:
-        return parse(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"{path}: {error}") from None
+        entries = parse(path.read_text("utf-8"))
+        if not entries:
+            raise SuiteError("has no test: expected sections [name] with file = ...")
+        return entries
+    except OSError as error:
+        raise SuiteError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SuiteError(f"{path}: is no text: byte {error.start} is {error.object[error.start]:#x}") from None
     except SuiteError as error:
         raise SuiteError(f"{path}: {error}") from None

@@ -81,7 +81,7 @@ class Result:
     timeout_s: float | None = None
     """The limit that it ran under; 0 is none, None: it did not run."""
     suite_timeout_s: float | None = None
-    """The suite's own limit for it."""
+    """The suite's own limit for it; 0 is none."""
     instructions: int | None = None
     exits: dict[str, int] = field(default_factory=dict)
     """Returns of KVM_RUN by exit reason, all vCPUs."""
@@ -105,13 +105,13 @@ class Result:
         """The limit that it ran under, and the suite's where that is another; empty if it did not run."""
         if self.timeout_s is None:
             return ""
-        text = f"{self.timeout_s:g} s" if self.timeout_s else "none"
-        return text if self.timeout_s == self.suite_timeout_s else f"{text}; the suite's is {self.suite_timeout_s:g} s"
+        own, suite = (f"{limit_s:g} s" if limit_s else "none" for limit_s in (self.timeout_s, self.suite_timeout_s))
+        return own if own == suite else f"{own}; the suite's is {suite}"
 
     @property
     def over_suite_limit(self) -> str:
         """What there is to say if it did not fail, but took longer than the suite allows it; otherwise empty."""
-        if self.suite_timeout_s is None or self.time_s <= self.suite_timeout_s or self.status is Status.FAIL:
+        if not self.suite_timeout_s or self.time_s <= self.suite_timeout_s or self.status is Status.FAIL:
             return ""
         return f"took {self.time_s:.0f} s, the suite's limit is {self.suite_timeout_s:g} s"
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from softkvm.unittests.config import Entry, SuiteError
 from softkvm.unittests.machine import TestMachine
 from softkvm.unittests.result import Result, Status, judge, read_log
 from softkvm.unittests.symbols import Symbols
-from softkvm.vmm.errors import MachineError
+from softkvm.vmm.errors import ImageError, MachineError
 from softkvm.vmm.machine import MAX_VCPUS
 from softkvm.vmm.outcome import End, Outcome
 
 ARCHITECTURE = "x86_64"
 DEFAULT_TIMEOUT_S = 90.0
+TIMEOUT_MAX_S = 1e9
 NODEFAULT = "nodefault"
 TIMEOUT_SCALE = {"soft": 3.0, "kvm": 1.0}
 """The suite's limits are made for processors; the software CPU gets this much more time."""
@@ -55,22 +57,25 @@ def scale_of(settings: Settings) -> float:
 
 
 def suite_timeout_of(entry: Entry) -> float:
-    """Return the suite's limit for the entry, in seconds. SuiteError if its text (``30``, ``2m``) is no time."""
+    """Return the suite's limit for the entry, in seconds; 0: none. SuiteError if its text is none (``30``, ``2m``)."""
     text = entry.timeout
     if not text:
         return DEFAULT_TIMEOUT_S
     unit = _UNITS_S.get(text[-1])
     try:
-        return float(text[:-1] if unit else text) * (unit or 1)
+        limit_s = float(text[:-1] if unit else text) * (unit or 1)
     except ValueError:
-        raise SuiteError(f"[{entry.name}] timeout = {text}: expected seconds") from None
+        limit_s = math.nan
+    if not 0 <= limit_s <= TIMEOUT_MAX_S:
+        raise SuiteError(f"[{entry.name}] timeout = {text}: expected seconds")
+    return limit_s
 
 
 def timeout_of(entry: Entry, settings: Settings) -> float:
     """Return the limit that the entry runs under, in seconds; 0 is none. SuiteError as :func:`suite_timeout_of`."""
     if settings.timeout_s is not None:
         return settings.timeout_s
-    return suite_timeout_of(entry) * scale_of(settings)
+    return min(suite_timeout_of(entry) * scale_of(settings), TIMEOUT_MAX_S)
 
 
 def note_limits(entry: Entry, settings: Settings, result: Result) -> None:
@@ -113,7 +118,8 @@ def skip_reason(directory: Path, entry: Entry, settings: Settings, accel: str) -
 def run(path: str | os.PathLike[str], name: str, settings: Settings | None = None) -> Result:
     """Run the entry *name* of the build of kvm-unit-tests in the directory *path*.
 
-    Raises SuiteError if there is no build or no such entry, OSError or ImportError if the KVM cannot be opened.
+    Raises SuiteError if there is no build, no such entry or no such parameter, OSError or ImportError if the KVM cannot
+    be opened.
     """
     directory = Path(path)
     entry = next((entry for entry in config.read(directory) if entry.name == name), None)
@@ -169,14 +175,23 @@ def _prepare(directory: Path, entry: Entry, settings: Settings, result: Result) 
 # -- conditions on the host
 
 
+def set_params(kvm: api.Kvm, values: Mapping[str, str]) -> None:
+    """Set module parameters of *kvm*; SuiteError if it has no such parameter or a value is none for it."""
+    params = getattr(kvm, "params", None)
+    for name, value in values.items():
+        if params is None:
+            raise SuiteError(f"{name}={value}: only the software KVM takes parameters; /dev/kvm's are the host's")
+        if not hasattr(params, name):
+            known = ", ".join(sorted(field.name for field in fields(params)))
+            raise SuiteError(f"{name}={value}: no such parameter; there are {known}")
+        setattr(params, name, _parameter(name, getattr(params, name), value))
+
+
 def _check_host(entry: Entry, settings: Settings, kvm: api.Kvm, notes: list[str]) -> str:
     """Return why the conditions ``path=value`` of the entry do not hold, an empty string if they do."""
     params = getattr(kvm, "params", None)
-    for name, value in settings.params.items():
-        if params is None or not hasattr(params, name):
-            return f"this KVM has no parameter {name}"
-        setattr(params, name, _parameter(getattr(params, name), value))
-        notes.append(f"{name}={value}")
+    set_params(kvm, settings.params)
+    notes += [f"{name}={value}" for name, value in settings.params.items()]
     for condition in entry.check.split():
         path, _, value = condition.partition("=")
         reason = _check_file(path, value) if params is None else _check_soft(path, value, params, notes)
@@ -199,7 +214,7 @@ def _check_soft(path: str, value: str, params: Any, notes: list[str]) -> str:
     if module in ("kvm", "kvm_amd") and name:
         if not hasattr(params, name):
             return f"this KVM has no parameter {name}, expected {value}"
-        wanted = _parameter(getattr(params, name), value)
+        wanted = _parameter(name, getattr(params, name), value)
         if getattr(params, name) != wanted:
             setattr(params, name, wanted)
             notes.append(f"{name}={value}")
@@ -210,14 +225,17 @@ def _check_soft(path: str, value: str, params: Any, notes: list[str]) -> str:
     return ""
 
 
-def _parameter(current: object, value: str) -> object:
-    """Return *value* as the type that the parameter has."""
+def _parameter(name: str, current: object, value: str) -> object:
+    """Return *value* as the type that the parameter *name* has; SuiteError if it is none."""
     if isinstance(current, bool):
         if value not in _ON + _OFF:
-            raise SuiteError(f"parameter value {value}: expected Y or N")
+            raise SuiteError(f"{name}={value}: expected Y or N")
         return value in _ON
     if isinstance(current, int):
-        return int(value, 0)
+        try:
+            return int(value, 0)
+        except ValueError:
+            raise SuiteError(f"{name}={value}: expected a number") from None
     return value
 
 
@@ -252,7 +270,13 @@ def _execute(
             _account(machine, result)
             if outcome.end is not End.DEBUG_EXIT:
                 result.places = machine.places(Symbols.of(image))
-    except (MachineError, OSError, MemoryError) as error:
+    except ImageError as error:
+        result.status, result.reason = Status.FAIL, f"{entry.file}: {error}"
+        return
+    except MachineError as error:
+        result.status, result.reason = Status.FAIL, str(error)
+        return
+    except (OSError, MemoryError) as error:
         outcome = Outcome(End.ERROR, f"the machine cannot be built: {error}")
     result.log = output.decode("utf-8", "replace").replace("\r", "")
     result.subtests, result.summary = read_log(result.log)

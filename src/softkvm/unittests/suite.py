@@ -83,6 +83,8 @@ def _main(pipe: Connection, run: RunEntry, directory: Path, entry: Entry, settin
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
         result = run(directory, entry, settings, pipe.send)
+    except SuiteError as error:
+        result = Result(entry.name, Status.FAIL, str(error), file=entry.file)
     except Exception as error:
         result = Result(entry.name, Status.FAIL, f"internal error: {type(error).__name__}: {error}", file=entry.file)
     pipe.send(result)
