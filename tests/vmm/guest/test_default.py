@@ -2,17 +2,21 @@
 """Preparing the default guest with a stand-in for apt, and once with the real one."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import pwd
 import shutil
 import stat
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from tests.support.debs import package, tar
 
-from softkvm.vmm.guest import GuestUnavailable, apt, cache_directory, cached, default, initramfs, prepare
+from softkvm.vmm.guest import GuestUnavailable, NoProgress, apt, cache_directory, cached, default, initramfs, prepare
 
 KERNEL_DEB = "linux-image-6.1.0-9-cloud-amd64_6.1_amd64.deb"
 BUSYBOX_DEB = "busybox-static_1.35_amd64.deb"
@@ -65,6 +69,56 @@ def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch
     assert cache_directory() == Path.home() / ".cache/softkvm/guest"
 
 
+@pytest.mark.parametrize("home", [None, "", "relative"])
+def test_home_comes_from_the_user_database_where_the_environment_has_none(
+    monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    assert cache_directory() == Path(pwd.getpwuid(os.getuid()).pw_dir) / ".cache/softkvm/guest"
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(GuestUnavailable, match="no home directory"):
+        prepare()
+
+
+class Steps(NoProgress):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def step(self, label: str) -> None:
+        self.told.append(label)
+
+    def done(self) -> None:
+        self.told.append("done")
+
+
+def test_step_that_fails_is_not_shown_as_done(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    steps = Steps()
+    with pytest.raises(GuestUnavailable):
+        prepare(steps)
+    assert "done" not in steps.told
+
+
+def test_waiting_for_another_process_is_said(fake: Path) -> None:
+    prepare()
+    steps = Steps()
+    with (cache_directory() / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(0.5, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        prepare(steps, force=True)
+    assert steps.told[0] == "waiting for another softkvm that prepares the guest"
+    assert steps.told[-1] == "done"
+
+
 def test_prepared_once_then_taken_from_the_cache(fake: Path) -> None:
     assert cached() is None
     guest = prepare()
@@ -87,6 +141,8 @@ def test_a_damaged_cache_is_made_anew(fake: Path) -> None:
     guest.kernel.write_bytes(b"half of a ker")
     assert cached() is None
     assert prepare().kernel.read_bytes() == b"kernel"
+    (cache_directory() / "guest.json").write_text("[" * 100_000)
+    assert cached() is None
 
 
 def test_a_new_init_needs_no_download(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import re
 import shutil
 import tempfile
@@ -47,11 +48,28 @@ class Guest:
 
 
 def cache_directory() -> Path:
-    """Where the guest is kept: ``$XDG_CACHE_HOME/softkvm/guest``, by default below ``~/.cache``."""
+    """Where the guest is kept: ``$XDG_CACHE_HOME/softkvm/guest``, by default below ``~/.cache``.
+
+    Raises GuestUnavailable for a user without a home directory.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification has relative paths ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    root = Path(base) if os.path.isabs(base) else _home() / ".cache"
     return root / "softkvm" / "guest"
+
+
+def _home() -> Path:
+    """The home directory: ``$HOME``, or what the user database says; GuestUnavailable if neither names one."""
+    home = os.environ.get("HOME", "")
+    if not os.path.isabs(home):
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            raise GuestUnavailable(
+                "the default guest has no place to be kept: this user has no home directory, "
+                "and neither HOME nor XDG_CACHE_HOME names a directory"
+            ) from None
+    return Path(home)
 
 
 def cached(directory: Path | None = None) -> Guest | None:
@@ -74,18 +92,19 @@ def prepare(progress: Progress | None = None, *, force: bool = False, directory:
     if not force and (guest := cached(directory)) is not None:
         return guest
     try:
-        with _locked(directory):
+        with _locked(directory, progress):
             # Another process may have done it while we waited.
-            if not force and (guest := cached(directory)) is not None:
-                return guest
-            return _build(directory, progress, force)
+            guest = None if force else cached(directory)
+            guest = guest or _build(directory, progress, force)
+        progress.done()
+        return guest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise GuestUnavailable(f"no room for the default guest in {directory}: {error.strerror}") from error
         where = f" ({error.filename})" if error.filename else ""
         raise GuestUnavailable(f"the default guest cannot be kept in {directory}: {error.strerror}{where}") from error
     finally:
-        progress.done()
+        progress.close()
 
 
 def _build(directory: Path, progress: Progress, force: bool) -> Guest:
@@ -186,7 +205,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
             if _file_digest(directory / manifest["directory"] / name) != manifest["sha256"][name]:
                 return None
         _guest(directory, manifest)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return dict(manifest)
 
@@ -203,11 +222,15 @@ def _guest(directory: Path, manifest: dict[str, Any]) -> Guest:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path, progress: Progress) -> Iterator[None]:
     """One process at a time prepares a guest."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.step("waiting for another softkvm that prepares the guest")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         # What a killed process left behind.
         for stale in directory.glob(".work-*"):
             shutil.rmtree(stale, ignore_errors=True)

@@ -23,6 +23,9 @@ class Progress(Protocol):
     def done(self) -> None:
         """The last step is done."""
 
+    def close(self) -> None:
+        """Nothing more comes, be it that a step failed."""
+
 
 class NoProgress:
     """Says nothing."""
@@ -34,6 +37,9 @@ class NoProgress:
         """Nothing."""
 
     def done(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
         """Nothing."""
 
 
@@ -75,5 +81,10 @@ class TerminalProgress:
         """Fill the bar and leave it."""
         if self._bar is not None:
             self.fraction(1.0)
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
             self._bar.close()
             self._bar = None
