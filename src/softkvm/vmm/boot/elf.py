@@ -48,7 +48,7 @@ def parse(image: bytes) -> Executable:
         raise
     except Exception as error:
         # the library raises whatever its parser stumbles over; for us all of it means one thing
-        raise ImageError(f"kernel is a damaged ELF file: {error or type(error).__name__}") from error
+        raise ImageError(f"kernel is a damaged ELF file of {len(image)} bytes: its headers cannot be read") from error
 
 
 def _parse(image: bytes) -> Executable:

@@ -33,7 +33,7 @@ def load(
     """
     executable = elf.parse(image)
     if executable.pvh_entry is None:
-        raise ImageError("ELF kernel has no PVH entry point (note XEN_ELFNOTE_PHYS32_ENTRY)")
+        raise ImageError("ELF file has no PVH entry point: expected the note XEN_ELFNOTE_PHYS32_ENTRY (CONFIG_PVH)")
     if len(command_line) >= layout.COMMAND_LINE_MAX:
         raise ImageError(f"command line has {len(command_line)} bytes: at most {layout.COMMAND_LINE_MAX - 1}")
     kernel_end = layout.HIGH_MEMORY
