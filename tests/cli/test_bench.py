@@ -55,7 +55,7 @@ def own_replies(ns: int) -> dict[str, Reply]:
         (["--timeout", "0"], "--timeout 0: expected a number of seconds above 0"),
         (["--timeout", "nan"], "--timeout nan: expected a number of seconds above 0"),
         (["--qemu", "/nowhere/qemu"], "--qemu /nowhere/qemu: no such program"),
-        (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: cannot be written"),
+        (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: No such file or directory"),
         (["/nowhere"], "/nowhere: no such directory"),
         (["--qemu", "x", "--no-qemu"], "not allowed with"),
         (["--accel", "tcg"], "invalid choice"),

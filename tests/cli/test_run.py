@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``softkvm run`` as a process: statuses, messages, files, the terminal."""
 
+import fcntl
 import json
 import os
 import select
@@ -24,6 +25,7 @@ POWER_OFF = bytes.fromhex("ba0406 b80034 ef f4ebfd")
 RESET = bytes.fromhex("ba6400 b0fe ee f4ebfd")
 PVPANIC = bytes.fromhex("ba0505 b001 ee f4ebfd")
 DEBUG_EXIT = bytes.fromhex("baf400 b005 ee 66b805000000 66ef f4ebfd")
+CHATTER = bytes.fromhex("baf803 b041 ee ebfd")  # prints A for ever
 SPIN = bytes.fromhex("ebfe")
 ECHO = bytes.fromhex("bafd03 ec a801 74fb baf803 ec ee ebf1")  # sends back what it receives, for ever
 
@@ -128,6 +130,60 @@ def test_piped_input_reaches_the_guest(tmp_path: Path, accel: str) -> None:
     process.stdout.close()
 
 
+@pytest.mark.parametrize("where", ["stdout", "file"])
+def test_console_that_is_full_ends_the_machine(tmp_path: Path, where: str) -> None:
+    kernel = flat(tmp_path, printing(b"x") + SPIN)
+    console = {"stdout": "stdio", "file": "file:/dev/full"}[where]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*RUN, "--timeout", "30", "--kernel", kernel, "--console", console],
+            stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.stderr == b"softkvm: internal error: console: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_lost_last_words_are_no_success(tmp_path: Path) -> None:
+    done = run("--console", "file:/dev/full", "--kernel", flat(tmp_path, printing(b"x") + POWER_OFF))
+    assert done.returncode == 1
+    assert "console: No space left" in done.stderr
+
+
+def test_reader_of_the_console_that_is_gone_ends_the_machine(tmp_path: Path) -> None:
+    stats = tmp_path / "stats"
+    process = subprocess.Popen(
+        [*RUN, "--timeout", "30", "--stats", str(stats), "--kernel", flat(tmp_path, CHATTER)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(2) == b"AA"
+    process.stdout.close()
+    assert process.wait(30) == 128 + signal.SIGPIPE
+    assert process.stderr is not None
+    assert process.stderr.read() == b"softkvm: stopped: nobody reads the console\n"
+    assert json.loads(stats.read_text())["exit_status"] == 128 + signal.SIGPIPE
+
+
+def test_reader_of_the_console_that_sleeps_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*RUN, "--timeout", "1", "--kernel", flat(tmp_path, CHATTER)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.wait(30) == 5  # nobody read a byte
+
+
+def test_ignored_signal_does_not_end_the_machine(tmp_path: Path) -> None:
+    """As under nohup."""
+    with subprocess.Popen(
+        ["nohup", *RUN, "--timeout", "3", "--kernel", flat(tmp_path, printing(b"up") + SPIN)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.read(2)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 5
+
+
 BAD_INPUT = [
     (["--kernel", "{missing}"], "kernel {missing}: No such file or directory"),
     (["--kernel", "{dir}"], "kernel {dir}: Is a directory"),
@@ -137,16 +193,23 @@ BAD_INPUT = [
     (["--initrd", "{text}"], "--initrd needs --kernel"),
     (["--kernel", "{text}", "--mem", "16M"], "memory of 16 MiB: expected 32 MiB to"),
     (["--kernel", "{text}", "--mem", "lots"], "--mem lots: expected a size such as 256M or 2G"),
+    (["--kernel", "{text}", "--mem", "256B"], "--mem 256B: expected a size such as 256M or 2G"),
+    (["--kernel", "{text}", "--mem", "65537K"], "--mem 65537K: expected a size such as 256M or 2G, a multiple of 4K"),
     (["--kernel", "{text}", "--mem", "-1"], "--mem -1: expected a size such as 256M or 2G"),
     (["--kernel", "{text}", "--mem", "99999999G"], "memory of"),
-    (["--kernel", "{text}", "--vcpus", "17"], "17 vCPUs: expected 1 to 16"),
+    (["--kernel", "{text}", "--vcpus", "17"], "--vcpus 17: expected a number from 1 to 16"),
     (["--kernel", "{text}", "--vcpus", "two"], "--vcpus two: expected a number from 1 to 16"),
-    (["--kernel", "{text}", "--vcpus", "0"], "0 vCPUs: expected 1 to 16"),
+    (["--kernel", "{text}", "--vcpus", "0"], "--vcpus 0: expected a number from 1 to 16"),
     (["--kernel", "{text}", "--timeout", "soon"], "--timeout soon: expected a number of seconds above 0"),
     (["--kernel", "{text}", "--timeout", "nan"], "--timeout nan: expected"),
     (["--kernel", "{text}", "--console", "tv"], "--console tv: expected stdio, pty, file:PATH or none"),
     (["--kernel", "{text}", "--stats", "{missing}/s"], "--stats {missing}/s: No such file or directory"),
     (["--kernel", "{text}", "--stats", "{dir}"], "--stats {dir}: Is a directory"),
+    (["--kernel", "{text}", "--stats", ""], "argument --stats: expected a file name"),
+    (["--kernel", ""], "argument --kernel: expected a file name"),
+    (["--kernel", "flat:"], "--kernel flat:FILE lacks the file"),
+    (["--kernel", "/dev/zero"], "kernel /dev/zero: is a device, expected a file"),
+    (["--kernel", "{text}", "--initrd", "/dev/zero"], "initrd /dev/zero: is a device, expected a file"),
     (["--kernel", "flat:{empty}"], "{empty}: flat image has 0 bytes"),
     (["--kernel", "flat:{text}", "--initrd", "{text}"], "--kernel flat:FILE takes neither"),
 ]
@@ -176,7 +239,15 @@ def test_device_that_is_missing_is_status_1(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("256M", 256 * MIB), ("256", 256 * MIB), ("2G", 2 * GIB), ("65536k", 65536 * KIB), ("1gb", GIB)],
+    [
+        ("256M", 256 * MIB),
+        ("256", 256 * MIB),
+        ("2G", 2 * GIB),
+        ("65536k", 65536 * KIB),
+        ("1gb", GIB),
+        ("32MiB", 32 * MIB),
+        ("1t", 1024 * GIB),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -185,13 +256,14 @@ def test_sizes(text: str, size: int) -> None:
 class Terminal:
     """``softkvm run`` on a pseudo-terminal of its own."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, controlling: bool = False) -> None:
         self.master, slave = os.openpty()
         self.before = termios.tcgetattr(slave)
         self.slave = slave
         self.process = subprocess.Popen(
             [*RUN, "--timeout", "60", *arguments],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if controlling else None,
         )  # fmt: skip
         self.seen = b""
 
@@ -234,6 +306,22 @@ def test_terminal_is_restored_after_a_signal(tmp_path: Path, accel: str, number:
     terminal.expect(b"ready")
     terminal.process.send_signal(number)
     assert terminal.finish() == 128 + number
+
+
+def test_terminal_that_hangs_up_ends_the_machine(tmp_path: Path) -> None:
+    terminal = Terminal("--kernel", flat(tmp_path, printing(b"ready") + SPIN), controlling=True)
+    terminal.expect(b"ready")
+    os.close(terminal.slave)
+    os.close(terminal.master)
+    assert terminal.process.wait(30) == 128 + signal.SIGHUP
+
+
+def test_message_at_the_end_begins_a_line(tmp_path: Path) -> None:
+    terminal = Terminal("--kernel", flat(tmp_path, printing(b"prompt# ") + SPIN))
+    terminal.expect(b"prompt# ")
+    terminal.type(b"\x01x")
+    terminal.expect(b"\r\nsoftkvm: stopped: from the console\r\n")
+    assert terminal.finish() == 7
 
 
 def test_terminal_is_restored_after_bad_input(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from softkvm.cli import CommandError
-from softkvm.cli.terminal import EscapeParser, PtyConsole, open_console, raw_terminal
+from softkvm.cli.terminal import EscapeParser, PtyConsole, console_choice, open_console, raw_terminal
 
 
 class Actions:
@@ -58,7 +58,7 @@ def test_pty_passes_input_and_drops_output_that_nobody_reads(capfd: pytest.Captu
         typed.extend(data)
         received.set()
 
-    with console.attach(feed, lambda: None):
+    with console.attach(feed, lambda: None, threading.Event()):
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
         os.write(fd, b"hello")
         assert received.wait(10)
@@ -76,11 +76,11 @@ def test_file_gets_the_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize("choice", ["", "tty", "file:", "file:/nonexistent/dir/log"])
 def test_impossible_consoles_are_named(choice: str) -> None:
     with pytest.raises(CommandError, match=f"--console {choice}: "):
-        open_console(choice)
+        open_console(console_choice(choice))
 
 
 def test_attach_returns_while_nobody_types() -> None:
     started = time.monotonic()
-    with open_console("none").attach(lambda data: None, lambda: None):
+    with open_console("none").attach(lambda data: None, lambda: None, threading.Event()):
         pass
     assert time.monotonic() - started < 5

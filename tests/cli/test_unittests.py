@@ -59,6 +59,13 @@ def test_list(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["--param", "x"],
         ["--env", "=x"],
         ["--html", "/nowhere/x.html"],
+        ["--html", ""],
+        ["--html", "x", "--json", "x"],
+        ["--timeout", "1e10"],
+        ["--timeout-scale", "1e300"],
+        ["--param", "colour=Y"],
+        ["--param", "ignore_msrs=perhaps"],
+        ["--param", "min_timer_period_us=few"],
         ["--accel", "tcg"],
     ],
 )
@@ -70,6 +77,69 @@ def test_usage_errors_have_status_2(suite: Path, arguments: list[str], capsys: p
 def test_directory_without_a_build_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unittests", str(tmp_path)]) == 2
     assert "expected a build of kvm-unit-tests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no test"),
+        (b"no section\n", "has no test"),
+        (b"[a]\nfile =\n", "has no file"),
+        (b"\xff", "is no text"),
+    ],
+)
+def test_damaged_configuration_is_a_usage_error(
+    suite: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a run of no test, which nothing fails."""
+    (suite / "x86" / "unittests.cfg").write_bytes(content)
+    assert main(["unittests", str(suite)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"softkvm: {suite}/x86/unittests.cfg: ")
+    assert message in line
+
+
+def test_file_in_the_place_of_the_build_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["unittests", str(tmp_path / "file")]) == 2
+    assert "expected a build of kvm-unit-tests" in capsys.readouterr().err
+
+
+def test_options_may_stand_before_names(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests", str(suite), "--list", "pass", "--all", "fail"]) == 0
+    assert [line.split()[0] for line in lines(capsys)] == ["pass", "fail"]
+
+
+@pytest.mark.guest
+def test_report_on_standard_output_stands_there_alone(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests", str(runnable), "pass", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == {"PASS": 1, "FAIL": 0, "SKIP": 0}
+
+
+@pytest.mark.guest
+def test_configuration_and_images_that_are_wrong_are_named(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x86 = runnable / "x86"
+    (x86 / "empty.flat").touch()
+    (x86 / "unittests.cfg").write_text(
+        "[empty]\nfile = empty.flat\n[late]\nfile = probe.flat\ntimeout = soon\n"
+        "[past]\nfile = probe.flat\ntimeout = -5\n[none]\nfile = probe.flat\nsmp = 0\n"
+        "[tiny]\nfile = probe.flat\nqemu_params = -m 1\n"
+    )
+    assert main(["unittests", str(runnable)]) == 1
+    assert [line.split("; ")[0] for line in lines(capsys)[:-1]] == [
+        "FAIL empty (empty.flat: kernel is empty)",
+        "FAIL late ([late] timeout = soon: expected seconds)",
+        "FAIL past ([past] timeout = -5: expected seconds)",
+        "FAIL none (0 vCPUs: expected 1 to 16)",
+        "FAIL tiny (memory of 1 MiB: expected 32 MiB to 1048576 MiB)",
+    ]
+
+
+@pytest.mark.guest
+def test_limit_of_0_is_none(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runnable / "x86" / "unittests.cfg").write_text("[free]\nfile = probe.flat\ntest_args = pass\ntimeout = 0\n")
+    assert main(["unittests", str(runnable)]) == 0
+    assert lines(capsys) == ["PASS free (2 tests, 1 skipped)", "1 PASS, 0 FAIL, 0 SKIP"]
 
 
 @pytest.mark.guest

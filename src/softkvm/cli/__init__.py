@@ -25,6 +25,8 @@ class Command:
     run: Callable[[Namespace], int]
     description: str = ""
     epilog: str = ""
+    intermixed: bool = False
+    """Options may stand between positional arguments."""
 
 
 class CommandError(Exception):

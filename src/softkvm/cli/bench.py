@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
-import threading
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -17,11 +15,12 @@ from softkvm.bench import vmexit
 from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, SoftkvmSide
 from softkvm.bench.vmexit import Figure, Kind, Report
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.cli.arguments import count, file_name, seconds
+from softkvm.cli.output import STDOUT, OutputFile, say, warn
 from softkvm.unittests.config import SuiteError
 from softkvm.unittests.runner import DEVICES
 
 EXIT_FAILED = 1
-STDOUT = "-"
 
 EPILOG = """\
 measurements:
@@ -59,7 +58,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         allow_abbrev=False,
     )
     add = command.add_argument
-    add("directory", metavar="DIR", type=Path, nargs="?", help="build of kvm-unit-tests (default: our own guest)")
+    add("directory", metavar="DIR", type=file_name, nargs="?", help="build of kvm-unit-tests (default: our own guest)")
     add("--runs", metavar="N", default="1", help="runs; the figure is their median (default: 1)")
     add(
         "--accel",
@@ -68,7 +67,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm",
     )
     side = command.add_mutually_exclusive_group()
-    side.add_argument("--qemu", metavar="PATH", help=f"QEMU to compare with (default: {qemu.PROGRAM} on PATH)")
+    side.add_argument(
+        "--qemu", metavar="PATH", type=file_name, help=f"QEMU to compare with (default: {qemu.PROGRAM} on PATH)"
+    )
     side.add_argument("--no-qemu", action="store_true", help="do not compare")
     add(
         "--timeout",
@@ -76,25 +77,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help=f"for every kind or entry on either side (default: {vmexit.TIMEOUT_S:g}; with DIR the suite's limits, "
         "3 times those with --accel soft)",
     )
-    add("--json", metavar="FILE", help="write everything as JSON; - is standard output, instead of the table")
-
-
-def _runs(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
-        raise CommandError(f"--runs {text}: expected a number from 1 to 1000")
-    return int(text)
-
-
-def _timeout(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < threading.TIMEOUT_MAX:
-        raise CommandError(f"--timeout {text}: expected a number of seconds above 0")
-    return value
+    add(
+        "--json",
+        metavar="FILE",
+        type=file_name,
+        help="write everything as JSON; - is standard output, instead of the table",
+    )
 
 
 def _sides(args: Namespace) -> list[Side]:
@@ -107,7 +95,7 @@ def _sides(args: Namespace) -> list[Side]:
         return [*sides, QemuSide(program)]
     if args.qemu is not None:
         raise CommandError(f"--qemu {args.qemu}: no such program")
-    print(f"softkvm: no {qemu.PROGRAM} on PATH to compare with", file=sys.stderr)
+    warn(f"no {qemu.PROGRAM} on PATH to compare with")
     return sides
 
 
@@ -131,15 +119,17 @@ class _ProgressLine:
 
 
 def _run(args: Namespace) -> int:
-    runs, timeout_s = _runs(args.runs), _timeout(args.timeout)
-    _check_file(args.json)
+    runs = count("--runs", args.runs, 1, 1000)
+    timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
+    file = OutputFile("--json", args.json) if args.json else None
+    directory = None if args.directory is None else Path(args.directory)
     progress = _ProgressLine()
     try:
-        if args.directory is not None:
-            vmexit.entries_of(args.directory)
+        if directory is not None:
+            vmexit.entries_of(directory)
         sides = _sides(args)
-        if args.directory is not None:
-            report = vmexit.suite(args.directory, sides, runs, timeout_s, progress)
+        if directory is not None:
+            report = vmexit.suite(directory, sides, runs, timeout_s, progress)
         else:
             report = vmexit.own_guest(sides, runs, timeout_s or vmexit.TIMEOUT_S, progress)
     except SuiteError as error:
@@ -149,29 +139,11 @@ def _run(args: Namespace) -> int:
     finally:
         progress.clear()
     if args.json != STDOUT:
-        print(render(report))
-    _write_json(args.json, report)
+        say(render(report))
+    if file is not None:
+        file.write(json.dumps(report.as_dict(), indent=2) + "\n")
     complete = all(kind.figures[SOFTKVM].ns is not None for kind in report.kinds)
     return EXIT_OK if complete else EXIT_FAILED
-
-
-def _check_file(file: str | None) -> None:
-    """Say before the measurement that its result cannot be written."""
-    if file is not None and file != STDOUT and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-        raise CommandError(f"--json {file}: cannot be written")
-
-
-def _write_json(file: str | None, report: Report) -> None:
-    if file is None:
-        return
-    text = json.dumps(report.as_dict(), indent=2)
-    if file == STDOUT:
-        print(text)
-        return
-    try:
-        Path(file).write_text(text + "\n")
-    except OSError as error:
-        raise CommandError(f"--json {file}: {error.strerror}", EXIT_ERROR) from None
 
 
 # -- the table

@@ -7,6 +7,7 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.cli.output import say
 from softkvm.vmm.guest import Guest, GuestUnavailable, NoProgress, TerminalProgress, cache_directory, cached, prepare
 
 EPILOG = """\
@@ -39,24 +40,28 @@ def _as_dict(guest: Guest) -> dict[str, str]:
 
 
 def _run(args: Namespace) -> int:
-    if args.path and not args.force:
-        guest = cached()
-        if guest is None:
-            raise CommandError(f"no guest is prepared in {cache_directory()}: run `softkvm guest`", EXIT_ERROR)
-        print(guest.kernel.parent)
-        return EXIT_OK
     try:
-        guest = prepare(NoProgress() if args.json else TerminalProgress(), force=args.force)
+        guest = _find(args)
     except GuestUnavailable as error:
         raise CommandError(f"{error}; `softkvm run --kernel FILE --initrd FILE` boots your own", EXIT_ERROR) from None
     if args.path:
-        print(guest.kernel.parent)
+        say(str(guest.kernel.parent))
     elif args.json:
-        print(json.dumps(_as_dict(guest), indent=2))
+        say(json.dumps(_as_dict(guest), indent=2))
     else:
-        print(f"kernel  {guest.kernel}  ({guest.kernel_package})")
-        print(f"initrd  {guest.initrd}  ({guest.busybox_package})")
+        say(f"kernel  {guest.kernel}  ({guest.kernel_package})")
+        say(f"initrd  {guest.initrd}  ({guest.busybox_package})")
     return EXIT_OK
+
+
+def _find(args: Namespace) -> Guest:
+    """Return the guest, prepared where that is wanted."""
+    if not args.path or args.force:
+        return prepare(NoProgress() if args.json else TerminalProgress(), force=args.force)
+    guest = cached()
+    if guest is None:
+        raise CommandError(f"no guest is prepared in {cache_directory()}: run `softkvm guest`", EXIT_ERROR)
+    return guest
 
 
 command = Command(_add_arguments, _run, "Prepare the default Linux guest.", EPILOG)

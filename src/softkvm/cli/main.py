@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
+import signal
 import sys
+import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import NoReturn
 
 import softkvm
-from softkvm.cli import EXIT_USAGE, Command, CommandError
+from softkvm.cli import EXIT_ERROR, EXIT_USAGE, Command, CommandError
+from softkvm.cli.output import one_line, stdout_error, warn
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
@@ -21,11 +28,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Every command: its module, imported only when it is called, and a line of help."""
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""End a command as an exception does: what it began is cleaned up."""
+
+
+class _Signalled(BaseException):
+    """One of SIGNALS came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class _Parser(ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {one_line(message)}\n")
 
 
 def _overview() -> str:
@@ -36,7 +55,30 @@ def _overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    _fill_standard_descriptors()
+    with _signals_raise():
+        try:
+            status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        except _Signalled as signalled:
+            if signalled.number == signal.SIGINT and os.isatty(2):
+                os.write(2, b"\n")  # the terminal shows ^C
+            status = _say_why(f"stopped: {signal.Signals(signalled.number).name}", 128 + signalled.number)
+        except CommandError as error:
+            status = _say_why(str(error), error.status)
+        except SystemExit as exit:  # of argparse
+            status = exit.code if isinstance(exit.code, int) else EXIT_USAGE
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = (
+                f"internal error: {type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+            )
+            status = _say_why(text, EXIT_ERROR)
+        return _flush(status)
+
+
+def _dispatch(arguments: list[str]) -> int:
     overview = _Parser(
         prog="softkvm",
         description="The KVM virtualization stack, for Python.",
@@ -45,26 +87,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     overview.add_argument("--version", action="version", version=f"softkvm {softkvm.__version__}")
     overview.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="what to do")
+    if not arguments:
+        overview.error(f"expected a command: {', '.join(COMMANDS)}; `softkvm --help` explains them")
+    name = overview.parse_args(arguments[:1]).command
+    module, _summary = COMMANDS[name]
+    command: Command = importlib.import_module(module).command
+    parser = _Parser(
+        prog=f"softkvm {name}",
+        description=command.description,
+        epilog=command.epilog,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    parse = parser.parse_intermixed_args if command.intermixed else parser.parse_args
+    return command.run(parse(arguments[1:]))
+
+
+def _say_why(text: str, status: int) -> int:
+    if text:
+        warn(text)
+    return status
+
+
+def _flush(status: int) -> int:
+    """Write what standard output still holds; return *status*, or another if that fails."""
     try:
-        name = overview.parse_args(arguments[:1]).command
-        module, _summary = COMMANDS[name]
-        command: Command = importlib.import_module(module).command
-        parser = _Parser(
-            prog=f"softkvm {name}",
-            description=command.description,
-            epilog=command.epilog,
-            formatter_class=RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.add_arguments(parser)
-        return command.run(parser.parse_args(arguments[1:]))
-    except CommandError as error:
-        print(f"softkvm: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as exit:  # of argparse
-        return exit.code if isinstance(exit.code, int) else EXIT_USAGE
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as null:  # Python flushes once more when it ends
+            os.dup2(null.fileno(), 1)
+        failure = stdout_error(error)
+        return status or _say_why(str(failure), failure.status)
+    return status
+
+
+def _fill_standard_descriptors() -> None:
+    """Open what was closed (``>&-``) on /dev/null, so that no file of ours becomes standard output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            mode = os.O_RDONLY if number == 0 else os.O_WRONLY
+            os.open(os.devnull, mode)  # the lowest number that is free
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and logs of guests hold anything
+        errors = "surrogateescape" if sys.stdout.encoding.lower() == "utf-8" else "backslashreplace"
+        sys.stdout.reconfigure(errors=errors)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGNALS end what runs with an exception, except those that were ignored (``nohup``)."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise _Signalled(number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    changed = [number for number, old in before.items() if old not in (signal.SIG_IGN, None)]
+    for number in changed:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, before[number])
 
 
 if __name__ == "__main__":

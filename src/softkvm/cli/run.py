@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import resource
 import signal
-import sys
-import tempfile
+import stat
 import threading
 import time
 from argparse import ArgumentParser, Namespace
@@ -23,11 +21,13 @@ from typing import Any
 import softkvm
 from softkvm import abi, api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
-from softkvm.cli.terminal import open_console
+from softkvm.cli.arguments import count, file_name, seconds
+from softkvm.cli.output import OutputFile, warn
+from softkvm.cli.terminal import console_choice, open_console
 from softkvm.vmm.errors import ImageError, MachineError
 from softkvm.vmm.guest import GuestUnavailable, TerminalProgress, demo_kernel, prepare
-from softkvm.vmm.machine import Config, Machine, read_image
-from softkvm.vmm.memory import GIB, KIB, MIB
+from softkvm.vmm.machine import MAX_VCPUS, Config, Machine, read_image
+from softkvm.vmm.memory import GIB, KIB, MIB, PAGE_SIZE
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import STATS_VERSION, ConsoleWatcher
 
@@ -66,7 +66,7 @@ on the console:
   Ctrl-A x ends the machine, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A
 """
 
-_UNITS = {"": MIB, "K": KIB, "M": MIB, "G": GIB}
+_UNITS = {"K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +81,11 @@ class _Image:
 
 def parse_size(text: str) -> int:
     """Return the bytes that ``256M``, ``1G``, ``65536K`` or ``256`` (MiB) name; CommandError if it names none."""
-    match = re.fullmatch(r"(\d{1,12})([KMG]?)B?", text, re.IGNORECASE)
-    if match is None:
-        raise CommandError(f"--mem {text}: expected a size such as 256M or 2G")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    match = re.fullmatch(r"(\d{1,12})(?:([KMGT])(?:i?B)?)?", text, re.IGNORECASE)
+    size = int(match[1]) * _UNITS[(match[2] or "M").upper()] if match else 0
+    if match is None or size % PAGE_SIZE:
+        raise CommandError(f"--mem {text}: expected a size such as 256M or 2G, a multiple of 4K")
+    return size
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -92,9 +93,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add(
         "--kernel",
         metavar="FILE",
+        type=file_name,
         help="bzImage or ELF kernel with a PVH note; flat:FILE is raw real-mode code (default: the default guest)",
     )
-    add("--initrd", metavar="FILE", type=Path, help="initial RAM disk")
+    add("--initrd", metavar="FILE", type=file_name, help="initial RAM disk")
     add("--append", metavar="TEXT", help=f"kernel command line (default: {COMMAND_LINE})")
     add("--mem", metavar="SIZE", default="256M", help="guest memory, MiB without a unit (default: 256M)")
     add("--vcpus", metavar="N", default="1", help="virtual processors, 1 to 16 (default: 1)")
@@ -104,20 +106,33 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default="soft",
         help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm; auto: kvm if usable, else soft",
     )
-    add("--console", metavar="WHERE", default="stdio", help="stdio (default), pty, file:PATH or none")
+    add(
+        "--console",
+        metavar="WHERE",
+        type=console_choice,
+        default="stdio",
+        help="stdio (default), pty, file:PATH or none",
+    )
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
-    add("--stats", metavar="FILE", type=Path, help="write statistics as JSON")
+    add(
+        "--stats",
+        metavar="FILE",
+        type=file_name,
+        help="write statistics as JSON when the machine has ended; - is standard output",
+    )
 
 
 def _choose_image(args: Namespace) -> _Image:
     """Return what the arguments name, or the default guest, or the built-in demonstration."""
     if args.kernel is not None:
         raw = args.kernel.startswith("flat:")
+        if args.kernel == "flat:":
+            raise CommandError("--kernel flat:FILE lacks the file")
         if raw and (args.initrd or args.append):
             raise CommandError("--kernel flat:FILE takes neither --initrd nor --append")
         return _Image(
             Path(args.kernel.removeprefix("flat:")),
-            args.initrd,
+            Path(args.initrd) if args.initrd else None,
             COMMAND_LINE if args.append is None else args.append,
             raw,
         )
@@ -128,10 +143,7 @@ def _choose_image(args: Namespace) -> _Image:
         guest = prepare(TerminalProgress())
         return _Image(guest.kernel, guest.initrd, guest.command_line + more)
     except GuestUnavailable as error:
-        print(
-            f"softkvm: {error}; booting the built-in demonstration guest (--kernel and --initrd boot your own)",
-            file=sys.stderr,
-        )
+        warn(f"{error}; booting the built-in demonstration guest (--kernel and --initrd boot your own)")
     try:
         return _Image(demo_kernel(), None, COMMAND_LINE + more)
     except GuestUnavailable as error:
@@ -150,7 +162,7 @@ def _open_device() -> api.Kvm:
     missing = [name for name in ("IRQCHIP", "USER_MEMORY", "PIT2", "IMMEDIATE_EXIT") if not _has(kvm, name)]
     if missing:
         kvm.close()
-        raise OSError(f"{DEV_KVM} lacks {', '.join(missing)}")
+        raise OSError(f"lacks {', '.join(missing)}")
     return kvm
 
 
@@ -167,49 +179,8 @@ def _open_kvm(accel: str) -> tuple[api.Kvm, str]:
         return _open_device(), "kvm"
     except OSError as error:
         if accel == "kvm":
-            raise CommandError(f"--accel kvm: {error}", EXIT_ERROR) from None
+            raise CommandError(f"--accel kvm: {DEV_KVM}: {error.strerror or error}", EXIT_ERROR) from None
     return _open_soft(), "soft"
-
-
-class _StatsFile:
-    """The file of ``--stats``: a temporary file beside it from the start, renamed when it is complete."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._temporary: str | None = None
-        if path is None:
-            return
-        try:
-            if path.is_dir():
-                raise IsADirectoryError(21, "Is a directory")
-            fd, self._temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            os.fchmod(fd, 0o666 & ~_umask())
-            os.close(fd)
-        except OSError as error:
-            raise CommandError(f"--stats {path}: {error.strerror}") from None
-
-    def write(self, stats: dict[str, Any]) -> None:
-        """Write *stats*; CommandError if the disk does not take it."""
-        if self._path is None or self._temporary is None:
-            return
-        try:
-            Path(self._temporary).write_text(json.dumps(stats, indent=2) + "\n")
-            os.replace(self._temporary, self._path)
-        except OSError as error:
-            raise CommandError(f"--stats {self._path}: {error.strerror}", EXIT_ERROR) from None
-        self._temporary = None
-
-    def close(self) -> None:
-        """Leave nothing half-written."""
-        if self._temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class _PanicWatch:
@@ -248,21 +219,23 @@ class _PanicWatch:
 
 
 @contextlib.contextmanager
-def _signals_end(machine: Machine) -> Iterator[list[int]]:
-    """Let signals end the machine instead of the process; yields the list that they are noted in."""
-    caught: list[int] = []
+def _signals_end(machine: Machine, caught: list[int]) -> Iterator[None]:
+    """Let signals end the machine instead of the process, and note them in *caught*; ignored ones stay so (nohup)."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         machine.end(Outcome(End.STOPPED, signal.Signals(number).name))
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
+    changed = [number for number, old in before.items() if old not in (signal.SIG_IGN, None)]
+    for number in changed:
+        signal.signal(number, handler)
     try:
-        yield caught
+        yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number in changed:
+            signal.signal(number, before[number])
 
 
 def _instructions(stats: dict[str, Any]) -> int | None:
@@ -272,7 +245,7 @@ def _instructions(stats: dict[str, Any]) -> int | None:
 
 
 def _collect(
-    args: Namespace, machine: Machine, image: _Image, accel: str, outcome: Outcome, watcher: ConsoleWatcher
+    machine: Machine, image: _Image, accel: str, outcome: Outcome, status: int, watcher: ConsoleWatcher
 ) -> dict[str, Any]:
     """Return the contents of the statistics file."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -294,7 +267,7 @@ def _collect(
         "vcpu_count": machine.config.vcpus,
         "end": outcome.end.value,
         "detail": outcome.detail,
-        "exit_status": EXIT_STATUS[outcome.end],
+        "exit_status": status,
         "debug_exit_status": outcome.status if outcome.end is End.DEBUG_EXIT else None,
         "milestones": watcher.as_dict(),
         "wall_ns": stats["wall_ns"],
@@ -306,33 +279,28 @@ def _collect(
     }
 
 
-def _parse_timeout(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < threading.TIMEOUT_MAX:
-        raise CommandError(f"--timeout {text}: expected a number of seconds above 0")
-    return value
+def _read(path: Path, what: str) -> bytes:
+    """Return what the file holds; ImageError if that cannot be read, or has no end."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISCHR(path.stat().st_mode):
+            raise ImageError(f"{what} {path}: is a device, expected a file")
+    return read_image(path, what)
 
 
 def _run(args: Namespace) -> int:
-    timeout_s = _parse_timeout(args.timeout)
-    if not re.fullmatch(r"\d{1,6}", args.vcpus):
-        raise CommandError(f"--vcpus {args.vcpus}: expected a number from 1 to 16")
+    timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
     try:
-        config = Config(parse_size(args.mem), int(args.vcpus))
+        config = Config(parse_size(args.mem), count("--vcpus", args.vcpus, 1, MAX_VCPUS))
+        stats_file = OutputFile("--stats", args.stats) if args.stats else None
         image = _choose_image(args)
-        kernel = read_image(image.kernel, "kernel")
-        initrd = read_image(image.initrd, "initrd") if image.initrd else None
+        kernel = _read(image.kernel, "kernel")
+        initrd = _read(image.initrd, "initrd") if image.initrd else None
     except MachineError as error:
         raise CommandError(str(error)) from None
     console = open_console(args.console)
+    caught: list[int] = []
+    failed: list[Outcome] = []
     with contextlib.ExitStack() as stack:
-        stats_file = _StatsFile(args.stats)
-        stack.callback(stats_file.close)
         kvm, accel = _open_kvm(args.accel)
         stack.enter_context(kvm)
         watcher = ConsoleWatcher()
@@ -340,8 +308,18 @@ def _run(args: Namespace) -> int:
 
         def output(data: bytes) -> None:
             watcher(data)
-            console.output(data)
-            panic.output(data)
+            try:
+                console.output(data)
+            except BrokenPipeError:
+                caught.append(signal.SIGPIPE)
+                machine.end(Outcome(End.STOPPED, "nobody reads the console"))
+                raise
+            except OSError as error:
+                failed.append(Outcome(End.ERROR, f"console: {error.strerror}"))
+                machine.end(failed[0])
+                raise
+            finally:
+                panic.output(data)
 
         try:
             machine = stack.enter_context(Machine(kvm, config, output))
@@ -353,15 +331,22 @@ def _run(args: Namespace) -> int:
         del kernel, initrd
         panic.attach(machine)
         with (
-            _signals_end(machine) as caught,
-            console.attach(machine.serial.feed, lambda: machine.end(Outcome(End.STOPPED, "from the console"))),
+            _signals_end(machine, caught),
+            console.attach(
+                machine.serial.feed, lambda: machine.end(Outcome(End.STOPPED, "from the console")), machine.ended
+            ),
         ):
             watcher.started_ns = time.monotonic_ns()
             outcome = panic.judge(machine.run(timeout_s))
+        if outcome.end is End.POWER_OFF and failed:  # its last words were lost
+            outcome = failed[0]
+        status = 128 + caught[0] if caught else EXIT_STATUS[outcome.end]
         if outcome.end is not End.POWER_OFF:
-            print(f"softkvm: {outcome}", file=sys.stderr)
-        stats_file.write(_collect(args, machine, image, accel, outcome, watcher))
-        return 128 + caught[0] if caught else EXIT_STATUS[outcome.end]
+            warn(str(outcome))
+        if stats_file is not None:
+            stats = _collect(machine, image, accel, outcome, status, watcher)
+            stats_file.write(json.dumps(stats, indent=2) + "\n")
+        return status
 
 
 def _name_file(error: MachineError, image: _Image) -> str:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
-import sys
+import stat
 import termios
 import threading
 import tty
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from softkvm.cli import CommandError
+from softkvm.cli import EXIT_ERROR, CommandError
+from softkvm.cli.output import warn
 
 ESCAPE = 0x01  # Ctrl-A
 
@@ -23,6 +25,9 @@ Ctrl-A h        this help
 Ctrl-A x        end the machine
 Ctrl-A Ctrl-A   send Ctrl-A to the guest
 """
+
+GRACE_S = 1.0
+"""How long output may wait for somebody to read it once the machine has ended."""
 
 
 class EscapeParser:
@@ -60,7 +65,8 @@ def raw_terminal(fd: int) -> Iterator[None]:
         tty.setraw(fd, termios.TCSADRAIN)
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):  # a terminal that hung up is past restoring
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 class InputThread:
@@ -96,14 +102,42 @@ class InputThread:
         os.close(self._wake_write)
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of *data*, waiting for a descriptor that is full."""
+@contextlib.contextmanager
+def reading(fd: int, feed: Callable[[bytes], object]) -> Iterator[None]:
+    """Hand what comes from *fd* to *feed* while the block lasts."""
+    reader = InputThread(fd, feed)
+    try:
+        yield
+    finally:
+        reader.close()
+
+
+def write_all(fd: int, data: bytes, ended: threading.Event | None = None) -> None:
+    """Write all of *data*, waiting for a descriptor that is full; TimeoutError some time after *ended* is set."""
     view = memoryview(data)
+    waited_s = 0.0
     while view:
         try:
             view = view[os.write(fd, view) :]
+            waited_s = 0.0
         except BlockingIOError:
-            select.select([], [fd], [])
+            _, ready, _ = select.select([], [fd], [], 0.1)
+            if not ready and ended is not None and ended.is_set():
+                waited_s += 0.1
+                if waited_s > GRACE_S:
+                    raise TimeoutError(errno.ETIMEDOUT, "nobody takes the output") from None
+
+
+def without_blocking(fd: int) -> int:
+    """Return a descriptor for the pipe or terminal *fd* that is never waited for; *fd* itself if it is anything else.
+
+    It is opened anew: O_NONBLOCK on *fd* would be set for all other processes that share it.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return fd
 
 
 class ConsoleEnd(Protocol):
@@ -112,8 +146,13 @@ class ConsoleEnd(Protocol):
     def output(self, data: bytes) -> None:
         """Show output of the guest."""
 
-    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any]) -> contextlib.AbstractContextManager[None]:
-        """Send typed bytes to *feed* while the context lasts; *end* is for the key that ends the machine."""
+    def attach(
+        self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event
+    ) -> contextlib.AbstractContextManager[None]:
+        """Send typed bytes to *feed* while the context lasts.
+
+        *end* is for the key that ends the machine; *ended* is set when it has ended.
+        """
 
 
 class NoConsole:
@@ -123,7 +162,7 @@ class NoConsole:
         """Drop it."""
 
     @contextlib.contextmanager
-    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any]) -> Iterator[None]:
+    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
         """No input."""
         yield
 
@@ -131,38 +170,47 @@ class NoConsole:
 class StdioConsole:
     """``stdio``: standard input and output; raw and with escape keys if they are a terminal."""
 
+    def __init__(self) -> None:
+        self._fd = without_blocking(1)
+        self._ended: threading.Event | None = None
+        self._last = b"\n"
+
     def output(self, data: bytes) -> None:
         """Write it to standard output."""
-        write_all(1, data)
+        self._last = data[-1:]
+        write_all(self._fd, data, self._ended)
 
     @contextlib.contextmanager
-    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any]) -> Iterator[None]:
-        """Read standard input."""
-        if not os.isatty(0):
-            reader = InputThread(0, feed)
-            try:
+    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
+        """Read standard input; leave the terminal's cursor at the beginning of a line."""
+        self._ended = ended
+        try:
+            with self._keys(feed, end) if os.isatty(0) else reading(0, feed):
                 yield
-            finally:
-                reader.close()
-            return
-        print("softkvm: Ctrl-A x ends the machine, Ctrl-A h helps", file=sys.stderr, flush=True)
+        finally:
+            if self._last != b"\n" and os.isatty(1):
+                with contextlib.suppress(OSError):
+                    write_all(self._fd, b"\n", ended)
+
+    @contextlib.contextmanager
+    def _keys(self, feed: Callable[[bytes], Any], end: Callable[[], Any]) -> Iterator[None]:
+        warn("Ctrl-A x ends the machine, Ctrl-A h helps")
         escapes = EscapeParser(end, lambda: write_all(2, HELP.replace("\n", "\r\n").encode()))
-        with raw_terminal(0):
-            reader = InputThread(0, lambda data: feed(escapes.feed(data)))
-            try:
-                yield
-            finally:
-                reader.close()
+        with raw_terminal(0), reading(0, lambda data: feed(escapes.feed(data))):
+            yield
 
 
 class PtyConsole:
     """``pty``: a new pseudo-terminal; output that nobody reads is dropped."""
 
     def __init__(self) -> None:
-        self._master, self._slave = os.openpty()
+        try:
+            self._master, self._slave = os.openpty()
+        except OSError as error:
+            raise CommandError(f"--console pty: {error.strerror}", EXIT_ERROR) from None
         tty.setraw(self._slave)
         os.set_blocking(self._master, False)
-        print(f"softkvm: console at {os.ttyname(self._slave)}", file=sys.stderr, flush=True)
+        warn(f"console at {os.ttyname(self._slave)}")
 
     def output(self, data: bytes) -> None:
         """Write what fits."""
@@ -170,13 +218,10 @@ class PtyConsole:
             os.write(self._master, data)
 
     @contextlib.contextmanager
-    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any]) -> Iterator[None]:
+    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
         """Read the pseudo-terminal."""
-        reader = InputThread(self._master, feed)
-        try:
+        with reading(self._master, feed):
             yield
-        finally:
-            reader.close()
 
 
 class FileConsole(NoConsole):
@@ -193,15 +238,19 @@ class FileConsole(NoConsole):
         write_all(self._file.fileno(), data)
 
 
+_KINDS: dict[str, Callable[[], ConsoleEnd]] = {"stdio": StdioConsole, "pty": PtyConsole, "none": NoConsole}
+_FILE = "file:"
+
+
+def console_choice(text: str) -> str:
+    """Type of the argument of ``--console``; CommandError if it names none."""
+    if text in _KINDS or (text.startswith(_FILE) and text != _FILE):
+        return text
+    raise CommandError(f"--console {text}: expected stdio, pty, file:PATH or none")
+
+
 def open_console(choice: str) -> ConsoleEnd:
-    """Return the console that ``--console`` *choice* names; CommandError if there is no such choice."""
-    if choice.startswith("file:") and len(choice) > len("file:"):
-        return FileConsole(Path(choice.removeprefix("file:")))
-    kinds: dict[str, Callable[[], ConsoleEnd]] = {
-        "stdio": StdioConsole,
-        "pty": PtyConsole,
-        "none": NoConsole,
-    }
-    if choice not in kinds:
-        raise CommandError(f"--console {choice}: expected stdio, pty, file:PATH or none")
-    return kinds[choice]()
+    """Return the console that *choice* names; CommandError if it cannot be had."""
+    if choice.startswith(_FILE):
+        return FileConsole(Path(choice.removeprefix(_FILE)))
+    return _KINDS[choice]()

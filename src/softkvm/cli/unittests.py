@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import softkvm
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.cli.arguments import count, factor, file_name, seconds
+from softkvm.cli.output import STDOUT, OutputFile, say
 from softkvm.unittests import config, reports
 from softkvm.unittests.config import Entry, SuiteError
 from softkvm.unittests.result import Result, Status
-from softkvm.unittests.runner import DEVICES, TIMEOUT_SCALE, Settings
+from softkvm.unittests.runner import DEVICES, TIMEOUT_SCALE, Settings, set_params
 from softkvm.unittests.suite import SuiteRun, select
 
 EXIT_FAILED = 1
@@ -36,12 +37,20 @@ examples:
   softkvm unittests ~/kvm-unit-tests --group vmexit -j 2 --html report.html
 """
 
+_REPORTS: dict[str, Callable[[Sequence[Result], str], str]] = {
+    "junit": reports.junit,
+    "json": reports.json_text,
+    "html": reports.html_page,
+    "markdown": reports.markdown,
+}
+"""What the options that name a file write there."""
+
 _COLOURS = {Status.PASS: "32", Status.FAIL: "31", Status.SKIP: "33"}
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("directory", metavar="DIR", type=Path, help="build of kvm-unit-tests")
+    add("directory", metavar="DIR", type=file_name, help="build of kvm-unit-tests")
     add("names", metavar="NAME", nargs="*", help="tests to run (default: all)")
     add("--group", metavar="GROUP", action="append", default=[], help="tests of this group (may be repeated)")
     add("--list", action="store_true", help="list the tests instead of running them")
@@ -58,7 +67,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--timeout-scale",
         metavar="FACTOR",
         help="multiply the tests' own limits, which are made for processors (default: "
-        + ", ".join(f"{factor:g} with --accel {accel}" for accel, factor in TIMEOUT_SCALE.items())
+        + ", ".join(f"{scale:g} with --accel {accel}" for accel, scale in TIMEOUT_SCALE.items())
         + ")",
     )
     add(
@@ -81,10 +90,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="variable of the tests' environment, such as NR_CPUS=1",
     )
-    add("--junit", metavar="FILE", type=Path, help="write JUnit XML")
-    add("--json", metavar="FILE", type=Path, help="write everything as JSON")
-    add("--html", metavar="FILE", type=Path, help="write one self-contained page")
-    add("--markdown", metavar="FILE", type=Path, help="write the table of docs/kvm-unit-tests.md")
+    add("--junit", metavar="FILE", type=file_name, help="write JUnit XML")
+    add("--json", metavar="FILE", type=file_name, help="write everything as JSON")
+    add("--html", metavar="FILE", type=file_name, help="write one self-contained page")
+    add("--markdown", metavar="FILE", type=file_name, help="write the table of docs/kvm-unit-tests.md")
     add("-v", "--verbose", action="store_true", help="print the log of every test, and what it ignored")
 
 
@@ -98,23 +107,9 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _number(option: str, text: str | None, expected: str) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not (math.isfinite(value) and value >= 0):
-        raise CommandError(f"{option} {text}: expected {expected}")
-    return value
-
-
 def _settings(args: Namespace) -> Settings:
-    timeout_s = _number("--timeout", args.timeout, "a number of seconds, 0 for no limit")
-    scale = _number("--timeout-scale", args.timeout_scale, "a number above 0")
-    if scale == 0:
-        raise CommandError("--timeout-scale 0: expected a number above 0")
+    timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout, zero=True)
+    scale = None if args.timeout_scale is None else factor("--timeout-scale", args.timeout_scale)
     return Settings(
         args.accel,
         timeout_s,
@@ -125,20 +120,19 @@ def _settings(args: Namespace) -> Settings:
     )
 
 
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 256:
-        raise CommandError(f"-j {text}: expected a number from 1 to 256")
-    return int(text)
-
-
-def _check_kvm(accel: str) -> None:
+def _check_kvm(settings: Settings) -> None:
     """Fail before the first test if none can run."""
     try:
-        softkvm.open(DEVICES[accel]).close()
+        with softkvm.open(DEVICES[settings.accel]) as kvm:
+            set_params(kvm, settings.params)
     except ImportError as error:
         raise CommandError(f"the software CPU is not built: {error}", EXIT_ERROR) from None
     except OSError as error:
-        raise CommandError(f"--accel {accel}: {error}", EXIT_ERROR) from None
+        raise CommandError(
+            f"--accel {settings.accel}: {DEVICES[settings.accel]}: {error.strerror}", EXIT_ERROR
+        ) from None
+    except SuiteError as error:
+        raise CommandError(f"--param {error}") from None
 
 
 def _list(entries: Sequence[Entry]) -> None:
@@ -146,15 +140,19 @@ def _list(entries: Sequence[Entry]) -> None:
     for entry in entries:
         facts = [entry.file, f"smp={entry.smp}" if entry.smp != "1" else "", entry.arch]
         facts += [f"groups: {' '.join(entry.groups)}"] if entry.groups else []
-        print(f"{entry.name.ljust(width)}  {'  '.join(fact for fact in facts if fact)}".rstrip())
+        say(f"{entry.name.ljust(width)}  {'  '.join(fact for fact in facts if fact)}".rstrip())
 
 
 class _Printer:
-    """Lines of results on standard output; a line of progress on standard error if that is a terminal."""
+    """Lines of results on standard output; a line of progress on standard error if that is a terminal.
 
-    def __init__(self, total: int, *, verbose: bool) -> None:
+    *quiet*: a report takes standard output, there are no lines.
+    """
+
+    def __init__(self, total: int, *, verbose: bool, quiet: bool) -> None:
         self._total = total
         self._verbose = verbose
+        self._quiet = quiet
         self._colours = os.isatty(1) and "NO_COLOR" not in os.environ
         self._progress = os.isatty(2)
         self._counts: Counter[Status] = Counter()
@@ -163,25 +161,24 @@ class _Printer:
     def finished(self, result: Result) -> None:
         """Print a result."""
         self._counts[result.status] += 1
-        self._clear()
+        self._over += bool(result.over_suite_limit)
+        self.clear()
+        if not self._quiet:
+            say("\n".join(self._lines(result)))
+
+    def _lines(self, result: Result) -> Iterator[str]:
         line = result.line
         if self._colours:
             line = line.replace(result.status, f"\x1b[{_COLOURS[result.status]}m{result.status}\x1b[0m", 1)
-        print(line)
+        yield line
         if self._verbose:
-            for text in result.ignored:
-                print(f"  ignored: {text}")
-            for text in result.notes:
-                print(f"  set: {text}")
-            for text in result.log.splitlines():
-                print(f"  | {text}")
+            yield from (f"  ignored: {text}" for text in result.ignored)
+            yield from (f"  set: {text}" for text in result.notes)
+            yield from (f"  | {text}" for text in result.log.splitlines())
         if result.over_suite_limit:
-            self._over += 1
-            print(f"  {result.over_suite_limit}")
-        if result.places and (self._verbose or result.status is Status.FAIL):
-            for place in result.places:
-                print(f"  {place}; last exits: {place.exits_text()}")
-        sys.stdout.flush()
+            yield f"  {result.over_suite_limit}"
+        if self._verbose or result.status is Status.FAIL:
+            yield from (f"  {place}; last exits: {place.exits_text()}" for place in result.places)
 
     def tick(self, running: list[tuple[str, float]]) -> None:
         """Show what runs."""
@@ -189,58 +186,56 @@ class _Printer:
             return
         done = sum(self._counts.values())
         counts = " ".join(f"{self._counts[status]} {status.lower()}" for status in Status)
-        names = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in running)
+        names = ", ".join(f"{name} {time_s:.0f} s" for name, time_s in running)
         text = f"[{done}/{self._total}] {counts}  {names}"
         width = shutil.get_terminal_size().columns - 1
         sys.stderr.write(f"\r\x1b[K{text[:width]}")
         sys.stderr.flush()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Take the progress away."""
         if self._progress:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
     def summary(self) -> None:
         """Print the totals."""
-        self._clear()
+        if self._quiet:
+            return
         over = f"; {self._over} took longer than the suite's own limit" if self._over else ""
-        print(", ".join(f"{self._counts[status]} {status}" for status in Status) + over)
+        say(", ".join(f"{self._counts[status]} {status}" for status in Status) + over)
 
 
 def _run(args: Namespace) -> int:
     settings = _settings(args)
-    jobs = _jobs(args.jobs)
+    jobs = count("-j", args.jobs, 1, 256)
+    directory = Path(args.directory)
     try:
-        entries = select(config.read(args.directory), args.names, args.group)
+        entries = select(config.read(directory), args.names, args.group)
     except SuiteError as error:
         raise CommandError(str(error)) from None
     if args.list:
         _list(entries)
         return EXIT_OK
-    writers = [
-        (path, write)
-        for path, write in (
-            (args.junit, reports.junit),
-            (args.json, reports.json_text),
-            (args.html, reports.html_page),
-            (args.markdown, reports.markdown),
-        )
-        if path is not None
-    ]
-    for path, _ in writers:
-        if not path.parent.is_dir() or path.is_dir():
-            raise CommandError(f"{path}: cannot be written")
-    _check_kvm(settings.accel)
-    printer = _Printer(len(entries), verbose=args.verbose)
-    run = SuiteRun(args.directory, entries, settings, jobs, finished=printer.finished, tick=printer.tick)
-    results = run.run()
+    named = {kind: name for kind in _REPORTS if (name := getattr(args, kind)) is not None}
+    for kind, name in named.items():
+        same = [f"--{other}" for other in named if other != kind and named[other] == name]
+        if same:
+            raise CommandError(f"--{kind} {name}: {same[0]} goes there, too")
+    files = {kind: OutputFile(f"--{kind}", name) for kind, name in named.items()}
+    _check_kvm(settings)
+    printer = _Printer(len(entries), verbose=args.verbose, quiet=STDOUT in named.values())
+    run = SuiteRun(directory, entries, settings, jobs, finished=printer.finished, tick=printer.tick)
+    try:
+        results = run.run()
+    finally:
+        printer.clear()
     printer.summary()
-    for path, write in writers:
-        try:
-            path.write_text(write(results, settings.accel))
-        except OSError as error:
-            raise CommandError(f"{path}: {error.strerror}", EXIT_ERROR) from None
+    for kind, file in files.items():
+        file.write(_REPORTS[kind](results, settings.accel))
     return EXIT_FAILED if any(result.status is Status.FAIL for result in results) else EXIT_OK
 
 
-command = Command(_add_arguments, _run, "Run kvm-unit-tests, the test programs of the KVM developers.", EPILOG)
+command = Command(
+    _add_arguments, _run, "Run kvm-unit-tests, the test programs of the KVM developers.", EPILOG, intermixed=True
+)

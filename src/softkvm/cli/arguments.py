@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of options. What is none raises CommandError, which names the option, the value and what it may be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from softkvm.cli import CommandError
+
+SECONDS_MAX = 1e9
+"""Thirty years: what every wait of the system takes."""
+
+FACTOR_MAX = 1e6
+
+
+def seconds(option: str, text: str, *, zero: bool = False) -> float:
+    """Return the time that *text* names, above 0; 0 as well if *zero*, which is no limit then."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if 0 < value <= SECONDS_MAX or (zero and value == 0):
+        return value
+    limits = "a number of seconds up to 1e9, 0 for no limit" if zero else "a number of seconds above 0, up to 1e9"
+    raise CommandError(f"{option} {text}: expected {limits}")
+
+
+def factor(option: str, text: str) -> float:
+    """Return the number above 0 that *text* names."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if 0 < value <= FACTOR_MAX:
+        return value
+    raise CommandError(f"{option} {text}: expected a number above 0, up to 1e6")
+
+
+def count(option: str, text: str, low: int, high: int) -> int:
+    """Return the number from *low* to *high* that *text* names."""
+    if text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
+        return int(text)
+    raise CommandError(f"{option} {text}: expected a number from {low} to {high}")
+
+
+def file_name(text: str) -> str:
+    """Type of arguments that name a file: an empty one, such as a shell variable that is not set, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file name, got an empty text")
+    return text

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands write: lines on standard output, and files that are there complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from softkvm.cli import EXIT_ERROR, CommandError
+
+STDOUT = "-"
+"""The name of standard output where a file is wanted."""
+
+
+class ReaderGone(CommandError):
+    """Nobody reads standard output any more (``| head``): the command ends without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("", 128 + signal.SIGPIPE)
+
+
+def say(text: str) -> None:
+    """Print *text* and a line end on standard output; CommandError if that does not take it."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise stdout_error(error) from None
+
+
+def warn(text: str) -> None:
+    """Print *text* as one line on standard error, if anybody takes it."""
+    with contextlib.suppress(OSError):
+        print(f"softkvm: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """Return *text* with the control characters that a file name or a guest put there written out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def stdout_error(error: OSError) -> CommandError:
+    """Return what *error* of a write to standard output means for the command."""
+    if isinstance(error, BrokenPipeError):
+        return ReaderGone()
+    return CommandError(f"standard output: {error.strerror}", EXIT_ERROR)
+
+
+class OutputFile:
+    """The file *name* that *option* wants written when the command has done its work; ``-`` is standard output.
+
+    Whether it can be written is found out at once, with status 2. It appears complete or not at all: until then an
+    older file of that name stays. What is no ordinary file (a pipe, a device) is written to as it is.
+    """
+
+    def __init__(self, option: str, name: str) -> None:
+        self.name = name
+        self._what = f"{option} {name}"
+        self._direct = False
+        if name == STDOUT:
+            return
+        try:
+            self._direct = _is_special(name)
+            if not self._direct:
+                os.unlink(self._temporary(""))
+            elif not os.access(name, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise CommandError(f"{self._what}: {error.strerror}") from None
+
+    def write(self, text: str) -> None:
+        """Write all of it; CommandError with status 1 if the disk does not take it."""
+        if self.name == STDOUT:
+            say(text.removesuffix("\n"))
+            return
+        try:
+            if self._direct:
+                with open(os.open(self.name, os.O_WRONLY | os.O_APPEND), "wb") as file:
+                    file.write(_encode(text))
+            else:
+                os.replace(self._temporary(text), self._target())
+        except OSError as error:
+            raise CommandError(f"{self._what}: {error.strerror}", EXIT_ERROR) from None
+
+    def _target(self) -> Path:
+        """The file itself where *name* is a symbolic link."""
+        return Path(os.path.realpath(self.name))
+
+    def _temporary(self, text: str) -> str:
+        """Return a file with *text* in the directory of the target, with the mode that the target has or will have."""
+        target = self._target()
+        fd, path = tempfile.mkstemp(prefix=f".{target.name[:200]}.", dir=target.parent)
+        try:
+            with open(fd, "wb") as file:
+                file.write(_encode(text))
+                os.fchmod(fd, stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+        return path
+
+
+def _is_special(name: str) -> bool:
+    """Tell whether *name* is there and no ordinary file; IsADirectoryError if it is a directory."""
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    # /dev/stdout may lead to an ordinary file, which is open already and not to be replaced
+    return not stat.S_ISREG(mode) or name.startswith(("/dev/", "/proc/"))
+
+
+def _encode(text: str) -> bytes:
+    """File names in *text* may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
