@@ -131,10 +131,10 @@ class Access:
             (walk(self.vcpu, address + in_page & mask, access).gpa, size - in_page),
         ]
 
-    def read_linear(self, address: int, size: int, *, implicit: bool = False) -> bytes:
-        """Return ``size`` bytes (at most a page) at a linear address."""
+    def read_linear(self, address: int, size: int, *, implicit: bool = False, modify: bool = False) -> bytes:
+        """Return ``size`` bytes (at most a page) at a linear address; ``modify``: they will be written as well."""
         parts = []
-        for gpa, length in self._pages(address, size, self.access(False, implicit)):
+        for gpa, length in self._pages(address, size, self.access(modify, implicit)):
             data = read_guest(self.vm, gpa, length)
             parts.append(self._read_mmio(gpa, length) if data is None else data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -203,9 +203,11 @@ class Access:
         if kind == REG:
             return self.gpr[op.index] >> op.shift & (1 << op.size * 8) - 1
         if kind == MEM:
-            assert self.insn is not None
-            address = self.memory_address(self.insn, op.size, write=False)
-            return int.from_bytes(self.read_linear(address, op.size), "little")
+            insn = self.insn
+            assert insn is not None
+            modify = insn.modifies_memory and op is insn.ops[0]
+            address = self.memory_address(insn, op.size, write=modify)
+            return int.from_bytes(self.read_linear(address, op.size, modify=modify), "little")
         if kind == IMM:
             return op.value
         if kind == SEG:
@@ -280,7 +282,7 @@ class Access:
         """Set RIP to ``target``, truncated to ``size`` bytes and checked."""
         vcpu = self.vcpu
         if vcpu.is_64bit_code():
-            target &= _U64
+            target &= 0xFFFF if size == 2 else _U64
             if not is_canonical(target, la57=bool(vcpu.cr4 & abi.X86_CR4_LA57)):
                 raise gp()
         else:

@@ -171,7 +171,7 @@ def xadd(e: Emulator, i: Insn) -> None:
 
 @handler("cmpxchg")
 def cmpxchg(e: Emulator, i: Insn) -> None:
-    """Compare and exchange; the destination is written either way."""
+    """Compare and exchange; memory is written either way."""
     dst, src = i.ops
     old = e.read(dst)
     accumulator = e.gpr[0] & (1 << dst.size * 8) - 1
@@ -179,7 +179,8 @@ def cmpxchg(e: Emulator, i: Insn) -> None:
     if accumulator == old:
         e.write(dst, e.read(src), old)
     else:
-        e.write(dst, old, old)
+        if dst.kind == MEM:
+            e.write(dst, old, old)
         e.write(Operand(REG, dst.size, 0), old)
     e.set_flags(STATUS, flags)
 
@@ -193,7 +194,7 @@ def cmpxchg_wide(e: Emulator, i: Insn) -> None:
     address = e.memory_address(i, dst.size, write=True)
     if dst.size == 16 and address & 15:
         raise X86Exception(abi.GP_VECTOR, 0)
-    data = e.read_linear(address, dst.size)
+    data = e.read_linear(address, dst.size, modify=True)
     old = int.from_bytes(data, "little")
     expected = (e.gpr[2] & mask) << half | e.gpr[0] & mask
     if old == expected:
@@ -309,7 +310,7 @@ def bit_test(e: Emulator, i: Insn) -> None:
         if src.kind != IMM:
             offset = offset + (signed(number, bits) >> (bits.bit_length() - 1)) * dst.size & i.address_mask
         address = e.linearize(i.segment, offset, dst.size, write=i.mnemonic != "bt")
-        data = e.read_linear(address, dst.size)
+        data = e.read_linear(address, dst.size, modify=i.mnemonic != "bt")
         old = int.from_bytes(data, "little")
     else:
         address, data = 0, b""

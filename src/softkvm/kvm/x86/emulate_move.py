@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import fpu, segments, svm
+from softkvm.kvm.x86 import fpu, segments
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.emulate import Emulator, handler
 from softkvm.kvm.x86.emulate_alu import signed
-from softkvm.kvm.x86.emulate_operands import CR, DR, IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
+from softkvm.kvm.x86.emulate_operands import CR, DR, MEM, MMX, REG, SEG, XMM, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 
 
@@ -88,24 +88,10 @@ def sign_extend_into_rdx(e: Emulator, i: Insn) -> None:
 # --- stack and branches ------------------------------------------------------------------------
 
 
-def _stack_size(e: Emulator, op: Operand) -> int:
-    """Return the operand size of PUSH and POP: 64 bits wide in 64-bit mode unless 16."""
-    if e.vcpu.is_64bit_code():
-        return 2 if op.size == 2 and op.kind in (REG, MEM) else 8
-    return op.size if op.size in (2, 4) else 4
-
-
 @handler("push")
 def push(e: Emulator, i: Insn) -> None:
     """Push a register, an immediate or memory."""
-    op = i.ops[0]
-    if op.kind == SEG:
-        size = 8 if e.vcpu.is_64bit_code() else 4 if svm.code_bitness(e.vcpu) == 32 else 2
-    elif op.kind == IMM:
-        size = 8 if e.vcpu.is_64bit_code() else max(op.size, 2)
-    else:
-        size = _stack_size(e, op)
-    e.push(e.read(op), size)
+    e.push(e.read(i.ops[0]), i.stack_size)
 
 
 @handler("pop")
@@ -113,17 +99,14 @@ def pop(e: Emulator, i: Insn) -> None:
     """Pop into a register or memory; RSP has its new value when the destination's address is computed."""
     op = i.ops[0]
     if op.kind == SEG:
-        size = 8 if e.vcpu.is_64bit_code() else 4 if svm.code_bitness(e.vcpu) == 32 else 2
-        value = e.peek(size) & 0xFFFF
-        e.vcpu.load_segment(e, op.index, value)
-        e.drop(size)
+        e.vcpu.load_segment(e, op.index, e.peek(i.stack_size) & 0xFFFF)
+        e.drop(i.stack_size)
         if op.index == V.SS_OFFSET:
             e.shadow_after = 1
         return
-    size = _stack_size(e, op)
-    value = e.peek(size)
+    value = e.peek(i.stack_size)
     rsp = e.gpr[4]
-    e.drop(size)
+    e.drop(i.stack_size)
     try:
         e.write(op, value)
     except BaseException:
@@ -184,7 +167,7 @@ def call(e: Emulator, i: Insn) -> None:
             _far_transfer(e, selector, offset, size)
             e.push(old_cs.selector, size)
         else:
-            size = 8 if vcpu.is_64bit_code() else op.size
+            size = i.stack_size
             e.jump(_near_target(e, op), op.size)
         e.push(old_rip + i.length, size)
     except BaseException:
@@ -198,10 +181,9 @@ def call(e: Emulator, i: Insn) -> None:
 @handler("ret")
 def ret(e: Emulator, i: Insn) -> None:
     """Near return."""
-    size = 8 if e.vcpu.is_64bit_code() else svm.code_bitness(e.vcpu) // 8
-    target = e.peek(size)
-    e.jump(target, size)
-    e.drop(size + (i.ops[0].value if i.ops else 0))
+    target = e.peek(i.stack_size)
+    e.jump(target, i.stack_size)
+    e.drop(i.stack_size + (i.ops[0].value if i.ops else 0))
 
 
 @handler("enter")
@@ -210,8 +192,7 @@ def enter(e: Emulator, i: Insn) -> None:
     frame, level = i.ops[0].value & 0xFFFF, i.ops[1].value & 31
     if level:
         raise Unhandleable
-    size = 8 if e.vcpu.is_64bit_code() else svm.code_bitness(e.vcpu) // 8
-    mask = e.stack_mask()
+    size, mask = i.stack_size, e.stack_mask()
     e.push(e.gpr[5], size)
     e.write(Operand(REG, size, 5), e.gpr[4])
     e.gpr[4] = e.gpr[4] & ~mask & (1 << 64) - 1 | (e.gpr[4] - frame & mask)
@@ -220,8 +201,7 @@ def enter(e: Emulator, i: Insn) -> None:
 @handler("leave")
 def leave(e: Emulator, i: Insn) -> None:
     """Undo ENTER: RSP from RBP, then pop RBP."""
-    size = 8 if e.vcpu.is_64bit_code() else svm.code_bitness(e.vcpu) // 8
-    mask = e.stack_mask()
+    size, mask = i.stack_size, e.stack_mask()
     address = e.linearize(V.SS_OFFSET, e.gpr[5] & mask, size, write=False)
     value = int.from_bytes(e.read_linear(address, size), "little")
     e.gpr[4] = e.gpr[4] & ~mask & (1 << 64) - 1 | (e.gpr[5] + size & mask)

@@ -76,12 +76,37 @@ REGISTERS: Final = _register_table()
 _LEGACY_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 
 
-def _has_rex_w(code: bytes) -> bool:
-    """Tell whether 64-bit code has a REX prefix with W set, which the decoder doesn't show for every instruction."""
-    for byte in code:
-        if byte not in _LEGACY_PREFIXES:
-            return byte & 0xF8 == 0x48
-    return False
+def _prefixes(code: bytes) -> bytes:
+    """Return the legacy prefixes of an instruction."""
+    count = 0
+    while count < len(code) and code[count] in _LEGACY_PREFIXES:
+        count += 1
+    return code[:count]
+
+
+def _stack_size(bitness: int, prefixes: bytes) -> int:
+    """Return how many bytes PUSH, POP, ENTER and LEAVE move: 8 in 64-bit code, which has no 4 (APM vol. 3, 1.2.3)."""
+    wide = bitness != 16
+    if 0x66 in prefixes:
+        wide = not wide
+    return 2 if not wide else 8 if bitness == 64 else 4
+
+
+#: Instructions that read their first operand and write it.
+_MODIFIES: Final = frozenset(
+    {
+        *("adc", "add", "and", "btc", "btr", "bts", "cmpxchg", "dec", "inc", "neg", "not", "or", "rcl", "rcr", "rol"),
+        *("ror", "sal", "sar", "sbb", "shl", "shld", "shr", "shrd", "sub", "xadd", "xchg", "xor"),
+    }
+)
+
+
+def _segment(decoded: _softcpu.Instruction, bitness: int) -> int:
+    """Return the segment of the memory operand; 64-bit code has no override but FS and GS (APM vol. 3, 1.2.4)."""
+    name = decoded.memory_segment or "ds"
+    if bitness == 64 and name not in ("fs", "gs"):
+        name = "ss" if decoded.memory_base in ("rsp", "esp", "rbp", "ebp") else "ds"
+    return SEGMENT_OFFSETS.get(name, V.DS_OFFSET)
 
 
 class Operand:
@@ -116,6 +141,7 @@ class Insn:
         "lock",
         "mmio",
         "mnemonic",
+        "modifies_memory",
         "ops",
         "rep",
         "repne",
@@ -123,6 +149,7 @@ class Insn:
         "run",
         "scale",
         "segment",
+        "stack_size",
         "text",
         "two_memory",
     )
@@ -136,13 +163,16 @@ class Insn:
         self.text = str(decoded)
         #: A jump or call with a selector of its own.
         self.far = "far" in self.text
-        self.rex_w = bitness == 64 and _has_rex_w(self.code)
+        prefixes = _prefixes(self.code)
+        # The decoder doesn't show REX.W for every instruction.
+        self.rex_w = bitness == 64 and self.code[len(prefixes)] & 0xF8 == 0x48
+        self.stack_size = 8 if self.rex_w else _stack_size(bitness, prefixes)
         self.lock = decoded.has_lock
         self.rep = decoded.has_rep
         self.repne = decoded.has_repne
         self.address_size = decoded.address_size
         self.address_mask = (1 << self.address_size * 8) - 1
-        self.segment = SEGMENT_OFFSETS.get(decoded.memory_segment or "ds", V.DS_OFFSET)
+        self.segment = _segment(decoded, bitness)
         self.scale = decoded.memory_scale
         self.disp = decoded.memory_displacement
         base, index = decoded.memory_base, decoded.memory_index
@@ -152,6 +182,8 @@ class Insn:
         self.ops = tuple(self._operand(decoded, n) for n in range(decoded.op_count))
         self.has_memory = any(op.kind in (MEM, STR_SRC, STR_DST) for op in self.ops)
         self.two_memory = sum(op.kind in (MEM, STR_SRC, STR_DST) for op in self.ops) > 1
+        #: Whether the first operand is memory that is read and written: a fault of the read is one of a write, too.
+        self.modifies_memory = bool(self.ops) and self.ops[0].kind == MEM and self.mnemonic in _MODIFIES
         self.run: Callable[[Emulator, Insn], None] | None = None
         #: Plan of a plain load or store: (is_write, size, operand), see Emulator.mmio.
         self.mmio: tuple[int, int, Operand] | None = None
