@@ -44,12 +44,27 @@ class Cpu:
     next_rip: bool
     def __init__(self, machine: Machine, index: int) -> None: ...
     def vmrun(self, vmcb: int) -> int:
-        """VMLOAD, VMRUN, VMSAVE; returns EXITCODE (APM vol. 2, appendix C)."""
+        """VMLOAD, VMRUN, VMSAVE; returns EXITCODE (APM vol. 2, appendix C).
+
+        With what a hypervisor's entry code puts around them: RAX and RSP are in the register block like the others,
+        before and after, and go to the VMCB and back; TLB_CONTROL is 0 afterwards.
+        """
     def kick(self) -> None:
         """Physical interrupt: stays pending until VMEXIT_INTR or :meth:`clear_kick` takes it."""
-    def wait(self, timeout_ns: int = -1) -> bool: ...
+    def kick_at_entry(self, other: Cpu) -> None:
+        """Kick ``other`` when this processor's thread has left the interpreter: at its next vmrun, wait or poll.
+
+        Then the other's thread finds the interpreter's lock free, instead of sleeping once more for that.
+        """
+    def send_held_kicks(self) -> None:
+        """Send now what :meth:`kick_at_entry` has collected."""
+    def wait(self, timeout_ns: int = -1) -> bool:
+        """Sleep until a kick is pending, which the timer's is too; False after ``timeout_ns`` (-1: no limit)."""
+    def poll(self, timeout_ns: int) -> bool:
+        """Spin until a kick is pending or the timer is due, which this returns, at most for ``timeout_ns``."""
     def clear_kick(self) -> bool: ...
-    def set_timer(self, deadline_ns: int) -> None: ...
+    def set_timer(self, deadline_ns: int) -> None:
+        """Kick the processor when :func:`clock_ns` reaches ``deadline_ns``; 0: not. One deadline at a time."""
     def flush_tlb(self) -> None: ...
     def stats(self) -> dict[str, int]: ...
 
@@ -80,6 +95,9 @@ class Instruction:
 
 def clock_ns() -> int: ...
 def rdtsc() -> int: ...
+def sched_yield() -> None:
+    """Let another thread have the host's processor, and the interpreter's lock with it."""
+
 def decode(code: bytes, bitness: int, ip: int) -> Instruction: ...
 def exit_name(code: int) -> str: ...
 def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]: ...

@@ -144,6 +144,13 @@ def test_the_apic_bus_period_is_set_before_the_first_vcpu(make: Callable[..., Gu
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS, 20))
 
 
+def test_the_limit_of_halt_polling_is_the_vms_own_and_has_32_bits(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_HALT_POLL)
+    for limit in (0, 200_000, 0xFFFF_FFFF):
+        guest.vm.enable_cap(abi.KVM_CAP_HALT_POLL, limit)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_HALT_POLL, 1 << 32))
+
+
 def test_an_ioeventfd_of_length_0_takes_any_width(guest: Guest) -> None:
     supported(guest, abi.KVM_CAP_IOEVENTFD_ANY_LENGTH)
     assert guest.vm.check_extension(abi.KVM_CAP_IOEVENTFD_NO_LENGTH)

@@ -35,7 +35,7 @@ class FakeVcpu:
         self.calls: list[str] = []
         self.lapic: Lapic | None = None
 
-    def request_event(self) -> None:
+    def request_event(self, sender: object = None) -> None:
         self.calls.append("event")
 
     def set_apic_timer(self, deadline_ns: int) -> None:
@@ -44,7 +44,7 @@ class FakeVcpu:
     def tsc_deadline_to_ns(self, guest_tsc: int) -> int:
         return guest_tsc - self.tsc_offset
 
-    def inject_nmi(self) -> None:
+    def inject_nmi(self, sender: object = None) -> None:
         self.calls.append("nmi")
 
     def inject_smi(self) -> None:

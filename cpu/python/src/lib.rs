@@ -20,6 +20,13 @@ fn rdtsc() -> u64 {
     softcpu::clock::clock_ns()
 }
 
+/// Lets another thread have the host's processor; the interpreter's lock is released (os.sched_yield holds it up to
+/// Python 3.12).
+#[pyfunction]
+fn sched_yield(py: Python<'_>) {
+    py.detach(std::thread::yield_now);
+}
+
 /// (eax, ebx, ecx, edx) of the silicon's own CPUID leaf.
 #[pyfunction]
 fn cpuid(leaf: u32, subleaf: u32) -> (u32, u32, u32, u32) {
@@ -41,6 +48,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<decode::PyInstruction>()?;
     m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
+    m.add_function(wrap_pyfunction!(sched_yield, m)?)?;
     m.add_function(wrap_pyfunction!(cpuid, m)?)?;
     m.add_function(wrap_pyfunction!(exit_name, m)?)?;
     m.add_function(wrap_pyfunction!(decode::decode, m)?)?;

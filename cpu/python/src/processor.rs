@@ -4,17 +4,21 @@
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::ffi::c_int;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
+use softcpu::clock::clock_ns;
 use softcpu::x86::state::{Cpu, Shared};
 
 use crate::machine::PyMachine;
 use crate::timer;
+
+/// Looks at the kick between two looks at the clock, while polling.
+const SPINS: u32 = 16;
 
 /// One logical processor.
 #[pyclass(frozen, name = "Cpu", module = "softkvm._softcpu")]
@@ -24,6 +28,9 @@ pub struct PyCpu {
     busy: AtomicBool,
     shared: Arc<Shared>,
     deadline: AtomicU64,
+    /// Processors to kick at the next entry, and whether there are any.
+    held: Mutex<Vec<Arc<Shared>>>,
+    holding: AtomicBool,
 }
 
 // SAFETY: `inner` is only reached through `exclusive`, which hands it to one thread at a time; `registers` points into
@@ -49,6 +56,58 @@ impl PyCpu {
         // SAFETY: `busy` was false, so nobody else has a reference.
         Ok(f(unsafe { &mut *self.inner.get() }))
     }
+
+    /// Sends the kicks that were held back.
+    fn send_held(&self) {
+        if self.holding.swap(false, Ordering::SeqCst) {
+            for shared in self.held.lock().unwrap_or_else(|e| e.into_inner()).drain(..) {
+                shared.kick();
+            }
+        }
+    }
+
+    /// Blocks until a kick, at most for `timeout`. The processor's timer is this thread's meanwhile: one wake-up, not
+    /// the timer thread's and then this one's.
+    fn sleep(&self, timeout: Option<Duration>) -> bool {
+        let deadline = self.deadline.load(Ordering::SeqCst);
+        if deadline == 0 || self.shared.kicked() {
+            return self.shared.wait(timeout);
+        }
+        timer::arm(&self.shared, deadline, 0);
+        timer::be_punctual();
+        let left = Duration::from_nanos(deadline.saturating_sub(clock_ns()));
+        let kicked = self.shared.wait(Some(timeout.map_or(left, |t| t.min(left))));
+        if kicked || clock_ns() < deadline {
+            // Unless another thread has set the timer: then its deadline is armed already.
+            if self.deadline.load(Ordering::SeqCst) == deadline {
+                timer::arm(&self.shared, 0, deadline);
+            }
+            return kicked;
+        }
+        self.shared.kick();
+        true
+    }
+
+    /// Spins until a kick is pending or the timer is due, at most `timeout` ns; whether one of the two is.
+    fn spin(&self, timeout: u64) -> bool {
+        let end = clock_ns().saturating_add(timeout);
+        loop {
+            for _ in 0..SPINS {
+                if self.shared.kicked() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            let now = clock_ns();
+            let deadline = self.deadline.load(Ordering::SeqCst);
+            if deadline != 0 && now >= deadline {
+                return true;
+            }
+            if now >= end {
+                return false;
+            }
+        }
+    }
 }
 
 #[pymethods]
@@ -64,6 +123,8 @@ impl PyCpu {
             busy: AtomicBool::new(false),
             shared,
             deadline: AtomicU64::new(0),
+            held: Mutex::default(),
+            holding: AtomicBool::new(false),
         }
     }
 
@@ -79,7 +140,10 @@ impl PyCpu {
     }
 
     fn vmrun(&self, py: Python<'_>, vmcb: usize) -> PyResult<u64> {
-        let result = py.detach(|| self.exclusive(|cpu| cpu.vmrun(vmcb)))?;
+        let result = py.detach(|| {
+            self.send_held();
+            self.exclusive(|cpu| cpu.vmrun_gprs(vmcb))
+        })?;
         result.map_err(|_| {
             PyValueError::new_err(format!(
                 "vmcb {vmcb:#x}: expected a 4096-byte aligned page of registered memory"
@@ -95,10 +159,29 @@ impl PyCpu {
         self.shared.clear_kick()
     }
 
+    fn kick_at_entry(&self, other: &PyCpu) {
+        self.held.lock().unwrap_or_else(|e| e.into_inner()).push(other.shared.clone());
+        self.holding.store(true, Ordering::SeqCst);
+    }
+
+    fn send_held_kicks(&self) {
+        self.send_held();
+    }
+
     #[pyo3(signature = (timeout_ns = -1))]
     fn wait(&self, py: Python<'_>, timeout_ns: i64) -> bool {
         let timeout = (timeout_ns >= 0).then(|| Duration::from_nanos(timeout_ns as u64));
-        py.detach(|| self.shared.wait(timeout))
+        py.detach(|| {
+            self.send_held();
+            self.sleep(timeout)
+        })
+    }
+
+    fn poll(&self, py: Python<'_>, timeout_ns: u64) -> bool {
+        py.detach(|| {
+            self.send_held();
+            self.spin(timeout_ns)
+        })
     }
 
     fn set_timer(&self, deadline_ns: u64) {

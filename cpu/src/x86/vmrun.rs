@@ -33,16 +33,20 @@ impl Shared {
         self.pending.fetch_and(!pending::INTR, Ordering::SeqCst) & pending::INTR != 0
     }
 
+    /// Whether a kick is pending.
+    pub fn kicked(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) & pending::INTR != 0
+    }
+
     /// Blocks until a kick is pending (it stays pending) or the time is over; whether one is.
     pub fn wait(&self, timeout: Option<std::time::Duration>) -> bool {
-        let kicked = || self.pending.load(Ordering::SeqCst) & pending::INTR != 0;
-        if kicked() {
+        if self.kicked() {
             return true;
         }
         let deadline = timeout.and_then(|t| std::time::Instant::now().checked_add(t));
         self.waiting.store(true, Ordering::SeqCst);
         let mut guard = self.wake.0.lock().unwrap_or_else(|e| e.into_inner());
-        while !kicked() {
+        while !self.kicked() {
             guard = match deadline {
                 None => self.wake.1.wait(guard).unwrap_or_else(|e| e.into_inner()),
                 Some(d) => {
@@ -56,7 +60,7 @@ impl Shared {
         }
         drop(guard);
         self.waiting.store(false, Ordering::SeqCst);
-        kicked()
+        self.kicked()
     }
 }
 
@@ -125,6 +129,17 @@ impl Cpu {
 
     /// Runs the guest described by the VMCB at `pa` until #VMEXIT; returns EXITCODE. Everything else is in the VMCB.
     pub fn vmrun(&mut self, pa: usize) -> Result<u64, BadVmcb> {
+        self.world_switch(pa, None)
+    }
+
+    /// VMRUN with what a hypervisor's entry code puts around it: RAX and RSP, too, are in the register block, before
+    /// and after.
+    pub fn vmrun_gprs(&mut self, pa: usize) -> Result<u64, BadVmcb> {
+        let gpr = &self.rb.gpr;
+        self.world_switch(pa, Some((gpr[reg::RAX], gpr[reg::RSP])))
+    }
+
+    fn world_switch(&mut self, pa: usize, rax_rsp: Option<(u64, u64)>) -> Result<u64, BadVmcb> {
         let shared = self.shared.clone();
         shared.running.store(true, Ordering::SeqCst);
         let _running = Running(&shared);
@@ -136,6 +151,10 @@ impl Cpu {
         }
         // SAFETY: the page is registered, so it is mapped until a removal, which waits for this run to end.
         let vmcb = unsafe { Vmcb::new(pa) };
+        if let Some((rax, rsp)) = rax_rsp {
+            vmcb.set(save::RAX, rax);
+            vmcb.set(save::RSP, rsp);
+        }
         let event = self.load_guest(&vmcb);
         if !self.consistent() {
             vmcb.set(control::EXITCODE, exitcode::INVALID);

@@ -85,6 +85,7 @@ CAPABILITIES: Final[dict[int, int]] = {
     abi.KVM_CAP_ASYNC_PF: 0,
     abi.KVM_CAP_ASYNC_PF_INT: 0,
     abi.KVM_CAP_STEAL_TIME: 1,
+    abi.KVM_CAP_HALT_POLL: 1,
     abi.KVM_CAP_IRQFD: 1,
     abi.KVM_CAP_IRQFD_RESAMPLE: 1,
     abi.KVM_CAP_IOEVENTFD: 1,

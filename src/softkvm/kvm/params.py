@@ -14,6 +14,11 @@ class Params:
     nrips: bool = True
     #: Retired PAUSEs before VMEXIT_PAUSE; 0 switches the intercept off.
     pause_filter_count: int = 3000
+    #: Factor by which that number grows with each such exit, up to the maximum; 0 or 1: it stays.
+    pause_filter_count_grow: int = 2
+    pause_filter_count_max: int = 0xFFFF
+    #: Divisor by which it shrinks when the vCPU has slept; 0 or 1: back to ``pause_filter_count``.
+    pause_filter_count_shrink: int = 0
     #: Unknown MSRs read as zero and ignore writes instead of raising #GP.
     ignore_msrs: bool = False
     #: Log the accesses that ``ignore_msrs`` lets pass.
@@ -28,5 +33,13 @@ class Params:
     enable_mmio_caching: bool = True
     #: Answer the VMware backdoor ports.
     enable_vmware_backdoor: bool = False
+    #: Longest that a halted vCPU waits awake before its thread sleeps, in ns; 0: never. The kernel's default is 200 us;
+    #: see :mod:`.halt_poll` for why this one isn't.
+    halt_poll_ns: int = 0
+    #: Factor by which that wait grows, from ``halt_poll_ns_grow_start`` ns on; 0: it doesn't.
+    halt_poll_ns_grow: int = 2
+    halt_poll_ns_grow_start: int = 10_000
+    #: Divisor by which the wait shrinks; 0: to nothing at once.
+    halt_poll_ns_shrink: int = 2
     #: Smallest period of an in-kernel timer, in microseconds.
     min_timer_period_us: int = 200

@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.kvm import halt_poll
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.requests import (
     KVM_REQ_CLOCK_UPDATE,
@@ -31,7 +32,7 @@ from softkvm.kvm.x86 import events, io, kvmclock, svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.lapic import Lapic
 from softkvm.kvm.x86.svm_exits import EXIT_HANDLERS
-from softkvm.kvm.x86.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RAX, RFLAGS, RSP, TLB_CTL, V_TPR
+from softkvm.kvm.x86.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RFLAGS, V_TPR
 
 if TYPE_CHECKING:
     from softkvm.kvm.vm import Vm
@@ -54,7 +55,6 @@ class Vcpu(VcpuState):
             self.vmcb.address,
             self.q,
             self.b,
-            self.gpr,
             self.exit_counts,
             EXIT_HANDLERS,
             self.apic,
@@ -86,6 +86,9 @@ class Vcpu(VcpuState):
         finally:
             # What KVM_RUN reports whatever the exit reason (post_kvm_run_save)
             self.running = False
+            if self.holds_kicks:
+                self.holds_kicks = False
+                self.cpu.send_held_kicks()
             run_q = self.run_q
             self.run_b[13] = self.q[RFLAGS] >> 9 & 1
             if apic is not None:
@@ -137,7 +140,7 @@ class Vcpu(VcpuState):
 
     def vcpu_run(self) -> None:
         """Run until there is an exit for userspace."""
-        vmrun, address, q, b, gpr, counts, handlers, apic, pv_eoi = self._loop
+        vmrun, address, q, b, counts, handlers, apic, pv_eoi = self._loop
         while True:
             if self.mp_state != _RUNNABLE:
                 self._vcpu_block()
@@ -149,13 +152,8 @@ class Vcpu(VcpuState):
             if self.requests:
                 self.mode = OUTSIDE_GUEST_MODE
                 continue
-            q[RAX] = gpr[0]
-            q[RSP] = gpr[4]
             code = vmrun(address)
             self.mode = OUTSIDE_GUEST_MODE
-            gpr[0] = q[RAX]
-            gpr[4] = q[RSP]
-            b[TLB_CTL] = 0
             if apic is not None and apic.regs[0x20] >> 4 != b[V_TPR] & 0xF:
                 apic.set_cr8(b[V_TPR] & 0xF)
             if pv_eoi is not None and pv_eoi.pending:
@@ -168,8 +166,9 @@ class Vcpu(VcpuState):
                 counts[code] += 1
             except KeyError:
                 counts[code] = 1
-            handler = handlers.get(code)
-            if handler is None:
+            try:
+                handler = handlers[code]
+            except KeyError:
                 self._unexpected_exit(code)
                 return
             if not handler(self):
@@ -290,24 +289,65 @@ class Vcpu(VcpuState):
         return self.apic is not None and bool(self.apic.pending_events)
 
     def _block(self) -> None:
-        """Wait until the vCPU is runnable or asked to do something (``kvm_vcpu_block``)."""
-        cpu, apic = self.cpu, self.apic
+        """Sleep until the vCPU is runnable or asked to do something (``kvm_vcpu_block``)."""
         self.mode = BLOCKING
         try:
-            while True:
-                cpu.clear_kick()
-                if apic is not None and apic.timer.deadline_ns:
-                    apic.inject_timer_irqs()
-                if self.requests & ~(KVM_REQ_EVENT | KVM_REQ_NMI) or self.is_runnable():
-                    return
-                cpu.wait()
+            while not self._has_reason_to_go_on():
+                self.cpu.wait()
+                svm.shrink_ple_window(self)
         finally:
             self.mode = OUTSIDE_GUEST_MODE
 
-    def _vcpu_block(self) -> None:
-        """Block, then bring the multiprocessing state up to date."""
-        if not self.is_runnable():
+    def _has_reason_to_go_on(self) -> bool:
+        """Look at what a kick or the timer may have been for; a kick from here on is for something new."""
+        self.cpu.clear_kick()
+        apic = self.apic
+        if apic is not None and apic.timer.deadline_ns:
+            apic.inject_timer_irqs()
+        return bool(self.requests & ~(KVM_REQ_EVENT | KVM_REQ_NMI)) or self.is_runnable()
+
+    def _poll(self, end_ns: int) -> bool:
+        """Wait awake until the vCPU is runnable or asked to do something; False if it is neither by ``end_ns``."""
+        self.mode = BLOCKING
+        self.halt_polling = True
+        try:
+            while not self._has_reason_to_go_on():
+                left = end_ns - _softcpu.clock_ns()
+                if left <= 0:
+                    return False
+                self.cpu.poll(left)
+            return True
+        finally:
+            self.halt_polling = False
+            self.mode = OUTSIDE_GUEST_MODE
+
+    def _halt(self) -> None:
+        """Wait in HLT: awake for a moment, then asleep (``kvm_vcpu_halt``)."""
+        start = _softcpu.clock_ns()
+        poll_ns = halt_poll.interval(self)
+        woken = False
+        if poll_ns:
+            woken = self._poll(start + poll_ns)
+            polled_ns = _softcpu.clock_ns() - start
+            self.stat_halt_attempted_poll += 1
+            if woken:
+                self.stat_halt_successful_poll += 1
+                self.stat_halt_poll_success_ns += polled_ns
+            else:
+                self.stat_halt_poll_fail_ns += polled_ns
+        if not woken:
+            asleep = _softcpu.clock_ns()
             self._block()
+            self.stat_halt_wait_ns += _softcpu.clock_ns() - asleep
+        halt_poll.adapt(self, _softcpu.clock_ns() - start)
+
+    def _vcpu_block(self) -> None:
+        """Wait until there is a reason to go on, then bring the multiprocessing state up to date."""
+        if not self.is_runnable():
+            if self.mp_state == _HALTED:
+                self._halt()
+            else:
+                self._block()
             self.stat_halt_wakeup += 1
             self._check_steal_time()
         requests = self.requests
@@ -319,6 +359,7 @@ class Vcpu(VcpuState):
         if self.mp_state == _HALTED and self.is_runnable():
             self.pv_unhalted = False
             self.mp_state = _RUNNABLE
+            self.make_request(KVM_REQ_EVENT)  # what ended the halt is delivered now, not by an interrupt window's exit
         elif self.requests & ~KVM_REQ_EVENT and self.mp_state != _RUNNABLE:
             self._handle_other_requests_while_blocked()
 

@@ -144,6 +144,11 @@ class VcpuState:
         self.awaiting_iret_completion = False
         self.nmi_iret_rip = 0
         self.mp_state = _RUNNABLE
+        #: How long the vCPU waits awake when it halts, and whether it does so now (:mod:`.halt_poll`).
+        self.halt_poll_ns = 0
+        self.halt_polling = False
+        #: The processor holds kicks for others until its next entry.
+        self.holds_kicks = False
 
         # Exits to userspace
         self.complete_userspace_io: Callable[[VcpuState], int] | None = None
@@ -161,6 +166,11 @@ class VcpuState:
         self.stat_mmio_exits = 0
         self.stat_halt_exits = 0
         self.stat_halt_wakeup = 0
+        self.stat_halt_attempted_poll = 0
+        self.stat_halt_successful_poll = 0
+        self.stat_halt_poll_success_ns = 0
+        self.stat_halt_poll_fail_ns = 0
+        self.stat_halt_wait_ns = 0
         self.stat_irq_injections = 0
         self.stat_nmi_injections = 0
         self.stat_irq_window_exits = 0
@@ -316,12 +326,21 @@ class VcpuState:
         if self.mode != OUTSIDE_GUEST_MODE:
             self.cpu.kick()
 
-    def request_event(self) -> None:
+    def vcpu_kick_from(self, sender: VcpuState | None) -> None:
+        """Kick on behalf of another vCPU's thread, ``sender``: when that leaves the interpreter, which is soon."""
+        if self.mode != OUTSIDE_GUEST_MODE:
+            if sender is None:
+                self.cpu.kick()
+            else:
+                sender.holds_kicks = True
+                sender.cpu.kick_at_entry(self.cpu)
+
+    def request_event(self, sender: VcpuState | None = None) -> None:
         """Look for events to inject before the next guest instruction."""
         with self.request_lock:
             self.requests |= KVM_REQ_EVENT
         if self.mode != OUTSIDE_GUEST_MODE:
-            self.cpu.kick()
+            self.vcpu_kick_from(sender)
 
     def kick(self) -> None:
         """End KVM_RUN with EINTR, as a signal to a real vCPU's thread does."""
@@ -351,12 +370,12 @@ class VcpuState:
         """Return the clock's value when the guest's TSC reaches ``guest_tsc``."""
         return guest_tsc - self.tsc_offset_signed()
 
-    def inject_nmi(self) -> None:
+    def inject_nmi(self, sender: VcpuState | None = None) -> None:
         """Queue an NMI."""
         with self.request_lock:
             self.nmi_queued += 1
             self.requests |= KVM_REQ_NMI
-        self.vcpu_kick()
+        self.vcpu_kick_from(sender)
 
     def inject_smi(self) -> None:
         """Queue an SMI; there is no system management mode, so it is dropped with a note in the log."""

@@ -90,6 +90,7 @@ class Vm:
         self.triple_fault_event = False
         self.exit_on_emulation_error = False
         self.disable_hlt_exits = False
+        self.max_halt_poll_ns: int | None = None  # KVM_CAP_HALT_POLL; None: the module parameter
         self.user_space_msr_mask = 0
         self.x2apic_api = 0
         self.msr_filter: MsrFilter | None = None

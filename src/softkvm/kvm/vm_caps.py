@@ -96,6 +96,12 @@ def _apic_bus_cycles(vm: Vm, value: int) -> None:
     chips.apic_map.bus_cycle_ns = value
 
 
+def _halt_poll(vm: Vm, value: int) -> None:
+    if value >> 32:
+        raise kvm_error(errno.EINVAL, f"args[0]={value}, expected nanoseconds in 32 bits")
+    vm.max_halt_poll_ns = value
+
+
 _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_DISABLE_QUIRKS: _disable_quirks,
     abi.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks2,
@@ -109,4 +115,5 @@ _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
     abi.KVM_CAP_MSR_PLATFORM_INFO: _msr_platform_info,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
+    abi.KVM_CAP_HALT_POLL: _halt_poll,
 }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 from collections.abc import Callable
@@ -66,7 +65,7 @@ def _sched_yield(vcpu: Vcpu, apic_id: int, a1: int, a2: int, a3: int) -> int:
 
 def yield_to(target: Vcpu) -> None:
     """Give the host's processor away for a moment, if the other one could use it."""
-    os.sched_yield()
+    _softcpu.sched_yield()
 
 
 #: Hypercall numbers: handler, and the feature bit that KVM_CAP_ENFORCE_PV_FEATURE_CPUID demands.

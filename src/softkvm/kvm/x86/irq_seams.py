@@ -7,7 +7,7 @@ so they are tested without a processor.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Clock = Callable[[], int]
 """Nanoseconds of a monotonic clock; ``softkvm._softcpu.clock_ns`` in a real machine."""
@@ -49,8 +49,11 @@ class ApicVcpu(Protocol):
 
     mp_state: int  # KVM_MP_STATE_*
 
-    def request_event(self) -> None:
-        """Look at pending interrupts and events before the next guest instruction: KVM_REQ_EVENT and a kick."""
+    def request_event(self, sender: Any = None) -> None:
+        """Look at pending interrupts and events before the next guest instruction: KVM_REQ_EVENT and a kick.
+
+        *sender* is the vCPU on whose thread this happens, if one sent the interrupt.
+        """
 
     def set_apic_timer(self, deadline_ns: int) -> None:
         """Arm the vCPU's own timer: a kick when the clock reaches *deadline_ns*; 0 disarms."""
@@ -58,7 +61,7 @@ class ApicVcpu(Protocol):
     def tsc_deadline_to_ns(self, guest_tsc: int) -> int:
         """Return the clock's value when the guest's TSC reaches *guest_tsc*, rounded up."""
 
-    def inject_nmi(self) -> None:
+    def inject_nmi(self, sender: Any = None) -> None:
         """Queue an NMI and kick."""
 
     def inject_smi(self) -> None:

@@ -292,8 +292,18 @@ class Lapic:
 
     # Delivery
 
-    def accept_irq(self, delivery_mode: int, vector: int, level: bool = True, level_triggered: bool = False) -> int:
-        """Take a message from the bus or from an LVT entry; any thread. Returns 1 if accepted, else 0."""
+    def accept_irq(
+        self,
+        delivery_mode: int,
+        vector: int,
+        level: bool = True,
+        level_triggered: bool = False,
+        sender: ApicVcpu | None = None,
+    ) -> int:
+        """Take a message from the bus or from an LVT entry; any thread. Returns 1 if accepted, else 0.
+
+        *sender* is the vCPU that sent it, on whose thread this is.
+        """
         if delivery_mode <= APIC_DM_LOWEST:  # or fixed
             if (level_triggered and not level) or not self.sw_enabled or not self.hw_enabled:
                 return 0
@@ -307,10 +317,10 @@ class Lapic:
                 else:
                     self.tmr &= ~bit
                 self.irr |= bit
-            self.vcpu.request_event()
+            self.vcpu.request_event(sender)
             return 1
         if delivery_mode == APIC_DM_NMI:
-            self.vcpu.inject_nmi()
+            self.vcpu.inject_nmi(sender)
             return 1
         if delivery_mode == APIC_DM_SMI:
             self.vcpu.inject_smi()

@@ -284,4 +284,4 @@ def send_ipi(apic: Lapic, icr: int, dest: int) -> None:
         targets = apic_map.lowest_priority(targets, vector)
     level, level_triggered = icr & APIC_INT_ASSERT != 0, icr & APIC_INT_LEVELTRIG != 0
     for target in targets:
-        target.accept_irq(mode, vector, level, level_triggered)
+        target.accept_irq(mode, vector, level, level_triggered, apic.vcpu)

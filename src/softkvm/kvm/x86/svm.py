@@ -227,6 +227,23 @@ def set_instruction_intercepts(vcpu: Vcpu) -> None:
     d[V.INTERCEPT_WORD5] = d[V.INTERCEPT_WORD5] & ~V.INVPCID | (0 if invpcid else V.INVPCID)
 
 
+def grow_ple_window(vcpu: Vcpu) -> None:
+    """After VMEXIT_PAUSE: let the guest spin longer before the next one, as leaving did not help it."""
+    params = vcpu.vm.params
+    count = vcpu.w[V.PAUSE_FILTER_COUNT]
+    grown = count * params.pause_filter_count_grow if params.pause_filter_count_grow > 1 else count
+    vcpu.w[V.PAUSE_FILTER_COUNT] = max(count, min(grown, params.pause_filter_count_max, 0xFFFF))
+
+
+def shrink_ple_window(vcpu: Vcpu) -> None:
+    """The vCPU's thread has slept: what it spun on is another lock now."""
+    params = vcpu.vm.params
+    shrunk = (
+        vcpu.w[V.PAUSE_FILTER_COUNT] // params.pause_filter_count_shrink if params.pause_filter_count_shrink > 1 else 0
+    )
+    vcpu.w[V.PAUSE_FILTER_COUNT] = max(shrunk, params.pause_filter_count)
+
+
 def recalc_msr_intercepts(vcpu: Vcpu) -> None:
     """Intercept those of the MSRs with direct access that the filter denies, and what an Intel guest needs.
 

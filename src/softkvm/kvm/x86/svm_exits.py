@@ -7,11 +7,10 @@ A handler returns 1 to enter the guest again and 0 to leave for userspace.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from softkvm import abi
+from softkvm import _softcpu, abi
 from softkvm.kvm.mmu.paging import PFERR_PRESENT, PFERR_WRITE
 from softkvm.kvm.mmu.spte import PAGE_SHIFT
 from softkvm.kvm.mmu.tdp_mmu import RET_PF_EMULATE
@@ -141,7 +140,8 @@ def halt_interception(vcpu: Vcpu) -> int:
 
 def pause_interception(vcpu: Vcpu) -> int:
     """Too many PAUSEs: the guest spins on a lock whose holder may not be running."""
-    os.sched_yield()
+    svm.grow_ple_window(vcpu)
+    _softcpu.sched_yield()
     return skip_emulated_instruction(vcpu)
 
 

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waiting: in HLT, awake and asleep, and on locks (PAUSE)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from tests.support.tiny import CODE, Tiny
+
+from softkvm import abi
+from softkvm.kvm import Params, halt_poll
+from softkvm.kvm.x86 import vmcb as V
+
+MS = 1_000_000
+HANDLER = 0x2000
+
+
+def until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+class Halting:
+    """A vCPU that halts again and again, woken by NMIs, on a thread of its own."""
+
+    def __init__(self, params: Params) -> None:
+        self.tiny = Tiny(irqchip=True, params=params).real_mode()
+        self.vcpu = self.tiny.vcpu
+        self.tiny.memory.write(4 * 2, HANDLER.to_bytes(4, "little"))
+        self.tiny.memory.write(HANDLER, b"\xcf")  # iret
+        self.tiny.load(b"\xf4\xeb\xfd")  # hlt; jmp to it
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with pytest.raises(InterruptedError):
+            self.vcpu.run()
+
+    def __enter__(self) -> Halting:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.vcpu.kick()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        self.tiny.close()
+
+    def halted(self, times: int) -> None:
+        until(lambda: self.stats()["halt_exits"] == times)
+
+    def stats(self) -> dict[str, int]:
+        return self.vcpu.stats()
+
+
+@pytest.fixture(autouse=True)
+def two_host_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halt_poll, "_HOST_CPUS", 2)
+
+
+def test_a_halted_vcpu_waits_awake_once_halts_have_been_short() -> None:
+    second = 1000 * MS
+    with Halting(Params(halt_poll_ns=60 * second, halt_poll_ns_grow_start=60 * second)) as guest:
+        guest.halted(1)
+        assert guest.stats()["halt_attempted_poll"] == 0, "the first halt has no past"
+        guest.vcpu.nmi()
+        guest.halted(2)
+        until(lambda: guest.vcpu.halt_polling)
+        guest.vcpu.nmi()
+        guest.halted(3)
+        stats = guest.stats()
+        assert (stats["halt_attempted_poll"], stats["halt_successful_poll"]) == (1, 1)
+        assert stats["halt_poll_success_ns"] > 0
+        assert stats["halt_poll_fail_ns"] == 0
+        until(lambda: guest.vcpu.halt_polling)  # the kick that ends this finds it so
+
+
+def test_a_wait_that_was_in_vain_ends_asleep() -> None:
+    with Halting(Params(halt_poll_ns=60_000 * MS, halt_poll_ns_grow_start=MS)) as guest:
+        guest.halted(1)
+        guest.vcpu.nmi()
+        guest.halted(2)
+        until(lambda: guest.stats()["halt_poll_fail_ns"] >= MS)
+        guest.vcpu.nmi()
+        guest.halted(3)
+        assert guest.stats()["halt_successful_poll"] == 0
+        assert guest.stats()["halt_wait_ns"] > 0
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_without_a_limit_nobody_waits_awake(limit: int | None) -> None:
+    params = Params(halt_poll_ns=60_000 * MS if limit == 0 else 0, halt_poll_ns_grow_start=MS)
+    guest = Halting(params)
+    if limit is not None:
+        guest.tiny.vm.enable_cap(abi.KVM_CAP_HALT_POLL, limit)
+    with guest:
+        for halts in range(1, 4):
+            guest.halted(halts)
+            guest.vcpu.nmi()
+        assert guest.stats()["halt_attempted_poll"] == 0
+
+
+def test_the_wait_grows_and_shrinks_as_documented() -> None:
+    # Documentation/virt/kvm/halt-polling.rst
+    params = Params(halt_poll_ns=35_000, halt_poll_ns_grow=2, halt_poll_ns_grow_start=10_000, halt_poll_ns_shrink=2)
+    tiny = Tiny(params=params)
+    vcpu = tiny.vcpu
+    waits = []
+    for halt_ns in (30_000, 30_000, 30_000, 20_000, 36_000, 36_000, 36_000):
+        halt_poll.adapt(vcpu, halt_ns)
+        waits.append(vcpu.halt_poll_ns)
+    assert waits == [10_000, 20_000, 35_000, 35_000, 17_500, 0, 0]
+    params.halt_poll_ns_shrink = 0
+    vcpu.halt_poll_ns = 35_000
+    halt_poll.adapt(vcpu, 36_000)
+    assert vcpu.halt_poll_ns == 0
+    params.halt_poll_ns_grow = 0
+    halt_poll.adapt(vcpu, 30_000)
+    assert vcpu.halt_poll_ns == 0
+    tiny.close()
+
+
+def test_nobody_waits_awake_when_other_vcpus_want_the_hosts_processors() -> None:
+    tiny = Tiny(params=Params(halt_poll_ns=10_000), vcpus=3)
+    tiny.vcpu.halt_poll_ns = 10_000
+    assert halt_poll.interval(tiny.vcpu) == 0  # two others outside of HLT, two processors
+    tiny.vm.create_vcpu(3)
+    tiny.close()
+
+
+@pytest.mark.parametrize(
+    ("params", "exits"),
+    [
+        # The n-th exit comes after the count's PAUSEs and with the next one, which is skipped (APM vol. 2, 15.14.4):
+        # 101 + 201 + 401 + 801 + 1601 + 3201 + 6401 of 20000 are done when the 7th comes
+        (Params(pause_filter_count=100), 7),
+        (Params(pause_filter_count=100, pause_filter_count_grow=0), 20_000 // 101),
+        # 101 + 151 + 151 + ...
+        (Params(pause_filter_count=100, pause_filter_count_max=150), 1 + (20_000 - 101) // 151),
+    ],
+)
+def test_a_guest_that_spins_leaves_less_and_less_often(params: Params, exits: int) -> None:
+    tiny = Tiny(params=params).real_mode()
+    tiny.load(b"\xf3\x90\x49\x75\xfb\xf4", rcx=20_000)  # pause; dec cx; jnz; hlt
+    assert tiny.run_to_halt().rip == CODE + 6
+    assert tiny.vcpu.exit_counts[V.EXIT_PAUSE] == exits
+    tiny.close()

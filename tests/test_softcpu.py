@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor's clockwork as KVM uses it: kicks, the timer, waiting asleep and awake."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from softkvm._softcpu import Cpu, Machine, clock_ns
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def cpu() -> Cpu:
+    return Cpu(Machine(), 0)
+
+
+@pytest.mark.parametrize("wait", ["wait", "poll"])
+def test_a_wait_ends_with_its_time(cpu: Cpu, wait: str) -> None:
+    start = clock_ns()
+    assert not getattr(cpu, wait)(2 * MS)
+    assert clock_ns() - start >= 2 * MS
+
+
+@pytest.mark.parametrize("wait", ["wait", "poll"])
+def test_a_kick_that_came_before_ends_a_wait_and_stays(cpu: Cpu, wait: str) -> None:
+    cpu.kick()
+    assert getattr(cpu, wait)(60_000 * MS)
+    assert cpu.clear_kick()
+
+
+@pytest.mark.parametrize("wait", ["wait", "poll"])
+def test_a_kick_from_another_thread_ends_a_wait(cpu: Cpu, wait: str) -> None:
+    timer = threading.Timer(0.01, cpu.kick)
+    timer.start()
+    assert getattr(cpu, wait)(60_000 * MS)
+    timer.join()
+
+
+@pytest.mark.parametrize("wait", ["wait", "poll"])
+def test_the_timer_ends_a_wait_not_before_its_time(cpu: Cpu, wait: str) -> None:
+    deadline = clock_ns() + 5 * MS
+    cpu.set_timer(deadline)
+    assert getattr(cpu, wait)(60_000 * MS)
+    assert clock_ns() >= deadline
+
+
+def test_a_timer_that_has_passed_ends_a_wait_at_once(cpu: Cpu) -> None:
+    cpu.set_timer(1)
+    assert cpu.wait()
+
+
+def test_a_wait_that_ends_before_the_timer_leaves_it_armed(cpu: Cpu) -> None:
+    deadline = clock_ns() + 30 * MS
+    cpu.set_timer(deadline)
+    assert not cpu.wait(MS)
+    cpu.kick()
+    assert cpu.wait()
+    cpu.clear_kick()
+    assert cpu.wait(60_000 * MS)
+    assert clock_ns() >= deadline
+
+
+def test_a_disarmed_timer_kicks_nobody(cpu: Cpu) -> None:
+    cpu.set_timer(clock_ns() + 5 * MS)
+    cpu.set_timer(0)
+    assert not cpu.wait(20 * MS)
+
+
+def test_kicks_for_others_go_out_when_the_sender_leaves_the_interpreter() -> None:
+    machine = Machine()
+    sender, other, third = (Cpu(machine, n) for n in range(3))
+    for leave in (lambda: sender.wait(0), lambda: sender.poll(0), sender.send_held_kicks):
+        sender.kick_at_entry(other)
+        sender.kick_at_entry(third)
+        assert not other.clear_kick()
+        leave()
+        assert other.clear_kick()
+        assert third.clear_kick()
+        leave()
+        assert not other.clear_kick()
