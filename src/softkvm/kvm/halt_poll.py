@@ -5,9 +5,9 @@ To wake a sleeping thread costs more than most of what it then has to do. So a v
 silicon first, without the interpreter's lock. The moment adapts: it grows while wake-ups come soon after its end, and
 shrinks when they come too late for any waiting to pay.
 
-It is off unless ``Params.halt_poll_ns`` or KVM_CAP_HALT_POLL asks for it. The kernel stops polling as soon as another task
-wants the processor, which a process cannot see: with one busy process beside it on two processors, an interrupt to a
-halted vCPU and one back took 250 us with polling (200 us at most) and 77 us without.
+It is off unless ``Params.halt_poll_ns`` or KVM_CAP_HALT_POLL asks for it. The kernel stops polling as soon as another
+task wants the processor, which a process cannot see: with one busy process beside it on two processors, an interrupt to
+a halted vCPU and one back took 250 us with polling (200 us at most) and 77 us without.
 """
 
 from __future__ import annotations
