@@ -2,6 +2,7 @@
 """What KVM writes into guest memory: kvmclock, wall clock, steal time (KVM's Documentation/virt/kvm/x86/msr.rst)."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 from tests.support.conformance import Guest
@@ -113,3 +114,15 @@ def test_a_wall_clock_at_0_is_none(guest: Guest, msr: int) -> None:
     guest.write(0, b"\xaa" * 16)
     assert guest.cpu.set_msrs({msr: 0}) == 1  # what a reset or a restore writes for a guest that has no clock
     assert guest.memory[:16] == b"\xaa" * 16
+
+
+def test_paravirtual_eoi_needs_memory(make: Callable[..., Guest]) -> None:
+    guest = make(irqchip=True)
+    supported(guest, abi.KVM_CAP_IRQCHIP, abi.KVM_FEATURE_PV_EOI)
+    msr = abi.MSR_KVM_PV_EOI_EN
+    assert guest.cpu.set_msrs({msr: AREA | abi.KVM_MSR_ENABLED}) == 1
+    nowhere = 1 << 32
+    assert guest.cpu.set_msrs({msr: nowhere | abi.KVM_MSR_ENABLED}) == 0
+    assert guest.cpu.set_msrs({msr: AREA + 2}) == 0, "not aligned"
+    assert guest.cpu.get_msrs([msr]) == [AREA | abi.KVM_MSR_ENABLED]
+    assert guest.cpu.set_msrs({msr: nowhere}) == 1, "not enabled"

@@ -296,3 +296,10 @@ def test_what_cpuid_is_after_a_run_can_be_set_again_and_nothing_else(guest: Gues
     features.eax ^= 1
     refused(errno.EINVAL, lambda: guest.cpu.set_cpuid2(entries))
     refused(errno.E2BIG, lambda: guest.cpu.set_cpuid2([abi.kvm_cpuid_entry2()] * 257))
+
+
+@pytest.mark.parametrize("index", [0xCD, 0xFE, 0x198], ids=["FSB_FREQ", "MTRRcap", "PERF_STATUS"])
+def test_registers_of_the_platform_cannot_be_written(guest: Guest, index: int) -> None:
+    (value,) = guest.cpu.get_msrs([index])
+    assert guest.cpu.set_msrs({index: value ^ 1}) == 0
+    assert guest.cpu.get_msrs([index]) == [value]

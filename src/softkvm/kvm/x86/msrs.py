@@ -100,6 +100,11 @@ def _constant(value: int) -> Msr:
     return Msr(lambda vcpu, index, host: value, lambda vcpu, index, data, host: True, save=False)
 
 
+def _fixed(value: int) -> Msr:
+    """A register that reads ``value`` and that nobody can write."""
+    return Msr(lambda vcpu, index, host: value, lambda vcpu, index, data, host: False, save=False)
+
+
 def _read_only(value: int) -> Msr:
     """A register that reads ``value``; the guest's writes raise #GP, the host may write it back."""
     return Msr(
@@ -329,20 +334,20 @@ _TABLE: Final[dict[int, Msr]] = {
     MSR_IA32_APICBASE: Msr(_read_apic_base, _write_apic_base, save=False),
     0x2A: _constant(0),  # EBL_CR_POWERON
     MSR_IA32_TSC_ADJUST: Msr(lambda vcpu, index, host: vcpu.tsc_adjust, _write_tsc_adjust),
-    MSR_IA32_UCODE_REV: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, UCODE_REV), _write_ucode_rev, False),
+    MSR_IA32_UCODE_REV: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, UCODE_REV), _write_ucode_rev),
     0x79: Msr(lambda vcpu, index, host: 0, lambda vcpu, index, data, host: True, False),  # UCODE_WRITE
     0xC1: _constant(0),
     0xC2: _constant(0),
-    0xCD: _constant(3),  # FSB_FREQ
+    0xCD: _fixed(3),  # FSB_FREQ
     MSR_PLATFORM_INFO: Msr(_read_platform_info, _write_platform_info),
-    0xFE: Msr(lambda vcpu, index, host: 0x508, lambda vcpu, index, data, host: False, False),  # MTRRcap: 8 variable
+    0xFE: _fixed(0x508),  # MTRRcap: 8 variable
     MSR_IA32_SYSENTER_CS: _in_vmcb(V.SYSENTER_CS),
     MSR_IA32_SYSENTER_ESP: _sysenter(V.SYSENTER_ESP),
     MSR_IA32_SYSENTER_EIP: _sysenter(V.SYSENTER_EIP),
     MSR_IA32_MCG_CAP: Msr(lambda vcpu, index, host: vcpu.mcg_cap, lambda vcpu, index, data, host: False, False),
     MSR_IA32_MCG_STATUS: _stored(),
     MSR_IA32_MCG_CTL: Msr(_read_mcg_ctl, _write_mcg_ctl),
-    0x198: _constant(1000 | 4 << 40),  # PERF_STATUS
+    0x198: _fixed(1000 | 4 << 40),  # PERF_STATUS
     MSR_IA32_MISC_ENABLE: Msr(
         lambda vcpu, index, host: vcpu.msr_values.get(index, MISC_ENABLE_DEFAULT), _write_misc_enable
     ),

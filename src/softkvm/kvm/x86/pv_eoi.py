@@ -33,11 +33,15 @@ class PvEoi:
         self.pending = False  # the guest may end the interrupt in service in its memory
 
     def set_msr(self, value: int) -> bool:
-        """Write MSR_KVM_PV_EOI_EN: a 4-byte aligned address, and bit 0 to enable. False stands for #GP."""
-        if value & 0b10:
+        """Write MSR_KVM_PV_EOI_EN: a 4-byte aligned address, and bit 0 to enable.
+
+        False stands for #GP: for an address that isn't aligned, or has no memory.
+        """
+        gpa = value & ~_KVM_MSR_ENABLED
+        if gpa & 0b11 or (value & _KVM_MSR_ENABLED and self._read_guest(gpa, 1) is None):
             return False
         self.msr = value
-        self._gpa = value & ~0b11
+        self._gpa = gpa
         return True
 
     def sync_to_guest(self) -> None:
