@@ -58,6 +58,13 @@ NOTES: Final = (
     "The device tried here does not report KVM_CAP_INTR_SHADOW, although KVM_GET_VCPU_EVENTS has the shadow, nor "
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A vCPU's kick is not a signal on the software side, so KVM_SET_SIGNAL_MASK is checked and changes nothing.",
+    "Requests to a vCPU whose KVM_RUN is under way on another thread wait for its end on the device. On the software "
+    "side a second KVM_RUN is EBUSY, and the others see or change the state as it is at that moment: kick the vCPU "
+    "first.",
+    "Closing a VM ends it on the software side: KVM_RUN of its vCPUs is EIO from then on. On the device it lives on "
+    "until its vCPUs are closed, too.",
+    "HWCR.TscFreqSel is set in a new vCPU on the software side (its TSC does count at one frequency, and Linux asks), "
+    "and clear on the device.",
     "KVM_SET_TSC_KHZ takes the silicon's frequency only (within 250 ppm): it has no TSC scaling.",
 )
 

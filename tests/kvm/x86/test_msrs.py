@@ -10,6 +10,7 @@ import pytest
 from tests.support.tiny import DATA, Tiny
 
 from softkvm import abi
+from softkvm.kvm.x86 import kvmclock
 from softkvm.kvm.x86.tsc import TscSynchronizer
 
 
@@ -50,6 +51,19 @@ def test_steal_time_is_the_delay_of_the_vcpus_thread_whoever_restores_the_regist
     thread.start()
     thread.join()
     assert set(asked) == {thread.ident}
+    tiny.close()
+
+
+def test_stolen_time_does_not_go_back_when_another_thread_runs_the_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Tiny()
+    delays = iter((1000, 1700, 300, 450))
+    monkeypatch.setattr(tiny.vcpu, "run_delay_ns", lambda: next(delays))
+    tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
+    seen = []
+    for _ in range(4):
+        kvmclock.record_steal_time(tiny.vcpu)
+        seen.append(int.from_bytes(tiny.memory.read(DATA, 8), "little"))
+    assert seen == [1000, 1700, 1700, 1850]
     tiny.close()
 
 

@@ -158,7 +158,8 @@ def record_steal_time(vcpu: Vcpu) -> None:
         return
     steal, version = _STEAL.unpack(data)
     run_delay = vcpu.run_delay_ns()
-    steal = (steal + run_delay - vcpu.last_steal) & _U64
+    # Another thread that runs the vCPU now has a delay of its own: time stolen never goes backwards.
+    steal = (steal + max(run_delay - vcpu.last_steal, 0)) & _U64
     vcpu.last_steal = run_delay
     version += 1 if version & 1 else 0
     write_guest(vm, gpa + 8, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
