@@ -325,6 +325,26 @@ def test_an_msi_reaches_the_local_apic(apic: Guest) -> None:
     refused(errno.EINVAL, lambda: apic.vm.signal_msi(abi.kvm_msi(address_lo=0xFEE0_0000, data=0x81, flags=2)))
 
 
+def test_a_message_may_name_its_device(apic: Guest) -> None:
+    message = abi.kvm_msi(address_lo=0xFEE0_0000, data=0x82, flags=abi.KVM_MSI_VALID_DEVID, devid=0x18)
+    assert apic.vm.signal_msi(message) == 1
+    assert pending(apic, APIC_IRR, 0x82)
+    entry = abi.kvm_irq_routing_entry(gsi=40, type=abi.KVM_IRQ_ROUTING_MSI, flags=abi.KVM_MSI_VALID_DEVID)
+    entry.u.msi.address_lo, entry.u.msi.data = 0xFEE0_0000, 0x92
+    apic.vm.set_gsi_routing([entry])
+    apic.vm.irq_line(40, 1)
+    assert pending(apic, APIC_IRR, 0x92)
+    entry.type = abi.KVM_IRQ_ROUTING_IRQCHIP
+    refused(errno.EINVAL, lambda: apic.vm.set_gsi_routing([entry]))
+
+
+def test_ioapic_lines_without_a_pin_are_nothing(apic: Guest) -> None:
+    state = apic.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC)
+    state.chip.ioapic.irr = 0xFF00_0000
+    apic.vm.set_irqchip(state)
+    assert apic.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC).chip.ioapic.irr == 0
+
+
 def test_routing_sends_a_gsi_as_a_message(apic: Guest) -> None:
     entry = abi.kvm_irq_routing_entry(gsi=40, type=abi.KVM_IRQ_ROUTING_MSI)
     entry.u.msi.address_lo, entry.u.msi.data = 0xFEE0_0000, 0x91

@@ -112,6 +112,15 @@ def test_long_mode_without_pae_or_lma_is_einval(guest: Guest) -> None:
     assert guest.cpu.get_sregs().cr4 & abi.X86_CR4_PAE
 
 
+def test_an_impossible_task_priority_changes_nothing(guest: Guest) -> None:
+    sregs = guest.cpu.get_sregs()
+    sregs.cr8 = 5
+    guest.cpu.set_sregs(sregs)
+    sregs.cr8 = 16
+    guest.cpu.set_sregs(sregs)
+    assert guest.cpu.get_sregs().cr8 == 5
+
+
 def test_lma_is_no_bit_that_an_msr_write_changes(guest: Guest) -> None:
     efer = 0xC000_0080
     assert guest.cpu.set_msrs({efer: abi.EFER_LME | abi.EFER_LMA}) == 1

@@ -124,7 +124,7 @@ def test_new_table_replaces_the_old_one(machine: Machine) -> None:
         [msi_entry(5), msi_entry(5)],
         [abi.kvm_irq_routing_entry(gsi=1, type=0)],
         [abi.kvm_irq_routing_entry(gsi=1, type=abi.KVM_IRQ_ROUTING_S390_ADAPTER)],
-        [abi.kvm_irq_routing_entry(gsi=1, type=abi.KVM_IRQ_ROUTING_MSI, flags=1)],
+        [abi.kvm_irq_routing_entry(gsi=1, type=abi.KVM_IRQ_ROUTING_MSI, flags=2)],
         [abi.kvm_irq_routing_entry(gsi=1, type=abi.KVM_IRQ_ROUTING_IRQCHIP, flags=1)],
         [msi_entry(0)] * (KVM_MAX_IRQ_ROUTES + 1),
     ],
@@ -191,7 +191,7 @@ def test_signal_msi(machine: Machine) -> None:
     machine.lapic.set_spiv(0xFF)
     msi.address_lo = 0xFEE00000
     assert machine.chips.routing.signal_msi(msi) == 0
-    msi.flags = 1
+    msi.flags = 2
     with pytest.raises(OSError) as error:
         machine.chips.routing.signal_msi(msi)
     assert error.value.errno == errno.EINVAL

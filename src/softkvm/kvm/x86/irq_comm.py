@@ -16,6 +16,7 @@ from softkvm.abi import (
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MSI_VALID_DEVID,
     kvm_irq_routing_entry,
     kvm_msi,
 )
@@ -103,8 +104,9 @@ class IrqRouting:
             gsi = entry.gsi
             if gsi >= KVM_MAX_IRQ_ROUTES:
                 raise kvm_error(errno.EINVAL, f"gsi: {gsi}, expected less than {KVM_MAX_IRQ_ROUTES}")
-            if entry.flags:
-                raise kvm_error(errno.EINVAL, f"flags of GSI {gsi}: {entry.flags:#x}, expected 0")
+            flags = KVM_MSI_VALID_DEVID if entry.type == KVM_IRQ_ROUTING_MSI else 0  # which x86 has no use for
+            if entry.flags & ~flags:
+                raise kvm_error(errno.EINVAL, f"flags of GSI {gsi}: {entry.flags:#x}, expected {flags}")
             chip = entry.u.irqchip.irqchip if entry.type == KVM_IRQ_ROUTING_IRQCHIP else None
             if chip in chips[gsi] or (chips[gsi] and None in (chip, chips[gsi][0])):
                 raise kvm_error(errno.EINVAL, f"gsi: {gsi} is routed twice to one chip, or to a chip and a message")
@@ -174,8 +176,8 @@ class IrqRouting:
 
     def signal_msi(self, msi: kvm_msi) -> int:
         """KVM_SIGNAL_MSI: deliver a message. Positive: delivered; 0: the guest blocks it; -1: there is no target."""
-        if msi.flags:
-            raise kvm_error(errno.EINVAL, f"kvm_msi.flags: {msi.flags:#x}, expected 0")
+        if msi.flags & ~KVM_MSI_VALID_DEVID:
+            raise kvm_error(errno.EINVAL, f"kvm_msi.flags: {msi.flags:#x}, expected at most KVM_MSI_VALID_DEVID (1)")
         self._check_msi(msi.address_hi)
         return self.set_msi(msi.address_lo, msi.address_hi, msi.data)
 

@@ -101,7 +101,7 @@ def set_sregs(vcpu: Vcpu, sregs: Sregs) -> None:
         vcpu.vmcb.set_segment(offset, 0, 0, table.limit, table.base)
     vcpu.q[V.CR2] = sregs.cr2
     vcpu.q[V.CR3] = sregs.cr3
-    cr.kvm_set_cr8(vcpu, sregs.cr8 & 0xF)
+    cr.kvm_set_cr8(vcpu, sregs.cr8)  # one that can't be changes nothing
     svm.set_efer(vcpu, sregs.efer)
     svm.set_cr0(vcpu, sregs.cr0)
     svm.set_cr4(vcpu, sregs.cr4)
