@@ -112,6 +112,22 @@ def test_long_mode_without_pae_or_lma_is_einval(guest: Guest) -> None:
     assert guest.cpu.get_sregs().cr4 & abi.X86_CR4_PAE
 
 
+def test_sregs2_have_the_pdptes_of_pae_paging(guest: Guest, needs: Callable[[str], None]) -> None:
+    needs("paging outside long mode")
+    if not guest.kvm.check_extension(abi.KVM_CAP_SREGS2):
+        pytest.skip("no KVM_CAP_SREGS2")
+    pdptes = [TABLES + 0x1001 + n * 0x1000 for n in range(4)]
+    guest.write(TABLES + 0x20, struct.pack("<4Q", *pdptes))
+    guest.protected("f4")
+    sregs = guest.cpu.get_sregs2()
+    assert sregs.flags == 0
+    sregs.cr3, sregs.cr4, sregs.cr0 = TABLES + 0x20, sregs.cr4 | abi.X86_CR4_PAE, sregs.cr0 | abi.X86_CR0_PG
+    guest.cpu.set_sregs2(sregs)
+    sregs = guest.cpu.get_sregs2()
+    assert (sregs.flags, list(sregs.pdptrs)) == (abi.KVM_SREGS2_FLAGS_PDPTRS_VALID, pdptes)
+    guest.cpu.set_sregs2(sregs)
+
+
 def test_an_impossible_task_priority_changes_nothing(guest: Guest) -> None:
     sregs = guest.cpu.get_sregs()
     sregs.cr8 = 5

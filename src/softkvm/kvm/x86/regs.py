@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import errno
+import struct
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.guest_memory import read_guest
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import svm
@@ -69,10 +71,20 @@ def get_sregs(vcpu: Vcpu) -> abi.kvm_sregs:
 
 
 def get_sregs2(vcpu: Vcpu) -> abi.kvm_sregs2:
-    """KVM_GET_SREGS2. PDPTEs are read from memory by the silicon, so there are none to report."""
+    """KVM_GET_SREGS2, with PAE paging's four PDPTEs as they are in memory, where the silicon reads them."""
     sregs = abi.kvm_sregs2()
     _fill_sregs(vcpu, sregs)
+    if _is_pae_paging(sregs):
+        table = read_guest(vcpu.vm, sregs.cr3 & 0xFFFF_FFE0, 32)
+        if table is not None:
+            sregs.pdptrs[:] = list(struct.unpack("<4Q", table))
+            sregs.flags = abi.KVM_SREGS2_FLAGS_PDPTRS_VALID
     return sregs
+
+
+def _is_pae_paging(sregs: Sregs) -> bool:
+    """Tell whether these registers page with three levels of 64-bit entries."""
+    return bool(sregs.cr0 & abi.X86_CR0_PG and sregs.cr4 & abi.X86_CR4_PAE and not sregs.efer & abi.EFER_LMA)
 
 
 def is_valid_sregs(vcpu: Vcpu, sregs: Sregs) -> bool:
@@ -130,7 +142,6 @@ def set_sregs2(vcpu: Vcpu, sregs: abi.kvm_sregs2) -> None:
     """KVM_SET_SREGS2: PDPTEs given are ignored, as the silicon reads them from memory."""
     if sregs.flags & ~abi.KVM_SREGS2_FLAGS_PDPTRS_VALID:
         raise kvm_error(errno.EINVAL, f"flags={sregs.flags:#x}, expected KVM_SREGS2_FLAGS_PDPTRS_VALID or none")
-    pae = sregs.cr0 & abi.X86_CR0_PG and sregs.cr4 & abi.X86_CR4_PAE and not sregs.efer & abi.EFER_LMA
-    if sregs.flags and not pae:
+    if sregs.flags and not _is_pae_paging(sregs):
         raise kvm_error(errno.EINVAL, "flags has KVM_SREGS2_FLAGS_PDPTRS_VALID without PAE paging")
     set_sregs(vcpu, sregs)
