@@ -117,6 +117,16 @@ def test_report_on_standard_output_stands_there_alone(runnable: Path, capsys: py
 
 
 @pytest.mark.guest
+def test_report_that_cannot_be_written_does_not_cost_the_others(
+    runnable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page"
+    assert main(["unittests", str(runnable), "pass", "--junit", "/dev/full", "--html", str(page)]) == 1
+    assert capsys.readouterr().err == "softkvm: --junit /dev/full: No space left on device\n"
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.guest
 def test_configuration_and_images_that_are_wrong_are_named(runnable: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x86 = runnable / "x86"
     (x86 / "empty.flat").touch()

@@ -38,8 +38,9 @@ there is shown and does not change the exit status.
 
 exit status:
   0  softkvm gave every figure
-  1  it did not, or the KVM cannot be opened
-  2  usage: bad arguments, no build in DIR
+  1  it did not, the KVM cannot be opened, or the file of --json cannot be written at the end
+  2  usage: bad arguments, no build in DIR, a file that cannot be written at all
+  128 + n  ended by signal n
 
 examples:
   softkvm bench vmexit

@@ -17,6 +17,8 @@ It is kept in $XDG_CACHE_HOME/softkvm/guest (~/.cache/softkvm/guest).
 
 On its kernel command line:
   softkvm.run="cmd; cmd"   run commands in place of the shell, then power off
+
+exit status: 0; 1 if it cannot be had; 2 usage: bad arguments; 128 + n ended by signal n
 """
 
 

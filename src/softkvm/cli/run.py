@@ -52,7 +52,7 @@ PANIC_GRACE_S = 5.0
 EPILOG = """\
 exit status:
   0  the guest powered off
-  1  internal error: the host, the KVM or softkvm failed
+  1  internal error: the host, the KVM or softkvm failed, or a full disk took no more output
   2  usage: bad arguments, a kernel or an initrd that cannot be loaded
   3  the guest's kernel panicked (pvpanic device; or, a heuristic, a panic message on the console)
   4  triple fault
@@ -60,7 +60,7 @@ exit status:
   6  the guest reset itself
   7  ended from the console with Ctrl-A x
   8  the guest wrote the debug-exit port
-  128 + n  ended by signal n
+  128 + n  ended by signal n; 141: nobody reads the console
 
 on the console:
   Ctrl-A x ends the machine, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A

@@ -24,16 +24,18 @@ from softkvm.unittests.suite import SuiteRun, select
 EXIT_FAILED = 1
 
 EPILOG = """\
-DIR is your own build of kvm-unit-tests: a checkout after `./configure && make`.
+DIR is your own build of kvm-unit-tests: a checkout after `./configure && make`. FILE - is standard output, in place of
+the lines.
 
 exit status:
   0  nothing failed
-  1  a test failed, or the KVM cannot be opened
-  2  usage: bad arguments, no build in DIR, no such test
+  1  a test failed, the KVM cannot be opened, or a file cannot be written at the end
+  2  usage: bad arguments, no build in DIR, no such test, a file that cannot be written at all
+  128 + n  ended by signal n
 
 examples:
-  softkvm unittests ~/kvm-unit-tests                      all tests
-  softkvm unittests ~/kvm-unit-tests apic realmode -v     two of them, with what they print
+  softkvm unittests ~/kvm-unit-tests                        all tests
+  softkvm unittests ~/kvm-unit-tests eventinj realmode -v   two of them, with what they print
   softkvm unittests ~/kvm-unit-tests --group vmexit -j 2 --html report.html
 """
 
@@ -231,8 +233,14 @@ def _run(args: Namespace) -> int:
     finally:
         printer.clear()
     printer.summary()
+    errors = []
     for kind, file in files.items():
-        file.write(_REPORTS[kind](results, settings.accel))
+        try:
+            file.write(_REPORTS[kind](results, settings.accel))
+        except CommandError as error:
+            errors.append(error)  # the others may be on another disk
+    if errors:
+        raise errors[0]
     return EXIT_FAILED if any(result.status is Status.FAIL for result in results) else EXIT_OK
 
 

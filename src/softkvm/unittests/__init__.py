@@ -5,7 +5,7 @@
 
     import softkvm.unittests
 
-    result = softkvm.unittests.run("kvm-unit-tests", "apic")
+    result = softkvm.unittests.run("kvm-unit-tests", "eventinj")
     print(result.line, result.exits)
 
 Nothing of the suite is in this package. It reads the suite's ``x86/unittests.cfg``, loads the Multiboot images that the
