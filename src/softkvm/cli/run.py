@@ -94,7 +94,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--kernel",
         metavar="FILE",
         type=file_name,
-        help="bzImage or ELF kernel with a PVH note; flat:FILE is raw real-mode code (default: the default guest)",
+        help="bzImage, ELF kernel with a PVH note or Multiboot image; flat:FILE is raw real-mode code "
+        "(default: the default guest)",
     )
     add("--initrd", metavar="FILE", type=file_name, help="initial RAM disk")
     add("--append", metavar="TEXT", help=f"kernel command line (default: {COMMAND_LINE})")

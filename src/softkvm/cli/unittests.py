@@ -213,9 +213,13 @@ def _run(args: Namespace) -> int:
     jobs = count("-j", args.jobs, 1, 256)
     directory = Path(args.directory)
     try:
-        entries = select(config.read(directory), args.names, args.group)
+        entries = config.read(directory)
     except SuiteError as error:
         raise CommandError(str(error)) from None
+    try:
+        entries = select(entries, args.names, args.group)
+    except SuiteError as error:
+        raise CommandError(f"{error}; --list names all") from None
     if args.list:
         _list(entries)
         return EXIT_OK
