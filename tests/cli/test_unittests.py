@@ -10,6 +10,7 @@ from tests.support.machines import open_soft
 from tests.unittests.conftest import CONFIG
 
 from softkvm.cli.main import main
+from softkvm.unittests.runner import DEVICES
 
 
 @pytest.fixture
@@ -103,6 +104,15 @@ def test_file_in_the_place_of_the_build_is_a_usage_error(tmp_path: Path, capsys:
     (tmp_path / "file").touch()
     assert main(["unittests", str(tmp_path / "file")]) == 2
     assert "expected a build of kvm-unit-tests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["unittests", "{suite}"], ["bench", "vmexit", "--no-qemu"]])
+def test_device_that_is_missing_is_one_line_and_status_1(
+    suite: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(DEVICES, "kvm", "/nowhere/kvm")
+    assert main([*(text.format(suite=suite) for text in command), "--accel", "kvm"]) == 1
+    assert capsys.readouterr().err == "softkvm: --accel kvm: /nowhere/kvm: No such file or directory\n"
 
 
 def test_options_may_stand_before_names(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ class SoftkvmSide:
         except ImportError as error:
             raise SideError(f"the software CPU is not built: {error}") from None
         except OSError as error:
-            raise SideError(f"--accel {accel}: {error}") from None
+            raise SideError(f"--accel {accel}: {DEVICES[accel]}: {error.strerror or error}") from None
 
     def guest(self, command_line: str, vcpus: int, timeout_s: float) -> str:
         """See :class:`Side`."""

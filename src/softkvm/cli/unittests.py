@@ -130,9 +130,8 @@ def _check_kvm(settings: Settings) -> None:
     except ImportError as error:
         raise CommandError(f"the software CPU is not built: {error}", EXIT_ERROR) from None
     except OSError as error:
-        raise CommandError(
-            f"--accel {settings.accel}: {DEVICES[settings.accel]}: {error.strerror}", EXIT_ERROR
-        ) from None
+        text = f"--accel {settings.accel}: {DEVICES[settings.accel]}: {error.strerror or error}"
+        raise CommandError(text, EXIT_ERROR) from None
     except SuiteError as error:
         raise CommandError(f"--param {error}") from None
 
