@@ -133,17 +133,22 @@ def test_nobody_waits_awake_when_other_vcpus_want_the_hosts_processors() -> None
 
 
 @pytest.mark.parametrize(
-    ("params", "exits"),
+    ("params", "yielded_ns", "exits"),
     [
-        # The n-th exit comes after the count's PAUSEs and with the next one, which is skipped (APM vol. 2, 15.14.4):
+        # An exit comes after the count's PAUSEs with the next one, which is skipped (APM vol. 2, 15.14.4):
         # 101 + 201 + 401 + 801 + 1601 + 3201 + 6401 of 20000 are done when the 7th comes
-        (Params(pause_filter_count=100), 7),
-        (Params(pause_filter_count=100, pause_filter_count_grow=0), 20_000 // 101),
+        (Params(pause_filter_count=100), 0, 7),
+        (Params(pause_filter_count=100, pause_filter_count_grow=0), 0, 20_000 // 101),
         # 101 + 151 + 151 + ...
-        (Params(pause_filter_count=100, pause_filter_count_max=150), 1 + (20_000 - 101) // 151),
+        (Params(pause_filter_count=100, pause_filter_count_max=150), 0, 1 + (20_000 - 101) // 151),
+        # the host's processor is wanted: the lock's holder may be waiting for it
+        (Params(pause_filter_count=100), 1_000_000, 20_000 // 101),
     ],
 )
-def test_a_guest_that_spins_leaves_less_and_less_often(params: Params, exits: int) -> None:
+def test_a_guest_that_spins_leaves_ever_more_rarely_unless_others_want_the_processor(
+    monkeypatch: pytest.MonkeyPatch, params: Params, yielded_ns: int, exits: int
+) -> None:
+    monkeypatch.setattr("softkvm._softcpu.sched_yield", lambda: yielded_ns)
     tiny = Tiny(params=params).real_mode()
     tiny.load(b"\xf3\x90\x49\x75\xfb\xf4", rcx=20_000)  # pause; dec cx; jnz; hlt
     assert tiny.run_to_halt().rip == CODE + 6

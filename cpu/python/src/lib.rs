@@ -21,10 +21,14 @@ fn rdtsc() -> u64 {
 }
 
 /// Lets another thread have the host's processor; the interpreter's lock is released (os.sched_yield holds it up to
-/// Python 3.12).
+/// Python 3.12). How long the others took, in nanoseconds.
 #[pyfunction]
-fn sched_yield(py: Python<'_>) {
-    py.detach(std::thread::yield_now);
+fn sched_yield(py: Python<'_>) -> u64 {
+    py.detach(|| {
+        let before = softcpu::clock::clock_ns();
+        std::thread::yield_now();
+        softcpu::clock::clock_ns() - before
+    })
 }
 
 /// (eax, ebx, ecx, edx) of the silicon's own CPUID leaf.

@@ -45,6 +45,8 @@ _HYPERCALLS: Final = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")
 #: SYSENTER and SYSEXIT, which AMD's processors don't have in long mode.
 _FAST_CALLS: Final = (b"\x0f\x34", b"\x0f\x35", b"\x48\x0f\x35")
 _DECODE_ASSIST_MOV: Final = 1 << 63
+#: A yield that takes less than this, in ns, found nobody who wanted the host's processor.
+_YIELD_TO_NOBODY_NS: Final = 20_000
 
 
 # --- the frequent ones -------------------------------------------------------------------------
@@ -140,8 +142,10 @@ def halt_interception(vcpu: Vcpu) -> int:
 
 def pause_interception(vcpu: Vcpu) -> int:
     """Too many PAUSEs: the guest spins on a lock whose holder may not be running."""
-    svm.grow_ple_window(vcpu)
-    _softcpu.sched_yield()
+    if _softcpu.sched_yield() < _YIELD_TO_NOBODY_NS:
+        svm.grow_ple_window(vcpu)
+    else:
+        svm.shrink_ple_window(vcpu)
     return skip_emulated_instruction(vcpu)
 
 
