@@ -236,7 +236,7 @@ def grow_ple_window(vcpu: Vcpu) -> None:
 
 
 def shrink_ple_window(vcpu: Vcpu) -> None:
-    """The vCPU's thread had lost the host's processor: the guest waits for something else now, or for a vCPU that has."""
+    """The vCPU's thread had lost the host's processor: from here on the guest waits for something else."""
     params = vcpu.vm.params
     shrunk = (
         vcpu.w[V.PAUSE_FILTER_COUNT] // params.pause_filter_count_shrink if params.pause_filter_count_shrink > 1 else 0
