@@ -151,7 +151,7 @@ def test_configuration_and_images_that_are_wrong_are_named(runnable: Path, capsy
         "FAIL late ([late] timeout = soon: expected seconds)",
         "FAIL past ([past] timeout = -5: expected seconds)",
         "FAIL none (0 vCPUs: expected 1 to 16)",
-        "FAIL tiny (memory of 1 MiB: expected 32 MiB to 1048576 MiB)",
+        "FAIL tiny (memory of 1 MiB: expected 32 MiB to 1 TiB)",
     ]
 
 

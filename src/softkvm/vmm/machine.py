@@ -32,9 +32,9 @@ TSS_ADDRESS = 0xFFFBD000
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
 OTHER_ARCHITECTURES = (
-    (56, b"ARM\x64", "arm64 Image"),
-    (48, b"RISCV\0\0\0", "RISC-V Image"),
-    (0, b"\x1f\x8b", "gzip-compressed file"),
+    (56, b"ARM\x64", "an arm64 Image"),
+    (48, b"RISCV\0\0\0", "a RISC-V Image"),
+    (0, b"\x1f\x8b", "a gzip-compressed file"),
 )
 
 
@@ -58,7 +58,7 @@ class Config:
             raise ConfigError(f"{self.vcpus} vCPUs: expected 1 to {MAX_VCPUS}")
         if not MIN_MEMORY <= self.memory_size <= MAX_MEMORY:
             raise ConfigError(
-                f"memory of {self.memory_size // MIB} MiB: expected {MIN_MEMORY // MIB} MiB to {MAX_MEMORY // MIB} MiB"
+                f"memory of {self.memory_size // MIB} MiB: expected {MIN_MEMORY // MIB} MiB to {MAX_MEMORY >> 40} TiB"
             )
 
 
@@ -338,7 +338,7 @@ def _describe_unknown(image: bytes) -> str:
     """Say what a file is that no loader takes."""
     for offset, magic, what in OTHER_ARCHITECTURES:
         if image[offset : offset + len(magic)] == magic:
-            return f"kernel is a(n) {what}: expected an x86-64 bzImage or an ELF file with a PVH note"
+            return f"kernel is {what}: expected an x86-64 bzImage or an ELF file with a PVH note"
     if not image:
         return "kernel is empty"
     return "kernel has an unknown format: expected an x86-64 bzImage or an ELF file with a PVH note"

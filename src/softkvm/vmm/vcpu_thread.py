@@ -31,6 +31,7 @@ _MMIO_ADDRESS_U64 = 4
 _MMIO_DATA_U64 = 5
 _MMIO_LEN_U32 = 12
 _MMIO_IS_WRITE = 52
+_RESET_RIP = 0xFFF0
 _MASKS = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
 
 
@@ -163,9 +164,10 @@ class VcpuThread:
         self.machine.end(Outcome(End.STOPPED, f"vCPU {self.index} halted"))
 
     def _shutdown(self) -> None:
-        """KVM_EXIT_SHUTDOWN: a triple fault."""
+        """KVM_EXIT_SHUTDOWN: a triple fault. On AMD KVM has reset the vCPU by then, and where it was is lost."""
         rip = self.vcpu.get_regs().rip
-        self.machine.end(Outcome(End.TRIPLE_FAULT, f"vCPU {self.index} at RIP {rip:#x}"))
+        where = "" if rip == _RESET_RIP else f" at RIP {rip:#x}"
+        self.machine.end(Outcome(End.TRIPLE_FAULT, f"vCPU {self.index}{where}"))
 
     def _system_event(self) -> None:
         """KVM_EXIT_SYSTEM_EVENT."""
