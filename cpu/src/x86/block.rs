@@ -16,8 +16,8 @@ use crate::mem::PageInfo;
 pub const MAX_INSTRUCTION: usize = 15;
 /// Most bytes of a block.
 pub(super) const WINDOW: usize = MAX_OPS * MAX_INSTRUCTION;
-/// Most blocks that run one after the other without coming back to the run loop.
-pub const CHAIN: u32 = if cfg!(debug_assertions) { 32 } else { 256 };
+/// Blocks run one after the other without coming back to the run loop until so many instructions have retired.
+pub const CHAIN: u64 = if cfg!(debug_assertions) { 512 } else { 2048 };
 /// In a block's mode: it holds one instruction only, for running one at a time.
 pub const SINGLE: u8 = 0x80;
 
@@ -89,17 +89,18 @@ impl Block {
         }
     }
 
-    /// Has the processor fetch what entering the block needs. Any address will do.
+    /// Has the processor fetch the `n`-th cache line of the block; line 1 is what entering it needs. Any address will
+    /// do.
     #[inline(always)]
-    pub fn prefetch(block: *const Block) {
+    pub fn prefetch(block: *const Block, n: usize) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a hint that never faults.
         unsafe {
             use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(block.wrapping_byte_add(LINE).cast());
+            _mm_prefetch::<_MM_HINT_T0>(block.wrapping_byte_add(n * LINE).cast());
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = block;
+        let _ = (block, n);
     }
 }
 
@@ -136,14 +137,18 @@ const CHUNK_BYTES: usize = 256 << 10;
 /// All blocks are dropped when they take more than this.
 const LIMIT_BYTES: usize = 128 << 20;
 const FRONT_BITS: usize = 14;
+/// log2 of the entries of an empty table.
+const TABLE_BITS: usize = 12;
+const EMPTY: (usize, *mut Block) = (0, core::ptr::null_mut());
 
 /// All blocks of one processor.
 pub struct BlockCache {
     arena: Vec<Box<[Line]>>,
     used: usize,
-    table: Vec<*mut Block>,
+    /// Open addressing; a null pointer ends a search, a key of 0 is a dead block's.
+    table: Vec<(usize, *mut Block)>,
     count: usize,
-    /// Direct-mapped front of the table, with the keys.
+    /// Direct-mapped front of the table for targets of indirect branches; blocks that lie in one page only.
     front: Box<[(usize, *mut Block)]>,
     /// Blocks decoded so far, for statistics.
     pub decoded_blocks: u64,
@@ -162,9 +167,9 @@ impl Default for BlockCache {
         BlockCache {
             arena: Vec::new(),
             used: CHUNK_BYTES,
-            table: vec![core::ptr::null_mut(); 1 << 12],
+            table: vec![EMPTY; 1 << TABLE_BITS],
             count: 0,
-            front: vec![(0, core::ptr::null_mut()); 1 << FRONT_BITS].into_boxed_slice(),
+            front: vec![EMPTY; 1 << FRONT_BITS].into_boxed_slice(),
             decoded_blocks: 0,
             decoded_instructions: 0,
             invalidations: 0,
@@ -190,15 +195,15 @@ impl BlockCache {
         self.arena.truncate(1);
         self.used = if self.arena.is_empty() { CHUNK_BYTES } else { 0 };
         self.table.clear();
-        self.table.resize(1 << 12, core::ptr::null_mut());
-        self.front.fill((0, core::ptr::null_mut()));
+        self.table.resize(1 << TABLE_BITS, EMPTY);
+        self.front.fill(EMPTY);
         self.count = 0;
         self.flushes += 1;
     }
 
     /// Bytes held by decoded code.
     pub fn bytes(&self) -> usize {
-        self.arena.len() * CHUNK_BYTES + self.table.len() * 8
+        self.arena.len() * CHUNK_BYTES + self.table.len() * size_of::<(usize, *mut Block)>()
     }
 
     /// Whether there is no room for more.
@@ -234,67 +239,87 @@ impl BlockCache {
         if k == key(host, mode) { block } else { core::ptr::null_mut() }
     }
 
-    /// The block for a key, or null.
+    /// The block for a key, or null. `front`: by way of the front, which remembers it.
     #[inline(always)]
-    pub fn find(&mut self, host: usize, mode: u8) -> *mut Block {
+    pub fn find(&mut self, host: usize, mode: u8, front: bool) -> *mut Block {
+        if !front {
+            return self.search(host, mode);
+        }
         let b = self.find_front(host, mode);
-        if b.is_null() { self.find_slow(host, mode) } else { b }
+        if !b.is_null() {
+            return b;
+        }
+        let b = self.search(host, mode);
+        if !b.is_null() {
+            self.bring_forward(b);
+        }
+        b
     }
 
-    fn find_slow(&mut self, host: usize, mode: u8) -> *mut Block {
+    fn search(&self, host: usize, mode: u8) -> *mut Block {
         let mask = self.table.len() - 1;
-        let mut at = hash(key(host, mode)) & mask;
+        let key = key(host, mode);
+        let mut at = hash(key) & mask;
         loop {
-            let b = self.table[at];
-            if b.is_null() {
-                return b;
-            }
-            // SAFETY: pointers in the table are null or blocks of the arena.
-            if unsafe { (*b).host == host && (*b).mode == mode } {
-                self.front[Self::front_slot(host)] = (key(host, mode), b);
+            let (k, b) = self.table[at];
+            if k == key || b.is_null() {
                 return b;
             }
             at = (at + 1) & mask;
+        }
+    }
+
+    /// Has the front find the block.
+    pub(super) fn bring_forward(&mut self, block: *mut Block) {
+        // SAFETY: a live block of the arena.
+        let b = unsafe { &*block };
+        if b.host2 == 0 {
+            self.front[Self::front_slot(b.host)] = (key(b.host, b.mode), block);
         }
     }
 
     /// Lets nothing find the block any more, and no link to it hold.
     pub(super) fn kill(&mut self, block: *mut Block) {
         // SAFETY: a block of the arena; a dead block's stamp never equals the processor's.
-        unsafe {
-            self.front[Self::front_slot((*block).host)] = (0, core::ptr::null_mut());
-            (*block).host = 0;
-            (*block).stamp = u64::MAX;
+        let b = unsafe { &mut *block };
+        self.front[Self::front_slot(b.host)] = EMPTY;
+        let mask = self.table.len() - 1;
+        let mut at = hash(key(b.host, b.mode)) & mask;
+        while !self.table[at].1.is_null() {
+            if self.table[at].1 == block {
+                self.table[at].0 = 0;
+            }
+            at = (at + 1) & mask;
         }
+        b.host = 0;
+        b.stamp = u64::MAX;
     }
 
     /// Lets the block be found.
     pub(super) fn insert(&mut self, block: *mut Block) {
         if (self.count + 1) * 2 > self.table.len() {
-            let old = core::mem::take(&mut self.table);
-            self.table = vec![core::ptr::null_mut(); old.len() * 2];
+            let len = self.table.len() * 2;
+            let old = core::mem::replace(&mut self.table, vec![EMPTY; len]);
             self.count = 0;
-            for b in old {
-                // SAFETY: a block of the arena. Dead blocks (host 0) are left behind.
-                if !b.is_null() && unsafe { (*b).host } != 0 {
-                    self.place(b);
+            for (key, b) in old {
+                // Dead blocks are left behind.
+                if key != 0 {
+                    self.place(key, b);
                 }
             }
         }
-        self.place(block);
-        // SAFETY: as above.
-        let (host, mode) = unsafe { ((*block).host, (*block).mode) };
-        self.front[Self::front_slot(host)] = (key(host, mode), block);
+        // SAFETY: a block of the arena.
+        let key = unsafe { key((*block).host, (*block).mode) };
+        self.place(key, block);
     }
 
-    fn place(&mut self, block: *mut Block) {
+    fn place(&mut self, key: usize, block: *mut Block) {
         let mask = self.table.len() - 1;
-        // SAFETY: as above.
-        let mut at = unsafe { hash(key((*block).host, (*block).mode)) } & mask;
-        while !self.table[at].is_null() {
+        let mut at = hash(key) & mask;
+        while !self.table[at].1.is_null() {
             at = (at + 1) & mask;
         }
-        self.table[at] = block;
+        self.table[at] = (key, block);
         self.count += 1;
     }
 }

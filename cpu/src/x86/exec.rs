@@ -62,8 +62,7 @@ impl Cpu {
     fn enter(&mut self, b: *mut Block) -> Stop {
         self.block = b;
         self.rb.gpr[17] = self.rip;
-        self.chain_left = CHAIN;
-        self.link = LINK_NONE;
+        self.chain_limit = if self.single { 0 } else { self.instructions + CHAIN };
         // SAFETY: `b` is a live block; its ops end with one that stops.
         let stop = unsafe {
             let first = Block::first(b);
@@ -73,7 +72,7 @@ impl Cpu {
         let (index, op) =
             unsafe { (self.stop_op.offset_from(Block::first(self.block)) as u64, &*self.stop_op) };
         match stop {
-            Stop::EndBlock | Stop::Trap | Stop::ExitAfter => {
+            Stop::EndBlock | Stop::Exit0 | Stop::Exit1 | Stop::Return | Stop::Trap | Stop::ExitAfter => {
                 self.instructions += index + (op.len != 0) as u64
             }
             Stop::Fault | Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Slow => {
@@ -89,12 +88,12 @@ impl Cpu {
     #[cold]
     fn stopped(&mut self, stop: Stop) -> Result<(), ()> {
         match stop {
-            Stop::EndBlock | Stop::Restart | Stop::SelfModify | Stop::Slow => Ok(()),
             Stop::Exit | Stop::ExitAfter => Err(()),
             Stop::Fault | Stop::Trap => {
                 let exception = self.exception;
                 self.deliver_exception(exception)
             }
+            _ => Ok(()),
         }
     }
 
@@ -163,8 +162,7 @@ impl Cpu {
         if !std::sync::Arc::ptr_eq(&regions, &self.regions) {
             self.regions = regions;
             self.tlb.flush_all();
-            self.blocks.clear();
-            self.block = core::ptr::null_mut();
+            self.drop_blocks();
         } else {
             self.tlb.protect_all();
         }

@@ -8,9 +8,16 @@ use super::access::Access;
 use super::block::{Block, MAX_INSTRUCTION, SINGLE, WINDOW, nowhere};
 use super::op::{MAX_OPS, Op, Res, Stop, handler};
 use super::paging::fetch_bank;
-use super::state::{Cpu, LINK_NONE, sreg};
+use super::returns::Returns;
+use super::state::{Cpu, LINK_NONE, LINK_RETURN, sreg};
 use super::translate::{Context, translate};
 use crate::mem::{PageInfo, chunk_mask};
+
+/// Last cache line of a block that is asked for when it is entered: the lines before and it hold its first five ops.
+const AHEAD: usize = 3;
+
+/// Bytes that are read at a time to be decoded: most blocks are shorter.
+const STRIDE: usize = 128;
 
 /// The op behind the last instruction of a block that does not end in a branch: goes on with the next one.
 fn fall_through(cpu: &mut Cpu, op: &Op) -> Res {
@@ -24,20 +31,19 @@ fn too_long(cpu: &mut Cpu, _: &Op) -> Res {
 }
 
 impl Cpu {
-    /// At a block's end: the first op of the next block if the exit taken is linked within the page and nothing calls
-    /// for attention, or as [`Cpu::chain_far`] finds it; else null. `op` is the op that ended the block.
+    /// At a block's end: the first op of the next block if the exit taken (0, 1 or [`LINK_RETURN`]) is linked within the
+    /// page or predicted, and nothing calls for attention; else null.
     #[inline(always)]
-    pub(super) fn chain(&mut self, op: *const Op) -> *const Op {
-        if self.link == LINK_NONE {
-            return self.chain_far(op);
-        }
-        // SAFETY: `block` is the running block; `near` points to a block of the arena or to NOWHERE. The exits 0 and 1
-        // are taken by a block's last instruction (or the op behind it), so all of the block has retired.
+    pub(super) fn chain(&mut self, link: u8) -> *const Op {
+        // SAFETY: `block` is the running block; `near` points to a block of the arena or to NOWHERE, predicted returns
+        // too. These exits are taken by a block's last instruction (or the op behind it): all of the block has retired.
         unsafe {
             let block = &*self.block;
-            let next = block.near[(self.link & 1) as usize];
-            if (*next).stamp != self.stamp || self.needs_attention() || self.chain_left == 0 {
-                return self.chain_far(op);
+            let next =
+                if link == LINK_RETURN { self.returns.last().block } else { block.near[(link & 1) as usize] };
+            if (*next).stamp != self.stamp || self.needs_attention() || self.instructions >= self.chain_limit
+            {
+                return core::ptr::null();
             }
             self.instructions += block.retired;
             self.pass_to(next)
@@ -50,23 +56,24 @@ impl Cpu {
     /// `next` must be a live block that agrees with memory, and its code what is at RIP.
     #[inline(always)]
     unsafe fn pass_to(&mut self, next: *const Block) -> *const Op {
-        self.chain_left -= 1;
-        self.link = LINK_NONE;
         self.rb.gpr[17] = self.rip;
         self.block = next.cast_mut();
         // SAFETY: given.
         unsafe {
-            Block::prefetch((*next).near[0]);
-            Block::prefetch((*next).near[1]);
+            for n in 2..=AHEAD {
+                Block::prefetch(next, n);
+            }
+            Block::prefetch((*next).near[0], 1);
+            Block::prefetch((*next).near[1], 1);
             Block::first(next)
         }
     }
 
-    /// [`Cpu::chain`] to another page or through an indirect branch, in 64-bit code. The translation must be in the TLB
-    /// and the block linked or in the front of the cache.
-    #[inline(never)]
-    fn chain_far(&mut self, op: *const Op) -> *const Op {
-        if self.needs_attention() || self.chain_left == 0 || self.code_size != 8 || self.single {
+    /// [`Cpu::chain`] to another page, through an indirect branch, or to a block that must be compared with memory
+    /// first, in 64-bit code. The translation must be in the TLB and the block linked or in the front of the cache.
+    #[inline(always)]
+    pub(super) fn chain_far(&mut self, op: *const Op) -> *const Op {
+        if self.needs_attention() || self.instructions >= self.chain_limit || self.code_size != 8 {
             return core::ptr::null();
         }
         let linear = self.rip;
@@ -76,19 +83,20 @@ impl Cpu {
         }
         let host = e.addend.wrapping_add(linear) as usize;
         // SAFETY: `block` is the running block and `op` belongs to it; links and the front hold null or blocks of the
-        // arena (dead ones have an old stamp).
+        // arena (dead ones have an old stamp and host 0), none of which crosses into a second page.
         unsafe {
-            let block = &*self.block;
-            let (next, right) = if self.link == LINK_NONE {
-                let next = self.blocks.find_front(host, 8);
-                // A block that crosses into a second page is reached by look-up only: both translations must hold.
-                (next, !next.is_null() && (*next).host2 == 0)
+            let block = self.block;
+            let next = if self.link >= LINK_NONE {
+                self.blocks.find_front(host, 8)
             } else {
-                let next = block.links[(self.link & 1) as usize];
-                (next, !next.is_null() && (*next).host == host)
+                let next = (*block).links[(self.link & 1) as usize];
+                if !next.is_null() && (*next).host == host { next } else { core::ptr::null_mut() }
             };
-            if !right || (*next).stamp != self.stamp {
+            if next.is_null() || ((*next).stamp != self.stamp && !self.check(next)) {
                 return core::ptr::null();
+            }
+            if self.link == LINK_RETURN {
+                self.returns.learn(next);
             }
             self.instructions += op.offset_from(Block::first(block)) as u64 + ((*op).len != 0) as u64;
             self.pass_to(next)
@@ -134,6 +142,10 @@ impl Cpu {
             && unsafe { (*b).host2 } == 0
             && self.code_size == 8
         {
+            if self.link == LINK_RETURN {
+                self.returns.learn(b);
+                return Ok(b);
+            }
             // SAFETY: both live.
             unsafe {
                 let exit = (self.link & 1) as usize;
@@ -152,9 +164,14 @@ impl Cpu {
         let (linear, left) = self.code_linear()?;
         let host = self.fetch_host(linear)?;
         let mode = self.code_size | if single { SINGLE } else { 0 };
-        let b = self.blocks.find(host, mode);
+        let indirect = self.link >= LINK_NONE;
+        let b = self.blocks.find(host, mode, indirect);
         if b.is_null() {
-            return self.decode(linear, left, host, mode);
+            let b = self.decode(linear, left, host, mode)?;
+            if indirect {
+                self.blocks.bring_forward(b);
+            }
+            return Ok(b);
         }
         // SAFETY: a live block.
         let block = unsafe { &*b };
@@ -171,6 +188,14 @@ impl Cpu {
             return self.replace(b, linear, left, host, mode);
         }
         Ok(b)
+    }
+
+    /// Forgets all decoded code; no block may be running.
+    #[cold]
+    pub(super) fn drop_blocks(&mut self) {
+        self.blocks.clear();
+        self.block = core::ptr::null_mut();
+        self.returns = Returns::default();
     }
 
     #[cold]
@@ -239,15 +264,12 @@ impl Cpu {
     #[cold]
     fn decode(&mut self, linear: u64, left: u64, host: usize, mode: u8) -> Result<*mut Block, Stop> {
         if self.blocks.full() {
-            self.blocks.clear();
-            self.block = core::ptr::null_mut();
+            self.drop_blocks();
         }
         let in_page = (4096 - (host & 0xfff)).min(left.min(4096) as usize);
         let mut bytes = [0u8; WINDOW + 16];
-        let mut available = in_page.min(WINDOW);
-        // A store between this and `check` below is noticed there: it compares after having marked the chunks.
-        // SAFETY: `host` was translated; in_page bytes remain in its page.
-        unsafe { core::ptr::copy_nonoverlapping(host as *const u8, bytes.as_mut_ptr(), available) };
+        let limit = in_page.min(WINDOW);
+        let mut available = 0;
         let mut host2 = 0usize;
         let max_ops = if mode & SINGLE != 0 { 1 } else { MAX_OPS };
         let code_size = mode & !SINGLE;
@@ -256,15 +278,24 @@ impl Cpu {
         let mut n = 0;
         let mut at = 0usize;
         let mut i = Instruction::default();
-        while n < max_ops && at < available {
-            let window = (at + MAX_INSTRUCTION).min(available);
-            let mut d =
-                Decoder::with_ip(code_size as u32 * 8, &bytes[at..window], at as u64, DecoderOptions::AMD);
+        let mut d = decoder(code_size, &[], 0);
+        while n < max_ops && at < limit {
+            if available < limit && available < at + MAX_INSTRUCTION {
+                // A store between this and `check` below is noticed there: it compares after having marked the chunks.
+                let more = STRIDE.min(limit - available);
+                // SAFETY: `host` was translated; `limit` bytes remain in its page.
+                unsafe {
+                    let from = (host + available) as *const u8;
+                    core::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr().add(available), more);
+                }
+                available += more;
+                d = decoder(code_size, &bytes[at..available], at);
+            }
             d.decode_out(&mut i);
             let mut op;
             let ended;
             if i.is_invalid() && d.last_error() == DecoderError::NoMoreBytes {
-                if window - at < MAX_INSTRUCTION {
+                if available - at < MAX_INSTRUCTION {
                     // The instruction goes on behind the page (or the segment limit).
                     if n > 0 {
                         break;
@@ -285,6 +316,7 @@ impl Cpu {
                             );
                         }
                         available += more;
+                        d = decoder(code_size, &bytes[..available], 0);
                         continue;
                     }
                     if left < MAX_INSTRUCTION as u64 {
@@ -298,10 +330,6 @@ impl Cpu {
                 ended = true;
                 at += 1;
             } else {
-                let crosses = at + i.len() > in_page;
-                if crosses && n > 0 {
-                    break;
-                }
                 op = translate(&i, &Context { code_size, offset: at as u16 });
                 at += i.len();
                 ended = i.is_invalid() || i.flow_control() != FlowControl::Next;
@@ -359,6 +387,11 @@ impl Cpu {
         // Another processor wrote between reading and arming; the next look-up sees the new bytes.
         self.decode(linear, left, host, mode)
     }
+}
+
+/// A decoder of bytes that lie `at` bytes behind the block's start.
+fn decoder(code_size: u8, bytes: &[u8], at: usize) -> Decoder<'_> {
+    Decoder::with_ip(code_size as u32 * 8, bytes, at as u64, DecoderOptions::AMD)
 }
 
 /// Compares bytes with memory that others may write.

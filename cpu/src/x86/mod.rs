@@ -9,6 +9,7 @@ pub mod flags;
 pub mod int;
 pub mod op;
 pub mod paging;
+pub mod returns;
 pub mod simd;
 pub mod state;
 pub mod system;

@@ -4,20 +4,26 @@
 //! A block is a run of [`Op`]s ended by one that leaves it. Every handler is an ordinary function
 //! `fn(&mut Cpu, &Op) -> Result<(), Stop>`; [`handler`] wraps it so that, on `Ok`, it calls the next op's handler as
 //! its last act, and at a block's linked exit the next block's first ([`Cpu::chain`]). The compiler turns that into a
-//! jump, so blocks run without a dispatch loop; should it not (debug builds), the depth is bounded by [`MAX_OPS`] times
-//! [`super::block::CHAIN`].
+//! jump, so blocks run without a dispatch loop; should it not (debug builds), the depth is bounded by [`super::block::CHAIN`].
 //!
 //! Contract of a handler: it changes no guest-visible state before everything that can fail has succeeded (faults
 //! restart the instruction), unless the manual itself says that partial progress is visible (string instructions).
 
-use super::state::Cpu;
+use super::state::{Cpu, LINK_NONE, LINK_RETURN};
 
 /// Why a run of ops stopped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Stop {
-    /// The instruction completed and wrote `cpu.rip`; look up the next block. `cpu.link` names the exit taken.
+    /// The instruction completed and wrote `cpu.rip`; look up the next block. Where a run stopped so, `cpu.link` names
+    /// the exit taken.
     EndBlock = 1,
+    /// The same through exit 0 of the block, which leads to the same target every time. Only handlers return this.
+    Exit0,
+    /// The same through exit 1.
+    Exit1,
+    /// The same by a return to where the call that [`super::returns`] names comes back.
+    Return,
     /// The instruction raised the exception in `cpu.exception`; it did not retire, `cpu.rip` is not changed yet.
     Fault,
     /// The instruction retired and then raised the trap in `cpu.exception` (`cpu.rip` is already the next one's).
@@ -160,15 +166,35 @@ where
 /// See [`Handler`].
 #[inline(always)]
 unsafe fn leave(cpu: &mut Cpu, op: *const Op, stop: Stop) -> Stop {
-    if stop == Stop::EndBlock {
-        let next = cpu.chain(op);
-        if !next.is_null() {
-            // SAFETY: `chain` gives the first op of a live block.
-            return unsafe { ((*next).f)(cpu, next) };
+    let link = match stop {
+        Stop::EndBlock => LINK_NONE,
+        Stop::Exit0 => 0,
+        Stop::Exit1 => 1,
+        Stop::Return => LINK_RETURN,
+        _ => {
+            cpu.stop_op = op;
+            return stop;
         }
+    };
+    let next = if link == LINK_NONE { core::ptr::null() } else { cpu.chain(link) };
+    // SAFETY: `chain` gives the first op of a live block; the caller passed a live block's op.
+    unsafe { if next.is_null() { leave_far(cpu, op, link) } else { ((*next).f)(cpu, next) } }
+}
+
+/// [`leave`] when it takes more than following a link; out of line, so that its registers are not saved on the short way.
+///
+/// # Safety
+/// See [`Handler`].
+#[inline(never)]
+unsafe fn leave_far(cpu: &mut Cpu, op: *const Op, link: u8) -> Stop {
+    cpu.link = link;
+    let next = cpu.chain_far(op);
+    if next.is_null() {
+        cpu.stop_op = op;
+        return Stop::EndBlock;
     }
-    cpu.stop_op = op;
-    stop
+    // SAFETY: `chain_far` gives the first op of a live block.
+    unsafe { ((*next).f)(cpu, next) }
 }
 
 /// A [`Handler`] in two parts: `fast` does the whole instruction and returns true, or it changes nothing and returns

@@ -326,8 +326,10 @@ pub mod attention {
     pub const DEBUG: u32 = 8;
 }
 
-/// Index of the exit of a block that was taken.
+/// In [`Cpu::link`]: the block does not always go on there.
 pub const LINK_NONE: u8 = 2;
+/// In [`Cpu::link`]: the same, but it is where the call that is noted ([`super::returns`]) comes back.
+pub const LINK_RETURN: u8 = 3;
 
 /// One logical processor.
 #[repr(C)]
@@ -351,7 +353,7 @@ pub struct Cpu {
     pub cpl: u8,
     /// Bytes of the code segment's default operand size: 2, 4, or 8 for 64-bit code.
     pub code_size: u8,
-    /// Which exit of the current block was taken (0, 1 or [`LINK_NONE`]).
+    /// Which exit of its last block a run took that stopped with [`Stop::EndBlock`] (0, 1, [`LINK_NONE`] or [`LINK_RETURN`]).
     pub link: u8,
     /// The processor runs one instruction at a time (shadow, step, self-modification).
     pub single: bool,
@@ -407,8 +409,10 @@ pub struct Cpu {
     pub next_rip_enabled: bool,
     /// The running block, to notice writes into itself and to chain from it.
     pub block: *mut super::block::Block,
-    /// Blocks that may still be chained before the run loop gets a look.
-    pub chain_left: u32,
+    /// The last calls.
+    pub returns: super::returns::Returns,
+    /// The run loop gets a look before the next block when so many instructions have retired.
+    pub chain_limit: u64,
     /// Blocks whose stamp is another one are checked against memory before they run.
     pub stamp: u64,
     /// Software TLB.
@@ -608,13 +612,17 @@ impl Cpu {
 
     // ---- control flow ------------------------------------------------------------------------------------------
 
-    /// Ends the block with a jump to `target` through exit `link` of the block (0 or 1: same target every time; or
-    /// [`LINK_NONE`]).
+    /// Ends the block with a jump to `target` through exit `link` of the block (0 or 1: same target every time;
+    /// [`LINK_RETURN`] or [`LINK_NONE`]).
     #[inline(always)]
     pub fn jump(&mut self, target: u64, link: u8) -> Stop {
         self.rip = target;
-        self.link = link;
-        Stop::EndBlock
+        match link {
+            0 => Stop::Exit0,
+            1 => Stop::Exit1,
+            LINK_RETURN => Stop::Return,
+            _ => Stop::EndBlock,
+        }
     }
 
     /// Ends the block after `op`, going on with the next instruction, by look-up (used after mode or TLB changes).
@@ -622,7 +630,6 @@ impl Cpu {
     pub fn end_block(&mut self, op: &Op) -> Stop {
         let next = self.next_ip(op);
         self.rip = self.mask_ip(next);
-        self.link = LINK_NONE;
         Stop::EndBlock
     }
 }

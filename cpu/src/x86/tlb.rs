@@ -84,6 +84,8 @@ pub struct Tlb {
     directories: Box<[Directory]>,
     /// Directories from before the last flush of anything do not count.
     epoch: u64,
+    /// Epoch and context in one word of which bits 1:0 are clear: as long as it is the same, so are translations.
+    pub key: u64,
     /// log2 of the guest page size behind each entry, 12 for empty ones.
     sizes: Box<[u8]>,
     /// Where entries of large guest pages may be, since the last whole flush: bit (linear >> 22) & 4095 for pages of up
@@ -110,6 +112,7 @@ impl Default for Tlb {
             directories: vec![Directory { key: 0, epoch: 0, host: 0, rights: 0, nx: false }; DIRECTORIES]
                 .into_boxed_slice(),
             epoch: 1,
+            key: 0,
             sizes: vec![12; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
             large: Box::new([0; LARGE_WINDOWS / 64]),
             giant: 0,
@@ -215,9 +218,19 @@ impl Tlb {
         self.switch(current.0, current.1);
     }
 
+    /// Something is flushed.
+    fn advance(&mut self) {
+        self.epoch += 1;
+        self.renew_key();
+    }
+
+    fn renew_key(&mut self) {
+        self.key = self.epoch << 13 | self.context << 2;
+    }
+
     /// Forgets guest-physical translations only (they are all of one nested CR3).
     pub fn flush_gpas(&mut self) {
-        self.epoch += 1;
+        self.advance();
         self.gpas.fill(GpaEntry { gpa: INVALID, host: 0 });
         self.large_gpas.fill(GpaEntry { gpa: INVALID, host: 0 });
     }
@@ -232,10 +245,11 @@ impl Tlb {
             Some(c) => *c,
             None => self.new_context(),
         };
+        self.renew_key();
     }
 
     fn new_context(&mut self) -> u64 {
-        self.epoch += 1;
+        self.advance();
         if self.next >= CONTEXTS {
             self.clear_entries();
             self.contexts.clear();
@@ -250,6 +264,7 @@ impl Tlb {
     /// Forgets the translations of the pair in force (global ones too: a TLB may).
     pub fn flush_current(&mut self) {
         self.context = self.new_context();
+        self.renew_key();
         self.flushes += 1;
     }
 
@@ -259,7 +274,7 @@ impl Tlb {
             self.flush_current();
         } else {
             self.contexts.remove(&(self.current.0, pcid));
-            self.epoch += 1;
+            self.advance();
         }
     }
 
@@ -272,7 +287,7 @@ impl Tlb {
 
     /// Forgets the page of `linear`, in every context, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
-        self.epoch += 1;
+        self.advance();
         for bank in 0..BANKS {
             *self.entry_mut(bank, linear) = EMPTY;
         }

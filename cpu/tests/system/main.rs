@@ -8,6 +8,7 @@ mod exceptions;
 mod fuzz;
 mod intercepts;
 mod paging;
+mod returns;
 mod stepping;
 mod threads;
 mod transfers;

@@ -10,7 +10,7 @@ use super::operand::{Any, Ea, conditional, memory, reg, sized_word};
 use super::stack::{Fast, Legacy, Long, Stack, stacked};
 use crate::x86::flags::Int;
 use crate::x86::op::{Handler, Op, Res, Stop, handler};
-use crate::x86::state::{Cpu, LINK_NONE, reg as r, sreg};
+use crate::x86::state::{Cpu, LINK_NONE, LINK_RETURN, reg as r, sreg};
 use crate::x86::translate::Context;
 
 /// Checks a target of `T`'s width and truncates it; `LONG` = 64-bit code.
@@ -69,6 +69,9 @@ fn call<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = checked_by::<S, T>(cpu, target)?;
     let next = cpu.next_ip(op);
     S::push::<T>(cpu, T::from_u64(next))?;
+    if S::LONG && T::BITS == 64 {
+        cpu.note_call(next);
+    }
     let link = if S::LONG { taken_link::<true, T>() } else { taken_link::<false, T>() };
     Err(cpu.jump(target, link))
 }
@@ -85,6 +88,9 @@ fn go<const CALL: bool, S: Stack, T: Int>(cpu: &mut Cpu, op: &Op, target: T) -> 
     if CALL {
         let next = cpu.next_ip(op);
         S::push::<T>(cpu, T::from_u64(next))?;
+        if S::LONG && T::BITS == 64 {
+            cpu.note_call(next);
+        }
     }
     Err(cpu.jump(target, LINK_NONE))
 }
@@ -102,6 +108,10 @@ fn indirect_mem<const CALL: bool, S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &O
 /// RET, with `imm` bytes more to release.
 fn ret<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = S::top::<T>(cpu)?;
+    if S::LONG && T::BITS == 64 && cpu.take_return(target.to_u64()) {
+        S::release(cpu, T::BYTES as u64 + op.imm);
+        return Err(cpu.jump(target.to_u64(), LINK_RETURN));
+    }
     let target = checked_by::<S, T>(cpu, target.to_u64())?;
     S::release(cpu, T::BYTES as u64 + op.imm);
     Err(cpu.jump(target, LINK_NONE))

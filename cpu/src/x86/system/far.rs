@@ -10,7 +10,7 @@ use super::task::Reason;
 use crate::x86::access::Access;
 use crate::x86::flags::rf;
 use crate::x86::op::{Op, Res, Stop};
-use crate::x86::state::{Cpu, LINK_NONE, Segment, cr4, reg, sreg, vector};
+use crate::x86::state::{Cpu, Segment, cr4, reg, sreg, vector};
 
 /// Loads a far pointer operand from memory: (selector, offset).
 pub(super) fn memory_pointer(cpu: &mut Cpu, op: &Op) -> Result<(u16, u64), Stop> {
@@ -60,7 +60,6 @@ impl Cpu {
         self.cpl = cpl;
         self.update_mode();
         self.rip = ip;
-        self.link = LINK_NONE;
     }
 
     /// Loads CS in real or virtual-8086 mode and goes on at `ip`.
@@ -74,7 +73,6 @@ impl Cpu {
         };
         self.update_mode();
         self.rip = ip;
-        self.link = LINK_NONE;
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::x86::flags::rf;
 use crate::x86::op::{Op, Res, Stop, flag};
-use crate::x86::state::{Cpu, Exception, LINK_NONE, Segment, efer, reg, sreg, vector};
+use crate::x86::state::{Cpu, Exception, Segment, efer, reg, sreg, vector};
 use crate::x86::system::debug::dr6;
 
 /// Attributes of the flat segments that these instructions load: code at DPL 0 (32-bit), 64-bit code, data.
@@ -22,7 +22,6 @@ fn enter(cpu: &mut Cpu, cs: Segment, ss: Segment, cpl: u8, ip: u64) -> Res {
     cpu.cpl = cpl;
     cpu.update_mode();
     cpu.rip = ip;
-    cpu.link = LINK_NONE;
     Err(Stop::EndBlock)
 }
 

@@ -10,7 +10,7 @@ use super::segment::ldt_segment;
 use crate::x86::access::{Access, SYSTEM};
 use crate::x86::flags::rf;
 use crate::x86::op::{Res, Stop};
-use crate::x86::state::{Cpu, LINK_NONE, Segment, cr0, reg, sreg, vector};
+use crate::x86::state::{Cpu, Segment, cr0, reg, sreg, vector};
 
 /// What asks for a task switch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -172,7 +172,6 @@ impl Cpu {
         self.set_rflags(new_flags);
         self.update_mode();
         self.rip = image.ip as u64;
-        self.link = LINK_NONE;
         if let Some(error) = error {
             let mut stack = self.current_stack(0);
             stack.error = 1;
