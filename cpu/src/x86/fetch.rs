@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::access::Access;
 use super::block::{Block, MAX_INSTRUCTION, SINGLE, WINDOW, nowhere};
+use super::int::fuse;
 use super::op::{MAX_OPS, Op, Res, Stop, handler};
 use super::paging::fetch_bank;
 use super::returns::Returns;
@@ -278,6 +279,7 @@ impl Cpu {
         let mut n = 0;
         let mut at = 0usize;
         let mut i = Instruction::default();
+        let mut before = Instruction::default();
         let mut d = decoder(code_size, &[], 0);
         while n < max_ops && at < limit {
             if available < limit && available < at + MAX_INSTRUCTION {
@@ -334,11 +336,19 @@ impl Cpu {
                 at += i.len();
                 ended = i.is_invalid() || i.flow_control() != FlowControl::Next;
             }
+            if ended && n > 0 {
+                // SAFETY: the op before has been written.
+                let first = unsafe { ops[n - 1].assume_init_mut() };
+                if let Some(f) = fuse::fuse(&before, first, &i) {
+                    first.f = f;
+                }
+            }
             ops[n].write(op);
             n += 1;
             if ended {
                 break;
             }
+            core::mem::swap(&mut i, &mut before);
         }
         self.blocks.decoded_instructions += n as u64;
         self.blocks.decoded_blocks += 1;

@@ -181,6 +181,39 @@ unsafe fn leave(cpu: &mut Cpu, op: *const Op, stop: Stop) -> Stop {
     unsafe { if next.is_null() { leave_far(cpu, op, link) } else { ((*next).f)(cpu, next) } }
 }
 
+/// A [`Handler`] for an op and the branch behind it, with the op and the branch as its arguments. `fast` returns the
+/// branch's stop; or [`Stop::Slow`], having changed nothing, to have `first` do its op and the branch its own.
+pub const fn handler_fused<F, C>(fast: F, first: C) -> Handler
+where
+    F: Fn(&mut Cpu, &Op, &Op) -> Res + Copy + 'static,
+    C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    const { assert!(size_of::<F>() == 0 && size_of::<C>() == 0, "a handler must not capture") };
+    let _ = core::mem::ManuallyDrop::new((fast, first));
+    thread_fused::<F, C>
+}
+
+/// Runs `F` for the op and the branch behind it, or `C` when `F` gives up.
+///
+/// # Safety
+/// See [`Handler`]; the next op must be a branch.
+unsafe fn thread_fused<F, C>(cpu: &mut Cpu, op: *const Op) -> Stop
+where
+    F: Fn(&mut Cpu, &Op, &Op) -> Res + Copy + 'static,
+    C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
+{
+    // SAFETY: F is zero-sized (asserted in `handler_fused`), so any aligned address has a value of it.
+    let f: F = unsafe { *core::ptr::NonNull::<F>::dangling().as_ref() };
+    // SAFETY: as in `thread`.
+    unsafe {
+        let branch = op.add(1);
+        match f(cpu, &*op, &*branch) {
+            Ok(()) | Err(Stop::Slow) => thread_slow::<C>(cpu, op),
+            Err(stop) => leave(cpu, branch, stop),
+        }
+    }
+}
+
 /// [`leave`] when it takes more than following a link; out of line, so that its registers are not saved on the short way.
 ///
 /// # Safety

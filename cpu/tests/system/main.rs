@@ -5,6 +5,7 @@
 mod common;
 
 mod exceptions;
+mod fused;
 mod fuzz;
 mod intercepts;
 mod paging;

@@ -79,7 +79,7 @@ binary! {
     };
 }
 
-fn reg_reg<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+pub(super) fn reg_reg<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let (a, b) = (cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
     let v = A::run(&mut cpu.lf, a, b);
     if A::WRITES {
@@ -88,7 +88,7 @@ fn reg_reg<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn reg_imm<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+pub(super) fn reg_imm<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let a = cpu.reg::<T>(op.dst);
     let v = A::run(&mut cpu.lf, a, T::from_u64(op.imm));
     if A::WRITES {
@@ -97,7 +97,7 @@ fn reg_imm<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-fn reg_mem<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+pub(super) fn reg_mem<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let b = E::load::<T>(cpu, op)?;
     let a = cpu.reg::<T>(op.dst);
     let v = A::run(&mut cpu.lf, a, b);
@@ -118,12 +118,12 @@ fn mem_value<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Res {
     }
 }
 
-fn mem_reg<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+pub(super) fn mem_reg<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let b = cpu.reg::<T>(op.src);
     mem_value::<A, E, T>(cpu, op, b)
 }
 
-fn mem_imm<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+pub(super) fn mem_imm<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     mem_value::<A, E, T>(cpu, op, T::from_u64(op.imm))
 }
 
@@ -223,7 +223,7 @@ unary! {
     Not |_lf, a| T::from_u64(!a.to_u64());
 }
 
-fn unary_reg<A: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
+pub(super) fn unary_reg<A: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let a = cpu.reg::<T>(op.dst);
     let v = A::run(&mut cpu.lf, a);
     cpu.set_reg(op.dst, v);

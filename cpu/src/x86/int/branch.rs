@@ -45,8 +45,9 @@ fn fall_through<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Stop {
     cpu.jump(next, 1)
 }
 
+/// Two ways rather than one with a choice of targets: the host's processor then goes on before it knows the condition.
 #[inline(always)]
-fn taken_if<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op, taken: bool) -> Res {
+pub(super) fn taken_if<const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op, taken: bool) -> Res {
     if taken {
         let target = direct::<LONG, T>(cpu, op)?;
         Err(cpu.jump(target, const { taken_link::<LONG, T>() }))

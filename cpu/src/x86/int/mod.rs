@@ -10,6 +10,7 @@ pub mod bits;
 pub mod bmi;
 pub mod branch;
 pub mod flagops;
+pub mod fuse;
 pub mod mov;
 pub mod mul_div;
 pub mod operand;
