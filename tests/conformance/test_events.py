@@ -92,6 +92,16 @@ def test_an_open_window_takes_one_interrupt_after_another(guest: Guest, needs: C
         guest.cpu.interrupt(0x40)
 
 
+def test_a_soft_exception_on_its_way_is_no_event(guest: Guest) -> None:
+    guest.vm.enable_cap(abi.KVM_CAP_EXCEPTION_PAYLOAD, 1)
+    for vector, shown in ((abi.BP_VECTOR, 0), (abi.UD_VECTOR, 1)):
+        events = guest.cpu.get_vcpu_events()
+        events.exception.pending, events.exception.nr = 1, vector
+        guest.cpu.set_vcpu_events(events)
+        after = guest.cpu.get_vcpu_events().exception
+        assert (after.pending, after.nr) == (shown, vector), "an INT3 is executed again instead"
+
+
 # --- NMI -------------------------------------------------------------------------------------------
 
 

@@ -311,6 +311,22 @@ def test_immediate_exit_completes_an_mmio_load(guest: Guest) -> None:
     assert (regs.rip, regs.rax) == (CODE + 7, 0x04030201)
 
 
+def test_an_out_to_port_7e_has_moved_rip_before_the_exit(guest: Guest) -> None:
+    guest.real("e67e f4")  # out 0x7e, al; hlt
+    assert guest.expect(abi.KVM_EXIT_IO).io.port == 0x7E
+    assert guest.cpu.get_regs().rip == CODE + 2
+    guest.expect(abi.KVM_EXIT_HLT)
+    assert guest.cpu.get_regs().rip == CODE + 3
+
+
+def test_immediate_exit_reports_no_reason(guest: Guest) -> None:
+    guest.real("f4")
+    guest.kvm_run.exit_reason = abi.KVM_EXIT_UNKNOWN
+    guest.kvm_run.immediate_exit = 1
+    refused(errno.EINTR, guest.cpu.run)
+    assert guest.kvm_run.exit_reason == abi.KVM_EXIT_UNKNOWN
+
+
 def test_a_kick_ends_an_endless_loop(guest: Guest) -> None:
     guest.real("ebfe")  # jmp $
     timer = threading.Timer(0.05, guest.cpu.kick)

@@ -421,3 +421,24 @@ def test_a_split_irqchip_has_local_apics_only(make: Callable[..., Guest]) -> Non
     refused(errno.ENXIO, lambda: guest.vm.get_irqchip(0))
     with guest.vm.create_vcpu(0) as vcpu:
         assert bytes(vcpu.get_lapic().regs[APIC_SPIV : APIC_SPIV + 1]) == b"\xff"
+
+
+def test_with_a_split_irqchip_the_pics_windows_are_userspaces(
+    make: Callable[..., Guest], needs: Callable[[str], None]
+) -> None:
+    needs("interrupt windows in real mode")
+    guest = make(vcpus=0)
+    guest.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24)
+    with guest.vm.create_vcpu(0) as vcpu:
+        vcpu.set_cpuid2(guest.kvm.get_supported_cpuid())
+        guest.ivt(0x40, CODE + 0x100)
+        guest.write(CODE + 0x100, bytes.fromhex("e6ea cf"))  # out 0xea, al; iret
+        guest.real("e6e9 fb 90 90 ebfe", vcpu=vcpu)  # out 0xe9, al; sti; nop; nop; jmp $
+        vcpu.kvm_run.request_interrupt_window = 1
+        run = guest.expect(abi.KVM_EXIT_IO, vcpu)
+        assert (run.ready_for_interrupt_injection, run.if_flag) == (0, 0)
+        run = guest.expect(abi.KVM_EXIT_IRQ_WINDOW_OPEN, vcpu)
+        assert (run.ready_for_interrupt_injection, run.if_flag) == (1, 1)
+        run.request_interrupt_window = 0
+        vcpu.interrupt(0x40)
+        assert guest.expect(abi.KVM_EXIT_IO, vcpu).io.port == 0xEA

@@ -427,3 +427,28 @@ def test_the_identity_map_comes_before_the_first_vcpu(make: Callable[..., Guest]
 def test_unknown_capabilities_cannot_be_enabled(guest: Guest) -> None:
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(9999, 1))
     refused(errno.EINVAL, lambda: guest.cpu.enable_cap(9999, 1))
+
+
+def test_the_apic_base_without_chips_is_that_of_reset(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=2)
+    assert [vcpu.get_sregs().apic_base for vcpu in guest.vcpus] == [0xFEE0_0900, 0xFEE0_0800]
+
+
+def test_cpuid_faults_outside_of_ring_0_when_the_guest_asks_for_it(guest: Guest, needs: Callable[[str], None]) -> None:
+    needs("exceptions in long mode")
+    misc_features_enables, platform_info = 0x140, 0xCE
+    assert guest.cpu.get_msrs([misc_features_enables, platform_info]) == [0, 1 << 31]
+    assert guest.cpu.set_msrs({misc_features_enables: 2}) == 0
+    assert guest.cpu.set_msrs({misc_features_enables: 1}) == 1
+    assert guest.cpu.set_msrs({platform_info: 0}) == 0, "while it is in use"
+    guest.long("0fa2 f4")  # cpuid; hlt
+    guest.expect(abi.KVM_EXIT_HLT)
+    guest.long("0fa2 ebfe")
+    sregs = guest.cpu.get_sregs()
+    for name in ("cs", "ss"):
+        segment = getattr(sregs, name)
+        segment.dpl = 3
+        segment.selector |= 3
+        setattr(sregs, name, segment)
+    guest.cpu.set_sregs(sregs)
+    guest.expect(abi.KVM_EXIT_SHUTDOWN)  # #GP, and there is no IDT

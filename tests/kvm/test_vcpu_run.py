@@ -543,3 +543,95 @@ def test_asking_for_the_state_of_a_running_vcpu_resets_nothing() -> None:
     thread.join(10)
     assert ended == [InterruptedError]
     tiny.close()
+
+
+# --- INIT --------------------------------------------------------------------------------------
+
+
+def test_init_ends_what_kvm_writes_to_the_guests_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Tiny(irqchip=True)
+    enabled = {
+        abi.MSR_KVM_SYSTEM_TIME_NEW: 0x5000 | abi.KVM_MSR_ENABLED,
+        abi.MSR_KVM_STEAL_TIME: 0x5040 | abi.KVM_MSR_ENABLED,
+        abi.MSR_KVM_PV_EOI_EN: 0x5080 | abi.KVM_MSR_ENABLED,
+    }
+    assert tiny.vcpu.set_msrs(enabled) == 3
+    tiny.vcpu.vcpu_reset(True)
+    assert tiny.vcpu.get_msrs(list(enabled)) == [0, 0, 0]
+    tiny.close()
+
+
+def test_init_leaves_the_debuggers_breakpoints_alone(tiny: Tiny) -> None:
+    regs = abi.kvm_debugregs(dr6=0xFFFF_0FF0, dr7=0x401)
+    regs.db[0] = 0x1234
+    tiny.vcpu.set_debugregs(regs)
+    _debug(tiny, abi.KVM_GUESTDBG_USE_HW_BP, {0: CODE + 1, 7: 0x402})
+    tiny.vcpu.vcpu_reset(True)
+    assert (tiny.vcpu.get_debugregs().db[0], tiny.vcpu.get_debugregs().dr7) == (0, 0x400)
+    tiny.real_mode().load(b"\x90\x90\xf4")
+    assert tiny.run() == abi.KVM_EXIT_DEBUG
+    assert tiny.vcpu.kvm_run.debug.arch.pc == CODE + 1
+
+
+# --- steps and instructions that depend on quirks ------------------------------------------------
+
+
+def test_a_repeated_store_to_mmio_stops_behind_every_step(tiny: Tiny) -> None:
+    tiny.long_mode().load(b"\xf3\xaa\xf4", rcx=3, rdi=MMIO)  # rep stosb; hlt
+    _debug(tiny, abi.KVM_GUESTDBG_SINGLESTEP)
+    seen = []
+    while (reason := tiny.run()) in (abi.KVM_EXIT_DEBUG, abi.KVM_EXIT_MMIO):
+        if reason == abi.KVM_EXIT_DEBUG:
+            seen.append((tiny.vcpu.kvm_run.debug.arch.pc - CODE, tiny.vcpu.get_regs().rcx))
+    assert seen[:3] == [(0, 2), (0, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("code", "registers"),
+    [
+        (b"\x88\x07\x90\xf4", {"rdi": MMIO}),  # mov [rdi], al: by the decode assist
+        (b"\x66\x0f\xd6\x07\x90\xf4", {"rdi": MMIO}),  # movq [rdi], xmm0: by the emulator
+        (b"\x6e\x90\xf4", {"rsi": 0x6000, "rdx": 0x10}),  # outsb
+    ],
+)
+def test_a_store_that_userspace_carries_out_is_a_step(tiny: Tiny, code: bytes, registers: dict[str, int]) -> None:
+    tiny.long_mode().load(code, **registers)
+    _debug(tiny, abi.KVM_GUESTDBG_SINGLESTEP)
+    assert tiny.run() in (abi.KVM_EXIT_MMIO, abi.KVM_EXIT_IO)
+    assert tiny.run() == abi.KVM_EXIT_DEBUG
+    assert tiny.vcpu.kvm_run.debug.arch.pc == CODE + len(code) - 2
+
+
+def test_an_out_to_port_7e_keeps_rip_once_the_quirk_is_off(tiny: Tiny) -> None:
+    tiny.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, abi.KVM_X86_QUIRK_OUT_7E_INC_RIP)
+    tiny.real_mode().load(b"\xe6\x7e\xf4")
+    assert tiny.run() == abi.KVM_EXIT_IO
+    assert tiny.vcpu.get_regs().rip == CODE
+    assert tiny.run_to_halt().rip == CODE + 3
+
+
+@pytest.mark.parametrize("instruction", [b"\x0f\x01\xc8", b"\x0f\x01\xc9"], ids=["monitor", "mwait"])
+def test_mwait_is_undefined_without_its_cpuid_bit_once_the_quirk_is_off(tiny: Tiny, instruction: bytes) -> None:
+    tiny.real_mode().load(instruction + b"\xf4")
+    assert tiny.run_to_halt().rip == CODE + 4
+    tiny.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, abi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
+    tiny.memory.write(4 * 6, (0x2000).to_bytes(4, "little"))
+    tiny.memory.write(0x2000, b"\xf4")
+    tiny.load(instruction + b"\xf4")
+    assert tiny.run_to_halt().rip == 0x2001
+
+
+def test_misc_enable_switches_mwait_in_cpuid_once_the_quirk_is_off(tiny: Tiny) -> None:
+    misc_enable, mwait = 0x1A0, 1 << 18
+
+    def has_mwait() -> bool:
+        (leaf,) = (e for e in tiny.vcpu.get_cpuid2() if e.function == 1)
+        return bool(leaf.ecx & 1 << 3)
+
+    assert tiny.vcpu.set_msrs({misc_enable: 1 | mwait}) == 1
+    assert not has_mwait()
+    tiny.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, abi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT)
+    assert tiny.vcpu.set_msrs({misc_enable: 1 | mwait}) == 1
+    assert has_mwait()
+    assert tiny.vcpu.set_msrs({misc_enable: 1}) == 1
+    assert not has_mwait()

@@ -59,6 +59,7 @@ class Vcpu(VcpuState):
             EXIT_HANDLERS,
             self.apic,
             self.pv_eoi,
+            self.pic_in_userspace,
         )
 
     # --- the run loop ------------------------------------------------------------------------------
@@ -74,13 +75,14 @@ class Vcpu(VcpuState):
                 self._wait_for_sipi()
             elif apic is None:
                 self._take_cr8()
+            if self.pic_in_userspace and self.run_b[io.RUN_REQUEST_INTERRUPT_WINDOW]:
+                self.make_request(KVM_REQ_EVENT)
             complete = self.complete_userspace_io
             if complete is not None:
                 self.complete_userspace_io = None
                 if not complete(self):
                     return
             if self.run_b[1]:
-                self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_INTR
                 raise InterruptedError(errno.EINTR, "immediate_exit is set")
             self.vcpu_run()
         finally:
@@ -94,7 +96,7 @@ class Vcpu(VcpuState):
             if apic is not None:
                 run_q[2] = apic.regs[0x20] >> 4
                 run_q[3] = apic.apic_base
-                self.run_b[12] = 1
+                self.run_b[12] = not self.pic_in_userspace or self._ready_for_interrupt_injection()
             else:
                 run_q[2] = self.shadow_cr8
                 run_q[3] = self.get_apic_base()
@@ -128,11 +130,16 @@ class Vcpu(VcpuState):
         if self.requests & KVM_REQ_SIGNAL:
             self._signal_exit()
 
+    def _accepts_external_interrupt(self) -> bool:
+        """Tell whether userspace's PIC is connected and none of its interrupts waits (``kvm_cpu_accept_dm_intr``)."""
+        return self.pending_external_vector < 0 and (self.apic is None or self.apic.accept_pic_intr())
+
     def _ready_for_interrupt_injection(self) -> bool:
         """Tell whether userspace's next KVM_INTERRUPT would be taken at once."""
         return (
-            self.pending_external_vector < 0
+            self._accepts_external_interrupt()
             and not self.interrupt_injected
+            and not self.nmi_injected
             and not self.exception.injected
             and not self.exception.pending
             and not svm.interrupt_blocked(self)
@@ -140,7 +147,7 @@ class Vcpu(VcpuState):
 
     def vcpu_run(self) -> None:
         """Run until there is an exit for userspace."""
-        vmrun, address, q, b, counts, handlers, apic, pv_eoi = self._loop
+        vmrun, address, q, b, counts, handlers, apic, pv_eoi, pic_in_userspace = self._loop
         while True:
             if self.mp_state != _RUNNABLE:
                 self._vcpu_block()
@@ -173,7 +180,7 @@ class Vcpu(VcpuState):
                 return
             if not handler(self):
                 return
-            if apic is None and self._userspace_irqchip_exit():
+            if pic_in_userspace and self._userspace_irqchip_exit():
                 return
 
     def _check_iret_completion(self) -> None:
@@ -196,7 +203,7 @@ class Vcpu(VcpuState):
         self.internal_error(abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, (code, self.vcpu_id))
 
     def _userspace_irqchip_exit(self) -> bool:
-        """With chips in userspace: leave as soon as an interrupt window that it asked for is open."""
+        """With the PIC in userspace: leave as soon as an interrupt window that it asked for is open."""
         if self.run_b[io.RUN_REQUEST_INTERRUPT_WINDOW] and self._ready_for_interrupt_injection():
             self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_IRQ_WINDOW_OPEN
             return True
@@ -227,7 +234,7 @@ class Vcpu(VcpuState):
             kvmclock.record_steal_time(self)
         if requests & KVM_REQ_TRIPLE_FAULT:
             self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SHUTDOWN
-            self.make_request(requests & KVM_REQ_EVENT)
+            self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI | KVM_REQ_IOAPIC_EOI_EXIT))
             return False
         if requests & KVM_REQ_IOAPIC_EOI_EXIT:
             self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_IOAPIC_EOI
@@ -237,7 +244,6 @@ class Vcpu(VcpuState):
         if requests & KVM_REQ_NMI:
             events.process_nmi(self)
             requests |= KVM_REQ_EVENT
-            self.take_request(KVM_REQ_EVENT)
         if requests & KVM_REQ_EVENT:
             return self._handle_event()
         return True
@@ -259,8 +265,8 @@ class Vcpu(VcpuState):
             self._update_cr8_intercept(apic)
             if self.pv_eoi is not None and self.pv_eoi.msr:
                 self.pv_eoi.sync_to_guest()
-        elif self.run_b[io.RUN_REQUEST_INTERRUPT_WINDOW] and self.pending_external_vector < 0:
-            if not self._ready_for_interrupt_injection():
+        if self.pic_in_userspace and self.run_b[io.RUN_REQUEST_INTERRUPT_WINDOW]:
+            if self._accepts_external_interrupt() and not self._ready_for_interrupt_injection():
                 svm.enable_irq_window(self)
         return True
 

@@ -23,8 +23,9 @@ from softkvm.kvm.requests import (
     KVM_REQ_SMI,
     KVM_REQ_TASK_WORK,
 )
-from softkvm.kvm.x86 import debug, fpu, io, msrs, segments, svm
+from softkvm.kvm.x86 import debug, fpu, io, kvmclock, msrs, segments, svm
 from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.apicdef import APIC_DEFAULT_PHYS_BASE, MSR_IA32_APICBASE_BSP, MSR_IA32_APICBASE_ENABLE
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate_table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException, X86Exception
@@ -120,12 +121,13 @@ class VcpuState:
         self.cpuid = CpuidTable()
         self.msr_filter: MsrFilter | None = None
         self.set_msr_filter(vm.msr_filter)
+        #: CPUID raises #GP outside of ring 0 (MSR_MISC_FEATURES_ENABLES).
+        self.cpuid_faulting = False
         self.pv_cpuid_enforce = False
         self.pv_unhalted = False
         self.pvclock_set_guest_stopped = False
         self.last_steal = 0
         self._steal_checked_ns = 0
-        self._schedstat_path = ""
 
         # Events
         self.exception = QueuedException()
@@ -185,6 +187,8 @@ class VcpuState:
 
         self.emulator = Emulator(self)
         self.chips = vm.chips
+        #: Userspace has the PIC, so it asks for interrupt windows: without in-kernel chips, or with the APICs alone.
+        self.pic_in_userspace = self.chips is None or vm.split_irqchip
         self.apic: Lapic | None = None
         self.pv_eoi: PvEoi | None = None
         if self.chips is not None:
@@ -398,7 +402,11 @@ class VcpuState:
 
     def get_apic_base(self) -> int:
         """Return IA32_APIC_BASE."""
-        return self.apic.apic_base if self.apic is not None else self.msr_values.get(msrs.MSR_IA32_APICBASE, 0)
+        if self.apic is not None:
+            return self.apic.apic_base
+        bsp = MSR_IA32_APICBASE_BSP if self.is_bsp() else 0
+        reset = APIC_DEFAULT_PHYS_BASE | MSR_IA32_APICBASE_ENABLE | bsp
+        return self.msr_values.get(msrs.MSR_IA32_APICBASE, reset)
 
     def set_apic_base(self, value: int, host: bool) -> bool:
         """Write IA32_APIC_BASE; False for a mode or address that can't be."""
@@ -421,8 +429,9 @@ class VcpuState:
         self.set_nmi_mask(False)
         if self.apic is not None:
             self.apic.reset(init_event)
+        kvmclock.reset(self)
         if not init_event:
-            self.msr_values.pop(abi.MSR_KVM_SYSTEM_TIME_NEW, None)
+            msrs.set_misc_features_enables(self, 0)
             fpu.reset(self)
             self.tsc_aux = 0
         for n in range(16):
@@ -430,10 +439,10 @@ class VcpuState:
         leaf = self.cpuid.leaf(1, 0)
         self.gpr[2] = leaf[0] if leaf is not None else 0x600
         for n in range(4):
-            self.effective_db[n] = 0
-        self.saved_db = None
-        self.own_dr7 = 0x400
+            self.db[n] = 0  # the guest's: a debugger keeps its own
         svm.init_vmcb(self)
+        self.guest_dr7 = 0x400
+        self.update_dr7()
         self.make_request(KVM_REQ_EVENT)
 
     # --- time --------------------------------------------------------------------------------------
@@ -465,10 +474,8 @@ class VcpuState:
 
     def run_delay_ns(self) -> int:
         """Return how long the vCPU's thread has waited for a processor, as the host's scheduler counts it."""
-        if not self._schedstat_path:
-            self._schedstat_path = f"/proc/self/task/{threading.get_native_id()}/schedstat"
         try:
-            with open(self._schedstat_path) as f:
+            with open(f"/proc/self/task/{threading.get_native_id()}/schedstat") as f:
                 return int(f.read().split()[1])
         except (OSError, IndexError, ValueError):
             return 0

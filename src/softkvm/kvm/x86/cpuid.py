@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86.msrs import MISC_ENABLE_MWAIT, MSR_IA32_MISC_ENABLE
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -287,10 +288,13 @@ class CpuidTable:
         return self.leaf(self._limits[0], index) or _ZERO
 
     def update_runtime(self, vcpu: Vcpu) -> None:
-        """Bring the bits that follow registers up to date: OSXSAVE, APIC, OSPKE, the XSAVE area's size."""
+        """Bring the bits that follow registers up to date: OSXSAVE, MONITOR, APIC, OSPKE, the XSAVE area's size."""
         leaf = self._base_leaf1
         if leaf is not None:
             ecx = leaf[ECX] & ~_OSXSAVE | (_OSXSAVE if vcpu.cr4 >> 18 & 1 else 0)
+            if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):
+                mwait = vcpu.msr_values.get(MSR_IA32_MISC_ENABLE, 0) & MISC_ENABLE_MWAIT
+                ecx = ecx & ~_MONITOR | (_MONITOR if mwait else 0)
             edx = leaf[EDX] & ~_APIC
             if vcpu.apic is None or vcpu.apic.hw_enabled:
                 edx |= leaf[EDX] & _APIC

@@ -72,6 +72,8 @@ class Emulator(Access):
         #: The guest's forced-emulation prefix came before the instruction.
         self.forced = False
         self.shadow_after = 0
+        #: The instruction is a step for the debugger, once userspace has had its stores.
+        self._stepped = False
         #: Set by a handler that leaves for userspace by itself.
         self.exit_to_userspace = False
         self._pio_request = (0, 0, 0)
@@ -180,15 +182,19 @@ class Emulator(Access):
             result = io.advance(vcpu, insn.length)
         elif self.branched:
             result = io.advance(vcpu, 0)  # RF and TF are the same as for other instructions
+        elif not self.exit_to_userspace and vcpu.q[V.RFLAGS] & abi.X86_EFLAGS_TF:
+            result = svm.do_singlestep(vcpu)  # a step of a repeated instruction is one for the debugger, too
         if self.shadow_after:
             vcpu.b[V.INT_STATE_B] = V.INTERRUPT_SHADOW
         if self.writes:
+            self._stepped = not result
             self._exit_write()
             return 0
         if self.pio_out is not None:
             port, size, data = self.pio_out
             vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + len(data)] = data
             io.exit_io(vcpu, abi.KVM_EXIT_IO_OUT, size, port, len(data) // size)
+            vcpu.complete_userspace_io = None if result else self._complete_step
             return 0
         return 0 if self.exit_to_userspace else result
 
@@ -237,7 +243,11 @@ class Emulator(Access):
         if self.writes:
             self._exit_write()
             return 0
-        return 1
+        return self._complete_step(vcpu) if self._stepped else 1
+
+    def _complete_step(self, vcpu: Vcpu) -> int:
+        """The debugger's stop behind an instruction that userspace had to see first."""
+        return svm.do_singlestep(vcpu)
 
     def _complete_pio_in(self, vcpu: Vcpu) -> int:
         _, size, count = self._pio_request
@@ -283,6 +293,8 @@ class Emulator(Access):
                 return result
             vcpu.stat_mmio_exits += 1
             exit_mmio(vcpu, gpa, size, value, 1)
+            if not result:
+                vcpu.complete_userspace_io = self._complete_step
             return 0
         value_read = kernel_mmio_read(vcpu, gpa, size)
         if value_read is not None:

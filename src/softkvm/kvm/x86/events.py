@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
 
+#: #BP and #OF.
+_SOFT_EXCEPTIONS = (3, 4)
+
+
 def cpu_has_interrupt(vcpu: Vcpu) -> bool:
     """Tell whether some source has an interrupt for the vCPU, flags aside."""
     if vcpu.apic is not None:
@@ -55,12 +59,14 @@ def cpu_get_interrupt(vcpu: Vcpu) -> int:
 
 
 def process_nmi(vcpu: Vcpu) -> None:
-    """Take queued NMIs over: at most two, one if they are blocked (KVM's limit; APM vol. 2, 8.2.3)."""
+    """Take queued NMIs over: at most two, one if they are blocked (KVM's limit; APM vol. 2, 8.2.3).
+
+    The caller sees to it that events are looked at (KVM_REQ_EVENT).
+    """
     limit = 1 if vcpu.nmi_masked or vcpu.nmi_injected else 2
     with vcpu.request_lock:
         queued, vcpu.nmi_queued = vcpu.nmi_queued, 0
     vcpu.nmi_pending = min(vcpu.nmi_pending + queued, limit)
-    vcpu.make_request(KVM_REQ_EVENT)
 
 
 def inject_events(vcpu: Vcpu) -> None:
@@ -130,6 +136,7 @@ def _deliver_pending_exception(vcpu: Vcpu) -> None:
 def get_vcpu_events(vcpu: Vcpu) -> abi.kvm_vcpu_events:
     """Return everything that is pending or under way."""
     process_nmi(vcpu)
+    vcpu.make_request(KVM_REQ_EVENT)
     events = abi.kvm_vcpu_events()
     exception = vcpu.exception
     if not vcpu.vm.exception_payload_enabled:
@@ -143,6 +150,8 @@ def get_vcpu_events(vcpu: Vcpu) -> abi.kvm_vcpu_events:
         events.flags |= abi.KVM_VCPUEVENT_VALID_PAYLOAD
         events.exception_has_payload = int(exception.has_payload)
         events.exception_payload = exception.payload
+    if exception.vector in _SOFT_EXCEPTIONS:
+        events.exception.injected = events.exception.pending = 0  # their instruction is executed again
     events.exception.nr = exception.vector
     events.exception.has_error_code = int(exception.has_error_code)
     events.exception.error_code = exception.error_code

@@ -39,6 +39,7 @@ RUN_MMIO_LEN_Q: Final = 48 // 8  # q: len (32 bits), is_write (8)
 KVM_EXIT_IO: Final = abi.KVM_EXIT_IO
 KVM_EXIT_MMIO: Final = abi.KVM_EXIT_MMIO
 _STEP_FLAGS: Final = X86_EFLAGS_TF | X86_EFLAGS_RF
+_PORT_7E: Final = 0x7E
 _SIZE_MASKS: Final = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF)
 
 
@@ -78,13 +79,27 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
             vcpu.run_b[PIO_DATA_OFFSET] = value
         else:
             vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
+        if port == _PORT_7E and vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_OUT_7E_INC_RIP):
+            return _out_7e(vcpu, info)
         vcpu.complete_userspace_io = skip_pio
     vcpu.pio_rip = vcpu.q[RIP]
+    _exit_fast_pio(vcpu, info)
+    return 0
+
+
+def _exit_fast_pio(vcpu: Vcpu, info: int) -> None:
     run_q = vcpu.run_q
     vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_IO
     # direction, size, port and count are neighbours: KVM_EXIT_IO_OUT is 1, the intercept's IN bit its opposite
-    run_q[RUN_IO_Q] = (~info & 1) | size << 8 | port << 16 | 1 << 32
+    run_q[RUN_IO_Q] = (~info & 1) | (info >> 4 & 7) << 8 | info >> 16 << 16 | 1 << 32
     run_q[RUN_IO_DATA_OFFSET] = PIO_DATA_OFFSET
+
+
+def _out_7e(vcpu: Vcpu, info: int) -> int:
+    """OUT to port 0x7E is skipped before the exit (KVM_X86_QUIRK_OUT_7E_INC_RIP): firmware reads its RIP there."""
+    skip_pio(vcpu)
+    vcpu.complete_userspace_io = None
+    _exit_fast_pio(vcpu, info)
     return 0
 
 

@@ -143,6 +143,12 @@ def kvmclock_ctrl(vcpu: Vcpu) -> None:
 
 # --- steal time --------------------------------------------------------------------------------
 
+_RESET_MSRS: Final = (
+    abi.MSR_KVM_SYSTEM_TIME_NEW,
+    abi.MSR_KVM_STEAL_TIME,
+    abi.MSR_KVM_ASYNC_PF_EN,
+    abi.MSR_KVM_ASYNC_PF_INT,
+)
 _STEAL: Final = struct.Struct("<QI")
 
 
@@ -165,6 +171,14 @@ def record_steal_time(vcpu: Vcpu) -> None:
     write_guest(vm, gpa + 8, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
     write_guest(vm, gpa, struct.pack("<Q", steal))
     write_guest(vm, gpa + 8, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
+
+
+def reset(vcpu: Vcpu) -> None:
+    """RESET or INIT: nothing may be written to what the next guest uses for something else."""
+    for msr in _RESET_MSRS:
+        vcpu.msr_values.pop(msr, None)
+    if vcpu.pv_eoi is not None:
+        vcpu.pv_eoi.reset()
 
 
 # --- the MSRs ----------------------------------------------------------------------------------

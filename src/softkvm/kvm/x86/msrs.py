@@ -49,6 +49,7 @@ MSR_IA32_SYSENTER_EIP: Final = 0x176
 MSR_IA32_MCG_CAP: Final = 0x179
 MSR_IA32_MCG_STATUS: Final = 0x17A
 MSR_IA32_MCG_CTL: Final = 0x17B
+MSR_MISC_FEATURES_ENABLES: Final = 0x140
 MSR_IA32_MISC_ENABLE: Final = 0x1A0
 MSR_IA32_DEBUGCTL: Final = 0x1D9
 MSR_IA32_CR_PAT: Final = 0x277
@@ -83,7 +84,9 @@ MCG_CAP: Final = KVM_MAX_MCE_BANKS
 UCODE_REV: Final = 0x0100_0065  # AMD's patch level is in the lower half
 DE_CFG_LFENCE_SERIALIZE: Final = 1 << 1
 MISC_ENABLE_DEFAULT: Final = 1 << 0  # fast strings
+MISC_ENABLE_MWAIT: Final = 1 << 18
 PLATFORM_INFO_CPUID_FAULT: Final = 1 << 31
+MISC_FEATURES_ENABLES_CPUID_FAULT: Final = 1 << 0
 HWCR_TSC_FREQ_SEL: Final = 1 << 24  # the TSC counts at the P0 frequency
 
 _U32: Final = (1 << 32) - 1
@@ -277,7 +280,10 @@ def _write_ucode_rev(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 
 
 def _write_misc_enable(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    return _keep(vcpu, index, data)
+    _keep(vcpu, index, data)
+    if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):
+        vcpu.cpuid.update_runtime(vcpu)
+    return True
 
 
 def _write_hwcr(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -301,7 +307,23 @@ def _read_platform_info(vcpu: Vcpu, index: int, host: bool) -> int | None:
 
 
 def _write_platform_info(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    return host and _keep(vcpu, index, data)
+    if not host or (vcpu.cpuid_faulting and not data & PLATFORM_INFO_CPUID_FAULT):
+        return False
+    return _keep(vcpu, index, data)
+
+
+def set_misc_features_enables(vcpu: Vcpu, data: int) -> None:
+    """Load MSR_MISC_FEATURES_ENABLES: CPUID faulting."""
+    vcpu.msr_values[MSR_MISC_FEATURES_ENABLES] = data
+    vcpu.cpuid_faulting = bool(data & MISC_FEATURES_ENABLES_CPUID_FAULT)
+
+
+def _write_misc_features_enables(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    supported = vcpu.msr_values.get(MSR_PLATFORM_INFO, PLATFORM_INFO_CPUID_FAULT) & PLATFORM_INFO_CPUID_FAULT
+    if data & ~(MISC_FEATURES_ENABLES_CPUID_FAULT if supported else 0):
+        return False
+    set_misc_features_enables(vcpu, data)
+    return True
 
 
 def _has_tsc_aux(vcpu: Vcpu, host: bool) -> bool:
@@ -340,6 +362,9 @@ _TABLE: Final[dict[int, Msr]] = {
     0xC2: _constant(0),
     0xCD: _fixed(3),  # FSB_FREQ
     MSR_PLATFORM_INFO: Msr(_read_platform_info, _write_platform_info),
+    MSR_MISC_FEATURES_ENABLES: Msr(
+        lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_misc_features_enables
+    ),
     0xFE: _fixed(0x508),  # MTRRcap: 8 variable
     MSR_IA32_SYSENTER_CS: _in_vmcb(V.SYSENTER_CS),
     MSR_IA32_SYSENTER_ESP: _sysenter(V.SYSENTER_ESP),

@@ -44,6 +44,11 @@ class PvEoi:
         self._gpa = gpa
         return True
 
+    def reset(self) -> None:
+        """Stop, as after RESET or INIT."""
+        self.msr = self._gpa = 0
+        self.pending = False
+
     def sync_to_guest(self) -> None:
         """Offer the end of the interrupt in service to the guest, on the way in."""
         lapic = self._lapic

@@ -62,6 +62,9 @@ def intr_interception(vcpu: Vcpu) -> int:
 
 def cpuid_interception(vcpu: Vcpu) -> int:
     """CPUID."""
+    if vcpu.cpuid_faulting and vcpu.b[V.CPL]:
+        inject_gp(vcpu)
+        return 1
     gpr = vcpu.gpr
     gpr[0], gpr[3], gpr[1], gpr[2] = vcpu.cpuid.answer(gpr[0] & _U32, gpr[1] & _U32)
     return skip_emulated_instruction(vcpu)
@@ -321,7 +324,15 @@ def invlpg_interception(vcpu: Vcpu) -> int:
 
 
 def skip_interception(vcpu: Vcpu) -> int:
-    """An instruction that has nothing to do: caches are coherent, MONITOR never waits."""
+    """An instruction that has nothing to do: caches are coherent."""
+    return skip_emulated_instruction(vcpu)
+
+
+def monitor_mwait_interception(vcpu: Vcpu) -> int:
+    """MONITOR and MWAIT do nothing; #UD if the guest's CPUID lacks them and the quirk is off."""
+    if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS) and not vcpu.cpuid.feature(1, 0, 2, 3):
+        queue_exception(vcpu, abi.UD_VECTOR)
+        return 1
     return skip_emulated_instruction(vcpu)
 
 
@@ -417,8 +428,8 @@ EXIT_HANDLERS: Final[dict[int, Handler]] = {
     V.EXIT_RDTSC: emulate_on_interception,
     V.EXIT_RDTSCP: ud_on_interception,
     V.EXIT_WBINVD: skip_interception,
-    V.EXIT_MONITOR: skip_interception,
-    V.EXIT_MWAIT: skip_interception,
+    V.EXIT_MONITOR: monitor_mwait_interception,
+    V.EXIT_MWAIT: monitor_mwait_interception,
     V.EXIT_XSETBV: xsetbv_interception,
     V.EXIT_RDPRU: ud_on_interception,
     V.EXIT_INVPCID: ud_on_interception,
