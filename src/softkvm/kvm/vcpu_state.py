@@ -23,7 +23,7 @@ from softkvm.kvm.requests import (
     KVM_REQ_SMI,
     KVM_REQ_TASK_WORK,
 )
-from softkvm.kvm.x86 import debug, fpu, io, kvmclock, msrs, segments, svm
+from softkvm.kvm.x86 import debug, io, msrs, reset, segments, svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.apicdef import APIC_DEFAULT_PHYS_BASE, MSR_IA32_APICBASE_BSP, MSR_IA32_APICBASE_ENABLE
 from softkvm.kvm.x86.cpuid import CpuidTable
@@ -419,31 +419,7 @@ class VcpuState:
 
     def vcpu_reset(self, init_event: bool) -> None:
         """RESET, or INIT with ``init_event`` (SDM vol. 3, table 9-1; APM vol. 2, 14.1.3)."""
-        self.init_event = init_event
-        self.exception.clear()
-        self.interrupt_injected = False
-        self.injecting = False
-        self.nmi_pending = self.nmi_queued = 0
-        self.nmi_injected = False
-        self.nmi_singlestep = False
-        self.set_nmi_mask(False)
-        if self.apic is not None:
-            self.apic.reset(init_event)
-        kvmclock.reset(self)
-        if not init_event:
-            msrs.set_misc_features_enables(self, 0)
-            fpu.reset(self)
-            self.tsc_aux = 0
-        for n in range(16):
-            self.gpr[n] = 0
-        leaf = self.cpuid.leaf(1, 0)
-        self.gpr[2] = leaf[0] if leaf is not None else 0x600
-        for n in range(4):
-            self.db[n] = 0  # the guest's: a debugger keeps its own
-        svm.init_vmcb(self)
-        self.guest_dr7 = 0x400
-        self.update_dr7()
-        self.make_request(KVM_REQ_EVENT)
+        reset.vcpu_reset(self, init_event)
 
     # --- time --------------------------------------------------------------------------------------
 
