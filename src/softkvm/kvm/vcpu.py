@@ -272,12 +272,14 @@ class Vcpu(VcpuState):
 
     def _update_cr8_intercept(self, apic: Lapic) -> None:
         """Intercept CR8 writes only while an interrupt waits for the priority to fall; load V_TPR."""
-        self.b[V.V_TPR] = self.b[V.V_TPR] & 0xF0 | apic.cr8
-        highest = apic.highest_irr()
-        if highest >= 0 and highest >> 4 <= apic.cr8:
-            self.d[V.INTERCEPT_CR] |= V.CR8_WRITE
-        else:
-            self.d[V.INTERCEPT_CR] &= ~V.CR8_WRITE
+        cr8 = apic.cr8
+        tpr = self.b[V_TPR]
+        if tpr & 0xF != cr8:
+            self.b[V_TPR] = tpr & 0xF0 | cr8
+        waits = apic.irr != 0 and apic.highest_irr() >> 4 <= cr8
+        if waits != self.cr8_intercepted:
+            self.cr8_intercepted = waits
+            self.d[V.INTERCEPT_CR] ^= V.CR8_WRITE
 
     # --- blocking ----------------------------------------------------------------------------------
 
@@ -349,7 +351,8 @@ class Vcpu(VcpuState):
 
     def _vcpu_block(self) -> None:
         """Wait until there is a reason to go on, then bring the multiprocessing state up to date."""
-        if not self.is_runnable():
+        runnable = self.is_runnable()
+        if not runnable:
             if self.mp_state == _HALTED:
                 self._halt()
             else:
@@ -362,7 +365,7 @@ class Vcpu(VcpuState):
         apic = self.apic
         if apic is not None and apic.pending_events:
             apic.accept_events()
-        if self.mp_state == _HALTED and self.is_runnable():
+        if self.mp_state == _HALTED and (runnable or self.is_runnable()):
             self.pv_unhalted = False
             self.mp_state = _RUNNABLE
             self.make_request(KVM_REQ_EVENT)  # what ended the halt is delivered now, not by an interrupt window's exit

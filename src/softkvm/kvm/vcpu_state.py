@@ -137,6 +137,9 @@ class VcpuState:
         self.injecting = False
         self.pending_external_vector = -1
         self.pending_ioapic_eoi = 0
+        #: VMEXIT_VINTR has been asked for; writes of CR8 are intercepted (both as in the VMCB).
+        self.irq_window = False
+        self.cr8_intercepted = False
         self.nmi_queued = 0
         self.nmi_pending = 0
         self.nmi_injected = False

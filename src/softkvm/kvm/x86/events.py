@@ -40,11 +40,6 @@ def cpu_has_interrupt(vcpu: Vcpu) -> bool:
     return vcpu.pending_external_vector >= 0
 
 
-def cpu_has_injectable_intr(vcpu: Vcpu) -> bool:
-    """Tell whether there is an interrupt to inject; one that is in flight already doesn't count."""
-    return cpu_has_interrupt(vcpu)
-
-
 def cpu_get_interrupt(vcpu: Vcpu) -> int:
     """Acknowledge the next interrupt and return its vector, -1 for none."""
     if vcpu.apic is not None and vcpu.chips is not None:
@@ -102,7 +97,7 @@ def inject_events(vcpu: Vcpu) -> None:
         if vcpu.nmi_pending:
             svm.enable_nmi_window(vcpu)
 
-    if cpu_has_injectable_intr(vcpu):
+    if cpu_has_interrupt(vcpu):
         if can_inject and not svm.interrupt_blocked(vcpu):
             vector = cpu_get_interrupt(vcpu)
             if vector >= 0:
@@ -110,8 +105,10 @@ def inject_events(vcpu: Vcpu) -> None:
                 vcpu.interrupt_nr = vector
                 vcpu.interrupt_soft = False
                 svm.inject_irq(vcpu)
-        if cpu_has_injectable_intr(vcpu):
+        if cpu_has_interrupt(vcpu):
             svm.enable_irq_window(vcpu)
+        elif vcpu.irq_window:
+            svm.clear_irq_window(vcpu)  # what it was opened for is on its way
 
 
 def _deliver_pending_exception(vcpu: Vcpu) -> None:

@@ -122,6 +122,8 @@ def init_vmcb(vcpu: Vcpu) -> None:
     """Set up intercepts and the save area as after RESET or INIT."""
     b, d, q, w = vcpu.b, vcpu.d, vcpu.q, vcpu.w
     params = vcpu.vm.params
+    vcpu.irq_window = False
+    vcpu.cr8_intercepted = True
     d[V.INTERCEPT_CR] = V.CR0_READ | V.CR4_READ | V.CR0_WRITE | V.CR4_WRITE | V.CR8_WRITE
     d[V.INTERCEPT_DR] = 0
     d[V.INTERCEPT_WORD3] = _WORD3
@@ -311,6 +313,9 @@ def nmi_blocked(vcpu: Vcpu) -> bool:
 
 def enable_irq_window(vcpu: Vcpu) -> None:
     """Ask for VMEXIT_VINTR as soon as the guest can take an interrupt (V_IRQ with the highest priority)."""
+    if vcpu.irq_window:
+        return
+    vcpu.irq_window = True
     vcpu.d[V.INT_VECTOR] = 0
     vcpu.d[V.INT_CTL] = vcpu.d[V.INT_CTL] & ~V.V_INTR_PRIO_MASK | V.V_IRQ | 0xF << V.V_INTR_PRIO_SHIFT | V.V_IGN_TPR
     vcpu.d[V.INTERCEPT_WORD3] |= V.VINTR
@@ -318,6 +323,7 @@ def enable_irq_window(vcpu: Vcpu) -> None:
 
 def clear_irq_window(vcpu: Vcpu) -> None:
     """Take the request for VMEXIT_VINTR back."""
+    vcpu.irq_window = False
     vcpu.d[V.INT_CTL] &= ~(V.V_IRQ | V.V_INTR_PRIO_MASK | V.V_IGN_TPR)
     vcpu.d[V.INTERCEPT_WORD3] &= ~V.VINTR
 
