@@ -85,18 +85,30 @@ impl Machine {
 
     /// Starts a new generation and asks every processor but `me` to catch up with it.
     pub fn advance(&self, me: Option<&Arc<Shared>>) -> u64 {
+        self.advance_locked(&self.lock_cpus(), me)
+    }
+
+    fn advance_locked(&self, cpus: &[Arc<Shared>], me: Option<&Arc<Shared>>) -> u64 {
         let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
-        self.signal(me, pending::TLB_SYNC);
+        signal(cpus, me, pending::TLB_SYNC);
         generation
+    }
+
+    /// Marks chunks of a page as code for the processor `me`; returns the generation that knows of all of the page's
+    /// marks, and whether these are its first. Whoever finds chunks marked comes here, too: the processor that marked
+    /// them may not have come to its new generation yet.
+    pub fn mark_code(&self, page: &PageInfo, chunks: u64, me: &Arc<Shared>) -> (u64, bool) {
+        let cpus = self.lock_cpus();
+        if page.code.fetch_or(chunks, Ordering::SeqCst) == 0 {
+            (self.advance_locked(&cpus, Some(me)), true)
+        } else {
+            (self.generation(), false)
+        }
     }
 
     /// Sets pending bits of every processor but `me`.
     pub fn signal(&self, me: Option<&Arc<Shared>>, bits: u32) {
-        for shared in self.lock_cpus().iter() {
-            if me.is_none_or(|m| !Arc::ptr_eq(m, shared)) {
-                shared.pending.fetch_or(bits, Ordering::SeqCst);
-            }
-        }
+        signal(&self.lock_cpus(), me, bits);
     }
 
     /// Whether every running processor but `me` has caught up with `generation`.
@@ -112,6 +124,14 @@ impl Machine {
     pub fn notify_write(&self, hva: usize, size: usize) {
         if self.regions().take_code(hva, size) {
             self.signal(None, pending::CODE_CHANGED);
+        }
+    }
+}
+
+fn signal(cpus: &[Arc<Shared>], me: Option<&Arc<Shared>>, bits: u32) {
+    for shared in cpus {
+        if me.is_none_or(|m| !Arc::ptr_eq(m, shared)) {
+            shared.pending.fetch_or(bits, Ordering::SeqCst);
         }
     }
 }

@@ -214,6 +214,7 @@ impl Cpu {
 
     /// Marks the block's chunks as code; true when every running processor is known to respect the marks.
     fn arm(&mut self, b: &mut Block) -> bool {
+        let fresh = b.generation == 0;
         let offset = b.host & 0xfff;
         let parts = [(b.pages[0], b.host, offset, b.len as usize), (b.pages[1], b.host2, 0, b.tail as usize)];
         for (page, host, offset, len) in parts {
@@ -223,15 +224,22 @@ impl Cpu {
             // SAFETY: pages point into regions of `self.regions`; blocks are dropped when that snapshot changes.
             let page = unsafe { &*page };
             let mask = chunk_mask(offset, len);
-            let old = page.code.load(Ordering::SeqCst);
-            if old & mask != mask {
-                page.code.fetch_or(mask, Ordering::SeqCst);
-                if old == 0 {
+            if fresh || page.code.load(Ordering::SeqCst) & mask != mask {
+                let (generation, first) = self.machine.mark_code(page, mask, &self.shared);
+                // This processor, too, may write the page by a translation from before the first mark.
+                if self.shared.synced.load(Ordering::SeqCst) < generation {
                     self.tlb.protect_host_page((host & !0xfff) as u64);
-                    b.generation = self.machine.advance(Some(&self.shared));
-                } else {
-                    b.generation = self.machine.generation();
                 }
+                if first {
+                    // Its own mark is no reason to catch up, if there was none before.
+                    let _ = self.shared.synced.compare_exchange(
+                        generation - 1,
+                        generation,
+                        Ordering::SeqCst,
+                        Ordering::SeqCst,
+                    );
+                }
+                b.generation = generation;
                 b.settled = false;
             }
         }
