@@ -451,14 +451,6 @@ class VcpuState:
         """Host write of the TSC: writes of nearly the same value keep the vCPUs' counters equal."""
         self.set_tsc_offset(self.vm.tsc.write(tsc, self.tsc_khz))
 
-    def run_delay_ns(self) -> int:
-        """Return how long the vCPU's thread has waited for a processor, as the host's scheduler counts it."""
-        try:
-            with open(f"/proc/self/task/{threading.get_native_id()}/schedstat") as f:
-                return int(f.read().split()[1])
-        except (OSError, IndexError, ValueError):
-            return 0
-
     # --- events ------------------------------------------------------------------------------------
 
     def queue_interrupt(self, vector: int, *, soft: bool) -> None:

@@ -38,13 +38,13 @@ def test_steal_time_is_the_delay_of_the_vcpus_thread_whoever_restores_the_regist
 ) -> None:
     tiny = Tiny()
     asked: list[int] = []
-    delay = tiny.vcpu.run_delay_ns
+    delay = kvmclock.run_delay_ns
 
     def run_delay_ns() -> int:
         asked.append(threading.get_ident())
         return delay()
 
-    monkeypatch.setattr(tiny.vcpu, "run_delay_ns", run_delay_ns)
+    monkeypatch.setattr(kvmclock, "run_delay_ns", run_delay_ns)
     assert tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED}) == 1
     tiny.protected_mode().load(b"\xf4")
     thread = threading.Thread(target=tiny.run)
@@ -57,7 +57,7 @@ def test_steal_time_is_the_delay_of_the_vcpus_thread_whoever_restores_the_regist
 def test_stolen_time_does_not_go_back_when_another_thread_runs_the_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Tiny()
     delays = iter((1000, 1700, 300, 450))
-    monkeypatch.setattr(tiny.vcpu, "run_delay_ns", lambda: next(delays))
+    monkeypatch.setattr(kvmclock, "run_delay_ns", lambda: next(delays))
     tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
     seen = []
     for _ in range(4):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -152,6 +153,15 @@ _RESET_MSRS: Final = (
 _STEAL: Final = struct.Struct("<QI")
 
 
+def run_delay_ns() -> int:
+    """Return how long the calling thread has waited for a processor, as the host's scheduler counts it."""
+    try:
+        with open(f"/proc/self/task/{threading.get_native_id()}/schedstat") as f:
+            return int(f.read().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
 def record_steal_time(vcpu: Vcpu) -> None:
     """Add the time that the vCPU wanted to run but couldn't (``struct kvm_steal_time``)."""
     msr = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0)
@@ -163,7 +173,7 @@ def record_steal_time(vcpu: Vcpu) -> None:
     if data is None:
         return
     steal, version = _STEAL.unpack(data)
-    run_delay = vcpu.run_delay_ns()
+    run_delay = run_delay_ns()
     # Another thread that runs the vCPU now has a delay of its own: time stolen never goes backwards.
     steal = (steal + max(run_delay - vcpu.last_steal, 0)) & _U64
     vcpu.last_steal = run_delay
@@ -265,7 +275,7 @@ def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     vcpu.msr_values[index] = data
     if data & abi.KVM_MSR_ENABLED:
         if not host:  # on the vCPU's thread, whose delay it is
-            vcpu.last_steal = vcpu.run_delay_ns()
+            vcpu.last_steal = run_delay_ns()
         vcpu.make_request(KVM_REQ_STEAL_UPDATE)
     return True
 
