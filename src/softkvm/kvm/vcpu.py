@@ -96,11 +96,10 @@ class Vcpu(VcpuState):
             if apic is not None:
                 run_q[2] = apic.regs[0x20] >> 4
                 run_q[3] = apic.apic_base
-                self.run_b[12] = not self.pic_in_userspace or self._ready_for_interrupt_injection()
             else:
                 run_q[2] = self.shadow_cr8
                 run_q[3] = self.get_apic_base()
-                self.run_b[12] = self._ready_for_interrupt_injection()
+            self.run_b[12] = not self.pic_in_userspace or self._ready_for_interrupt_injection()
 
     def _wait_for_sipi(self) -> None:
         """A processor that waits for its start-up IPI: blocked until something comes, then EAGAIN at the latest."""
@@ -331,12 +330,13 @@ class Vcpu(VcpuState):
 
     def _halt(self) -> None:
         """Wait in HLT: awake for a moment, then asleep (``kvm_vcpu_halt``)."""
-        start = _softcpu.clock_ns()
+        start = asleep = _softcpu.clock_ns()
         poll_ns = halt_poll.interval(self)
         woken = False
         if poll_ns:
             woken = self._poll(start + poll_ns)
-            polled_ns = _softcpu.clock_ns() - start
+            asleep = _softcpu.clock_ns()
+            polled_ns = asleep - start
             self.stat_halt_attempted_poll += 1
             if woken:
                 self.stat_halt_successful_poll += 1
@@ -344,10 +344,11 @@ class Vcpu(VcpuState):
             else:
                 self.stat_halt_poll_fail_ns += polled_ns
         if not woken:
-            asleep = _softcpu.clock_ns()
             self._block()
-            self.stat_halt_wait_ns += _softcpu.clock_ns() - asleep
-        halt_poll.adapt(self, _softcpu.clock_ns() - start)
+        end = _softcpu.clock_ns()
+        if not woken:
+            self.stat_halt_wait_ns += end - asleep
+        halt_poll.adapt(self, end - start)
 
     def _vcpu_block(self) -> None:
         """Wait until there is a reason to go on, then bring the multiprocessing state up to date."""

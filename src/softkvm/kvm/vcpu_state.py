@@ -25,7 +25,7 @@ from softkvm.kvm.requests import (
 )
 from softkvm.kvm.x86 import debug, io, msrs, reset, segments, svm
 from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.apicdef import APIC_DEFAULT_PHYS_BASE, MSR_IA32_APICBASE_BSP, MSR_IA32_APICBASE_ENABLE
+from softkvm.kvm.x86.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate_table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException, X86Exception
@@ -328,13 +328,11 @@ class VcpuState:
             self.requests &= ~request
         return bool(taken)
 
-    def vcpu_kick(self) -> None:
-        """Make the vCPU look at its requests: out of guest mode, or awake (``kvm_vcpu_kick``)."""
-        if self.mode != OUTSIDE_GUEST_MODE:
-            self.cpu.kick()
+    def vcpu_kick(self, sender: VcpuState | None = None) -> None:
+        """Make the vCPU look at its requests: out of guest mode, or awake (``kvm_vcpu_kick``).
 
-    def vcpu_kick_from(self, sender: VcpuState | None) -> None:
-        """Kick on behalf of another vCPU's thread, ``sender``: when that leaves the interpreter, which is soon."""
+        On the thread of another vCPU, ``sender``, the kick goes out when that leaves the interpreter, which is soon.
+        """
         if self.mode != OUTSIDE_GUEST_MODE:
             if sender is None:
                 self.cpu.kick()
@@ -346,8 +344,7 @@ class VcpuState:
         """Look for events to inject before the next guest instruction."""
         with self.request_lock:
             self.requests |= KVM_REQ_EVENT
-        if self.mode != OUTSIDE_GUEST_MODE:
-            self.vcpu_kick_from(sender)
+        self.vcpu_kick(sender)
 
     def kick(self) -> None:
         """End KVM_RUN with EINTR, as a signal to a real vCPU's thread does."""
@@ -382,7 +379,7 @@ class VcpuState:
         with self.request_lock:
             self.nmi_queued += 1
             self.requests |= KVM_REQ_NMI
-        self.vcpu_kick_from(sender)
+        self.vcpu_kick(sender)
 
     def inject_smi(self) -> None:
         """Queue an SMI; there is no system management mode, so it is dropped with a note in the log."""
@@ -408,8 +405,7 @@ class VcpuState:
         if self.apic is not None:
             return self.apic.apic_base
         bsp = MSR_IA32_APICBASE_BSP if self.is_bsp() else 0
-        reset = APIC_DEFAULT_PHYS_BASE | MSR_IA32_APICBASE_ENABLE | bsp
-        return self.msr_values.get(msrs.MSR_IA32_APICBASE, reset)
+        return self.msr_values.get(msrs.MSR_IA32_APICBASE, APICBASE_RESET | bsp)
 
     def set_apic_base(self, value: int, host: bool) -> bool:
         """Write IA32_APIC_BASE; False for a mode or address that can't be."""

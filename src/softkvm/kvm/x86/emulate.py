@@ -194,7 +194,8 @@ class Emulator(Access):
             port, size, data = self.pio_out
             vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + len(data)] = data
             io.exit_io(vcpu, abi.KVM_EXIT_IO_OUT, size, port, len(data) // size)
-            vcpu.complete_userspace_io = None if result else self._complete_step
+            if not result:
+                vcpu.complete_userspace_io = svm.do_singlestep
             return 0
         return 0 if self.exit_to_userspace else result
 
@@ -243,11 +244,7 @@ class Emulator(Access):
         if self.writes:
             self._exit_write()
             return 0
-        return self._complete_step(vcpu) if self._stepped else 1
-
-    def _complete_step(self, vcpu: Vcpu) -> int:
-        """The debugger's stop behind an instruction that userspace had to see first."""
-        return svm.do_singlestep(vcpu)
+        return svm.do_singlestep(vcpu) if self._stepped else 1
 
     def _complete_pio_in(self, vcpu: Vcpu) -> int:
         _, size, count = self._pio_request
@@ -294,7 +291,7 @@ class Emulator(Access):
             vcpu.stat_mmio_exits += 1
             exit_mmio(vcpu, gpa, size, value, 1)
             if not result:
-                vcpu.complete_userspace_io = self._complete_step
+                vcpu.complete_userspace_io = svm.do_singlestep
             return 0
         value_read = kernel_mmio_read(vcpu, gpa, size)
         if value_read is not None:

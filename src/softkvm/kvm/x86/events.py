@@ -16,6 +16,7 @@ from softkvm.kvm.x86 import svm
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import (
     DR7_GD,
+    SOFT_EXCEPTIONS,
     deliver_exception_payload,
     exception_has_error_code,
     exception_is_fault,
@@ -23,10 +24,6 @@ from softkvm.kvm.x86.exceptions import (
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
-
-
-#: #BP and #OF.
-_SOFT_EXCEPTIONS = (3, 4)
 
 
 def cpu_has_interrupt(vcpu: Vcpu) -> bool:
@@ -147,8 +144,8 @@ def get_vcpu_events(vcpu: Vcpu) -> abi.kvm_vcpu_events:
         events.flags |= abi.KVM_VCPUEVENT_VALID_PAYLOAD
         events.exception_has_payload = int(exception.has_payload)
         events.exception_payload = exception.payload
-    if exception.vector in _SOFT_EXCEPTIONS:
-        events.exception.injected = events.exception.pending = 0  # their instruction is executed again
+    if exception.vector in SOFT_EXCEPTIONS:
+        events.exception.injected = events.exception.pending = 0
     events.exception.nr = exception.vector
     events.exception.has_error_code = int(exception.has_error_code)
     events.exception.error_code = exception.error_code

@@ -94,6 +94,10 @@ class QueuedException:
         self.payload = 0
 
 
+#: #BP and #OF: an instruction raises them, which is executed again where their delivery did not complete.
+SOFT_EXCEPTIONS: Final = (BP_VECTOR, OF_VECTOR)
+
+
 def exception_class(vector: int) -> int:
     """Return the class of an exception for the double-fault rules."""
     if vector == PF_VECTOR:

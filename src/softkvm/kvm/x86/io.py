@@ -80,26 +80,15 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
         else:
             vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
         if port == _PORT_7E and vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_OUT_7E_INC_RIP):
-            return _out_7e(vcpu, info)
-        vcpu.complete_userspace_io = skip_pio
+            skip_pio(vcpu)  # before the exit: firmware reads its RIP there
+        else:
+            vcpu.complete_userspace_io = skip_pio
     vcpu.pio_rip = vcpu.q[RIP]
-    _exit_fast_pio(vcpu, info)
-    return 0
-
-
-def _exit_fast_pio(vcpu: Vcpu, info: int) -> None:
     run_q = vcpu.run_q
     vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_IO
     # direction, size, port and count are neighbours: KVM_EXIT_IO_OUT is 1, the intercept's IN bit its opposite
-    run_q[RUN_IO_Q] = (~info & 1) | (info >> 4 & 7) << 8 | info >> 16 << 16 | 1 << 32
+    run_q[RUN_IO_Q] = (~info & 1) | size << 8 | port << 16 | 1 << 32
     run_q[RUN_IO_DATA_OFFSET] = PIO_DATA_OFFSET
-
-
-def _out_7e(vcpu: Vcpu, info: int) -> int:
-    """OUT to port 0x7E is skipped before the exit (KVM_X86_QUIRK_OUT_7E_INC_RIP): firmware reads its RIP there."""
-    skip_pio(vcpu)
-    vcpu.complete_userspace_io = None
-    _exit_fast_pio(vcpu, info)
     return 0
 
 

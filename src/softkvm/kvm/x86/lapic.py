@@ -52,6 +52,7 @@ from softkvm.kvm.x86.apicdef import (
     APIC_TDCR,
     APIC_VECTOR_MASK,
     APIC_VERSION,
+    APICBASE_RESET,
     KVM_APIC_INIT,
     KVM_APIC_SIPI,
     LAPIC_MMIO_LENGTH,
@@ -134,7 +135,7 @@ class Lapic:
         self.timer.reset()
         if not init_event:
             bsp = MSR_IA32_APICBASE_BSP if self.vcpu_id == self.apic_map.bsp_vcpu_id else 0
-            self._load_base(APIC_DEFAULT_PHYS_BASE | MSR_IA32_APICBASE_ENABLE | bsp)
+            self._load_base(APICBASE_RESET | bsp)
             self.set_xapic_id(self.vcpu_id)
         version = regs[APIC_LVR >> 2]
         for offset in range(APIC_TASKPRI, APIC_TDCR + 1, 0x10):

@@ -281,8 +281,7 @@ def _write_ucode_rev(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 
 def _write_misc_enable(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     _keep(vcpu, index, data)
-    if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):
-        vcpu.cpuid.update_runtime(vcpu)
+    vcpu.cpuid.update_runtime(vcpu)
     return True
 
 
@@ -319,8 +318,8 @@ def set_misc_features_enables(vcpu: Vcpu, data: int) -> None:
 
 
 def _write_misc_features_enables(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    supported = vcpu.msr_values.get(MSR_PLATFORM_INFO, PLATFORM_INFO_CPUID_FAULT) & PLATFORM_INFO_CPUID_FAULT
-    if data & ~(MISC_FEATURES_ENABLES_CPUID_FAULT if supported else 0):
+    platform_info = _read_platform_info(vcpu, MSR_PLATFORM_INFO, True) or 0
+    if data & ~(MISC_FEATURES_ENABLES_CPUID_FAULT if platform_info & PLATFORM_INFO_CPUID_FAULT else 0):
         return False
     set_misc_features_enables(vcpu, data)
     return True

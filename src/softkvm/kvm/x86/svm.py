@@ -33,6 +33,7 @@ from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import (
     DR6_BS,
+    SOFT_EXCEPTIONS,
     multiple_exception,
     queue_exception_p,
 )
@@ -373,7 +374,7 @@ def complete_interrupts(vcpu: Vcpu) -> None:
         vcpu.nmi_injected = True
         vcpu.nmi_masked = True
     elif kind == V.EVTINJ_TYPE_EXEPT:
-        if vector in (3, 4) and not injected:
+        if vector in SOFT_EXCEPTIONS and not injected:
             return
         error_code = info >> 32 if info & V.EVTINJ_VALID_ERR else None
         multiple_exception(vcpu, vector, error_code, reinject=True)
