@@ -14,12 +14,17 @@ SECONDS_MAX = 1e9
 FACTOR_MAX = 1e6
 
 
+def _number(text: str) -> float:
+    """Return the number that *text* is; NaN, which is within no limits, if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def seconds(option: str, text: str, *, zero: bool = False) -> float:
     """Return the time that *text* names, above 0; 0 as well if *zero*, which is no limit then."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if 0 < value <= SECONDS_MAX or (zero and value == 0):
         return value
     limits = "a number of seconds up to 1e9, 0 for no limit" if zero else "a number of seconds above 0, up to 1e9"
@@ -28,10 +33,7 @@ def seconds(option: str, text: str, *, zero: bool = False) -> float:
 
 def factor(option: str, text: str) -> float:
     """Return the number above 0 that *text* names."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if 0 < value <= FACTOR_MAX:
         return value
     raise CommandError(f"{option} {text}: expected a number above 0, up to 1e6")

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, Softkv
 from softkvm.bench.vmexit import Figure, Kind, Report
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, file_name, seconds
-from softkvm.cli.output import STDOUT, OutputFile, say, warn
+from softkvm.cli.output import STDOUT, OutputFile, ProgressLine, say, warn
 from softkvm.unittests.config import SuiteError
 from softkvm.unittests.runner import DEVICES
 
@@ -100,31 +97,16 @@ def _sides(args: Namespace) -> list[Side]:
     return sides
 
 
-class _ProgressLine:
-    """A line of progress on standard error if that is a terminal."""
-
-    def __init__(self) -> None:
-        self._shown = os.isatty(2)
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self._write(f"[{done}/{total}] {what}")
-
-    def clear(self) -> None:
-        """Take it away."""
-        self._write("")
-
-    def _write(self, text: str) -> None:
-        if self._shown:
-            sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
-            sys.stderr.flush()
-
-
 def _run(args: Namespace) -> int:
     runs = count("--runs", args.runs, 1, 1000)
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
     file = OutputFile("--json", args.json) if args.json else None
     directory = None if args.directory is None else Path(args.directory)
-    progress = _ProgressLine()
+    line = ProgressLine()
+
+    def progress(done: int, total: int, what: str) -> None:
+        line.show(f"[{done}/{total}] {what}")
+
     try:
         if directory is not None:
             vmexit.entries_of(directory)
@@ -138,7 +120,7 @@ def _run(args: Namespace) -> int:
     except SideError as error:
         raise CommandError(str(error), EXIT_ERROR) from None
     finally:
-        progress.clear()
+        line.clear()
     if args.json != STDOUT:
         say(render(report))
     if file is not None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands write: lines on standard output, and files that are there complete or not at all."""
+"""What commands write: lines on standard output, progress, and files that are there complete or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -49,6 +50,23 @@ def stdout_error(error: OSError) -> CommandError:
     if isinstance(error, BrokenPipeError):
         return ReaderGone()
     return CommandError(f"standard output: {error.strerror}", EXIT_ERROR)
+
+
+class ProgressLine:
+    """A line of progress on standard error, if that is a terminal."""
+
+    def __init__(self) -> None:
+        self.shown = os.isatty(2)
+
+    def show(self, text: str) -> None:
+        """Put *text*, as much of it as fits, in the place of what was there."""
+        if self.shown:
+            sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Take the line away."""
+        self.show("")
 
 
 class OutputFile:

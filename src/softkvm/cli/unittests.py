@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +12,7 @@ from pathlib import Path
 import softkvm
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, factor, file_name, seconds
-from softkvm.cli.output import STDOUT, OutputFile, say
+from softkvm.cli.output import STDOUT, OutputFile, ProgressLine, say
 from softkvm.unittests import config, reports
 from softkvm.unittests.config import Entry, SuiteError
 from softkvm.unittests.result import Result, Status
@@ -155,7 +153,7 @@ class _Printer:
         self._verbose = verbose
         self._quiet = quiet
         self._colours = os.isatty(1) and "NO_COLOR" not in os.environ
-        self._progress = os.isatty(2)
+        self._progress = ProgressLine()
         self._counts: Counter[Status] = Counter()
         self._over = 0
 
@@ -163,7 +161,7 @@ class _Printer:
         """Print a result."""
         self._counts[result.status] += 1
         self._over += bool(result.over_suite_limit)
-        self.clear()
+        self._progress.clear()
         if not self._quiet:
             say("\n".join(self._lines(result)))
 
@@ -183,21 +181,16 @@ class _Printer:
 
     def tick(self, running: list[tuple[str, float]]) -> None:
         """Show what runs."""
-        if not self._progress:
+        if not self._progress.shown:
             return
         done = sum(self._counts.values())
         counts = " ".join(f"{self._counts[status]} {status.lower()}" for status in Status)
         names = ", ".join(f"{name} {time_s:.0f} s" for name, time_s in running)
-        text = f"[{done}/{self._total}] {counts}  {names}"
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r\x1b[K{text[:width]}")
-        sys.stderr.flush()
+        self._progress.show(f"[{done}/{self._total}] {counts}  {names}")
 
     def clear(self) -> None:
         """Take the progress away."""
-        if self._progress:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+        self._progress.clear()
 
     def summary(self) -> None:
         """Print the totals."""
