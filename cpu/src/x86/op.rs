@@ -133,9 +133,16 @@ pub const fn handler<F>(f: F) -> Handler
 where
     F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    const { assert!(size_of::<F>() == 0, "a handler must not capture") };
     let _ = core::mem::ManuallyDrop::new(f);
     thread::<F>
+}
+
+/// The function that a handler has been made of, by its type alone: as it captures nothing, it has no size.
+#[inline(always)]
+fn function<F: Copy>() -> F {
+    const { assert!(size_of::<F>() == 0, "a handler must not capture") };
+    // SAFETY: F has no size, so any aligned address has a value of it; `handler` and its kin were given one.
+    unsafe { *core::ptr::NonNull::<F>::dangling().as_ref() }
 }
 
 /// Runs `F` for the op and goes on with the next one.
@@ -146,8 +153,7 @@ unsafe fn thread<F>(cpu: &mut Cpu, op: *const Op) -> Stop
 where
     F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    // SAFETY: F is zero-sized (asserted in `handler`), so any aligned address has a value of it.
-    let f: F = unsafe { *core::ptr::NonNull::<F>::dangling().as_ref() };
+    let f = function::<F>();
     // SAFETY: the caller passes a pointer into a live block.
     match f(cpu, unsafe { &*op }) {
         // SAFETY: an op that returns Ok is not the block's last, so op + 1 is in the block too.
@@ -188,7 +194,6 @@ where
     F: Fn(&mut Cpu, &Op, &Op) -> Res + Copy + 'static,
     C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    const { assert!(size_of::<F>() == 0 && size_of::<C>() == 0, "a handler must not capture") };
     let _ = core::mem::ManuallyDrop::new((fast, first));
     thread_fused::<F, C>
 }
@@ -202,8 +207,7 @@ where
     F: Fn(&mut Cpu, &Op, &Op) -> Res + Copy + 'static,
     C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    // SAFETY: F is zero-sized (asserted in `handler_fused`), so any aligned address has a value of it.
-    let f: F = unsafe { *core::ptr::NonNull::<F>::dangling().as_ref() };
+    let f = function::<F>();
     // SAFETY: as in `thread`.
     unsafe {
         let branch = op.add(1);
@@ -237,7 +241,6 @@ where
     Q: Fn(&mut Cpu, &Op) -> bool + Copy + 'static,
     F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    const { assert!(size_of::<Q>() == 0 && size_of::<F>() == 0, "a handler must not capture") };
     let _ = core::mem::ManuallyDrop::new((fast, slow));
     thread_fast::<Q, F>
 }
@@ -251,8 +254,7 @@ where
     Q: Fn(&mut Cpu, &Op) -> bool + Copy + 'static,
     F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    // SAFETY: Q is zero-sized (asserted in `handler_fast`), so any aligned address has a value of it.
-    let fast: Q = unsafe { *core::ptr::NonNull::<Q>::dangling().as_ref() };
+    let fast = function::<Q>();
     // SAFETY: as in `thread`.
     unsafe {
         if fast(cpu, &*op) {
@@ -285,7 +287,6 @@ where
     F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
     C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    const { assert!(size_of::<F>() == 0 && size_of::<C>() == 0, "a handler must not capture") };
     let _ = core::mem::ManuallyDrop::new((fast, complete));
     thread_pair::<F, C>
 }
@@ -299,8 +300,7 @@ where
     F: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
     C: Fn(&mut Cpu, &Op) -> Res + Copy + 'static,
 {
-    // SAFETY: F is zero-sized (asserted in `handler_pair`), so any aligned address has a value of it.
-    let f: F = unsafe { *core::ptr::NonNull::<F>::dangling().as_ref() };
+    let f = function::<F>();
     // SAFETY: as in `thread`.
     unsafe {
         match f(cpu, &*op) {
