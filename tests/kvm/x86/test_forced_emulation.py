@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tests.support.conformance import watchdog
 from tests.support.tiny import CODE, DATA, Tiny
 
 from softkvm import abi
@@ -149,3 +150,19 @@ def test_mmx_moves_take_the_x87_registers(tiny: Tiny) -> None:
     _run(tiny, FEP + "0f6f03", rbx=DATA)
     after = tiny.vcpu.get_fpu()
     assert (after.fsw >> 11 & 7, after.ftwx) == (0, 0xFF)
+
+
+def test_a_forced_cpuid_faults_outside_of_ring_0_when_the_guest_asks_for_it(tiny: Tiny) -> None:
+    misc_features_enables = 0x140
+    assert tiny.vcpu.set_msrs({misc_features_enables: 1}) == 1
+    assert _run(tiny, FEP + "0fa2", rax=0).rbp == 0
+    sregs = tiny.vcpu.get_sregs()
+    for name in ("cs", "ss"):
+        segment = getattr(sregs, name)
+        segment.dpl = 3
+        segment.selector |= 3
+        setattr(sregs, name, segment)
+    tiny.vcpu.set_sregs(sregs)
+    tiny.load(bytes.fromhex(FEP + "0fa2") + b"\xeb\xfe")
+    with watchdog(tiny.vcpu, 5):
+        assert tiny.run() == abi.KVM_EXIT_SHUTDOWN  # #GP, which has no gate

@@ -136,6 +136,8 @@ def hlt(e: Emulator, i: Insn) -> None:
 @handler("cpuid")
 def cpuid(e: Emulator, i: Insn) -> None:
     """CPUID from the vCPU's table."""
+    if e.vcpu.cpuid_faulting:
+        require_cpl0(e)
     e.gpr[0], e.gpr[3], e.gpr[1], e.gpr[2] = e.vcpu.cpuid.answer(e.gpr[0] & 0xFFFF_FFFF, e.gpr[1] & 0xFFFF_FFFF)
 
 
