@@ -12,7 +12,7 @@ from tests.support.tiny import CODE, Tiny
 
 from softkvm import abi
 from softkvm.kvm import Params, halt_poll
-from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.svm import vmcb as V
 
 MS = 1_000_000
 HANDLER = 0x2000

@@ -4,8 +4,8 @@
 from collections.abc import Callable
 
 from softkvm.abi import KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED
-from softkvm.kvm.x86.irqchip import KernelIrqchip
-from softkvm.kvm.x86.lapic import Lapic
+from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
+from softkvm.kvm.x86.irqchip.lapic import Lapic
 
 SPIV = 0xF0
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
+from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
 
 KVM_MAX_VCPUS: Final = 255
 KVM_MAX_VCPU_IDS: Final = 255

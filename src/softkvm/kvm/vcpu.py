@@ -28,11 +28,13 @@ from softkvm.kvm.requests import (
 )
 from softkvm.kvm.vcpu_state import BLOCKING, IN_GUEST_MODE, OUTSIDE_GUEST_MODE, VcpuState
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import events, io, kvmclock, svm
-from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.lapic import Lapic
-from softkvm.kvm.x86.svm_exits import EXIT_HANDLERS
-from softkvm.kvm.x86.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RFLAGS, V_TPR
+from softkvm.kvm.x86 import events, io
+from softkvm.kvm.x86.irqchip.lapic import Lapic
+from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS
+from softkvm.kvm.x86.svm.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RFLAGS, V_TPR
 
 if TYPE_CHECKING:
     from softkvm.kvm.vm import Vm

@@ -10,14 +10,16 @@ from typing import Final, Self
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error, refuse_requests
-from softkvm.kvm.mmu.paging import walk
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.stats import vcpu_stats
 from softkvm.kvm.vcpu import Vcpu
-from softkvm.kvm.x86 import debug, events, fpu, kvmclock, mce, msrs, regs, svm
+from softkvm.kvm.x86 import debug, events, fpu, mce, msrs, regs
 from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
-from softkvm.kvm.x86.lapic import Lapic
+from softkvm.kvm.x86.irqchip.lapic import Lapic
+from softkvm.kvm.x86.mmu.paging import walk
+from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.svm import svm
 
 _U64: Final = (1 << 64) - 1
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
-from softkvm.kvm.guest_memory import read_guest, write_guest
+from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.requests import (
     KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
@@ -23,17 +23,18 @@ from softkvm.kvm.requests import (
     KVM_REQ_SMI,
     KVM_REQ_TASK_WORK,
 )
-from softkvm.kvm.x86 import debug, io, msrs, reset, segments, svm
-from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
+from softkvm.kvm.x86 import debug, io, msrs, reset, segments
 from softkvm.kvm.x86.cpuid import CpuidTable
-from softkvm.kvm.x86.emulate_table import Emulator
+from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException, X86Exception
-from softkvm.kvm.x86.lapic import Lapic
-from softkvm.kvm.x86.pv_eoi import PvEoi
+from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
+from softkvm.kvm.x86.irqchip.lapic import Lapic
+from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.memslots import Memslots
+    from softkvm.kvm.memory.memslots import Memslots
     from softkvm.kvm.vm import Vm
     from softkvm.kvm.x86.msr_filter import MsrFilter
 

@@ -13,23 +13,25 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import capabilities, dirty_log, vm_caps
+from softkvm.kvm import capabilities
 from softkvm.kvm.errors import kvm_error, refuse_requests
-from softkvm.kvm.eventfd import Eventfds
-from softkvm.kvm.host_mappings import HostMappings
-from softkvm.kvm.io_bus import IoBus
-from softkvm.kvm.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
-from softkvm.kvm.mmu.tdp_mmu import TdpMmu
+from softkvm.kvm.irq.eventfd import Eventfds
+from softkvm.kvm.irq.io_bus import IoBus
+from softkvm.kvm.memory import dirty_log
+from softkvm.kvm.memory.host_mappings import HostMappings
+from softkvm.kvm.memory.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
+from softkvm.kvm.memory.regions import HostRegions
 from softkvm.kvm.params import Params
-from softkvm.kvm.regions import HostRegions
 from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_IOAPIC_EOI_EXIT, KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.stats import vm_stats
 from softkvm.kvm.vcpu_ioctls import VcpuIoctls
 from softkvm.kvm.vcpu_state import IN_GUEST_MODE, VcpuState
-from softkvm.kvm.x86 import kvmclock
-from softkvm.kvm.x86 import vmcb as V
-from softkvm.kvm.x86.irqchip import KernelIrqchip
+from softkvm.kvm.x86 import vm_caps
+from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
+from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
 from softkvm.kvm.x86.msr_filter import MsrFilter
+from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.tsc import TscSynchronizer
 
 if TYPE_CHECKING:

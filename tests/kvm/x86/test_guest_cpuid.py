@@ -9,7 +9,7 @@ import pytest
 from tests.support.tiny import DATA, Tiny
 
 from softkvm import abi
-from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.svm import vmcb as V
 
 SYSENTER_ESP = 0x175
 SYSENTER_EIP = 0x176

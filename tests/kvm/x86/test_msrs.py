@@ -10,7 +10,7 @@ import pytest
 from tests.support.tiny import DATA, Tiny
 
 from softkvm import abi
-from softkvm.kvm.x86 import kvmclock
+from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.tsc import TscSynchronizer
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.kvm.mmu.paging import is_canonical
-from softkvm.kvm.x86 import svm
-from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import DR7_FIXED_1, DR7_VOLATILE
+from softkvm.kvm.x86.mmu.paging import is_canonical
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu

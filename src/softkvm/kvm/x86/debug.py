@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.x86 import io, svm
-from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86 import io
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
     DR7_BP_EN_MASK,
@@ -19,6 +18,8 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception,
     queue_exception_p,
 )
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu

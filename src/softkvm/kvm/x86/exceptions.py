@@ -20,7 +20,7 @@ from softkvm.abi import (
     TS_VECTOR,
 )
 from softkvm.kvm.requests import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT
-from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.abi import X86_EFLAGS_RF, X86_EFLAGS_TF
-from softkvm.kvm.x86 import svm
-from softkvm.kvm.x86.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu

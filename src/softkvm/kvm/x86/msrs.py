@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from softkvm import _softcpu, abi
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import kvmclock
-from softkvm.kvm.x86 import vmcb as V
+from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.guest_memory import read_guest
+from softkvm.kvm.memory.guest_memory import read_guest
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import svm
-from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.segments import SREGS_SEGMENTS, get_segment, set_segment
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu

@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softkvm.kvm.requests import KVM_REQ_EVENT
-from softkvm.kvm.x86 import fpu, kvmclock, msrs, svm
+from softkvm.kvm.x86 import fpu, msrs
+from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.svm import svm
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu

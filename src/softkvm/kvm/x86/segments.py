@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import vmcb as V
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
-    from softkvm.kvm.x86.emulate import Emulator
+    from softkvm.kvm.x86.emulate.emulator import Emulator
 
 #: Fields of kvm_sregs and where the VMCB has them.
 SREGS_SEGMENTS: Final = (

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""irqfd and ioeventfd (KVM API, KVM_IRQFD and KVM_IOEVENTFD).
+
+One thread per VM polls the eventfds that raise interrupts; it consumes each counter and drives the line. An
+ioeventfd is a device on a bus whose write adds one to a counter.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+import threading
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86.irqchip.seams import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
+
+if TYPE_CHECKING:
+    from softkvm.kvm.irq.io_bus import IoBus
+    from softkvm.kvm.vm import Vm
+    from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
+
+_ONE: Final = struct.pack("=Q", 1)
+_LENGTHS: Final = (0, 1, 2, 4, 8)
+
+
+def signal_eventfd(fd: int) -> None:
+    """Add one to an eventfd's counter; a full counter is signalled already."""
+    try:
+        os.write(fd, _ONE)
+    except BlockingIOError:
+        pass
+
+
+class EventFile:
+    """An eventfd that stays open beyond its owner's close: until nobody refers to the object any more.
+
+    Whoever is about to signal it when it is taken away still has it, so its number is nobody else's meanwhile.
+    Raises ``OSError``: EBADF for no descriptor, EINVAL for another kind of file.
+    """
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = -1
+        self.fd = os.dup(fd)
+        try:
+            kind = os.readlink(f"/proc/self/fd/{self.fd}")
+        except OSError:
+            kind = ""
+        if kind != "anon_inode:[eventfd]":
+            raise kvm_error(errno.EINVAL, f"fd={fd} is {kind or 'unknown'}, expected an eventfd")
+        os.set_blocking(self.fd, False)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def signal(self) -> None:
+        """Add one to the counter."""
+        signal_eventfd(self.fd)
+
+    def consume(self) -> bool:
+        """Take the counter; False if it was 0."""
+        try:
+            os.read(self.fd, 8)
+        except BlockingIOError:
+            return False
+        return True
+
+    def same(self, other: EventFile) -> bool:
+        """Tell whether two descriptors are one eventfd (each has its own id in fdinfo)."""
+        return _eventfd_id(self.fd) == _eventfd_id(other.fd)
+
+
+class Resampler:
+    """The irqfds with a resample eventfd of one GSI: they share an interrupt source."""
+
+    __slots__ = ("_chips", "gsi", "irqfds")
+
+    def __init__(self, chips: KernelIrqchip, gsi: int) -> None:
+        self._chips = chips
+        self.gsi = gsi
+        self.irqfds: tuple[Irqfd, ...] = ()
+        chips.routing.add_ack_notifier(gsi, self.acknowledged)
+
+    def set_line(self, level: int) -> None:
+        """Drive the GSI."""
+        self._chips.set_irq(self.gsi, level, KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID)
+
+    def acknowledged(self) -> None:
+        """The guest ended the interrupt: lower the line, then tell userspace to look at its devices again.
+
+        Once for all: lowering the line after somebody was told could undo what it raised already.
+        """
+        self.set_line(0)
+        for irqfd in self.irqfds:
+            assert irqfd.resample_file is not None
+            irqfd.resample_file.signal()
+
+    def close(self) -> None:
+        """Leave the GSI, which nobody holds up any more."""
+        self._chips.routing.remove_ack_notifier(self.gsi, self.acknowledged)
+        self.set_line(0)
+
+
+class Irqfd:
+    """An eventfd that raises a GSI."""
+
+    __slots__ = ("_chips", "file", "gsi", "resample_file", "resampler")
+
+    def __init__(self, chips: KernelIrqchip, file: EventFile, gsi: int, resample_file: EventFile | None) -> None:
+        self._chips = chips
+        self.file = file
+        self.gsi = gsi
+        self.resample_file = resample_file
+        self.resampler: Resampler | None = None
+
+    def consume(self) -> None:
+        """Take the counter and drive the line: a pulse, or up until acknowledged with a resample eventfd."""
+        if not self.file.consume():
+            return
+        if self.resampler is not None:
+            self.resampler.set_line(1)
+        else:
+            self._chips.set_irq(self.gsi, 1)
+            self._chips.set_irq(self.gsi, 0)
+
+
+class Ioeventfd:
+    """A guest address whose writes signal an eventfd."""
+
+    __slots__ = ("address", "bus", "datamatch", "file", "length")
+
+    def __init__(self, file: EventFile, bus: IoBus, address: int, length: int, datamatch: int | None) -> None:
+        self.file = file
+        self.bus = bus
+        self.address = address
+        self.length = length
+        self.datamatch = datamatch
+
+    def io_read(self, address: int, size: int) -> int | None:
+        """Reads are for someone else."""
+        return None
+
+    def io_write(self, address: int, size: int, value: int) -> bool:
+        """Signal if address, length and data match."""
+        if address != self.address or (self.length and size != self.length):
+            return False
+        if self.datamatch is not None and value != self.datamatch:
+            return False
+        self.file.signal()
+        return True
+
+    def collides(self, other: Ioeventfd) -> bool:
+        """Tell whether a write could match both."""
+        return (
+            self.bus is other.bus
+            and self.address == other.address
+            and (not self.length or not other.length or self.length == other.length)
+            and (self.datamatch is None or other.datamatch is None or self.datamatch == other.datamatch)
+        )
+
+    def is_same(self, other: Ioeventfd) -> bool:
+        """Tell whether *other* describes this one."""
+        return (
+            self.bus is other.bus
+            and (self.address, self.length, self.datamatch) == (other.address, other.length, other.datamatch)
+            and self.file.same(other.file)
+        )
+
+
+class Eventfds:
+    """All irqfds and ioeventfds of a VM."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._lock = threading.Lock()
+        self._irqfds: dict[int, Irqfd] = {}
+        self._resamplers: dict[int, Resampler] = {}
+        self._ioeventfds: list[Ioeventfd] = []
+        self._thread: threading.Thread | None = None
+        self._epoll: select.epoll | None = None
+        self._wake = -1
+        self._stopping = False
+
+    # --- irqfd -------------------------------------------------------------------------------------
+
+    def irqfd(self, fd: int, gsi: int, flags: int, resamplefd: int) -> None:
+        """KVM_IRQFD: EINVAL for flags, no chips, or resampling without an IOAPIC; EBUSY for an eventfd in use."""
+        if flags & ~(abi.KVM_IRQFD_FLAG_DEASSIGN | abi.KVM_IRQFD_FLAG_RESAMPLE):
+            raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected KVM_IRQFD_FLAG_DEASSIGN or _RESAMPLE")
+        if flags & abi.KVM_IRQFD_FLAG_DEASSIGN:
+            self._deassign(EventFile(fd), gsi)
+            return
+        chips = self._vm.chips
+        if chips is None:
+            raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
+        resample = bool(flags & abi.KVM_IRQFD_FLAG_RESAMPLE)
+        if resample and chips.ioapic is None:
+            raise kvm_error(errno.EINVAL, "KVM_IRQFD_FLAG_RESAMPLE: there is no in-kernel IOAPIC")
+        irqfd = Irqfd(chips, EventFile(fd), gsi, EventFile(resamplefd) if resample else None)
+        with self._lock:
+            if any(other.file.same(irqfd.file) for other in self._irqfds.values()):
+                raise kvm_error(errno.EBUSY, f"fd={fd} is an irqfd already")
+            epoll = self._start()
+            if resample:
+                resampler = self._resamplers.get(gsi)
+                if resampler is None:
+                    resampler = self._resamplers[gsi] = Resampler(chips, gsi)
+                resampler.irqfds = (*resampler.irqfds, irqfd)
+                irqfd.resampler = resampler
+            self._irqfds[irqfd.file.fd] = irqfd
+            epoll.register(irqfd.file.fd, select.EPOLLIN)
+
+    def _deassign(self, file: EventFile, gsi: int) -> None:
+        with self._lock:
+            for irqfd in list(self._irqfds.values()):
+                if irqfd.gsi == gsi and irqfd.file.same(file):
+                    self._drop(irqfd)
+
+    def _drop(self, irqfd: Irqfd) -> None:
+        assert self._epoll is not None
+        self._epoll.unregister(irqfd.file.fd)
+        del self._irqfds[irqfd.file.fd]
+        resampler = irqfd.resampler
+        if resampler is not None:
+            resampler.irqfds = tuple(other for other in resampler.irqfds if other is not irqfd)
+            if not resampler.irqfds:
+                del self._resamplers[irqfd.gsi]
+                resampler.close()
+
+    def _start(self) -> select.epoll:
+        """Return what the thread polls, starting it with the first irqfd; EBADF if the VM has been closed."""
+        if self._stopping:
+            raise kvm_error(errno.EBADF, "the VM is closed")
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._epoll.register(self._wake, select.EPOLLIN)
+            self._thread = threading.Thread(target=self._main, args=(self._epoll,), name="kvm-irqfd", daemon=True)
+            self._thread.start()
+        return self._epoll
+
+    def _main(self, epoll: select.epoll) -> None:
+        while not self._stopping:
+            for fd, _ in epoll.poll():
+                with self._lock:
+                    irqfd = self._irqfds.get(fd)
+                    if irqfd is not None:
+                        irqfd.consume()
+
+    # --- ioeventfd ---------------------------------------------------------------------------------
+
+    def ioeventfd(self, fd: int, addr: int, length: int, datamatch: int | None, flags: int) -> None:
+        """KVM_IOEVENTFD: EINVAL for flags, length or wrapping address, EEXIST for a collision, ENOENT on removal."""
+        if datamatch is not None:
+            flags |= abi.KVM_IOEVENTFD_FLAG_DATAMATCH
+        valid = abi.KVM_IOEVENTFD_FLAG_DATAMATCH | abi.KVM_IOEVENTFD_FLAG_PIO | abi.KVM_IOEVENTFD_FLAG_DEASSIGN
+        if flags & ~valid:
+            raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected DATAMATCH, PIO or DEASSIGN")
+        if length not in _LENGTHS:
+            raise kvm_error(errno.EINVAL, f"len={length}, expected 0, 1, 2, 4 or 8")
+        if addr + length >= 1 << 64:
+            raise kvm_error(errno.EINVAL, f"addr={addr:#x} plus len wraps around")
+        if not length and flags & abi.KVM_IOEVENTFD_FLAG_DATAMATCH:
+            raise kvm_error(errno.EINVAL, "len=0 can't be combined with a datamatch")
+        bus = self._vm.pio_bus if flags & abi.KVM_IOEVENTFD_FLAG_PIO else self._vm.mmio_bus
+        match = (datamatch or 0) if flags & abi.KVM_IOEVENTFD_FLAG_DATAMATCH else None
+        new = Ioeventfd(EventFile(fd), bus, addr, length, match)
+        with self._lock:
+            if flags & abi.KVM_IOEVENTFD_FLAG_DEASSIGN:
+                self._remove(new)
+                return
+            if self._stopping:
+                raise kvm_error(errno.EBADF, "the VM is closed")
+            if any(new.collides(other) for other in self._ioeventfds):
+                raise kvm_error(errno.EEXIST, f"addr={addr:#x} len={length} has an eventfd already")
+            self._ioeventfds.append(new)
+            bus.add(addr, length or 8, new)
+
+    def _remove(self, described: Ioeventfd) -> None:
+        for entry in self._ioeventfds:
+            if entry.is_same(described):
+                entry.bus.remove(entry)
+                self._ioeventfds.remove(entry)
+                return
+        raise kvm_error(errno.ENOENT, f"addr={described.address:#x} len={described.length}: there is no such ioeventfd")
+
+    def close(self) -> None:
+        """Stop the thread and let go of every eventfd."""
+        with self._lock:
+            self._stopping = True
+        if self._thread is not None:
+            signal_eventfd(self._wake)
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+            self._thread = None
+        with self._lock:
+            for irqfd in list(self._irqfds.values()):
+                self._drop(irqfd)
+            for entry in self._ioeventfds:
+                entry.bus.remove(entry)
+            self._ioeventfds = []
+            if self._epoll is not None:
+                self._epoll.close()
+                os.close(self._wake)
+                self._epoll = None
+
+
+def _eventfd_id(fd: int) -> str:
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as f:
+            for line in f:
+                if line.startswith("eventfd-id:"):
+                    return line.split(":")[1].strip()
+    except OSError:
+        pass
+    return f"fd {fd}"

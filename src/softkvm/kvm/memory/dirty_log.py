@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dirty log of a memory slot (KVM API, KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG).
+
+Pages that the guest wrote are found by the dirty bits that the processor sets in the nested leaves, collected
+512 at a time; pages that KVM itself wrote are in the slot's bitmap already. Nothing is write-protected, so a
+guest under logging runs without extra faults.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
+
+if TYPE_CHECKING:
+    from softkvm.kvm.memory.memslots import MemorySlot
+    from softkvm.kvm.vm import Vm
+
+#: Pages whose dirty bits are collected under one hold of ``mmu_lock``.
+_BATCH_PAGES: Final = 1 << 18
+
+
+def _check_slot_id(slot_id: int) -> None:
+    """EINVAL for a number that no slot has."""
+    if slot_id >> 16 >= KVM_ADDRESS_SPACE_NUM or slot_id & 0xFFFF >= KVM_USER_MEM_SLOTS:
+        raise kvm_error(errno.EINVAL, f"slot={slot_id:#x}, expected below {KVM_USER_MEM_SLOTS}")
+
+
+def _logged_slot(vm: Vm, slot_id: int) -> MemorySlot:
+    """Return the slot: EINVAL for a number that no slot has, ENOENT if it is not being logged."""
+    _check_slot_id(slot_id)
+    slot = vm.memslots.by_id.get(slot_id & 0xFFFF)
+    if slot is None or slot.dirty_bitmap is None:
+        raise kvm_error(errno.ENOENT, f"slot={slot_id} is not being logged")
+    return slot
+
+
+def sync_dirty_log(vm: Vm, slot: MemorySlot) -> None:
+    """Move the processor's dirty bits into the slot's bitmap, and flush the TLBs if any were set."""
+    flush = False
+    for first in range(0, slot.npages, _BATCH_PAGES):
+        count = min(_BATCH_PAGES, slot.npages - first)
+        start = slot.base_gfn + first
+        with vm.mmu_lock:
+            dirty, flushable = vm.mmu.harvest_dirty(start, start + count)
+        if dirty:
+            slot.exchange_dirty_bits(first, 0, add=dirty, count=count)
+        flush |= flushable
+    if flush:
+        vm.flush_remote_tlbs()
+
+
+def get_dirty_log(vm: Vm, slot_id: int) -> bytes:
+    """Return the slot's dirty bitmap, LSB first, in whole 64-bit words, and clear it.
+
+    With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 the bits stay until KVM_CLEAR_DIRTY_LOG.
+    """
+    with vm.slots_lock:
+        slot = _logged_slot(vm, slot_id)
+        sync_dirty_log(vm, slot)
+        keep = bool(vm.manual_dirty_log_protect & abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+        bits = slot.exchange_dirty_bits(0, 0 if keep else None)
+        return bits.to_bytes(slot.dirty_bitmap_bytes, "little")
+
+
+def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+    """Clear the dirty bits that ``bitmap`` names, bit 0 being ``first_page``.
+
+    EINVAL unless ``first_page`` is a multiple of 64 and ``num_pages`` one too or up to the slot's end; EFAULT if
+    ``bitmap`` is shorter than the range.
+    """
+    with vm.slots_lock:
+        _check_slot_id(slot_id)
+        if first_page & 63:
+            raise kvm_error(errno.EINVAL, f"first_page={first_page}, expected a multiple of 64")
+        slot = _logged_slot(vm, slot_id)
+        if (
+            first_page > slot.npages
+            or num_pages > slot.npages - first_page
+            or (num_pages < slot.npages - first_page and num_pages & 63)
+        ):
+            raise kvm_error(
+                errno.EINVAL, f"num_pages={num_pages}, expected a multiple of 64 inside the slot, or up to its end"
+            )
+        if len(bitmap) < abi.dirty_bitmap_bytes(num_pages):
+            raise kvm_error(
+                errno.EFAULT, f"bitmap of {len(bitmap)} bytes, expected {abi.dirty_bitmap_bytes(num_pages)}"
+            )
+        if not num_pages:
+            return
+        # Bits set by the processor since the last log would be reported twice if they stayed behind.
+        clear = int.from_bytes(bitmap[: abi.dirty_bitmap_bytes(num_pages)], "little") & ((1 << num_pages) - 1)
+        sync_dirty_log(vm, slot)
+        slot.exchange_dirty_bits(first_page, clear, count=num_pages)
+
+
+def start_logging(vm: Vm, slot: MemorySlot) -> None:
+    """Prepare a slot whose KVM_MEM_LOG_DIRTY_PAGES has just been set: 4 KiB leaves with dirty clear."""
+    with vm.mmu_lock:
+        flush = vm.mmu.split_huge_pages(slot.base_gfn, slot.end_gfn)
+        flush |= vm.mmu.clear_dirty(slot.base_gfn, slot.end_gfn)
+        if flush:
+            vm.flush_remote_tlbs()
+            vm.mmu.free_zapped()
+
+
+def stop_logging(vm: Vm, slot: MemorySlot) -> None:
+    """Let large leaves come back after KVM_MEM_LOG_DIRTY_PAGES has been cleared."""
+    with vm.mmu_lock:
+        if vm.mmu.zap_collapsible(slot):
+            vm.finish_zap()

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory slots: the guest-physical address space (KVM API, KVM_SET_USER_MEMORY_REGION).
+
+A :class:`Memslots` is an immutable snapshot that readers use without a lock; a change builds a new one
+with the next generation and publishes it with one assignment, which is what SRCU does for the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, pages_per_hpage
+
+if TYPE_CHECKING:
+    from softkvm.abi import kvm_userspace_memory_region
+
+KVM_USER_MEM_SLOTS: Final = 32764
+KVM_ADDRESS_SPACE_NUM: Final = 1
+KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
+#: End of the user half of the host's address space: what access_ok() accepts.
+TASK_SIZE_MAX: Final = (1 << 47) - PAGE_SIZE
+
+
+class MemoryChange(Enum):
+    """What a KVM_SET_USER_MEMORY_REGION does to its slot (``enum kvm_mr_change``)."""
+
+    CREATE = auto()
+    DELETE = auto()
+    MOVE = auto()
+    FLAGS_ONLY = auto()
+    NOTHING = auto()
+
+
+class MemorySlot:
+    """One slot: guest frames ``base_gfn`` .. ``end_gfn`` backed by host memory at ``userspace_addr``."""
+
+    __slots__ = (
+        "_dirty_lock",
+        "base_gfn",
+        "dirty_bitmap",
+        "end_gfn",
+        "flags",
+        "held",
+        "hva_offset",
+        "id",
+        "max_level",
+        "npages",
+        "readonly",
+        "userspace_addr",
+    )
+
+    def __init__(self, slot_id: int, base_gfn: int, npages: int, flags: int, userspace_addr: int) -> None:
+        self.id = slot_id
+        self.base_gfn = base_gfn
+        self.npages = npages
+        self.end_gfn = base_gfn + npages
+        self.flags = flags
+        self.userspace_addr = userspace_addr
+        self.readonly = bool(flags & abi.KVM_MEM_READONLY)
+        #: Add to a guest-physical address to get the host virtual address.
+        self.hva_offset = userspace_addr - (base_gfn << PAGE_SHIFT)
+        self.max_level = self._max_level()
+        self.dirty_bitmap: bytearray | None = None
+        #: Keeps the memory mapped: a view of the object that owns it.
+        self.held: memoryview | None = None
+        self._dirty_lock = threading.Lock()
+
+    def _max_level(self) -> int:
+        """Return the largest leaf level at which guest and host addresses are equally aligned."""
+        level = PG_LEVEL_1G
+        misalignment = self.base_gfn ^ (self.userspace_addr >> PAGE_SHIFT)
+        while level > PG_LEVEL_4K and misalignment & (pages_per_hpage(level) - 1):
+            level -= 1
+        return level
+
+    def release(self) -> None:
+        """Let the memory's owner unmap it; no processor may reach it any more."""
+        if self.held is not None:
+            self.held.release()
+            self.held = None
+
+    @property
+    def dirty_logging(self) -> bool:
+        """Whether KVM_MEM_LOG_DIRTY_PAGES is set."""
+        return bool(self.flags & abi.KVM_MEM_LOG_DIRTY_PAGES)
+
+    @property
+    def dirty_bitmap_bytes(self) -> int:
+        """Size of the slot's dirty bitmap."""
+        return abi.dirty_bitmap_bytes(self.npages)
+
+    def mark_page_dirty(self, gfn: int) -> None:
+        """Set the dirty bit of ``gfn`` if the slot is being logged."""
+        bitmap = self.dirty_bitmap
+        if bitmap is not None:
+            relative = gfn - self.base_gfn
+            with self._dirty_lock:
+                bitmap[relative >> 3] |= 1 << (relative & 7)
+
+    def exchange_dirty_bits(self, first_page: int, clear: int | None, add: int = 0, count: int = 0) -> int:
+        """Or ``add`` into the bits of ``count`` pages (all if 0) from ``first_page``, clear some, return them.
+
+        ``clear`` is the mask of bits to clear, None for all. Bit 0 is ``first_page``, a multiple of 64.
+        The value returned holds the bits before clearing.
+        """
+        bitmap = self.dirty_bitmap
+        if bitmap is None:
+            return 0
+        start = first_page >> 3
+        stop = start + (count + 7) // 8 if count else len(bitmap)
+        with self._dirty_lock:
+            bits = int.from_bytes(bitmap[start:stop], "little") | add
+            kept = 0 if clear is None else bits & ~clear
+            bitmap[start:stop] = kept.to_bytes(stop - start, "little")
+        return bits
+
+
+class Memslots:
+    """All slots of one address space at one generation."""
+
+    __slots__ = ("_bases", "_sorted", "by_id", "generation")
+
+    def __init__(self, slots: Iterable[MemorySlot] = (), generation: int = 0) -> None:
+        self._sorted = sorted(slots, key=lambda slot: slot.base_gfn)
+        self._bases = [slot.base_gfn for slot in self._sorted]
+        self.by_id = {slot.id: slot for slot in self._sorted}
+        self.generation = generation
+
+    def __iter__(self) -> Iterator[MemorySlot]:
+        return iter(self._sorted)
+
+    def gfn_to_memslot(self, gfn: int) -> MemorySlot | None:
+        """Return the slot that holds ``gfn``."""
+        index = bisect_right(self._bases, gfn) - 1
+        if index >= 0:
+            slot = self._sorted[index]
+            if gfn < slot.end_gfn:
+                return slot
+        return None
+
+    def replaced(self, old: MemorySlot | None, new: MemorySlot | None) -> Memslots:
+        """Return the next generation, with ``new`` in the place of ``old``."""
+        slots = [slot for slot in self._sorted if slot is not old]
+        if new is not None:
+            slots.append(new)
+        return Memslots(slots, self.generation + 1)
+
+    def overlaps(self, base_gfn: int, npages: int, slot_id: int) -> MemorySlot | None:
+        """Return a slot other than ``slot_id`` that meets the range."""
+        end = base_gfn + npages
+        for slot in self._sorted:
+            if slot.id != slot_id and slot.base_gfn < end and base_gfn < slot.end_gfn:
+                return slot
+        return None
+
+
+def _check_fields(mem: kvm_userspace_memory_region) -> None:
+    """Raise EINVAL for fields that no slot can have."""
+    if mem.flags & ~(abi.KVM_MEM_LOG_DIRTY_PAGES | abi.KVM_MEM_READONLY):
+        raise kvm_error(errno.EINVAL, f"flags={mem.flags:#x}, expected KVM_MEM_LOG_DIRTY_PAGES|KVM_MEM_READONLY")
+    if mem.slot >> 16 >= KVM_ADDRESS_SPACE_NUM:
+        raise kvm_error(
+            errno.EINVAL, f"slot={mem.slot:#x}: address space {mem.slot >> 16}, expected below {KVM_ADDRESS_SPACE_NUM}"
+        )
+    if mem.slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
+        raise kvm_error(errno.EINVAL, f"slot={mem.slot:#x}, expected below {KVM_USER_MEM_SLOTS}")
+    for name in ("memory_size", "guest_phys_addr", "userspace_addr"):
+        value: int = getattr(mem, name)
+        if value & (PAGE_SIZE - 1):
+            raise kvm_error(errno.EINVAL, f"{name}={value:#x}, expected a multiple of {PAGE_SIZE}")
+    if mem.userspace_addr + mem.memory_size > TASK_SIZE_MAX:
+        raise kvm_error(errno.EINVAL, f"userspace_addr={mem.userspace_addr:#x}, expected an address of this process")
+    if mem.guest_phys_addr + mem.memory_size >= 1 << 64:
+        raise kvm_error(errno.EINVAL, f"guest_phys_addr={mem.guest_phys_addr:#x} plus memory_size wraps around")
+    if mem.memory_size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:
+        raise kvm_error(errno.EINVAL, f"memory_size={mem.memory_size:#x}, expected at most 2**31-1 pages")
+
+
+def classify_change(
+    slots: Memslots, mem: kvm_userspace_memory_region, max_gfn: int
+) -> tuple[MemoryChange, MemorySlot | None]:
+    """Check ``mem`` against the rules of KVM_SET_USER_MEMORY_REGION.
+
+    Returns the kind of change and the slot it changes. Raises ``OSError`` EINVAL for bad fields, changes
+    of size, host address or KVM_MEM_READONLY, and deletion of what does not exist; EEXIST for overlaps.
+    """
+    _check_fields(mem)
+    old = slots.by_id.get(mem.slot & 0xFFFF)
+    if not mem.memory_size:
+        if old is None:
+            raise kvm_error(errno.EINVAL, f"slot={mem.slot}, memory_size=0: there is no such slot to delete")
+        return MemoryChange.DELETE, old
+    base_gfn = mem.guest_phys_addr >> PAGE_SHIFT
+    npages = mem.memory_size >> PAGE_SHIFT
+    if old is None:
+        change = MemoryChange.CREATE
+    else:
+        if mem.userspace_addr != old.userspace_addr or npages != old.npages:
+            raise kvm_error(
+                errno.EINVAL, f"slot={mem.slot}: userspace_addr and memory_size of an existing slot can't change"
+            )
+        if (mem.flags ^ old.flags) & abi.KVM_MEM_READONLY:
+            raise kvm_error(errno.EINVAL, f"slot={mem.slot}: KVM_MEM_READONLY of an existing slot can't change")
+        if base_gfn != old.base_gfn:
+            change = MemoryChange.MOVE
+        elif mem.flags != old.flags:
+            change = MemoryChange.FLAGS_ONLY
+        else:
+            return MemoryChange.NOTHING, old
+    if change in (MemoryChange.CREATE, MemoryChange.MOVE):
+        other = slots.overlaps(base_gfn, npages, mem.slot & 0xFFFF)
+        if other is not None:
+            raise kvm_error(
+                errno.EEXIST, f"slot={mem.slot}: guest_phys_addr={mem.guest_phys_addr:#x} overlaps slot {other.id}"
+            )
+        if base_gfn + npages - 1 > max_gfn:
+            raise kvm_error(
+                errno.EINVAL, f"guest_phys_addr={mem.guest_phys_addr:#x}, expected frames up to {max_gfn:#x}"
+            )
+    return change, old
+
+
+def new_slot(mem: kvm_userspace_memory_region, old: MemorySlot | None, *, initially_dirty: bool) -> MemorySlot:
+    """Return the slot that ``mem`` describes; a continued dirty log keeps its bitmap."""
+    slot = MemorySlot(
+        mem.slot & 0xFFFF,
+        mem.guest_phys_addr >> PAGE_SHIFT,
+        mem.memory_size >> PAGE_SHIFT,
+        mem.flags,
+        mem.userspace_addr,
+    )
+    if slot.dirty_logging:
+        if old is not None and old.dirty_bitmap is not None:
+            slot.dirty_bitmap = old.dirty_bitmap
+        elif initially_dirty:
+            slot.dirty_bitmap = bytearray(((1 << slot.npages) - 1).to_bytes(slot.dirty_bitmap_bytes, "little"))
+        else:
+            slot.dirty_bitmap = bytearray(slot.dirty_bitmap_bytes)
+    return slot

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an emulated instruction reaches: addresses, memory, operands, flags, stack, branches.
+
+Memory without a memory slot is MMIO. A read that only userspace can answer leaves the handler by
+:class:`IoNeeded`, and is found in :attr:`Access.reads` when the handler runs again; a write is kept in
+:attr:`Access.writes` until the handler is done.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.kvm.memory.guest_memory import cmpxchg_guest, read_guest, write_guest
+from softkvm.kvm.x86 import io
+from softkvm.kvm.x86.emulate.operands import IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
+from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
+from softkvm.kvm.x86.mmu.paging import PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, is_canonical, walk
+from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT, PAGE_SIZE
+from softkvm.kvm.x86.svm import vmcb as V
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+
+_U64: Final = (1 << 64) - 1
+_SEGMENTS_WITH_BASE_64: Final = (V.FS_OFFSET, V.GS_OFFSET)
+
+
+class IoNeeded(Exception):
+    """An operand has to be read by userspace: (gpa, size) pieces of at most 8 bytes, or a port."""
+
+    def __init__(self, fragments: list[tuple[int, int]]) -> None:
+        super().__init__(fragments)
+        self.fragments = fragments
+
+
+class Retry(Exception):
+    """Another processor changed the operand of a locked instruction: start it over."""
+
+
+class Access:
+    """The guest's state as the handlers of instructions see it."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.vm = vcpu.vm
+        self.gpr = vcpu.gpr
+        self.q = vcpu.q
+        self.insn: Insn | None = None
+        #: Guest-physical address of the nested page fault, as far as it names the operand; -1 otherwise.
+        self.gpa = -1
+        #: MMIO data read so far by this instruction, and how many of them the handler has had.
+        self.reads: list[bytes] = []
+        self.position = 0
+        #: MMIO data that userspace has to write: (gpa, at most 8 bytes).
+        self.writes: list[tuple[int, bytes]] = []
+        #: Set by a handler that has put RIP where it belongs.
+        self.rip_written = False
+        #: Set by a handler that has completed a branch.
+        self.branched = False
+
+    # --- addresses ---------------------------------------------------------------------------------
+
+    def effective_address(self, insn: Insn) -> int:
+        """Return the offset of the memory operand in its segment."""
+        ea = insn.disp
+        if insn.base >= 0:
+            ea += self.gpr[insn.base]
+        elif insn.base == -2:
+            ea += self.q[V.RIP]
+        if insn.index >= 0:
+            ea += self.gpr[insn.index] * insn.scale
+        return ea & insn.address_mask
+
+    def linear_hint(self, insn: Insn) -> int:
+        """Return the linear address of the memory operand without the checks of its segment."""
+        return self.effective_address(insn) + self.q[(insn.segment >> 3) + 1] & _U64
+
+    def linearize(self, segment: int, offset: int, size: int, *, write: bool) -> int:
+        """Return the linear address, after the checks of its segment (#GP or #SS)."""
+        vcpu = self.vcpu
+        fault = X86Exception(abi.SS_VECTOR if segment == V.SS_OFFSET else abi.GP_VECTOR, 0)
+        if vcpu.is_64bit_code():
+            address = offset
+            if segment in _SEGMENTS_WITH_BASE_64:
+                address = address + self.q[(segment >> 3) + 1] & _U64
+            la57 = bool(vcpu.cr4 & abi.X86_CR4_LA57)
+            if not (is_canonical(address, la57=la57) and is_canonical(address + size - 1 & _U64, la57=la57)):
+                raise fault
+            return address
+        seg = vcpu.vmcb.segment(segment)
+        attrib = seg.attrib
+        if vcpu.cr0 & abi.X86_CR0_PE and not self.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
+            if not attrib & V.SEG_P:
+                raise fault
+            code = attrib & 8
+            if write and (code or not attrib & 2):
+                raise fault
+            if not write and code and not attrib & 2:
+                raise fault
+        offset &= 0xFFFF_FFFF
+        last = offset + size - 1
+        if attrib & 0xC == 4:  # expand-down data
+            limit = 0xFFFF_FFFF if attrib & V.SEG_DB else 0xFFFF
+            if offset <= seg.limit or last > limit:
+                raise fault
+        elif last > seg.limit:
+            raise fault
+        return offset + seg.base & 0xFFFF_FFFF
+
+    # --- memory ------------------------------------------------------------------------------------
+
+    def access(self, write: bool, implicit: bool = False) -> int:
+        """Return the PFERR_* bits of a data access at the guest's privilege level."""
+        access = PFERR_WRITE if write else 0
+        if implicit:
+            return access | PFERR_IMPLICIT
+        return access | PFERR_USER if self.vcpu.b[V.CPL] == 3 else access
+
+    def _pages(self, address: int, size: int, access: int) -> list[tuple[int, int]]:
+        """Translate an access: (gpa, size) per page; the last fault wins nothing, the first is raised."""
+        hint = self.gpa
+        in_page = PAGE_SIZE - (address & (PAGE_SIZE - 1))
+        if size <= in_page:
+            if hint >= 0 and (hint ^ address) & (PAGE_SIZE - 1) == 0:
+                return [(hint, size)]
+            return [(walk(self.vcpu, address, access).gpa, size)]
+        mask = _U64 if self.vcpu.is_64bit_code() else 0xFFFF_FFFF
+        return [
+            (walk(self.vcpu, address, access).gpa, in_page),
+            (walk(self.vcpu, address + in_page & mask, access).gpa, size - in_page),
+        ]
+
+    def read_linear(self, address: int, size: int, *, implicit: bool = False, modify: bool = False) -> bytes:
+        """Return ``size`` bytes (at most a page) at a linear address; ``modify``: they will be written as well."""
+        parts = []
+        for gpa, length in self._pages(address, size, self.access(modify, implicit)):
+            data = read_guest(self.vm, gpa, length)
+            parts.append(self._read_mmio(gpa, length) if data is None else data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_mmio(self, gpa: int, size: int) -> bytes:
+        if self.position < len(self.reads):
+            data = self.reads[self.position]
+            self.position += 1
+            return data
+        fragments = []
+        kernel = []
+        for at in range(gpa, gpa + size, 8):
+            length = min(8, gpa + size - at)
+            value = io.kernel_mmio_read(self.vcpu, at, length)
+            if value is None:
+                fragments.append((at, length))
+            else:
+                kernel.append(value.to_bytes(length, "little"))
+        if fragments:
+            raise IoNeeded(fragments)
+        data = b"".join(kernel)
+        self.reads.append(data)
+        self.position += 1
+        return data
+
+    def write_linear(self, address: int, data: bytes, *, implicit: bool = False) -> None:
+        """Write ``data`` (at most a page) at a linear address; MMIO leaves for userspace afterwards."""
+        pages = self._pages(address, len(data), self.access(True, implicit))
+        at = 0
+        for gpa, length in pages:
+            piece = data[at : at + length]
+            at += length
+            if not write_guest(self.vm, gpa, piece):
+                self._write_mmio(gpa, piece)
+
+    def _write_mmio(self, gpa: int, data: bytes) -> None:
+        for at in range(0, len(data), 8):
+            piece = data[at : at + 8]
+            if not io.kernel_mmio_write(self.vcpu, gpa + at, len(piece), int.from_bytes(piece, "little")):
+                self.writes.append((gpa + at, piece))
+
+    def cmpxchg_linear(self, address: int, old: bytes, new: bytes) -> None:
+        """Replace ``old`` by ``new`` atomically where the memory allows it; :class:`Retry` if it changed."""
+        pages = self._pages(address, len(old), self.access(True))
+        if len(pages) == 1 and (address & 7) + len(old) <= 8:
+            found = cmpxchg_guest(self.vm, pages[0][0], old, new)
+            if found is not None:
+                if found != old:
+                    raise Retry
+                return
+        self.write_linear(address, new)
+
+    def memory_address(self, insn: Insn, size: int, *, write: bool) -> int:
+        """Return the linear address of the memory operand."""
+        return self.linearize(insn.segment, self.effective_address(insn), size, write=write)
+
+    def page_has_memory(self, gpa: int) -> bool:
+        """Tell whether a memory slot backs ``gpa``."""
+        return self.vm.memslots.gfn_to_memslot(gpa >> PAGE_SHIFT) is not None
+
+    # --- operands ----------------------------------------------------------------------------------
+
+    def read(self, op: Operand) -> int:
+        """Return an operand's value as an unsigned number of its size."""
+        kind = op.kind
+        if kind == REG:
+            return self.gpr[op.index] >> op.shift & (1 << op.size * 8) - 1
+        if kind == MEM:
+            insn = self.insn
+            assert insn is not None
+            modify = insn.modifies_memory and op is insn.ops[0]
+            address = self.memory_address(insn, op.size, write=modify)
+            return int.from_bytes(self.read_linear(address, op.size, modify=modify), "little")
+        if kind == IMM:
+            return op.value
+        if kind == SEG:
+            return self.vcpu.w[op.index >> 1]
+        if kind == XMM:
+            offset = 0x200 + op.index * 32
+            return int.from_bytes(self.vcpu.rb[offset : offset + 16], "little")
+        if kind == MMX:
+            return self.vcpu.rq[(0x180 + op.index * 16) >> 3]
+        raise Unhandleable
+
+    def write(self, op: Operand, value: int, old: int | None = None) -> None:
+        """Store into an operand; with LOCK and ``old`` given, only if it still holds ``old``."""
+        kind = op.kind
+        size = op.size
+        if kind == REG:
+            if size >= 4:
+                self.gpr[op.index] = value & (1 << size * 8) - 1
+            else:
+                mask = ((1 << size * 8) - 1) << op.shift
+                self.gpr[op.index] = self.gpr[op.index] & ~mask | (value << op.shift & mask)
+        elif kind == MEM:
+            assert self.insn is not None
+            address = self.memory_address(self.insn, size, write=True)
+            data = (value & (1 << size * 8) - 1).to_bytes(size, "little")
+            if old is not None and self.insn.lock:
+                self.cmpxchg_linear(address, old.to_bytes(size, "little"), data)
+            else:
+                self.write_linear(address, data)
+        elif kind == XMM:
+            offset = 0x200 + op.index * 32
+            self.vcpu.rb[offset : offset + 16] = (value & (1 << 128) - 1).to_bytes(16, "little")
+        elif kind == MMX:
+            at = (0x180 + op.index * 16) >> 3
+            self.vcpu.rq[at] = value & _U64
+            self.vcpu.rw[(0x180 + op.index * 16 + 8) >> 1] = 0xFFFF
+        else:
+            raise Unhandleable
+
+    # --- flags, stack, branches --------------------------------------------------------------------
+
+    def set_flags(self, mask: int, value: int) -> None:
+        """Replace the flags in ``mask``."""
+        self.q[V.RFLAGS] = self.q[V.RFLAGS] & ~mask | value
+
+    def stack_mask(self) -> int:
+        """Return the mask of the stack pointer's width."""
+        if self.vcpu.is_64bit_code():
+            return _U64
+        return 0xFFFF_FFFF if self.vcpu.w[V.SS_ATTRIB] & V.SEG_DB else 0xFFFF
+
+    def push(self, value: int, size: int) -> None:
+        """Push ``size`` bytes."""
+        mask = self.stack_mask()
+        rsp = self.gpr[4] - size & mask
+        address = self.linearize(V.SS_OFFSET, rsp, size, write=True)
+        self.write_linear(address, (value & (1 << size * 8) - 1).to_bytes(size, "little"))
+        self.gpr[4] = self.gpr[4] & ~mask & _U64 | rsp
+
+    def peek(self, size: int, depth: int = 0) -> int:
+        """Return ``size`` bytes of the stack, ``depth`` bytes above its top."""
+        mask = self.stack_mask()
+        address = self.linearize(V.SS_OFFSET, self.gpr[4] + depth & mask, size, write=False)
+        return int.from_bytes(self.read_linear(address, size), "little")
+
+    def drop(self, size: int) -> None:
+        """Remove ``size`` bytes from the stack."""
+        mask = self.stack_mask()
+        self.gpr[4] = self.gpr[4] & ~mask & _U64 | (self.gpr[4] + size & mask)
+
+    def jump(self, target: int, size: int) -> None:
+        """Set RIP to ``target``, truncated to ``size`` bytes and checked."""
+        vcpu = self.vcpu
+        if vcpu.is_64bit_code():
+            target &= 0xFFFF if size == 2 else _U64
+            if not is_canonical(target, la57=bool(vcpu.cr4 & abi.X86_CR4_LA57)):
+                raise gp()
+        else:
+            target &= (1 << size * 8) - 1 if size < 8 else 0xFFFF_FFFF
+            if target > vcpu.vmcb.segment(V.CS_OFFSET).limit:
+                raise gp()
+        self.q[V.RIP] = target
+        vcpu.b[V.INT_STATE_B] = 0
+        self.rip_written = self.branched = True

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The instruction emulator: what the guest does to MMIO, and the few instructions that KVM carries out itself.
+
+A handler reads its operands first, computes, and writes last. When an operand is MMIO that userspace has to
+read, the handler is left by :class:`IoNeeded`; after KVM_RUN is called again the instruction starts over with
+the data that have arrived (:attr:`Emulator.reads`). Nothing of the guest's state has changed until then.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm.abi import EFER_LMA
+from softkvm.kvm.memory.guest_memory import read_guest
+from softkvm.kvm.x86 import io
+from softkvm.kvm.x86.debug import check_code_breakpoint
+from softkvm.kvm.x86.emulate.access import Access, IoNeeded, Retry
+from softkvm.kvm.x86.emulate.operands import IMM, DecodeCache, Insn, Operand
+from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, inject_emulated_exception, queue_exception
+from softkvm.kvm.x86.io import advance, exit_mmio, kernel_mmio_read, kernel_mmio_write
+from softkvm.kvm.x86.mmu.paging import PFERR_FETCH, PFERR_USER, walk
+from softkvm.kvm.x86.mmu.spte import PAGE_SIZE
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.svm.vmcb import CS_ATTRIB, SEG_L
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+
+    Handler = Callable[["Emulator", Insn], None]
+
+_MAX_INSN: Final = 15
+_ASSIST_ENTRIES: Final = 1024
+
+#: Handler of every mnemonic, filled in by the ``emulate_*`` modules when ``emulate_table`` imports them.
+HANDLERS: dict[str, Handler] = {}
+
+
+class PioNeeded(Exception):
+    """Data have to be read from a port by userspace."""
+
+    def __init__(self, port: int, size: int, count: int) -> None:
+        super().__init__(port, size, count)
+        self.port = port
+        self.size = size
+        self.count = count
+
+
+def handler(*mnemonics: str) -> Callable[[Handler], Handler]:
+    """Register a function as the handler of ``mnemonics``."""
+
+    def register(function: Handler) -> Handler:
+        for mnemonic in mnemonics:
+            HANDLERS[mnemonic] = function
+        return function
+
+    return register
+
+
+class Emulator(Access):
+    """The emulator of one vCPU."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        super().__init__(vcpu)
+        self.cache = DecodeCache()
+        self._fragments: list[tuple[int, int]] = []
+        self._arrived: list[bytes] = []
+        self.pio_data = b""
+        self.pio_out: tuple[int, int, bytes] | None = None
+        #: The guest's forced-emulation prefix came before the instruction.
+        self.forced = False
+        self.shadow_after = 0
+        #: The instruction is a step for the debugger, once userspace has had its stores.
+        self._stepped = False
+        #: Set by a handler that leaves for userspace by itself.
+        self.exit_to_userspace = False
+        self._pio_request = (0, 0, 0)
+        #: The VMCB's count of fetched bytes and the bytes, and the instructions they decoded to in 64-bit code.
+        self.assist = vcpu.b[V.INSN_LEN : V.INSN_BYTES + 15]
+        self._assisted: dict[bytes, Insn] = {}
+
+    # --- entry -------------------------------------------------------------------------------------
+
+    def fetch(self) -> bytes:
+        """Return the instruction bytes at RIP, read through the guest's page tables."""
+        vcpu = self.vcpu
+        address = svm.linear_rip(vcpu)
+        access = PFERR_FETCH | (PFERR_USER if vcpu.b[V.CPL] == 3 else 0)
+        first = min(_MAX_INSN, PAGE_SIZE - (address & (PAGE_SIZE - 1)))
+        code = read_guest(self.vm, walk(vcpu, address, access).gpa, first)
+        if code is None:
+            return b""
+        if first < _MAX_INSN:
+            try:
+                self.cache.get(code, svm.code_bitness(vcpu))
+            except ValueError:
+                rest = read_guest(self.vm, walk(vcpu, address + first, access).gpa, _MAX_INSN - first)
+                code += rest or b""
+        return code
+
+    def instruction_length(self) -> int:
+        """Return the length of the instruction at RIP, 0 if it can't be had."""
+        try:
+            return self.cache.get(self.fetch(), svm.code_bitness(self.vcpu)).length
+        except (ValueError, X86Exception):
+            return 0
+
+    def emulate(self, gpa: int = -1, code: bytes = b"", *, forced: bool = False) -> int:
+        """Emulate the instruction at RIP; returns 1 to go on, 0 to leave for userspace.
+
+        ``code`` are the bytes that the processor fetched, if any (decode assists, APM vol. 2, 15.33).
+        ``forced``: the guest asked for it by the forced-emulation prefix. Then the processor hasn't looked for
+        breakpoints, and an instruction that the emulator doesn't know is #UD.
+        """
+        vcpu = self.vcpu
+        self.forced = forced
+        bitness = svm.code_bitness(vcpu)
+        try:
+            if code:
+                try:
+                    insn = self.cache.get(code, bitness)
+                except ValueError:
+                    insn = self.cache.get(self.fetch(), bitness)
+            else:
+                insn = self.cache.get(self.fetch(), bitness)
+        except X86Exception as exception:
+            inject_emulated_exception(vcpu, exception)
+            return 1
+        except ValueError:
+            return self.unknown()
+        if forced:
+            result = check_code_breakpoint(vcpu)
+            if result is not None:
+                return result
+        self.insn = insn
+        self.gpa = -1 if insn.two_memory or insn.rep or insn.repne else gpa
+        self.reads.clear()
+        self.pio_data = b""
+        vcpu.stat_insn_emulation += 1
+        return self._run(insn)
+
+    def _run(self, insn: Insn) -> int:
+        vcpu = self.vcpu
+        function = insn.run
+        if function is None:
+            function = HANDLERS.get(insn.mnemonic)
+            if function is None:
+                return self.unknown()
+            insn.run = function
+        while True:
+            self.position = 0
+            self.writes.clear()
+            self.pio_out = None
+            self.rip_written = False
+            self.branched = False
+            self.shadow_after = 0
+            self.exit_to_userspace = False
+            try:
+                function(self, insn)
+                break
+            except Retry:
+                continue
+            except IoNeeded as needed:
+                self._fragments = needed.fragments
+                self._arrived = []
+                self._exit_read()
+                return 0
+            except PioNeeded as needed_port:
+                self._pio_request = (needed_port.port, needed_port.size, needed_port.count)
+                io.exit_io(vcpu, abi.KVM_EXIT_IO_IN, needed_port.size, needed_port.port, needed_port.count)
+                vcpu.complete_userspace_io = self._complete_pio_in
+                return 0
+            except X86Exception as exception:
+                inject_emulated_exception(vcpu, exception)
+                return 1
+            except Unhandleable:
+                return self.failed()
+        result = 1
+        if not self.rip_written:
+            result = io.advance(vcpu, insn.length)
+        elif self.branched:
+            result = io.advance(vcpu, 0)  # RF and TF are the same as for other instructions
+        elif not self.exit_to_userspace and vcpu.q[V.RFLAGS] & abi.X86_EFLAGS_TF:
+            result = svm.do_singlestep(vcpu)  # a step of a repeated instruction is one for the debugger, too
+        if self.shadow_after:
+            vcpu.b[V.INT_STATE_B] = V.INTERRUPT_SHADOW
+        if self.writes:
+            self._stepped = not result
+            self._exit_write()
+            return 0
+        if self.pio_out is not None:
+            port, size, data = self.pio_out
+            vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + len(data)] = data
+            io.exit_io(vcpu, abi.KVM_EXIT_IO_OUT, size, port, len(data) // size)
+            if not result:
+                vcpu.complete_userspace_io = svm.do_singlestep
+            return 0
+        return 0 if self.exit_to_userspace else result
+
+    def unknown(self) -> int:
+        """The instruction can't be decoded, or has no handler."""
+        if not self.forced:
+            return self.failed()
+        self.vcpu.stat_insn_emulation_fail += 1
+        queue_exception(self.vcpu, abi.UD_VECTOR)
+        return 1
+
+    def failed(self) -> int:
+        """Emulation failed: #UD for user code, KVM_EXIT_INTERNAL_ERROR for the kernel's."""
+        vcpu = self.vcpu
+        vcpu.stat_insn_emulation_fail += 1
+        queue_exception(vcpu, abi.UD_VECTOR)
+        if vcpu.b[V.CPL] == 0 or self.vm.exit_on_emulation_error:
+            vcpu.exception.clear()
+            vcpu.internal_error_emulation()
+            return 0
+        return 1
+
+    # --- userspace completions ---------------------------------------------------------------------
+
+    def _exit_read(self) -> None:
+        gpa, size = self._fragments[len(self._arrived)]
+        io.exit_mmio(self.vcpu, gpa, size, 0, 0)
+        self.vcpu.complete_userspace_io = self._complete_read
+
+    def _complete_read(self, vcpu: Vcpu) -> int:
+        size = self._fragments[len(self._arrived)][1]
+        self._arrived.append(bytes(self.vcpu.run_b[io.RUN_MMIO_DATA : io.RUN_MMIO_DATA + size]))
+        if len(self._arrived) < len(self._fragments):
+            self._exit_read()
+            return 0
+        self.reads.append(b"".join(self._arrived))
+        assert self.insn is not None
+        return self._run(self.insn)
+
+    def _exit_write(self) -> None:
+        gpa, data = self.writes.pop(0)
+        io.exit_mmio(self.vcpu, gpa, len(data), int.from_bytes(data, "little"), 1)
+        self.vcpu.complete_userspace_io = self._complete_write
+
+    def _complete_write(self, vcpu: Vcpu) -> int:
+        if self.writes:
+            self._exit_write()
+            return 0
+        return svm.do_singlestep(vcpu) if self._stepped else 1
+
+    def _complete_pio_in(self, vcpu: Vcpu) -> int:
+        _, size, count = self._pio_request
+        self.pio_data = bytes(self.vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + size * count])
+        assert self.insn is not None
+        return self._run(self.insn)
+
+    # --- the fast path for loads and stores --------------------------------------------------------
+
+    def mmio(self, gpa: int) -> int:
+        """Emulate the access of an MMIO exit at ``gpa``: plain loads and stores here, the rest by emulate().
+
+        The instruction's bytes are those that the processor fetched (decode assists, APM vol. 2, 15.33).
+        """
+        vcpu = self.vcpu
+        assist = self.assist.tobytes()
+        code64 = vcpu.efer & EFER_LMA and vcpu.w[CS_ATTRIB] & SEG_L
+        insn = self._assisted.get(assist) if code64 else None
+        if insn is None:
+            code = assist[1 : 1 + assist[0]]
+            try:
+                insn = self.cache.get(code, svm.code_bitness(vcpu))
+            except ValueError:
+                return self.emulate(gpa, code)
+            if code64:
+                if len(self._assisted) > _ASSIST_ENTRIES:
+                    self._assisted.clear()
+                self._assisted[assist] = insn
+        plan = insn.mmio
+        offset = gpa & 0xFFF
+        if plan is None or gpa < 0:
+            return self.emulate(gpa, insn.code)
+        is_write, size, operand = plan
+        if offset + size > PAGE_SIZE or (not offset and self.linear_hint(insn) & 0xFFF):
+            return self.emulate(gpa, insn.code)  # the access crosses into or out of the page
+        vcpu.stat_insn_emulation += 1
+        if is_write:
+            value = operand.value if operand.kind == IMM else self.gpr[operand.index] >> operand.shift
+            value &= (1 << size * 8) - 1
+            handled = kernel_mmio_write(vcpu, gpa, size, value)
+            result = advance(vcpu, insn.length)
+            if handled:
+                return result
+            vcpu.stat_mmio_exits += 1
+            exit_mmio(vcpu, gpa, size, value, 1)
+            if not result:
+                vcpu.complete_userspace_io = svm.do_singlestep
+            return 0
+        value_read = kernel_mmio_read(vcpu, gpa, size)
+        if value_read is not None:
+            self._load(operand, value_read)
+            return advance(vcpu, insn.length)
+        vcpu.stat_mmio_exits += 1
+        exit_mmio(vcpu, gpa, size, 0, 0)
+        self.insn = insn
+        vcpu.complete_userspace_io = self._complete_load
+        return 0
+
+    def _load(self, operand: Operand, value: int) -> None:
+        index, size = operand.index, operand.size
+        if size >= 4:
+            self.gpr[index] = value
+        else:
+            mask = ((1 << size * 8) - 1) << operand.shift
+            self.gpr[index] = self.gpr[index] & ~mask | (value << operand.shift & mask)
+
+    def _complete_load(self, vcpu: Vcpu) -> int:
+        insn = self.insn
+        assert insn is not None and insn.mmio is not None
+        _, size, operand = insn.mmio
+        value = self.vcpu.run_q[io.RUN_MMIO_DATA_Q] & (1 << size * 8) - 1
+        self._load(operand, value)
+        return advance(self.vcpu, insn.length)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The in-kernel interrupt chips: local APIC, IOAPIC, PIC, PIT."""

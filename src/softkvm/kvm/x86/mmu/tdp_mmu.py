@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TDP MMU: builds the nested page tables that the processor walks (N_CR3).
+
+Tables are ordinary pages of the machine. Each :class:`TdpTable` mirrors the structure (which entries point
+to which child) so that a walk costs a few dictionary look-ups; the entries themselves live in the page alone,
+because the processor sets accessed and dirty bits there.
+
+Locking: every method but :meth:`TdpMmu.lookup_mmio` is called with ``mmu_lock`` held. Entries that the processor may
+be using are changed with the machine's atomic helpers only.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.memory.host_mappings import NO_ACCESS, READ_WRITE, HostMappings
+from softkvm.kvm.x86.mmu.spte import (
+    ACC_ALL,
+    MMIO_SPTE_GEN_MASK,
+    PAGE_SHIFT,
+    PG_LEVEL_1G,
+    PG_LEVEL_2M,
+    PG_LEVEL_4K,
+    PT_DIRTY_MASK,
+    PT_PAGE_SIZE_MASK,
+    PT_PRESENT_MASK,
+    PT_WRITABLE_MASK,
+    ROOT_LEVEL,
+    SPTES_PER_PAGE,
+    gfn_round_for_level,
+    is_mmio_spte,
+    make_mmio_spte,
+    make_nonleaf_spte,
+    make_small_spte,
+    make_spte,
+    mmio_spte_generation,
+    pages_per_hpage,
+)
+
+if TYPE_CHECKING:
+    from softkvm._softcpu import Machine, Page
+    from softkvm.kvm.memory.memslots import MemorySlot
+
+_INDEX_MASK: Final = SPTES_PER_PAGE - 1
+
+#: Results of :meth:`TdpMmu.map_gfn` (``enum`` RET_PF_* of the kernel).
+RET_PF_RETRY: Final = 0
+RET_PF_EMULATE: Final = 1
+RET_PF_FIXED: Final = 2
+RET_PF_SPURIOUS: Final = 3
+
+
+class TdpTable:
+    """One page of nested page-table entries."""
+
+    __slots__ = ("address", "children", "gfn", "level", "page", "q")
+
+    def __init__(self, page: Page, level: int, gfn: int) -> None:
+        self.page = page
+        self.address = page.address
+        self.q = memoryview(page).cast("B").cast("Q")
+        self.level = level
+        #: First guest frame that the table covers.
+        self.gfn = gfn
+        self.children: dict[int, TdpTable] = {}
+
+    def subtables(self) -> Iterator[TdpTable]:
+        """Yield this table and every table below it."""
+        yield self
+        for child in self.children.values():
+            yield from child.subtables()
+
+
+class TdpMmu:
+    """Nested page tables of one VM (one root; the guest's paging mode doesn't matter to them)."""
+
+    __slots__ = ("_dirty_later", "_free_later", "_host", "_machine", "max_level", "pages", "root", "tables")
+
+    def __init__(self, machine: Machine, max_level: int = PG_LEVEL_1G, host: HostMappings | None = None) -> None:
+        self._machine = machine
+        self._host = host
+        self.max_level = max_level
+        self.root = TdpTable(machine.alloc_page(), ROOT_LEVEL, 0)
+        self._free_later: list[TdpTable] = []
+        #: Frames and sizes in pages of leaves zapped while dirty.
+        self._dirty_later: list[tuple[int, int]] = []
+        #: Leaves present, by level (``pages_4k`` ... of KVM's statistics).
+        self.pages = [0, 0, 0, 0]
+        self.tables = 1
+
+    @property
+    def root_address(self) -> int:
+        """The value for N_CR3."""
+        return self.root.address
+
+    # --- walks -------------------------------------------------------------------------------------
+
+    def get_spte(self, gfn: int) -> tuple[int, int]:
+        """Return the lowest entry for ``gfn`` and its level."""
+        table = self.root
+        level = ROOT_LEVEL
+        while True:
+            index = (gfn >> ((level - 1) * 9)) & _INDEX_MASK
+            child = table.children.get(index)
+            if child is None:
+                return table.q[index], level
+            table = child
+            level -= 1
+
+    def mmio_generation_matches(self, spte: int, generation: int) -> bool:
+        """Tell whether an MMIO SPTE was made under memory-slot ``generation``."""
+        return mmio_spte_generation(spte) == generation & MMIO_SPTE_GEN_MASK
+
+    def lookup_mmio(self, gfn: int, generation: int) -> bool:
+        """Tell whether ``gfn`` has a valid MMIO SPTE. The fast path of an MMIO exit, without ``mmu_lock``."""
+        try:
+            spte, _ = self.get_spte(gfn)
+        except ValueError:  # the table was zapped and given back on the way down
+            return False
+        return is_mmio_spte(spte) and self.mmio_generation_matches(spte, generation)
+
+    def _descend(self, gfn: int, to_level: int) -> TdpTable:
+        """Return the table of ``to_level`` for ``gfn``, making those that are missing, splitting leaves."""
+        table = self.root
+        level = ROOT_LEVEL
+        while level > to_level:
+            index = (gfn >> ((level - 1) * 9)) & _INDEX_MASK
+            child = table.children.get(index)
+            if child is None:
+                child = TdpTable(self._machine.alloc_page(), level - 1, gfn_round_for_level(gfn, level))
+                self.tables += 1
+                old = table.q[index]
+                if old & PT_PRESENT_MASK:
+                    self._split_into(table, index, child)
+                else:
+                    self._machine.pte_store(table.address + index * 8, make_nonleaf_spte(child.address))
+                table.children[index] = child
+            table = child
+            level -= 1
+        return table
+
+    # --- mapping -----------------------------------------------------------------------------------
+
+    def max_mapping_level(self, slot: MemorySlot, gfn: int) -> int:
+        """Return the largest level at which ``gfn`` may be mapped: alignment, slot size, dirty logging."""
+        level = min(self.max_level, slot.max_level)
+        if slot.dirty_bitmap is not None:
+            return PG_LEVEL_4K
+        while level > PG_LEVEL_4K:
+            first = gfn_round_for_level(gfn, level)
+            if first >= slot.base_gfn and first + pages_per_hpage(level) <= slot.end_gfn:
+                break
+            level -= 1
+        return level
+
+    def map_gfn(self, slot: MemorySlot, gfn: int, *, write: bool) -> int:
+        """Map ``gfn`` from ``slot`` after a nested page fault; returns a RET_PF_* code.
+
+        Raises EFAULT where the process cannot reach the host memory itself.
+        """
+        if write and slot.readonly:
+            return RET_PF_EMULATE
+        old, at = self.get_spte(gfn)
+        present = old & PT_PRESENT_MASK
+        if present and (not write or old & PT_WRITABLE_MASK):
+            return RET_PF_SPURIOUS  # another vCPU was here first
+        # Where a table of smaller mappings exists already, the leaf goes there.
+        level = min(self.max_mapping_level(slot, gfn), at)
+        hva, access = self._host_page(slot, gfn, level)
+        if access != READ_WRITE and level > PG_LEVEL_4K:
+            level = PG_LEVEL_4K
+            hva, access = self._host_page(slot, gfn, level)
+        if access == NO_ACCESS or (write and access != READ_WRITE):
+            raise kvm_error(errno.EFAULT, f"gpa={gfn << PAGE_SHIFT:#x}: no host memory at userspace_addr={hva:#x}")
+        table = self._descend(gfn, level)
+        spte = make_spte(hva, level, writable=access == READ_WRITE and not slot.readonly)
+        self._machine.pte_store(table.address + ((gfn >> ((level - 1) * 9)) & _INDEX_MASK) * 8, spte)
+        if not present:
+            self.pages[level] += 1
+        return RET_PF_FIXED
+
+    def _host_page(self, slot: MemorySlot, gfn: int, level: int) -> tuple[int, int]:
+        """Return the address of the host's page at ``level`` and what the process may do with it."""
+        hva = (gfn_round_for_level(gfn, level) << PAGE_SHIFT) + slot.hva_offset
+        if self._host is None:
+            return hva, READ_WRITE
+        return hva, self._host.access(hva, pages_per_hpage(level) << PAGE_SHIFT)
+
+    def set_mmio_spte(self, gfn: int, generation: int, access: int = ACC_ALL) -> None:
+        """Remember that ``gfn`` has no memory slot under ``generation``."""
+        table = self._descend(gfn, PG_LEVEL_4K)
+        self._machine.pte_store(
+            table.address + (gfn & _INDEX_MASK) * 8, make_mmio_spte(gfn, generation & MMIO_SPTE_GEN_MASK, access)
+        )
+
+    # --- zapping -----------------------------------------------------------------------------------
+
+    def _overlapping(self, table: TdpTable, start: int, end: int) -> range:
+        """Return the indexes of ``table`` whose frames meet [start, end)."""
+        shift = (table.level - 1) * 9
+        first = max(start - table.gfn, 0) >> shift
+        last = min((end - table.gfn + (1 << shift) - 1) >> shift, SPTES_PER_PAGE)
+        return range(first, max(first, last))
+
+    def _drop(self, table: TdpTable) -> None:
+        """Forget an unlinked table and those below it; the pages go after the next flush."""
+        for sub in table.subtables():
+            self._free_later.append(sub)
+            self.tables -= 1
+            for entry in sub.q.tolist():
+                if entry & PT_PRESENT_MASK and (sub.level == PG_LEVEL_4K or entry & PT_PAGE_SIZE_MASK):
+                    self.pages[sub.level] -= 1
+
+    def zap_range(self, start: int, end: int) -> bool:
+        """Remove every mapping of the guest frames [start, end); True if a TLB flush is needed."""
+        return self._zap(self.root, start, end)
+
+    def _zap(self, table: TdpTable, start: int, end: int) -> bool:
+        flush = False
+        shift = (table.level - 1) * 9
+        q = table.q
+        for index in self._overlapping(table, start, end):
+            child = table.children.get(index)
+            first = table.gfn + (index << shift)
+            if child is not None:
+                if start <= first and first + (1 << shift) <= end:
+                    self._machine.pte_exchange(table.address + index * 8, 0)
+                    del table.children[index]
+                    self._drop(child)
+                    flush = True
+                else:
+                    flush |= self._zap(child, start, end)
+            elif q[index]:
+                old = self._machine.pte_exchange(table.address + index * 8, 0)
+                if old & PT_PRESENT_MASK:
+                    self.pages[table.level] -= 1
+                    flush = True
+                    if old & PT_DIRTY_MASK:
+                        self._dirty_later.append((first, 1 << shift))
+        return flush
+
+    def zap_all(self) -> bool:
+        """Remove every mapping; True if a TLB flush is needed."""
+        return self.zap_range(0, 1 << 36)
+
+    def free_zapped(self, mark_dirty: Callable[[int, int], None] | None = None) -> None:
+        """Give back the tables unlinked so far; the caller has flushed every processor's TLB since.
+
+        ``mark_dirty`` gets (first frame, pages) of what was dirty in the leaves that are gone: only now no
+        processor can write through them any more.
+        """
+        dirty, self._dirty_later = self._dirty_later, []
+        tables, self._free_later = self._free_later, []
+        if mark_dirty is not None:
+            for gfn, count in dirty:
+                mark_dirty(gfn, count)
+        for table in tables:
+            if mark_dirty is not None:
+                self._mark_dirty_leaves(table, mark_dirty)
+            table.q.release()
+            table.page.free()
+
+    def _mark_dirty_leaves(self, table: TdpTable, mark_dirty: Callable[[int, int], None]) -> None:
+        address, shift = table.address, (table.level - 1) * 9
+        bits = int.from_bytes(self._machine.pte_test_and_clear(address, SPTES_PER_PAGE, PT_DIRTY_MASK), "little")
+        while bits:
+            index = (bits & -bits).bit_length() - 1
+            bits &= bits - 1
+            if table.level == PG_LEVEL_4K or table.q[index] & PT_PAGE_SIZE_MASK:
+                mark_dirty(table.gfn + (index << shift), 1 << shift)
+
+    def has_zapped_tables(self) -> bool:
+        """Tell whether unlinked tables wait for a flush."""
+        return bool(self._free_later)
+
+    # --- dirty logging -----------------------------------------------------------------------------
+
+    def _split_into(self, table: TdpTable, index: int, child: TdpTable) -> None:
+        """Replace the large leaf at ``index`` by ``child``, filled with the same mappings one level down."""
+        address = table.address + index * 8
+        huge = self._machine.pte_load(address)
+        while True:
+            first = make_small_spte(huge, table.level, 0)
+            step = pages_per_hpage(child.level) << PAGE_SHIFT
+            child.q[:] = memoryview(array("Q", range(first, first + SPTES_PER_PAGE * step, step)))
+            # The processor may set accessed or dirty in the large leaf while the table is being filled.
+            found = self._machine.pte_compare_exchange(address, huge, make_nonleaf_spte(child.address))
+            if found == huge:
+                break
+            huge = found
+        self.pages[table.level] -= 1
+        self.pages[child.level] += SPTES_PER_PAGE
+
+    def split_huge_pages(self, start: int, end: int) -> bool:
+        """Replace every large leaf that meets [start, end) by 4 KiB leaves; True if a flush is needed."""
+        return self._split(self.root, start, end)
+
+    def _split(self, table: TdpTable, start: int, end: int) -> bool:
+        flush = False
+        shift = (table.level - 1) * 9
+        if table.level == PG_LEVEL_4K:
+            return False
+        for index in self._overlapping(table, start, end):
+            child = table.children.get(index)
+            if child is None:
+                if not table.q[index] & PT_PRESENT_MASK:
+                    continue
+                child = TdpTable(self._machine.alloc_page(), table.level - 1, table.gfn + (index << shift))
+                self.tables += 1
+                self._split_into(table, index, child)
+                table.children[index] = child
+                flush = True
+            flush |= self._split(child, start, end)
+        return flush
+
+    def leaf_tables(self, start: int, end: int) -> Iterator[tuple[TdpTable, int, int]]:
+        """Yield (table, first index, count) for the level-1 tables that meet [start, end)."""
+        yield from self._leaf_tables(self.root, start, end)
+
+    def _leaf_tables(self, table: TdpTable, start: int, end: int) -> Iterator[tuple[TdpTable, int, int]]:
+        indexes = self._overlapping(table, start, end)
+        if table.level == PG_LEVEL_4K:
+            if indexes:
+                yield table, indexes.start, len(indexes)
+            return
+        children = table.children
+        for index in indexes:
+            child = children.get(index)
+            if child is not None:
+                yield from self._leaf_tables(child, start, end)
+
+    def harvest_dirty(self, start: int, end: int) -> tuple[int, bool]:
+        """Clear the dirty bits of the 4 KiB leaves in [start, end).
+
+        Returns the frames that were dirty as a bit mask relative to ``start``, and whether a flush is needed.
+        """
+        parts: list[tuple[int, int]] = []
+        test_and_clear = self._machine.pte_test_and_clear
+        for table, first, count in self.leaf_tables(start, end):
+            bits = int.from_bytes(test_and_clear(table.address + first * 8, count, PT_DIRTY_MASK), "little")
+            if bits:
+                parts.append((table.gfn + first - start, bits))
+        dirty = bytearray((end - start + 7) // 8 + 66)
+        for offset, bits in parts:
+            byte = offset >> 3
+            chunk = bits << (offset & 7)
+            size = (chunk.bit_length() + 7) // 8
+            merged = int.from_bytes(dirty[byte : byte + size], "little") | chunk
+            dirty[byte : byte + size] = merged.to_bytes(size, "little")
+        return int.from_bytes(dirty, "little"), bool(parts)
+
+    def clear_dirty(self, start: int, end: int) -> bool:
+        """Clear the dirty bits of the 4 KiB leaves in [start, end); True if a flush is needed."""
+        clear = self._machine.pte_clear_bits
+        changed = 0
+        for table, first, count in self.leaf_tables(start, end):
+            changed += clear(table.address + first * 8, count, PT_DIRTY_MASK)
+        return bool(changed)
+
+    def zap_collapsible(self, slot: MemorySlot) -> bool:
+        """Unlink 4 KiB tables whose frames a large leaf could map again; True if a flush is needed."""
+        flush = False
+        doomed: list[tuple[TdpTable, int]] = []
+        self._collapsible(self.root, slot, doomed)
+        for table, index in doomed:
+            child = table.children.pop(index)
+            self._machine.pte_exchange(table.address + index * 8, 0)
+            self._drop(child)
+            flush = True
+        return flush
+
+    def _collapsible(self, table: TdpTable, slot: MemorySlot, out: list[tuple[TdpTable, int]]) -> None:
+        shift = (table.level - 1) * 9
+        for index in self._overlapping(table, slot.base_gfn, slot.end_gfn):
+            child = table.children.get(index)
+            if child is None:
+                continue
+            first = table.gfn + (index << shift)
+            if PG_LEVEL_2M <= table.level <= PG_LEVEL_1G and self.max_mapping_level(slot, first) >= table.level:
+                out.append((table, index))
+            else:
+                self._collapsible(child, slot, out)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hypercalls (Documentation/virt/kvm/x86/hypercalls.rst): number in RAX, arguments in RBX, RCX, RDX, RSI."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from softkvm import _softcpu, abi
+from softkvm.kvm.memory.guest_memory import write_guest
+from softkvm.kvm.x86.paravirt.pv_ipi import pv_send_ipi
+from softkvm.kvm.x86.svm import vmcb as V
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+
+_U64: Final = (1 << 64) - 1
+_U32: Final = (1 << 32) - 1
+
+Hypercall = Callable[["Vcpu", int, int, int, int], int]
+
+
+def _vapic_poll_irq(vcpu: Vcpu, a0: int, a1: int, a2: int, a3: int) -> int:
+    return 0
+
+
+def _kick_cpu(vcpu: Vcpu, flags: int, apic_id: int, a2: int, a3: int) -> int:
+    """Wake a halted vCPU (paravirtual spinlocks)."""
+    target = vcpu.vm.vcpu_by_apic_id(apic_id)
+    if target is not None:
+        target.pv_unhalted = True
+        target.request_event()
+        yield_to(target)
+    return 0
+
+
+def _clock_pairing(vcpu: Vcpu, gpa: int, kind: int, a2: int, a3: int) -> int:
+    """Host wall clock and the guest's TSC at one moment."""
+    if kind != abi.KVM_CLOCK_PAIRING_WALLCLOCK:
+        return -abi.KVM_EOPNOTSUPP
+    before = _softcpu.rdtsc()
+    now = time.time_ns()
+    tsc = (before + _softcpu.rdtsc()) // 2
+    seconds, nanoseconds = divmod(now, 1_000_000_000)
+    data = struct.pack("<qqQI36x", seconds, nanoseconds, (tsc + vcpu.tsc_offset) & _U64, 0)
+    return 0 if write_guest(vcpu.vm, gpa, data) else -abi.KVM_EFAULT
+
+
+def _send_ipi(vcpu: Vcpu, low: int, high: int, first: int, icr: int) -> int:
+    """Send one IPI to the APIC ids in a bitmap that begins at ``first``; returns how many took it."""
+    if vcpu.chips is None:
+        return -abi.KVM_EINVAL
+    return pv_send_ipi(vcpu.chips.apic_map, low, high, first, icr, op_64_bit=vcpu.is_64bit_code())
+
+
+def _sched_yield(vcpu: Vcpu, apic_id: int, a1: int, a2: int, a3: int) -> int:
+    """Let the vCPU that the caller waits for run."""
+    target = vcpu.vm.vcpu_by_apic_id(apic_id)
+    if target is not None and target is not vcpu:
+        yield_to(target)
+    return 0
+
+
+def yield_to(target: Vcpu) -> None:
+    """Give the host's processor away for a moment, if the other one could use it."""
+    _softcpu.sched_yield()
+
+
+#: Hypercall numbers: handler, and the feature bit that KVM_CAP_ENFORCE_PV_FEATURE_CPUID demands.
+HYPERCALLS: Final[dict[int, tuple[Hypercall, int | None]]] = {
+    abi.KVM_HC_VAPIC_POLL_IRQ: (_vapic_poll_irq, None),
+    abi.KVM_HC_KICK_CPU: (_kick_cpu, abi.KVM_FEATURE_PV_UNHALT),
+    abi.KVM_HC_CLOCK_PAIRING: (_clock_pairing, None),
+    abi.KVM_HC_SEND_IPI: (_send_ipi, abi.KVM_FEATURE_PV_SEND_IPI),
+    abi.KVM_HC_SCHED_YIELD: (_sched_yield, abi.KVM_FEATURE_PV_SCHED_YIELD),
+}
+
+
+def emulate_hypercall(vcpu: Vcpu) -> bool:
+    """Carry out the hypercall in the guest's registers; False to leave for userspace (none does yet)."""
+    gpr = vcpu.gpr
+    vcpu.stat_hypercalls += 1
+    number, a0, a1, a2, a3 = gpr[0], gpr[3], gpr[1], gpr[2], gpr[6]
+    long_mode = vcpu.is_64bit_code()
+    if not long_mode:
+        number, a0, a1, a2, a3 = (value & _U32 for value in (number, a0, a1, a2, a3))
+    if vcpu.b[V.CPL] != 0:
+        result = -abi.KVM_EPERM
+    else:
+        entry = HYPERCALLS.get(number)
+        if entry is None:
+            result = -abi.KVM_ENOSYS
+        else:
+            function, feature = entry
+            denied = feature is not None and vcpu.pv_cpuid_enforce and not vcpu.cpuid.kvm_features >> feature & 1
+            result = -abi.KVM_ENOSYS if denied else function(vcpu, a0, a1, a2, a3)
+    gpr[0] = result & (_U64 if long_mode else _U32)
+    return True

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kvmclock, wall clock, steal time and the other paravirtual MSRs (KVM's Documentation/virt/kvm/x86/msr.rst).
+
+The physical TSC ticks once per nanosecond of the clock, the same for every processor, so the guest's clock
+is always stable (PVCLOCK_TSC_STABLE_BIT): all vCPUs share one (TSC, nanoseconds) pair, the master clock.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from softkvm import _softcpu, abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.memory.guest_memory import read_guest, write_guest
+from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_STEAL_UPDATE
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.vm import Vm
+
+NSEC_PER_SEC: Final = 1_000_000_000
+_PVCLOCK: Final = struct.Struct("<IIQQIbB2x")
+_WALL_CLOCK: Final = struct.Struct("<III")
+_U64: Final = (1 << 64) - 1
+PVCLOCK_SIZE: Final = _PVCLOCK.size
+
+Reader = Callable[["Vcpu", int, bool], "int | None"]
+Writer = Callable[["Vcpu", int, int, bool], bool]
+
+
+def get_time_scale(scaled_hz: int, base_hz: int) -> tuple[int, int]:
+    """Return (shift, multiplier) so that ticks of ``base_hz`` become ticks of ``scaled_hz``.
+
+    ``time = ((ticks << shift) * multiplier) >> 32``, a right shift if ``shift`` is negative.
+    """
+    scaled, tps = scaled_hz, base_hz
+    shift = 0
+    while tps > scaled * 2 or tps >> 32:
+        tps >>= 1
+        shift -= 1
+    while tps <= scaled or scaled >> 32:
+        if scaled >> 32 or tps & 0x8000_0000:
+            scaled >>= 1
+        else:
+            tps <<= 1
+        shift += 1
+    return shift, (scaled << 32) // tps
+
+
+# --- the clock of the VM -----------------------------------------------------------------------
+
+
+def get_kvmclock_ns(vm: Vm) -> int:
+    """Return the guest's nanoseconds since its boot, at this moment."""
+    return _softcpu.clock_ns() + vm.kvmclock_offset
+
+
+def get_clock(vm: Vm) -> abi.kvm_clock_data:
+    """KVM_GET_CLOCK."""
+    tsc = _softcpu.rdtsc()
+    data = abi.kvm_clock_data()
+    data.clock = (tsc + vm.kvmclock_offset) & _U64
+    data.flags = abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_REALTIME | abi.KVM_CLOCK_HOST_TSC
+    data.realtime = time.time_ns()
+    data.host_tsc = tsc
+    return data
+
+
+def set_clock(vm: Vm, data: abi.kvm_clock_data) -> None:
+    """KVM_SET_CLOCK: EINVAL for flags other than KVM_CLOCK_REALTIME."""
+    if data.flags & ~(abi.KVM_CLOCK_REALTIME | abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_HOST_TSC):
+        raise kvm_error(errno.EINVAL, f"flags={data.flags:#x}, expected KVM_CLOCK_REALTIME or none")
+    now = data.clock
+    if data.flags & abi.KVM_CLOCK_REALTIME:
+        now += max(time.time_ns() - data.realtime, 0)
+    vm.kvmclock_offset = now - _softcpu.clock_ns()
+    vm.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
+
+
+# --- the clock of a vCPU -----------------------------------------------------------------------
+
+
+def update_guest_time(vcpu: Vcpu) -> None:
+    """Write the vCPU's time structure, with an odd version while it changes."""
+    msr = vcpu.msr_values.get(abi.MSR_KVM_SYSTEM_TIME_NEW, 0)
+    if not msr & abi.KVM_MSR_ENABLED:
+        return
+    gpa = msr & ~1
+    vm = vcpu.vm
+    old = read_guest(vm, gpa, PVCLOCK_SIZE)
+    if old is None:
+        return
+    version, _, _, _, _, _, old_flags = _PVCLOCK.unpack(old)
+    version = (version + (1 if version & 1 else 0)) & 0xFFFF_FFFF
+    shift, multiplier = get_time_scale(NSEC_PER_SEC, vcpu.tsc_khz * 1000)
+    host_tsc = _softcpu.rdtsc()
+    flags = abi.PVCLOCK_TSC_STABLE_BIT | (old_flags & abi.PVCLOCK_GUEST_STOPPED)
+    if vcpu.pvclock_set_guest_stopped:
+        flags |= abi.PVCLOCK_GUEST_STOPPED
+        vcpu.pvclock_set_guest_stopped = False
+    body = _PVCLOCK.pack(
+        version + 1 & 0xFFFF_FFFF,
+        0,
+        (host_tsc + vcpu.tsc_offset) & _U64,
+        (host_tsc + vm.kvmclock_offset) & _U64,
+        multiplier,
+        shift,
+        flags,
+    )
+    write_guest(vm, gpa, body[:4])
+    write_guest(vm, gpa + 4, body[4:])
+    write_guest(vm, gpa, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
+
+
+def write_wall_clock(vcpu: Vcpu, gpa: int) -> None:
+    """Write the wall-clock time of the guest's boot at ``gpa``; 0 is no address: userspace's reset writes it."""
+    if not gpa:
+        return
+    vm = vcpu.vm
+    old = read_guest(vm, gpa, 4)
+    if old is None:
+        return
+    version = int.from_bytes(old, "little")
+    version += 1 if version & 1 else 0
+    boot_ns = time.time_ns() - get_kvmclock_ns(vm)
+    write_guest(vm, gpa, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
+    seconds, nanoseconds = divmod(boot_ns, NSEC_PER_SEC)
+    write_guest(vm, gpa + 4, struct.pack("<II", seconds & 0xFFFF_FFFF, nanoseconds))
+    write_guest(vm, gpa, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
+
+
+def kvmclock_ctrl(vcpu: Vcpu) -> None:
+    """KVM_KVMCLOCK_CTRL: tell the guest's soft-lockup detector that it was stopped; EINVAL without a clock."""
+    if not vcpu.msr_values.get(abi.MSR_KVM_SYSTEM_TIME_NEW, 0) & abi.KVM_MSR_ENABLED:
+        raise kvm_error(errno.EINVAL, "the guest has not enabled kvmclock")
+    vcpu.pvclock_set_guest_stopped = True
+    vcpu.make_request(KVM_REQ_CLOCK_UPDATE)
+
+
+# --- steal time --------------------------------------------------------------------------------
+
+_RESET_MSRS: Final = (
+    abi.MSR_KVM_SYSTEM_TIME_NEW,
+    abi.MSR_KVM_STEAL_TIME,
+    abi.MSR_KVM_ASYNC_PF_EN,
+    abi.MSR_KVM_ASYNC_PF_INT,
+)
+_STEAL: Final = struct.Struct("<QI")
+
+
+def run_delay_ns() -> int:
+    """Return how long the calling thread has waited for a processor, as the host's scheduler counts it."""
+    try:
+        with open(f"/proc/self/task/{threading.get_native_id()}/schedstat") as f:
+            return int(f.read().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def record_steal_time(vcpu: Vcpu) -> None:
+    """Add the time that the vCPU wanted to run but couldn't (``struct kvm_steal_time``)."""
+    msr = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0)
+    if not msr & abi.KVM_MSR_ENABLED:
+        return
+    gpa = msr & abi.KVM_STEAL_VALID_BITS
+    vm = vcpu.vm
+    data = read_guest(vm, gpa, _STEAL.size)
+    if data is None:
+        return
+    steal, version = _STEAL.unpack(data)
+    run_delay = run_delay_ns()
+    # Another thread that runs the vCPU now has a delay of its own: time stolen never goes backwards.
+    steal = (steal + max(run_delay - vcpu.last_steal, 0)) & _U64
+    vcpu.last_steal = run_delay
+    version += 1 if version & 1 else 0
+    write_guest(vm, gpa + 8, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
+    write_guest(vm, gpa, struct.pack("<Q", steal))
+    write_guest(vm, gpa + 8, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
+
+
+def reset(vcpu: Vcpu) -> None:
+    """RESET or INIT: nothing may be written to what the next guest uses for something else."""
+    for msr in _RESET_MSRS:
+        vcpu.msr_values.pop(msr, None)
+    if vcpu.pv_eoi is not None:
+        vcpu.pv_eoi.reset()
+
+
+# --- the MSRs ----------------------------------------------------------------------------------
+
+
+def _feature_denied(vcpu: Vcpu, feature: int, host: bool) -> bool:
+    """Tell whether KVM_CAP_ENFORCE_PV_FEATURE_CPUID forbids the guest the access."""
+    return not host and vcpu.pv_cpuid_enforce and not vcpu.cpuid.kvm_features >> feature & 1
+
+
+def _reader(feature: int, alias: int | None = None, default: int = 0) -> Reader:
+    def read(vcpu: Vcpu, index: int, host: bool) -> int | None:
+        if _feature_denied(vcpu, feature, host):
+            return None
+        return vcpu.msr_values.get(index if alias is None else alias, default)
+
+    return read
+
+
+def _write_wall_clock(feature: int) -> Writer:
+    def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+        if _feature_denied(vcpu, feature, host):
+            return False
+        vcpu.vm.wall_clock_msr = data
+        write_wall_clock(vcpu, data)
+        return True
+
+    return write
+
+
+def _read_wall_clock(feature: int) -> Reader:
+    def read(vcpu: Vcpu, index: int, host: bool) -> int | None:
+        return None if _feature_denied(vcpu, feature, host) else vcpu.vm.wall_clock_msr
+
+    return read
+
+
+def _write_system_time(feature: int) -> Writer:
+    def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+        if _feature_denied(vcpu, feature, host):
+            return False
+        if vcpu.vcpu_id == 0 and not host:
+            boot_vcpu_runs_old_kvmclock = index == abi.MSR_KVM_SYSTEM_TIME
+            vcpu.vm.boot_vcpu_runs_old_kvmclock = boot_vcpu_runs_old_kvmclock
+        vcpu.msr_values[abi.MSR_KVM_SYSTEM_TIME_NEW] = data
+        vcpu.make_request(KVM_REQ_CLOCK_UPDATE)
+        return True
+
+    return write
+
+
+def _write_async_pf_en(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF, host):
+        return False
+    if data & 0x30:  # reserved
+        return False
+    if (
+        not vcpu.cpuid.kvm_features >> abi.KVM_FEATURE_ASYNC_PF_VMEXIT & 1
+        and data & abi.KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT
+    ):
+        return False
+    if not vcpu.cpuid.kvm_features >> abi.KVM_FEATURE_ASYNC_PF_INT & 1 and data & abi.KVM_ASYNC_PF_DELIVERY_AS_INT:
+        return False
+    if vcpu.apic is None:
+        return not data
+    vcpu.msr_values[index] = data
+    return True
+
+
+def _write_async_pf_int(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host) or data >> 8:
+        return False
+    vcpu.msr_values[index] = data
+    return True
+
+
+def _write_async_pf_ack(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    return not _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host)
+
+
+def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_STEAL_TIME, host) or data & abi.KVM_STEAL_RESERVED_MASK:
+        return False
+    vcpu.msr_values[index] = data
+    if data & abi.KVM_MSR_ENABLED:
+        if not host:  # on the vCPU's thread, whose delay it is
+            vcpu.last_steal = run_delay_ns()
+        vcpu.make_request(KVM_REQ_STEAL_UPDATE)
+    return True
+
+
+def _write_pv_eoi(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host):
+        return False
+    if vcpu.pv_eoi is None:
+        return not data & abi.KVM_MSR_ENABLED  # no local APIC whose EOIs could be saved
+    return vcpu.pv_eoi.set_msr(data)
+
+
+def _read_pv_eoi(vcpu: Vcpu, index: int, host: bool) -> int | None:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host):
+        return None
+    return vcpu.pv_eoi.msr if vcpu.pv_eoi is not None else 0
+
+
+def _write_poll_control(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_POLL_CONTROL, host) or data & ~1:
+        return False
+    vcpu.msr_values[index] = data
+    return True
+
+
+#: Reader and writer of every paravirtual MSR.
+MSRS: Final[dict[int, tuple[Reader, Writer]]] = {
+    abi.MSR_KVM_WALL_CLOCK: (
+        _read_wall_clock(abi.KVM_FEATURE_CLOCKSOURCE),
+        _write_wall_clock(abi.KVM_FEATURE_CLOCKSOURCE),
+    ),
+    abi.MSR_KVM_WALL_CLOCK_NEW: (
+        _read_wall_clock(abi.KVM_FEATURE_CLOCKSOURCE2),
+        _write_wall_clock(abi.KVM_FEATURE_CLOCKSOURCE2),
+    ),
+    abi.MSR_KVM_SYSTEM_TIME: (
+        _reader(abi.KVM_FEATURE_CLOCKSOURCE, abi.MSR_KVM_SYSTEM_TIME_NEW),
+        _write_system_time(abi.KVM_FEATURE_CLOCKSOURCE),
+    ),
+    abi.MSR_KVM_SYSTEM_TIME_NEW: (
+        _reader(abi.KVM_FEATURE_CLOCKSOURCE2),
+        _write_system_time(abi.KVM_FEATURE_CLOCKSOURCE2),
+    ),
+    abi.MSR_KVM_ASYNC_PF_EN: (_reader(abi.KVM_FEATURE_ASYNC_PF), _write_async_pf_en),
+    abi.MSR_KVM_ASYNC_PF_INT: (_reader(abi.KVM_FEATURE_ASYNC_PF_INT), _write_async_pf_int),
+    abi.MSR_KVM_ASYNC_PF_ACK: (lambda vcpu, index, host: 0, _write_async_pf_ack),
+    abi.MSR_KVM_STEAL_TIME: (_reader(abi.KVM_FEATURE_STEAL_TIME), _write_steal_time),
+    abi.MSR_KVM_PV_EOI_EN: (_read_pv_eoi, _write_pv_eoi),
+    abi.MSR_KVM_POLL_CONTROL: (_reader(abi.KVM_FEATURE_POLL_CONTROL, default=1), _write_poll_control),
+}

@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handlers of the exit codes (APM vol. 2, appendix C): the dispatch table of the SVM module.
+
+A handler returns 1 to enter the guest again and 0 to leave for userspace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from softkvm import _softcpu, abi
+from softkvm.kvm.requests import KVM_REQ_EVENT
+from softkvm.kvm.x86 import control_registers as cr
+from softkvm.kvm.x86 import io
+from softkvm.kvm.x86.emulate import system as emulate_system
+from softkvm.kvm.x86.exceptions import (
+    DR6_ACTIVE_LOW,
+    DR6_BS,
+    X86Exception,
+    inject_emulated_exception,
+    inject_gp,
+    queue_exception,
+    queue_exception_e,
+    queue_exception_p,
+)
+from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
+from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT
+from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
+from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
+from softkvm.kvm.x86.paravirt import hypercalls, vmware
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.svm.svm import skip_emulated_instruction
+from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_1, EXIT_INFO_2, IOIO_STR, PFERR_GUEST_FINAL
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[["Vcpu"], int]
+
+_U32: Final = (1 << 32) - 1
+#: VMCALL and VMMCALL.
+_HYPERCALLS: Final = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")
+#: SYSENTER and SYSEXIT, which AMD's processors don't have in long mode.
+_FAST_CALLS: Final = (b"\x0f\x34", b"\x0f\x35", b"\x48\x0f\x35")
+_DECODE_ASSIST_MOV: Final = 1 << 63
+#: A yield that takes less than this, in ns, found nobody who wanted the host's processor.
+_YIELD_TO_NOBODY_NS: Final = 20_000
+
+
+# --- the frequent ones -------------------------------------------------------------------------
+
+
+def intr_interception(vcpu: Vcpu) -> int:
+    """A kick or the timer: what it was for is found on the way back into the guest."""
+    apic = vcpu.apic
+    if apic is not None and apic.timer.deadline_ns:
+        apic.inject_timer_irqs()
+    return 1
+
+
+def cpuid_interception(vcpu: Vcpu) -> int:
+    """CPUID."""
+    if vcpu.cpuid_faulting and vcpu.b[V.CPL]:
+        inject_gp(vcpu)
+        return 1
+    gpr = vcpu.gpr
+    gpr[0], gpr[3], gpr[1], gpr[2] = vcpu.cpuid.answer(gpr[0] & _U32, gpr[1] & _U32)
+    return skip_emulated_instruction(vcpu)
+
+
+def io_interception(vcpu: Vcpu) -> int:
+    """IN, OUT, INS, OUTS (APM vol. 2, 15.10.2)."""
+    info = vcpu.q[EXIT_INFO_1]
+    if info & IOIO_STR:
+        return vcpu.emulator.emulate()
+    vcpu.pio_rip = -1
+    return io.fast_pio(vcpu, info)
+
+
+def npf_interception(vcpu: Vcpu) -> int:
+    """Nested page fault: map the page, or emulate the access where there is no memory."""
+    q = vcpu.q
+    gpa = q[EXIT_INFO_2]
+    error = q[EXIT_INFO_1]
+    gfn = gpa >> PAGE_SHIFT
+    vm = vcpu.vm
+    slots = vm.memslots
+    if gfn == vcpu.mmio_gfn and slots is vcpu.mmio_slots and error & PFERR_GUEST_FINAL:
+        return vcpu.emulator.mmio(gpa)
+    if not error & PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
+        vcpu.mmio_gfn, vcpu.mmio_slots = gfn, slots
+        return _mmio(vcpu, gpa, error)
+    with vm.mmu_lock:
+        slots = vm.memslots
+        slot = slots.gfn_to_memslot(gfn)
+        if slot is not None:
+            vcpu.stat_pf_taken += 1
+            if vm.mmu.map_gfn(slot, gfn, write=bool(error & PFERR_WRITE)) != RET_PF_EMULATE:
+                return 1
+        elif vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
+            vm.mmu.set_mmio_spte(gfn, slots.generation)
+    return _mmio(vcpu, gpa, error)
+
+
+def _mmio(vcpu: Vcpu, gpa: int, error: int) -> int:
+    """Emulate an access to a guest-physical address without memory, or a write to read-only memory."""
+    if error & V.PFERR_GUEST_PAGE and not error & V.PFERR_GUEST_FINAL:
+        gpa = -1  # the walk of the guest's tables faulted: this isn't the operand's address
+    return vcpu.emulator.mmio(gpa)
+
+
+def msr_interception(vcpu: Vcpu) -> int:
+    """RDMSR and WRMSR; one that raises #GP doesn't advance RIP."""
+    gpr = vcpu.gpr
+    index = gpr[1] & _U32
+    if vcpu.q[EXIT_INFO_1] & 1:
+        data = (gpr[2] & _U32) << 32 | gpr[0] & _U32
+        vcpu.stat_msr_writes += 1
+        if not write_msr(vcpu, index, data):
+            return _msr_refused(vcpu, index, data, write=True)
+    else:
+        value = read_msr(vcpu, index)
+        if value is None:
+            return _msr_refused(vcpu, index, 0, write=False)
+        gpr[0] = value & _U32
+        gpr[2] = value >> 32
+    return skip_emulated_instruction(vcpu)
+
+
+def _msr_refused(vcpu: Vcpu, index: int, data: int, *, write: bool) -> int:
+    """Leave for userspace if it asked for that, else #GP."""
+    if exit_msr(vcpu, index, data, skip_emulated_instruction, write=write):
+        return 0
+    inject_gp(vcpu)
+    return 1
+
+
+def halt_interception(vcpu: Vcpu) -> int:
+    """HLT."""
+    result = skip_emulated_instruction(vcpu)
+    return vcpu.halt() & result
+
+
+def pause_interception(vcpu: Vcpu) -> int:
+    """Too many PAUSEs: the guest spins on a lock whose holder may not be running."""
+    if _softcpu.sched_yield() < _YIELD_TO_NOBODY_NS:
+        svm.grow_ple_window(vcpu)
+    else:
+        svm.shrink_ple_window(vcpu)
+    return skip_emulated_instruction(vcpu)
+
+
+def interrupt_window_interception(vcpu: Vcpu) -> int:
+    """The guest can take an interrupt now."""
+    svm.clear_irq_window(vcpu)
+    vcpu.make_request(KVM_REQ_EVENT)
+    vcpu.stat_irq_window_exits += 1
+    return 1
+
+
+def vmmcall_interception(vcpu: Vcpu) -> int:
+    """VMMCALL."""
+    if not hypercalls.emulate_hypercall(vcpu):
+        return 0
+    return skip_emulated_instruction(vcpu)
+
+
+# --- control and debug registers ---------------------------------------------------------------
+
+
+def cr_interception(vcpu: Vcpu) -> int:
+    """MOV to or from a control register, by the decode assist; LMSW, SMSW and CLTS by the emulator."""
+    info = vcpu.q[V.EXIT_INFO_1]
+    code = vcpu.q[V.EXIT_CODE]
+    if not info & _DECODE_ASSIST_MOV:
+        return vcpu.emulator.emulate()
+    register = info & 0xF
+    mask = (1 << 64) - 1 if vcpu.is_64bit_code() else _U32
+    try:
+        if code == V.EXIT_CR0_SEL_WRITE:
+            emulate_system.write_cr(vcpu.emulator, 0, vcpu.gpr[register] & mask)
+        elif code >= V.EXIT_WRITE_CR0:
+            emulate_system.write_cr(vcpu.emulator, code - V.EXIT_WRITE_CR0, vcpu.gpr[register] & mask)
+        else:
+            vcpu.gpr[register] = emulate_system.read_cr(vcpu.emulator, code - V.EXIT_READ_CR0) & mask
+    except X86Exception as exception:
+        inject_emulated_exception(vcpu, exception)
+        return 1
+    return skip_emulated_instruction(vcpu)
+
+
+def cr8_write_interception(vcpu: Vcpu) -> int:
+    """MOV to CR8: leaves for userspace when that lowers the priority and the chips are not in the kernel."""
+    old = cr.kvm_get_cr8(vcpu)
+    result = cr_interception(vcpu)
+    if vcpu.apic is not None:
+        return result
+    if old <= cr.kvm_get_cr8(vcpu):
+        return result
+    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SET_TPR
+    return 0
+
+
+def dr_interception(vcpu: Vcpu) -> int:
+    """MOV to or from a debug register, intercepted while the guest's debugger owns them."""
+    code = vcpu.q[V.EXIT_CODE]
+    write = code >= V.EXIT_WRITE_DR0
+    number = code - (V.EXIT_WRITE_DR0 if write else V.EXIT_READ_DR0)
+    register = vcpu.q[V.EXIT_INFO_1] & 0xF
+    if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP and vcpu.guest_dr7 & 1 << 13:
+        vcpu.exit_debug(abi.DB_VECTOR, 1 << 13, svm.linear_rip(vcpu))
+        return 0
+    try:
+        emulate_system.check_dr(vcpu.emulator, number)
+        if write:
+            if not cr.kvm_set_dr(vcpu, number, vcpu.gpr[register]):
+                inject_gp(vcpu)
+                return 1
+        else:
+            vcpu.gpr[register] = cr.kvm_get_dr(vcpu, number)
+    except X86Exception as exception:
+        inject_emulated_exception(vcpu, exception)
+        return 1
+    return skip_emulated_instruction(vcpu)
+
+
+# --- exceptions --------------------------------------------------------------------------------
+
+
+def db_interception(vcpu: Vcpu) -> int:
+    """#DB: the guest's, its debugger's, or the step that opens an NMI window."""
+    q = vcpu.q
+    dr6 = q[V.DR6] ^ DR6_ACTIVE_LOW
+    if vcpu.nmi_singlestep and not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
+        svm.disable_nmi_singlestep(vcpu)
+        vcpu.make_request(KVM_REQ_EVENT)
+        if not vcpu.nmi_singlestep_guest_rflags & abi.X86_EFLAGS_TF:
+            q[V.DR6] &= ~DR6_BS
+            return 1
+    elif not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
+        queue_exception_p(vcpu, abi.DB_VECTOR, dr6)
+        return 1
+    if vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
+        vcpu.exit_debug(abi.DB_VECTOR, q[V.DR6], svm.linear_rip(vcpu))
+        return 0
+    queue_exception_p(vcpu, abi.DB_VECTOR, dr6)
+    return 1
+
+
+def bp_interception(vcpu: Vcpu) -> int:
+    """INT3 while the debugger has software breakpoints."""
+    vcpu.exit_debug(abi.BP_VECTOR, 0, svm.linear_rip(vcpu))
+    return 0
+
+
+def ud_interception(vcpu: Vcpu) -> int:
+    """#UD: the other vendor's instructions, the forced-emulation prefix, or the guest's own."""
+    emulator = vcpu.emulator
+    try:
+        code = emulator.fetch()
+    except X86Exception as exception:
+        inject_emulated_exception(vcpu, exception)
+        return 1
+    if vcpu.vm.params.force_emulation_prefix and code.startswith(b"\x0f\x0bkvm"):
+        vcpu.q[V.RIP] += 5
+        return emulator.emulate(forced=True)
+    if code.startswith(_HYPERCALLS) or (vcpu.cpuid.intel_compatible and code.startswith(_FAST_CALLS)):
+        return emulator.emulate()
+    queue_exception(vcpu, abi.UD_VECTOR)
+    return 1
+
+
+def ac_interception(vcpu: Vcpu) -> int:
+    """#AC goes to the guest."""
+    queue_exception_e(vcpu, abi.AC_VECTOR, 0)
+    return 1
+
+
+def mc_interception(vcpu: Vcpu) -> int:
+    """#MC: the silicon raises none."""
+    return 1
+
+
+def gp_interception(vcpu: Vcpu) -> int:
+    """#GP, intercepted for the VMware backdoor ports."""
+    error_code = vcpu.q[V.EXIT_INFO_1]
+    if error_code:
+        queue_exception_e(vcpu, abi.GP_VECTOR, error_code)
+        return 1
+    return vmware.gp_interception(vcpu)
+
+
+# --- the rest ----------------------------------------------------------------------------------
+
+
+def nmi_interception(vcpu: Vcpu) -> int:
+    """A physical NMI: the host's."""
+    return 1
+
+
+def iret_interception(vcpu: Vcpu) -> int:
+    """IRET with NMIs masked: they are unmasked once it has been executed."""
+    vcpu.stat_nmi_window_exits += 1
+    vcpu.awaiting_iret_completion = True
+    vcpu.nmi_iret_rip = vcpu.q[V.RIP]
+    vcpu.d[V.INTERCEPT_WORD3] &= ~V.IRET
+    vcpu.make_request(KVM_REQ_EVENT)
+    return 1
+
+
+def shutdown_interception(vcpu: Vcpu) -> int:
+    """Triple fault: KVM_EXIT_SHUTDOWN, the vCPU as after INIT."""
+    vcpu.vcpu_reset(True)
+    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SHUTDOWN
+    return 0
+
+
+def invlpg_interception(vcpu: Vcpu) -> int:
+    """INVLPG: only the translations of one page, but all may go."""
+    vcpu.flush_tlb_guest()
+    return skip_emulated_instruction(vcpu)
+
+
+def skip_interception(vcpu: Vcpu) -> int:
+    """An instruction that has nothing to do: caches are coherent."""
+    return skip_emulated_instruction(vcpu)
+
+
+def monitor_mwait_interception(vcpu: Vcpu) -> int:
+    """MONITOR and MWAIT do nothing; #UD if the guest's CPUID lacks them and the quirk is off."""
+    if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS) and not vcpu.cpuid.feature(1, 0, 2, 3):
+        queue_exception(vcpu, abi.UD_VECTOR)
+        return 1
+    return skip_emulated_instruction(vcpu)
+
+
+def emulate_on_interception(vcpu: Vcpu) -> int:
+    """An instruction that the emulator carries out."""
+    return vcpu.emulator.emulate()
+
+
+def ud_on_interception(vcpu: Vcpu) -> int:
+    """An instruction that the guest doesn't have."""
+    queue_exception(vcpu, abi.UD_VECTOR)
+    return 1
+
+
+def rdpmc_interception(vcpu: Vcpu) -> int:
+    """RDPMC: there are no counters but VMware's."""
+    value = vmware.read_pmc(vcpu, vcpu.gpr[1] & _U32)
+    if value is None:
+        inject_gp(vcpu)
+        return 1
+    vcpu.gpr[0] = value & _U32
+    vcpu.gpr[2] = value >> 32
+    return skip_emulated_instruction(vcpu)
+
+
+def xsetbv_interception(vcpu: Vcpu) -> int:
+    """XSETBV, skipped by its decoded length like any other instruction."""
+    gpr = vcpu.gpr
+    value = (gpr[2] & _U32) << 32 | gpr[0] & _U32
+    if vcpu.b[V.CPL] or not cr.kvm_set_xcr(vcpu, gpr[1] & _U32, value):
+        inject_gp(vcpu)
+        return 1
+    return skip_emulated_instruction(vcpu)
+
+
+def rsm_interception(vcpu: Vcpu) -> int:
+    """RSM outside of system management mode."""
+    queue_exception(vcpu, abi.UD_VECTOR)
+    return 1
+
+
+def task_switch_interception(vcpu: Vcpu) -> int:
+    """A hardware task switch (APM vol. 2, 12.3)."""
+    from softkvm.kvm.x86.emulate import task_switch
+
+    return task_switch.interception(vcpu)
+
+
+#: Exit code -> handler.
+EXIT_HANDLERS: Final[dict[int, Handler]] = {
+    V.EXIT_READ_CR0: cr_interception,
+    V.EXIT_READ_CR0 + 3: cr_interception,
+    V.EXIT_READ_CR0 + 4: cr_interception,
+    V.EXIT_READ_CR0 + 8: cr_interception,
+    V.EXIT_WRITE_CR0: cr_interception,
+    V.EXIT_WRITE_CR0 + 3: cr_interception,
+    V.EXIT_WRITE_CR0 + 4: cr_interception,
+    V.EXIT_WRITE_CR0 + 8: cr8_write_interception,
+    V.EXIT_CR0_SEL_WRITE: cr_interception,
+    **{V.EXIT_READ_DR0 + n: dr_interception for n in range(8)},
+    **{V.EXIT_WRITE_DR0 + n: dr_interception for n in range(8)},
+    V.EXIT_EXCP_BASE + abi.DB_VECTOR: db_interception,
+    V.EXIT_EXCP_BASE + abi.BP_VECTOR: bp_interception,
+    V.EXIT_EXCP_BASE + abi.UD_VECTOR: ud_interception,
+    V.EXIT_EXCP_BASE + abi.GP_VECTOR: gp_interception,
+    V.EXIT_EXCP_BASE + abi.AC_VECTOR: ac_interception,
+    V.EXIT_EXCP_BASE + abi.MC_VECTOR: mc_interception,
+    V.EXIT_INTR: intr_interception,
+    V.EXIT_NMI: nmi_interception,
+    V.EXIT_SMI: nmi_interception,
+    V.EXIT_INIT: nmi_interception,
+    V.EXIT_VINTR: interrupt_window_interception,
+    V.EXIT_RDPMC: rdpmc_interception,
+    V.EXIT_CPUID: cpuid_interception,
+    V.EXIT_RSM: rsm_interception,
+    V.EXIT_IRET: iret_interception,
+    V.EXIT_INVD: skip_interception,
+    V.EXIT_PAUSE: pause_interception,
+    V.EXIT_HLT: halt_interception,
+    V.EXIT_INVLPG: invlpg_interception,
+    V.EXIT_INVLPGA: ud_on_interception,
+    V.EXIT_IOIO: io_interception,
+    V.EXIT_MSR: msr_interception,
+    V.EXIT_TASK_SWITCH: task_switch_interception,
+    V.EXIT_SHUTDOWN: shutdown_interception,
+    V.EXIT_VMRUN: ud_on_interception,
+    V.EXIT_VMMCALL: vmmcall_interception,
+    V.EXIT_VMLOAD: ud_on_interception,
+    V.EXIT_VMSAVE: ud_on_interception,
+    V.EXIT_STGI: ud_on_interception,
+    V.EXIT_CLGI: ud_on_interception,
+    V.EXIT_SKINIT: ud_on_interception,
+    V.EXIT_RDTSC: emulate_on_interception,
+    V.EXIT_RDTSCP: ud_on_interception,
+    V.EXIT_WBINVD: skip_interception,
+    V.EXIT_MONITOR: monitor_mwait_interception,
+    V.EXIT_MWAIT: monitor_mwait_interception,
+    V.EXIT_XSETBV: xsetbv_interception,
+    V.EXIT_RDPRU: ud_on_interception,
+    V.EXIT_INVPCID: ud_on_interception,
+    V.EXIT_NPF: npf_interception,
+}

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dirty log (KVM API 4.8, 4.117): what the guest and KVM wrote, once each, whatever the leaf size."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+from tests.support.tiny import MIB, Memory, Tiny
+
+from softkvm import abi
+from softkvm.kvm.memory.guest_memory import write_guest
+
+GPA = 16 * MIB
+SIZE = 4 * MIB
+
+
+@pytest.fixture
+def tiny() -> Iterator[Tiny]:
+    machine = Tiny()
+    machine.protected_mode()
+    machine.extra = Memory(SIZE)  # type: ignore[attr-defined]
+    machine.slot(1, GPA, SIZE, machine.extra.address)  # type: ignore[attr-defined]
+    # store AL to EBX, EBX + EDX, ... ECX times: mov [ebx], al; add ebx, edx; loop; hlt
+    machine.memory.write(0x1000, b"\x88\x03\x01\xd3\xe2\xfa\xf4")
+    yield machine
+    machine.close()
+
+
+def _log(tiny: Tiny, flags: int) -> None:
+    tiny.slot(1, GPA, SIZE, tiny.extra.address, flags)  # type: ignore[attr-defined]
+
+
+def _store(tiny: Tiny, first: int, step: int, count: int) -> None:
+    tiny.registers(rip=0x1000, rax=1, rbx=first, rcx=count, rdx=step, rflags=2)
+    tiny.run_to_halt()
+
+
+def _dirty(tiny: Tiny) -> set[int]:
+    bits = int.from_bytes(tiny.vm.get_dirty_log(1), "little")
+    return {n for n in range(bits.bit_length()) if bits >> n & 1}
+
+
+def test_a_slot_that_is_not_logged_has_no_log(tiny: Tiny) -> None:
+    with pytest.raises(OSError) as info:
+        tiny.vm.get_dirty_log(1)
+    assert info.value.errno == errno.ENOENT
+    with pytest.raises(OSError) as info:
+        tiny.vm.get_dirty_log(40000)
+    assert info.value.errno == errno.EINVAL
+
+
+def test_the_log_has_a_bit_per_page_in_whole_words(tiny: Tiny) -> None:
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    assert tiny.vm.get_dirty_log(1) == bytes(SIZE // 4096 // 8)
+
+
+def test_exactly_the_pages_written_since_the_last_log_are_in_it(tiny: Tiny) -> None:
+    _store(tiny, GPA, 4096, 3)  # before logging: large leaves, dirty
+    assert tiny.vm.stats()["pages_2m"] >= 1
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    assert tiny.vm.stats()["pages_2m"] == 1  # the guest's own memory
+    assert _dirty(tiny) == set()
+    _store(tiny, GPA + 5 * 4096, 7 * 4096, 4)
+    _store(tiny, GPA + 600 * 4096, 4096, 1)
+    assert _dirty(tiny) == {5, 12, 19, 26, 600}
+    assert _dirty(tiny) == set()
+    _store(tiny, GPA + 12 * 4096, 4096, 1)
+    assert _dirty(tiny) == {12}
+
+
+def test_what_kvm_itself_writes_is_logged_too(tiny: Tiny) -> None:
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    assert write_guest(tiny.vm, GPA + 3 * 4096 - 2, b"1234")
+    assert _dirty(tiny) == {2, 3}
+
+
+def test_pages_first_touched_by_a_write_under_logging_are_dirty(tiny: Tiny) -> None:
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    _store(tiny, GPA + 100 * 4096, 4096, 50)
+    assert _dirty(tiny) == set(range(100, 150))
+
+
+def test_large_leaves_come_back_when_logging_ends(tiny: Tiny) -> None:
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    _store(tiny, GPA, 4096, 20)
+    _log(tiny, 0)
+    _store(tiny, GPA, 4096, 20)
+    assert tiny.vm.stats()["pages_2m"] == 2
+    with pytest.raises(OSError):
+        tiny.vm.get_dirty_log(1)
+
+
+def test_manual_protect_keeps_bits_until_they_are_cleared(tiny: Tiny) -> None:
+    tiny.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 1)
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    _store(tiny, GPA, 4096, 2)
+    _store(tiny, GPA + 64 * 4096, 4096, 2)
+    assert _dirty(tiny) == {0, 1, 64, 65}
+    assert _dirty(tiny) == {0, 1, 64, 65}
+    tiny.vm.clear_dirty_log(1, 64, 64, (0b01).to_bytes(8, "little"))
+    assert _dirty(tiny) == {0, 1, 65}
+    with pytest.raises(OSError) as info:
+        tiny.vm.clear_dirty_log(1, 63, 64, bytes(8))
+    assert info.value.errno == errno.EINVAL
+
+
+def test_initially_set_reports_every_page_once(tiny: Tiny) -> None:
+    tiny.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 3)
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    assert len(_dirty(tiny)) == SIZE // 4096
