@@ -131,6 +131,19 @@ def test_repeated_string_io_reaches_the_device_byte_by_byte(make: MakeMachine) -
     assert bytes(output) == b"hello"
 
 
+def test_port_61_gates_and_shows_counter_2(make: MakeMachine) -> None:
+    # Linux calibrates its TSC so (pit_calibrate_tsc). Counter 2, mode 0, started with its gate closed: OUT is low and
+    # stays; with the gate open OUT rises after 256 input clocks.
+    start = out(0x61, 0) + out(0x43, 0xB0) + out(0x42, 0) + out(0x42, 1)
+    store = bytes.fromhex("e461 b90020 8ed9 a20000")  # in al,0x61; ds = 0x2000; [0] = al
+    wait = out(0x61, 1) + bytes.fromhex("e461 a820 74fa a20100")  # until bit 5; [1] = al
+    machine = make(start + store + wait + POWER_OFF + HALT)
+    assert machine.run(20).end is End.POWER_OFF
+    closed, opened = machine.memory.read(0x20000, 2)
+    assert closed & 0x23 == 0
+    assert opened & 0x23 == 0x21
+
+
 def test_ports_without_device_read_ones(make: MakeMachine) -> None:
     # in eax,0x5658; out to 0x80 is lost; store the value at 0x2000:0 and stop
     code = bytes.fromhex("ba5856 66ed b90020 8ed9 66a30000") + POWER_OFF + HALT

@@ -105,7 +105,7 @@ class Machine:
         self.vm.create_irqchip()
         self.vm.set_gsi_routing(pc_routing())
         if self.config.pit:
-            self.vm.create_pit2()
+            self.vm.create_pit2(abi.KVM_PIT_SPEAKER_DUMMY)  # with port 0x61, which gates counter 2
         self.memory.attach(self.vm)
         self._add_devices(console)
         for device in (self.serial, self.cmos, self.acpi_pm, self.hpet):
