@@ -3,7 +3,9 @@
 //! extension, and nothing of any hypervisor. Physical addresses are addresses of this process.
 
 pub mod clock;
+pub mod engine;
 pub mod float;
+pub mod int;
 pub mod mem;
 pub mod x86;
 

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use crate::x86::flags::Int;
+use crate::int::Int;
 
 /// Loads a value, aligned or not.
 ///

@@ -3,18 +3,18 @@
 //!
 //! A physical address is a host virtual address. A processor refuses every frame outside the registered regions. Each
 //! page has a mask of 64-byte chunks that hold code some processor has decoded; stores into such a chunk tell every
-//! processor to check its decoded code against memory again (see `x86::block`).
+//! processor to check its decoded code against memory again (see `engine::block`).
 
 mod host;
 mod region;
+mod shared;
 
 pub use host::{host_cas, host_load, host_store};
 pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_mask};
+pub use shared::{Shared, pending};
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
-
-use crate::x86::state::{Shared, pending};
 
 /// Memory regions and processors; usually one per virtual machine.
 #[derive(Default)]

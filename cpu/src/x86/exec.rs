@@ -3,11 +3,11 @@
 
 use std::sync::atomic::Ordering;
 
-use super::block::{Block, CHAIN};
 use super::flags::rf;
 use super::op::{Op, Stop};
 use super::state::{Cpu, Exception, Exit, LINK_NONE, attention, pending, vector};
 use super::system::exitcode;
+use crate::engine::block::{Block, CHAIN};
 
 /// DR6 bit: single step.
 const DR6_BS: u64 = 1 << 14;

@@ -6,6 +6,8 @@
 //! bit), bit 30 = carry into the top bit (OF = CF xor that), bit 3 = AF, bits 8..15 = bits to flip in the byte that PF
 //! is the parity of, bit 0 = flips SF. The last two are only non-zero after a direct write of the flags.
 
+pub use crate::int::Int;
+
 /// RFLAGS bits (APM vol. 2, 3.1.6).
 pub mod rf {
     #![allow(missing_docs)]
@@ -32,45 +34,6 @@ pub mod rf {
     /// Every bit that software can see set.
     pub const DEFINED: u64 = ARITH | FIXED1 | TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID;
 }
-
-/// An unsigned integer operand of 1, 2, 4 or 8 bytes.
-pub trait Int: Copy + Eq + Ord + core::fmt::Debug + Send + Sync + 'static {
-    /// Size in bits.
-    const BITS: u32;
-    /// Size in bytes.
-    const BYTES: usize;
-    /// Zero-extends.
-    fn to_u64(self) -> u64;
-    /// Sign-extends.
-    fn to_i64(self) -> i64;
-    /// Truncates.
-    fn from_u64(v: u64) -> Self;
-}
-
-macro_rules! int {
-    ($t:ty, $s:ty) => {
-        impl Int for $t {
-            const BITS: u32 = <$t>::BITS;
-            const BYTES: usize = size_of::<$t>();
-            #[inline(always)]
-            fn to_u64(self) -> u64 {
-                self as u64
-            }
-            #[inline(always)]
-            fn to_i64(self) -> i64 {
-                self as $s as i64
-            }
-            #[inline(always)]
-            fn from_u64(v: u64) -> Self {
-                v as $t
-            }
-        }
-    };
-}
-int!(u8, i8);
-int!(u16, i16);
-int!(u32, i32);
-int!(u64, i64);
 
 /// The six arithmetic flags, not yet computed.
 #[derive(Clone, Copy, Default, Debug)]

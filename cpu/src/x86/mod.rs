@@ -2,18 +2,14 @@
 //! The AMD-V x86-64 logical processor (AMD64 Architecture Programmer's Manual, "APM").
 
 pub mod access;
-pub mod block;
 pub mod exec;
-pub mod fetch;
 pub mod flags;
 pub mod int;
 pub mod op;
 pub mod paging;
-pub mod returns;
 pub mod simd;
 pub mod state;
 pub mod system;
-pub mod tlb;
 pub mod translate;
 pub mod vmcb;
 pub mod vmrun;

@@ -6,63 +6,17 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::block::BlockCache;
 use super::flags::LazyFlags;
 use super::state::*;
 use super::system::exitcode;
-use super::tlb::Tlb;
 use super::vmcb::{Vmcb, control, save};
+use crate::engine::block::BlockCache;
+use crate::engine::tlb::Tlb;
 use crate::mem::Machine;
 
 /// VMRUN was refused: the VMCB is not in registered memory or not aligned.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadVmcb;
-
-impl Shared {
-    /// A physical interrupt: the processor leaves the guest with VMEXIT_INTR, now or at its next VMRUN.
-    pub fn kick(&self) {
-        self.pending.fetch_or(pending::INTR, Ordering::SeqCst);
-        if self.waiting.load(Ordering::SeqCst) {
-            drop(self.wake.0.lock());
-            self.wake.1.notify_all();
-        }
-    }
-
-    /// Takes a pending kick back; whether there was one.
-    pub fn clear_kick(&self) -> bool {
-        self.pending.fetch_and(!pending::INTR, Ordering::SeqCst) & pending::INTR != 0
-    }
-
-    /// Whether a kick is pending.
-    pub fn kicked(&self) -> bool {
-        self.pending.load(Ordering::SeqCst) & pending::INTR != 0
-    }
-
-    /// Blocks until a kick is pending (it stays pending) or the time is over; whether one is.
-    pub fn wait(&self, timeout: Option<std::time::Duration>) -> bool {
-        if self.kicked() {
-            return true;
-        }
-        let deadline = timeout.and_then(|t| std::time::Instant::now().checked_add(t));
-        self.waiting.store(true, Ordering::SeqCst);
-        let mut guard = self.wake.0.lock().unwrap_or_else(|e| e.into_inner());
-        while !self.kicked() {
-            guard = match deadline {
-                None => self.wake.1.wait(guard).unwrap_or_else(|e| e.into_inner()),
-                Some(d) => {
-                    let left = d.saturating_duration_since(std::time::Instant::now());
-                    if left.is_zero() {
-                        break;
-                    }
-                    self.wake.1.wait_timeout(guard, left).unwrap_or_else(|e| e.into_inner()).0
-                }
-            };
-        }
-        drop(guard);
-        self.waiting.store(false, Ordering::SeqCst);
-        self.kicked()
-    }
-}
 
 impl Cpu {
     /// A processor after reset, number `index` of its machine.

@@ -19,6 +19,7 @@ pub mod interrupt;
 pub mod io;
 pub mod msr;
 pub mod segment;
+mod software;
 mod stack;
 pub mod syscall;
 pub mod task;
@@ -233,14 +234,14 @@ pub fn translate(i: &Instruction, op: &mut Op, _: &Context) -> Option<Handler> {
         // Interrupts.
         Mnemonic::Int => {
             op.imm = i.immediate8() as u64;
-            handler(interrupt::int_n)
+            handler(software::int_n)
         }
-        Mnemonic::Int3 => handler(interrupt::int3),
-        Mnemonic::Into => handler(interrupt::into),
-        Mnemonic::Int1 => handler(interrupt::int1),
+        Mnemonic::Int3 => handler(software::int3),
+        Mnemonic::Into => handler(software::into),
+        Mnemonic::Int1 => handler(software::int1),
         Mnemonic::Bound => {
             register_destination(i, op, 0);
-            handler(interrupt::bound)
+            handler(software::bound)
         }
 
         // System calls and bases.

@@ -15,7 +15,7 @@ use crate::mem::PageInfo;
 /// Longest instruction (APM vol. 3, 1.1).
 pub const MAX_INSTRUCTION: usize = 15;
 /// Most bytes of a block.
-pub(super) const WINDOW: usize = MAX_OPS * MAX_INSTRUCTION;
+pub(crate) const WINDOW: usize = MAX_OPS * MAX_INSTRUCTION;
 /// Blocks run one after the other without coming back to the run loop until so many instructions have retired.
 pub const CHAIN: u64 = if cfg!(debug_assertions) { 512 } else { 2048 };
 /// In a block's mode: it holds one instruction only, for running one at a time.
@@ -47,7 +47,7 @@ pub struct Block {
     pub mode: u8,
     /// Every running processor knows that the pages hold code.
     pub settled: bool,
-    /// Equal to [`super::state::Cpu::stamp`] when known to agree with memory.
+    /// Equal to [`crate::x86::state::Cpu::stamp`] when known to agree with memory.
     pub stamp: u64,
     /// The links whose block starts in the same page, so that its translation is this block's; else a block that never
     /// agrees with memory.
@@ -270,7 +270,7 @@ impl BlockCache {
     }
 
     /// Has the front find the block.
-    pub(super) fn bring_forward(&mut self, block: *mut Block) {
+    pub(crate) fn bring_forward(&mut self, block: *mut Block) {
         // SAFETY: a live block of the arena.
         let b = unsafe { &*block };
         if b.host2 == 0 {
@@ -279,7 +279,7 @@ impl BlockCache {
     }
 
     /// Lets nothing find the block any more, and no link to it hold.
-    pub(super) fn kill(&mut self, block: *mut Block) {
+    pub(crate) fn kill(&mut self, block: *mut Block) {
         // SAFETY: a block of the arena; a dead block's stamp never equals the processor's.
         let b = unsafe { &mut *block };
         self.front[Self::front_slot(b.host)] = EMPTY;
@@ -296,7 +296,7 @@ impl BlockCache {
     }
 
     /// Lets the block be found.
-    pub(super) fn insert(&mut self, block: *mut Block) {
+    pub(crate) fn insert(&mut self, block: *mut Block) {
         if (self.count + 1) * 2 > self.table.len() {
             let len = self.table.len() * 2;
             let old = core::mem::replace(&mut self.table, vec![EMPTY; len]);

@@ -4,15 +4,15 @@
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 use std::sync::atomic::Ordering;
 
-use super::access::Access;
 use super::block::{Block, MAX_INSTRUCTION, SINGLE, WINDOW, nowhere};
-use super::int::fuse;
 use super::op::{MAX_OPS, Op, Res, Stop, handler};
-use super::paging::fetch_bank;
 use super::returns::Returns;
-use super::state::{Cpu, LINK_NONE, LINK_RETURN, sreg};
-use super::translate::{Context, translate};
 use crate::mem::{PageInfo, chunk_mask};
+use crate::x86::access::Access;
+use crate::x86::int::fuse;
+use crate::x86::paging::fetch_bank;
+use crate::x86::state::{Cpu, LINK_NONE, LINK_RETURN, sreg};
+use crate::x86::translate::{Context, translate};
 
 /// Last cache line of a block that is asked for when it is entered: the lines before and it hold its first five ops.
 const AHEAD: usize = 3;
@@ -35,7 +35,7 @@ impl Cpu {
     /// At a block's end: the first op of the next block if the exit taken (0, 1 or [`LINK_RETURN`]) is linked within the
     /// page or predicted, and nothing calls for attention; else null.
     #[inline(always)]
-    pub(super) fn chain(&mut self, link: u8) -> *const Op {
+    pub(crate) fn chain(&mut self, link: u8) -> *const Op {
         // SAFETY: `block` is the running block; `near` points to a block of the arena or to NOWHERE, predicted returns
         // too. These exits are taken by a block's last instruction (or the op behind it): all of the block has retired.
         unsafe {
@@ -73,7 +73,7 @@ impl Cpu {
     /// [`Cpu::chain`] to another page, through an indirect branch, or to a block that must be compared with memory
     /// first, in 64-bit code. The translation must be in the TLB and the block linked or in the front of the cache.
     #[inline(always)]
-    pub(super) fn chain_far(&mut self, op: *const Op) -> *const Op {
+    pub(crate) fn chain_far(&mut self, op: *const Op) -> *const Op {
         if self.needs_attention() || self.instructions >= self.chain_limit || self.code_size != 8 {
             return core::ptr::null();
         }
@@ -134,7 +134,7 @@ impl Cpu {
     /// The block at RIP, decoded if need be and known to agree with memory. `prev` is the block that ran before, if
     /// its exit `self.link` always leads to this RIP.
     #[inline(always)]
-    pub(super) fn next_block(&mut self, prev: *mut Block) -> Result<*mut Block, Stop> {
+    pub(crate) fn next_block(&mut self, prev: *mut Block) -> Result<*mut Block, Stop> {
         let flushes = self.blocks.flushes;
         let b = self.lookup(false)?;
         // SAFETY: live.
@@ -161,7 +161,7 @@ impl Cpu {
 
     /// Looks up (or decodes) the block at RIP.
     #[inline]
-    pub(super) fn lookup(&mut self, single: bool) -> Result<*mut Block, Stop> {
+    pub(crate) fn lookup(&mut self, single: bool) -> Result<*mut Block, Stop> {
         let (linear, left) = self.code_linear()?;
         let host = self.fetch_host(linear)?;
         let mode = self.code_size | if single { SINGLE } else { 0 };
@@ -193,7 +193,7 @@ impl Cpu {
 
     /// Forgets all decoded code; no block may be running.
     #[cold]
-    pub(super) fn drop_blocks(&mut self) {
+    pub(crate) fn drop_blocks(&mut self) {
         self.blocks.clear();
         self.block = core::ptr::null_mut();
         self.returns = Returns::default();

@@ -7,7 +7,7 @@
 //! the note is worth nothing. What software does to the stack between changes no result, only the time it takes.
 
 use super::block::{Block, nowhere};
-use super::state::Cpu;
+use crate::x86::state::Cpu;
 
 const DEPTH: usize = 16;
 /// Not canonical, so that no return goes there.
@@ -48,7 +48,7 @@ impl Returns {
 
     /// After a return of which address and key were right ([`Cpu::take_return`]): the next time its call notes `next`, a
     /// block in one page.
-    pub(super) fn learn(&mut self, next: *const Block) {
+    pub(crate) fn learn(&mut self, next: *const Block) {
         let from = self.last().from;
         // SAFETY: a note with an address names a block of the arena; blocks live as long as the ring.
         unsafe {
@@ -68,7 +68,7 @@ impl Cpu {
 
     /// Notes a call of the running block, which ends with it, to return to `next`.
     #[inline(always)]
-    pub(super) fn note_call(&mut self, next: u64) {
+    pub(crate) fn note_call(&mut self, next: u64) {
         let same_page = (next ^ self.rb.gpr[17]) >> 12 == 0;
         // SAFETY: `block` is the running block.
         let block = unsafe { (*self.block).near[1] };
@@ -86,9 +86,9 @@ impl Cpu {
     /// Takes the newest note away; whether a return to `target` is the one it is about. Then the target is canonical,
     /// and the exit is [`LINK_RETURN`].
     ///
-    /// [`LINK_RETURN`]: super::state::LINK_RETURN
+    /// [`LINK_RETURN`]: crate::x86::state::LINK_RETURN
     #[inline(always)]
-    pub(super) fn take_return(&mut self, target: u64) -> bool {
+    pub(crate) fn take_return(&mut self, target: u64) -> bool {
         let top = self.returns.top;
         self.returns.top = top.wrapping_sub(1) % DEPTH;
         let note = &self.returns.ring[top % DEPTH];

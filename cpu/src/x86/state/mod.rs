@@ -2,316 +2,22 @@
 //! The state of one logical processor.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
-use super::block::BlockCache;
 use super::flags::{Int, LazyFlags, rf};
 use super::op::{Op, Stop};
-use super::tlb::Tlb;
+use crate::engine::block::BlockCache;
+use crate::engine::tlb::Tlb;
 use crate::mem::Machine;
 
-/// General register numbers.
-pub mod reg {
-    #![allow(missing_docs)]
-    pub const RAX: usize = 0;
-    pub const RCX: usize = 1;
-    pub const RDX: usize = 2;
-    pub const RBX: usize = 3;
-    pub const RSP: usize = 4;
-    pub const RBP: usize = 5;
-    pub const RSI: usize = 6;
-    pub const RDI: usize = 7;
-}
+mod control;
+mod numbers;
+mod registers;
 
-/// Segment register numbers.
-pub mod sreg {
-    #![allow(missing_docs)]
-    pub const ES: usize = 0;
-    pub const CS: usize = 1;
-    pub const SS: usize = 2;
-    pub const DS: usize = 3;
-    pub const FS: usize = 4;
-    pub const GS: usize = 5;
-}
-
-/// Exception vectors (APM vol. 2, 8.2).
-pub mod vector {
-    #![allow(missing_docs)]
-    pub const DE: u8 = 0;
-    pub const DB: u8 = 1;
-    pub const NMI: u8 = 2;
-    pub const BP: u8 = 3;
-    pub const OF: u8 = 4;
-    pub const BR: u8 = 5;
-    pub const UD: u8 = 6;
-    pub const NM: u8 = 7;
-    pub const DF: u8 = 8;
-    pub const TS: u8 = 10;
-    pub const NP: u8 = 11;
-    pub const SS: u8 = 12;
-    pub const GP: u8 = 13;
-    pub const PF: u8 = 14;
-    pub const MF: u8 = 16;
-    pub const AC: u8 = 17;
-    pub const MC: u8 = 18;
-    pub const XF: u8 = 19;
-}
-
-/// CR0 bits.
-pub mod cr0 {
-    #![allow(missing_docs)]
-    pub const PE: u64 = 1 << 0;
-    pub const MP: u64 = 1 << 1;
-    pub const EM: u64 = 1 << 2;
-    pub const TS: u64 = 1 << 3;
-    pub const ET: u64 = 1 << 4;
-    pub const NE: u64 = 1 << 5;
-    pub const WP: u64 = 1 << 16;
-    pub const AM: u64 = 1 << 18;
-    pub const NW: u64 = 1 << 29;
-    pub const CD: u64 = 1 << 30;
-    pub const PG: u64 = 1 << 31;
-}
-
-/// CR4 bits.
-pub mod cr4 {
-    #![allow(missing_docs)]
-    pub const VME: u64 = 1 << 0;
-    pub const PVI: u64 = 1 << 1;
-    pub const TSD: u64 = 1 << 2;
-    pub const DE: u64 = 1 << 3;
-    pub const PSE: u64 = 1 << 4;
-    pub const PAE: u64 = 1 << 5;
-    pub const MCE: u64 = 1 << 6;
-    pub const PGE: u64 = 1 << 7;
-    pub const PCE: u64 = 1 << 8;
-    pub const OSFXSR: u64 = 1 << 9;
-    pub const OSXMMEXCPT: u64 = 1 << 10;
-    pub const UMIP: u64 = 1 << 11;
-    pub const LA57: u64 = 1 << 12;
-    pub const FSGSBASE: u64 = 1 << 16;
-    pub const PCIDE: u64 = 1 << 17;
-    pub const OSXSAVE: u64 = 1 << 18;
-    pub const SMEP: u64 = 1 << 20;
-    pub const SMAP: u64 = 1 << 21;
-    pub const PKE: u64 = 1 << 22;
-}
-
-/// EFER bits.
-pub mod efer {
-    #![allow(missing_docs)]
-    pub const SCE: u64 = 1 << 0;
-    pub const LME: u64 = 1 << 8;
-    pub const LMA: u64 = 1 << 10;
-    pub const NXE: u64 = 1 << 11;
-    pub const SVME: u64 = 1 << 12;
-    pub const LMSLE: u64 = 1 << 13;
-    pub const FFXSR: u64 = 1 << 14;
-}
-
-/// The registers that KVM and the processor share, one page, at the head of [`Cpu`].
-///
-/// The layout is part of the interface (see the crate's documentation).
-#[repr(C, align(4096))]
-pub struct RegisterBlock {
-    /// General registers 0..15, then slot 16 = always zero, slot 17 = RIP of the running block's start, rest scratch.
-    pub gpr: [u64; 24],
-    /// 0xC0: DR0..DR3.
-    pub dr: [u64; 4],
-    /// 0xE0: XCR0.
-    pub xcr0: u64,
-    /// 0xE8: XSS.
-    pub xss: u64,
-    /// 0xF0: PKRU.
-    pub pkru: u32,
-    /// 0xF4: MXCSR.
-    pub mxcsr: u32,
-    /// 0xF8: TSC_AUX.
-    pub tsc_aux: u64,
-    /// 0x100: x87 control word.
-    pub fcw: u16,
-    /// x87 status word (TOP in bits 11-13).
-    pub fsw: u16,
-    /// x87 tag word, two bits per physical register.
-    pub ftw: u16,
-    /// Last x87 opcode.
-    pub fop: u16,
-    /// 0x108: last x87 instruction pointer.
-    pub fip: u64,
-    /// 0x110: last x87 data pointer.
-    pub fdp: u64,
-    /// 0x118: their selectors.
-    pub fcs: u16,
-    /// Data selector.
-    pub fds: u16,
-    pad0: [u8; 0x180 - 0x11C],
-    /// 0x180: physical x87 registers R0..R7: significand, then sign and exponent in the low 16 bits.
-    pub st: [[u64; 2]; 8],
-    /// 0x200: vector registers; the low two words are XMM.
-    pub ymm: [[u64; 4]; 16],
-    pad1: [u8; 4096 - 0x400],
-}
-
-/// A segment register with its descriptor cache, laid out as in the VMCB (APM vol. 2, appendix B).
-#[derive(Clone, Copy, Default, Debug)]
-#[repr(C)]
-pub struct Segment {
-    /// Selector.
-    pub selector: u16,
-    /// VMCB attribute format: bits 0-3 type, 4 S, 5-6 DPL, 7 P, 8 AVL, 9 L, 10 D/B, 11 G; 0 in `P` = unusable.
-    pub attrib: u16,
-    /// Limit in bytes (already scaled).
-    pub limit: u32,
-    /// Linear base.
-    pub base: u64,
-}
-
-impl Segment {
-    // VMCB attributes, 12 bits: 0-3 type, 4 S, 5-6 DPL, 7 P, 8 AVL, 9 L, 10 D/B, 11 G.
-
-    /// Present/usable.
-    #[inline(always)]
-    pub fn present(&self) -> bool {
-        self.attrib & 0x80 != 0
-    }
-    /// Descriptor privilege level.
-    #[inline(always)]
-    pub fn dpl(&self) -> u8 {
-        ((self.attrib >> 5) & 3) as u8
-    }
-    /// Four type bits.
-    #[inline(always)]
-    pub fn kind(&self) -> u8 {
-        (self.attrib & 15) as u8
-    }
-    /// D/B bit.
-    #[inline(always)]
-    pub fn db(&self) -> bool {
-        self.attrib & 0x400 != 0
-    }
-    /// L bit.
-    #[inline(always)]
-    pub fn long(&self) -> bool {
-        self.attrib & 0x200 != 0
-    }
-}
-
-/// GDTR or IDTR.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct TableRegister {
-    /// Linear base.
-    pub base: u64,
-    /// Limit in bytes.
-    pub limit: u32,
-}
-
-/// An exception waiting to be delivered (or intercepted).
-#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
-pub struct Exception {
-    /// Vector 0..31.
-    pub vector: u8,
-    /// Error code, if the exception pushes one.
-    pub error: Option<u32>,
-    /// #PF: the linear address for CR2. #DB: the bits for DR6.
-    pub address: u64,
-}
-
-/// What #VMEXIT will report.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct Exit {
-    /// EXITCODE (APM vol. 2, appendix C).
-    pub code: u64,
-    /// EXITINFO1.
-    pub info1: u64,
-    /// EXITINFO2.
-    pub info2: u64,
-}
-
-/// MSRs that live in the VMCB's save area.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct Msrs {
-    /// STAR.
-    pub star: u64,
-    /// LSTAR.
-    pub lstar: u64,
-    /// CSTAR.
-    pub cstar: u64,
-    /// SFMASK.
-    pub sfmask: u64,
-    /// KERNEL_GS_BASE.
-    pub kernel_gs_base: u64,
-    /// SYSENTER_CS.
-    pub sysenter_cs: u64,
-    /// SYSENTER_ESP.
-    pub sysenter_esp: u64,
-    /// SYSENTER_EIP.
-    pub sysenter_eip: u64,
-    /// PAT (guest).
-    pub pat: u64,
-    /// DEBUGCTL.
-    pub debugctl: u64,
-}
-
-/// The VMCB's control area as the running processor needs it.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct Control {
-    /// Intercept vectors 0..5 (VMCB offsets 0x000..0x014).
-    pub intercepts: [u32; 6],
-    /// Physical address of the I/O permission map, 0 when not used.
-    pub iopm: u64,
-    /// Physical address of the MSR permission map.
-    pub msrpm: u64,
-    /// Added to the TSC.
-    pub tsc_offset: u64,
-    /// ASID.
-    pub asid: u32,
-    /// V_INTR_MASKING.
-    pub v_intr_masking: bool,
-    /// V_TPR (CR8).
-    pub v_tpr: u8,
-    /// V_IRQ: a virtual interrupt is pending.
-    pub v_irq: bool,
-    /// V_INTR_PRIO.
-    pub v_intr_prio: u8,
-    /// V_IGN_TPR.
-    pub v_ign_tpr: bool,
-    /// V_INTR_VECTOR.
-    pub v_intr_vector: u8,
-    /// Nested paging enabled.
-    pub nested_paging: bool,
-    /// Nested CR3 (host physical).
-    pub nested_cr3: u64,
-    /// Pause filter count and threshold.
-    pub pause_count: u16,
-    /// Pause filter threshold (cycles).
-    pub pause_threshold: u16,
-}
-
-/// Bits of [`Shared::pending`].
-pub mod pending {
-    #![allow(missing_docs)]
-    pub const INTR: u32 = 1;
-    pub const NMI: u32 = 2;
-    /// Other processors want this one to drop writable translations of pages that became code, or of removed regions.
-    pub const TLB_SYNC: u32 = 4;
-    /// Decoded code may have changed in memory: check it before running it again.
-    pub const CODE_CHANGED: u32 = 8;
-}
-
-/// The part of a processor that other threads touch.
-#[derive(Default)]
-pub struct Shared {
-    /// Physical events; see [`pending`].
-    pub pending: AtomicU32,
-    /// True inside VMRUN.
-    pub running: std::sync::atomic::AtomicBool,
-    /// The machine's TLB-sync generation this processor has caught up with.
-    pub synced: std::sync::atomic::AtomicU64,
-    /// True inside [`Shared::wait`].
-    pub waiting: std::sync::atomic::AtomicBool,
-    /// Woken by kicks.
-    pub wake: (std::sync::Mutex<()>, std::sync::Condvar),
-}
+pub use crate::mem::{Shared, pending};
+pub use control::{Control, Exception, Exit};
+pub use numbers::{cr0, cr4, efer, reg, sreg, vector};
+pub use registers::{Msrs, RegisterBlock, Segment, TableRegister};
 
 /// Reasons, local to the processor, to look closer before the next block; bits of [`Cpu::attention`].
 pub mod attention {
@@ -328,7 +34,7 @@ pub mod attention {
 
 /// In [`Cpu::link`]: the block does not always go on there.
 pub const LINK_NONE: u8 = 2;
-/// In [`Cpu::link`]: the same, but it is where the call that is noted ([`super::returns`]) comes back.
+/// In [`Cpu::link`]: the same, but it is where the call that is noted ([`crate::engine::returns`]) comes back.
 pub const LINK_RETURN: u8 = 3;
 
 /// One logical processor.
@@ -348,7 +54,7 @@ pub struct Cpu {
     /// alignment checks (never cached, so every access takes the slow path that checks).
     pub mmu: usize,
     /// The TLB's entries for `mmu`.
-    pub bank: *const super::tlb::Entry,
+    pub bank: *const crate::engine::tlb::Entry,
     /// Current privilege level.
     pub cpl: u8,
     /// Bytes of the code segment's default operand size: 2, 4, or 8 for 64-bit code.
@@ -408,9 +114,9 @@ pub struct Cpu {
     /// Host state: NEXT_RIP is saved on instruction intercepts.
     pub next_rip_enabled: bool,
     /// The running block, to notice writes into itself and to chain from it.
-    pub block: *mut super::block::Block,
+    pub block: *mut crate::engine::block::Block,
     /// The last calls.
-    pub returns: super::returns::Returns,
+    pub returns: crate::engine::returns::Returns,
     /// The run loop gets a look before the next block when so many instructions have retired.
     pub chain_limit: u64,
     /// Blocks whose stamp is another one are checked against memory before they run.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The software TLB: direct-mapped, four banks (one per MMU index, see [`super::state::Cpu::mmu`]), tagged by context.
+//! The software TLB: direct-mapped, four banks (one per MMU index, see [`crate::x86::state::Cpu::mmu`]), tagged by context.
 //!
 //! A tag is the linear page | context number (11 bits). Bit 11 set makes the fast path miss on purpose: the page needs
 //! the slow path on every such access (it holds decoded code, or a data breakpoint is armed on it). A context stands

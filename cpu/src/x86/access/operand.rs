@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Loads and stores of an op's memory operand.
+
+use super::Access;
+use crate::mem::{host_load, host_store};
+use crate::x86::flags::Int;
+use crate::x86::op::{Op, Res, Stop};
+use crate::x86::state::Cpu;
+
+impl Cpu {
+    /// Loads the memory operand.
+    #[inline(always)]
+    pub fn load<T: Int>(&mut self, op: &Op) -> Result<T, Stop> {
+        let linear = self.lin(op, T::BYTES, Access::Read)?;
+        self.load_at(op.seg, linear)
+    }
+
+    /// Stores the memory operand.
+    #[inline(always)]
+    pub fn store<T: Int>(&mut self, op: &Op, v: T) -> Res {
+        let linear = self.lin(op, T::BYTES, Access::Write)?;
+        self.store_at(op.seg, linear, v)
+    }
+
+    /// Loads a 16-byte memory operand as (low, high); `aligned` raises #GP(0) when it isn't on 16 bytes.
+    #[inline(always)]
+    pub fn load128(&mut self, op: &Op, aligned: bool) -> Result<[u64; 2], Stop> {
+        let linear = self.lin(op, 16, Access::Read)?;
+        if aligned && linear & 15 != 0 {
+            return Err(self.gp(0));
+        }
+        let e = self.tlb.entry(self.mmu, linear);
+        if e.read == self.tlb.tag(linear.wrapping_add(15)) {
+            let p = e.addend.wrapping_add(linear) as *const u64;
+            // SAFETY: as in `load_bank`.
+            return Ok(unsafe { [host_load(p), host_load(p.add(1))] });
+        }
+        let mut b = [0u8; 16];
+        self.read_bytes(self.mmu, op.seg, linear, &mut b)?;
+        let v = u128::from_le_bytes(b);
+        Ok([v as u64, (v >> 64) as u64])
+    }
+
+    /// Stores a 16-byte memory operand.
+    #[inline(always)]
+    pub fn store128(&mut self, op: &Op, v: [u64; 2], aligned: bool) -> Res {
+        let linear = self.lin(op, 16, Access::Write)?;
+        if aligned && linear & 15 != 0 {
+            return Err(self.gp(0));
+        }
+        let e = self.tlb.entry(self.mmu, linear);
+        if e.write == self.tlb.tag(linear.wrapping_add(15)) {
+            let p = e.addend.wrapping_add(linear) as *mut u64;
+            // SAFETY: as in `load_bank`.
+            unsafe {
+                host_store(p, v[0]);
+                host_store(p.add(1), v[1]);
+            }
+            return Ok(());
+        }
+        let v = (v[0] as u128) | (v[1] as u128) << 64;
+        self.write_bytes(self.mmu, op.seg, linear, &v.to_le_bytes())
+    }
+}

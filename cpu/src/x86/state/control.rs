@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What VMRUN and #VMEXIT hand over beside the registers.
+
+/// An exception waiting to be delivered (or intercepted).
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// Vector 0..31.
+    pub vector: u8,
+    /// Error code, if the exception pushes one.
+    pub error: Option<u32>,
+    /// #PF: the linear address for CR2. #DB: the bits for DR6.
+    pub address: u64,
+}
+
+/// What #VMEXIT will report.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Exit {
+    /// EXITCODE (APM vol. 2, appendix C).
+    pub code: u64,
+    /// EXITINFO1.
+    pub info1: u64,
+    /// EXITINFO2.
+    pub info2: u64,
+}
+
+/// The VMCB's control area as the running processor needs it.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Control {
+    /// Intercept vectors 0..5 (VMCB offsets 0x000..0x014).
+    pub intercepts: [u32; 6],
+    /// Physical address of the I/O permission map, 0 when not used.
+    pub iopm: u64,
+    /// Physical address of the MSR permission map.
+    pub msrpm: u64,
+    /// Added to the TSC.
+    pub tsc_offset: u64,
+    /// ASID.
+    pub asid: u32,
+    /// V_INTR_MASKING.
+    pub v_intr_masking: bool,
+    /// V_TPR (CR8).
+    pub v_tpr: u8,
+    /// V_IRQ: a virtual interrupt is pending.
+    pub v_irq: bool,
+    /// V_INTR_PRIO.
+    pub v_intr_prio: u8,
+    /// V_IGN_TPR.
+    pub v_ign_tpr: bool,
+    /// V_INTR_VECTOR.
+    pub v_intr_vector: u8,
+    /// Nested paging enabled.
+    pub nested_paging: bool,
+    /// Nested CR3 (host physical).
+    pub nested_cr3: u64,
+    /// Pause filter count and threshold.
+    pub pause_count: u16,
+    /// Pause filter threshold (cycles).
+    pub pause_threshold: u16,
+}
