@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MC146818's registers, expected values from its data sheet."""
 
+import itertools
 import time
 from calendar import timegm
+from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.mc146818 import Chip
 
 from softkvm.vmm.devices.cmos import Cmos
 
@@ -153,13 +158,133 @@ def test_nmi_mask_bit_is_no_part_of_the_index(cmos: Cmos) -> None:
     assert get(cmos, 0x40) == 0x5A
 
 
-def test_any_bytes_in_the_time_registers_leave_a_valid_clock(cmos: Cmos) -> None:
-    for mode in (0x00, 0x02, 0x04, 0x06, 0x82):
-        put(cmos, B, mode)
-        for value in (0x00, 0x7F, 0x99, 0xFF):
-            for index in (0x32, 9, 8, 7, 6, 4, 2, 0):
-                put(cmos, index, value)
-                get(cmos, index)
+def test_set_makes_plain_storage_of_the_time_bytes(cmos: Cmos, clock: Clock) -> None:
+    put(cmos, B, 0x82)
+    for index in (0, 2, 4, 6, 7, 8, 9, 0x32):
+        for value in (0x00, 0x31, 0x99, 0xFF):
+            put(cmos, index, value)
+            clock.now_ns += 10 * NS
+            assert get(cmos, index) == value
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((7, 8, 9))))
+def test_a_date_is_what_was_written_in_whatever_order(cmos: Cmos, clock: Clock, order: tuple[int, int, int]) -> None:
+    """On the 31st, one after the other: no state in between is a date that exists."""
+    clock.now_ns = timegm((2026, 1, 31, 12, 0, 0)) * NS
+    put(cmos, B, 0x82)
+    for index in order:
+        put(cmos, index, {7: 0x29, 8: 0x02, 9: 0x28}[index])
+    put(cmos, B, 0x02)
+    assert [get(cmos, i) for i in (9, 8, 7)] == [0x28, 0x02, 0x29]
+    clock.now_ns += 86_400 * NS
+    assert [get(cmos, i) for i in (9, 8, 7)] == [0x28, 0x03, 0x01]
+
+
+def test_set_stops_updates_but_not_the_divider(cmos: Cmos, clock: Clock) -> None:
+    """Data sheet, "SET": an update cycle is inhibited; the next one after it comes with its second."""
+    clock.now_ns += NS // 4
+    put(cmos, A, 0x26)
+    put(cmos, B, 0x82)
+    get(cmos, C)
+    clock.now_ns += 10 * NS
+    assert get(cmos, C) == 0x40  # periodic only
+    assert get(cmos, A) == 0x26
+    put(cmos, B, 0x02)
+    assert get(cmos, 0) == 0x58
+    clock.now_ns += NS // 4 * 3
+    assert get(cmos, 0) == 0x59
+
+
+def test_released_divider_updates_first_after_half_a_second(cmos: Cmos, clock: Clock) -> None:
+    clock.now_ns += NS // 3
+    put(cmos, A, 0x76)
+    get(cmos, C)
+    clock.now_ns += 5 * NS
+    assert get(cmos, 0) == 0x58
+    assert get(cmos, C) & 0x50 == 0
+    put(cmos, A, 0x26)
+    clock.now_ns += NS // 2 - 1
+    assert get(cmos, 0) == 0x58
+    clock.now_ns += 1
+    assert get(cmos, 0) == 0x59
+
+
+def test_set_clears_the_update_ended_interrupt_enable(cmos: Cmos) -> None:
+    put(cmos, B, 0xF2)
+    assert get(cmos, B) == 0xE2
+
+
+def test_clock_that_the_host_sets_back_goes_back(cmos: Cmos, clock: Clock) -> None:
+    get(cmos, C)
+    clock.now_ns -= 3600 * NS
+    assert [get(cmos, i) for i in (4, 2, 0)] == [0x22, 0x59, 0x58]
+    assert get(cmos, C) == 0
+
+
+@dataclass
+class Wait:
+    ns: int
+
+
+@dataclass
+class Read:
+    index: int
+
+
+@dataclass
+class Write:
+    index: int
+    value: int
+
+
+REGISTERS = [*range(14), 0x32]
+steps = st.one_of(
+    st.builds(Wait, st.one_of(st.integers(0, 2 * NS), st.sampled_from([1, NS - 244_000, NS // 2, NS, 70 * NS]))),
+    st.builds(Read, st.sampled_from(REGISTERS)),
+    st.builds(
+        Write,
+        st.sampled_from(REGISTERS),
+        st.one_of(st.sampled_from([0x00, 0x12, 0x23, 0x26, 0x31, 0x58, 0x59, 0x82, 0xFF]), st.integers(0, 255)),
+    ),
+)
+
+
+@given(st.lists(steps, max_size=60))
+@settings(deadline=None)
+def test_it_is_the_chip_of_the_data_sheet(program: list[Wait | Read | Write]) -> None:
+    clock = Clock()
+    levels = [0]
+    cmos = Cmos(clock_ns=clock, set_irq=levels.append)
+    cmos.close()  # no thread: the flags are looked at when the program does
+    chip = Chip(bytes(get(cmos, index) for index in range(128)), clock.now_ns)
+    for step in program:
+        if isinstance(step, Wait):
+            clock.now_ns += step.ns
+            chip.wait(step.ns)
+        elif isinstance(step, Write):
+            index, value = step.index, step.value
+            if index == B and (value ^ chip.memory[B]) & 0x06:
+                value |= 0x80  # the mode may change while the bytes are set anew
+            put(cmos, index, value)
+            chip.write(index, value)
+        else:
+            got, expected = get(cmos, step.index), chip.read(step.index)
+            if step.index == C and not is_time(chip):
+                got, expected = got & 0x50, expected & 0x50  # whether that matches an alarm is nobody's business
+                chip.memory[B] &= ~0x20
+                put(cmos, B, chip.memory[B])
+            assert got == expected, step
+    if is_time(chip):
+        get(cmos, 0)  # look
+        assert levels[-1] == chip.irq
+
+
+def is_time(chip: Chip) -> bool:
+    format = chip.format
+    return all(
+        chip.memory[index] in {encode(value) for value in range(count)}
+        for index, count, encode in ((0, 60, format.encode), (2, 60, format.encode), (4, 24, format.encode_hour))
+    )
 
 
 def test_update_ended_interrupt_arrives_on_its_own() -> None:

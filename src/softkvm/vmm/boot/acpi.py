@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from softkvm.vmm.boot import aml, layout
-from softkvm.vmm.devices import acpi_pm, cmos, hpet, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, hpet, pvpanic, rtc_calendar, serial
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.memory import GuestMemory
 
@@ -105,7 +105,7 @@ def fadt(facs_address: int, dsdt_address: int) -> bytes:
         ("PM_TMR_LEN", 91, "<B", 4),
         ("P_LVL2_LAT", 96, "<H", 0xFFFF),  # no C2
         ("P_LVL3_LAT", 98, "<H", 0xFFFF),  # no C3
-        ("CENTURY", 108, "<B", cmos.CENTURY),
+        ("CENTURY", 108, "<B", rtc_calendar.CENTURY),
         ("IAPC_BOOT_ARCH", 109, "<H", IAPC_LEGACY_DEVICES | IAPC_VGA_NOT_PRESENT),
         ("Flags", 112, "<I", flags),
         ("RESET_VALUE", 128, "<B", acpi_pm.RESET_VALUE),

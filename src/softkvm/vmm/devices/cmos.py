@@ -4,31 +4,40 @@
 Source: Motorola MC146818A data sheet (registers A to D, alarm, periodic and update-ended interrupts, update cycle); the
 memory-size bytes are the PC AT's and the ones that firmware for virtual machines agreed on.
 
-The clock follows the host's wall clock plus an offset that the guest changes by setting the time. Interrupt flags are
-computed from the time that passed, so nothing runs while no interrupt is enabled.
+The time is in the registers: the guest may write them in any order, and they change by the clock's update cycle alone,
+once a second while register B's SET is 0 and register A's divider runs. A second passes when the host's wall clock says
+so. Update cycles are carried out when the guest looks, and take no time. Interrupt flags are computed from the time
+that passed, so nothing runs while no interrupt is enabled.
+
+Not of the data sheet, which asks for new time bytes then: a change of the data mode while the clock runs rewrites the
+time bytes in the new mode, as in QEMU.
 """
 
 import threading
 import time
-from calendar import timegm
 from collections.abc import Callable
 from typing import Any, Final
 
+from softkvm.vmm.devices.rtc_calendar import (
+    TIME_REGISTERS,
+    Format,
+    add_seconds,
+    reformat,
+    seconds_to_alarm,
+    set_utc,
+)
 from softkvm.vmm.devices.timer import Timer
 
 CMOS_PORT: Final = 0x70
 RTC_IRQ: Final = 8
 MEMORY_SIZE: Final = 128
 
-SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM = range(6)
-DAY_OF_WEEK, DAY_OF_MONTH, MONTH, YEAR = range(6, 10)
 REGISTER_A, REGISTER_B, REGISTER_C, REGISTER_D = range(10, 14)
 SHUTDOWN_STATUS: Final = 0x0F
 EQUIPMENT: Final = 0x14
 BASE_MEMORY: Final = 0x15
 EXTENDED_MEMORY: Final = 0x17
 EXTENDED_MEMORY_2: Final = 0x30
-CENTURY: Final = 0x32
 MEMORY_ABOVE_16M: Final = 0x34
 MEMORY_ABOVE_4G: Final = 0x5B
 
@@ -52,11 +61,10 @@ C_UF: Final = 0x10
 D_VALID: Final = 0x80  # the battery is good
 
 _NS: Final = 1_000_000_000
-_DAY_S: Final = 86_400
+_HALF_SECOND_NS: Final = 500_000_000
+_CRYSTAL_HZ: Final = 32_768
 _UIP_NS: Final = 244_000  # the update starts this long after UIP rises (data sheet, table 6)
-_DONT_CARE: Final = 0xC0
-_TIME_REGISTERS: Final = (SECONDS, MINUTES, HOURS, DAY_OF_WEEK, DAY_OF_MONTH, MONTH, YEAR, CENTURY)
-_ALARM_REGISTERS: Final = (SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM)
+_CLOCKED: Final = frozenset((*TIME_REGISTERS, REGISTER_A, REGISTER_C))  # bytes that change by themselves
 
 
 class Cmos:
@@ -81,11 +89,12 @@ class Cmos:
         self._memory = bytearray(MEMORY_SIZE)
         self._memory[REGISTER_A] = A_DIVIDER_32KHZ | 0x06
         self._memory[REGISTER_B] = B_24H
+        self._memory[REGISTER_D] = D_VALID
         self._set_memory_sizes(ram_below_4g, ram_above_4g)
-        self._offset_ns = 0
-        self._frozen_ns = 0  # the time shown while B.SET stops the clock
-        self._seen_ns = clock_ns()  # flags are computed up to here
+        self._phase_ns = 0  # a moment when the divider passed zero: update cycles are whole seconds away from it
+        self._seen_ns = clock_ns()  # registers and flags are those of this moment
         self._irq_level = 0
+        set_utc(self._memory, self._seen_ns // _NS, self._format)
 
     def _set_memory_sizes(self, below_4g: int, above_4g: int) -> None:
         def store(index: int, size: int, value: int) -> None:
@@ -107,19 +116,16 @@ class Cmos:
             return 0xFF
         with self._lock:
             index = self._index
-            if index in _TIME_REGISTERS:
-                return self._time_bytes(self._now_ns())[index]
-            if index == REGISTER_A:
-                return self._memory[REGISTER_A] | (A_UIP if self._updating() else 0)
-            if index == REGISTER_C:
+            if index in _CLOCKED:
                 self._advance()
-                value = self._memory[REGISTER_C]
+            value = self._memory[index]
+            if index == REGISTER_A and self._updating():
+                value |= A_UIP
+            if index == REGISTER_C:
                 self._memory[REGISTER_C] = 0
                 self._update_irq()
-                return value
-            if index == REGISTER_D:
-                return D_VALID
-            return self._memory[index]
+                self._arm()
+            return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Select a byte, or write the selected one."""
@@ -130,10 +136,8 @@ class Cmos:
         with self._lock:
             self._advance()
             index = self._index
-            if index in _TIME_REGISTERS:
-                self._set_time(index, value)
-            elif index == REGISTER_A:
-                self._memory[REGISTER_A] = value & ~A_UIP
+            if index == REGISTER_A:
+                self._write_register_a(value)
             elif index == REGISTER_B:
                 self._write_register_b(value)
             elif index not in (REGISTER_C, REGISTER_D):
@@ -147,132 +151,73 @@ class Cmos:
 
     # -- time
 
-    def _now_ns(self) -> int:
-        return self._frozen_ns if self._memory[REGISTER_B] & B_SET else self._clock_ns() + self._offset_ns
+    @property
+    def _format(self) -> Format:
+        return _format(self._memory[REGISTER_B])
+
+    def _dividing(self) -> bool:
+        """Whether the divider runs: with the PC's crystal at this one setting."""
+        return self._memory[REGISTER_A] & A_DIVIDER == A_DIVIDER_32KHZ
 
     def _running(self) -> bool:
-        return not self._memory[REGISTER_B] & B_SET and self._memory[REGISTER_A] & A_DIVIDER == A_DIVIDER_32KHZ
+        """Whether there are update cycles."""
+        return self._dividing() and not self._memory[REGISTER_B] & B_SET
 
     def _updating(self) -> bool:
-        return self._running() and self._now_ns() % _NS >= _NS - _UIP_NS
+        return self._running() and (self._seen_ns - self._phase_ns) % _NS >= _NS - _UIP_NS
 
-    def _encode(self, value: int) -> int:
-        return value if self._memory[REGISTER_B] & B_BINARY else value // 10 << 4 | value % 10
-
-    def _decode(self, value: int) -> int:
-        return value if self._memory[REGISTER_B] & B_BINARY else (value >> 4) * 10 + (value & 0x0F)
-
-    def _encode_hour(self, hour: int) -> int:
-        if self._memory[REGISTER_B] & B_24H:
-            return self._encode(hour)
-        return self._encode(hour % 12 or 12) | (0x80 if hour >= 12 else 0)
-
-    def _decode_hour(self, value: int) -> int:
-        if self._memory[REGISTER_B] & B_24H:
-            return self._decode(value)
-        return self._decode(value & 0x7F) % 12 + (12 if value & 0x80 else 0)
-
-    def _time_bytes(self, now_ns: int) -> dict[int, int]:
-        t = time.gmtime(now_ns // _NS)
-        return {
-            SECONDS: self._encode(t.tm_sec),
-            MINUTES: self._encode(t.tm_min),
-            HOURS: self._encode_hour(t.tm_hour),
-            DAY_OF_WEEK: self._encode((t.tm_wday + 1) % 7 + 1),  # Sunday is 1
-            DAY_OF_MONTH: self._encode(t.tm_mday),
-            MONTH: self._encode(t.tm_mon),
-            YEAR: self._encode(t.tm_year % 100),
-            CENTURY: self._encode(t.tm_year // 100),
-        }
-
-    def _set_time(self, index: int, value: int) -> None:
-        """Change one register of the running or stopped clock; a date that does not exist counts on from its month."""
-        now_ns = self._now_ns()
-        bytes_ = self._time_bytes(now_ns)
-        bytes_[index] = value
-        year = self._decode(bytes_[CENTURY]) * 100 + self._decode(bytes_[YEAR])
-        month = min(max(self._decode(bytes_[MONTH]), 1), 12)
-        seconds = timegm(
-            (
-                min(max(year, 1970), 9998),
-                month,
-                self._decode(bytes_[DAY_OF_MONTH]),
-                self._decode_hour(bytes_[HOURS]),
-                self._decode(bytes_[MINUTES]),
-                self._decode(bytes_[SECONDS]),
-            )
-        )
-        new_ns = max(0, seconds) * _NS + now_ns % _NS
-        if self._memory[REGISTER_B] & B_SET:
-            self._frozen_ns = new_ns
-        else:
-            self._offset_ns += new_ns - now_ns
-            self._seen_ns = new_ns
+    def _write_register_a(self, value: int) -> None:
+        divided = self._dividing()
+        self._memory[REGISTER_A] = value & ~A_UIP
+        if self._dividing() and not divided:
+            # the first update cycle is half a second after the divider's release (data sheet, "Divider control")
+            self._phase_ns = self._seen_ns - _HALF_SECOND_NS
 
     def _write_register_b(self, value: int) -> None:
-        was_set = self._memory[REGISTER_B] & B_SET
+        old = self._memory[REGISTER_B]
         if value & B_SET:
             value &= ~B_UIE  # SET clears the update-ended interrupt enable
-            if not was_set:
-                self._frozen_ns = self._now_ns()
-        elif was_set:
-            # Register-wise setting lost the fraction's meaning: the clock goes on from the second's start.
-            self._offset_ns = self._frozen_ns // _NS * _NS - self._clock_ns()
-            self._seen_ns = self._frozen_ns // _NS * _NS
+        elif not old & B_SET and _format(old) != _format(value):
+            reformat(self._memory, _format(old), _format(value))
         self._memory[REGISTER_B] = value
 
     # -- interrupts
 
-    def _period_ns(self) -> int:
-        """The periodic interrupt's period in units of 1/32768 s, 0 for none (data sheet, table 5)."""
+    def _period(self) -> int:
+        """The periodic interrupt's period in cycles of the crystal, 0 for none (data sheet, table 5)."""
         rate = self._memory[REGISTER_A] & A_RATE
         if rate == 0:
             return 0
         return 1 << (rate + 6 if rate <= 2 else rate - 1)
 
-    def _next_alarm_s(self, after_s: int) -> int | None:
-        """The first second later than ``after_s`` that matches the alarm registers."""
+    def _seconds(self, at_ns: int) -> int:
+        """Seconds of the divider at a moment of the host's clock."""
+        return (at_ns - self._phase_ns) // _NS
 
-        def candidates(index: int, count: int, decode: Callable[[int], int]) -> range:
-            value = self._memory[index]
-            if value >= _DONT_CARE:
-                return range(count)
-            value = decode(value)
-            return range(value, value + 1) if value < count else range(0)
-
-        hours = candidates(HOURS_ALARM, 24, self._decode_hour)
-        minutes = candidates(MINUTES_ALARM, 60, self._decode)
-        seconds = candidates(SECONDS_ALARM, 60, self._decode)
-        midnight_s = after_s - after_s % _DAY_S
-        for day_s in (midnight_s, midnight_s + _DAY_S):
-            for hour in hours:
-                if day_s + hour * 3600 + 3599 <= after_s:
-                    continue
-                for minute in minutes:
-                    start_s = day_s + hour * 3600 + minute * 60
-                    if start_s + 59 <= after_s:
-                        continue
-                    for second in seconds:
-                        if start_s + second > after_s:
-                            return start_s + second
-        return None
+    def _cycles(self, at_ns: int) -> int:
+        """Cycles of the crystal at a moment of the host's clock."""
+        return (at_ns - self._phase_ns) * _CRYSTAL_HZ // _NS
 
     def _advance(self) -> None:
-        """Raise the flags of everything that happened since the last look."""
-        now_ns = self._now_ns()
-        seen_ns, self._seen_ns = self._seen_ns, now_ns
-        if not self._running() or now_ns <= seen_ns:
+        """Carry out the update cycles since the last look, and raise the flags of everything that happened."""
+        seen_ns, now_ns = self._seen_ns, self._clock_ns()
+        self._seen_ns = now_ns
+        if not self._dividing():
             return
         flags = 0
-        period = self._period_ns()
-        if period and seen_ns * 32768 // _NS // period != now_ns * 32768 // _NS // period:
+        period = self._period()
+        if period and self._cycles(seen_ns) // period < self._cycles(now_ns) // period:
             flags |= C_PF
-        if seen_ns // _NS != now_ns // _NS:
-            flags |= C_UF
-            alarm_s = self._next_alarm_s(seen_ns // _NS)
-            if alarm_s is not None and alarm_s <= now_ns // _NS:
-                flags |= C_AF
+        passed = self._seconds(now_ns) - self._seconds(seen_ns)
+        if passed and self._running():
+            if passed > 0:
+                flags |= C_UF
+                alarm = seconds_to_alarm(self._memory, self._format)
+                if alarm is not None and alarm <= passed:
+                    flags |= C_AF
+            add_seconds(self._memory, passed, self._format)  # backwards if the host's clock was set back
         self._memory[REGISTER_C] |= flags
+        self._update_irq()
 
     def _update_irq(self) -> None:
         # The enable bits of B and the flags of C have the same places.
@@ -288,53 +233,51 @@ class Cmos:
                 self._set_irq(level)
 
     def _arm(self) -> None:
-        """Set the timer to the next moment at which an enabled interrupt is due."""
-        enabled = self._memory[REGISTER_B]
-        if not self._running() or not enabled & (B_PIE | B_AIE | B_UIE):
-            self._timer.arm(None)
-            return
-        now_ns = self._now_ns()
+        """Set the timer to the next moment at which an enabled interrupt is due that is not pending yet."""
+        waiting = self._memory[REGISTER_B] & ~self._memory[REGISTER_C]
+        now_ns = self._seen_ns
         due: list[int] = []
-        period = self._period_ns()
-        if enabled & B_PIE and period:
-            tick = (now_ns * 32768 // _NS // period + 1) * period
-            due.append(-(-tick * _NS // 32768))
-        if enabled & B_UIE:
-            due.append((now_ns // _NS + 1) * _NS)
-        if enabled & B_AIE:
-            alarm_s = self._next_alarm_s(now_ns // _NS)
-            if alarm_s is not None:
-                due.append(alarm_s * _NS)
-        self._timer.arm(min(due) - self._offset_ns if due else None)
+        period = self._period()
+        if waiting & B_PIE and period and self._dividing():
+            cycles = (self._cycles(now_ns) // period + 1) * period
+            due.append(self._phase_ns - (-cycles * _NS // _CRYSTAL_HZ))
+        if self._running() and waiting & (B_UIE | B_AIE):
+            alarm = seconds_to_alarm(self._memory, self._format) if waiting & B_AIE else None
+            updates = 1 if waiting & B_UIE else alarm
+            if updates is not None:
+                due.append(self._phase_ns + (self._seconds(now_ns) + updates) * _NS)
+        self._timer.arm(min(due) if due else None)
 
     def _timer_expired(self) -> None:
         with self._lock:
             self._advance()
-            self._update_irq()
             self._arm()
 
     # -- snapshots
 
     def save(self) -> dict[str, Any]:
-        """Registers, memory and the offset from the host's clock."""
+        """Registers, memory, and where the divider is on the host's clock."""
         with self._lock:
             self._advance()
             return {
                 "index": self._index,
                 "memory": bytes(self._memory),
-                "offset_ns": self._offset_ns,
-                "frozen_ns": self._frozen_ns,
+                "phase_ns": self._phase_ns,
                 "seen_ns": self._seen_ns,
                 "irq_level": self._irq_level,
             }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; the clock keeps its distance from the host's wall clock."""
+        """Take over a saved state; the clock, which has a battery, went on meanwhile."""
         with self._lock:
             self._index = state["index"]
             self._memory = bytearray(state["memory"])
-            self._offset_ns = state["offset_ns"]
-            self._frozen_ns = state["frozen_ns"]
+            self._phase_ns = state["phase_ns"]
             self._seen_ns = state["seen_ns"]
             self._irq_level = state["irq_level"]
+            self._advance()
             self._arm()
+
+
+def _format(register_b: int) -> Format:
+    return Format(binary=bool(register_b & B_BINARY), hours_24=bool(register_b & B_24H))
