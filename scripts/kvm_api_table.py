@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from softkvm import abi
-from softkvm.abi import ioctl as requests
 from softkvm.kvm import Kvm, Vm
 from softkvm.kvm.capabilities import check_extension
 from softkvm.kvm.vcpu_ioctls import VcpuIoctls
@@ -157,22 +156,13 @@ def covered(tests: list[str]) -> str:
 
 
 def ioctls() -> list[str]:
-    """Return the names of the requests in the order of the ABI module."""
-    return [
-        name
-        for name, value in vars(requests).items()
-        if name.startswith("KVM_") and isinstance(value, int) and value >> 8 & 0xFF == requests.KVMIO
-    ]
-
-
-def method(request: str) -> str:
-    """Return the name of a request's method."""
-    return request.removeprefix("KVM_").lower()
+    """Return the names of the requests in the order of the ABI's table."""
+    return list(abi.REQUESTS | abi.X86_REQUESTS)
 
 
 def owner(request: str) -> str:
     """Return the class that implements a request on the software side, or nothing."""
-    found = [cls for cls in (Kvm, Vm, VcpuIoctls) if callable(getattr(cls, method(request), None))]
+    found = [cls for cls in (Kvm, Vm, VcpuIoctls) if callable(getattr(cls, abi.method_name(request), None))]
     return ", ".join(cls.__name__.removesuffix("Ioctls") for cls in found)
 
 
@@ -184,8 +174,8 @@ def ioctl_rows(tests: dict[str, list[str]]) -> Iterator[str]:
         if name in OBSOLETE:
             continue
         where = owner(name)
-        state = REFUSED.get(name) or (f"yes: `{where}.{method(name)}`" if where else "no")
-        yield f"| {name} | {state} | {covered(tests.get(method(name), []) if where else [])} |"
+        state = REFUSED.get(name) or (f"yes: `{where}.{abi.method_name(name)}`" if where else "no")
+        yield f"| {name} | {state} | {covered(tests.get(abi.method_name(name), []) if where else [])} |"
 
 
 def capability_rows(tests: dict[str, list[str]]) -> Iterator[str]:

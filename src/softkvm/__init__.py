@@ -9,7 +9,7 @@ same objects on the real device. Both speak the KVM API: :mod:`softkvm.api` has 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from softkvm.api import Kvm
@@ -33,4 +33,4 @@ def open(path: str | os.PathLike[str] | None = None) -> Kvm:
         return SoftKvm()
     from softkvm.devkvm import Kvm as DeviceKvm
 
-    return DeviceKvm(os.fspath(path))
+    return cast("Kvm", DeviceKvm(os.fspath(path)))

@@ -8,18 +8,6 @@ import errno
 import pytest
 
 import softkvm
-from softkvm import api
-from softkvm.kvm.system import KVM_REQUESTS
-from softkvm.kvm.vcpu_ioctls import VCPU_REQUESTS
-from softkvm.kvm.vm import VM_REQUESTS
-
-
-@pytest.mark.parametrize(
-    ("protocol", "requests"), [(api.Kvm, KVM_REQUESTS), (api.Vm, VM_REQUESTS), (api.Vcpu, VCPU_REQUESTS)]
-)
-def test_every_method_of_a_protocol_is_a_request_or_harmless(protocol: type, requests: tuple[str, ...]) -> None:
-    harmless = {"kick", "kvm_run", "shared"}
-    assert {name for name in vars(protocol) if not name.startswith("_")} - harmless == set(requests)
 
 
 def test_a_vm_that_is_closed_makes_no_new_thread_or_mapping() -> None:

@@ -73,8 +73,12 @@ def _field(name: str, annotation: Any) -> tuple[Any, ...]:
 
 
 def layout(cls: S) -> S:
-    """Give *cls* the ``_fields_`` that its annotations describe."""
-    cls._fields_ = [_field(name, annotation) for name, annotation in cls.__annotations__.items()]
+    """Give *cls* the ``_fields_`` that its annotations describe, behind those of bases that have none themselves."""
+    bases = [base for base in cls.__mro__[1:] if "__annotations__" in vars(base) and "_fields_" not in vars(base)]
+    annotations: dict[str, Any] = {}
+    for part in (*reversed(bases), cls):
+        annotations |= vars(part)["__annotations__"]
+    cls._fields_ = [_field(name, annotation) for name, annotation in annotations.items()]
     return cls
 
 

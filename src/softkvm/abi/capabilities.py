@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Capabilities: what KVM_CHECK_EXTENSION and KVM_ENABLE_CAP take (KVM API, sections 4.4, 6, 7 and 8)."""
 
+from ctypes import Structure
+from typing import Annotated
+
+from softkvm.abi._layout import layout, u8s, u32, u64s
+
 KVM_CAP_IRQCHIP = 0
 KVM_CAP_HLT = 1
 KVM_CAP_MMU_SHADOW_CACHE_CONTROL = 2
@@ -234,3 +239,11 @@ KVM_CAP_VM_TYPES = 235
 KVM_CAP_PRE_FAULT_MEMORY = 236
 KVM_CAP_X86_APIC_BUS_CYCLES_NS = 237
 KVM_CAP_X86_GUEST_MODE = 238
+
+
+@layout
+class kvm_enable_cap(Structure):
+    cap: u32
+    flags: u32
+    args: Annotated[u64s, 4]
+    pad: Annotated[u8s, 64]

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``struct kvm_run``, the page a vCPU shares with its client, and the exit reasons (KVM API, section 5)."""
+"""Exit reasons, and what ``struct kvm_run`` tells of each (KVM API, section 5)."""
 
 from ctypes import Structure, Union
 from typing import Annotated
 
 from softkvm.abi._layout import chars, layout, u8, u8s, u16, u32, u64, u64s
-from softkvm.abi.x86 import kvm_debug_exit_arch, kvm_sync_regs
 
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_EXCEPTION = 1
@@ -84,6 +83,7 @@ KVM_S390_RESET_SUBSYSTEM = 4
 KVM_S390_RESET_CPU_INIT = 8
 KVM_S390_RESET_IPL = 16
 
+#: Room for an architecture's registers in ``struct kvm_run`` (KVM_CAP_SYNC_REGS).
 SYNC_REGS_SIZE_BYTES = 2048
 
 
@@ -113,11 +113,6 @@ class kvm_run_io(Structure):
     port: u16
     count: u32
     data_offset: u64
-
-
-@layout
-class kvm_run_debug(Structure):
-    arch: kvm_debug_exit_arch
 
 
 @layout
@@ -342,15 +337,16 @@ class kvm_run_memory_fault(Structure):
     size: u64
 
 
-@layout
-class kvm_run_exit(Union):
-    """What ``exit_reason`` tells to look at; the members keep the kernel's names."""
+class kvm_run_exits(Union):
+    """What ``exit_reason`` tells to look at; an architecture adds its own members and lays it out.
+
+    The members keep the kernel's names.
+    """
 
     hw: kvm_run_hw
     fail_entry: kvm_run_fail_entry
     ex: kvm_run_ex
     io: kvm_run_io
-    debug: kvm_run_debug
     mmio: kvm_run_mmio
     hypercall: kvm_run_hypercall
     tpr_access: kvm_run_tpr_access
@@ -378,17 +374,12 @@ class kvm_run_exit(Union):
     padding: Annotated[chars, 256]
 
 
-@layout
-class kvm_run_sync(Union):
-    regs: kvm_sync_regs
-    padding: Annotated[chars, SYNC_REGS_SIZE_BYTES]
+class kvm_run_page(Structure):
+    """The page that a vCPU shares with its client (``struct kvm_run``), as far as it is alike on all architectures.
 
+    An architecture adds its exits, ``exit``, and its registers, and lays it out.
+    """
 
-@layout
-class kvm_run(Structure):
-    """``struct kvm_run`` of x86."""
-
-    _anonymous_ = ("exit",)
     request_interrupt_window: u8
     immediate_exit: u8
     padding1: Annotated[u8s, 6]
@@ -398,7 +389,3 @@ class kvm_run(Structure):
     flags: u16
     cr8: u64
     apic_base: u64
-    exit: kvm_run_exit
-    kvm_valid_regs: u64
-    kvm_dirty_regs: u64
-    s: kvm_run_sync

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ioctl() through libc: the result or an OSError, EINTR included, with the GIL released meanwhile."""
+"""ioctl() through libc: the result or an OSError, EINTR included, with the GIL released meanwhile.
+
+The methods of the classes here are made of the table of requests (:mod:`softkvm.abi.requests`).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from softkvm import abi
-
-T = TypeVar("T", bound=ctypes.Structure)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _ioctl = _libc.ioctl
@@ -37,53 +40,44 @@ def ioctl_pointer(fd: int, request: int, argument: Any) -> int:
     return result
 
 
-def get(fd: int, request: int, cls: type[T]) -> T:
-    """Return the structure that *request* fills."""
-    structure = cls()
-    ioctl_pointer(fd, request, structure)
-    return structure
-
-
-def get_counted(make: Callable[[int], T], fd: int, request: int, count: str, first: int = 64) -> T:
-    """Return a structure with a flexible array, grown until *request* no longer says E2BIG."""
-    capacity = first
+def call(fd: int, request: abi.Request, *args: object) -> Any:
+    """Do a request with its method's arguments; return the method's result."""
+    argument = request.argument
+    assert argument is not None
+    packed = argument.pack(*args)
     while True:
-        structure = make(capacity)
-        setattr(structure, count, capacity)
         try:
-            ioctl_pointer(fd, request, structure)
+            value = (ioctl_value if isinstance(packed, int) else ioctl_pointer)(fd, request, packed)
         except OSError as error:
-            if error.errno != errno.E2BIG or capacity > 1 << 16:
+            packed = argument.grown(packed) if error.errno == errno.E2BIG else None
+            if packed is None:
                 raise
-            capacity = max(capacity * 2, getattr(structure, count))
         else:
-            return structure
+            return argument.unpack(packed, value)
 
 
-def get_cpuid(fd: int, request: int) -> list[abi.kvm_cpuid_entry2]:
-    """Return the entries of a request that fills ``struct kvm_cpuid2``."""
-    table: Any = get_counted(
-        lambda n: abi.flexible(abi.kvm_cpuid2, abi.kvm_cpuid_entry2, n)(), fd, request, "nent", 128
-    )
-    return [abi.kvm_cpuid_entry2.from_buffer_copy(entry) for entry in table.entries[: table.nent]]
+def method_of(name: str, request: abi.Request, protocol: type) -> Callable[..., Any]:
+    """Return the method that does a request, with the signature and the text that ``protocol`` gives it."""
+    declared = getattr(protocol, abi.method_name(name))
+    signature = inspect.signature(declared)
+    takes = list(signature.parameters.values())[1:]
+    simple = all(parameter.default is parameter.empty for parameter in takes)
+
+    def method(self: Descriptor, *args: object, **named: object) -> Any:
+        if named or not simple:
+            bound = signature.bind(self, *args, **named)
+            bound.apply_defaults()
+            args = bound.args[1:]
+        return call(self.fd, request, *args)
+
+    return functools.wraps(declared)(method)
 
 
-def get_msrs(fd: int, indices: Sequence[int]) -> list[int]:
-    """KVM_GET_MSRS on a system or vCPU descriptor."""
-    table: Any = abi.flexible(abi.kvm_msrs, abi.kvm_msr_entry, len(indices))(nmsrs=len(indices))
-    for entry, index in zip(table.entries, indices, strict=True):
-        entry.index = index
-    done = ioctl_pointer(fd, abi.KVM_GET_MSRS, table)
-    return [entry.data for entry in table.entries[:done]]
-
-
-def enable_cap(fd: int, cap: int, args: Sequence[int]) -> None:
-    """KVM_ENABLE_CAP on a VM or vCPU descriptor."""
-    if len(args) > 4:
-        raise OSError(errno.EINVAL, f"KVM_ENABLE_CAP takes at most 4 arguments, not {len(args)}")
-    structure = abi.kvm_enable_cap(cap=cap)
-    structure.args[: len(args)] = list(args)
-    ioctl_pointer(fd, abi.KVM_ENABLE_CAP, structure)
+def add_requests(cls: type, file: abi.File, protocol: type) -> None:
+    """Give *cls* a method for each request of *file* that it doesn't have one for itself."""
+    for name, request in abi.requests_of(file).items():
+        if request.argument is not None and abi.method_name(name) not in vars(cls):
+            setattr(cls, abi.method_name(name), method_of(name, request, protocol))
 
 
 class Descriptor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
 from typing import Never
+
+from softkvm import abi
 
 
 def kvm_error(code: int, message: str) -> OSError:
@@ -19,7 +20,9 @@ def bad_file(*args: object, **kwargs: object) -> Never:
     raise kvm_error(errno.EBADF, "it has been closed")
 
 
-def refuse_requests(closed: object, requests: Iterable[str]) -> None:
+def refuse_requests(closed: object, file: abi.File) -> None:
     """Make the methods of a closed object that are requests raise EBADF, as a closed descriptor's ioctls do."""
-    for name in requests:
-        setattr(closed, name, bad_file)
+    for request in abi.requests_of(file):
+        name = abi.method_name(request)
+        if hasattr(closed, name):
+            setattr(closed, name, bad_file)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from softkvm import abi
 from softkvm.kvm.capabilities import check_extension
@@ -15,12 +15,6 @@ from softkvm.kvm.params import Params
 from softkvm.kvm.vcpu_state import VCPU_MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.kvm.x86 import cpuid, mce, msrs
-
-#: The requests of :class:`softkvm.api.Kvm`.
-KVM_REQUESTS: Final = (
-    "check_extension", "create_vm", "get_api_version", "get_emulated_cpuid", "get_msr_feature_index_list",
-    "get_msr_index_list", "get_msrs", "get_supported_cpuid", "get_vcpu_mmap_size", "x86_get_mce_cap_supported",
-)  # fmt: skip
 
 
 class Kvm:
@@ -81,7 +75,7 @@ class Kvm:
 
     def close(self) -> None:
         """Nothing to give back: VMs live on by themselves. Requests are EBADF from now on."""
-        refuse_requests(self, KVM_REQUESTS)
+        refuse_requests(self, abi.File.SYSTEM)
 
     def __enter__(self) -> Self:
         return self

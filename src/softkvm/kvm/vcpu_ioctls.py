@@ -37,15 +37,6 @@ _MP_STATES: Final = frozenset(
 #: One call takes fewer MSRs than this (``MAX_IO_MSRS``).
 _MAX_IO_MSRS: Final = 256
 
-#: The requests of :class:`softkvm.api.Vcpu`. ``kick`` is none: a signal may come late.
-VCPU_REQUESTS: Final = (
-    "enable_cap", "get_cpuid2", "get_debugregs", "get_fpu", "get_lapic", "get_mp_state", "get_msrs", "get_regs",
-    "get_sregs", "get_sregs2", "get_tsc_khz", "get_vcpu_events", "get_xcrs", "get_xsave", "interrupt", "kvmclock_ctrl",
-    "nmi", "run", "set_cpuid2", "set_debugregs", "set_fpu", "set_guest_debug", "set_lapic", "set_mp_state", "set_msrs",
-    "set_regs", "set_signal_mask", "set_sregs", "set_sregs2", "set_tsc_khz", "set_vcpu_events", "set_xcrs",
-    "set_xsave", "smi", "translate", "x86_set_mce", "x86_setup_mce",
-)  # fmt: skip
-
 
 def _check_msr_count(count: int) -> None:
     if count >= _MAX_IO_MSRS:
@@ -294,7 +285,7 @@ class VcpuIoctls(Vcpu):
         """Give the vCPU back; the VM keeps its number taken, as KVM does. Requests are EBADF from now on."""
         if not self._closed:
             self._closed = True
-            refuse_requests(self, VCPU_REQUESTS)
+            refuse_requests(self, abi.File.VCPU)
             self.cpu.set_timer(0)
             self.vm.vcpu_closed(self)
 

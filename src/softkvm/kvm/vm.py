@@ -47,14 +47,6 @@ _SECOND_NS: Final = 1_000_000_000
 _LOG_BURST: Final = 10
 _LOG_INTERVAL_S: Final = 5.0
 
-#: The requests of :class:`softkvm.api.Vm`.
-VM_REQUESTS: Final = (
-    "check_extension", "clear_dirty_log", "create_irqchip", "create_pit2", "create_vcpu", "enable_cap", "get_clock",
-    "get_dirty_log", "get_irqchip", "get_pit2", "ioeventfd", "irq_line", "irq_line_status", "irqfd",
-    "reinject_control", "set_boot_cpu_id", "set_clock", "set_gsi_routing", "set_identity_map_addr", "set_irqchip",
-    "set_pit2", "set_tss_addr", "set_user_memory_region", "signal_msi", "x86_set_msr_filter",
-)  # fmt: skip
-
 
 class Vm:
     """One virtual machine (implements :class:`softkvm.api.Vm`)."""
@@ -475,7 +467,7 @@ class Vm:
             if self._closed:
                 return
             self._closed = True
-        refuse_requests(self, VM_REQUESTS)
+        refuse_requests(self, abi.File.VM)
         self.make_all_cpus_request(KVM_REQ_VM_DEAD)
         for vcpu in self.vcpus:
             vcpu.cpu.set_timer(0)

@@ -1,53 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KVM API as Python classes: the one seam between the machine monitor and a KVM.
-
-One method per ioctl, named after it in lower case without ``KVM_``. Structures are those of
-:mod:`softkvm.abi`; a getter returns a fresh one, a setter takes one and keeps no reference to it. Every
-method raises :class:`OSError` with the errno that the KVM API document (``Documentation/virt/kvm/api.rst``,
-section 4: one heading per ioctl) gives.
-
-:mod:`softkvm.kvm` (KVM in Python) and :mod:`softkvm.devkvm` (the real device) implement these protocols.
-"""
+"""What the KVM API has on x86, beside what every architecture has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol
 
 from softkvm import abi
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from softkvm.api import common
 
 
-class Closeable(Protocol):
-    """Something that a ``with`` statement closes."""
-
-    def close(self) -> None:
-        """Give back what the object holds; closing twice is harmless."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class Kvm(Closeable, Protocol):
-    """What ``/dev/kvm`` is: the system."""
-
-    def get_api_version(self) -> int:
-        """KVM_GET_API_VERSION: 12."""
-
-    def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION: 0 if *cap* is not there, else what the capability defines."""
+class Kvm(common.Kvm, Protocol):
+    """What ``/dev/kvm`` is on x86."""
 
     def create_vm(self, type: int = 0) -> Vm:
         """KVM_CREATE_VM."""
-
-    def get_vcpu_mmap_size(self) -> int:
-        """KVM_GET_VCPU_MMAP_SIZE: bytes of :attr:`Vcpu.shared`."""
 
     def get_supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID."""
@@ -68,32 +35,17 @@ class Kvm(Closeable, Protocol):
         """KVM_X86_GET_MCE_CAP_SUPPORTED: the bits of IA32_MCG_CAP that KVM_X86_SETUP_MCE takes."""
 
 
-class Vm(Closeable, Protocol):
-    """A virtual machine."""
+class Vm(common.Vm, Protocol):
+    """A virtual machine of x86.
 
-    def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION on a VM."""
-
-    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
-        """KVM_SET_USER_MEMORY_REGION.
-
-        *memory* is the object that owns the memory, an :class:`mmap.mmap` for example. The slot holds a view of it
-        until it is deleted or the VM is closed, so that it is not unmapped while the guest uses it: its ``close()``
-        and ``resize()`` raise BufferError, and it stays when its last name is gone. Without it the caller answers
-        for that: the process may end with SIGSEGV otherwise.
-        """
+    KVM_CREATE_IRQCHIP makes two i8259, an IOAPIC, and a local APIC in every vCPU created later.
+    """
 
     def create_vcpu(self, id: int) -> Vcpu:
         """KVM_CREATE_VCPU: *id* is the APIC id."""
 
-    def create_irqchip(self) -> None:
-        """KVM_CREATE_IRQCHIP: two i8259, an IOAPIC, and a local APIC in every vCPU created later."""
-
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2."""
-
-    def irq_line(self, irq: int, level: int) -> None:
-        """KVM_IRQ_LINE: set the level of GSI *irq*."""
 
     def irq_line_status(self, irq: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS: irq_line that tells: > 0 delivered, 0 coalesced, < 0 ignored."""
@@ -110,12 +62,6 @@ class Vm(Closeable, Protocol):
     def set_pit2(self, state: abi.kvm_pit_state2) -> None:
         """KVM_SET_PIT2."""
 
-    def set_gsi_routing(self, entries: Sequence[abi.kvm_irq_routing_entry]) -> None:
-        """KVM_SET_GSI_ROUTING: replace the whole table."""
-
-    def signal_msi(self, msi: abi.kvm_msi) -> int:
-        """KVM_SIGNAL_MSI: > 0 if delivered, 0 if the guest blocked it."""
-
     def set_tss_addr(self, address: int) -> None:
         """KVM_SET_TSS_ADDR: three pages for VMX's real mode."""
 
@@ -131,19 +77,6 @@ class Vm(Closeable, Protocol):
     def set_clock(self, clock: abi.kvm_clock_data) -> None:
         """KVM_SET_CLOCK."""
 
-    def get_dirty_log(self, slot: int) -> bytes:
-        """KVM_GET_DIRTY_LOG: a bit per page of *slot*, LSB first, in whole 64-bit words."""
-
-    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
-        """KVM_CLEAR_DIRTY_LOG: clear the dirty bits that *bitmap* names; its bit 0 is *first_page*.
-
-        EINVAL unless *first_page* is a multiple of 64 and *num_pages* is one too or reaches the slot's end; ENOENT
-        if the slot has no log; EFAULT if *bitmap* is shorter than *num_pages* in whole 64-bit words.
-        """
-
-    def enable_cap(self, cap: int, *args: int) -> None:
-        """KVM_ENABLE_CAP on a VM."""
-
     def x86_set_msr_filter(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
         """KVM_X86_SET_MSR_FILTER: which MSRs the guest may read and write; replaces the filter before.
 
@@ -151,41 +84,16 @@ class Vm(Closeable, Protocol):
         KVM_MSR_FILTER_DEFAULT_DENY without a range; EFAULT for a bitmap that is shorter than its range.
         """
 
-    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
-        """KVM_IRQFD: a write to eventfd *fd* raises *gsi*."""
-
-    def ioeventfd(self, fd: int, addr: int, len: int, datamatch: int | None = None, flags: int = 0) -> None:
-        """KVM_IOEVENTFD: a guest's write to *addr* signals *fd* instead of leaving KVM_RUN.
-
-        KVM_IOEVENTFD_FLAG_DATAMATCH is added to *flags* when *datamatch* is given.
-        """
-
     def reinject_control(self, pit_reinject: int) -> None:
         """KVM_REINJECT_CONTROL."""
 
 
-class Vcpu(Closeable, Protocol):
-    """A virtual processor. The thread that calls :meth:`run` is its thread."""
+class Vcpu(common.Vcpu, Protocol):
+    """A virtual processor of x86."""
 
     @property
     def kvm_run(self) -> abi.kvm_run:
         """The shared page as a structure over :attr:`shared`."""
-
-    @property
-    def shared(self) -> memoryview:
-        """``get_vcpu_mmap_size()`` bytes; PIO data lie at ``kvm_run.io.data_offset`` in here."""
-
-    def run(self) -> None:
-        """KVM_RUN: until an exit that :attr:`kvm_run` describes.
-
-        Raises InterruptedError (EINTR) after :meth:`kick`, or at once when ``kvm_run.immediate_exit`` is set.
-        """
-
-    def kick(self) -> None:
-        """Make :meth:`run` raise InterruptedError, now or at its next call; from any thread.
-
-        Not an ioctl: it is what a signal does to the thread of a real vCPU. One or more kicks end one run.
-        """
 
     def get_regs(self) -> abi.kvm_regs:
         """KVM_GET_REGS."""
@@ -241,12 +149,6 @@ class Vcpu(Closeable, Protocol):
     def set_lapic(self, lapic: abi.kvm_lapic_state) -> None:
         """KVM_SET_LAPIC."""
 
-    def get_mp_state(self) -> abi.kvm_mp_state:
-        """KVM_GET_MP_STATE."""
-
-    def set_mp_state(self, state: abi.kvm_mp_state) -> None:
-        """KVM_SET_MP_STATE."""
-
     def get_vcpu_events(self) -> abi.kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""
 
@@ -265,9 +167,6 @@ class Vcpu(Closeable, Protocol):
     def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_CPUID2."""
 
-    def interrupt(self, irq: int) -> None:
-        """KVM_INTERRUPT: queue an external interrupt; only without in-kernel chips."""
-
     def nmi(self) -> None:
         """KVM_NMI."""
 
@@ -277,9 +176,6 @@ class Vcpu(Closeable, Protocol):
     def set_guest_debug(self, debug: abi.kvm_guest_debug) -> None:
         """KVM_SET_GUEST_DEBUG."""
 
-    def translate(self, linear_address: int) -> abi.kvm_translation:
-        """KVM_TRANSLATE."""
-
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ."""
 
@@ -288,9 +184,3 @@ class Vcpu(Closeable, Protocol):
 
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL: tell the guest that it was stopped."""
-
-    def enable_cap(self, cap: int, *args: int) -> None:
-        """KVM_ENABLE_CAP on a vCPU."""
-
-    def set_signal_mask(self, sigset: bytes | None) -> None:
-        """KVM_SET_SIGNAL_MASK: 8 bytes: the mask during KVM_RUN; None: the thread's own."""

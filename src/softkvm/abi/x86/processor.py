@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of an x86 vCPU: registers, FPU, CPUID, events, debugging, clock (KVM API, section 4)."""
+"""State of a vCPU: registers, FPU, CPUID, events, debugging, clock (KVM API, section 4)."""
 
 from ctypes import Array, Structure
 from typing import Annotated
 
 from softkvm.abi._layout import layout, u8, u8s, u8s2, u16, u16s, u32, u32s, u64, u64s
-from softkvm.abi.irq import KVM_NR_INTERRUPTS
+from softkvm.abi.x86.irqchip import KVM_NR_INTERRUPTS
 
 DE_VECTOR = 0
 DB_VECTOR = 1
@@ -217,23 +217,6 @@ KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20
 
 KVM_X86_SHADOW_INT_MOV_SS = 0x01
 KVM_X86_SHADOW_INT_STI = 0x02
-
-KVM_MP_STATE_RUNNABLE = 0
-KVM_MP_STATE_UNINITIALIZED = 1
-KVM_MP_STATE_INIT_RECEIVED = 2
-KVM_MP_STATE_HALTED = 3
-KVM_MP_STATE_SIPI_RECEIVED = 4
-KVM_MP_STATE_STOPPED = 5
-KVM_MP_STATE_CHECK_STOP = 6
-KVM_MP_STATE_OPERATING = 7
-KVM_MP_STATE_LOAD = 8
-KVM_MP_STATE_AP_RESET_HOLD = 9
-KVM_MP_STATE_SUSPENDED = 10
-
-
-@layout
-class kvm_mp_state(Structure):
-    mp_state: u32
 
 
 @layout

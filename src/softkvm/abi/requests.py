@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests that KVM has on every architecture: number, structure, the files they are for, their argument.
+
+This table and its part for each architecture (:mod:`softkvm.abi.x86.requests`) are all that is written about requests:
+:mod:`softkvm.devkvm` makes its methods from it, documents and tests ask it. The method of a request is its name in
+lower case without ``KVM_``. A row without an argument is a request that :mod:`softkvm.api` has no method for.
+
+A request number holds direction, argument size, type ``0xAE`` and a number (``<asm-generic/ioctl.h>``)::
+
+    31 30 | 29 .. 16      | 15 .. 8 | 7 .. 0
+    dir   | argument size | 0xAE    | number
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from softkvm.abi.arguments import (
+    Argument,
+    Capability,
+    Gives,
+    Nothing,
+    NumberValue,
+    SignalMask,
+    Takes,
+    TakesValue,
+    Value,
+    bitmap,
+    fields,
+    keep,
+    takes_table,
+)
+from softkvm.abi.capabilities import kvm_enable_cap
+from softkvm.abi.device import kvm_create_device, kvm_device_attr
+from softkvm.abi.irq import (
+    KVM_IOEVENTFD_FLAG_DATAMATCH,
+    kvm_interrupt,
+    kvm_ioeventfd,
+    kvm_irq_level,
+    kvm_irq_routing,
+    kvm_irq_routing_entry,
+    kvm_irqfd,
+    kvm_msi,
+)
+from softkvm.abi.memory import (
+    dirty_bitmap_bytes,
+    kvm_clear_dirty_log,
+    kvm_coalesced_mmio_zone,
+    kvm_dirty_log,
+    kvm_memory_alias,
+    kvm_memory_region,
+    kvm_translation,
+    kvm_userspace_memory_region,
+)
+from softkvm.abi.one_reg import kvm_one_reg, kvm_reg_list
+from softkvm.abi.vcpu import kvm_mp_state, kvm_signal_mask
+
+KVMIO = 0xAE
+KVM_API_VERSION = 12
+
+
+class File(enum.Flag):
+    """The files of the KVM API."""
+
+    SYSTEM = enum.auto()
+    VM = enum.auto()
+    VCPU = enum.auto()
+    DEVICE = enum.auto()
+
+
+SYSTEM, VM, VCPU = File.SYSTEM, File.VM, File.VCPU
+ANY = File.SYSTEM | File.VM | File.VCPU | File.DEVICE
+
+
+class Request(int):
+    """A request number, with what is known of it."""
+
+    files: File
+    argument: Argument | None
+
+    def __new__(
+        cls, direction: int, number: int, structure: Any, files: File, argument: Callable[[Any], Argument] | None
+    ) -> Self:
+        """Compose the number from its parts."""
+        size = 0 if structure is None else ctypes.sizeof(structure)
+        request = super().__new__(cls, direction << 30 | size << 16 | KVMIO << 8 | number)
+        request.files = files
+        request.argument = None if argument is None else argument(structure)
+        return request
+
+
+def IO(number: int, files: File, argument: Callable[[Any], Argument] | None = None) -> Request:
+    """Request without a structure."""
+    return Request(0, number, None, files, argument)
+
+
+def IOW(number: int, structure: Any, files: File, argument: Callable[[Any], Argument] | None = None) -> Request:
+    """Request that the kernel reads *structure* for."""
+    return Request(1, number, structure, files, argument)
+
+
+def IOR(number: int, structure: Any, files: File, argument: Callable[[Any], Argument] | None = None) -> Request:
+    """Request that the kernel writes *structure* for."""
+    return Request(2, number, structure, files, argument)
+
+
+def IOWR(number: int, structure: Any, files: File, argument: Callable[[Any], Argument] | None = None) -> Request:
+    """Request that the kernel reads and writes *structure* for."""
+    return Request(3, number, structure, files, argument)
+
+
+def requests_in(names: Mapping[str, Any]) -> dict[str, Request]:
+    """Return the requests of a module's names, by name, in the order of the module."""
+    return {name: value for name, value in names.items() if isinstance(value, Request)}
+
+
+def method_name(request: str) -> str:
+    """Return the name of the method that a request is in :mod:`softkvm.api`: KVM_GET_REGS is ``get_regs``."""
+    return request.removeprefix("KVM_").lower()
+
+
+class ClearDirtyLog(Argument):
+    """KVM_CLEAR_DIRTY_LOG: ``(slot, first_page, num_pages, bitmap)``."""
+
+    def pack(self, slot: int, first_page: int, num_pages: int, given: bytes) -> Any:
+        """The structure with the bitmap's address."""
+        bits = bitmap(given, dirty_bitmap_bytes(num_pages))
+        log = self.structure(slot=slot, num_pages=num_pages, first_page=first_page, dirty_bitmap=ctypes.addressof(bits))
+        keep(log, bits)
+        return log
+
+
+class IoEventfd(Argument):
+    """KVM_IOEVENTFD: ``(fd, addr, len, datamatch, flags)``; a ``datamatch`` sets its flag."""
+
+    def pack(self, fd: int, addr: int, length: int, datamatch: int | None, flags: int) -> Any:
+        """The structure."""
+        if datamatch is not None:
+            flags |= KVM_IOEVENTFD_FLAG_DATAMATCH
+        return self.structure(datamatch=datamatch or 0, addr=addr, len=length, fd=fd, flags=flags)
+
+
+# --- the system ------------------------------------------------------------------------------------------
+
+KVM_GET_API_VERSION = IO(0x00, SYSTEM, Value)
+KVM_CREATE_VM = IO(0x01, SYSTEM, NumberValue)
+KVM_CHECK_EXTENSION = IO(0x03, SYSTEM | VM, NumberValue)
+KVM_GET_VCPU_MMAP_SIZE = IO(0x04, SYSTEM, Value)
+
+# --- a VM ------------------------------------------------------------------------------------------------
+
+KVM_SET_MEMORY_REGION = IOW(0x40, kvm_memory_region, VM)
+KVM_CREATE_VCPU = IO(0x41, VM, NumberValue)
+KVM_GET_DIRTY_LOG = IOW(0x42, kvm_dirty_log, VM, Takes)
+KVM_SET_MEMORY_ALIAS = IOW(0x43, kvm_memory_alias, VM)
+KVM_SET_USER_MEMORY_REGION = IOW(0x46, kvm_userspace_memory_region, VM, Takes)
+KVM_CREATE_IRQCHIP = IO(0x60, VM, Nothing)
+KVM_IRQ_LINE = IOW(0x61, kvm_irq_level, VM, fields("irq", "level"))
+KVM_REGISTER_COALESCED_MMIO = IOW(0x67, kvm_coalesced_mmio_zone, VM)
+KVM_UNREGISTER_COALESCED_MMIO = IOW(0x68, kvm_coalesced_mmio_zone, VM)
+KVM_SET_GSI_ROUTING = IOW(0x6A, kvm_irq_routing, VM, takes_table(kvm_irq_routing_entry, "nr"))
+KVM_IRQFD = IOW(0x76, kvm_irqfd, VM, fields("fd", "gsi", "flags", "resamplefd"))
+KVM_IOEVENTFD = IOW(0x79, kvm_ioeventfd, VM, IoEventfd)
+KVM_SIGNAL_MSI = IOW(0xA5, kvm_msi, VM, TakesValue)
+KVM_CREATE_DEVICE = IOWR(0xE0, kvm_create_device, VM)
+KVM_CLEAR_DIRTY_LOG = IOWR(0xC0, kvm_clear_dirty_log, VM, ClearDirtyLog)
+KVM_RESET_DIRTY_RINGS = IO(0xC7, VM)
+KVM_ENABLE_CAP = IOW(0xA3, kvm_enable_cap, VM | VCPU, Capability)
+KVM_GET_STATS_FD = IO(0xCE, VM | VCPU)
+
+# --- a vCPU ----------------------------------------------------------------------------------------------
+
+KVM_RUN = IO(0x80, VCPU, Nothing)
+KVM_TRANSLATE = IOWR(0x85, kvm_translation, VCPU, fields("linear_address", gives="*"))
+KVM_INTERRUPT = IOW(0x86, kvm_interrupt, VCPU, fields("irq"))
+KVM_SET_SIGNAL_MASK = IOW(0x8B, kvm_signal_mask, VCPU, SignalMask)
+KVM_GET_MP_STATE = IOR(0x98, kvm_mp_state, VCPU, Gives)
+KVM_SET_MP_STATE = IOW(0x99, kvm_mp_state, VCPU, Takes)
+KVM_GET_ONE_REG = IOW(0xAB, kvm_one_reg, VCPU)
+KVM_SET_ONE_REG = IOW(0xAC, kvm_one_reg, VCPU)
+KVM_GET_REG_LIST = IOWR(0xB0, kvm_reg_list, VCPU)
+
+# --- attributes of any file ----------------------------------------------------------------------
+
+KVM_SET_DEVICE_ATTR = IOW(0xE1, kvm_device_attr, ANY)
+KVM_GET_DEVICE_ATTR = IOW(0xE2, kvm_device_attr, ANY)
+KVM_HAS_DEVICE_ATTR = IOW(0xE3, kvm_device_attr, ANY)
+
+#: The requests of every architecture, by name.
+REQUESTS = requests_in(globals())

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests that KVM has on x86, beside those of every architecture (:mod:`softkvm.abi.requests`)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Mapping, Sequence
+from ctypes import c_uint32, c_uint64
+from typing import Any
+
+from softkvm.abi._layout import flexible
+from softkvm.abi.arguments import (
+    Argument,
+    Gives,
+    Nothing,
+    Number,
+    Takes,
+    Value,
+    bitmap,
+    fields,
+    gives_table,
+    keep,
+    takes_table,
+)
+from softkvm.abi.irq import kvm_irq_level
+from softkvm.abi.requests import IO, IOR, IOW, IOWR, SYSTEM, VCPU, VM, requests_in
+from softkvm.abi.x86.irqchip import (
+    kvm_hyperv_eventfd,
+    kvm_irqchip,
+    kvm_lapic_state,
+    kvm_pit_config,
+    kvm_pit_state,
+    kvm_pit_state2,
+)
+from softkvm.abi.x86.msr import (
+    KVM_MSR_FILTER_MAX_BITMAP_SIZE,
+    KVM_MSR_FILTER_MAX_RANGES,
+    MsrFilterRange,
+    kvm_msr_entry,
+    kvm_msr_filter,
+    kvm_msr_list,
+    kvm_msrs,
+    msr_bitmap_bytes,
+)
+from softkvm.abi.x86.nested import kvm_nested_state
+from softkvm.abi.x86.processor import (
+    kvm_clock_data,
+    kvm_cpuid,
+    kvm_cpuid2,
+    kvm_cpuid_entry2,
+    kvm_debugregs,
+    kvm_fpu,
+    kvm_guest_debug,
+    kvm_pmu_event_filter,
+    kvm_regs,
+    kvm_sregs,
+    kvm_sregs2,
+    kvm_tpr_access_ctl,
+    kvm_vapic_addr,
+    kvm_vcpu_events,
+    kvm_x86_mce,
+    kvm_xcrs,
+    kvm_xsave,
+)
+
+
+class GetMsrs(Argument):
+    """KVM_GET_MSRS: a sequence of indices; the values of as many as could be read."""
+
+    def pack(self, indices: Sequence[int]) -> Any:
+        """A table of indices without values."""
+        table: Any = flexible(self.structure, kvm_msr_entry, len(indices))(nmsrs=len(indices))
+        for entry, index in zip(table.entries, indices, strict=True):
+            entry.index = index
+        return table
+
+    def unpack(self, packed: Any, value: int) -> list[int]:
+        """The values of the first ``value`` MSRs."""
+        return [entry.data for entry in packed.entries[:value]]
+
+
+class SetMsrs(Value):
+    """KVM_SET_MSRS: values by index; the method returns how many were set."""
+
+    def pack(self, msrs: Mapping[int, int]) -> Any:
+        """A table of indices and values."""
+        table: Any = flexible(self.structure, kvm_msr_entry, len(msrs))(nmsrs=len(msrs))
+        for entry, (index, data) in zip(table.entries, msrs.items(), strict=True):
+            entry.index = index
+            entry.data = data
+        return table
+
+
+class MsrFilter(Argument):
+    """KVM_X86_SET_MSR_FILTER: ``(flags, ranges)``."""
+
+    def pack(self, flags: int, ranges: Sequence[MsrFilterRange]) -> Any:
+        """The structure with the addresses of the bitmaps; EINVAL for too many ranges."""
+        if len(ranges) > KVM_MSR_FILTER_MAX_RANGES:
+            raise OSError(errno.EINVAL, f"{len(ranges)} ranges, expected at most {KVM_MSR_FILTER_MAX_RANGES}")
+        msr_filter = self.structure(flags=flags)
+        bitmaps = []
+        for part, entry in zip(ranges, msr_filter.ranges, strict=False):
+            bits = bitmap(part.bitmap, msr_bitmap_bytes(part.nmsrs), KVM_MSR_FILTER_MAX_BITMAP_SIZE)
+            bitmaps.append(bits)
+            entry.flags, entry.base, entry.nmsrs = part.flags, part.base, part.nmsrs
+            entry.bitmap = ctypes.addressof(bits)
+        keep(msr_filter, *bitmaps)
+        return msr_filter
+
+
+# --- the system ------------------------------------------------------------------------------------------
+
+KVM_GET_MSR_INDEX_LIST = IOWR(0x02, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices"))
+KVM_GET_SUPPORTED_CPUID = IOWR(0x05, kvm_cpuid2, SYSTEM, gives_table(kvm_cpuid_entry2, "nent"))
+KVM_GET_EMULATED_CPUID = IOWR(0x09, kvm_cpuid2, SYSTEM, gives_table(kvm_cpuid_entry2, "nent"))
+KVM_GET_MSR_FEATURE_INDEX_LIST = IOWR(0x0A, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices"))
+KVM_X86_GET_MCE_CAP_SUPPORTED = IOR(0x9D, c_uint64, SYSTEM, Gives)
+KVM_GET_MSRS = IOWR(0x88, kvm_msrs, SYSTEM | VCPU, GetMsrs)
+KVM_GET_SUPPORTED_HV_CPUID = IOWR(0xC1, kvm_cpuid2, SYSTEM | VCPU)
+
+# --- a VM ------------------------------------------------------------------------------------------------
+
+KVM_SET_NR_MMU_PAGES = IO(0x44, VM)
+KVM_GET_NR_MMU_PAGES = IO(0x45, VM)
+KVM_SET_TSS_ADDR = IO(0x47, VM, Number)
+KVM_SET_IDENTITY_MAP_ADDR = IOW(0x48, c_uint64, VM, Takes)
+KVM_GET_IRQCHIP = IOWR(0x62, kvm_irqchip, VM, fields("chip_id", gives="*"))
+KVM_SET_IRQCHIP = IOR(0x63, kvm_irqchip, VM, Takes)
+KVM_CREATE_PIT = IO(0x64, VM)
+KVM_GET_PIT = IOWR(0x65, kvm_pit_state, VM)
+KVM_SET_PIT = IOR(0x66, kvm_pit_state, VM)
+KVM_IRQ_LINE_STATUS = IOWR(0x67, kvm_irq_level, VM, fields("irq", "level", gives="status"))
+KVM_REINJECT_CONTROL = IO(0x71, VM, fields("pit_reinject", structure=kvm_reinject_control))
+KVM_CREATE_PIT2 = IOW(0x77, kvm_pit_config, VM, fields("flags"))
+KVM_SET_BOOT_CPU_ID = IO(0x78, VM, Number)
+KVM_SET_CLOCK = IOW(0x7B, kvm_clock_data, VM, Takes)
+KVM_GET_CLOCK = IOR(0x7C, kvm_clock_data, VM, Gives)
+KVM_GET_PIT2 = IOR(0x9F, kvm_pit_state2, VM, Gives)
+KVM_SET_PIT2 = IOW(0xA0, kvm_pit_state2, VM, Takes)
+KVM_SET_PMU_EVENT_FILTER = IOW(0xB2, kvm_pmu_event_filter, VM)
+KVM_HYPERV_EVENTFD = IOW(0xBD, kvm_hyperv_eventfd, VM)
+KVM_X86_SET_MSR_FILTER = IOW(0xC6, kvm_msr_filter, VM, MsrFilter)
+
+# --- a vCPU ----------------------------------------------------------------------------------------------
+
+KVM_SET_TSC_KHZ = IO(0xA2, VCPU, Number)
+KVM_GET_TSC_KHZ = IO(0xA3, VCPU, Value)
+KVM_GET_REGS = IOR(0x81, kvm_regs, VCPU, Gives)
+KVM_SET_REGS = IOW(0x82, kvm_regs, VCPU, Takes)
+KVM_GET_SREGS = IOR(0x83, kvm_sregs, VCPU, Gives)
+KVM_SET_SREGS = IOW(0x84, kvm_sregs, VCPU, Takes)
+KVM_SET_MSRS = IOW(0x89, kvm_msrs, VCPU, SetMsrs)
+KVM_SET_CPUID = IOW(0x8A, kvm_cpuid, VCPU)
+KVM_GET_FPU = IOR(0x8C, kvm_fpu, VCPU, Gives)
+KVM_SET_FPU = IOW(0x8D, kvm_fpu, VCPU, Takes)
+KVM_GET_LAPIC = IOR(0x8E, kvm_lapic_state, VCPU, Gives)
+KVM_SET_LAPIC = IOW(0x8F, kvm_lapic_state, VCPU, Takes)
+KVM_SET_CPUID2 = IOW(0x90, kvm_cpuid2, VCPU, takes_table(kvm_cpuid_entry2, "nent"))
+KVM_GET_CPUID2 = IOWR(0x91, kvm_cpuid2, VCPU, gives_table(kvm_cpuid_entry2, "nent"))
+KVM_TPR_ACCESS_REPORTING = IOWR(0x92, kvm_tpr_access_ctl, VCPU)
+KVM_SET_VAPIC_ADDR = IOW(0x93, kvm_vapic_addr, VCPU)
+KVM_NMI = IO(0x9A, VCPU, Nothing)
+KVM_SET_GUEST_DEBUG = IOW(0x9B, kvm_guest_debug, VCPU, Takes)
+KVM_X86_SETUP_MCE = IOW(0x9C, c_uint64, VCPU, Takes)
+KVM_X86_SET_MCE = IOW(0x9E, kvm_x86_mce, VCPU, Takes)
+KVM_GET_VCPU_EVENTS = IOR(0x9F, kvm_vcpu_events, VCPU, Gives)
+KVM_SET_VCPU_EVENTS = IOW(0xA0, kvm_vcpu_events, VCPU, Takes)
+KVM_GET_DEBUGREGS = IOR(0xA1, kvm_debugregs, VCPU, Gives)
+KVM_SET_DEBUGREGS = IOW(0xA2, kvm_debugregs, VCPU, Takes)
+KVM_GET_XSAVE = IOR(0xA4, kvm_xsave, VCPU, Gives)
+KVM_SET_XSAVE = IOW(0xA5, kvm_xsave, VCPU, Takes)
+KVM_GET_XCRS = IOR(0xA6, kvm_xcrs, VCPU, Gives)
+KVM_SET_XCRS = IOW(0xA7, kvm_xcrs, VCPU, Takes)
+KVM_KVMCLOCK_CTRL = IO(0xAD, VCPU, Nothing)
+KVM_SMI = IO(0xB7, VCPU, Nothing)
+KVM_GET_NESTED_STATE = IOWR(0xBE, kvm_nested_state, VCPU)
+KVM_SET_NESTED_STATE = IOW(0xBF, kvm_nested_state, VCPU)
+KVM_GET_SREGS2 = IOR(0xCC, kvm_sregs2, VCPU, Gives)
+KVM_SET_SREGS2 = IOW(0xCD, kvm_sregs2, VCPU, Takes)
+KVM_GET_XSAVE2 = IOR(0xCF, kvm_xsave, VCPU)
+
+#: The requests that x86 adds, by name.
+X86_REQUESTS = requests_in(globals())

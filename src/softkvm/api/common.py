@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the KVM API is on every architecture.
+
+Structures that differ between architectures are in their own modules, :mod:`softkvm.api.x86` for example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from softkvm import abi
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Closeable(Protocol):
+    """Something that a ``with`` statement closes."""
+
+    def close(self) -> None:
+        """Give back what the object holds; closing twice is harmless."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Kvm(Closeable, Protocol):
+    """What ``/dev/kvm`` is: the system."""
+
+    def get_api_version(self) -> int:
+        """KVM_GET_API_VERSION: 12."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 if *cap* is not there, else what the capability defines."""
+
+    def create_vm(self, type: int = 0) -> Vm:
+        """KVM_CREATE_VM."""
+
+    def get_vcpu_mmap_size(self) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE: bytes of :attr:`Vcpu.shared`."""
+
+
+class Vm(Closeable, Protocol):
+    """A virtual machine."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION on a VM."""
+
+    def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
+        """KVM_SET_USER_MEMORY_REGION.
+
+        *memory* is the object that owns the memory, an :class:`mmap.mmap` for example. The slot holds a view of it
+        until it is deleted or the VM is closed, so that it is not unmapped while the guest uses it: its ``close()``
+        and ``resize()`` raise BufferError, and it stays when its last name is gone. Without it the caller answers
+        for that: the process may end with SIGSEGV otherwise.
+        """
+
+    def create_vcpu(self, id: int) -> Vcpu:
+        """KVM_CREATE_VCPU: *id* is the architecture's number of the processor."""
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP: the interrupt chips of the architecture, in KVM."""
+
+    def irq_line(self, irq: int, level: int) -> None:
+        """KVM_IRQ_LINE: set the level of GSI *irq*."""
+
+    def set_gsi_routing(self, entries: Sequence[abi.kvm_irq_routing_entry]) -> None:
+        """KVM_SET_GSI_ROUTING: replace the whole table."""
+
+    def signal_msi(self, msi: abi.kvm_msi) -> int:
+        """KVM_SIGNAL_MSI: > 0 if delivered, 0 if the guest blocked it."""
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """KVM_GET_DIRTY_LOG: a bit per page of *slot*, LSB first, in whole 64-bit words."""
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+        """KVM_CLEAR_DIRTY_LOG: clear the dirty bits that *bitmap* names; its bit 0 is *first_page*.
+
+        EINVAL unless *first_page* is a multiple of 64 and *num_pages* is one too or reaches the slot's end; ENOENT
+        if the slot has no log; EFAULT if *bitmap* is shorter than *num_pages* in whole 64-bit words.
+        """
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on a VM."""
+
+    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
+        """KVM_IRQFD: a write to eventfd *fd* raises *gsi*."""
+
+    def ioeventfd(self, fd: int, addr: int, len: int, datamatch: int | None = None, flags: int = 0) -> None:
+        """KVM_IOEVENTFD: a guest's write to *addr* signals *fd* instead of leaving KVM_RUN.
+
+        KVM_IOEVENTFD_FLAG_DATAMATCH is added to *flags* when *datamatch* is given.
+        """
+
+
+class Vcpu(Closeable, Protocol):
+    """A virtual processor. The thread that calls :meth:`run` is its thread."""
+
+    @property
+    def kvm_run(self) -> abi.kvm_run_page:
+        """The shared page as a structure over :attr:`shared`; an architecture's has more fields."""
+
+    @property
+    def shared(self) -> memoryview:
+        """``get_vcpu_mmap_size()`` bytes; PIO data lie at ``kvm_run.io.data_offset`` in here."""
+
+    def run(self) -> None:
+        """KVM_RUN: until an exit that :attr:`kvm_run` describes.
+
+        Raises InterruptedError (EINTR) after :meth:`kick`, or at once when ``kvm_run.immediate_exit`` is set.
+        """
+
+    def kick(self) -> None:
+        """Make :meth:`run` raise InterruptedError, now or at its next call; from any thread.
+
+        Not an ioctl: it is what a signal does to the thread of a real vCPU. One or more kicks end one run.
+        """
+
+    def get_mp_state(self) -> abi.kvm_mp_state:
+        """KVM_GET_MP_STATE."""
+
+    def set_mp_state(self, state: abi.kvm_mp_state) -> None:
+        """KVM_SET_MP_STATE."""
+
+    def interrupt(self, irq: int) -> None:
+        """KVM_INTERRUPT: queue an external interrupt; only without in-kernel chips."""
+
+    def translate(self, linear_address: int) -> abi.kvm_translation:
+        """KVM_TRANSLATE."""
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on a vCPU."""
+
+    def set_signal_mask(self, sigset: bytes | None) -> None:
+        """KVM_SET_SIGNAL_MASK: 8 bytes: the mask during KVM_RUN; None: the thread's own."""
