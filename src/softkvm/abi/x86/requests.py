@@ -32,6 +32,7 @@ from softkvm.abi.x86.irqchip import (
     kvm_pit_config,
     kvm_pit_state,
     kvm_pit_state2,
+    kvm_reinject_control,
 )
 from softkvm.abi.x86.msr import (
     KVM_MSR_FILTER_MAX_BITMAP_SIZE,
