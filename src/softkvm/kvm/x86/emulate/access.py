@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.memory.guest_memory import cmpxchg_guest, read_guest, write_guest
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86 import io
 from softkvm.kvm.x86.emulate.operands import IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 from softkvm.kvm.x86.mmu.paging import PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, is_canonical, walk
-from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.abi import EFER_LMA
+from softkvm.kvm import run_page
 from softkvm.kvm.memory.guest_memory import read_guest
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86 import io
 from softkvm.kvm.x86.debug import check_code_breakpoint
 from softkvm.kvm.x86.emulate.access import Access, IoNeeded, Retry
@@ -20,7 +22,6 @@ from softkvm.kvm.x86.emulate.operands import IMM, DecodeCache, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, inject_emulated_exception, queue_exception
 from softkvm.kvm.x86.io import advance, exit_mmio, kernel_mmio_read, kernel_mmio_write
 from softkvm.kvm.x86.mmu.paging import PFERR_FETCH, PFERR_USER, walk
-from softkvm.kvm.x86.mmu.spte import PAGE_SIZE
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.vmcb import CS_ATTRIB, SEG_L
@@ -193,7 +194,7 @@ class Emulator(Access):
             return 0
         if self.pio_out is not None:
             port, size, data = self.pio_out
-            vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + len(data)] = data
+            vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + len(data)] = data
             io.exit_io(vcpu, abi.KVM_EXIT_IO_OUT, size, port, len(data) // size)
             if not result:
                 vcpu.complete_userspace_io = svm.do_singlestep
@@ -228,7 +229,7 @@ class Emulator(Access):
 
     def _complete_read(self, vcpu: Vcpu) -> int:
         size = self._fragments[len(self._arrived)][1]
-        self._arrived.append(bytes(self.vcpu.run_b[io.RUN_MMIO_DATA : io.RUN_MMIO_DATA + size]))
+        self._arrived.append(bytes(self.vcpu.run_b[run_page.MMIO_DATA_B : run_page.MMIO_DATA_B + size]))
         if len(self._arrived) < len(self._fragments):
             self._exit_read()
             return 0
@@ -249,7 +250,7 @@ class Emulator(Access):
 
     def _complete_pio_in(self, vcpu: Vcpu) -> int:
         _, size, count = self._pio_request
-        self.pio_data = bytes(self.vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + size * count])
+        self.pio_data = bytes(self.vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + size * count])
         assert self.insn is not None
         return self._run(self.insn)
 
@@ -316,6 +317,6 @@ class Emulator(Access):
         insn = self.insn
         assert insn is not None and insn.mmio is not None
         _, size, operand = insn.mmio
-        value = self.vcpu.run_q[io.RUN_MMIO_DATA_Q] & (1 << size * 8) - 1
+        value = self.vcpu.run_q[run_page.MMIO_DATA_Q] & (1 << size * 8) - 1
         self._load(operand, value)
         return advance(self.vcpu, insn.length)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.kvm import run_page
+from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import io
@@ -26,7 +28,6 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_p,
 )
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
-from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
@@ -202,7 +203,7 @@ def cr8_write_interception(vcpu: Vcpu) -> int:
         return result
     if old <= cr.kvm_get_cr8(vcpu):
         return result
-    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SET_TPR
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SET_TPR
     return 0
 
 
@@ -316,7 +317,7 @@ def iret_interception(vcpu: Vcpu) -> int:
 def shutdown_interception(vcpu: Vcpu) -> int:
     """Triple fault: KVM_EXIT_SHUTDOWN, the vCPU as after INIT."""
     vcpu.vcpu_reset(True)
-    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SHUTDOWN
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
     return 0
 
 
