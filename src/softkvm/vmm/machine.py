@@ -146,6 +146,7 @@ class Machine:
     def _add_devices(self, console: Callable[[bytes], None] | None) -> None:
         ranges = self.memory.ranges
         above = ranges[1].end - ranges[1].start if len(ranges) > 1 else 0
+        self.hpet = hpet.Hpet(self.vm.irq_line, replace_pit=self._replace_pit) if self.config.hpet else None
         self.serial = serial.Serial(console, self._irq(serial.COM1_IRQ))
         self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._rtc_irq)
         self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
@@ -153,7 +154,6 @@ class Machine:
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
         self.pvpanic = pvpanic.PvPanic(self._panicked)
         self.debug_exit = debug_exit.DebugExit(self._debug_exit)
-        self.hpet = hpet.Hpet(self.vm.irq_line) if self.config.hpet else None
         if self.hpet is not None:
             self.mmio.add(hpet.HPET_ADDRESS, hpet.HPET_SIZE, self.hpet, "hpet")
         add = self.pio.add
@@ -181,8 +181,18 @@ class Machine:
     def _debug_exit(self, status: int) -> None:
         self.end(Outcome(End.DEBUG_EXIT, f"status {status}", status))
 
+    def _replace_pit(self, on: bool) -> None:
+        """The HPET drives IRQ 0 from now on, or no more: KVM's PIT does not, or does again (KVM API, KVM_SET_PIT2)."""
+        if self.config.pit:
+            state = self.vm.get_pit2()
+            state.flags = state.flags & ~abi.KVM_PIT_FLAGS_HPET_LEGACY | (abi.KVM_PIT_FLAGS_HPET_LEGACY if on else 0)
+            self.vm.set_pit2(state)
+
     def _rtc_irq(self, level: int) -> None:
-        self.vm.irq_line(cmos.RTC_IRQ, level)
+        if self.hpet is not None:
+            self.hpet.rtc_irq(level)
+        else:
+            self.vm.irq_line(cmos.RTC_IRQ, level)
         if level:
             self.acpi_pm.rtc_alarm()
 
