@@ -16,7 +16,7 @@ from softkvm.vmm.boot import acpi, bzimage, elf, firmware, flat, multiboot, pvh
 from softkvm.vmm.boot.cpustate import jump_in_real_mode
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
-from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci_config, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial
 from softkvm.vmm.errors import ConfigError, ImageError
 from softkvm.vmm.memory import MIB, GuestMemory
 from softkvm.vmm.outcome import End, Outcome
@@ -48,7 +48,7 @@ class Config:
     """Last word on every vCPU's CPUID table: gets what it would be, returns what it is."""
     pit: bool = True
     """Whether there is an i8254."""
-    hpet: bool = False
+    hpet: bool = True
     """Whether there is a high precision event timer."""
     devices: Callable[[Machine], None] | None = None
     """Called after the standard devices are on the buses, to add more."""
@@ -152,6 +152,7 @@ class Machine:
         self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
         self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
+        self.pci_config.add(0, 0, pci.host_bridge())
         self.pvpanic = pvpanic.PvPanic(self._panicked)
         self.debug_exit = debug_exit.DebugExit(self._debug_exit)
         if self.hpet is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest physical memory as the boot loaders lay it out, and the memory map that the guest is told.
 
-=========  ==============================================
+========== ==============================================
 address    what lies there at entry
-=========  ==============================================
+========== ==============================================
 0x0500     global descriptor table
 0x6000     PVH start info or Multiboot information, modules and memory map
 0x7000     Linux's zero page
@@ -14,14 +14,15 @@ address    what lies there at entry
 0xE0000    ACPI tables
 0xF0000    firmware: handlers of real-mode interrupts
 0x100000   protected-mode kernel
-=========  ==============================================
+0xC0000000 memory of PCI devices, up to the IOAPIC
+========== ==============================================
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from softkvm.vmm.memory import GuestMemory
+from softkvm.vmm.memory import HOLE_START, GuestMemory
 
 GDT = 0x500
 PVH_START_INFO = 0x6000
@@ -33,10 +34,13 @@ COMMAND_LINE = 0x20000
 COMMAND_LINE_MAX = 0x10000
 EBDA = 0x9FC00
 VIDEO_MEMORY = 0xA0000
+VIDEO_MEMORY_END = 0xC0000
 ACPI_TABLES = 0xE0000
 ACPI_TABLES_END = 0xF0000
 FIRMWARE = 0xF0000
 HIGH_MEMORY = 0x100000
+PCI_MEMORY = HOLE_START
+PCI_MEMORY_END = 0xFEC00000  # where the IOAPIC is
 
 E820_RAM = 1
 E820_RESERVED = 2
