@@ -16,7 +16,7 @@ import pytest
 from tests.support.machines import KVMS
 
 from softkvm.cli import CommandError
-from softkvm.cli.run import parse_size
+from softkvm.cli.run import parse_size, split_modules
 from softkvm.vmm.memory import GIB, KIB, MIB
 
 RUN = (sys.executable, "-m", "softkvm.cli.main", "run")
@@ -251,6 +251,25 @@ def test_device_that_is_missing_is_status_1(tmp_path: Path, monkeypatch: pytest.
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "modules"),
+    [
+        ("vmlinuz", ["vmlinuz"]),
+        ("vmlinuz root=/dev/sda,initrd.img", ["vmlinuz root=/dev/sda", "initrd.img"]),
+        ("a x=1,,2, b", ["a x=1,2", "b"]),
+        ("a,,,b", ["a,", "b"]),
+    ],
+)
+def test_modules_are_split_as_qemu_splits_them(text: str, modules: list[str]) -> None:
+    assert split_modules(text) == modules
+
+
+def test_loading_counts_for_the_timeout(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    done = run("--kernel", tmp_path / "fifo", "--timeout", "0.2")
+    assert (done.returncode, done.stderr) == (5, "softkvm: timeout: loading took longer than 0.2 s\n")
 
 
 class Terminal:

@@ -8,7 +8,6 @@ import json
 import re
 import resource
 import signal
-import stat
 import threading
 import time
 from argparse import ArgumentParser, Namespace
@@ -24,9 +23,13 @@ from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, file_name, seconds
 from softkvm.cli.output import OutputFile, warn
 from softkvm.cli.terminal import console_choice, open_console
-from softkvm.vmm.errors import ImageError, MachineError
+from softkvm.vmm.boot.bzimage import Entry
+from softkvm.vmm.boot.image import Deadline, Image
+from softkvm.vmm.boot.loaders import Kind, recognize
+from softkvm.vmm.boot.placement import Module
+from softkvm.vmm.errors import ImageError, LoadTimeout, MachineError
 from softkvm.vmm.guest import GuestUnavailable, TerminalProgress, demo_kernel, prepare
-from softkvm.vmm.machine import MAX_VCPUS, Config, Machine, read_image
+from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
 from softkvm.vmm.memory import GIB, KIB, MIB, PAGE_SIZE
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import STATS_VERSION, ConsoleWatcher
@@ -74,9 +77,12 @@ class _Image:
     """What to boot."""
 
     kernel: Path
-    initrd: Path | None
-    command_line: str
+    initrd: tuple[str, ...]
+    """What --initrd says: files, or for a Multiboot kernel lists of modules."""
+    command_line: str | None
+    """None: what the kind of kernel has by default."""
     raw: bool = False
+    entry: Entry | None = None
 
 
 def parse_size(text: str) -> int:
@@ -97,8 +103,20 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="bzImage, ELF kernel with a PVH note or Multiboot image; flat:FILE is raw real-mode code "
         "(default: the default guest)",
     )
-    add("--initrd", metavar="FILE", type=file_name, help="initial RAM disk")
-    add("--append", metavar="TEXT", help=f"kernel command line (default: {COMMAND_LINE})")
+    add(
+        "--initrd",
+        metavar="FILE",
+        type=file_name,
+        action="append",
+        default=[],
+        help="initial RAM disk; several become one. For a Multiboot kernel its modules: 'FILE ARGUMENTS,FILE …'",
+    )
+    add("--append", metavar="TEXT", help=f"kernel command line (default: {COMMAND_LINE}; none for a Multiboot kernel)")
+    add(
+        "--entry",
+        choices=[entry.value for entry in Entry],
+        help="entry of a Linux kernel: 64, 32 or 16 bits, the last with BIOS calls (default: the first it has)",
+    )
     add("--mem", metavar="SIZE", default="256M", help="guest memory, MiB without a unit (default: 256M)")
     add("--vcpus", metavar="N", default="1", help="virtual processors, 1 to 16 (default: 1)")
     add(
@@ -129,24 +147,21 @@ def _choose_image(args: Namespace) -> _Image:
         raw = args.kernel.startswith("flat:")
         if args.kernel == "flat:":
             raise CommandError("--kernel flat:FILE lacks the file")
-        if raw and (args.initrd or args.append):
-            raise CommandError("--kernel flat:FILE takes neither --initrd nor --append")
-        return _Image(
-            Path(args.kernel.removeprefix("flat:")),
-            Path(args.initrd) if args.initrd else None,
-            COMMAND_LINE if args.append is None else args.append,
-            raw,
-        )
-    if args.initrd is not None:
-        raise CommandError("--initrd needs --kernel")
+        if raw and (args.initrd or args.append or args.entry):
+            raise CommandError("--kernel flat:FILE takes neither --initrd nor --append nor --entry")
+        entry = Entry(args.entry) if args.entry else None
+        return _Image(Path(args.kernel.removeprefix("flat:")), tuple(args.initrd), args.append, raw, entry)
+    for option in ("initrd", "entry"):
+        if getattr(args, option):
+            raise CommandError(f"--{option} needs --kernel")
     more = f" {args.append}" if args.append else ""
     try:
         guest = prepare(TerminalProgress())
-        return _Image(guest.kernel, guest.initrd, guest.command_line + more)
+        return _Image(guest.kernel, (str(guest.initrd),), guest.command_line + more)
     except GuestUnavailable as error:
         warn(f"{error}; booting the built-in demonstration guest (--kernel and --initrd boot your own)")
     try:
-        return _Image(demo_kernel(), None, COMMAND_LINE + more)
+        return _Image(demo_kernel(), (), COMMAND_LINE + more)
     except GuestUnavailable as error:
         raise CommandError(str(error), EXIT_ERROR) from None
 
@@ -246,7 +261,13 @@ def _instructions(stats: dict[str, Any]) -> int | None:
 
 
 def _collect(
-    machine: Machine, image: _Image, accel: str, outcome: Outcome, status: int, watcher: ConsoleWatcher
+    machine: Machine,
+    image: _Image,
+    command_line: str,
+    accel: str,
+    outcome: Outcome,
+    status: int,
+    watcher: ConsoleWatcher,
 ) -> dict[str, Any]:
     """Return the contents of the statistics file."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -262,8 +283,8 @@ def _collect(
         "softkvm": softkvm.__version__,
         "accel": accel,
         "kernel": str(image.kernel),
-        "initrd": str(image.initrd) if image.initrd else None,
-        "command_line": None if image.raw else image.command_line,
+        "initrd": ",".join(image.initrd) or None,
+        "command_line": None if image.raw else command_line,
         "memory_bytes": machine.config.memory_size,
         "vcpu_count": machine.config.vcpus,
         "end": outcome.end.value,
@@ -280,22 +301,60 @@ def _collect(
     }
 
 
-def _read(path: Path, what: str) -> bytes:
-    """Return what the file holds; ImageError if that cannot be read, or has no end."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISCHR(path.stat().st_mode):
-            raise ImageError(f"{what} {path}: is a device, expected a file")
-    return read_image(path, what)
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The files of an ``_Image``, opened."""
+
+    kernel: Image
+    modules: list[Module]
+    command_line: str
+
+
+def _open_images(image: _Image, limit: int, deadline: Deadline, files: contextlib.ExitStack) -> _Loaded:
+    """Open what *image* names; *files* closes it. Raises ImageError."""
+
+    def opened(path: str | Path, name: str) -> Image:
+        return files.enter_context(Image.open(Path(path), name, limit, deadline))
+
+    kernel = opened(image.kernel, "kernel")
+    if image.raw:
+        return _Loaded(kernel, [], "")
+    try:
+        kernel, kind = recognize(kernel, limit, deadline)
+    except ImageError as error:
+        raise ImageError(_name_file(error, image)) from None
+    if kind is not Kind.MULTIBOOT:
+        modules = [Module(opened(path, "initrd")) for path in image.initrd]
+        return _Loaded(kernel, modules, COMMAND_LINE if image.command_line is None else image.command_line)
+    texts = [text for option in image.initrd for text in split_modules(option)]
+    modules = [
+        Module(opened(text.partition(" ")[0], "module"), text.encode("utf-8", "surrogateescape")) for text in texts
+    ]
+    return _Loaded(kernel, modules, f"{image.kernel} {image.command_line or ''}".rstrip())
+
+
+def split_modules(text: str) -> list[str]:
+    """Return the modules that ``--initrd "FILE ARGUMENTS,FILE …"`` names, as QEMU has it: two commas stand for one."""
+    parts = text.replace(",,", "\0").split(",")  # no argument of a process holds a NUL
+    return [part.replace("\0", ",").lstrip() for part in parts]
 
 
 def _run(args: Namespace) -> int:
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
+    with contextlib.ExitStack() as files:
+        return _run_with(args, timeout_s, files)
+
+
+def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitStack) -> int:
+    """Boot what *args* say; *files* closes the images."""
     try:
         config = Config(parse_size(args.mem), count("--vcpus", args.vcpus, 1, MAX_VCPUS))
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         image = _choose_image(args)
-        kernel = _read(image.kernel, "kernel")
-        initrd = _read(image.initrd, "initrd") if image.initrd else None
+        deadline = Deadline(timeout_s)
+        loaded = _open_images(image, config.memory_size, deadline, files)
+    except LoadTimeout as error:
+        return _timed_out(error)
     except MachineError as error:
         raise CommandError(str(error)) from None
     console = open_console(args.console)
@@ -324,12 +383,22 @@ def _run(args: Namespace) -> int:
 
         try:
             machine = stack.enter_context(Machine(kvm, config, output))
-            machine.load(kernel, initrd, image.command_line, raw=image.raw)
+            machine.load(
+                loaded.kernel,
+                None,
+                loaded.command_line,
+                modules=loaded.modules,
+                raw=image.raw,
+                entry=image.entry,
+                deadline=deadline,
+            )
+        except LoadTimeout as error:
+            return _timed_out(error)
         except MachineError as error:
             raise CommandError(_name_file(error, image)) from None
         except (OSError, MemoryError) as error:
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
-        del kernel, initrd
+        files.close()
         panic.attach(machine)
         with (
             _signals_end(machine, caught),
@@ -338,16 +407,25 @@ def _run(args: Namespace) -> int:
             ),
         ):
             watcher.started_ns = time.monotonic_ns()
-            outcome = panic.judge(machine.run(timeout_s))
+            outcome = panic.judge(machine.run(deadline.remaining_s))
+        if outcome.end is End.TIMEOUT:
+            outcome = Outcome(End.TIMEOUT, f"{timeout_s:g} s")
         if outcome.end is End.POWER_OFF and failed:  # its last words were lost
             outcome = failed[0]
         status = 128 + caught[0] if caught else EXIT_STATUS[outcome.end]
         if outcome.end is not End.POWER_OFF:
             warn(str(outcome))
         if stats_file is not None:
-            stats = _collect(machine, image, accel, outcome, status, watcher)
+            stats = _collect(machine, image, loaded.command_line, accel, outcome, status, watcher)
             stats_file.write(json.dumps(stats, indent=2) + "\n")
         return status
+
+
+def _timed_out(error: LoadTimeout) -> int:
+    """Say that --timeout passed before the machine ran; return the exit status."""
+    outcome = Outcome(End.TIMEOUT, str(error))
+    warn(str(outcome))
+    return EXIT_STATUS[outcome.end]
 
 
 def _name_file(error: MachineError, image: _Image) -> str:

@@ -265,7 +265,7 @@ def _execute(
     environment = "".join(f"{name}={value}\n" for name, value in settings.environment.items()).encode()
     try:
         with TestMachine(kvm, platform, result.vcpus, collect) as machine:
-            machine.load(image.read_bytes(), environment or None, f"{entry.file} {result.arguments}".rstrip())
+            machine.load(image, environment or None, f"{entry.file} {result.arguments}".rstrip())
             outcome = machine.run(timeout_s or None)
             _account(machine, result)
             if outcome.end is not End.DEBUG_EXIT:

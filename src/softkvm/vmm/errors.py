@@ -14,3 +14,7 @@ class ConfigError(MachineError):
 
 class ImageError(MachineError):
     """A kernel, an initrd or a command line that cannot be loaded."""
+
+
+class LoadTimeout(MachineError):
+    """The time for loading is over."""

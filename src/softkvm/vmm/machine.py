@@ -6,17 +6,20 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from softkvm import abi, api
-from softkvm.vmm.boot import acpi, bzimage, elf, firmware, flat, multiboot, pvh
+from softkvm.vmm.bios import services
+from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, multiboot, pvh
 from softkvm.vmm.boot.cpustate import jump_in_real_mode
+from softkvm.vmm.boot.image import Deadline, Image, Source
+from softkvm.vmm.boot.loaders import Kind
+from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
-from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci_config, pvpanic, serial
 from softkvm.vmm.errors import ConfigError, ImageError
 from softkvm.vmm.memory import MIB, GuestMemory
 from softkvm.vmm.outcome import End, Outcome
@@ -31,12 +34,6 @@ MAX_MEMORY = 1 << 40
 TSS_ADDRESS = 0xFFFBD000
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
-OTHER_ARCHITECTURES = (
-    (56, b"ARM\x64", "an arm64 Image"),
-    (48, b"RISCV\0\0\0", "a RISC-V Image"),
-    (0, b"\x1f\x8b", "a gzip-compressed file"),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -48,7 +45,7 @@ class Config:
     """Last word on every vCPU's CPUID table: gets what it would be, returns what it is."""
     pit: bool = True
     """Whether there is an i8254."""
-    hpet: bool = True
+    hpet: bool = False
     """Whether there is a high precision event timer."""
     devices: Callable[[Machine], None] | None = None
     """Called after the standard devices are on the buses, to add more."""
@@ -146,15 +143,22 @@ class Machine:
     def _add_devices(self, console: Callable[[bytes], None] | None) -> None:
         ranges = self.memory.ranges
         above = ranges[1].end - ranges[1].start if len(ranges) > 1 else 0
-        self.hpet = hpet.Hpet(self.vm.irq_line, replace_pit=self._replace_pit) if self.config.hpet else None
         self.serial = serial.Serial(console, self._irq(serial.COM1_IRQ))
         self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._rtc_irq)
         self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
         self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
-        self.pci_config.add(0, 0, pci.host_bridge())
         self.pvpanic = pvpanic.PvPanic(self._panicked)
         self.debug_exit = debug_exit.DebugExit(self._debug_exit)
+        self.bios = services.Bios(
+            self.current_vcpu,
+            self.memory,
+            lambda: layout.memory_map(self.memory),
+            self.pio,
+            lambda: self._reset("BIOS"),
+            self.ended,
+        )
+        self.hpet = hpet.Hpet(self.vm.irq_line) if self.config.hpet else None
         if self.hpet is not None:
             self.mmio.add(hpet.HPET_ADDRESS, hpet.HPET_SIZE, self.hpet, "hpet")
         add = self.pio.add
@@ -164,6 +168,7 @@ class Machine:
         add(i8042.DATA_PORT, 1, self.i8042.data_port, "i8042 data")
         add(i8042.COMMAND_PORT, 1, self.i8042.command_port, "i8042 command")
         add(pci_config.PCI_CONFIG_PORT, pci_config.PCI_CONFIG_SIZE, self.pci_config, "pci-config")
+        add(services.SERVICE_PORT, 1, self.bios, "bios")
         add(pvpanic.PVPANIC_PORT, 1, self.pvpanic, "pvpanic")
         add(debug_exit.DEBUG_EXIT_PORT, debug_exit.DEBUG_EXIT_SIZE, self.debug_exit, "debug-exit")
 
@@ -182,18 +187,8 @@ class Machine:
     def _debug_exit(self, status: int) -> None:
         self.end(Outcome(End.DEBUG_EXIT, f"status {status}", status))
 
-    def _replace_pit(self, on: bool) -> None:
-        """The HPET drives IRQ 0 from now on, or no more: KVM's PIT does not, or does again (KVM API, KVM_SET_PIT2)."""
-        if self.config.pit:
-            state = self.vm.get_pit2()
-            state.flags = state.flags & ~abi.KVM_PIT_FLAGS_HPET_LEGACY | (abi.KVM_PIT_FLAGS_HPET_LEGACY if on else 0)
-            self.vm.set_pit2(state)
-
     def _rtc_irq(self, level: int) -> None:
-        if self.hpet is not None:
-            self.hpet.rtc_irq(level)
-        else:
-            self.vm.irq_line(cmos.RTC_IRQ, level)
+        self.vm.irq_line(cmos.RTC_IRQ, level)
         if level:
             self.acpi_pm.rtc_alarm()
 
@@ -235,28 +230,50 @@ class Machine:
 
     # -- life
 
-    def load(self, kernel: bytes, initrd: bytes | None = None, command_line: str = "", *, raw: bool = False) -> None:
-        """Load *kernel*: a bzImage, an ELF file with a PVH note, a Multiboot image or, if *raw*, flat real-mode code.
+    def load(
+        self,
+        kernel: Source | Image,
+        initrd: Source | Image | None = None,
+        command_line: str = "",
+        *,
+        modules: Sequence[Module] = (),
+        raw: bool = False,
+        entry: bzimage.Entry | None = None,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Load *kernel*: a Linux kernel, an ELF file with a PVH note, a Multiboot image or, if *raw*, flat code.
 
-        Raises ImageError for anything else and for what does not fit.
+        *kernel* and *initrd* are contents, or paths of files that hold them; a Multiboot or ELF kernel may be
+        compressed with gzip. *initrd* is the first of *modules*; Linux gets them as one RAM disk. *entry* chooses
+        among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
+        fit, LoadTimeout if *deadline* passes.
         """
         vcpu = self.vcpus[0].vcpu
-        if raw:
-            flat.load(vcpu, self.memory, kernel)
-            return
         if "\0" in command_line:
             raise ImageError("command line holds a NUL character")
-        arguments = command_line.encode("utf-8", "surrogateescape")
-        rsdp = acpi.write_tables(self.memory, range(self.config.vcpus), with_hpet=self.config.hpet)
-        if multiboot.find_header(kernel) and not (elf.is_elf(kernel) and elf.parse(kernel).pvh_entry):
-            multiboot.load(vcpu, self.memory, kernel, arguments, [(initrd, b"")] if initrd else ())
+        with contextlib.ExitStack() as files:
+            image = files.enter_context(Image.of(kernel, "kernel", self.memory.size, deadline))
+            if initrd is not None:
+                ramdisk = files.enter_context(Image.of(initrd, "initrd", self.memory.size, deadline))
+                modules = [Module(ramdisk), *modules]
+            if raw:
+                flat.load(vcpu, self.memory, image, deadline)
+                return
+            image, kind = loaders.recognize(image, self.memory.size, deadline)
+            if entry is not None and kind is not Kind.LINUX:
+                raise ImageError(f"kernel is no Linux kernel: it has no {entry.value}-bit entry to choose")
+            arguments = command_line.encode("utf-8", "surrogateescape")
+            modules = [module for module in modules if module.image.size or module.command_line]
+            rsdp = acpi.write_tables(self.memory, range(self.config.vcpus), with_hpet=self.config.hpet)
+            if kind is Kind.LINUX:
+                bzimage.load(vcpu, self.memory, image, modules, arguments, rsdp, entry=entry, deadline=deadline)
+            elif kind is Kind.MULTIBOOT:
+                multiboot.load(vcpu, self.memory, image, arguments, modules, deadline)
+            elif kind is Kind.ELF:
+                pvh.load(vcpu, self.memory, image, modules, arguments, rsdp, deadline)
+            else:
+                raise ImageError(loaders.describe_unknown(image))
             firmware.install(self.vm, self.memory, pit=self.config.pit)
-        elif elf.is_elf(kernel):
-            pvh.load(vcpu, self.memory, kernel, initrd, arguments, rsdp)
-        elif bzimage.is_bzimage(kernel):
-            bzimage.load(vcpu, self.memory, kernel, initrd, arguments, rsdp)
-        else:
-            raise ImageError(_describe_unknown(kernel))
 
     def start(self) -> None:
         """Let all vCPUs run."""
@@ -343,21 +360,3 @@ def _complete_exit(vcpu: api.Vcpu) -> None:
         pass
     finally:
         run.immediate_exit = 0
-
-
-def _describe_unknown(image: bytes) -> str:
-    """Say what a file is that no loader takes."""
-    for offset, magic, what in OTHER_ARCHITECTURES:
-        if image[offset : offset + len(magic)] == magic:
-            return f"kernel is {what}: expected an x86-64 bzImage or an ELF file with a PVH note"
-    if not image:
-        return "kernel is empty"
-    return "kernel has an unknown format: expected an x86-64 bzImage or an ELF file with a PVH note"
-
-
-def read_image(path: Path, what: str) -> bytes:
-    """Read a kernel or an initrd; ImageError names *what* and the file if that fails."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{what} {path}: {error.strerror or error}") from None

@@ -120,6 +120,13 @@ class GuestMemory:
         """Store *data* at *gpa*; IndexError if that is not RAM."""
         self.slice(gpa, len(data))[:] = data
 
+    def clear(self, gpa: int, size: int) -> None:
+        """Fill the *size* bytes at *gpa* with zeroes; IndexError if they are not RAM."""
+        target = self.slice(gpa, size)
+        zeroes = bytes(min(size, MIB))
+        for at in range(0, size, MIB):
+            target[at : at + MIB] = zeroes[: min(MIB, size - at)]
+
     def close(self) -> None:
         """Unmap the memory, or let the last that holds a view of it do so: a slice, a memory slot."""
         self.view.release()

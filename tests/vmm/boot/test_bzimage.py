@@ -8,6 +8,8 @@ import pytest
 from tests.support.machines import RecordingVcpu
 
 from softkvm.vmm.boot import bzimage
+from softkvm.vmm.boot.image import Image
+from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.errors import ImageError
 from softkvm.vmm.memory import MIB, GuestMemory
 
@@ -60,7 +62,8 @@ def memory() -> Iterator[GuestMemory]:
 
 def load(memory: GuestMemory, image: bytes, initrd: bytes | None = None, line: bytes = b"quiet") -> RecordingVcpu:
     vcpu = RecordingVcpu()
-    bzimage.load(vcpu, memory, image, initrd, line, RSDP)  # type: ignore[arg-type]
+    modules = [Module(Image("initrd", initrd))] if initrd else []
+    bzimage.load(vcpu, memory, Image("kernel", image), modules, line, RSDP)  # type: ignore[arg-type]
     return vcpu
 
 
@@ -127,9 +130,7 @@ def test_initrd_stays_below_the_address_the_kernel_can_reach(memory: GuestMemory
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": 0x20B}, r"boot protocol 2.11: expected 2.12"),
-        ({"xloadflags": 0}, "no 64-bit entry point"),
-        ({"loadflags": 0}, "zImage"),
+        ({"version": 0x201}, r"boot protocol 2.01: expected 2.02"),
         ({"setup_sects": 200}, "truncated"),
         ({"syssize": 0x10000}, "truncated"),
         ({"init_size": 0x10000000}, r"needs memory up to 0x11000000 \(272 MiB\), there are 64 MiB"),
@@ -156,6 +157,6 @@ def test_initrd_larger_than_memory_is_refused(memory: GuestMemory) -> None:
 
 
 def test_recognition() -> None:
-    assert bzimage.is_bzimage(make_bzimage())
-    assert not bzimage.is_bzimage(b"\x7fELF" + bytes(1000))
-    assert not bzimage.is_bzimage(b"")
+    assert bzimage.is_bzimage(Image("kernel", make_bzimage()))
+    assert not bzimage.is_bzimage(Image("kernel", b"\x7fELF" + bytes(1000)))
+    assert not bzimage.is_bzimage(Image("kernel", b""))

@@ -8,6 +8,8 @@ import pytest
 from tests.support.machines import RecordingVcpu
 
 from softkvm.vmm.boot import elf, pvh
+from softkvm.vmm.boot.image import Image
+from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.errors import ImageError
 from softkvm.vmm.memory import MIB, GuestMemory
 
@@ -47,7 +49,8 @@ def memory() -> Iterator[GuestMemory]:
 
 def load(memory: GuestMemory, image: bytes, initrd: bytes | None = None) -> RecordingVcpu:
     vcpu = RecordingVcpu()
-    pvh.load(vcpu, memory, image, initrd, b"console=ttyS0", 0xE0000)  # type: ignore[arg-type]
+    modules = [Module(Image("initrd", initrd))] if initrd else []
+    pvh.load(vcpu, memory, Image("kernel", image), modules, b"console=ttyS0", 0xE0000)  # type: ignore[arg-type]
     return vcpu
 
 
@@ -127,5 +130,5 @@ def test_any_damaged_file_is_refused_or_loaded_but_nothing_else(memory: GuestMem
 
 
 def test_recognition() -> None:
-    assert elf.is_elf(make_elf())
-    assert not elf.is_elf(b"MZ")
+    assert elf.is_elf(Image("kernel", make_elf()))
+    assert not elf.is_elf(Image("kernel", b"MZ"))

@@ -116,13 +116,13 @@ def enter_protected_mode(vcpu: api.Vcpu, memory: GuestMemory, regs: abi.kvm_regs
     vcpu.set_regs(regs)
 
 
-def enter_real_mode(vcpu: api.Vcpu, segment: int, regs: abi.kvm_regs) -> None:
-    """Put *vcpu* at *regs* in real mode with every segment register holding *segment*."""
+def enter_real_mode(vcpu: api.Vcpu, segment: int, regs: abi.kvm_regs, *, code_segment: int | None = None) -> None:
+    """Put *vcpu* at *regs* in real mode, every segment register holding *segment*, CS *code_segment* if given."""
     sregs = vcpu.get_sregs()
     for name in ("cs", "ds", "es", "fs", "gs", "ss"):
         register = getattr(sregs, name)
-        register.selector = segment
-        register.base = segment << 4
+        register.selector = segment if name != "cs" or code_segment is None else code_segment
+        register.base = register.selector << 4
     vcpu.set_sregs(sregs)
     regs.rflags |= 2
     vcpu.set_regs(regs)

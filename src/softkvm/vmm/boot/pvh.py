@@ -8,13 +8,15 @@ Sources: Xen's ``docs/misc/pvh.pandoc`` (state at entry) and ``xen/include/publi
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from softkvm import abi, api
 from softkvm.vmm.boot import elf, layout
-from softkvm.vmm.boot.bzimage import place_initrd
 from softkvm.vmm.boot.cpustate import enter_protected_mode
+from softkvm.vmm.boot.image import Deadline, Image
+from softkvm.vmm.boot.placement import Module, Strings, load_modules, load_segments
 from softkvm.vmm.errors import ImageError
-from softkvm.vmm.memory import MIB, GuestMemory
+from softkvm.vmm.memory import GuestMemory
 
 START_MAGIC = 0x336EC578
 START_VERSION = 1
@@ -24,55 +26,50 @@ MEMORY_MAP_ENTRY = struct.Struct("<QQII")
 
 
 def load(
-    vcpu: api.Vcpu, memory: GuestMemory, image: bytes, initrd: bytes | None, command_line: bytes, rsdp: int
+    vcpu: api.Vcpu,
+    memory: GuestMemory,
+    image: Image,
+    modules: Sequence[Module],
+    command_line: bytes,
+    rsdp: int,
+    deadline: Deadline | None = None,
 ) -> None:
     """Load an ELF kernel and put *vcpu* at its PVH entry, with EBX at the start info.
 
-    *command_line* is without its final NUL, *rsdp* the address of ACPI's root pointer. Raises ImageError if the
-    file has no PVH entry or does not fit.
+    The first of *modules* is Linux's initial RAM disk. *command_line* is without its final NUL, *rsdp* the address of
+    ACPI's root pointer. Raises ImageError if the file has no PVH entry or does not fit.
     """
     executable = elf.parse(image)
-    if executable.pvh_entry is None:
+    entry = executable.pvh_entry
+    if entry is None:
         raise ImageError("ELF file has no PVH entry point: expected the note XEN_ELFNOTE_PHYS32_ENTRY (CONFIG_PVH)")
-    if len(command_line) >= layout.COMMAND_LINE_MAX:
-        raise ImageError(f"command line has {len(command_line)} bytes: at most {layout.COMMAND_LINE_MAX - 1}")
-    kernel_end = layout.HIGH_MEMORY
     for segment in executable.segments:
-        end = segment.address + segment.size
         if segment.address < layout.HIGH_MEMORY:
             raise ImageError(
                 f"ELF segment at {segment.address:#x}: expected physical addresses from {layout.HIGH_MEMORY:#x}"
             )
-        if end > memory.end_below_4g:
-            raise ImageError(f"kernel does not fit: a segment ends at {end:#x}, there are {memory.size // MIB} MiB")
-        kernel_end = max(kernel_end, end)
-    for segment in executable.segments:
-        target = memory.slice(segment.address, segment.size)
-        target[: len(segment.data)] = segment.data
-        target[len(segment.data) :] = bytes(segment.size - len(segment.data))
-    memory.write(layout.COMMAND_LINE, command_line + b"\0")
+    strings = Strings(command_line, modules)
+    kernel_end = load_segments(memory, image, executable.segments, deadline=deadline)
+    if not any(segment.address <= entry < segment.end for segment in executable.segments):
+        raise ImageError(f"kernel's PVH entry point {entry:#x} lies in none of its segments")
+    memory.write(layout.COMMAND_LINE, strings.data)
+    places = load_modules(memory, modules, kernel_end, deadline=deadline)
 
-    modules = b""
-    if initrd:
-        at = place_initrd(memory, len(initrd), kernel_end, 0xFFFFFFFF)
-        memory.write(at, initrd)
-        modules = MODULE.pack(at, len(initrd), 0, 0)
+    table = b""
+    for module, address, text in zip(modules, places, strings.addresses[1:], strict=True):
+        table += MODULE.pack(address, module.image.size, text if module.command_line else 0, 0)
     entries = layout.memory_map(memory)
     modules_at = layout.PVH_START_INFO + START_INFO.size
-    map_at = modules_at + len(modules)
+    map_at = modules_at + len(table)
     start_info = START_INFO.pack(
-        START_MAGIC,
-        START_VERSION,
-        0,
-        1 if modules else 0,
-        modules_at if modules else 0,
-        layout.COMMAND_LINE,
-        rsdp,
-        map_at,
-        len(entries),
-        0,
+        *(START_MAGIC, START_VERSION, 0),
+        *(len(modules), modules_at if modules else 0),
+        *(layout.COMMAND_LINE, rsdp),
+        *(map_at, len(entries), 0),
     )
-    table = b"".join(MEMORY_MAP_ENTRY.pack(*entry, 0) for entry in entries)
-    memory.write(layout.PVH_START_INFO, start_info + modules + table)
-    regs = abi.kvm_regs(rip=executable.pvh_entry, rbx=layout.PVH_START_INFO, rsp=layout.BOOT_STACK)
+    table += b"".join(MEMORY_MAP_ENTRY.pack(*entry, 0) for entry in entries)
+    if len(start_info) + len(table) > layout.ZERO_PAGE - layout.PVH_START_INFO:
+        raise ImageError(f"{len(modules)} modules: their table does not fit below {layout.ZERO_PAGE:#x}")
+    memory.write(layout.PVH_START_INFO, start_info + table)
+    regs = abi.kvm_regs(rip=entry, rbx=layout.PVH_START_INFO, rsp=layout.BOOT_STACK)
     enter_protected_mode(vcpu, memory, regs)
