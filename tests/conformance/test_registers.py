@@ -452,3 +452,13 @@ def test_cpuid_faults_outside_of_ring_0_when_the_guest_asks_for_it(guest: Guest,
         setattr(sregs, name, segment)
     guest.cpu.set_sregs(sregs)
     guest.expect(abi.KVM_EXIT_SHUTDOWN)  # #GP, and there is no IDT
+
+
+def test_msrs_are_written_in_their_order_and_an_index_may_come_twice(guest: Guest) -> None:
+    # KVM API 4.19: "If an error occurs in setting an MSR, then the number of MSRs set so far is returned"
+    lstar, unknown = 0xC000_0082, 0x1234_5678
+    assert guest.cpu.set_msrs([(lstar, 1), (lstar, 2)]) == 2
+    assert guest.cpu.get_msrs([lstar]) == [2]
+    assert guest.cpu.set_msrs(iter([(lstar, 3), (lstar, 4), (unknown, 0), (lstar, 5)])) == 2
+    assert guest.cpu.get_msrs([lstar]) == [4]
+    refused(errno.E2BIG, lambda: guest.cpu.set_msrs([(lstar, n) for n in range(256)]))

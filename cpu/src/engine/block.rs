@@ -147,6 +147,7 @@ pub struct BlockCache {
     used: usize,
     /// Open addressing; a null pointer ends a search, a key of 0 is a dead block's.
     table: Vec<(usize, *mut Block)>,
+    /// Entries that don't end a search: live blocks' and dead ones'.
     count: usize,
     /// Direct-mapped front of the table for targets of indirect branches; blocks that lie in one page only.
     front: Box<[(usize, *mut Block)]>,
@@ -298,7 +299,8 @@ impl BlockCache {
     /// Lets the block be found.
     pub(crate) fn insert(&mut self, block: *mut Block) {
         if (self.count + 1) * 2 > self.table.len() {
-            let len = self.table.len() * 2;
+            let live = self.table.iter().filter(|(key, _)| *key != 0).count();
+            let len = if live * 4 > self.table.len() { self.table.len() * 2 } else { self.table.len() };
             let old = core::mem::replace(&mut self.table, vec![EMPTY; len]);
             self.count = 0;
             for (key, b) in old {
@@ -313,13 +315,58 @@ impl BlockCache {
         self.place(key, block);
     }
 
+    /// Dead blocks' places are used again: code that is rewritten all the time must not make the table grow, nor the
+    /// searches in it.
     fn place(&mut self, key: usize, block: *mut Block) {
         let mask = self.table.len() - 1;
         let mut at = hash(key) & mask;
-        while !self.table[at].1.is_null() {
+        while !self.table[at].1.is_null() && self.table[at].0 != 0 {
             at = (at + 1) & mask;
         }
+        self.count += self.table[at].1.is_null() as usize;
         self.table[at] = (key, block);
-        self.count += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(cache: &mut BlockCache, host: usize) -> *mut Block {
+        let b = cache.allocate(size_of::<Block>()).cast::<Block>();
+        // SAFETY: fresh memory of the right size; NOWHERE's pointers are null or NOWHERE's.
+        unsafe {
+            b.copy_from_nonoverlapping(&raw const NOWHERE.0, 1);
+            (*b).host = host;
+            (*b).mode = 8;
+        }
+        b
+    }
+
+    #[test]
+    fn code_that_is_rewritten_for_ever_takes_no_more_of_the_table() {
+        let mut cache = BlockCache::default();
+        for round in 0..1 << 15 {
+            let host = 0x1000 + (round % 1000) * 16;
+            let b = block(&mut cache, host);
+            cache.insert(b);
+            assert_eq!(cache.search(host, 8), b);
+            cache.kill(b);
+            assert!(cache.search(host, 8).is_null());
+        }
+        assert_eq!(cache.table.len(), 1 << TABLE_BITS);
+        assert!(cache.count <= 1000, "{} entries have to be searched", cache.count);
+    }
+
+    #[test]
+    fn blocks_are_found_however_many_there_are() {
+        let mut cache = BlockCache::default();
+        let blocks: Vec<_> = (0..1 << 14).map(|n| block(&mut cache, 0x10_0000 + n * 3)).collect();
+        blocks.iter().for_each(|b| cache.insert(*b));
+        blocks.iter().step_by(2).for_each(|b| cache.kill(*b));
+        for (n, b) in blocks.iter().enumerate() {
+            let found = cache.search(0x10_0000 + n * 3, 8);
+            assert_eq!(found, if n % 2 == 0 { core::ptr::null_mut() } else { *b });
+        }
     }
 }

@@ -291,7 +291,7 @@ impl Cpu {
         let mut d = decoder(code_size, &[], 0);
         while n < max_ops && at < limit {
             if available < limit && available < at + MAX_INSTRUCTION {
-                // A store between this and `check` below is noticed there: it compares after having marked the chunks.
+                // A store between this and the first `check` is noticed there: it compares after having marked the chunks.
                 let more = STRIDE.min(limit - available);
                 // SAFETY: `host` was translated; `limit` bytes remain in its page.
                 unsafe {
@@ -398,12 +398,12 @@ impl Cpu {
             core::ptr::copy_nonoverlapping(ops.as_ptr().cast::<Op>(), first, n);
             core::ptr::copy_nonoverlapping(bytes.as_ptr(), first.byte_add(ops_bytes).cast(), at);
         }
-        if self.check(b) {
-            self.blocks.insert(b);
-            return Ok(b);
-        }
-        // Another processor wrote between reading and arming; the next look-up sees the new bytes.
-        self.decode(linear, left, host, mode)
+        // If another processor has written meanwhile, this one has fetched the bytes from before and may run them: once,
+        // as a block without the stamp is compared again when it is entered next. To try until both agree would take as
+        // long as the other processor likes.
+        self.check(b);
+        self.blocks.insert(b);
+        Ok(b)
     }
 }
 

@@ -179,3 +179,49 @@ fn a_kick_ends_an_endless_loop() {
     });
     assert!(g.cpu.instructions > 1000);
 }
+
+/// A stack that a few nested calls of the decoder would fill.
+const SMALL_STACK: usize = if cfg!(debug_assertions) { 1 << 20 } else { 64 << 10 };
+
+#[test]
+fn code_that_another_processor_keeps_rewriting_runs_on_and_ends_at_a_kick() {
+    const MOVES: u64 = 12;
+    let memory = Memory::new();
+    let mut reader = Guest::bare(memory.clone(), 0);
+    reader.assemble(64, DATA, |a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        for _ in 0..MOVES {
+            a.mov(eax, 0).unwrap();
+        }
+        a.inc(qword_ptr(DATA + 0x2000)).unwrap();
+        a.jmp(again).unwrap();
+    });
+    reader.set(save::RIP, DATA);
+    let mut writer = Guest::bare(memory.clone(), 1);
+    writer.set(save::RIP, CODE);
+    writer.set(save::RSP, STACK0);
+    writer.assemble(64, CODE, |a| {
+        let (mut again, mut round) = (a.create_label(), a.create_label());
+        a.mov(ecx, 300_000).unwrap();
+        a.set_label(&mut again).unwrap();
+        for n in 0..MOVES {
+            a.inc(dword_ptr(DATA + 5 * n + 1)).unwrap();
+        }
+        a.dec(ecx).unwrap();
+        a.jnz(again).unwrap();
+        // The reader comes round in spite of all that.
+        a.set_label(&mut round).unwrap();
+        a.cmp(qword_ptr(DATA + 0x2000), 1000).unwrap();
+        a.jb(round).unwrap();
+        a.hlt().unwrap();
+    });
+    let kick = reader.cpu.shared.clone();
+    std::thread::scope(|s| {
+        let small = || std::thread::Builder::new().stack_size(SMALL_STACK);
+        small().spawn_scoped(s, move || reader.expect_exit(exit::INTR)).unwrap();
+        let writer = small().spawn_scoped(s, move || writer.expect_exit(exit::HLT)).unwrap();
+        writer.join().unwrap();
+        kick.kick();
+    });
+}

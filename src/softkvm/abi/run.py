@@ -374,10 +374,11 @@ class kvm_run_exits(Union):
     padding: Annotated[chars, 256]
 
 
+@layout
 class kvm_run_page(Structure):
     """The page that a vCPU shares with its client (``struct kvm_run``), as far as it is alike on all architectures.
 
-    An architecture adds its exits, ``exit``, and its registers, and lays it out.
+    The exit follows, and an architecture's registers.
     """
 
     request_interrupt_window: u8

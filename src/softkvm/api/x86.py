@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from softkvm import abi
@@ -134,8 +134,12 @@ class Vcpu(common.Vcpu, Protocol):
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         """KVM_GET_MSRS: the values, up to the first MSR that cannot be read."""
 
-    def set_msrs(self, msrs: Mapping[int, int]) -> int:
-        """KVM_SET_MSRS: how many were set; stops at the first that cannot be written."""
+    def set_msrs(self, msrs: abi.MsrValues) -> int:
+        """KVM_SET_MSRS: how many were set; stops at the first that cannot be written.
+
+        *msrs* is values by index, or a sequence of (index, value) pairs, which are written in their order: it may
+        hold an index twice.
+        """
 
     def x86_setup_mce(self, mcg_cap: int) -> None:
         """KVM_X86_SETUP_MCE: IA32_MCG_CAP, with the number of banks in bits 7:0; EINVAL for what isn't supported."""

@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import halt_poll
+from softkvm.kvm import halt_poll, run_page
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.requests import (
     KVM_REQ_CLOCK_UPDATE,
@@ -28,7 +28,7 @@ from softkvm.kvm.requests import (
 )
 from softkvm.kvm.vcpu_state import BLOCKING, IN_GUEST_MODE, OUTSIDE_GUEST_MODE, VcpuState
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import events, io
+from softkvm.kvm.x86 import events
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.svm import svm
@@ -77,14 +77,14 @@ class Vcpu(VcpuState):
                 self._wait_for_sipi()
             elif apic is None:
                 self._take_cr8()
-            if self.pic_in_userspace and self.run_b[io.RUN_REQUEST_INTERRUPT_WINDOW]:
+            if self.pic_in_userspace and self.run_b[run_page.REQUEST_INTERRUPT_WINDOW_B]:
                 self.make_request(KVM_REQ_EVENT)
             complete = self.complete_userspace_io
             if complete is not None:
                 self.complete_userspace_io = None
                 if not complete(self):
                     return
-            if self.run_b[1]:
+            if self.run_b[run_page.IMMEDIATE_EXIT_B]:
                 raise InterruptedError(errno.EINTR, "immediate_exit is set")
             self.vcpu_run()
         finally:
@@ -94,18 +94,20 @@ class Vcpu(VcpuState):
                 self.holds_kicks = False
                 self.cpu.send_held_kicks()
             run_q = self.run_q
-            self.run_b[13] = self.q[RFLAGS] >> 9 & 1
+            self.run_b[run_page.IF_FLAG_B] = self.q[RFLAGS] >> 9 & 1
             if apic is not None:
-                run_q[2] = apic.regs[0x20] >> 4
-                run_q[3] = apic.apic_base
+                run_q[run_page.CR8_Q] = apic.regs[0x20] >> 4
+                run_q[run_page.APIC_BASE_Q] = apic.apic_base
             else:
-                run_q[2] = self.shadow_cr8
-                run_q[3] = self.get_apic_base()
-            self.run_b[12] = not self.pic_in_userspace or self._ready_for_interrupt_injection()
+                run_q[run_page.CR8_Q] = self.shadow_cr8
+                run_q[run_page.APIC_BASE_Q] = self.get_apic_base()
+            self.run_b[run_page.READY_FOR_INTERRUPT_INJECTION_B] = (
+                not self.pic_in_userspace or self._ready_for_interrupt_injection()
+            )
 
     def _wait_for_sipi(self) -> None:
         """A processor that waits for its start-up IPI: blocked until something comes, then EAGAIN at the latest."""
-        if self.run_b[io.RUN_IMMEDIATE_EXIT]:
+        if self.run_b[run_page.IMMEDIATE_EXIT_B]:
             raise InterruptedError(errno.EINTR, "immediate_exit is set")
         self._block()
         assert self.apic is not None
@@ -118,13 +120,13 @@ class Vcpu(VcpuState):
 
     def _take_cr8(self) -> None:
         """With chips in userspace the task priority is userspace's too."""
-        if self.run_q[io.RUN_CR8] != self.shadow_cr8:
-            if not cr.kvm_set_cr8(self, self.run_q[io.RUN_CR8]):
-                raise kvm_error(errno.EINVAL, f"cr8={self.run_q[io.RUN_CR8]:#x}, expected 4 bits")
+        if self.run_q[run_page.CR8_Q] != self.shadow_cr8:
+            if not cr.kvm_set_cr8(self, self.run_q[run_page.CR8_Q]):
+                raise kvm_error(errno.EINVAL, f"cr8={self.run_q[run_page.CR8_Q]:#x}, expected 4 bits")
 
     def _signal_exit(self) -> None:
         self.take_request(KVM_REQ_SIGNAL)
-        self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_INTR
+        self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_INTR
         raise InterruptedError(errno.EINTR, "kicked")
 
     def _take_signal(self) -> None:
@@ -196,17 +198,17 @@ class Vcpu(VcpuState):
     def _unexpected_exit(self, code: int) -> None:
         """VMEXIT_INVALID is KVM_EXIT_FAIL_ENTRY; anything else KVM doesn't intercept is an internal error."""
         if code == V.EXIT_ERR:
-            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_FAIL_ENTRY
-            self.run_q[32 // 8] = code
-            self.run_d[40 // 4] = self.vcpu_id
+            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_FAIL_ENTRY
+            self.run_q[run_page.FAIL_ENTRY_REASON_Q] = code
+            self.run_d[run_page.FAIL_ENTRY_CPU_D] = self.vcpu_id
             self.vm.log_invalid_vmcb(self)
             return
         self.internal_error(abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, (code, self.vcpu_id))
 
     def _userspace_irqchip_exit(self) -> bool:
         """With the PIC in userspace: leave as soon as an interrupt window that it asked for is open."""
-        if self.run_b[io.RUN_REQUEST_INTERRUPT_WINDOW] and self._ready_for_interrupt_injection():
-            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_IRQ_WINDOW_OPEN
+        if self.run_b[run_page.REQUEST_INTERRUPT_WINDOW_B] and self._ready_for_interrupt_injection():
+            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_IRQ_WINDOW_OPEN
             return True
         return False
 
@@ -221,7 +223,7 @@ class Vcpu(VcpuState):
         if requests & KVM_REQ_SIGNAL:
             # Leave everything else for the next run.
             self.make_request(requests & ~(KVM_REQ_SIGNAL | KVM_REQ_TASK_WORK))
-            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_INTR
+            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_INTR
             raise InterruptedError(errno.EINTR, "kicked")
         if requests & KVM_REQ_VM_DEAD:
             self.make_request(requests & ~KVM_REQ_TASK_WORK)  # for good
@@ -234,12 +236,12 @@ class Vcpu(VcpuState):
         if requests & KVM_REQ_STEAL_UPDATE:
             kvmclock.record_steal_time(self)
         if requests & KVM_REQ_TRIPLE_FAULT:
-            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SHUTDOWN
+            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
             self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI | KVM_REQ_IOAPIC_EOI_EXIT))
             return False
         if requests & KVM_REQ_IOAPIC_EOI_EXIT:
-            self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_IOAPIC_EOI
-            self.run_b[io.RUN_EOI_VECTOR] = self.pending_ioapic_eoi
+            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_IOAPIC_EOI
+            self.run_b[run_page.EOI_VECTOR_B] = self.pending_ioapic_eoi
             self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI))
             return False
         if requests & KVM_REQ_NMI:
@@ -266,7 +268,7 @@ class Vcpu(VcpuState):
             self._update_cr8_intercept(apic)
             if self.pv_eoi is not None and self.pv_eoi.msr:
                 self.pv_eoi.sync_to_guest()
-        if self.pic_in_userspace and self.run_b[io.RUN_REQUEST_INTERRUPT_WINDOW]:
+        if self.pic_in_userspace and self.run_b[run_page.REQUEST_INTERRUPT_WINDOW_B]:
             if self._accepts_external_interrupt() and not self._ready_for_interrupt_injection():
                 svm.enable_irq_window(self)
         return True

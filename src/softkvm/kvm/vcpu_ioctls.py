@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -115,11 +115,12 @@ class VcpuIoctls(Vcpu):
             values.append(value)
         return values
 
-    def set_msrs(self, values: Mapping[int, int]) -> int:
+    def set_msrs(self, values: abi.MsrValues) -> int:
         """KVM_SET_MSRS: how many were set, up to the first that cannot be; E2BIG for 256 or more."""
-        _check_msr_count(len(values))
+        pairs = abi.msr_pairs(values)
+        _check_msr_count(len(pairs))
         count = 0
-        for index, data in values.items():
+        for index, data in pairs:
             if not msrs.set_msr(self, index, data, host=True):
                 break
             count += 1

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.kvm import run_page
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.requests import (
     KVM_REQ_CLOCK_UPDATE,
@@ -23,7 +24,7 @@ from softkvm.kvm.requests import (
     KVM_REQ_SMI,
     KVM_REQ_TASK_WORK,
 )
-from softkvm.kvm.x86 import debug, io, msrs, reset, segments
+from softkvm.kvm.x86 import debug, msrs, reset, segments
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException, X86Exception
@@ -463,7 +464,7 @@ class VcpuState:
         if self.apic is not None:
             self.mp_state = _HALTED
             return 1
-        self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_HLT
+        self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_HLT
         return 0
 
     def exit_debug(self, exception: int, dr6: int, pc: int) -> None:
@@ -472,11 +473,11 @@ class VcpuState:
 
     def internal_error(self, suberror: int, data: Sequence[int]) -> None:
         """Describe a KVM_EXIT_INTERNAL_ERROR with ``data``."""
-        self.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_INTERNAL_ERROR
-        self.run_d[32 // 4] = suberror
-        self.run_d[36 // 4] = len(data)
+        self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_INTERNAL_ERROR
+        self.run_d[run_page.INTERNAL_SUBERROR_D] = suberror
+        self.run_d[run_page.INTERNAL_NDATA_D] = len(data)
         for n, value in enumerate(data):
-            self.run_q[40 // 8 + n] = value
+            self.run_q[run_page.INTERNAL_DATA_Q + n] = value
 
     def internal_error_emulation(self) -> None:
         """Describe a failed emulation, with the instruction bytes if they can be read."""
@@ -487,6 +488,7 @@ class VcpuState:
         self.internal_error(abi.KVM_INTERNAL_ERROR_EMULATION, (0, 0, 0))
         if code:
             # ndata counts flags and the 16 bytes of length and instruction
-            self.run_q[40 // 8] = abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-            self.run_b[48] = len(code)
-            self.run_b[49 : 49 + len(code)] = code
+            self.run_q[run_page.EMULATION_FAILURE_FLAGS_Q] = abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+            self.run_b[run_page.EMULATION_FAILURE_INSN_SIZE_B] = len(code)
+            start = run_page.EMULATION_FAILURE_INSN_BYTES_B
+            self.run_b[start : start + len(code)] = code

@@ -15,7 +15,7 @@ from softkvm import abi, api
 from softkvm.unittests.options import Platform
 from softkvm.unittests.result import Place
 from softkvm.unittests.symbols import Symbols
-from softkvm.vmm.devices import fw_cfg, pci, pci_testdev, testdev, vmport
+from softkvm.vmm.devices import fw_cfg, pci_testdev, testdev, vmport
 from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.stats import REASONS
 from softkvm.vmm.vcpu_thread import VcpuThread
@@ -70,7 +70,6 @@ class TestMachine(Machine):
             vcpus,
             cpuid=platform.cpu.apply,
             pit=platform.pit,
-            hpet=True,
             devices=self._add_test_devices,
         )
         super().__init__(kvm, config, console)
@@ -85,7 +84,6 @@ class TestMachine(Machine):
         self.pio.add(fw_cfg.FW_CFG_PORT, fw_cfg.FW_CFG_SIZE, fw_cfg.FwCfg(items), "fw_cfg")
         if self.platform.vmport:
             self.pio.add(vmport.VMPORT, 4, vmport.VmPort(self.current_vcpu), "vmport")
-        self.pci_config.add(0, 0, pci.host_bridge())
         self._pci_testdev = pci_testdev.PciTestDevice(self.vm)
         self._pci_testdev.connect(self.pio, self.mmio)
         self.pci_config.add(PCI_TESTDEV_SLOT, 0, self._pci_testdev)

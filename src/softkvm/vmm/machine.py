@@ -19,7 +19,7 @@ from softkvm.vmm.boot.loaders import Kind
 from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
-from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci_config, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial
 from softkvm.vmm.errors import ConfigError, ImageError
 from softkvm.vmm.memory import MIB, GuestMemory
 from softkvm.vmm.outcome import End, Outcome
@@ -45,7 +45,7 @@ class Config:
     """Last word on every vCPU's CPUID table: gets what it would be, returns what it is."""
     pit: bool = True
     """Whether there is an i8254."""
-    hpet: bool = False
+    hpet: bool = True
     """Whether there is a high precision event timer."""
     devices: Callable[[Machine], None] | None = None
     """Called after the standard devices are on the buses, to add more."""
@@ -143,11 +143,13 @@ class Machine:
     def _add_devices(self, console: Callable[[bytes], None] | None) -> None:
         ranges = self.memory.ranges
         above = ranges[1].end - ranges[1].start if len(ranges) > 1 else 0
+        self.hpet = hpet.Hpet(self.vm.irq_line, replace_pit=self._replace_pit) if self.config.hpet else None
         self.serial = serial.Serial(console, self._irq(serial.COM1_IRQ))
         self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._rtc_irq)
         self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
         self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
+        self.pci_config.add(0, 0, pci.host_bridge())
         self.pvpanic = pvpanic.PvPanic(self._panicked)
         self.debug_exit = debug_exit.DebugExit(self._debug_exit)
         self.bios = services.Bios(
@@ -158,7 +160,6 @@ class Machine:
             lambda: self._reset("BIOS"),
             self.ended,
         )
-        self.hpet = hpet.Hpet(self.vm.irq_line) if self.config.hpet else None
         if self.hpet is not None:
             self.mmio.add(hpet.HPET_ADDRESS, hpet.HPET_SIZE, self.hpet, "hpet")
         add = self.pio.add
@@ -187,8 +188,18 @@ class Machine:
     def _debug_exit(self, status: int) -> None:
         self.end(Outcome(End.DEBUG_EXIT, f"status {status}", status))
 
+    def _replace_pit(self, on: bool) -> None:
+        """The HPET drives IRQ 0 from now on, or no more: KVM's PIT does not, or does again (KVM API, KVM_SET_PIT2)."""
+        if self.config.pit:
+            state = self.vm.get_pit2()
+            state.flags = state.flags & ~abi.KVM_PIT_FLAGS_HPET_LEGACY | (abi.KVM_PIT_FLAGS_HPET_LEGACY if on else 0)
+            self.vm.set_pit2(state)
+
     def _rtc_irq(self, level: int) -> None:
-        self.vm.irq_line(cmos.RTC_IRQ, level)
+        if self.hpet is not None:
+            self.hpet.rtc_irq(level)
+        else:
+            self.vm.irq_line(cmos.RTC_IRQ, level)
         if level:
             self.acpi_pm.rtc_alarm()
 

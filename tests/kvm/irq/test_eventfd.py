@@ -14,6 +14,7 @@ from tests.support.tiny import Tiny
 
 import softkvm
 from softkvm import abi
+from softkvm.kvm.irq.eventfd import EventFile
 
 MMIO = 0x1000_0000
 
@@ -243,6 +244,58 @@ def test_an_eventfd_taken_away_while_it_is_signalled_stays_open_until_that_is_do
     assert len(os.listdir("/proc/self/fd")) == before
     del device
     assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_the_clients_eventfds_stay_as_they_are(tiny: Tiny, blocking: bool) -> None:
+    # O_NONBLOCK belongs to the open file (open(2)), which KVM shares with the client.
+    flags = 0 if blocking else os.EFD_NONBLOCK
+    raised, resample, notified = (os.eventfd(0, flags) for _ in range(3))
+    tiny.vm.irqfd(raised, 20, abi.KVM_IRQFD_FLAG_RESAMPLE, resample)
+    tiny.vm.ioeventfd(notified, MMIO, 4)
+    with pytest.raises(OSError, match="irqfd already"):
+        tiny.vm.irqfd(raised, 20, abi.KVM_IRQFD_FLAG_RESAMPLE, resample)
+    with pytest.raises(OSError, match="has an eventfd already"):
+        tiny.vm.ioeventfd(notified, MMIO, 4)
+    with pytest.raises(OSError, match="no such ioeventfd"):
+        tiny.vm.ioeventfd(raised, MMIO, 4, flags=abi.KVM_IOEVENTFD_FLAG_DEASSIGN)
+    assert [os.get_blocking(fd) for fd in (raised, resample, notified)] == [blocking] * 3
+    for descriptor in (raised, resample, notified):
+        os.close(descriptor)
+
+
+def test_neither_a_full_nor_an_empty_counter_stops_kvm(tiny: Tiny) -> None:
+    full = os.eventfd(0)  # blocking
+    os.eventfd_write(full, 2**64 - 2)
+    tiny.vm.ioeventfd(full, MMIO, 4)
+    tiny.protected_mode().load(bytes.fromhex("c7050000001001000000 e610"))
+    assert tiny.run() == abi.KVM_EXIT_IO
+    assert os.eventfd_read(full) == 2**64 - 2
+    assert not EventFile(full).consume()  # as if the client had been quicker
+    assert not EventFile(full)._consume_if_readable()
+    os.eventfd_write(full, 3)
+    assert EventFile(full)._consume_if_readable()
+    os.close(full)
+
+
+def test_an_irqfd_that_could_not_be_made_leaves_nothing_behind(
+    tiny: Tiny, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for where, what in ((os, "eventfd"), (threading.Thread, "start")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, _no_more)
+            with pytest.raises(OSError, match="no more"):
+                tiny.vm.irqfd(fd, 20)
+        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    _unmasked_ioapic_pin(tiny, 20, 0x45)
+    tiny.vm.irqfd(fd, 20)
+    os.eventfd_write(fd, 1)
+    assert _wait_for(lambda: tiny.vcpu.apic is not None and tiny.vcpu.apic.irr == 1 << 0x45)
+
+
+def _no_more(*_: object) -> None:
+    raise OSError(errno.EMFILE, "no more")
 
 
 def test_a_closed_vm_has_given_back_its_eventfds_and_its_thread() -> None:

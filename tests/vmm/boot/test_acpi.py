@@ -58,7 +58,7 @@ def test_tables_hang_together_and_lie_in_the_bios_area(memory: GuestMemory, coun
     assert root % 16 == 0
     assert 0xE0000 <= root < 0x100000
     tables = all_tables(memory, root)
-    assert set(tables) == {"RSDT", "XSDT", "FACP", "FACS", "APIC", "DSDT"}
+    assert set(tables) == {"RSDT", "XSDT", "FACP", "FACS", "APIC", "HPET", "DSDT"}
     assert memory.read(0x100000, 16) == bytes(16)
 
 
@@ -94,7 +94,7 @@ def test_iasl_disassembles_the_tables_without_a_complaint(memory: GuestMemory, t
     if shutil.which("iasl") is None:
         pytest.skip("iasl is not installed")
     tables = all_tables(memory, acpi.write_tables(memory, [0, 1]))
-    for name in ("FACP", "APIC", "DSDT", "XSDT", "RSDT", "FACS"):
+    for name in ("FACP", "APIC", "HPET", "DSDT", "XSDT", "RSDT", "FACS"):
         path = tmp_path / f"{name}.aml"
         path.write_bytes(tables[name])
         done = subprocess.run(["iasl", "-d", path], capture_output=True, text=True)
@@ -103,7 +103,7 @@ def test_iasl_disassembles_the_tables_without_a_complaint(memory: GuestMemory, t
         assert "Warning" not in text, text
         assert "Error" not in text, text
     source = (tmp_path / "DSDT.dsl").read_text()
-    for part in ("Name (_S5", "PNP0501", "PNP0B00", "QEMU0001", "0x03F8", "{4}"):
+    for part in ("Name (_S5", "PNP0501", "PNP0B00", "QEMU0001", "0x03F8", "{4}", "PNP0A03", "PNP0103"):
         assert part in source
     done = subprocess.run(["iasl", "-p", tmp_path / "again", tmp_path / "DSDT.dsl"], capture_output=True, text=True)
     assert " 0 Errors" in done.stdout, done.stdout
@@ -116,10 +116,28 @@ def test_layout_of_the_bios_area_agrees_with_the_memory_map(memory: GuestMemory)
 
 
 def test_hpet_is_described_where_there_is_one(memory: GuestMemory) -> None:
-    assert "HPET" not in all_tables(memory, acpi.write_tables(memory, [0]))
-    table = all_tables(memory, acpi.write_tables(memory, [0], with_hpet=True))["HPET"]
-    assert struct.unpack_from("<I", table, 36)[0] == 0x8086A201
-    assert struct.unpack_from("<Q", table, 44)[0] == 0xFED00000
+    without = all_tables(memory, acpi.write_tables(memory, [0], with_hpet=False))
+    assert "HPET" not in without
+    assert b"HPET" not in without["DSDT"]
+    tables = all_tables(memory, acpi.write_tables(memory, [0]))
+    assert struct.unpack_from("<I", tables["HPET"], 36)[0] == 0x8086A201
+    assert struct.unpack_from("<Q", tables["HPET"], 44)[0] == 0xFED00000
+    # Memory32Fixed of 1 KiB there
+    assert bytes.fromhex("86 0900 01 0000d0fe 00040000") in tables["DSDT"]
+
+
+def test_windows_of_the_host_bridge(memory: GuestMemory) -> None:
+    """As QEMU's pc machine has them, compiled by iasl: buses, ports but CONFIG_ADDRESS and CONFIG_DATA, memory."""
+    dsdt = all_tables(memory, acpi.write_tables(memory, [0]))["DSDT"]
+    for descriptor in (
+        "88 0d00 02 0c 00 0000 0000 ff00 0000 0001",
+        "47 01 f80c f80c 01 08",
+        "88 0d00 01 0c 03 0000 0000 f70c 0000 f80c",
+        "88 0d00 01 0c 03 0000 000d ffff 0000 00f3",
+        "87 1700 00 0c 01 00000000 00000a00 ffff0b00 00000000 00000200",
+        "87 1700 00 0c 01 00000000 000000c0 ffffbffe 00000000 0000c03e",
+    ):
+        assert bytes.fromhex(descriptor) in dsdt, descriptor
 
 
 def test_waking_vector_is_the_one_that_the_guest_wrote_into_the_facs(memory: GuestMemory) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test device, fw_cfg, PCI functions, HPET: the platform of test programs."""
+"""Test device, fw_cfg, PCI functions, VMware port: the platform of test programs."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 from softkvm import abi
 from softkvm.vmm.bus import Bus
-from softkvm.vmm.devices import fw_cfg, hpet, pci, pci_testdev, testdev, vmport
+from softkvm.vmm.devices import fw_cfg, pci, pci_testdev, testdev, vmport
 from softkvm.vmm.devices.pci_config import PciConfig
 
 
@@ -204,109 +204,3 @@ def test_vmware_port_answers_in_the_registers_of_its_caller(rax: int, rcx: int, 
     vcpu = _Registers(rax=rax, rcx=rcx, rbx=7)
     assert vmport.VmPort(lambda: vcpu).read(0, 4) == answer  # type: ignore[arg-type, return-value]
     assert vcpu.regs.rbx == rbx
-
-
-# -- HPET
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.now_ns = 1000
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-
-def test_counter_runs_at_100_mhz_while_it_is_enabled() -> None:
-    clock = _Clock()
-    timer = hpet.Hpet(clock_ns=clock)
-    assert timer.read(hpet.CAPABILITIES, 8) >> 32 == 10_000_000  # femtoseconds
-    clock.now_ns += 500
-    assert timer.read(hpet.COUNTER, 8) == 0
-    timer.write(hpet.CONFIGURATION, 8, hpet.ENABLE)
-    clock.now_ns += 500
-    assert timer.read(hpet.COUNTER, 8) == 50
-    timer.write(hpet.CONFIGURATION, 4, 0)
-    clock.now_ns += 500
-    assert timer.read(hpet.COUNTER, 4) == 50
-    timer.write(hpet.COUNTER, 8, 1 << 40)
-    timer.write(hpet.CONFIGURATION, 4, hpet.ENABLE)
-    clock.now_ns += 20
-    assert timer.read(hpet.COUNTER + 4, 4) == 1 << 8
-    assert timer.read(hpet.COUNTER, 4) == 2
-
-
-def comparator(timer: hpet.Hpet, index: int, config: int, value: int) -> None:
-    base = hpet.COMPARATOR_0 + hpet.COMPARATOR_STRIDE * index
-    timer.write(base, 8, config)
-    timer.write(base + hpet.COMPARATOR_VALUE, 8, value)
-
-
-def test_comparator_pulses_its_line_when_the_counter_gets_there() -> None:
-    clock = _Clock()
-    pulses: list[tuple[int, int]] = []
-    timer = hpet.Hpet(lambda line, level: pulses.append((line, level)), clock)
-    timer._timer.close()  # the test is the clock's hand
-    comparator(timer, 1, hpet.INT_ENABLE | 20 << hpet.ROUTE_SHIFT, 100)
-    timer.write(hpet.CONFIGURATION, 4, hpet.ENABLE)
-    clock.now_ns += 990
-    timer._expired()
-    assert not pulses
-    clock.now_ns += 10
-    timer._expired()
-    assert pulses == [(20, 1), (20, 0)]
-
-
-def test_level_interrupt_stays_until_its_status_is_cleared() -> None:
-    clock = _Clock()
-    pulses: list[tuple[int, int]] = []
-    timer = hpet.Hpet(lambda line, level: pulses.append((line, level)), clock)
-    timer._timer.close()
-    comparator(timer, 2, hpet.INT_ENABLE | hpet.LEVEL | 16 << hpet.ROUTE_SHIFT, 0)
-    timer.write(hpet.CONFIGURATION, 4, hpet.ENABLE)
-    timer._expired()
-    assert timer.read(hpet.INTERRUPT_STATUS, 4) == 1 << 2
-    assert pulses == [(16, 1)]
-    timer.write(hpet.INTERRUPT_STATUS, 4, 1 << 2)
-    assert pulses == [(16, 1), (16, 0)]
-    assert timer.read(hpet.INTERRUPT_STATUS, 4) == 0
-
-
-def test_periodic_comparator_goes_on_from_its_own_value() -> None:
-    clock = _Clock()
-    pulses: list[tuple[int, int]] = []
-    timer = hpet.Hpet(lambda line, level: pulses.append((line, level)), clock)
-    timer._timer.close()
-    config = hpet.INT_ENABLE | hpet.PERIODIC | hpet.SET_VALUE
-    comparator(timer, 0, config, 100)
-    timer.write(hpet.COMPARATOR_0 + hpet.COMPARATOR_VALUE, 8, 50)  # the period
-    timer.write(hpet.CONFIGURATION, 4, hpet.ENABLE | hpet.LEGACY)
-    clock.now_ns += 1000 + 1230
-    timer._expired()
-    assert pulses == [(0, 1), (0, 0)]
-    assert timer.read(hpet.COMPARATOR_0 + hpet.COMPARATOR_VALUE, 8) == 250
-
-
-def test_state_survives() -> None:
-    clock = _Clock()
-    timer = hpet.Hpet(clock_ns=clock)
-    comparator(timer, 0, 1 << 6 | hpet.PERIODIC, 77)
-    timer.write(hpet.CONFIGURATION, 4, hpet.ENABLE)
-    clock.now_ns += 5000
-    state = timer.save()
-    other = hpet.Hpet(clock_ns=clock)
-    other.restore(state)
-    clock.now_ns += 1000
-    assert other.read(hpet.COUNTER, 8) == timer.read(hpet.COUNTER, 8) == 600
-    assert other.save() == timer.save()
-
-
-def test_timer_thread_fires_by_itself() -> None:
-    import threading
-
-    fired = threading.Event()
-    timer = hpet.Hpet(lambda line, level: fired.set())
-    comparator(timer, 0, hpet.INT_ENABLE | 16 << hpet.ROUTE_SHIFT, 100_000)
-    timer.write(hpet.CONFIGURATION, 4, hpet.ENABLE)
-    assert fired.wait(5)
-    timer.close()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model-specific registers (KVM API 4.3, 4.18, 4.19, 4.97 KVM_X86_SET_MSR_FILTER)."""
 
+from collections.abc import Iterable, Mapping
 from ctypes import Array, Structure
 from typing import Annotated, NamedTuple
 
@@ -62,6 +63,15 @@ class MsrFilterRange(NamedTuple):
     base: int
     nmsrs: int
     bitmap: bytes
+
+
+#: What KVM_SET_MSRS takes: values by index, or (index, value) pairs, where an index may occur twice.
+MsrValues = Mapping[int, int] | Iterable[tuple[int, int]]
+
+
+def msr_pairs(values: MsrValues) -> list[tuple[int, int]]:
+    """Return the (index, value) pairs of KVM_SET_MSRS, in the order in which they are written."""
+    return list(values.items() if isinstance(values, Mapping) else values)
 
 
 def msr_bitmap_bytes(nmsrs: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import c_uint32, c_uint64
 from typing import Any
 
@@ -38,11 +38,13 @@ from softkvm.abi.x86.msr import (
     KVM_MSR_FILTER_MAX_BITMAP_SIZE,
     KVM_MSR_FILTER_MAX_RANGES,
     MsrFilterRange,
+    MsrValues,
     kvm_msr_entry,
     kvm_msr_filter,
     kvm_msr_list,
     kvm_msrs,
     msr_bitmap_bytes,
+    msr_pairs,
 )
 from softkvm.abi.x86.nested import kvm_nested_state
 from softkvm.abi.x86.processor import (
@@ -82,12 +84,13 @@ class GetMsrs(Argument):
 
 
 class SetMsrs(Value):
-    """KVM_SET_MSRS: values by index; the method returns how many were set."""
+    """KVM_SET_MSRS: values by index, or pairs; the method returns how many were set."""
 
-    def pack(self, msrs: Mapping[int, int]) -> Any:
+    def pack(self, msrs: MsrValues) -> Any:
         """A table of indices and values."""
-        table: Any = flexible(self.structure, kvm_msr_entry, len(msrs))(nmsrs=len(msrs))
-        for entry, (index, data) in zip(table.entries, msrs.items(), strict=True):
+        pairs = msr_pairs(msrs)
+        table: Any = flexible(self.structure, kvm_msr_entry, len(pairs))(nmsrs=len(pairs))
+        for entry, (index, data) in zip(table.entries, pairs, strict=True):
             entry.index = index
             entry.data = data
         return table

@@ -7,6 +7,7 @@ ioeventfd is a device on a bus whose write adds one to a counter.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -27,22 +28,16 @@ _ONE: Final = struct.pack("=Q", 1)
 _LENGTHS: Final = (0, 1, 2, 4, 8)
 
 
-def signal_eventfd(fd: int) -> None:
-    """Add one to an eventfd's counter; a full counter is signalled already."""
-    try:
-        os.write(fd, _ONE)
-    except BlockingIOError:
-        pass
-
-
 class EventFile:
     """An eventfd that stays open beyond its owner's close: until nobody refers to the object any more.
 
-    Whoever is about to signal it when it is taken away still has it, so its number is nobody else's meanwhile.
+    Whoever is about to signal it when it is taken away still has it, so its number is nobody else's meanwhile. The
+    open file is the client's, who may want to block in it: O_NONBLOCK is a property of the file, so it is not set, and
+    each access makes sure by itself that it doesn't wait.
     Raises ``OSError``: EBADF for no descriptor, EINVAL for another kind of file.
     """
 
-    __slots__ = ("fd",)
+    __slots__ = ("fd", "id")
 
     def __init__(self, fd: int) -> None:
         self.fd = -1
@@ -53,27 +48,48 @@ class EventFile:
             kind = ""
         if kind != "anon_inode:[eventfd]":
             raise kvm_error(errno.EINVAL, f"fd={fd} is {kind or 'unknown'}, expected an eventfd")
-        os.set_blocking(self.fd, False)
+        #: The eventfd's own number, the same for all its descriptors.
+        self.id = _eventfd_id(self.fd)
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
 
     def signal(self) -> None:
-        """Add one to the counter."""
-        signal_eventfd(self.fd)
+        """Add one to the counter; a full counter is signalled already."""
+        room = select.poll()
+        room.register(self.fd, select.POLLOUT)
+        if room.poll(0):
+            try:
+                os.write(self.fd, _ONE)
+            except BlockingIOError:  # the client's O_NONBLOCK: somebody has filled it meanwhile
+                pass
 
     def consume(self) -> bool:
         """Take the counter; False if it was 0."""
         try:
-            os.read(self.fd, 8)
+            # The client may have read it since it was found readable.
+            os.preadv(self.fd, (bytearray(8),), -1, os.RWF_NOWAIT)
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return self._consume_if_readable()
+        return True
+
+    def _consume_if_readable(self) -> bool:
+        """Take the counter on kernels before 5.8, which know no RWF_NOWAIT for eventfds."""
+        readable = select.poll()
+        readable.register(self.fd, select.POLLIN)
+        if not readable.poll(0):
+            return False
+        os.read(self.fd, 8)
         return True
 
     def same(self, other: EventFile) -> bool:
-        """Tell whether two descriptors are one eventfd (each has its own id in fdinfo)."""
-        return _eventfd_id(self.fd) == _eventfd_id(other.fd)
+        """Tell whether two descriptors are one eventfd."""
+        return self.id == other.id
 
 
 class Resampler:
@@ -206,15 +222,15 @@ class Eventfds:
         with self._lock:
             if any(other.file.same(irqfd.file) for other in self._irqfds.values()):
                 raise kvm_error(errno.EBUSY, f"fd={fd} is an irqfd already")
-            epoll = self._start()
+            self._start().register(irqfd.file.fd, select.EPOLLIN)
+            # The thread looks for the irqfd under the lock, so not before all is in place.
+            self._irqfds[irqfd.file.fd] = irqfd
             if resample:
                 resampler = self._resamplers.get(gsi)
                 if resampler is None:
                     resampler = self._resamplers[gsi] = Resampler(chips, gsi)
                 resampler.irqfds = (*resampler.irqfds, irqfd)
                 irqfd.resampler = resampler
-            self._irqfds[irqfd.file.fd] = irqfd
-            epoll.register(irqfd.file.fd, select.EPOLLIN)
 
     def _deassign(self, file: EventFile, gsi: int) -> None:
         with self._lock:
@@ -238,11 +254,15 @@ class Eventfds:
         if self._stopping:
             raise kvm_error(errno.EBADF, "the VM is closed")
         if self._epoll is None:
-            self._epoll = select.epoll()
-            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._epoll.register(self._wake, select.EPOLLIN)
-            self._thread = threading.Thread(target=self._main, args=(self._epoll,), name="kvm-irqfd", daemon=True)
-            self._thread.start()
+            with contextlib.ExitStack() as undo:
+                epoll = undo.enter_context(select.epoll())
+                wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                undo.callback(os.close, wake)
+                epoll.register(wake, select.EPOLLIN)
+                thread = threading.Thread(target=self._main, args=(epoll,), name="kvm-irqfd", daemon=True)
+                thread.start()
+                undo.pop_all()
+            self._epoll, self._wake, self._thread = epoll, wake, thread
         return self._epoll
 
     def _main(self, epoll: select.epoll) -> None:
@@ -295,7 +315,7 @@ class Eventfds:
         with self._lock:
             self._stopping = True
         if self._thread is not None:
-            signal_eventfd(self._wake)
+            os.eventfd_write(self._wake, 1)
             if self._thread is not threading.current_thread():
                 self._thread.join()
             self._thread = None
@@ -312,6 +332,7 @@ class Eventfds:
 
 
 def _eventfd_id(fd: int) -> str:
+    """Return the number that fdinfo gives an eventfd."""
     try:
         with open(f"/proc/self/fdinfo/{fd}") as f:
             for line in f:

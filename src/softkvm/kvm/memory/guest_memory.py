@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from softkvm.kvm.memory.host_mappings import READ, READ_WRITE
-from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT, PAGE_SIZE
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from softkvm._softcpu import Machine

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, pages_per_hpage
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, pages_per_hpage
 
 if TYPE_CHECKING:
     from softkvm.abi import kvm_userspace_memory_region

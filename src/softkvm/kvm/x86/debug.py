@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from softkvm import abi
+from softkvm.kvm import run_page
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.x86 import io
+from softkvm.kvm.x86 import run_page as x86_run_page
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
     DR7_BP_EN_MASK,
@@ -24,19 +25,14 @@ from softkvm.kvm.x86.svm import vmcb as V
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
-_RUN_DEBUG_EXCEPTION: Final = 32 // 4  # d
-_RUN_DEBUG_PC: Final = 40 // 8  # q
-_RUN_DEBUG_DR6: Final = 48 // 8  # q
-_RUN_DEBUG_DR7: Final = 56 // 8  # q
-
 
 def exit_debug(vcpu: Vcpu, exception: int, dr6: int, pc: int) -> None:
     """Describe a KVM_EXIT_DEBUG."""
-    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_DEBUG
-    vcpu.run_d[_RUN_DEBUG_EXCEPTION] = exception
-    vcpu.run_q[_RUN_DEBUG_PC] = pc
-    vcpu.run_q[_RUN_DEBUG_DR6] = dr6
-    vcpu.run_q[_RUN_DEBUG_DR7] = vcpu.q[V.DR7]
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_DEBUG
+    vcpu.run_d[x86_run_page.DEBUG_EXCEPTION_D] = exception
+    vcpu.run_q[x86_run_page.DEBUG_PC_Q] = pc
+    vcpu.run_q[x86_run_page.DEBUG_DR6_Q] = dr6
+    vcpu.run_q[x86_run_page.DEBUG_DR7_Q] = vcpu.q[V.DR7]
 
 
 def set_guest_debug(vcpu: Vcpu, debug: abi.kvm_guest_debug) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Port I/O and MMIO: in-kernel devices first, then KVM_EXIT_IO and KVM_EXIT_MMIO (KVM API section 5).
 
-The shared page is written through memory views with the offsets of ``struct kvm_run``.
+The shared page is written through memory views (:mod:`softkvm.kvm.run_page`).
 """
 
 from __future__ import annotations
@@ -10,31 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.abi import X86_EFLAGS_RF, X86_EFLAGS_TF
+from softkvm.kvm import run_page
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
-
-PIO_DATA_OFFSET: Final = abi.KVM_PIO_PAGE_OFFSET * 4096
-PIO_PAGE_SIZE: Final = 4096
-
-# struct kvm_run: byte offsets, as indexes of the view their comment names
-RUN_REQUEST_INTERRUPT_WINDOW: Final = 0  # b
-RUN_IMMEDIATE_EXIT: Final = 1  # b
-RUN_EXIT_REASON: Final = 8 // 4  # d
-RUN_READY_FOR_INJECTION: Final = 12  # b
-RUN_IF_FLAG: Final = 13  # b
-RUN_FLAGS: Final = 14 // 2  # w
-RUN_CR8: Final = 16 // 8  # q
-RUN_APIC_BASE: Final = 24 // 8  # q
-RUN_IO_Q: Final = 32 // 8  # q: direction (8 bits), size (8), port (16), count (32)
-RUN_EOI_VECTOR: Final = 32  # b
-RUN_IO_DATA_OFFSET: Final = 40 // 8  # q
-RUN_MMIO_PHYS_ADDR: Final = 32 // 8  # q
-RUN_MMIO_DATA: Final = 40  # b, 8 bytes
-RUN_MMIO_DATA_Q: Final = 40 // 8  # q
-RUN_MMIO_LEN_Q: Final = 48 // 8  # q: len (32 bits), is_write (8)
 
 KVM_EXIT_IO: Final = abi.KVM_EXIT_IO
 KVM_EXIT_MMIO: Final = abi.KVM_EXIT_MMIO
@@ -49,9 +30,9 @@ _SIZE_MASKS: Final = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF)
 def exit_io(vcpu: Vcpu, direction: int, size: int, port: int, count: int) -> None:
     """Describe a KVM_EXIT_IO; the data lie in the PIO page."""
     run_q = vcpu.run_q
-    vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_IO
-    run_q[RUN_IO_Q] = direction | size << 8 | port << 16 | count << 32
-    run_q[RUN_IO_DATA_OFFSET] = PIO_DATA_OFFSET
+    vcpu.run_d[run_page.EXIT_REASON_D] = KVM_EXIT_IO
+    run_q[run_page.IO_Q] = direction | size << 8 | port << 16 | count << 32
+    run_q[run_page.IO_DATA_OFFSET_Q] = run_page.PIO_DATA_OFFSET
 
 
 def fast_pio(vcpu: Vcpu, info: int) -> int:
@@ -76,19 +57,19 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
         if devices and bus.write(port, size, value):
             return skip_pio(vcpu)
         if size == 1:
-            vcpu.run_b[PIO_DATA_OFFSET] = value
+            vcpu.run_b[run_page.PIO_DATA_OFFSET] = value
         else:
-            vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
+            vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
         if port == _PORT_7E and vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_OUT_7E_INC_RIP):
             skip_pio(vcpu)  # before the exit: firmware reads its RIP there
         else:
             vcpu.complete_userspace_io = skip_pio
     vcpu.pio_rip = vcpu.q[RIP]
     run_q = vcpu.run_q
-    vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_IO
+    vcpu.run_d[run_page.EXIT_REASON_D] = KVM_EXIT_IO
     # direction, size, port and count are neighbours: KVM_EXIT_IO_OUT is 1, the intercept's IN bit its opposite
-    run_q[RUN_IO_Q] = (~info & 1) | size << 8 | port << 16 | 1 << 32
-    run_q[RUN_IO_DATA_OFFSET] = PIO_DATA_OFFSET
+    run_q[run_page.IO_Q] = (~info & 1) | size << 8 | port << 16 | 1 << 32
+    run_q[run_page.IO_DATA_OFFSET_Q] = run_page.PIO_DATA_OFFSET
     return 0
 
 
@@ -119,9 +100,9 @@ def complete_fast_pio_in(vcpu: Vcpu) -> int:
     """After KVM_EXIT_IO for IN: take the data, unless userspace moved RIP."""
     size = vcpu.pio_size
     if size == 1:
-        value = vcpu.run_b[PIO_DATA_OFFSET]
+        value = vcpu.run_b[run_page.PIO_DATA_OFFSET]
     else:
-        value = int.from_bytes(vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size], "little")
+        value = int.from_bytes(vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + size], "little")
     if vcpu.q[RIP] == vcpu.pio_rip:
         _load_accumulator(vcpu, size, value)
     return skip_pio(vcpu)
@@ -150,10 +131,10 @@ def kernel_mmio_write(vcpu: Vcpu, gpa: int, size: int, value: int) -> bool:
 def exit_mmio(vcpu: Vcpu, gpa: int, size: int, value: int, is_write: int) -> None:
     """Describe a KVM_EXIT_MMIO of up to 8 bytes."""
     run_q = vcpu.run_q
-    vcpu.run_d[RUN_EXIT_REASON] = KVM_EXIT_MMIO
-    run_q[RUN_MMIO_PHYS_ADDR] = gpa
-    run_q[RUN_MMIO_DATA_Q] = value
-    run_q[RUN_MMIO_LEN_Q] = size | is_write << 32
+    vcpu.run_d[run_page.EXIT_REASON_D] = KVM_EXIT_MMIO
+    run_q[run_page.MMIO_PHYS_ADDR_Q] = gpa
+    run_q[run_page.MMIO_DATA_Q] = value
+    run_q[run_page.MMIO_LEN_Q] = size | is_write << 32
 
 
 def advance(vcpu: Vcpu, length: int) -> int:

@@ -5,23 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from softkvm import abi
-from softkvm.kvm.x86 import io, msrs
+from softkvm.kvm import run_page
+from softkvm.kvm.x86 import msrs
+from softkvm.kvm.x86 import run_page as x86_run_page
 from softkvm.kvm.x86.exceptions import inject_gp
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
 
     Skip = Callable[[Vcpu], int]
-
-# kvm_run.msr
-_ERROR_Q: Final = 32 // 8  # the error and seven bytes of padding
-_ERROR: Final = 32  # b
-_REASON: Final = 40 // 4  # d
-_INDEX: Final = 44 // 4  # d
-_DATA: Final = 48 // 8  # q
 
 
 def read_msr(vcpu: Vcpu, index: int) -> int | None:
@@ -46,11 +41,11 @@ def exit_msr(vcpu: Vcpu, index: int, data: int, skip: Skip, *, write: bool) -> b
     reason = _reason(vcpu, index, write=write)
     if not vcpu.vm.user_space_msr_mask & reason:
         return False
-    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_X86_WRMSR if write else abi.KVM_EXIT_X86_RDMSR
-    vcpu.run_q[_ERROR_Q] = 0
-    vcpu.run_d[_REASON] = reason
-    vcpu.run_d[_INDEX] = index
-    vcpu.run_q[_DATA] = data
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_X86_WRMSR if write else abi.KVM_EXIT_X86_RDMSR
+    vcpu.run_q[x86_run_page.MSR_ERROR_Q] = 0
+    vcpu.run_d[x86_run_page.MSR_REASON_D] = reason
+    vcpu.run_d[x86_run_page.MSR_INDEX_D] = index
+    vcpu.run_q[x86_run_page.MSR_DATA_Q] = data
     vcpu.complete_userspace_io = partial(_complete_wrmsr if write else _complete_rdmsr, skip=skip)
     return True
 
@@ -65,10 +60,10 @@ def _reason(vcpu: Vcpu, index: int, *, write: bool) -> int:
 
 def _complete_rdmsr(vcpu: Vcpu, skip: Skip) -> int:
     """After KVM_EXIT_X86_RDMSR: userspace's value, or #GP."""
-    if vcpu.run_b[_ERROR]:
+    if vcpu.run_b[x86_run_page.MSR_ERROR_B]:
         inject_gp(vcpu)
         return 1
-    value = vcpu.run_q[_DATA]
+    value = vcpu.run_q[x86_run_page.MSR_DATA_Q]
     vcpu.gpr[0] = value & 0xFFFF_FFFF
     vcpu.gpr[2] = value >> 32
     return skip(vcpu)
@@ -76,7 +71,7 @@ def _complete_rdmsr(vcpu: Vcpu, skip: Skip) -> int:
 
 def _complete_wrmsr(vcpu: Vcpu, skip: Skip) -> int:
     """After KVM_EXIT_X86_WRMSR: done, or #GP."""
-    if vcpu.run_b[_ERROR]:
+    if vcpu.run_b[x86_run_page.MSR_ERROR_B]:
         inject_gp(vcpu)
         return 1
     return skip(vcpu)

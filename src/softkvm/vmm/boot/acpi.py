@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ACPI tables of the machine: RSDP, XSDT and RSDT, FADT, FACS, MADT, DSDT.
+"""The ACPI tables of the machine: RSDP, XSDT and RSDT, FADT, FACS, MADT, HPET, DSDT.
 
 Source: ACPI specification 6.4, sections 5.2.5 to 5.2.12 (each table's fields); 4.8 (fixed hardware).
 """
@@ -9,8 +9,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 
-from softkvm.vmm.boot import aml, layout
-from softkvm.vmm.devices import acpi_pm, cmos, hpet, pvpanic, rtc_calendar, serial
+from softkvm.vmm.boot import layout
+from softkvm.vmm.boot.dsdt import definition_block
+from softkvm.vmm.devices import acpi_pm, hpet, rtc_calendar
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.memory import GuestMemory
 
@@ -149,38 +150,14 @@ def madt(apic_ids: Sequence[int]) -> bytes:
 def hpet_table() -> bytes:
     """Return the HPET description table (IA-PC HPET specification 1.0a, section 3.2.4)."""
     address = struct.pack("<BBBBQ", SYSTEM_MEMORY, 64, 0, 0, hpet.HPET_ADDRESS)
-    return table(b"HPET", 1, struct.pack("<I", hpet.BLOCK_ID) + address + struct.pack("<BHB", 0, 0, 0))
-
-
-def dsdt() -> bytes:
-    """Return the definition block: the soft-off state, COM1, the RTC, the panic device."""
-    sleep_type = aml.integer(acpi_pm.S5_SLP_TYP)
-    system_bus = aml.scope(
-        "_SB_",
-        aml.device(
-            "COM1",
-            aml.name("_HID", aml.eisa_id("PNP0501")),
-            aml.name("_UID", aml.integer(1)),
-            aml.name("_STA", aml.integer(0xF)),
-            aml.name(
-                "_CRS",
-                aml.resource_template(aml.io(serial.COM1_PORT, serial.REGISTERS), aml.irq(serial.COM1_IRQ)),
-            ),
-        ),
-        aml.device(
-            "RTC_",
-            aml.name("_HID", aml.eisa_id("PNP0B00")),
-            aml.name("_CRS", aml.resource_template(aml.io(cmos.CMOS_PORT, 2), aml.irq(cmos.RTC_IRQ))),
-        ),
-        aml.device(
-            "PEVT",
-            aml.name("_HID", aml.string("QEMU0001")),
-            aml.name("_STA", aml.integer(0xF)),
-            aml.name("_CRS", aml.resource_template(aml.io(pvpanic.PVPANIC_PORT, 1))),
-        ),
+    return table(
+        b"HPET", 1, struct.pack("<I", hpet.BLOCK_ID) + address + struct.pack("<BHB", 0, hpet.MIN_PERIOD_TICKS, 0)
     )
-    soft_off = aml.name("_S5_", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
-    return table(b"DSDT", 2, soft_off + system_bus)
+
+
+def dsdt(*, with_hpet: bool) -> bytes:
+    """Return the definition block (5.2.11.1)."""
+    return table(b"DSDT", 2, definition_block(with_hpet=with_hpet))
 
 
 def waking_vector(memory: GuestMemory) -> int:
@@ -188,7 +165,7 @@ def waking_vector(memory: GuestMemory) -> int:
     return int.from_bytes(memory.read(FACS_ADDRESS + FACS_WAKING_VECTOR, 4), "little")
 
 
-def write_tables(memory: GuestMemory, apic_ids: Sequence[int], *, with_hpet: bool = False) -> int:
+def write_tables(memory: GuestMemory, apic_ids: Sequence[int], *, with_hpet: bool = True) -> int:
     """Write all tables into the BIOS area of *memory*; return the address of the root pointer."""
     at = FACS_ADDRESS  # the root pointer, before it, is known last
 
@@ -203,7 +180,7 @@ def write_tables(memory: GuestMemory, apic_ids: Sequence[int], *, with_hpet: boo
         return address
 
     facs_at = put(facs)
-    dsdt_at = put(dsdt)
+    dsdt_at = put(lambda: dsdt(with_hpet=with_hpet))
     tables = [put(lambda: fadt(facs_at, dsdt_at)), put(lambda: madt(apic_ids))]
     if with_hpet:
         tables.append(put(hpet_table))

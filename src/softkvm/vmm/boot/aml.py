@@ -10,6 +10,8 @@ Source: ACPI specification 6.4, chapter 20 (AML grammar) and section 6.4 (resour
 
 from __future__ import annotations
 
+import struct
+
 ZERO_OP = b"\x00"
 ONE_OP = b"\x01"
 NAME_OP = b"\x08"
@@ -27,6 +29,15 @@ IRQ_DESCRIPTOR = 0x22
 IO_DESCRIPTOR = 0x47
 END_TAG = b"\x79\x00"
 DECODE_16 = 1
+MEMORY32_FIXED_DESCRIPTOR = 0x86
+DWORD_ADDRESS_DESCRIPTOR = 0x87
+WORD_ADDRESS_DESCRIPTOR = 0x88
+
+# address space descriptors (6.4.3.5): resource types, general flags, type specific flags
+ADDRESS_MEMORY, ADDRESS_IO, ADDRESS_BUS = 0, 1, 2
+MIN_FIXED, MAX_FIXED = 1 << 2, 1 << 3
+MEMORY_WRITABLE = 1
+IO_ENTIRE_RANGE = 3
 
 
 def package_length(content_length: int) -> bytes:
@@ -117,3 +128,29 @@ def io(port: int, length: int) -> bytes:
 def irq(line: int) -> bytes:
     """IRQNoFlags() {line}: edge triggered, active high (6.4.2.1)."""
     return bytes([IRQ_DESCRIPTOR]) + (1 << line).to_bytes(2, "little")
+
+
+def memory32_fixed(address: int, length: int) -> bytes:
+    """Memory32Fixed(ReadWrite, address, length) (6.4.3.4)."""
+    return struct.pack("<BHBII", MEMORY32_FIXED_DESCRIPTOR, 9, MEMORY_WRITABLE, address, length)
+
+
+def _address_space(format: str, descriptor: int, kind: int, flags: int, first: int, last: int) -> bytes:
+    """A window that a bridge passes on, fixed at both ends (6.4.3.5): granularity, minimum, maximum, offset, length."""
+    window = struct.pack(f"<5{format}", 0, first, last, 0, last - first + 1)
+    return struct.pack("<BHBBB", descriptor, 3 + len(window), kind, MIN_FIXED | MAX_FIXED, flags) + window
+
+
+def word_bus_numbers(first: int, last: int) -> bytes:
+    """WordBusNumber(ResourceProducer): the buses below a bridge."""
+    return _address_space("H", WORD_ADDRESS_DESCRIPTOR, ADDRESS_BUS, 0, first, last)
+
+
+def word_io(first: int, last: int) -> bytes:
+    """WordIO(ResourceProducer): ports that a bridge passes on."""
+    return _address_space("H", WORD_ADDRESS_DESCRIPTOR, ADDRESS_IO, IO_ENTIRE_RANGE, first, last)
+
+
+def dword_memory(first: int, last: int) -> bytes:
+    """DWordMemory(ResourceProducer, ReadWrite, NonCacheable): memory that a bridge passes on."""
+    return _address_space("I", DWORD_ADDRESS_DESCRIPTOR, ADDRESS_MEMORY, MEMORY_WRITABLE, first, last)

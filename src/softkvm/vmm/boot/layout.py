@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest physical memory as the boot loaders lay it out, and the memory map that the guest is told.
 
-=========  ==============================================
+========== ==============================================
 address    what lies there at entry
-=========  ==============================================
+========== ==============================================
 0x0000     real-mode interrupt vectors
 0x0400     BIOS data area
 0x0500     global descriptor table
@@ -18,14 +18,15 @@ address    what lies there at entry
 0xE0000    ACPI tables
 0xF0000    firmware: handlers of real-mode interrupts
 0x100000   protected-mode kernel
-=========  ==============================================
+0xC0000000 memory of PCI devices, up to the IOAPIC
+========== ==============================================
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from softkvm.vmm.memory import GuestMemory
+from softkvm.vmm.memory import HOLE_START, GuestMemory
 
 GDT = 0x500
 BIOS_DATA = 0x400
@@ -42,12 +43,15 @@ LOW_SETUP = 0x90000
 LOW_COMMAND_LINE = 0x9A000
 EBDA = 0x9FC00
 VIDEO_MEMORY = 0xA0000
+VIDEO_MEMORY_END = 0xC0000
 TEXT_SCREEN = 0xB8000
 TEXT_COLUMNS, TEXT_ROWS = 80, 25
 ACPI_TABLES = 0xE0000
 ACPI_TABLES_END = 0xF0000
 FIRMWARE = 0xF0000
 HIGH_MEMORY = 0x100000
+PCI_MEMORY = HOLE_START
+PCI_MEMORY_END = 0xFEC00000  # where the IOAPIC is
 
 E820_RAM = 1
 E820_RESERVED = 2

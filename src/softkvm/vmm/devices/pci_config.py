@@ -2,8 +2,8 @@
 """PCI configuration mechanism #1 at ports 0xCF8 to 0xCFF, for the functions of bus 0.
 
 Source: PCI Local Bus Specification 3.0, section 3.2.2.3.2. A configuration read of an absent function returns all
-ones and a write is dropped, which is how a guest finds that there is no host bridge and no bus. Byte accesses inside
-0xCF8..0xCFB are not the mechanism's; the one to 0xCF9 is the reset control register.
+ones and a write is dropped, which is how a guest finds what is there. Byte accesses inside 0xCF8..0xCFB are not the
+mechanism's; the one to 0xCF9 is the reset control register.
 
 The specification leaves bits 1:0 of CONFIG_ADDRESS zero. As on QEMU's host bridge they are kept and select within the
 dword: kvm-unit-tests reads the device ID with address 2 and the data port's first bytes.

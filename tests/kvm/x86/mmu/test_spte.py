@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from softkvm.kvm.memory import pages
 from softkvm.kvm.x86.mmu import spte as s
 
 
@@ -46,6 +47,6 @@ def test_nothing_else_is_an_mmio_spte() -> None:
 
 
 def test_gfns_are_rounded_to_their_leaf() -> None:
-    assert s.gfn_round_for_level(0x12345, 1) == 0x12345
-    assert s.gfn_round_for_level(0x12345, 2) == 0x12200
-    assert s.gfn_round_for_level(0x7_2345, 3) == 0x4_0000
+    assert pages.gfn_round_for_level(0x12345, 1) == 0x12345
+    assert pages.gfn_round_for_level(0x12345, 2) == 0x12200
+    assert pages.gfn_round_for_level(0x7_2345, 3) == 0x4_0000

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an emulated instruction reaches: addresses, memory, operands, flags, stack, branches.
 
-Memory without a memory slot is MMIO. A read that only userspace can answer leaves the handler by
-:class:`IoNeeded`, and is found in :attr:`Access.reads` when the handler runs again; a write is kept in
-:attr:`Access.writes` until the handler is done.
+Memory without a memory slot is MMIO. A read that only userspace can answer leaves the handler by :class:`IoNeeded`;
+when the handler runs again it finds every read of its first attempt in :attr:`Access.reads`, by its address. A write
+is kept in :attr:`Access.writes` until the handler is done: it happens once, and not at all when the instruction faults.
+
+Every access is translated through the guest's tables by its own linear address. The guest-physical address that a
+nested page fault reports says nothing of which access it was (an operand, the stack, a descriptor, the TSS), so it is
+used for no instruction that might make more than one (see :meth:`Emulator.mmio`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from softkvm import abi
-from softkvm.kvm.memory.guest_memory import cmpxchg_guest, read_guest, write_guest
+from softkvm.kvm.memory.guest_memory import cmpxchg_guest, gpa_to_hva, read_guest, write_guest
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86 import io
 from softkvm.kvm.x86.emulate.operands import IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 from softkvm.kvm.x86.mmu.paging import PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, is_canonical, walk
-from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
@@ -27,15 +31,24 @@ _SEGMENTS_WITH_BASE_64: Final = (V.FS_OFFSET, V.GS_OFFSET)
 
 
 class IoNeeded(Exception):
-    """An operand has to be read by userspace: (gpa, size) pieces of at most 8 bytes, or a port."""
+    """Userspace has to read: ``fragments`` are (gpa, size) of at most 8 bytes, ``parts`` has None in their places."""
 
-    def __init__(self, fragments: list[tuple[int, int]]) -> None:
+    def __init__(self, parts: list[bytes | None], fragments: list[tuple[int, int]]) -> None:
         super().__init__(fragments)
+        self.parts = parts
         self.fragments = fragments
 
 
 class Retry(Exception):
     """Another processor changed the operand of a locked instruction: start it over."""
+
+
+class Read(NamedTuple):
+    """What an instruction has read: where, and what was there."""
+
+    address: int
+    size: int
+    data: bytes
 
 
 class Access:
@@ -47,16 +60,29 @@ class Access:
         self.gpr = vcpu.gpr
         self.q = vcpu.q
         self.insn: Insn | None = None
-        #: Guest-physical address of the nested page fault, as far as it names the operand; -1 otherwise.
-        self.gpa = -1
-        #: MMIO data read so far by this instruction, and how many of them the handler has had.
-        self.reads: list[bytes] = []
+        #: What this instruction has read so far, memory and MMIO, and how many of them the handler has had.
+        self.reads: list[Read] = []
         self.position = 0
-        #: MMIO data that userspace has to write: (gpa, at most 8 bytes).
+        #: The read that :class:`IoNeeded` was raised for: its linear address and size.
+        self.reading = (0, 0)
+        #: MMIO data to be written when the handler is done: (gpa, at most 8 bytes).
         self.writes: list[tuple[int, bytes]] = []
         #: Set by a handler that has put RIP where it belongs.
         self.rip_written = False
         #: Set by a handler that has completed a branch.
+        self.branched = False
+
+    def begin(self, insn: Insn | None) -> None:
+        """Begin with ``insn`` (None: what the processor leaves to KVM): nothing of the last one is remembered."""
+        self.insn = insn
+        self.reads.clear()
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the instruction over: what it has read it finds again, nothing else has happened."""
+        self.position = 0
+        self.writes.clear()
+        self.rip_written = False
         self.branched = False
 
     # --- addresses ---------------------------------------------------------------------------------
@@ -117,68 +143,77 @@ class Access:
             return access | PFERR_IMPLICIT
         return access | PFERR_USER if self.vcpu.b[V.CPL] == 3 else access
 
-    def _pages(self, address: int, size: int, access: int) -> list[tuple[int, int]]:
-        """Translate an access: (gpa, size) per page; the last fault wins nothing, the first is raised."""
-        hint = self.gpa
+    def pages(self, address: int, size: int, access: int) -> list[tuple[int, int]]:
+        """Translate an access: (gpa, size) per page, before any of it happens; the first fault is raised."""
+        mask = _U64
+        if not self.vcpu.efer & abi.EFER_LMA or not (access & PFERR_IMPLICIT or self.vcpu.is_64bit_code()):
+            mask = 0xFFFF_FFFF
+        address &= mask
         in_page = PAGE_SIZE - (address & (PAGE_SIZE - 1))
         if size <= in_page:
-            if hint >= 0 and (hint ^ address) & (PAGE_SIZE - 1) == 0:
-                return [(hint, size)]
             return [(walk(self.vcpu, address, access).gpa, size)]
-        mask = _U64 if self.vcpu.is_64bit_code() else 0xFFFF_FFFF
         return [
             (walk(self.vcpu, address, access).gpa, in_page),
             (walk(self.vcpu, address + in_page & mask, access).gpa, size - in_page),
         ]
 
+    def require_memory(self, address: int, size: int) -> None:
+        """See to it that the system can write ``size`` bytes there; :class:`Unhandleable` if it isn't memory."""
+        for gpa, _ in self.pages(address, size, self.access(True, True)):
+            if gpa_to_hva(self.vm, gpa, write=True) is None:
+                raise Unhandleable
+
     def read_linear(self, address: int, size: int, *, implicit: bool = False, modify: bool = False) -> bytes:
         """Return ``size`` bytes (at most a page) at a linear address; ``modify``: they will be written as well."""
-        parts = []
-        for gpa, length in self._pages(address, size, self.access(modify, implicit)):
-            data = read_guest(self.vm, gpa, length)
-            parts.append(self._read_mmio(gpa, length) if data is None else data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _read_mmio(self, gpa: int, size: int) -> bytes:
         if self.position < len(self.reads):
-            data = self.reads[self.position]
-            self.position += 1
-            return data
-        fragments = []
-        kernel = []
+            known = self.reads[self.position]
+            if known.address == address and known.size == size:
+                self.position += 1
+                return known.data
+            del self.reads[self.position :]  # userspace has changed registers meanwhile: what it read is not this
+        parts: list[bytes | None] = []
+        fragments: list[tuple[int, int]] = []
+        for gpa, length in self.pages(address, size, self.access(modify, implicit)):
+            data = read_guest(self.vm, gpa, length)
+            if data is None:
+                self._read_mmio(gpa, length, parts, fragments)
+            else:
+                parts.append(data)
+        if fragments:
+            self.reading = (address, size)
+            raise IoNeeded(parts, fragments)
+        return self.keep_read(address, size, b"".join(part for part in parts if part is not None))
+
+    def keep_read(self, address: int, size: int, data: bytes) -> bytes:
+        """Note what was read; returns it."""
+        self.reads.append(Read(address, size, data))
+        self.position += 1
+        return data
+
+    def _read_mmio(self, gpa: int, size: int, parts: list[bytes | None], fragments: list[tuple[int, int]]) -> None:
+        """Read up to 8 bytes at a time: from devices in the kernel at once, the others are ``fragments``."""
         for at in range(gpa, gpa + size, 8):
             length = min(8, gpa + size - at)
             value = io.kernel_mmio_read(self.vcpu, at, length)
             if value is None:
                 fragments.append((at, length))
+                parts.append(None)
             else:
-                kernel.append(value.to_bytes(length, "little"))
-        if fragments:
-            raise IoNeeded(fragments)
-        data = b"".join(kernel)
-        self.reads.append(data)
-        self.position += 1
-        return data
+                parts.append(value.to_bytes(length, "little"))
 
     def write_linear(self, address: int, data: bytes, *, implicit: bool = False) -> None:
-        """Write ``data`` (at most a page) at a linear address; MMIO leaves for userspace afterwards."""
-        pages = self._pages(address, len(data), self.access(True, implicit))
+        """Write ``data`` (at most a page) at a linear address; MMIO is written when the handler is done."""
+        pages = self.pages(address, len(data), self.access(True, implicit))
         at = 0
         for gpa, length in pages:
             piece = data[at : at + length]
             at += length
             if not write_guest(self.vm, gpa, piece):
-                self._write_mmio(gpa, piece)
-
-    def _write_mmio(self, gpa: int, data: bytes) -> None:
-        for at in range(0, len(data), 8):
-            piece = data[at : at + 8]
-            if not io.kernel_mmio_write(self.vcpu, gpa + at, len(piece), int.from_bytes(piece, "little")):
-                self.writes.append((gpa + at, piece))
+                self.writes += [(gpa + n, piece[n : n + 8]) for n in range(0, length, 8)]
 
     def cmpxchg_linear(self, address: int, old: bytes, new: bytes) -> None:
         """Replace ``old`` by ``new`` atomically where the memory allows it; :class:`Retry` if it changed."""
-        pages = self._pages(address, len(old), self.access(True))
+        pages = self.pages(address, len(old), self.access(True))
         if len(pages) == 1 and (address & 7) + len(old) <= 8:
             found = cmpxchg_guest(self.vm, pages[0][0], old, new)
             if found is not None:
@@ -190,10 +225,6 @@ class Access:
     def memory_address(self, insn: Insn, size: int, *, write: bool) -> int:
         """Return the linear address of the memory operand."""
         return self.linearize(insn.segment, self.effective_address(insn), size, write=write)
-
-    def page_has_memory(self, gpa: int) -> bool:
-        """Tell whether a memory slot backs ``gpa``."""
-        return self.vm.memslots.gfn_to_memslot(gpa >> PAGE_SHIFT) is not None
 
     # --- operands ----------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 """The instruction emulator: what the guest does to MMIO, and the few instructions that KVM carries out itself.
 
 A handler reads its operands first, computes, and writes last. When an operand is MMIO that userspace has to
-read, the handler is left by :class:`IoNeeded`; after KVM_RUN is called again the instruction starts over with
-the data that have arrived (:attr:`Emulator.reads`). Nothing of the guest's state has changed until then.
+read, the handler is left by :class:`IoNeeded`; after KVM_RUN is called again the instruction starts over and finds
+what it has read (:attr:`Emulator.reads`). Nothing of the guest's state has changed until then.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.abi import EFER_LMA
+from softkvm.kvm import run_page
 from softkvm.kvm.memory.guest_memory import read_guest
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86 import io
 from softkvm.kvm.x86.debug import check_code_breakpoint
-from softkvm.kvm.x86.emulate.access import Access, IoNeeded, Retry
+from softkvm.kvm.x86.emulate.access import Access, IoNeeded, Read, Retry
 from softkvm.kvm.x86.emulate.operands import IMM, DecodeCache, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, inject_emulated_exception, queue_exception
 from softkvm.kvm.x86.io import advance, exit_mmio, kernel_mmio_read, kernel_mmio_write
 from softkvm.kvm.x86.mmu.paging import PFERR_FETCH, PFERR_USER, walk
-from softkvm.kvm.x86.mmu.spte import PAGE_SIZE
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.vmcb import CS_ATTRIB, SEG_L
@@ -66,8 +67,9 @@ class Emulator(Access):
     def __init__(self, vcpu: Vcpu) -> None:
         super().__init__(vcpu)
         self.cache = DecodeCache()
+        #: What userspace has to read and what has come of it, as :class:`IoNeeded` has them.
         self._fragments: list[tuple[int, int]] = []
-        self._arrived: list[bytes] = []
+        self._parts: list[bytes | None] = []
         self.pio_data = b""
         self.pio_out: tuple[int, int, bytes] | None = None
         #: The guest's forced-emulation prefix came before the instruction.
@@ -108,7 +110,7 @@ class Emulator(Access):
         except (ValueError, X86Exception):
             return 0
 
-    def emulate(self, gpa: int = -1, code: bytes = b"", *, forced: bool = False) -> int:
+    def emulate(self, code: bytes = b"", *, forced: bool = False) -> int:
         """Emulate the instruction at RIP; returns 1 to go on, 0 to leave for userspace.
 
         ``code`` are the bytes that the processor fetched, if any (decode assists, APM vol. 2, 15.33).
@@ -135,9 +137,7 @@ class Emulator(Access):
             result = check_code_breakpoint(vcpu)
             if result is not None:
                 return result
-        self.insn = insn
-        self.gpa = -1 if insn.two_memory or insn.rep or insn.repne else gpa
-        self.reads.clear()
+        self.begin(insn)
         self.pio_data = b""
         vcpu.stat_insn_emulation += 1
         return self._run(insn)
@@ -151,21 +151,19 @@ class Emulator(Access):
                 return self.unknown()
             insn.run = function
         while True:
-            self.position = 0
-            self.writes.clear()
+            self.restart()
             self.pio_out = None
-            self.rip_written = False
-            self.branched = False
             self.shadow_after = 0
             self.exit_to_userspace = False
             try:
                 function(self, insn)
                 break
             except Retry:
+                self.reads.clear()
                 continue
             except IoNeeded as needed:
                 self._fragments = needed.fragments
-                self._arrived = []
+                self._parts = needed.parts
                 self._exit_read()
                 return 0
             except PioNeeded as needed_port:
@@ -187,13 +185,12 @@ class Emulator(Access):
             result = svm.do_singlestep(vcpu)  # a step of a repeated instruction is one for the debugger, too
         if self.shadow_after:
             vcpu.b[V.INT_STATE_B] = V.INTERRUPT_SHADOW
-        if self.writes:
+        if self.writes and self._exit_write():
             self._stepped = not result
-            self._exit_write()
             return 0
         if self.pio_out is not None:
             port, size, data = self.pio_out
-            vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + len(data)] = data
+            vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + len(data)] = data
             io.exit_io(vcpu, abi.KVM_EXIT_IO_OUT, size, port, len(data) // size)
             if not result:
                 vcpu.complete_userspace_io = svm.do_singlestep
@@ -222,34 +219,42 @@ class Emulator(Access):
     # --- userspace completions ---------------------------------------------------------------------
 
     def _exit_read(self) -> None:
-        gpa, size = self._fragments[len(self._arrived)]
-        io.exit_mmio(self.vcpu, gpa, size, 0, 0)
+        self.vcpu.stat_mmio_exits += 1
+        gpa, size = self._fragments[0]
+        exit_mmio(self.vcpu, gpa, size, 0, 0)
         self.vcpu.complete_userspace_io = self._complete_read
 
     def _complete_read(self, vcpu: Vcpu) -> int:
-        size = self._fragments[len(self._arrived)][1]
-        self._arrived.append(bytes(self.vcpu.run_b[io.RUN_MMIO_DATA : io.RUN_MMIO_DATA + size]))
-        if len(self._arrived) < len(self._fragments):
+        _, size = self._fragments.pop(0)
+        parts = self._parts
+        parts[parts.index(None)] = bytes(self.vcpu.run_b[run_page.MMIO_DATA_B : run_page.MMIO_DATA_B + size])
+        if self._fragments:
             self._exit_read()
             return 0
-        self.reads.append(b"".join(self._arrived))
+        self.reads.append(Read(*self.reading, b"".join(part for part in parts if part is not None)))
         assert self.insn is not None
         return self._run(self.insn)
 
-    def _exit_write(self) -> None:
-        gpa, data = self.writes.pop(0)
-        io.exit_mmio(self.vcpu, gpa, len(data), int.from_bytes(data, "little"), 1)
-        self.vcpu.complete_userspace_io = self._complete_write
+    def _exit_write(self) -> bool:
+        """Do the writes to devices in the kernel; False when none is left, True at the first for userspace."""
+        while self.writes:
+            gpa, data = self.writes.pop(0)
+            value = int.from_bytes(data, "little")
+            if not kernel_mmio_write(self.vcpu, gpa, len(data), value):
+                self.vcpu.stat_mmio_exits += 1
+                exit_mmio(self.vcpu, gpa, len(data), value, 1)
+                self.vcpu.complete_userspace_io = self._complete_write
+                return True
+        return False
 
     def _complete_write(self, vcpu: Vcpu) -> int:
-        if self.writes:
-            self._exit_write()
+        if self._exit_write():
             return 0
         return svm.do_singlestep(vcpu) if self._stepped else 1
 
     def _complete_pio_in(self, vcpu: Vcpu) -> int:
         _, size, count = self._pio_request
-        self.pio_data = bytes(self.vcpu.run_b[io.PIO_DATA_OFFSET : io.PIO_DATA_OFFSET + size * count])
+        self.pio_data = bytes(self.vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + size * count])
         assert self.insn is not None
         return self._run(self.insn)
 
@@ -258,7 +263,9 @@ class Emulator(Access):
     def mmio(self, gpa: int) -> int:
         """Emulate the access of an MMIO exit at ``gpa``: plain loads and stores here, the rest by emulate().
 
-        The instruction's bytes are those that the processor fetched (decode assists, APM vol. 2, 15.33).
+        A plain load or store has no other access than that of its operand, so ``gpa`` (-1: it was the guest's page
+        tables that faulted) is the operand's address. The instruction's bytes are those that the processor fetched
+        (decode assists, APM vol. 2, 15.33).
         """
         vcpu = self.vcpu
         assist = self.assist.tobytes()
@@ -269,7 +276,7 @@ class Emulator(Access):
             try:
                 insn = self.cache.get(code, svm.code_bitness(vcpu))
             except ValueError:
-                return self.emulate(gpa, code)
+                return self.emulate(code)
             if code64:
                 if len(self._assisted) > _ASSIST_ENTRIES:
                     self._assisted.clear()
@@ -277,10 +284,10 @@ class Emulator(Access):
         plan = insn.mmio
         offset = gpa & 0xFFF
         if plan is None or gpa < 0:
-            return self.emulate(gpa, insn.code)
+            return self.emulate(insn.code)
         is_write, size, operand = plan
         if offset + size > PAGE_SIZE or (not offset and self.linear_hint(insn) & 0xFFF):
-            return self.emulate(gpa, insn.code)  # the access crosses into or out of the page
+            return self.emulate(insn.code)  # the access crosses into or out of the page
         vcpu.stat_insn_emulation += 1
         if is_write:
             value = operand.value if operand.kind == IMM else self.gpr[operand.index] >> operand.shift
@@ -316,6 +323,6 @@ class Emulator(Access):
         insn = self.insn
         assert insn is not None and insn.mmio is not None
         _, size, operand = insn.mmio
-        value = self.vcpu.run_q[io.RUN_MMIO_DATA_Q] & (1 << size * 8) - 1
+        value = self.vcpu.run_q[run_page.MMIO_DATA_Q] & (1 << size * 8) - 1
         self._load(operand, value)
         return advance(self.vcpu, insn.length)

@@ -135,7 +135,6 @@ class Insn:
         "code",
         "disp",
         "far",
-        "has_memory",
         "index",
         "length",
         "lock",
@@ -151,7 +150,6 @@ class Insn:
         "segment",
         "stack_size",
         "text",
-        "two_memory",
     )
 
     def __init__(self, code: bytes, bitness: int) -> None:
@@ -180,8 +178,6 @@ class Insn:
         self.base = -2 if base in ("rip", "eip") else -1 if base is None else REGISTERS[base][1]
         self.index = -1 if index is None else REGISTERS[index][1]
         self.ops = tuple(self._operand(decoded, n) for n in range(decoded.op_count))
-        self.has_memory = any(op.kind in (MEM, STR_SRC, STR_DST) for op in self.ops)
-        self.two_memory = sum(op.kind in (MEM, STR_SRC, STR_DST) for op in self.ops) > 1
         #: Whether the first operand is memory that is read and written: a fault of the read is one of a write, too.
         self.modifies_memory = bool(self.ops) and self.ops[0].kind == MEM and self.mnemonic in _MODIFIES
         self.run: Callable[[Emulator, Insn], None] | None = None

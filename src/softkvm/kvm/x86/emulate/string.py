@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import io
+from softkvm.kvm import run_page
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86.emulate.alu import DF, STATUS, ZF, sub_flags
 from softkvm.kvm.x86.emulate.emulator import Emulator, PioNeeded, handler
 from softkvm.kvm.x86.emulate.operands import IMM, REG, STR_DST, STR_SRC, Insn, Operand
 from softkvm.kvm.x86.exceptions import gp
-from softkvm.kvm.x86.mmu.paging import walk
-from softkvm.kvm.x86.mmu.spte import PAGE_SIZE
 from softkvm.kvm.x86.svm import vmcb as V
 
 _U64: Final = (1 << 64) - 1
@@ -60,8 +59,6 @@ def _finish(e: Emulator, i: Insn, steps: int, *, stop: bool = False) -> None:
     if left and not stop:
         e.rip_written = True
         e.q[V.RFLAGS] |= abi.X86_EFLAGS_RF
-        e.reads.clear()
-        e.pio_data = b""
 
 
 def _element(i: Insn) -> int:
@@ -211,7 +208,7 @@ def _batch(e: Emulator, i: Insn, register: int, size: int) -> int:
     count = _count(e, i)
     within = _offset(e, i, register) & (PAGE_SIZE - 1)
     room = (within + size) // size if e.q[V.RFLAGS] & DF else (PAGE_SIZE - within) // size
-    return max(1, min(count, room, io.PIO_PAGE_SIZE // size, _MAX_STEPS))
+    return max(1, min(count, room, run_page.PIO_PAGE_SIZE // size, _MAX_STEPS))
 
 
 @handler("insb", "insw", "insd")
@@ -227,7 +224,7 @@ def ins(e: Emulator, i: Insn) -> None:
     if backwards:
         count = 1
     address = _destination_address(e, i, size * count, write=True)
-    walk(e.vcpu, address, e.access(True))  # a fault has to come before the port is read
+    e.pages(address, size * count, e.access(True))  # a fault has to come before the port is read
     data = _pio_read(e, port, size, count)
     e.write_linear(address, data)
     _advance(e, i, RDI, size * count)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Final
 from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import segments
-from softkvm.kvm.x86.exceptions import X86Exception, gp, inject_emulated_exception
+from softkvm.kvm.x86.emulate.access import IoNeeded
+from softkvm.kvm.x86.exceptions import (
+    DR6_BT,
+    SOFT_EXCEPTIONS,
+    Unhandleable,
+    X86Exception,
+    gp,
+    inject_emulated_exception,
+    queue_exception_p,
+)
+from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 _INFO_IRET: Final = 1 << 36
 _INFO_JMP: Final = 1 << 38
 _INFO_HAS_ERROR_CODE: Final = 1 << 44
+_INFO_RF: Final = 1 << 48
 
 REASON_CALL: Final = 0
 REASON_IRET: Final = 1
@@ -27,6 +38,10 @@ REASON_JMP: Final = 2
 REASON_GATE: Final = 3
 
 _BUSY: Final = 2 << 40
+#: Error code: an event from outside the program (APM vol. 2, 8.4.1).
+_EXT: Final = 1
+#: Offset of the byte with the T bit in a 32-bit TSS.
+_TSS_TRAP: Final = 0x64
 #: L0 to L3 and LE: breakpoints of one task (APM vol. 2, 13.1.1.4).
 _DR7_LOCAL: Final = 0x155
 
@@ -42,95 +57,125 @@ _SEGMENTS16: Final[tuple[int, ...]] = _SEGMENTS32[:4]
 
 
 def interception(vcpu: Vcpu) -> int:
-    """Handle VMEXIT_TASK_SWITCH: by JMP, CALL, IRET or through a task gate."""
+    """Handle VMEXIT_TASK_SWITCH: by JMP, CALL, IRET or through a task gate.
+
+    The processor has checked privilege levels and the TSS's type. A fault is one of the instruction that switches, at
+    its RIP, until the new task is in force. KVM_EXIT_INTERNAL_ERROR where a TSS or descriptor is no memory: KVM has
+    no MMIO during a task switch.
+    """
     selector = vcpu.q[V.EXIT_INFO_1] & 0xFFFF
     info = vcpu.q[V.EXIT_INFO_2]
-    gate = False
-    vector_is_soft = True
+    event = vcpu.q[V.EXIT_INT_INFO]
     error_code = None
+    hardware = False
     if info & _INFO_IRET:
         reason = REASON_IRET
     elif info & _INFO_JMP:
         reason = REASON_JMP
-    elif vcpu.q[V.EXIT_INT_INFO] & V.EVTINJ_VALID:
-        reason, gate = REASON_GATE, True
-        kind = vcpu.q[V.EXIT_INT_INFO] & V.EVTINJ_TYPE_MASK
-        vector = vcpu.q[V.EXIT_INT_INFO] & V.EVTINJ_VECTOR_MASK
-        vector_is_soft = kind == V.EVTINJ_TYPE_SOFT or (
-            kind == V.EVTINJ_TYPE_EXEPT and vector in (abi.BP_VECTOR, abi.OF_VECTOR)
+    elif event & V.EVTINJ_VALID:
+        reason = REASON_GATE
+        kind = event & V.EVTINJ_TYPE_MASK
+        hardware = kind != V.EVTINJ_TYPE_SOFT and not (
+            kind == V.EVTINJ_TYPE_EXEPT and event & V.EVTINJ_VECTOR_MASK in SOFT_EXCEPTIONS
         )
-        # The event goes to the new task: it isn't injected again.
-        vcpu.exception.clear()
-        vcpu.interrupt_injected = False
-        if kind == V.EVTINJ_TYPE_NMI:
-            vcpu.nmi_injected = False
+        # An interrupt has been acknowledged: it goes to the new task, or a fault on the way takes its place. An
+        # exception stays until then, as it combines with such a fault (APM vol. 2, 8.2.9).
+        vcpu.interrupt_injected = vcpu.nmi_injected = False
         if info & _INFO_HAS_ERROR_CODE:
             error_code = info & 0xFFFF_FFFF
     else:
         reason = REASON_CALL
+    next_rip = vcpu.q[V.RIP] if hardware else svm.next_rip(vcpu)
+    if next_rip is None:
+        vcpu.internal_error_emulation()
+        return 0
+    rf = abi.X86_EFLAGS_RF if info & _INFO_RF else 0
+    return switch(vcpu, selector, reason, error_code, next_rip, rf=rf, external=hardware)
+
+
+def switch(
+    vcpu: Vcpu,
+    selector: int,
+    reason: int,
+    error_code: int | None,
+    next_rip: int,
+    *,
+    rf: int = 0,
+    external: bool = False,
+) -> int:
+    """Save the old task, which goes on at ``next_rip``, and load the new one. Returns what an exit handler does.
+
+    ``error_code``, if any, is pushed on the new task's stack. ``rf`` is RF for the old task's flags. ``external``: an
+    event of the processor itself caused the switch, so error codes have their EXT bit. Faults are those of APM
+    vol. 2, 12.2.5.
+    """
+    e = vcpu.emulator
+    rflags = vcpu.get_rflags() | rf
+    e.begin(None)
     try:
-        if not gate or vector_is_soft:
-            # The instruction that switched is behind the saved RIP.
-            length = vcpu.instruction_length()
-            vcpu.q[V.RIP] += length
-        switch(vcpu, selector, reason, error_code)
+        _switch(e, selector, reason, error_code, (next_rip, rflags))
+        if e.writes:
+            raise Unhandleable
     except X86Exception as exception:
+        if external and exception.vector != abi.PF_VECTOR and exception.error_code is not None:
+            exception.error_code |= _EXT
         inject_emulated_exception(vcpu, exception)
+    except (IoNeeded, Unhandleable):
+        vcpu.internal_error(abi.KVM_INTERNAL_ERROR_EMULATION, ())
+        return 0
     vcpu.b[V.INT_STATE_B] = 0
     return 1
 
 
-def switch(vcpu: Vcpu, selector: int, reason: int, error_code: int | None) -> None:
-    """Save the old task, load the new one; raises #GP, #TS, #NP, #SS by the checks of APM vol. 2, 12.2.5."""
-    e = vcpu.emulator
+def _switch(e: Emulator, selector: int, reason: int, error_code: int | None, resume: tuple[int, int]) -> None:
+    vcpu = e.vcpu
     old = vcpu.vmcb.segment(V.TR_OFFSET)
     if selector & 4:
         raise X86Exception(abi.TS_VECTOR if reason == REASON_IRET else abi.GP_VECTOR, selector & 0xFFFC)
     address, raw = segments.read_descriptor(e, selector)
+    old_address, old_raw = segments.read_descriptor(e, old.selector)
     attrib, limit, base = segments.parse_descriptor(raw)
     kind = attrib & 0xF
     if attrib & V.SEG_S or kind not in (1, 3, 9, 11):
         raise gp(selector & 0xFFFC)
-    if reason in (REASON_CALL, REASON_JMP):
-        dpl = attrib >> V.SEG_DPL_SHIFT & 3
-        if selector & 3 > dpl or vcpu.b[V.CPL] > dpl:
-            raise gp(selector & 0xFFFC)
-    busy = bool(kind & 2)
-    if busy != (reason == REASON_IRET):
-        raise X86Exception(abi.TS_VECTOR if reason == REASON_IRET else abi.GP_VECTOR, selector & 0xFFFC)
-    wide = bool(kind & 8)
+    wide, old_wide = bool(kind & 8), bool(old.attrib & 8)
     if not attrib & V.SEG_P or limit < (0x67 if wide else 0x2B):
         raise X86Exception(abi.NP_VECTOR if not attrib & V.SEG_P else abi.TS_VECTOR, selector & 0xFFFC)
+    size = 104 if wide else 44
+    # Nothing has changed yet, and what changes from here on is memory.
+    for start, length in ((address, 8), (old_address, 8), (old.base, 104 if old_wide else 44), (base, size)):
+        e.require_memory(start, length)
+    data = e.read_linear(base, size, implicit=True)
 
+    vcpu.exception.clear()
     if reason in (REASON_IRET, REASON_JMP):
-        old_address, old_raw = segments.read_descriptor(e, old.selector)
         e.write_linear(old_address, (old_raw & ~_BUSY).to_bytes(8, "little"), implicit=True)
     if reason == REASON_IRET:
-        vcpu.q[V.RFLAGS] &= ~abi.X86_EFLAGS_NT
-    _save(e, old.base, wide=bool(old.attrib & 8))
-    link = old.selector if reason in (REASON_CALL, REASON_GATE) else None
+        resume = resume[0], resume[1] & ~abi.X86_EFLAGS_NT
+    _save(e, old.base, resume, wide=old_wide)
+    nested = reason in (REASON_CALL, REASON_GATE)
     if reason != REASON_IRET:
-        raw |= _BUSY
-        e.write_linear(address, raw.to_bytes(8, "little"), implicit=True)
-    attrib, limit, base = segments.parse_descriptor(raw)
-    if link is not None:
-        e.write_linear(base, link.to_bytes(2, "little"), implicit=True)
-    # Long-mode fields aside, the new TSS is in force from here on: faults belong to the new task.
-    data = e.read_linear(base, 104 if wide else 44, implicit=True)
+        e.write_linear(address, (raw | _BUSY).to_bytes(8, "little"), implicit=True)
+    if nested:
+        e.write_linear(base, old.selector.to_bytes(2, "little"), implicit=True)
+    # The new TSS is in force from here on: faults belong to the new task.
     cr.kvm_set_cr0(vcpu, vcpu.cr0 | abi.X86_CR0_TS)
     vcpu.vmcb.set_segment(V.TR_OFFSET, selector, attrib | 2, limit, base)
     vcpu.guest_dr7 = vcpu.guest_dr7 & ~_DR7_LOCAL
     vcpu.update_dr7()
     _load(e, data, wide=wide)
-    if link is not None:
+    if nested:
         vcpu.q[V.RFLAGS] |= abi.X86_EFLAGS_NT
     if error_code is not None:
         e.push(error_code, 4 if wide else 2)
+    if wide and data[_TSS_TRAP] & 1:
+        queue_exception_p(vcpu, abi.DB_VECTOR, DR6_BT)
 
 
-def _save(e: Emulator, base: int, *, wide: bool) -> None:
+def _save(e: Emulator, base: int, resume: tuple[int, int], *, wide: bool) -> None:
+    """Save the old task's registers; ``resume`` is its RIP and RFLAGS."""
     vcpu = e.vcpu
-    registers = [e.q[V.RIP], vcpu.get_rflags(), *(e.gpr[n] for n in range(8))]
+    registers = [*resume, *(e.gpr[n] for n in range(8))]
     if wide:
         selectors = [vcpu.w[offset >> 1] for offset in _SEGMENTS32]
         data = _TSS32_SAVED.pack(*(value & 0xFFFF_FFFF for value in registers), *selectors)

@@ -18,13 +18,8 @@ from __future__ import annotations
 
 from typing import Final
 
-PAGE_SHIFT: Final = 12
-PAGE_SIZE: Final = 1 << PAGE_SHIFT
-PAGE_MASK: Final = ~(PAGE_SIZE - 1)
+from softkvm.kvm.memory.pages import PAGE_MASK, PAGE_SHIFT, PG_LEVEL_4K, pages_per_hpage
 
-PG_LEVEL_4K: Final = 1
-PG_LEVEL_2M: Final = 2
-PG_LEVEL_1G: Final = 3
 ROOT_LEVEL: Final = 4
 SPTES_PER_PAGE: Final = 512
 
@@ -65,16 +60,6 @@ _GEN_HIGH_MASK: Final = (1 << MMIO_SPTE_GEN_HIGH_BITS) - 1
 _LEAF_BITS: Final = PT_PRESENT_MASK | PT_USER_MASK | PT_ACCESSED_MASK
 _LEAF_WRITABLE: Final = PT_WRITABLE_MASK | SPTE_HOST_WRITABLE | SPTE_MMU_WRITABLE
 _TABLE_BITS: Final = PT_PRESENT_MASK | PT_WRITABLE_MASK | PT_USER_MASK | PT_ACCESSED_MASK
-
-
-def pages_per_hpage(level: int) -> int:
-    """Return the number of 4 KiB pages that a leaf of ``level`` maps."""
-    return 1 << ((level - 1) * 9)
-
-
-def gfn_round_for_level(gfn: int, level: int) -> int:
-    """Return ``gfn`` rounded down to the first frame of its leaf of ``level``."""
-    return gfn & -(1 << ((level - 1) * 9))
 
 
 def make_spte(hva: int, level: int, *, writable: bool) -> int:

@@ -18,27 +18,29 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.host_mappings import NO_ACCESS, READ_WRITE, HostMappings
-from softkvm.kvm.x86.mmu.spte import (
-    ACC_ALL,
-    MMIO_SPTE_GEN_MASK,
+from softkvm.kvm.memory.pages import (
     PAGE_SHIFT,
     PG_LEVEL_1G,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
+    gfn_round_for_level,
+    pages_per_hpage,
+)
+from softkvm.kvm.x86.mmu.spte import (
+    ACC_ALL,
+    MMIO_SPTE_GEN_MASK,
     PT_DIRTY_MASK,
     PT_PAGE_SIZE_MASK,
     PT_PRESENT_MASK,
     PT_WRITABLE_MASK,
     ROOT_LEVEL,
     SPTES_PER_PAGE,
-    gfn_round_for_level,
     is_mmio_spte,
     make_mmio_spte,
     make_nonleaf_spte,
     make_small_spte,
     make_spte,
     mmio_spte_generation,
-    pages_per_hpage,
 )
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.kvm import run_page
+from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import io
@@ -26,14 +28,20 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_p,
 )
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
-from softkvm.kvm.x86.mmu.spte import PAGE_SHIFT
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.svm import skip_emulated_instruction
-from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_1, EXIT_INFO_2, IOIO_STR, PFERR_GUEST_FINAL
+from softkvm.kvm.x86.svm.vmcb import (
+    EVTINJ_VALID,
+    EXIT_INFO_1,
+    EXIT_INFO_2,
+    EXIT_INT_INFO,
+    IOIO_STR,
+    PFERR_GUEST_FINAL,
+)
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu_state import VcpuState as Vcpu
@@ -91,7 +99,7 @@ def npf_interception(vcpu: Vcpu) -> int:
     vm = vcpu.vm
     slots = vm.memslots
     if gfn == vcpu.mmio_gfn and slots is vcpu.mmio_slots and error & PFERR_GUEST_FINAL:
-        return vcpu.emulator.mmio(gpa)
+        return _mmio(vcpu, gpa, error)
     if not error & PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
         vcpu.mmio_gfn, vcpu.mmio_slots = gfn, slots
         return _mmio(vcpu, gpa, error)
@@ -109,9 +117,23 @@ def npf_interception(vcpu: Vcpu) -> int:
 
 def _mmio(vcpu: Vcpu, gpa: int, error: int) -> int:
     """Emulate an access to a guest-physical address without memory, or a write to read-only memory."""
-    if error & V.PFERR_GUEST_PAGE and not error & V.PFERR_GUEST_FINAL:
+    if vcpu.q[EXIT_INT_INFO] & EVTINJ_VALID:
+        return _event_vectoring_error(vcpu)
+    if error & V.PFERR_GUEST_PAGE and not error & PFERR_GUEST_FINAL:
         gpa = -1  # the walk of the guest's tables faulted: this isn't the operand's address
     return vcpu.emulator.mmio(gpa)
+
+
+def _event_vectoring_error(vcpu: Vcpu) -> int:
+    """The access was one of an event's delivery (APM vol. 2, 15.7.2), not of the instruction at RIP.
+
+    KVM can't carry out a delivery: KVM_EXIT_INTERNAL_ERROR with EXITINTINFO, the exit's code and information, the
+    guest-physical address, and the processor (``kvm_prepare_event_vectoring_exit``). The event stays queued.
+    """
+    q = vcpu.q
+    data = (q[EXIT_INT_INFO] & _U32, q[V.EXIT_CODE], q[EXIT_INFO_1], q[EXIT_INFO_2], vcpu.vcpu_id)
+    vcpu.internal_error(abi.KVM_INTERNAL_ERROR_DELIVERY_EV, data)
+    return 0
 
 
 def msr_interception(vcpu: Vcpu) -> int:
@@ -202,7 +224,7 @@ def cr8_write_interception(vcpu: Vcpu) -> int:
         return result
     if old <= cr.kvm_get_cr8(vcpu):
         return result
-    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SET_TPR
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SET_TPR
     return 0
 
 
@@ -316,7 +338,7 @@ def iret_interception(vcpu: Vcpu) -> int:
 def shutdown_interception(vcpu: Vcpu) -> int:
     """Triple fault: KVM_EXIT_SHUTDOWN, the vCPU as after INIT."""
     vcpu.vcpu_reset(True)
-    vcpu.run_d[io.RUN_EXIT_REASON] = abi.KVM_EXIT_SHUTDOWN
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
     return 0
 
 

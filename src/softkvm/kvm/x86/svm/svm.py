@@ -394,24 +394,36 @@ def linear_rip(vcpu: Vcpu) -> int:
     return (vcpu.q[V.CS_BASE] + vcpu.q[V.RIP]) & 0xFFFF_FFFF
 
 
+def next_rip(vcpu: Vcpu) -> int | None:
+    """Return RIP behind the intercepted instruction: NEXT_RIP, or by the decoded length where that isn't to be had.
+
+    None for an instruction that can't be decoded.
+    """
+    q = vcpu.q
+    if vcpu.nrips and q[NEXT_RIP]:
+        return q[NEXT_RIP]
+    length = vcpu.instruction_length()
+    if not length:
+        log.warning("vcpu %d: cannot skip the instruction at rip %#x", vcpu.vcpu_id, q[RIP])
+        return None
+    rip = q[RIP] + length
+    return rip if vcpu.is_64bit_code() else rip & 0xFFFF_FFFF
+
+
 def skip_emulated_instruction(vcpu: Vcpu) -> int:
     """Advance RIP past the intercepted instruction and end its interrupt shadow.
 
-    By NEXT_RIP, or by the decoded length where that isn't to be had. Returns 1 to go on, 0 to leave for
-    userspace (single step; an instruction that can't be decoded).
+    Returns 1 to go on, 0 to leave for userspace (single step; an instruction that can't be decoded).
     """
     q = vcpu.q
-    next_rip = q[NEXT_RIP] if vcpu.nrips else 0
-    if not next_rip:
-        length = vcpu.instruction_length()
-        if not length:
-            log.warning("vcpu %d: cannot skip the instruction at rip %#x", vcpu.vcpu_id, q[RIP])
+    rip = q[NEXT_RIP] if vcpu.nrips else 0
+    if not rip:
+        decoded = next_rip(vcpu)
+        if decoded is None:
             vcpu.internal_error_emulation()
             return 0
-        next_rip = q[RIP] + length
-        if not vcpu.is_64bit_code():
-            next_rip &= 0xFFFF_FFFF
-    q[RIP] = next_rip
+        rip = decoded
+    q[RIP] = rip
     vcpu.b[INT_STATE_B] = 0
     if q[RFLAGS] & X86_EFLAGS_TF:
         return do_singlestep(vcpu)

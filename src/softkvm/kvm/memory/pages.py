@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages and levels of page tables: the sizes that leaves come in, and frame numbers rounded to them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PAGE_SHIFT: Final = 12
+PAGE_SIZE: Final = 1 << PAGE_SHIFT
+PAGE_MASK: Final = ~(PAGE_SIZE - 1)
+
+PG_LEVEL_4K: Final = 1
+PG_LEVEL_2M: Final = 2
+PG_LEVEL_1G: Final = 3
+
+
+def pages_per_hpage(level: int) -> int:
+    """Return the number of 4 KiB pages that a leaf of ``level`` maps."""
+    return 1 << ((level - 1) * 9)
+
+
+def gfn_round_for_level(gfn: int, level: int) -> int:
+    """Return ``gfn`` rounded down to the first frame of its leaf of ``level``."""
+    return gfn & -(1 << ((level - 1) * 9))

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What x86 adds to the places of :mod:`softkvm.kvm.run_page`: its MSR and debug exits."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from softkvm import abi
+from softkvm.kvm.run_page import EXIT, index
+
+#: kvm_run.msr: the error and seven bytes of padding in one element.
+MSR_ERROR_Q: Final = index(abi.kvm_run_msr, "error", 8, EXIT)
+MSR_ERROR_B: Final = index(abi.kvm_run_msr, "error", 1, EXIT)
+MSR_REASON_D: Final = index(abi.kvm_run_msr, "reason", 4, EXIT)
+MSR_INDEX_D: Final = index(abi.kvm_run_msr, "index", 4, EXIT)
+MSR_DATA_Q: Final = index(abi.kvm_run_msr, "data", 8, EXIT)
+
+DEBUG_EXCEPTION_D: Final = index(abi.kvm_debug_exit_arch, "exception", 4, EXIT)
+DEBUG_PC_Q: Final = index(abi.kvm_debug_exit_arch, "pc", 8, EXIT)
+DEBUG_DR6_Q: Final = index(abi.kvm_debug_exit_arch, "dr6", 8, EXIT)
+DEBUG_DR7_Q: Final = index(abi.kvm_debug_exit_arch, "dr7", 8, EXIT)

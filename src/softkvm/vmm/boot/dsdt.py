@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition block: what a guest cannot find by itself, and which resources it takes.
+
+Source: ACPI specification 6.4, section 5.6.1 (what devices are told of how), 6.2.2 (_CRS), 7.4.2 (\\_S5); PCI Firmware
+Specification 3.2, section 4.1 (the host bridge's resources).
+"""
+
+from __future__ import annotations
+
+from softkvm.vmm.boot import aml, layout
+from softkvm.vmm.devices import acpi_pm, cmos, hpet, pci_config, pvpanic, serial
+
+PRESENT = 0xF  # _STA: present, enabled, shown, working
+
+
+def definition_block(*, with_hpet: bool) -> bytes:
+    """Return the terms of the DSDT."""
+    devices = [_pci_host_bridge(), _com1(), _rtc(), _panic_event()]
+    if with_hpet:
+        devices.append(_hpet())
+    return _soft_off() + aml.scope("_SB_", *devices)
+
+
+def _soft_off() -> bytes:
+    sleep_type = aml.integer(acpi_pm.S5_SLP_TYP)
+    return aml.name("_S5_", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
+
+
+def _pci_host_bridge() -> bytes:
+    """Return the root of PCI: all buses, the ports and the memory that no chip of the machine's has."""
+    config = pci_config.PCI_CONFIG_PORT
+    config_end = config + pci_config.PCI_CONFIG_SIZE
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        aml.name(
+            "_CRS",
+            aml.resource_template(
+                aml.word_bus_numbers(0, 0xFF),
+                aml.io(config, pci_config.PCI_CONFIG_SIZE),
+                aml.word_io(0, config - 1),
+                aml.word_io(config_end, 0xFFFF),
+                aml.dword_memory(layout.VIDEO_MEMORY, layout.VIDEO_MEMORY_END - 1),
+                aml.dword_memory(layout.PCI_MEMORY, layout.PCI_MEMORY_END - 1),
+            ),
+        ),
+    )
+
+
+def _com1() -> bytes:
+    return aml.device(
+        "COM1",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(1)),
+        aml.name("_STA", aml.integer(PRESENT)),
+        aml.name(
+            "_CRS",
+            aml.resource_template(aml.io(serial.COM1_PORT, serial.REGISTERS), aml.irq(serial.COM1_IRQ)),
+        ),
+    )
+
+
+def _rtc() -> bytes:
+    return aml.device(
+        "RTC_",
+        aml.name("_HID", aml.eisa_id("PNP0B00")),
+        aml.name("_CRS", aml.resource_template(aml.io(cmos.CMOS_PORT, 2), aml.irq(cmos.RTC_IRQ))),
+    )
+
+
+def _panic_event() -> bytes:
+    return aml.device(
+        "PEVT",
+        aml.name("_HID", aml.string("QEMU0001")),
+        aml.name("_STA", aml.integer(PRESENT)),
+        aml.name("_CRS", aml.resource_template(aml.io(pvpanic.PVPANIC_PORT, 1))),
+    )
+
+
+def _hpet() -> bytes:
+    """Return the HPET's memory (IA-PC HPET specification 1.0a, section 3.2.5); the HPET table has the rest."""
+    return aml.device(
+        "HPET",
+        aml.name("_HID", aml.eisa_id("PNP0103")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_STA", aml.integer(PRESENT)),
+        aml.name("_CRS", aml.resource_template(aml.memory32_fixed(hpet.HPET_ADDRESS, hpet.HPET_SIZE))),
+    )
