@@ -172,6 +172,63 @@ def test_reader_of_the_console_that_sleeps_does_not_hold_up_the_end(tmp_path: Pa
         assert process.wait(30) == 5  # nobody read a byte
 
 
+@pytest.mark.parametrize("reader", ["sleeps", "never comes"])
+def test_reader_of_a_named_pipe_does_not_hold_up_the_end(tmp_path: Path, reader: str) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK) if reader == "sleeps" else -1
+    done = run("--timeout", "1", "--console", f"file:{fifo}", "--kernel", flat(tmp_path, CHATTER))
+    assert (done.returncode, done.stderr) == (5, "softkvm: timeout: 1 s\n")
+    if fd >= 0:
+        os.close(fd)
+
+
+def test_reader_of_a_named_pipe_may_come_late(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    kernel = flat(tmp_path, printing(b"hello") + SPIN)
+    with subprocess.Popen(
+        [*RUN, "--timeout", "60", "--console", f"file:{fifo}", "--kernel", kernel],
+        stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        with fifo.open("rb") as file:
+            assert file.read(5) == b"hello"
+        process.terminate()
+
+
+def test_end_is_not_held_up_by_one_sleeping_reader_of_everything(tmp_path: Path) -> None:
+    """``softkvm run 2>&1 | …``: the message at the end meets a pipe that is full."""
+    with subprocess.Popen(
+        [*RUN, "--timeout", "1", "--kernel", flat(tmp_path, CHATTER)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.wait(30) == 5
+
+
+def test_input_that_the_guest_does_not_read_stays_where_it_is(tmp_path: Path) -> None:
+    """Neither memory nor the end is its business."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with subprocess.Popen(
+        [*RUN, "--timeout", "3", "--kernel", flat(tmp_path, printing(b"up") + SPIN)],
+        stdin=read, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.read(2) == b"up"
+        os.close(read)
+        taken = full = 0
+        while full < 20:  # a second in which it takes nothing more
+            try:
+                taken += os.write(write, b"y\n" * 2048)
+                full = 0
+            except BlockingIOError:
+                full += 1
+                time.sleep(0.05)
+        assert taken < 1 << 20
+        assert process.wait(30) == 5
+    os.close(write)
+
+
 def test_ignored_signal_does_not_end_the_machine(tmp_path: Path) -> None:
     """As under nohup."""
     with subprocess.Popen(

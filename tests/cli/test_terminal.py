@@ -25,6 +25,28 @@ class Actions:
         self.helps += 1
 
 
+class Line:
+    """A serial port that remembers what it was fed; *room* is whether it takes more."""
+
+    def __init__(self, room: bool = True) -> None:
+        self.data = bytearray()
+        self.fed = threading.Event()
+        self.room = threading.Event()
+        if room:
+            self.room.set()
+
+    @property
+    def pending_input(self) -> int:
+        return len(self.data)
+
+    def feed(self, data: bytes) -> None:
+        self.data += data
+        self.fed.set()
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        return self.room.wait(timeout_s)
+
+
 @pytest.mark.parametrize("step", [1, 100])
 def test_escape_sequences_in_any_slicing(step: int) -> None:
     actions = Actions()
@@ -51,20 +73,14 @@ def test_pty_passes_input_and_drops_output_that_nobody_reads(capfd: pytest.Captu
     path = capfd.readouterr().err.split()[-1]
     for _ in range(100):
         console.output(b"x" * 4096)
-    received = threading.Event()
-    typed = bytearray()
-
-    def feed(data: bytes) -> None:
-        typed.extend(data)
-        received.set()
-
-    with console.attach(feed, lambda: None, threading.Event()):
+    line = Line()
+    with console.attach(line, lambda: None, threading.Event()):
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
         os.write(fd, b"hello")
-        assert received.wait(10)
+        assert line.fed.wait(10)
         assert os.read(fd, 16) == b"x" * 16
         os.close(fd)
-    assert typed == b"hello"
+    assert line.data == b"hello"
 
 
 def test_file_gets_the_output(tmp_path: Path) -> None:
@@ -81,6 +97,6 @@ def test_impossible_consoles_are_named(choice: str) -> None:
 
 def test_attach_returns_while_nobody_types() -> None:
     started = time.monotonic()
-    with open_console("none").attach(lambda data: None, lambda: None, threading.Event()):
+    with open_console("none").attach(Line(), lambda: None, threading.Event()):
         pass
     assert time.monotonic() - started < 5

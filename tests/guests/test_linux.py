@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An unmodified Linux boots to its shell on the software CPU, works, and powers off."""
 
+import hashlib
 import re
 
 import pytest
@@ -43,6 +44,35 @@ def test_boots_to_a_working_shell(vcpus: int) -> None:
         text = console.text
     assert outcome.end is End.POWER_OFF, text[-2000:]
     assert not re.search(r"BUG:|Oops|WARNING: CPU|Call Trace|rcu.*stall|soft lockup", text), text
+
+
+def test_input_that_comes_before_the_shell_is_its_input() -> None:
+    """As ``echo 'uname -r; exit' | softkvm run``: more than the port and the terminal hold, most before init."""
+    guest = linux_guest()
+    lines = [f"line {n}" for n in range(2000)]
+    script = "\n".join(["stty -echo", "cat > /tmp/copy <<END", *lines, "END", "md5sum /tmp/copy; exit", ""])
+    with booted(open_soft(), guest.kernel, guest.initrd, guest.command_line) as (machine, console):
+        console.send(script)
+        outcome = machine.wait(BOOT_S)
+        text = console.text
+    assert outcome.end is End.POWER_OFF, text[-2000:]
+    copy = "".join(f"{line}\n" for line in lines)
+    assert hashlib.md5(copy.encode()).hexdigest() in text
+
+
+def test_size_of_the_terminal_reaches_the_guest() -> None:
+    guest = linux_guest()
+    line = f"{guest.command_line} quiet softkvm.terminal=xterm-256color:43x132"
+    with booted(open_soft(), guest.kernel, guest.initrd, line) as (_machine, console):
+        prompt = re.escape(PROMPT) + r"\S*# "
+        console.expect(prompt, BOOT_S)
+        console.send("stty size; echo $TERM\n")
+        console.expect(r"^43 132\r\nxterm-256color\r\n", 30)
+        console.expect(prompt, 30)
+        console.send("resize; stty size\n")
+        console.expect(r"\x1b\[6n", 30)
+        console.send("\x1b[30;100R")  # what a terminal answers: its cursor is in the far corner
+        console.expect(r"30 100\r\n", 30)
 
 
 def test_commands_of_the_command_line() -> None:

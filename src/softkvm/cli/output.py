@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import signal
 import stat
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from softkvm.cli import EXIT_ERROR, CommandError
+from softkvm.cli.streams import Writer
 
 STDOUT = "-"
 """The name of standard output where a file is wanted."""
+
+
+_NOW = threading.Event()
+_NOW.set()
 
 
 class ReaderGone(CommandError):
@@ -35,9 +42,17 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print *text* as one line on standard error, if anybody takes it."""
+    """Print *text* as one line on standard error, if anybody takes it within a second."""
+    line = f"softkvm: {one_line(text)}\n"
     with contextlib.suppress(OSError):
-        print(f"softkvm: {one_line(text)}", file=sys.stderr, flush=True)
+        try:
+            fd = sys.stderr.fileno()
+        except io.UnsupportedOperation:  # not a file: a test's
+            sys.stderr.write(line)
+            return
+        sys.stderr.flush()
+        with contextlib.closing(Writer(fd)) as writer:
+            writer.write(line.encode(sys.stderr.encoding, "backslashreplace"), _NOW)
 
 
 def one_line(text: str) -> str:

@@ -22,7 +22,7 @@ from softkvm import abi, api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, file_name, seconds
 from softkvm.cli.output import OutputFile, warn
-from softkvm.cli.terminal import console_choice, open_console
+from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline, Image
 from softkvm.vmm.boot.loaders import Kind, recognize
@@ -129,7 +129,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--console",
         metavar="WHERE",
         type=console_choice,
-        default="stdio",
+        default=STDIO,
         help="stdio (default), pty, file:PATH or none",
     )
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
@@ -157,7 +157,9 @@ def _choose_image(args: Namespace) -> _Image:
     more = f" {args.append}" if args.append else ""
     try:
         guest = prepare(TerminalProgress())
-        return _Image(guest.kernel, (str(guest.initrd),), guest.command_line + more)
+        terminal = terminal_kind() if args.console == STDIO else None
+        size = f" softkvm.terminal={terminal}" if terminal else ""
+        return _Image(guest.kernel, (str(guest.initrd),), guest.command_line + size + more)
     except GuestUnavailable as error:
         warn(f"{error}; booting the built-in demonstration guest (--kernel and --initrd boot your own)")
     try:
@@ -403,7 +405,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         with (
             _signals_end(machine, caught),
             console.attach(
-                machine.serial.feed, lambda: machine.end(Outcome(End.STOPPED, "from the console")), machine.ended
+                machine.serial, lambda: machine.end(Outcome(End.STOPPED, "from the console")), machine.ended
             ),
         ):
             watcher.started_ns = time.monotonic_ns()

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import select
-import stat
+import re
+import shutil
 import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 from softkvm.cli import EXIT_ERROR, CommandError
 from softkvm.cli.output import warn
+from softkvm.cli.streams import InputLine, Writer, open_writer, reading
 
 ESCAPE = 0x01  # Ctrl-A
 
@@ -26,8 +25,8 @@ Ctrl-A x        end the machine
 Ctrl-A Ctrl-A   send Ctrl-A to the guest
 """
 
-GRACE_S = 1.0
-"""How long output may wait for somebody to read it once the machine has ended."""
+TYPE_AHEAD = 65536
+"""Bytes that may be typed before the guest reads them. The keys are read on, for Ctrl-A x, and dropped."""
 
 
 class EscapeParser:
@@ -69,75 +68,15 @@ def raw_terminal(fd: int) -> Iterator[None]:
             termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-class InputThread:
-    """Reads *fd* until :meth:`close` or its end, and hands the bytes on."""
-
-    def __init__(self, fd: int, feed: Callable[[bytes], object]) -> None:
-        self._fd = fd
-        self._feed = feed
-        self._wake_read, self._wake_write = os.pipe()
-        self._thread = threading.Thread(target=self._loop, name="console input", daemon=True)
-        self._thread.start()
-
-    def _loop(self) -> None:
-        while True:
-            ready, _, _ = select.select([self._fd, self._wake_read], [], [])
-            if self._wake_read in ready:
-                return
-            try:
-                data = os.read(self._fd, 4096)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return
-            if not data:
-                return
-            self._feed(data)
-
-    def close(self) -> None:
-        """Stop reading."""
-        os.write(self._wake_write, b"x")
-        self._thread.join()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
-
-
-@contextlib.contextmanager
-def reading(fd: int, feed: Callable[[bytes], object]) -> Iterator[None]:
-    """Hand what comes from *fd* to *feed* while the block lasts."""
-    reader = InputThread(fd, feed)
-    try:
-        yield
-    finally:
-        reader.close()
-
-
-def write_all(fd: int, data: bytes, ended: threading.Event | None = None) -> None:
-    """Write all of *data*, waiting for a descriptor that is full; TimeoutError some time after *ended* is set."""
-    view = memoryview(data)
-    waited_s = 0.0
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-            waited_s = 0.0
-        except BlockingIOError:
-            _, ready, _ = select.select([], [fd], [], 0.1)
-            if not ready and ended is not None and ended.is_set():
-                waited_s += 0.1
-                if waited_s > GRACE_S:
-                    raise TimeoutError(errno.ETIMEDOUT, "nobody takes the output") from None
-
-
-def without_blocking(fd: int) -> int:
-    """Return a descriptor for the pipe or terminal *fd* that is never waited for; *fd* itself if it is anything else.
-
-    It is opened anew: O_NONBLOCK on *fd* would be set for all other processes that share it.
-    """
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-        with contextlib.suppress(OSError):
-            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    return fd
+def terminal_kind() -> str | None:
+    """Return what the terminal of the console is, as ``TERM:ROWSxCOLUMNS``; None if there is none."""
+    if not (os.isatty(0) and os.isatty(1)):
+        return None
+    columns, rows = shutil.get_terminal_size()
+    term = os.environ.get("TERM", "")
+    if not re.fullmatch(r"[\w.+-]+", term, re.ASCII):  # no word of a kernel command line
+        term = "vt100"
+    return f"{term}:{rows}x{columns}"
 
 
 class ConsoleEnd(Protocol):
@@ -147,9 +86,9 @@ class ConsoleEnd(Protocol):
         """Show output of the guest."""
 
     def attach(
-        self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event
+        self, line: InputLine, end: Callable[[], Any], ended: threading.Event
     ) -> contextlib.AbstractContextManager[None]:
-        """Send typed bytes to *feed* while the context lasts.
+        """Send typed bytes to *line* while the context lasts.
 
         *end* is for the key that ends the machine; *ended* is set when it has ended.
         """
@@ -162,7 +101,7 @@ class NoConsole:
         """Drop it."""
 
     @contextlib.contextmanager
-    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
+    def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
         """No input."""
         yield
 
@@ -171,32 +110,39 @@ class StdioConsole:
     """``stdio``: standard input and output; raw and with escape keys if they are a terminal."""
 
     def __init__(self) -> None:
-        self._fd = without_blocking(1)
+        self._writer = Writer(1)
         self._ended: threading.Event | None = None
         self._last = b"\n"
 
     def output(self, data: bytes) -> None:
         """Write it to standard output."""
         self._last = data[-1:]
-        write_all(self._fd, data, self._ended)
+        self._writer.write(data, self._ended)
 
     @contextlib.contextmanager
-    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
+    def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
         """Read standard input; leave the terminal's cursor at the beginning of a line."""
         self._ended = ended
         try:
-            with self._keys(feed, end) if os.isatty(0) else reading(0, feed):
+            with self._keys(line, end) if os.isatty(0) else reading(0, line.feed, line.wait_for_room):
                 yield
         finally:
             if self._last != b"\n" and os.isatty(1):
                 with contextlib.suppress(OSError):
-                    write_all(self._fd, b"\n", ended)
+                    self._writer.write(b"\n", ended)
 
     @contextlib.contextmanager
-    def _keys(self, feed: Callable[[bytes], Any], end: Callable[[], Any]) -> Iterator[None]:
+    def _keys(self, line: InputLine, end: Callable[[], Any]) -> Iterator[None]:
         warn("Ctrl-A x ends the machine, Ctrl-A h helps")
-        escapes = EscapeParser(end, lambda: write_all(2, HELP.replace("\n", "\r\n").encode()))
-        with raw_terminal(0), reading(0, lambda data: feed(escapes.feed(data))):
+        errors = Writer(2)
+        escapes = EscapeParser(end, lambda: errors.write(HELP.replace("\n", "\r\n").encode()))
+
+        def typed(data: bytes) -> None:
+            data = escapes.feed(data)
+            if line.pending_input < TYPE_AHEAD:
+                line.feed(data)
+
+        with raw_terminal(0), reading(0, typed, lambda timeout_s: True):
             yield
 
 
@@ -218,27 +164,35 @@ class PtyConsole:
             os.write(self._master, data)
 
     @contextlib.contextmanager
-    def attach(self, feed: Callable[[bytes], Any], end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
+    def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
         """Read the pseudo-terminal."""
-        with reading(self._master, feed):
+        with reading(self._master, line.feed, line.wait_for_room):
             yield
 
 
-class FileConsole(NoConsole):
-    """``file:PATH``: output goes to a file."""
+class FileConsole:
+    """``file:PATH``: output goes to a file, there is no input."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         try:
-            self._file = path.open("wb", buffering=0)
+            self._writer = open_writer(path)
         except OSError as error:
             raise CommandError(f"--console file:{path}: {error.strerror}") from None
+        self._ended: threading.Event | None = None
 
     def output(self, data: bytes) -> None:
         """Write it to the file."""
-        write_all(self._file.fileno(), data)
+        self._writer.write(data, self._ended)
+
+    @contextlib.contextmanager
+    def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
+        """No input."""
+        self._ended = ended
+        yield
 
 
-_KINDS: dict[str, Callable[[], ConsoleEnd]] = {"stdio": StdioConsole, "pty": PtyConsole, "none": NoConsole}
+STDIO = "stdio"
+_KINDS: dict[str, Callable[[], ConsoleEnd]] = {STDIO: StdioConsole, "pty": PtyConsole, "none": NoConsole}
 _FILE = "file:"
 
 
@@ -252,5 +206,5 @@ def console_choice(text: str) -> str:
 def open_console(choice: str) -> ConsoleEnd:
     """Return the console that *choice* names; CommandError if it cannot be had."""
     if choice.startswith(_FILE):
-        return FileConsole(Path(choice.removeprefix(_FILE)))
+        return FileConsole(choice.removeprefix(_FILE))
     return _KINDS[choice]()

@@ -3,6 +3,7 @@
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -35,8 +36,69 @@ def output() -> bytearray:
 
 
 @pytest.fixture
-def uart(line: Line, output: bytearray) -> Serial:
-    return Serial(output.extend, line)
+def uart(line: Line, output: bytearray) -> Iterator[Serial]:
+    uart = Serial(output.extend, line)
+    yield uart
+    uart.close()
+
+
+def receive(uart: Serial) -> bytes:
+    """Take what comes, as a driver without interrupts does."""
+    received = bytearray()
+    while uart.read(LSR) & serial.LSR_DR:
+        received.append(uart.read(RBR))
+    return bytes(received)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def receive_by_interrupt(uart: Serial, line: Line, count: int) -> bytes:
+    """Take *count* characters, looking when the interrupt line says so."""
+    received = b""
+    while len(received) < count:
+        wait_until(lambda: line.level == 1)
+        received += receive(uart)
+    return received
+
+
+def linux_probes(uart: Serial) -> None:
+    """What Linux's 8250 driver does to find the port and its kind (autoconfig(), serial8250_config_port())."""
+    before = uart.read(MCR)
+    uart.write(MCR, 1, serial.MCR_LOOP | serial.MCR_OUT2 | serial.MCR_RTS)
+    uart.read(MSR)
+    uart.write(MCR, 1, before)
+    for fcr in (serial.FCR_ENABLE, serial.FCR_ENABLE | serial.FCR_CLEAR_RX | serial.FCR_CLEAR_TX, 0):
+        uart.write(FCR, 1, fcr)
+    uart.read(RBR)
+    uart.write(IER, 1, 0)
+    uart.write(MCR, 1, serial.MCR_DTR)  # a console's port
+
+
+def linux_prints(uart: Serial, text: bytes) -> None:
+    """Its console output: serial8250_console_write(), which waits for the transmitter before and after."""
+    for byte in text:
+        assert uart.read(LSR) & serial.LSR_THRE
+        uart.write(THR, 1, byte)
+    uart.read(LSR)
+    uart.read(LSR)
+
+
+def linux_opens(uart: Serial) -> None:
+    """What it does when a process opens the port (serial8250_do_startup(), _set_termios(), uart_port_dtr_rts())."""
+    for fcr in (serial.FCR_ENABLE, serial.FCR_ENABLE | serial.FCR_CLEAR_RX | serial.FCR_CLEAR_TX, 0):
+        uart.write(FCR, 1, fcr)
+    for register in (LSR, RBR, IIR, MSR):
+        uart.read(register)
+    uart.write(MCR, 1, serial.MCR_DTR | serial.MCR_OUT2)
+    for fcr in (serial.FCR_ENABLE, serial.FCR_ENABLE | 0x80):
+        uart.write(FCR, 1, fcr)
+    uart.write(IER, 1, serial.IER_RDI | serial.IER_RLSI)
+    uart.write(MCR, 1, serial.MCR_DTR | serial.MCR_RTS | serial.MCR_OUT2)
 
 
 def test_master_reset_values(uart: Serial) -> None:
@@ -162,11 +224,85 @@ def test_output_from_several_threads_loses_nothing(uart: Serial, output: bytearr
 
 def test_input_without_fifo_is_one_character_at_a_time_and_never_lost(uart: Serial) -> None:
     uart.feed(b"hello")
-    received = bytearray()
-    while uart.read(LSR) & serial.LSR_DR:
-        received.append(uart.read(RBR))
-    assert received == b"hello"
+    assert receive(uart) == b"hello"
     assert not uart.read(LSR) & serial.LSR_OE
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["", "earlycon"])
+def test_what_is_typed_before_linux_opens_the_port_is_there_when_it_does(uart: Serial, line: Line, early: bool) -> None:
+    text = bytes(range(0x20, 0x60))
+    uart.feed(text)
+    if early:
+        uart.write(MCR, 1, serial.MCR_DTR | serial.MCR_RTS)
+        linux_prints(uart, b"early")
+    linux_probes(uart)
+    linux_prints(uart, b"Linux version\n" * 100)
+    linux_probes(uart)  # once more, as a plug and play device
+    assert line.level == 0
+    linux_opens(uart)
+    assert line.level == 1
+    assert receive_by_interrupt(uart, line, len(text)) == text
+
+
+def test_rts_that_falls_holds_up_the_line(uart: Serial) -> None:
+    linux_opens(uart)
+    uart.feed(b"a" * 20)
+    uart.write(MCR, 1, serial.MCR_DTR | serial.MCR_OUT2)  # uart_throttle()
+    assert receive(uart) == b"a" * 16  # what was in the FIFO
+    time.sleep(10 * serial.PAUSE_NS / 1e9)
+    assert uart.read(IIR) & 0x0F == serial.IIR_NONE
+    uart.write(MCR, 1, serial.MCR_DTR | serial.MCR_RTS | serial.MCR_OUT2)
+    assert receive(uart) == b"a" * 4
+
+
+def test_interrupt_line_falls_between_two_fifos_of_input(uart: Serial, line: Line) -> None:
+    """An edge-triggered interrupt whose line never falls comes once."""
+    linux_opens(uart)
+    uart.feed(b"x" * 100)
+    for _ in range(6):
+        wait_until(lambda: line.level == 1)
+        assert receive(uart) == b"x" * 16
+        assert line.level == 0
+    wait_until(lambda: line.level == 1)
+    assert receive(uart) == b"x" * 4
+
+
+def test_debugger_that_waits_for_a_key_gets_it_without_rts(uart: Serial) -> None:
+    """kgdb's: serial8250_get_poll_char() of a port that no process has opened."""
+    linux_probes(uart)
+    uart.feed(b"$g#67")
+    received = bytearray()
+    for _ in range(5 * serial.POLLS):
+        if uart.read(LSR) & serial.LSR_DR:
+            received.append(uart.read(RBR))
+    assert received == b"$g#67"
+
+
+def test_guest_that_uses_interrupts_and_never_rts_gets_input(uart: Serial, line: Line) -> None:
+    uart.write(MCR, 1, serial.MCR_OUT2)
+    uart.write(IER, 1, serial.IER_RDI)
+    uart.feed(b"k")
+    assert line.level == 1
+    assert receive(uart) == b"k"
+
+
+def test_sender_waits_for_room_until_the_guest_reads(uart: Serial) -> None:
+    uart.feed(b"x" * serial.INPUT_LIMIT)
+    assert not uart.wait_for_room(0)
+    waits = threading.Thread(target=uart.wait_for_room, args=(60,))
+    waits.start()
+    assert uart.read(LSR) & serial.LSR_DR
+    waits.join(30)
+    assert not waits.is_alive()
+    assert uart.wait_for_room(0)
+
+
+def test_break_is_not_held_up_by_what_waits(uart: Serial) -> None:
+    linux_opens(uart)
+    uart.write(MCR, 1, serial.MCR_OUT2)
+    uart.feed(b"held")
+    uart.send_break()
+    assert uart.read(LSR) & (serial.LSR_DR | serial.LSR_BI) == serial.LSR_DR | serial.LSR_BI
 
 
 def test_reading_an_empty_receiver_gives_zero(uart: Serial) -> None:
@@ -185,8 +321,9 @@ def test_fifo_trigger_level_decides_between_data_and_timeout(uart: Serial, code:
 
 
 def test_fcr_bits_other_than_enable_are_ignored_without_it(uart: Serial) -> None:
+    uart.write(MCR, 1, serial.MCR_LOOP)
     uart.write(FCR, 1, serial.FCR_ENABLE)
-    uart.feed(b"abc")
+    uart.write(THR, 1, ord("a"))
     uart.write(FCR, 1, serial.FCR_ENABLE | serial.FCR_CLEAR_RX)
     assert not uart.read(LSR) & serial.LSR_DR
     uart.write(FCR, 1, 0xC0)
@@ -213,8 +350,8 @@ def test_line_input_waits_while_in_loopback_mode(uart: Serial) -> None:
     uart.write(MCR, 1, serial.MCR_LOOP)
     uart.feed(b"q")
     assert not uart.read(LSR) & serial.LSR_DR
-    uart.write(MCR, 1, 0)
-    assert uart.read(RBR) == ord("q")
+    uart.write(MCR, 1, serial.MCR_RTS)
+    assert receive(uart) == b"q"
 
 
 def test_break_is_reported_once_with_a_zero_character(uart: Serial, line: Line) -> None:
@@ -233,6 +370,7 @@ def test_break_is_reported_once_with_a_zero_character(uart: Serial, line: Line) 
 def test_error_deep_in_the_fifo_shows_in_lsr_bit_7(uart: Serial) -> None:
     uart.write(FCR, 1, serial.FCR_ENABLE)
     uart.feed(b"a")
+    assert uart.read(LSR) & serial.LSR_DR
     uart.send_break()
     assert uart.read(LSR) & (serial.LSR_FIFO_ERROR | serial.LSR_BI) == serial.LSR_FIFO_ERROR
     uart.read(RBR)
@@ -282,9 +420,13 @@ def test_save_and_restore_carry_unread_input_and_registers(uart: Serial) -> None
     uart.write(SCR, 1, 0x77)
     uart.feed(bytes(range(40)))
     state = uart.save()
-    other = Serial()
+    line = Line()
+    other = Serial(None, line)
     other.restore(state)
     assert other.read(SCR) == 0x77
     assert other.read(IIR) == serial.IIR_FIFO | serial.IIR_RDI
-    assert bytes(other.read(RBR) for _ in range(40)) == bytes(range(40))
+    assert receive(other) == bytes(range(16))
+    other.write(MCR, 1, serial.MCR_OUT2)
+    assert receive_by_interrupt(other, line, 24) == bytes(range(16, 40))
     assert other.pending_input == 0
+    other.close()

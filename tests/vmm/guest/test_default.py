@@ -147,7 +147,7 @@ def test_a_damaged_cache_is_made_anew(fake: Path) -> None:
 
 def test_a_new_init_needs_no_download(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = prepare()
-    monkeypatch.setattr(initramfs, "init_script", lambda: b"#!/bin/sh\necho new\n")
+    monkeypatch.setattr(initramfs, "scripts", lambda: {"init": b"#!/bin/sh\necho new\n"})
     new = prepare()
     assert b"echo new" in new.initrd.read_bytes()
     assert new.kernel.read_bytes() == b"kernel"
@@ -236,15 +236,15 @@ def test_what_a_killed_process_left_is_removed(fake: Path) -> None:
     assert leftovers() == []
 
 
-def test_init_script_is_valid_shell(tmp_path: Path) -> None:
+def test_scripts_are_valid_shell(tmp_path: Path) -> None:
     import subprocess
 
-    script = tmp_path / "init"
-    script.write_bytes(initramfs.init_script())
-    assert script.read_text().startswith("#!/bin/sh\n")
-    assert initramfs.INIT_REACHED in script.read_text()
-    assert initramfs.RUN_ENDED in script.read_text()
-    subprocess.run(["sh", "-n", script], check=True)
+    scripts = initramfs.scripts()
+    for script in scripts.values():
+        assert script.startswith(b"#!/bin/sh\n")
+        subprocess.run(["sh", "-n"], input=script, check=True)
+    assert initramfs.INIT_REACHED in scripts["init"].decode()
+    assert initramfs.RUN_ENDED in scripts["init"].decode()
 
 
 @pytest.mark.network

@@ -5,9 +5,24 @@ Source: National Semiconductor PC16550D data sheet (registers in section 8, FIFO
 Linux's 8250 driver relies on beyond it: enabling the transmitter interrupt while the holding register is empty raises
 it, every time; on a PC the interrupt output reaches the bus only while OUT2 is set.
 
-The transmitter is infinitely fast: a byte written is a byte sent. Received bytes that find the FIFO full wait
-outside it, so nothing is lost and overruns happen only in loopback mode. A FIFO filled below its trigger level asks
-for the character time-out interrupt at once instead of four character times later.
+The transmitter is infinitely fast: a byte written is a byte sent. A FIFO filled below its trigger level asks for the
+character time-out interrupt at once instead of four character times later.
+
+The far end is a patient sender: it heeds RTS (EIA-232's flow control, RTS as "ready for receiving"), sends a character
+no sooner than somebody can see it, and keeps it until it is read. So what is typed or piped before an operating system
+has opened the port is there when it does, and what a slow guest cannot take waits outside. In detail, a character comes
+
+- while the guest has the receiver's interrupt enabled and RTS up: at once, as many as the FIFO holds, and the next
+  :data:`PAUSE_NS` after that is empty. Without a pause the line would stay busy for as long as there is input, and with
+  it a handler that empties the FIFO (Linux's gives up after 512 rounds, and an edge-triggered interrupt is lost then);
+- while RTS is up without the interrupt: when the guest looks at LSR;
+- for a guest that never raised RTS: as if it were up. But drivers that print without interrupts look at LSR, too, and
+  lose what comes before they are opened (Linux's clear the FIFO then): once such a guest has written MCR, and whenever
+  RTS is down, only to one that reads LSR :data:`POLLS` times in a row, as a debugger does that waits for a key;
+- never in loopback mode.
+
+A FIFO that is cleared, by FCR or by loopback mode, gives unread characters of the line back to it. Overruns happen only
+in loopback mode.
 """
 
 import threading
@@ -15,6 +30,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
+
+from softkvm.vmm.devices.pump import Pump
+from softkvm.vmm.devices.timer import Timer
 
 COM1_PORT: Final = 0x3F8
 COM1_IRQ: Final = 4
@@ -81,8 +99,17 @@ _MSR_CONNECTED: Final = MSR_CTS | MSR_DSR | MSR_DCD
 # Loopback ties the modem outputs to the modem inputs (data sheet, MCR bit 4).
 _LOOPBACK: Final = ((MCR_DTR, MSR_DSR), (MCR_RTS, MSR_CTS), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD))
 
-_FLUSH_DELAY_S: Final = 0.004
-_BACKLOG_LIMIT: Final = 1 << 20
+POLLS: Final = 16
+"""Reads of LSR in a row that tell a guest that waits for input from one that prints."""
+
+PAUSE_NS: Final = 500_000
+"""Between the moment a FIFO has been emptied and the next characters."""
+
+INPUT_LIMIT: Final = 4096
+"""Characters that may wait on the line before its sender is asked to wait, too."""
+
+# An entry of the receiver: bits 7:0 the character, 15:8 its LSR error bits, and whether the line or loopback sent it.
+_LOCAL: Final = 1 << 16
 
 
 class Serial:
@@ -98,9 +125,11 @@ class Serial:
     ) -> None:
         self._set_irq = set_irq
         self._lock = threading.Lock()
-        self._rx: deque[int] = deque()  # bits 7:0 the character, 15:8 its LSR error bits
-        self._backlog: deque[int] = deque()
-        self._pump = _Pump(sink) if sink is not None else None
+        self._rx: deque[int] = deque()
+        self._backlog: deque[int] = deque()  # on the line: not there yet
+        self._room = threading.Condition(self._lock)
+        self._next = Timer("serial input", time.monotonic_ns, self._next_characters)
+        self._pump = Pump(sink) if sink is not None else None
         self._reset()
         self._readers: tuple[Callable[[], int], ...] = (
             self._read_rbr,
@@ -136,6 +165,9 @@ class Serial:
         self._msr = _MSR_CONNECTED
         self._thre_pending = False
         self._irq_level = 0
+        self._mcr_written = False
+        self._rts_used = False  # the guest has raised RTS: from then on it is flow control
+        self._polls = 0  # reads of LSR since anything else
 
     # -- the bus's side
 
@@ -156,18 +188,28 @@ class Serial:
     # -- the terminal's side (any thread)
 
     def feed(self, data: bytes) -> None:
-        """Receive ``data`` on the line."""
+        """Send ``data`` on the line, where it waits as long as the guest takes nothing; any amount, without waiting."""
         with self._lock:
             self._backlog.extend(data)
-            self._refill()
-            self._update_irq()
+            self._receive()
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until fewer than :data:`INPUT_LIMIT` characters are on the line; False if it takes longer."""
+        with self._room:
+            return self._room.wait_for(lambda: len(self._backlog) < INPUT_LIMIT, timeout_s)
 
     def send_break(self) -> None:
-        """Receive a break condition: a zero character with LSR.BI (SysRq on a Linux serial console)."""
+        """Send a break condition: a zero character with LSR.BI (SysRq on a Linux serial console).
+
+        It goes before what waits on the line, and RTS does not hold it up.
+        """
         with self._lock:
-            self._backlog.append(LSR_BI << 8)
-            self._refill()
-            self._update_irq()
+            if len(self._rx) < self._capacity and not self._mcr & MCR_LOOP:
+                self._rx.append(LSR_BI << 8)
+                self._update_lsr()
+                self._update_irq()
+            else:
+                self._backlog.appendleft(LSR_BI << 8)
 
     @property
     def pending_input(self) -> int:
@@ -180,7 +222,8 @@ class Serial:
             self._pump.flush()
 
     def close(self) -> None:
-        """Flush and end the output thread; the registers keep working and what is sent from now on is dropped."""
+        """Flush and end the threads; the registers keep working and what is sent from now on is dropped."""
+        self._next.close()
         if self._pump is not None:
             self._pump.close()
 
@@ -208,23 +251,53 @@ class Serial:
 
     # -- receiver
 
-    def _refill(self) -> None:
-        """Move waiting characters into the FIFO; in loopback mode the line is disconnected."""
+    @property
+    def _capacity(self) -> int:
+        """Characters that the receiver holds."""
+        return FIFO_SIZE if self._fifo else 1
+
+    @property
+    def _interrupting(self) -> bool:
+        """Whether characters come by themselves: see the top of the module."""
+        return bool(self._ier & IER_RDI and (self._mcr & MCR_RTS or not self._rts_used))
+
+    def _receive(self) -> None:
+        """Take from the line what comes without being looked for."""
+        if self._backlog and self._interrupting:
+            self._take(FIFO_SIZE)
+
+    def _next_characters(self) -> None:
+        with self._lock:
+            if not self._rx:
+                self._receive()
+
+    def _take(self, most: int) -> None:
+        """Move up to ``most`` characters that wait on the line into the receiver, as far as it has room."""
         if self._mcr & MCR_LOOP:
             return
-        room = (FIFO_SIZE if self._fifo else 1) - len(self._rx)
-        while room > 0 and self._backlog:
-            self._rx.append(self._backlog.popleft())
-            room -= 1
-        self._update_lsr()
+        rx, backlog = self._rx, self._backlog
+        room = min(most, self._capacity - len(rx), len(backlog))
+        if room > 0:
+            for _ in range(room):
+                rx.append(backlog.popleft())
+            if len(backlog) < INPUT_LIMIT <= len(backlog) + room:
+                self._room.notify_all()
+            self._update_lsr()
+            self._update_irq()
+
+    def _give_back(self) -> None:
+        """Empty the receiver: what the line sent is sent again."""
+        self._backlog.extendleft(entry for entry in reversed(self._rx) if not entry & _LOCAL)
+        self._rx.clear()
+        self._lsr &= ~_LSR_LINE
 
     def _update_lsr(self) -> None:
         """LSR's data-ready and error bits belong to the character at the top of the FIFO."""
         lsr = self._lsr & ~(LSR_DR | LSR_FIFO_ERROR)
         if self._rx:
-            lsr |= LSR_DR | self._rx[0] >> 8
-            self._rx[0] &= 0xFF  # reported once
-            if self._fifo and any(entry >> 8 for entry in self._rx):
+            lsr |= LSR_DR | self._rx[0] >> 8 & 0xFF
+            self._rx[0] &= 0xFF | _LOCAL  # reported once
+            if self._fifo and any(entry >> 8 & 0xFF for entry in self._rx):
                 lsr |= LSR_FIFO_ERROR
         self._lsr = lsr
 
@@ -235,13 +308,15 @@ class Serial:
             if not self._rx:
                 return 0
             value = self._rx.popleft() & 0xFF
-            if self._backlog:
-                self._refill()
+            if self._backlog and not self._rx and self._interrupting:
+                self._next.arm(time.monotonic_ns() + PAUSE_NS)
             self._update_lsr()
             self._update_irq()
             return value
 
     def _read_lsr(self) -> int:
+        if self._backlog and not self._rx:
+            self._poll()
         lsr = self._lsr
         if lsr & (_LSR_LINE | LSR_FIFO_ERROR):
             with self._lock:
@@ -251,9 +326,21 @@ class Serial:
                 self._update_irq()
         return lsr
 
+    def _poll(self) -> None:
+        """The guest looks whether something has come, or whether it can send: it does not say which."""
+        with self._lock:
+            self._polls += 1
+            if self._interrupting:
+                return
+            if self._mcr & MCR_RTS or not self._mcr_written:
+                self._take(FIFO_SIZE)
+            elif self._polls >= POLLS:
+                self._take(1)
+
     # -- transmitter
 
     def _write_thr(self, value: int) -> None:
+        self._polls = 0
         if self._lcr & LCR_DLAB:
             with self._lock:
                 self._divisor = self._divisor & 0xFF00 | value
@@ -272,13 +359,13 @@ class Serial:
 
     def _loop_back(self, value: int) -> None:
         with self._lock:
-            if len(self._rx) < (FIFO_SIZE if self._fifo else 1):
-                self._rx.append(value)
+            if len(self._rx) < self._capacity:
+                self._rx.append(value | _LOCAL)
             else:
                 # The FIFO keeps what it has; without one the new character overwrites the old.
                 self._lsr |= LSR_OE
                 if not self._fifo:
-                    self._rx[0] = value
+                    self._rx[0] = value | _LOCAL
             self._update_lsr()
             self._update_irq()
 
@@ -296,6 +383,8 @@ class Serial:
             self._ier = value & 0x0F
             if rising & IER_THRI:
                 self._thre_pending = True  # the holding register is always empty
+            self._polls = 0
+            self._receive()
             self._update_irq()
 
     def _read_iir(self) -> int:
@@ -313,12 +402,12 @@ class Serial:
                 value |= FCR_CLEAR_RX
                 self._fifo = enable
             if value & FCR_CLEAR_RX:
-                self._rx.clear()
-                self._lsr &= ~_LSR_LINE
+                self._give_back()
             # The other bits are programmed only together with bit 0 (data sheet, FCR bit 0).
             self._trigger = TRIGGER_LEVELS[value >> 6] if enable else 1
-            self._refill()
+            self._polls = 0
             self._update_lsr()
+            self._receive()
             self._update_irq()
 
     def _write_lcr(self, value: int) -> None:
@@ -326,13 +415,19 @@ class Serial:
 
     def _write_mcr(self, value: int) -> None:
         with self._lock:
+            if value & ~self._mcr & MCR_LOOP:
+                self._give_back()
+                self._update_lsr()
             self._mcr = value & 0x1F
+            self._mcr_written = True
+            self._polls = 0
             if self._mcr & MCR_LOOP:
                 inputs = sum(msr for mcr, msr in _LOOPBACK if self._mcr & mcr)
             else:
                 inputs = _MSR_CONNECTED
+                self._rts_used |= bool(value & MCR_RTS)
             self._set_modem_inputs(inputs)
-            self._refill()
+            self._receive()
             self._update_irq()
 
     def _set_modem_inputs(self, inputs: int) -> None:
@@ -366,6 +461,8 @@ class Serial:
         "_msr",
         "_thre_pending",
         "_irq_level",
+        "_mcr_written",
+        "_rts_used",
     )
 
     def save(self) -> dict[str, Any]:
@@ -384,67 +481,5 @@ class Serial:
                 setattr(self, name, state[name[1:]])
             self._rx = deque(state["rx"])
             self._backlog = deque(state["backlog"])
-
-
-class _Pump:
-    """Collects sent bytes and hands them to the sink from a thread of its own."""
-
-    def __init__(self, sink: Callable[[bytes], object]) -> None:
-        self._sink = sink
-        self._buffer = bytearray()
-        self._lock = threading.Lock()  # the buffer
-        self._delivery = threading.Lock()  # the order of pieces at the sink
-        self._wake = threading.Event()
-        self._room = threading.Condition(self._lock)
-        self._closed = False
-        self._broken = False
-        self._thread: threading.Thread | None = None
-
-    def put(self, value: int) -> None:
-        with self._lock:
-            buffer = self._buffer
-            buffer.append(value)
-            length = len(buffer)
-            if 1 < length < _BACKLOG_LIMIT:
-                return
-            if self._closed:
-                buffer.clear()
-                return
-            if length == 1:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._loop, name="serial output", daemon=True)
-                    self._thread.start()
-                self._wake.set()
-                return
-            while len(self._buffer) >= _BACKLOG_LIMIT and not self._closed:
-                self._room.wait()
-
-    def flush(self) -> None:
-        with self._delivery:
-            with self._lock:
-                data, self._buffer = bytes(self._buffer), bytearray()
-                self._room.notify_all()
-            if data and not self._broken:
-                try:
-                    self._sink(data)
-                except OSError:
-                    self._broken = True  # the far end is gone: the line is open, the guest need not know
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            thread = self._thread
             self._room.notify_all()
-        self._wake.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-        self.flush()
-
-    def _loop(self) -> None:
-        while not self._closed:
-            self._wake.wait()
-            self._wake.clear()
-            if not self._closed:
-                # Let a line gather.
-                time.sleep(_FLUSH_DELAY_S)
-            self.flush()
+            self._next.arm(time.monotonic_ns() + PAUSE_NS)

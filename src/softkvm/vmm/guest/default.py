@@ -184,8 +184,8 @@ def _file_digest(path: Path) -> str:
 
 def _init_digest() -> str:
     """Identifies how this version builds the initramfs."""
-    parts = (initramfs.init_script(), repr((initramfs.DIRECTORIES, initramfs.DEVICES, initramfs.FILES)).encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+    parts = (initramfs.scripts(), initramfs.DIRECTORIES, initramfs.DEVICES, initramfs.FILES)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _write_synced(path: Path, data: bytes) -> None:

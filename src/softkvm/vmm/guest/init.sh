@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The default guest's first process. Kernel command line:
 #   softkvm.run="cmd; cmd"   run these commands in place of the interactive shell, then power off
+#   softkvm.terminal=TERM:ROWSxCOLUMNS   what the console is
 #   softkvm.noreboot         do not power off at the end (the kernel panics: for tests of that)
 echo 'softkvm: init reached'
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=vt100
@@ -11,6 +12,7 @@ export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=vt100
 /bin/busybox mkdir -p /dev/pts
 /bin/busybox mount -t devpts devpts /dev/pts
 /bin/busybox --install -s
+stty crtscts 2>/dev/null # the far end of our serial line waits when nobody reads
 hostname softkvm
 ip link set lo up 2>/dev/null
 cd /root
@@ -25,6 +27,15 @@ case $cmdline in
 *softkvm.run=*)
     run=${cmdline#*softkvm.run=}
     run=${run%% *}
+    ;;
+esac
+case $cmdline in
+*softkvm.terminal=*:*x*)
+    terminal=${cmdline#*softkvm.terminal=}
+    terminal=${terminal%% *}
+    TERM=${terminal%:*}
+    size=${terminal##*:}
+    stty rows "${size%x*}" columns "${size#*x}" 2>/dev/null
     ;;
 esac
 

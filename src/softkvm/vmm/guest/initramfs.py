@@ -33,13 +33,18 @@ PROMPT: Final = "root@softkvm:"
 """What begins the interactive shell's prompt."""
 
 
-def init_script() -> bytes:
-    """The script that the kernel starts as ``/init``."""
-    return resources.files(__package__).joinpath("init.sh").read_bytes()
+SCRIPTS: Final = {"init": "init.sh", "usr/bin/resize": "resize.sh"}
+"""Programs of ours: their place in the guest, and the file beside this module."""
+
+
+def scripts() -> dict[str, bytes]:
+    """Return our programs by their place in the guest; the kernel starts ``/init``."""
+    files = resources.files(__package__)
+    return {path: files.joinpath(name).read_bytes() for path, name in SCRIPTS.items()}
 
 
 def build(busybox: bytes) -> bytes:
-    """Return an uncompressed initramfs that holds ``busybox`` (a static executable) and :func:`init_script`.
+    """Return an uncompressed initramfs that holds ``busybox`` (a static executable) and :func:`scripts`.
 
     It is not compressed: the guest would spend more on unpacking than the host on reading it.
     """
@@ -53,6 +58,7 @@ def build(busybox: bytes) -> bytes:
     archive.symlink("bin/sh", "busybox")
     for path, text in FILES.items():
         archive.file(path, text.encode())
-    archive.file("init", init_script(), 0o755)
+    for path, script in scripts().items():
+        archive.file(path, script, 0o755)
     archive.close()
     return out.getvalue()
