@@ -17,8 +17,8 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm import Kvm, Vm
-from softkvm.kvm.capabilities import check_extension
-from softkvm.kvm.vcpu_ioctls import VcpuIoctls
+from softkvm.kvm.x86.capabilities import check_extension
+from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
 
 COMMAND: Final = "python scripts/kvm_api_table.py > docs/kvm-api.md"
 ROOT: Final = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ import pytest
 from scripts.kvm_api_table import ioctls, main, read_tests
 
 from softkvm import abi, api
-from softkvm.kvm.capabilities import check_extension
+from softkvm.kvm.x86.capabilities import check_extension
 
 
 def test_every_method_of_the_api_has_a_conformance_test() -> None:

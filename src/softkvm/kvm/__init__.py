@@ -8,8 +8,8 @@ classes of :mod:`softkvm.api`.
 from __future__ import annotations
 
 from softkvm.kvm.params import Params
-from softkvm.kvm.system import Kvm
-from softkvm.kvm.vcpu_ioctls import VcpuIoctls as Vcpu
-from softkvm.kvm.vm import Vm
+from softkvm.kvm.x86.system import Kvm
+from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls as Vcpu
+from softkvm.kvm.x86.vm import Vm
 
 __all__ = ["Kvm", "Params", "Vcpu", "Vm"]

@@ -15,11 +15,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from softkvm.kvm.vcpu_state import BLOCKING
+from softkvm.kvm.state import BLOCKING
 
 if TYPE_CHECKING:
     from softkvm.kvm.params import Params
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.state import VcpuState as Vcpu
 
 _HOST_CPUS: Final = len(os.sched_getaffinity(0))
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.x86.irqchip.seams import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
+from softkvm.kvm.irq.irqchip import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
 
 if TYPE_CHECKING:
     from softkvm.kvm.irq.io_bus import IoBus
+    from softkvm.kvm.irq.irqchip import Irqchip
     from softkvm.kvm.vm import Vm
-    from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
 
 _ONE: Final = struct.pack("=Q", 1)
 _LENGTHS: Final = (0, 1, 2, 4, 8)
@@ -97,11 +97,11 @@ class Resampler:
 
     __slots__ = ("_chips", "gsi", "irqfds")
 
-    def __init__(self, chips: KernelIrqchip, gsi: int) -> None:
+    def __init__(self, chips: Irqchip, gsi: int) -> None:
         self._chips = chips
         self.gsi = gsi
         self.irqfds: tuple[Irqfd, ...] = ()
-        chips.routing.add_ack_notifier(gsi, self.acknowledged)
+        chips.add_ack_notifier(gsi, self.acknowledged)
 
     def set_line(self, level: int) -> None:
         """Drive the GSI."""
@@ -119,7 +119,7 @@ class Resampler:
 
     def close(self) -> None:
         """Leave the GSI, which nobody holds up any more."""
-        self._chips.routing.remove_ack_notifier(self.gsi, self.acknowledged)
+        self._chips.remove_ack_notifier(self.gsi, self.acknowledged)
         self.set_line(0)
 
 
@@ -128,7 +128,7 @@ class Irqfd:
 
     __slots__ = ("_chips", "file", "gsi", "resample_file", "resampler")
 
-    def __init__(self, chips: KernelIrqchip, file: EventFile, gsi: int, resample_file: EventFile | None) -> None:
+    def __init__(self, chips: Irqchip, file: EventFile, gsi: int, resample_file: EventFile | None) -> None:
         self._chips = chips
         self.file = file
         self.gsi = gsi
@@ -212,12 +212,12 @@ class Eventfds:
         if flags & abi.KVM_IRQFD_FLAG_DEASSIGN:
             self._deassign(EventFile(fd), gsi)
             return
-        chips = self._vm.chips
+        chips = self._vm.arch_irqchip()
         if chips is None:
             raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
         resample = bool(flags & abi.KVM_IRQFD_FLAG_RESAMPLE)
-        if resample and chips.ioapic is None:
-            raise kvm_error(errno.EINVAL, "KVM_IRQFD_FLAG_RESAMPLE: there is no in-kernel IOAPIC")
+        if resample and not chips.can_resample:
+            raise kvm_error(errno.EINVAL, "KVM_IRQFD_FLAG_RESAMPLE: the in-kernel chips have no pins")
         irqfd = Irqfd(chips, EventFile(fd), gsi, EventFile(resamplefd) if resample else None)
         with self._lock:
             if any(other.file.same(irqfd.file) for other in self._irqfds.values()):

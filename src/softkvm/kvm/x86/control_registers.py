@@ -16,7 +16,7 @@ from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 CR0_VALID: Final = 0xE005_003F
 

@@ -13,7 +13,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.msrs import MISC_ENABLE_MWAIT, MSR_IA32_MISC_ENABLE
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 KVM_MAX_CPUID_ENTRIES: Final = 256
 

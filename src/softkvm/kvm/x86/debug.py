@@ -8,14 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from softkvm import abi
-from softkvm.kvm import run_page
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.x86 import run_page as x86_run_page
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
     DR7_BP_EN_MASK,
-    DR7_FIXED_1,
-    DR7_GD,
     queue_exception,
     queue_exception_p,
 )
@@ -23,16 +19,7 @@ from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
-
-
-def exit_debug(vcpu: Vcpu, exception: int, dr6: int, pc: int) -> None:
-    """Describe a KVM_EXIT_DEBUG."""
-    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_DEBUG
-    vcpu.run_d[x86_run_page.DEBUG_EXCEPTION_D] = exception
-    vcpu.run_q[x86_run_page.DEBUG_PC_Q] = pc
-    vcpu.run_q[x86_run_page.DEBUG_DR6_Q] = dr6
-    vcpu.run_q[x86_run_page.DEBUG_DR7_Q] = vcpu.q[V.DR7]
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 
 def set_guest_debug(vcpu: Vcpu, debug: abi.kvm_guest_debug) -> None:
@@ -54,19 +41,11 @@ def set_guest_debug(vcpu: Vcpu, debug: abi.kvm_guest_debug) -> None:
     vcpu.guest_debug_dr7 = debug.arch.debugreg[7] if hardware else 0
     vcpu.d[V.INTERCEPT_DR] = V.DR_ALL if hardware else 0
     vcpu.guest_dr7 = dr7
-    update_dr7(vcpu)
+    vcpu.update_dr7()
     if vcpu.guest_debug & abi.KVM_GUESTDBG_SINGLESTEP:
         vcpu.singlestep_rip = svm.linear_rip(vcpu)
     vcpu.set_rflags(rflags)
     svm.set_exception_intercepts(vcpu)
-
-
-def update_dr7(vcpu: Vcpu) -> None:
-    """Load DR7 with the debugger's value while it owns the breakpoints, else with the guest's."""
-    if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP:
-        vcpu.q[V.DR7] = vcpu.guest_debug_dr7 & ~DR7_GD | DR7_FIXED_1
-    else:
-        vcpu.q[V.DR7] = vcpu.own_dr7
 
 
 def breakpoints_enabled(vcpu: Vcpu) -> bool:
@@ -94,7 +73,7 @@ def check_code_breakpoint(vcpu: Vcpu) -> int | None:
     if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP:
         hits = _code_breakpoints(address, vcpu.guest_debug_dr7, vcpu.effective_db)
         if hits:
-            exit_debug(vcpu, abi.DB_VECTOR, hits | DR6_ACTIVE_LOW, address)
+            vcpu.exit_debug(abi.DB_VECTOR, hits | DR6_ACTIVE_LOW, address)
             return 0
     inhibited = vcpu.get_rflags() & abi.X86_EFLAGS_RF or (
         vcpu.cpuid.intel_compatible and vcpu.b[V.INT_STATE_B] & V.INTERRUPT_SHADOW

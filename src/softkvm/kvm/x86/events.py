@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.requests import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT
 from softkvm.kvm.x86.exceptions import (
     DR7_GD,
     SOFT_EXCEPTIONS,
@@ -19,11 +18,12 @@ from softkvm.kvm.x86.exceptions import (
     exception_has_error_code,
     exception_is_fault,
 )
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 
 def cpu_has_interrupt(vcpu: Vcpu) -> bool:

@@ -19,11 +19,11 @@ from softkvm.abi import (
     SS_VECTOR,
     TS_VECTOR,
 )
-from softkvm.kvm.requests import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 EXCPT_BENIGN: Final = 0
 EXCPT_CONTRIBUTORY: Final = 1

@@ -17,7 +17,7 @@ from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86.exceptions import X86Exception
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 # Byte offsets in the register block
 _FCW: Final = 0x100

@@ -15,7 +15,7 @@ from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 KVM_EXIT_IO: Final = abi.KVM_EXIT_IO
 KVM_EXIT_MMIO: Final = abi.KVM_EXIT_MMIO

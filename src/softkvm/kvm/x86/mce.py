@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.requests import KVM_REQ_TRIPLE_FAULT
 from softkvm.kvm.x86.exceptions import queue_exception
 from softkvm.kvm.x86.msrs import (
     KVM_MAX_MCE_BANKS,
@@ -20,9 +19,10 @@ from softkvm.kvm.x86.msrs import (
     MSR_IA32_MCG_CTL,
     MSR_IA32_MCG_STATUS,
 )
+from softkvm.kvm.x86.requests import KVM_REQ_TRIPLE_FAULT
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 MCG_SER_P: Final = 1 << 24
 MCG_STATUS_MCIP: Final = 1 << 2

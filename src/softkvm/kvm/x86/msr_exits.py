@@ -14,7 +14,7 @@ from softkvm.kvm.x86 import run_page as x86_run_page
 from softkvm.kvm.x86.exceptions import inject_gp
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
     Skip = Callable[[Vcpu], int]
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from softkvm import _softcpu, abi
 from softkvm.kvm.x86 import control_registers as cr
+from softkvm.kvm.x86 import tsc
 from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -173,22 +174,22 @@ def _write_efer(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 
 
 def _read_tsc(vcpu: Vcpu, index: int, host: bool) -> int:
-    return vcpu.read_guest_tsc()
+    return tsc.read_guest_tsc(vcpu)
 
 
 def _write_tsc(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if host:
-        vcpu.synchronize_tsc(data)
+        tsc.synchronize(vcpu, data)
     else:
-        adjust = data - vcpu.read_guest_tsc()
-        vcpu.set_tsc_offset(vcpu.tsc_offset + adjust)
+        adjust = data - tsc.read_guest_tsc(vcpu)
+        tsc.set_offset(vcpu, vcpu.tsc_offset + adjust)
         vcpu.tsc_adjust = (vcpu.tsc_adjust + adjust) & _U64
     return True
 
 
 def _write_tsc_adjust(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if not host:
-        vcpu.set_tsc_offset(vcpu.tsc_offset + data - vcpu.tsc_adjust)
+        tsc.set_offset(vcpu, vcpu.tsc_offset + data - vcpu.tsc_adjust)
     vcpu.tsc_adjust = data
     return True
 
@@ -198,7 +199,7 @@ def _read_apic_base(vcpu: Vcpu, index: int, host: bool) -> int:
 
 
 def _write_apic_base(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    return vcpu.set_apic_base(data, host)
+    return set_apic_base(vcpu, data, host)
 
 
 def _read_tsc_deadline(vcpu: Vcpu, index: int, host: bool) -> int:
@@ -474,3 +475,11 @@ def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> bool:
     if not host:
         vcpu.vm.log_limited(log, "vcpu%d: unhandled wrmsr: %#x data %#x", vcpu.vcpu_id, index, data)
     return False
+
+
+def set_apic_base(vcpu: Vcpu, value: int, host: bool) -> bool:
+    """Write IA32_APIC_BASE; False for a mode or address that can't be."""
+    if vcpu.apic is not None:
+        return vcpu.apic.set_base(value, host)
+    vcpu.msr_values[MSR_IA32_APICBASE] = value
+    return True

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Final
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest
-from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
+from softkvm.kvm.x86.msrs import set_apic_base
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.segments import SREGS_SEGMENTS, get_segment, set_segment
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 #: Fields of kvm_regs in the order of the register numbers.
 GPR_NAMES: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
@@ -106,7 +107,7 @@ def set_sregs(vcpu: Vcpu, sregs: Sregs) -> None:
             errno.EINVAL,
             f"cr0={sregs.cr0:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x} cs.l={sregs.cs.l}: no legal combination",
         )
-    if not vcpu.set_apic_base(sregs.apic_base, True):
+    if not set_apic_base(vcpu, sregs.apic_base, True):
         raise kvm_error(errno.EINVAL, f"apic_base={sregs.apic_base:#x}, expected a legal mode and address")
     for name, offset in (("idt", V.IDTR_OFFSET), ("gdt", V.GDTR_OFFSET)):
         table: abi.kvm_dtable = getattr(sregs, name)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import fpu, msrs
 from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.svm import svm
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 
 def vcpu_reset(vcpu: Vcpu, init_event: bool) -> None:

@@ -10,8 +10,8 @@ from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
     from softkvm.kvm.x86.emulate.emulator import Emulator
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 #: Fields of kvm_sregs and where the VMCB has them.
 SREGS_SEGMENTS: Final = (

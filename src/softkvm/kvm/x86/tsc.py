@@ -9,8 +9,16 @@ moment apart. A guest needs them equal, so writes that mean "the same counter" g
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING, Final
 
-from softkvm import _softcpu
+from softkvm import _softcpu, abi
+from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE
+from softkvm.kvm.x86.svm import vmcb as V
+
+if TYPE_CHECKING:
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
+
+_U64: Final = (1 << 64) - 1
 
 
 class TscSynchronizer:
@@ -47,3 +55,28 @@ class TscSynchronizer:
             self._written_ns = now
             self._offset = offset
             return offset
+
+
+def offset_signed(vcpu: Vcpu) -> int:
+    """Return a vCPU's TSC offset as a signed number."""
+    return vcpu.tsc_offset - (1 << 64) if vcpu.tsc_offset >> 63 else vcpu.tsc_offset
+
+
+def read_guest_tsc(vcpu: Vcpu) -> int:
+    """Return the guest's time-stamp counter."""
+    return (_softcpu.rdtsc() + vcpu.tsc_offset) & _U64
+
+
+def set_offset(vcpu: Vcpu, offset: int) -> None:
+    """Change what is added to the physical TSC."""
+    vcpu.tsc_offset = offset & _U64
+    vcpu.q[V.TSC_OFFSET] = vcpu.tsc_offset
+    if vcpu.apic is not None:
+        vcpu.apic.timer.tsc_changed()
+    if vcpu.msr_values.get(abi.MSR_KVM_SYSTEM_TIME_NEW, 0) & abi.KVM_MSR_ENABLED:
+        vcpu.make_request(KVM_REQ_CLOCK_UPDATE)
+
+
+def synchronize(vcpu: Vcpu, tsc: int) -> None:
+    """Host write of the TSC: writes of nearly the same value keep the vCPUs' counters equal."""
+    set_offset(vcpu, vcpu.vm.tsc.write(tsc, vcpu.tsc_khz))

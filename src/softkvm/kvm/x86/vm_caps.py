@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KVM_ENABLE_CAP on a VM (KVM API, section 7): one function per capability, found by a table."""
+"""KVM_ENABLE_CAP on a VM of x86 (KVM API, section 7): one function per capability, found by a table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.kvm.capabilities import CAPABILITIES
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86.capabilities import CAPABILITIES
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vm import Vm
+    from softkvm.kvm.x86.vm import Vm
 
 _X2APIC_API: Final = abi.KVM_X2APIC_API_USE_32BIT_IDS | abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 _MSR_EXIT_REASONS: Final = (
@@ -56,13 +56,6 @@ def _disable_exits(vm: Vm, value: int) -> None:
     vm.disable_hlt_exits |= bool(value & abi.KVM_X86_DISABLE_EXITS_HLT)
 
 
-def _manual_dirty_log_protect(vm: Vm, value: int) -> None:
-    enable, initially = abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, abi.KVM_DIRTY_LOG_INITIALLY_SET
-    if value & ~(enable | initially) or value == initially:
-        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0, 1 or 3")
-    vm.manual_dirty_log_protect = value
-
-
 def _exception_payload(vm: Vm, value: int) -> None:
     vm.exception_payload_enabled = bool(value)
 
@@ -90,16 +83,10 @@ def _msr_platform_info(vm: Vm, value: int) -> None:
 def _apic_bus_cycles(vm: Vm, value: int) -> None:
     if not 0 < value <= _MAX_BUS_CYCLE_NS:
         raise kvm_error(errno.EINVAL, f"args[0]={value}, expected a period of 1 to {_MAX_BUS_CYCLE_NS} ns")
-    chips = vm.irqchip()
+    chips = vm.kernel_irqchip()
     if vm.vcpus:
         raise kvm_error(errno.EINVAL, "vCPUs exist: the APIC bus's period can't change")
     chips.apic_map.bus_cycle_ns = value
-
-
-def _halt_poll(vm: Vm, value: int) -> None:
-    if value >> 32:
-        raise kvm_error(errno.EINVAL, f"args[0]={value}, expected nanoseconds in 32 bits")
-    vm.max_halt_poll_ns = value
 
 
 _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
@@ -108,12 +95,10 @@ _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_SPLIT_IRQCHIP: lambda vm, value: vm.create_split_irqchip(value),
     abi.KVM_CAP_X2APIC_API: _x2apic_api,
     abi.KVM_CAP_X86_DISABLE_EXITS: _disable_exits,
-    abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: _manual_dirty_log_protect,
     abi.KVM_CAP_EXCEPTION_PAYLOAD: _exception_payload,
     abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _triple_fault_event,
     abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE: _exit_on_emulation_failure,
     abi.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
     abi.KVM_CAP_MSR_PLATFORM_INFO: _msr_platform_info,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
-    abi.KVM_CAP_HALT_POLL: _halt_poll,
 }

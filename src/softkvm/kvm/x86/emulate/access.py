@@ -24,7 +24,7 @@ from softkvm.kvm.x86.mmu.paging import PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, 
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 _U64: Final = (1 << 64) - 1
 _SEGMENTS_WITH_BASE_64: Final = (V.FS_OFFSET, V.GS_OFFSET)

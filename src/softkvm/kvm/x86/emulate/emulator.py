@@ -29,7 +29,7 @@ from softkvm.kvm.x86.svm.vmcb import CS_ATTRIB, SEG_L
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
     Handler = Callable[["Emulator", Insn], None]
 
@@ -102,6 +102,21 @@ class Emulator(Access):
                 rest = read_guest(self.vm, walk(vcpu, address + first, access).gpa, _MAX_INSN - first)
                 code += rest or b""
         return code
+
+    def report_failure(self) -> None:
+        """Describe a failed emulation to userspace, with the instruction bytes if they can be read."""
+        vcpu = self.vcpu
+        try:
+            code = self.fetch()
+        except X86Exception:
+            code = b""
+        vcpu.internal_error(abi.KVM_INTERNAL_ERROR_EMULATION, (0, 0, 0))
+        if code:
+            # ndata counts flags and the 16 bytes of length and instruction
+            vcpu.run_q[run_page.EMULATION_FAILURE_FLAGS_Q] = abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+            vcpu.run_b[run_page.EMULATION_FAILURE_INSN_SIZE_B] = len(code)
+            start = run_page.EMULATION_FAILURE_INSN_BYTES_B
+            vcpu.run_b[start : start + len(code)] = code
 
     def instruction_length(self) -> int:
         """Return the length of the instruction at RIP, 0 if it can't be had."""
@@ -212,7 +227,7 @@ class Emulator(Access):
         queue_exception(vcpu, abi.UD_VECTOR)
         if vcpu.b[V.CPL] == 0 or self.vm.exit_on_emulation_error:
             vcpu.exception.clear()
-            vcpu.internal_error_emulation()
+            vcpu.emulator.report_failure()
             return 0
         return 1
 

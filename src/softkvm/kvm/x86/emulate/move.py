@@ -24,7 +24,7 @@ def mov(e: Emulator, i: Insn) -> None:
         mov_system(e, i)
         return
     if dst.kind == SEG:
-        e.vcpu.load_segment(e, dst.index, e.read(src) & 0xFFFF)
+        segments.load_segment(e, dst.index, e.read(src) & 0xFFFF)
         if dst.index == V.SS_OFFSET:
             e.shadow_after = 1
         return
@@ -99,7 +99,7 @@ def pop(e: Emulator, i: Insn) -> None:
     """Pop into a register or memory; RSP has its new value when the destination's address is computed."""
     op = i.ops[0]
     if op.kind == SEG:
-        e.vcpu.load_segment(e, op.index, e.peek(i.stack_size) & 0xFFFF)
+        segments.load_segment(e, op.index, e.peek(i.stack_size) & 0xFFFF)
         e.drop(i.stack_size)
         if op.index == V.SS_OFFSET:
             e.shadow_after = 1

@@ -7,10 +7,11 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import fpu, io, msr_exits
+from softkvm.kvm.x86 import fpu, io, msr_exits, segments, tsc
 from softkvm.kvm.x86.emulate.emulator import Emulator, handler
 from softkvm.kvm.x86.emulate.operands import CR, DR, Insn
 from softkvm.kvm.x86.exceptions import DR6_BD, DR7_GD, Unhandleable, X86Exception, gp
+from softkvm.kvm.x86.halt import halt
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
@@ -131,7 +132,7 @@ def wbinvd(e: Emulator, i: Insn) -> None:
 def hlt(e: Emulator, i: Insn) -> None:
     """Wait for an interrupt."""
     require_cpl0(e)
-    if not e.vcpu.halt():
+    if not halt(e.vcpu):
         e.exit_to_userspace = True
 
 
@@ -178,9 +179,9 @@ def rdtsc(e: Emulator, i: Insn) -> None:
     """Read the time-stamp counter."""
     if e.vcpu.cr4 & abi.X86_CR4_TSD and e.vcpu.cr0 & abi.X86_CR0_PE:
         require_cpl0(e)
-    tsc = e.vcpu.read_guest_tsc()
-    e.gpr[0] = tsc & 0xFFFF_FFFF
-    e.gpr[2] = tsc >> 32
+    value = tsc.read_guest_tsc(e.vcpu)
+    e.gpr[0] = value & 0xFFFF_FFFF
+    e.gpr[2] = value >> 32
     if i.mnemonic == "rdtscp":
         e.gpr[1] = e.vcpu.tsc_aux & 0xFFFF_FFFF
 
@@ -274,7 +275,7 @@ def load_selector(e: Emulator, i: Insn) -> None:
         raise X86Exception(abi.UD_VECTOR)
     require_cpl0(e)
     selector = e.read(i.ops[0]) & 0xFFFF
-    vcpu.load_segment(e, V.LDTR_OFFSET if i.mnemonic == "lldt" else V.TR_OFFSET, selector)
+    segments.load_segment(e, V.LDTR_OFFSET if i.mnemonic == "lldt" else V.TR_OFFSET, selector)
 
 
 # --- flags -------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
     from softkvm.kvm.x86.emulate.emulator import Emulator
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 # EXITINFO2 of the task-switch intercept
 _INFO_IRET: Final = 1 << 36
@@ -87,7 +87,7 @@ def interception(vcpu: Vcpu) -> int:
         reason = REASON_CALL
     next_rip = vcpu.q[V.RIP] if hardware else svm.next_rip(vcpu)
     if next_rip is None:
-        vcpu.internal_error_emulation()
+        vcpu.emulator.report_failure()
         return 0
     rf = abi.X86_EFLAGS_RF if info & _INFO_RF else 0
     return switch(vcpu, selector, reason, error_code, next_rip, rf=rf, external=hardware)

@@ -21,11 +21,12 @@ from softkvm.abi import (
     kvm_msi,
 )
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.irq.irqchip import KVM_USERSPACE_IRQ_SOURCE_ID, AckNotifier
 from softkvm.kvm.x86.irqchip.apic_map import ApicMap
 from softkvm.kvm.x86.irqchip.apicdef import APIC_MODE_MASK
 from softkvm.kvm.x86.irqchip.i8259 import Pic
 from softkvm.kvm.x86.irqchip.ioapic import IoApic
-from softkvm.kvm.x86.irqchip.seams import IRQ_IGNORED, KVM_USERSPACE_IRQ_SOURCE_ID, AckNotifier, LapicIrq, MaskNotifier
+from softkvm.kvm.x86.irqchip.seams import IRQ_IGNORED, LapicIrq, MaskNotifier
 
 KVM_MAX_IRQ_ROUTES: Final = 4096
 

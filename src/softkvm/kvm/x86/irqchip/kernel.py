@@ -20,6 +20,7 @@ from softkvm.abi import (
 )
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.irq.io_bus import IoBus
+from softkvm.kvm.irq.irqchip import KVM_USERSPACE_IRQ_SOURCE_ID, AckNotifier
 from softkvm.kvm.x86.irqchip.apic_map import ApicMap
 from softkvm.kvm.x86.irqchip.hrtimer import HrtimerQueue, HrtimerThread
 from softkvm.kvm.x86.irqchip.i8254 import PIT_GSI, PIT_RANGE, SPEAKER_PORT, Pit
@@ -27,7 +28,7 @@ from softkvm.kvm.x86.irqchip.i8259 import PIC_RANGES, Pic
 from softkvm.kvm.x86.irqchip.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS, IOAPIC_MEM_LENGTH, IoApic
 from softkvm.kvm.x86.irqchip.irq_comm import IrqRouting, default_routing, msi_message
 from softkvm.kvm.x86.irqchip.lapic import Lapic
-from softkvm.kvm.x86.irqchip.seams import KVM_PIT_IRQ_SOURCE_ID, KVM_USERSPACE_IRQ_SOURCE_ID, Clock
+from softkvm.kvm.x86.irqchip.seams import KVM_PIT_IRQ_SOURCE_ID, Clock
 
 
 class _UserspaceIoapic:
@@ -145,11 +146,24 @@ class KernelIrqchip:
 
     # Lines (any thread)
 
-    def set_irq(self, gsi: int, level: int, source_id: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
+    def set_irq(self, gsi: int, level: int, source: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
         """Drive a line; see :meth:`IrqRouting.set_irq <softkvm.kvm.x86.irqchip.irq_comm.IrqRouting.set_irq>`."""
-        return self.routing.set_irq(gsi, level, source_id)
+        return self.routing.set_irq(gsi, level, source)
 
     # Interrupts for a vCPU (its own thread)
+
+    @property
+    def can_resample(self) -> bool:
+        """Resampling needs pins whose EOI is seen here."""
+        return self.ioapic is not None
+
+    def add_ack_notifier(self, gsi: int, notifier: AckNotifier) -> None:
+        """Call ``notifier`` when the guest acknowledges the GSI."""
+        self.routing.add_ack_notifier(gsi, notifier)
+
+    def remove_ack_notifier(self, gsi: int, notifier: AckNotifier) -> None:
+        """Stop calling it."""
+        self.routing.remove_ack_notifier(gsi, notifier)
 
     def has_extint(self, lapic: Lapic) -> bool:
         """Whether the PIC has an interrupt for this processor."""

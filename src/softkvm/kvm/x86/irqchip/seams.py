@@ -12,15 +12,10 @@ from typing import Any, NamedTuple, Protocol
 Clock = Callable[[], int]
 """Nanoseconds of a monotonic clock; ``softkvm._softcpu.clock_ns`` in a real machine."""
 
-AckNotifier = Callable[[], None]
-"""Called when the guest has acknowledged (EOI) the interrupt of a GSI; no chip's lock is held."""
-
 MaskNotifier = Callable[[bool], None]
 """Called with the new state of a pin's mask; no chip's lock is held."""
 
-# Interrupt sources: a line's level is the OR over the sources that drive it.
-KVM_USERSPACE_IRQ_SOURCE_ID = 0
-KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID = 1
+#: The PIT's interrupt source, behind those of every architecture (:mod:`softkvm.kvm.irq.irqchip`).
 KVM_PIT_IRQ_SOURCE_ID = 2
 
 # What set_irq() returns, the status of KVM_IRQ_LINE_STATUS; a positive number counts the vCPUs it was delivered to.

@@ -28,7 +28,7 @@ from softkvm.kvm.memory.guest_memory import cmpxchg_guest, read_guest
 from softkvm.kvm.x86.exceptions import X86Exception
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 #: Bits of a #PF error code, also used to say what an access is.
 PFERR_PRESENT: Final = 1 << 0

@@ -14,7 +14,7 @@ from softkvm.kvm.x86.paravirt.pv_ipi import pv_send_ipi
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 _U64: Final = (1 << 64) - 1
 _U32: Final = (1 << 32) - 1
@@ -28,7 +28,7 @@ def _vapic_poll_irq(vcpu: Vcpu, a0: int, a1: int, a2: int, a3: int) -> int:
 
 def _kick_cpu(vcpu: Vcpu, flags: int, apic_id: int, a2: int, a3: int) -> int:
     """Wake a halted vCPU (paravirtual spinlocks)."""
-    target = vcpu.vm.vcpu_by_apic_id(apic_id)
+    target = vcpu.vm.vcpu_by_id.get(apic_id)
     if target is not None:
         target.pv_unhalted = True
         target.request_event()
@@ -57,7 +57,7 @@ def _send_ipi(vcpu: Vcpu, low: int, high: int, first: int, icr: int) -> int:
 
 def _sched_yield(vcpu: Vcpu, apic_id: int, a1: int, a2: int, a3: int) -> int:
     """Let the vCPU that the caller waits for run."""
-    target = vcpu.vm.vcpu_by_apic_id(apic_id)
+    target = vcpu.vm.vcpu_by_id.get(apic_id)
     if target is not None and target is not vcpu:
         yield_to(target)
     return 0

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
-from softkvm.kvm.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_STEAL_UPDATE
+from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_STEAL_UPDATE
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
-    from softkvm.kvm.vm import Vm
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VmState as Vm
 
 NSEC_PER_SEC: Final = 1_000_000_000
 _PVCLOCK: Final = struct.Struct("<IIQQIbB2x")

@@ -12,7 +12,7 @@ from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.svm import svm
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 PMC_HOST_TSC: Final = 0x10000
 PMC_REAL_TIME: Final = 0x10001

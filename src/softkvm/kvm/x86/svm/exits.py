@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm import run_page
 from softkvm.kvm.memory.pages import PAGE_SHIFT
-from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import io
+from softkvm.kvm.x86 import io, reset
 from softkvm.kvm.x86.emulate import system as emulate_system
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
@@ -27,10 +26,12 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_e,
     queue_exception_p,
 )
+from softkvm.kvm.x86.halt import halt
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.svm import skip_emulated_instruction
@@ -44,7 +45,7 @@ from softkvm.kvm.x86.svm.vmcb import (
 )
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def _msr_refused(vcpu: Vcpu, index: int, data: int, *, write: bool) -> int:
 def halt_interception(vcpu: Vcpu) -> int:
     """HLT."""
     result = skip_emulated_instruction(vcpu)
-    return vcpu.halt() & result
+    return halt(vcpu) & result
 
 
 def pause_interception(vcpu: Vcpu) -> int:
@@ -337,7 +338,7 @@ def iret_interception(vcpu: Vcpu) -> int:
 
 def shutdown_interception(vcpu: Vcpu) -> int:
     """Triple fault: KVM_EXIT_SHUTDOWN, the vCPU as after INIT."""
-    vcpu.vcpu_reset(True)
+    reset.vcpu_reset(vcpu, True)
     vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
     return 0
 

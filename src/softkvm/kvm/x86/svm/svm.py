@@ -29,18 +29,19 @@ from softkvm.abi import (
     X86_EFLAGS_RF,
     X86_EFLAGS_TF,
 )
-from softkvm.kvm.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.exceptions import (
     DR6_BS,
     SOFT_EXCEPTIONS,
     multiple_exception,
     queue_exception_p,
 )
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.vmcb import INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
 if TYPE_CHECKING:
-    from softkvm.kvm.vcpu_state import VcpuState as Vcpu
+    from softkvm.kvm.x86.msr_filter import MsrFilter
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,12 @@ def set_msr_interception(msrpm: memoryview, msr: int, *, read: bool, write: bool
     raise ValueError(f"msr {msr:#x} is in no range of the MSR permission map")
 
 
+def set_msr_filter(vcpu: Vcpu, msr_filter: MsrFilter | None) -> None:
+    """Filter the guest's accesses to MSRs from now on; vCPU thread only."""
+    vcpu.msr_filter = msr_filter
+    recalc_msr_intercepts(vcpu)
+
+
 def init_vmcb(vcpu: Vcpu) -> None:
     """Set up intercepts and the save area as after RESET or INIT."""
     b, d, q, w = vcpu.b, vcpu.d, vcpu.q, vcpu.w
@@ -162,7 +169,7 @@ def init_vmcb(vcpu: Vcpu) -> None:
         d[V.INTERCEPT_WORD3] &= ~V.HLT
     set_exception_intercepts(vcpu)
     set_instruction_intercepts(vcpu)
-    vcpu.tsc_offset_changed()
+    vcpu.q[V.TSC_OFFSET] = vcpu.tsc_offset
     set_efer(vcpu, 0)
     # INIT leaves CD and NW alone (SDM vol. 3, table 9-1); RESET sets them.
     set_cr0(vcpu, (vcpu.cr0 & (X86_CR0_CD | X86_CR0_NW) if vcpu.init_event else X86_CR0_CD | X86_CR0_NW) | X86_CR0_ET)
@@ -402,7 +409,7 @@ def next_rip(vcpu: Vcpu) -> int | None:
     q = vcpu.q
     if vcpu.nrips and q[NEXT_RIP]:
         return q[NEXT_RIP]
-    length = vcpu.instruction_length()
+    length = vcpu.emulator.instruction_length()
     if not length:
         log.warning("vcpu %d: cannot skip the instruction at rip %#x", vcpu.vcpu_id, q[RIP])
         return None
@@ -420,7 +427,7 @@ def skip_emulated_instruction(vcpu: Vcpu) -> int:
     if not rip:
         decoded = next_rip(vcpu)
         if decoded is None:
-            vcpu.internal_error_emulation()
+            vcpu.emulator.report_failure()
             return 0
         rip = decoded
     q[RIP] = rip

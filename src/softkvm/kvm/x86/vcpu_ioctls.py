@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.errors import kvm_error, refuse_requests
-from softkvm.kvm.requests import KVM_REQ_EVENT
-from softkvm.kvm.stats import vcpu_stats
-from softkvm.kvm.vcpu import Vcpu
+from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import debug, events, fpu, mce, msrs, regs
 from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.paging import walk
 from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT
+from softkvm.kvm.x86.stats import vcpu_stats
 from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.vcpu import Vcpu
 
 _U64: Final = (1 << 64) - 1
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
@@ -44,17 +43,12 @@ def _check_msr_count(count: int) -> None:
 
 
 class VcpuIoctls(Vcpu):
-    """A vCPU as userspace drives it (implements :class:`softkvm.api.Vcpu`)."""
+    """A vCPU of x86 as userspace drives it (implements :class:`softkvm.api.Vcpu`)."""
 
     @property
     def kvm_run(self) -> abi.kvm_run:
         """The shared page as a structure."""
         return self._kvm_run
-
-    @property
-    def shared(self) -> memoryview:
-        """The pages shared with userspace."""
-        return self._shared
 
     def get_regs(self) -> abi.kvm_regs:
         """KVM_GET_REGS."""
@@ -219,7 +213,7 @@ class VcpuIoctls(Vcpu):
             raise kvm_error(errno.ENXIO, "interrupts come from the in-kernel chips")
         if self.pending_external_vector >= 0 or (self.apic is None and self.interrupt_injected):
             raise kvm_error(errno.EEXIST, "a vector is waiting already")
-        if self.apic is None and self._ready_for_interrupt_injection():
+        if self.apic is None and self.ready_for_interrupt_injection():
             self.queue_interrupt(irq, soft=False)  # under way, and so part of the vCPU's events
         else:
             self.pending_external_vector = irq
@@ -273,27 +267,6 @@ class VcpuIoctls(Vcpu):
             return
         raise kvm_error(errno.EINVAL, f"cap={cap}, expected KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
 
-    def set_signal_mask(self, sigset: bytes | None) -> None:
-        """KVM_SET_SIGNAL_MASK: vCPUs are ended by :meth:`kick`, so the mask changes nothing."""
-        if sigset is not None and len(sigset) != 8:
-            raise kvm_error(errno.EINVAL, f"sigset of {len(sigset)} bytes, expected 8")
-
     def stats(self) -> dict[str, int]:
         """Counters with the names of KVM's binary statistics, and the exits by reason."""
         return vcpu_stats(self)
-
-    def close(self) -> None:
-        """Give the vCPU back; the VM keeps its number taken, as KVM does. Requests are EBADF from now on."""
-        if not self._closed:
-            self._closed = True
-            refuse_requests(self, abi.File.VCPU)
-            self.cpu.set_timer(0)
-            self.vm.vcpu_closed(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State of a VM and of its vCPUs, as far as every architecture has it (``struct kvm``, ``struct kvm_vcpu``).
+
+It is data: what happens to it is in the modules that take it. An architecture adds its own
+(:mod:`softkvm.kvm.x86.state`). Other threads change a vCPU only through requests: they set a bit in ``requests`` first
+and wake the vCPU second, so that no wake-up is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from softkvm import _softcpu, abi
+from softkvm.kvm import run_page
+from softkvm.kvm.irq.io_bus import IoBus
+from softkvm.kvm.memory.host_mappings import HostMappings
+from softkvm.kvm.memory.memslots import Memslots
+from softkvm.kvm.memory.regions import HostRegions
+from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK
+
+if TYPE_CHECKING:
+    from softkvm.kvm.memory.mmu import Mmu
+    from softkvm.kvm.params import Params
+
+OUTSIDE_GUEST_MODE: Final = 0
+IN_GUEST_MODE: Final = 1
+BLOCKING: Final = 2
+
+#: The run page, the page of port data, and the page of coalesced MMIO.
+VCPU_MMAP_SIZE: Final = 3 * 4096
+
+_LOG_BURST: Final = 10
+_LOG_INTERVAL_S: Final = 5.0
+
+
+class VmState:
+    """One virtual machine: memory, buses, vCPUs."""
+
+    mmu: Mmu
+    #: The first frame number that no slot may reach.
+    max_gfn: int
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.machine = _softcpu.Machine()
+
+        # Memory. slots_lock serialises changes of the slots, mmu_lock those of the nested tables.
+        self.slots_lock = threading.RLock()
+        self.mmu_lock = threading.RLock()
+        self.memslots = Memslots()
+        self.regions = HostRegions(self.machine)
+        self.host_mappings = HostMappings()
+        self.manual_dirty_log_protect = 0
+
+        # Devices in KVM
+        self.pio_bus = IoBus()
+        self.mmio_bus = IoBus()
+
+        # vCPUs. The list is replaced, never changed: readers take no lock.
+        self.lock = threading.RLock()
+        self.vcpus: Sequence[VcpuState] = ()
+        self.vcpu_by_id: dict[int, Any] = {}
+        self.max_halt_poll_ns: int | None = None  # KVM_CAP_HALT_POLL; None: the module parameter
+        self.closed = False
+
+        # Statistics
+        self.stat_remote_tlb_flush = 0
+        self.stat_remote_tlb_flush_requests = 0
+
+        self._log_window_start = 0.0
+        self._log_count = 0
+
+    def make_all_cpus_request(self, request: int) -> None:
+        """Set a request in every vCPU and kick those that run; doesn't wait."""
+        for vcpu in self.vcpus:
+            vcpu.make_request(request)
+            vcpu.vcpu_kick()
+
+    def log_limited(self, logger: logging.Logger, message: str, *args: object) -> None:
+        """Log what a guest can provoke: at most ten lines in five seconds."""
+        now = time.monotonic()
+        if now - self._log_window_start > _LOG_INTERVAL_S:
+            self._log_window_start = now
+            self._log_count = 0
+        self._log_count += 1
+        if self._log_count <= _LOG_BURST:
+            logger.info(message, *args)
+
+
+class VcpuState:
+    """One virtual processor: its requests, the page shared with userspace, what it waits for, counters."""
+
+    vm: VmState
+
+    def __init__(self, vm: VmState, vcpu_id: int, cpu: _softcpu.Cpu) -> None:
+        self.vm = vm
+        self.vcpu_id = vcpu_id
+        self.cpu = cpu
+        self.closed = False
+
+        # The pages shared with userspace
+        self._mapping = mmap.mmap(-1, VCPU_MMAP_SIZE)
+        self._shared = memoryview(self._mapping)
+        self.run_b = self._shared
+        self.run_w = self._shared.cast("H")
+        self.run_d = self._shared.cast("I")
+        self.run_q = self._shared.cast("Q")
+
+        # Execution
+        self.request_lock = threading.Lock()
+        self.requests = 0
+        self.mode = OUTSIDE_GUEST_MODE
+        self.running = False
+        self.mp_state = abi.KVM_MP_STATE_RUNNABLE
+        self.task_work: list[Callable[[], None]] = []
+        #: The processor holds kicks for others until its next entry.
+        self.holds_kicks = False
+        #: How long the vCPU waits awake when it halts, and whether it does so now (:mod:`.halt_poll`).
+        self.halt_poll_ns = 0
+        self.halt_polling = False
+
+        # Exits to userspace
+        #: Called with the vCPU at the next KVM_RUN; returns 1 to go on, 0 for another exit.
+        self.complete_userspace_io: Callable[[Any], int] | None = None
+        self.pio_bus = vm.pio_bus
+        self.mmio_bus = vm.mmio_bus
+        #: Frame of the last MMIO access and the memory slots it was found under.
+        self.mmio_gfn = -1
+        self.mmio_slots: Memslots | None = None
+
+        # Statistics
+        self.exit_counts: dict[int, int] = {}
+        self.stat_mmio_exits = 0
+        self.stat_halt_exits = 0
+        self.stat_halt_wakeup = 0
+        self.stat_halt_attempted_poll = 0
+        self.stat_halt_successful_poll = 0
+        self.stat_halt_poll_success_ns = 0
+        self.stat_halt_poll_fail_ns = 0
+        self.stat_halt_wait_ns = 0
+        self.stat_pf_taken = 0
+        self.stat_tlb_flush = 0
+
+    # --- requests ----------------------------------------------------------------------------------
+
+    def make_request(self, request: int) -> None:
+        """Set request bits; the caller kicks if the vCPU may be running."""
+        with self.request_lock:
+            self.requests |= request
+
+    def take_request(self, request: int) -> bool:
+        """Clear request bits; True if any was set."""
+        with self.request_lock:
+            taken = self.requests & request
+            self.requests &= ~request
+        return bool(taken)
+
+    def vcpu_kick(self, sender: VcpuState | None = None) -> None:
+        """Make the vCPU look at its requests: out of guest mode, or awake (``kvm_vcpu_kick``).
+
+        On the thread of another vCPU, ``sender``, the kick goes out when that leaves the interpreter, which is soon.
+        """
+        if self.mode != OUTSIDE_GUEST_MODE:
+            if sender is None:
+                self.cpu.kick()
+            else:
+                sender.holds_kicks = True
+                sender.cpu.kick_at_entry(self.cpu)
+
+    def kick(self) -> None:
+        """End KVM_RUN with EINTR, as a signal to a real vCPU's thread does."""
+        self.make_request(KVM_REQ_SIGNAL)
+        self.vcpu_kick()
+
+    def call_soon(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the vCPU's own thread before it enters the guest again (task work)."""
+        with self.request_lock:
+            self.task_work.append(work)
+            self.requests |= KVM_REQ_TASK_WORK
+        self.vcpu_kick()
+
+    # --- exits -------------------------------------------------------------------------------------
+
+    def internal_error(self, suberror: int, data: Sequence[int]) -> None:
+        """Describe a KVM_EXIT_INTERNAL_ERROR with ``data``."""
+        self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_INTERNAL_ERROR
+        self.run_d[run_page.INTERNAL_SUBERROR_D] = suberror
+        self.run_d[run_page.INTERNAL_NDATA_D] = len(data)
+        for n, value in enumerate(data):
+            self.run_q[run_page.INTERNAL_DATA_Q + n] = value

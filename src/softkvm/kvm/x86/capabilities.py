@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The capabilities that KVM_CHECK_EXTENSION reports on x86: one table."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from softkvm import abi
+from softkvm.kvm.capabilities import GENERAL_CAPABILITIES
+
+CAPABILITIES: Final[dict[int, int]] = GENERAL_CAPABILITIES | {
+    abi.KVM_CAP_HLT: 1,
+    abi.KVM_CAP_SET_TSS_ADDR: 1,
+    abi.KVM_CAP_EXT_CPUID: 1,
+    abi.KVM_CAP_EXT_EMUL_CPUID: 1,
+    abi.KVM_CAP_CLOCKSOURCE: 1,
+    abi.KVM_CAP_PIT: 1,
+    abi.KVM_CAP_PIT2: 1,
+    abi.KVM_CAP_PIT_STATE2: 1,
+    abi.KVM_CAP_REINJECT_CONTROL: 1,
+    abi.KVM_CAP_NOP_IO_DELAY: 1,
+    abi.KVM_CAP_USER_NMI: 1,
+    abi.KVM_CAP_SET_GUEST_DEBUG: 1,
+    abi.KVM_CAP_IRQ_INJECT_STATUS: 1,
+    abi.KVM_CAP_IOAPIC_POLARITY_IGNORED: 1,
+    abi.KVM_CAP_MCE: 32,
+    abi.KVM_CAP_SET_BOOT_CPU_ID: 1,
+    abi.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,
+    abi.KVM_CAP_ADJUST_CLOCK: abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_REALTIME | abi.KVM_CLOCK_HOST_TSC,
+    abi.KVM_CAP_KVMCLOCK_CTRL: 1,
+    abi.KVM_CAP_VCPU_EVENTS: 1,
+    abi.KVM_CAP_X86_TRIPLE_FAULT_EVENT: 1,
+    abi.KVM_CAP_EXCEPTION_PAYLOAD: 1,
+    abi.KVM_CAP_INTR_SHADOW: 1,
+    abi.KVM_CAP_DEBUGREGS: 1,
+    abi.KVM_CAP_X86_ROBUST_SINGLESTEP: 1,
+    abi.KVM_CAP_SET_GUEST_DEBUG2: (
+        abi.KVM_GUESTDBG_ENABLE
+        | abi.KVM_GUESTDBG_SINGLESTEP
+        | abi.KVM_GUESTDBG_USE_SW_BP
+        | abi.KVM_GUESTDBG_USE_HW_BP
+        | abi.KVM_GUESTDBG_INJECT_DB
+        | abi.KVM_GUESTDBG_INJECT_BP
+        | abi.KVM_GUESTDBG_BLOCKIRQ
+    ),
+    abi.KVM_CAP_XSAVE: 1,
+    abi.KVM_CAP_XCRS: 1,
+    abi.KVM_CAP_GET_TSC_KHZ: 1,
+    abi.KVM_CAP_TSC_DEADLINE_TIMER: 1,
+    abi.KVM_CAP_SPLIT_IRQCHIP: 1,
+    abi.KVM_CAP_X2APIC_API: abi.KVM_X2APIC_API_USE_32BIT_IDS | abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    abi.KVM_CAP_DISABLE_QUIRKS: 1,
+    abi.KVM_CAP_DISABLE_QUIRKS2: 0x7F,
+    abi.KVM_CAP_X86_DISABLE_EXITS: 0xA,  # HLT and C-states
+    abi.KVM_CAP_GET_MSR_FEATURES: 1,
+    abi.KVM_CAP_MSR_PLATFORM_INFO: 1,
+    abi.KVM_CAP_X86_USER_SPACE_MSR: 1,
+    abi.KVM_CAP_X86_MSR_FILTER: 1,
+    abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID: 1,
+    abi.KVM_CAP_SREGS2: 1,
+    abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE: 1,
+    abi.KVM_CAP_ASYNC_PF: 0,
+    abi.KVM_CAP_ASYNC_PF_INT: 0,
+    abi.KVM_CAP_STEAL_TIME: 1,
+    abi.KVM_CAP_VM_TYPES: 1,
+    abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: 1,
+}
+
+
+def check_extension(cap: int) -> int:
+    """Return what KVM_CHECK_EXTENSION says about ``cap``; 0 for what is not there."""
+    return CAPABILITIES.get(cap, 0)

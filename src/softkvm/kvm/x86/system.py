@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The system on x86: what its processors and KVM can do (KVM API, section 4: system ioctls)."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from softkvm import abi
+from softkvm.kvm import system
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86 import cpuid, mce, msrs
+from softkvm.kvm.x86.capabilities import check_extension
+from softkvm.kvm.x86.vm import Vm
+
+
+class Kvm(system.Kvm):
+    """KVM in Python on the software CPU (implements :class:`softkvm.api.Kvm`)."""
+
+    def arch_check_extension(self, cap: int) -> int:
+        """The table of :mod:`.capabilities`."""
+        return check_extension(cap)
+
+    def create_vm(self, type: int = 0) -> Vm:
+        """KVM_CREATE_VM: EINVAL for a type other than the default."""
+        if type:
+            raise kvm_error(errno.EINVAL, f"type={type}, expected 0")
+        return Vm(self.params)
+
+    def get_supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID."""
+        return cpuid.get_supported_cpuid()
+
+    def get_emulated_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_EMULATED_CPUID."""
+        return cpuid.get_emulated_cpuid()
+
+    def get_msr_index_list(self) -> list[int]:
+        """KVM_GET_MSR_INDEX_LIST."""
+        return msrs.msr_index_list()
+
+    def get_msr_feature_index_list(self) -> list[int]:
+        """KVM_GET_MSR_FEATURE_INDEX_LIST."""
+        return list(msrs.FEATURE_MSRS)
+
+    def x86_get_mce_cap_supported(self) -> int:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED."""
+        return mce.SUPPORTED_MCE_CAP
+
+    def get_msrs(self, indices: Sequence[int]) -> list[int]:
+        """KVM_GET_MSRS on the system: feature MSRs, up to the first that isn't one."""
+        if len(indices) >= 256:
+            raise kvm_error(errno.E2BIG, f"nmsrs={len(indices)}, expected fewer than 256")
+        values = []
+        for index in indices:
+            value = msrs.FEATURE_MSRS.get(index)
+            if value is None:
+                break
+            values.append(value)
+        return values

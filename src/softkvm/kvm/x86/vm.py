@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtual machine of x86: chips, TSC and clock, quirks and options."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from functools import partial
+
+from softkvm import _softcpu, abi
+from softkvm.kvm import vm
+from softkvm.kvm.capabilities import KVM_MAX_IRQ_ROUTES
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.irq.irqchip import Irqchip
+from softkvm.kvm.params import Params
+from softkvm.kvm.x86 import vm_caps
+from softkvm.kvm.x86.capabilities import check_extension
+from softkvm.kvm.x86.irqchip.i8254 import Pit
+from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
+from softkvm.kvm.x86.mmu.spte import MMIO_SPTE_GEN_MASK
+from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
+from softkvm.kvm.x86.msr_filter import MsrFilter
+from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_IOAPIC_EOI_EXIT
+from softkvm.kvm.x86.state import VmState
+from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.tsc import TscSynchronizer
+from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
+
+
+class Vm(VmState, vm.Vm):
+    """One virtual machine of x86 (implements :class:`softkvm.api.Vm`)."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.mmu = TdpMmu(self.machine, params.max_huge_page_level, self.host_mappings)
+        self.tsc = TscSynchronizer()
+
+    # --- what virtual machines of all architectures ask for ------------------------------------------
+
+    def arch_create_vcpu(self, vcpu_id: int) -> VcpuIoctls:
+        """A vCPU whose APIC id is ``vcpu_id``."""
+        return VcpuIoctls(self, vcpu_id)
+
+    def create_vcpu(self, id: int) -> VcpuIoctls:
+        """KVM_CREATE_VCPU: EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
+        created = super().create_vcpu(id)
+        assert isinstance(created, VcpuIoctls)
+        return created
+
+    def arch_check_extension(self, cap: int) -> int:
+        """The table of :mod:`.capabilities`."""
+        return check_extension(cap)
+
+    def arch_enable_cap(self, cap: int, value: int) -> None:
+        """The table of :mod:`.vm_caps`."""
+        vm_caps.enable_cap(self, cap, value)
+
+    def arch_irqchip(self) -> Irqchip | None:
+        """PICs and IOAPIC, or the local APICs alone."""
+        return self.chips
+
+    def arch_memslots_updated(self, generation: int) -> bool:
+        """MMIO SPTEs hold some bits of the generation: when those wrap, old ones would look valid."""
+        return not generation & MMIO_SPTE_GEN_MASK and self.mmu.zap_all()
+
+    def arch_destroy(self) -> None:
+        """Stop the chips' timers."""
+        if self.chips is not None:
+            self.chips.close()
+
+    # --- interrupt chips -----------------------------------------------------------------------------
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP: EEXIST if there is one, EINVAL after the first vCPU."""
+        with self.lock:
+            if self.chips is not None:
+                raise kvm_error(errno.EEXIST, "the irqchip exists")
+            if self.vcpus:
+                raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
+            chips = KernelIrqchip(_softcpu.clock_ns)
+            self.apply_options(chips)
+            chips.attach(self.pio_bus, self.mmio_bus)
+            self.chips = chips
+
+    def create_split_irqchip(self, pins: int) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP: local APICs only; *pins* GSIs are those of userspace's IOAPICs.
+
+        EINVAL for too many pins, EEXIST if there is an irqchip or a vCPU.
+        """
+        with self.lock:
+            if pins > KVM_MAX_IRQ_ROUTES:
+                raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most {KVM_MAX_IRQ_ROUTES} IOAPIC pins")
+            if self.chips is not None or self.vcpus:
+                raise kvm_error(errno.EEXIST, "an irqchip or vCPUs exist: the irqchip has to come first")
+            chips = KernelIrqchip(_softcpu.clock_ns, split=True, reserved_pins=pins, eoi_exit=self._ioapic_eoi_exit)
+            self.apply_options(chips)
+            self.chips = chips
+            self.split_irqchip = True
+
+    def _ioapic_eoi_exit(self, vcpu_id: int, vector: int) -> None:
+        """An EOI that userspace's IOAPIC waits for: KVM_EXIT_IOAPIC_EOI from that vCPU."""
+        vcpu = self.vcpu_by_id[vcpu_id]
+        assert isinstance(vcpu, VcpuIoctls)
+        vcpu.pending_ioapic_eoi = vector
+        vcpu.make_request(KVM_REQ_IOAPIC_EOI_EXIT)
+
+    def apply_options(self, chips: KernelIrqchip) -> None:
+        """Tell *chips* the boot processor and which options and quirks are in force."""
+        apic_map = chips.apic_map
+        apic_map.bsp_vcpu_id = self.bsp_vcpu_id
+        apic_map.lint0_reenabled = self.has_quirk(abi.KVM_X86_QUIRK_LINT0_REENABLED)
+        apic_map.mmio_hole = self.has_quirk(abi.KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
+        apic_map.x2apic_format = bool(self.x2apic_api & abi.KVM_X2APIC_API_USE_32BIT_IDS)
+        apic_map.x2apic_broadcast_quirk_disabled = bool(self.x2apic_api & abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """KVM_CREATE_PIT2."""
+        with self.lock:
+            if self.chips is None:
+                raise kvm_error(errno.ENOENT, "there is no in-kernel irqchip")
+            self.chips.create_pit(flags, self.pio_bus)
+
+    def kernel_irqchip(self) -> KernelIrqchip:
+        """Return the in-kernel chips; ENXIO without."""
+        if self.chips is None:
+            raise kvm_error(errno.ENXIO, "there is no in-kernel irqchip")
+        return self.chips
+
+    def _pit(self) -> Pit:
+        pit = self.kernel_irqchip().pit
+        if pit is None:
+            raise kvm_error(errno.ENXIO, "there is no in-kernel PIT")
+        return pit
+
+    def irq_line_status(self, irq: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS."""
+        return self.kernel_irqchip().set_irq(irq, level)
+
+    def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
+        """KVM_GET_IRQCHIP."""
+        return self.kernel_irqchip().get_irqchip(chip_id)
+
+    def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
+        """KVM_SET_IRQCHIP."""
+        self.kernel_irqchip().set_irqchip(chip)
+
+    def get_pit2(self) -> abi.kvm_pit_state2:
+        """KVM_GET_PIT2."""
+        return self._pit().get_state()
+
+    def set_pit2(self, state: abi.kvm_pit_state2) -> None:
+        """KVM_SET_PIT2."""
+        self._pit().set_state(state)
+
+    def reinject_control(self, pit_reinject: int) -> None:
+        """KVM_REINJECT_CONTROL."""
+        self._pit().set_reinject(bool(pit_reinject))
+
+    def set_gsi_routing(self, entries: Sequence[abi.kvm_irq_routing_entry]) -> None:
+        """KVM_SET_GSI_ROUTING."""
+        if self.chips is None:
+            raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
+        self.chips.routing.set_routing(entries)
+
+    def signal_msi(self, msi: abi.kvm_msi) -> int:
+        """KVM_SIGNAL_MSI."""
+        if self.chips is None:
+            raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
+        return self.chips.routing.signal_msi(msi)
+
+    # --- processors, MSRs, time ----------------------------------------------------------------------
+
+    def x86_set_msr_filter(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
+        """KVM_X86_SET_MSR_FILTER."""
+        msr_filter = MsrFilter(flags, ranges)
+        with self.lock:
+            self.msr_filter = msr_filter
+            for vcpu in self.vcpus:
+                vcpu.call_soon(partial(svm.set_msr_filter, vcpu, msr_filter))
+
+    def set_tss_addr(self, address: int) -> None:
+        """KVM_SET_TSS_ADDR: checked and otherwise without effect, as on AMD processors."""
+        if address > 0xFFFF_FFFF - 3 * 4096 + 1:
+            raise kvm_error(errno.EINVAL, f"address={address:#x}, expected three pages below 4 GiB")
+
+    def set_identity_map_addr(self, address: int) -> None:
+        """KVM_SET_IDENTITY_MAP_ADDR: EINVAL after the first vCPU; without effect on AMD."""
+        if self.vcpus:
+            raise kvm_error(errno.EINVAL, "vCPUs exist: the identity map's address can't change")
+
+    def set_boot_cpu_id(self, id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID: EBUSY after the first vCPU."""
+        with self.lock:
+            if self.vcpus:
+                raise kvm_error(errno.EBUSY, "vCPUs exist: the boot processor can't change")
+            self.bsp_vcpu_id = id
+            if self.chips is not None:
+                self.apply_options(self.chips)
+
+    def get_clock(self) -> abi.kvm_clock_data:
+        """KVM_GET_CLOCK."""
+        return kvmclock.get_clock(self)
+
+    def set_clock(self, clock: abi.kvm_clock_data) -> None:
+        """KVM_SET_CLOCK."""
+        kvmclock.set_clock(self, clock)
+
+    def update_masterclock(self) -> None:
+        """Let every vCPU rewrite its time structure."""
+        self.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
