@@ -12,7 +12,8 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use softcpu::clock::clock_ns;
-use softcpu::x86::state::{Cpu, Shared};
+use softcpu::mem::Shared;
+use softcpu::x86::state::Cpu;
 
 use crate::machine::PyMachine;
 use crate::timer;
@@ -116,7 +117,7 @@ impl PyCpu {
     fn new(machine: &PyMachine, index: u32) -> PyCpu {
         let mut cpu = Cpu::new(machine.inner.clone(), index);
         let registers = (&raw mut cpu.rb).cast::<u8>();
-        let shared = cpu.shared.clone();
+        let shared = cpu.engine.shared.clone();
         PyCpu {
             inner: UnsafeCell::new(cpu),
             registers,
@@ -190,7 +191,7 @@ impl PyCpu {
     }
 
     fn flush_tlb(&self) -> PyResult<()> {
-        self.exclusive(|cpu| cpu.tlb.flush_all())
+        self.exclusive(|cpu| cpu.engine.tlb.flush_all())
     }
 
     #[getter]
@@ -198,7 +199,7 @@ impl PyCpu {
         // SAFETY: a racy read of a counter while the processor runs gives some recent value.
         unsafe {
             let cpu: *const Cpu = &raw const **self.inner.get();
-            (&raw const (*cpu).instructions).read_volatile()
+            (&raw const (*cpu).engine.instructions).read_volatile()
         }
     }
 
@@ -216,15 +217,15 @@ impl PyCpu {
     fn stats(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         self.exclusive(|cpu| {
             BTreeMap::from([
-                ("instructions", cpu.instructions),
-                ("decoded_blocks", cpu.blocks.decoded_blocks),
-                ("decoded_instructions", cpu.blocks.decoded_instructions),
-                ("block_checks", cpu.blocks.checks),
-                ("block_flushes", cpu.blocks.flushes),
-                ("block_bytes", cpu.blocks.bytes() as u64),
-                ("code_writes", cpu.blocks.invalidations),
-                ("tlb_fills", cpu.tlb.fills),
-                ("tlb_flushes", cpu.tlb.flushes),
+                ("instructions", cpu.engine.instructions),
+                ("decoded_blocks", cpu.engine.blocks.decoded_blocks),
+                ("decoded_instructions", cpu.engine.blocks.decoded_instructions),
+                ("block_checks", cpu.engine.blocks.checks),
+                ("block_flushes", cpu.engine.blocks.flushes),
+                ("block_bytes", cpu.engine.blocks.bytes() as u64),
+                ("code_writes", cpu.engine.blocks.invalidations),
+                ("tlb_fills", cpu.engine.tlb.fills),
+                ("tlb_flushes", cpu.engine.tlb.flushes),
             ])
         })
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use softcpu::clock::clock_ns;
-use softcpu::x86::state::Shared;
+use softcpu::mem::Shared;
 
 type Key = (u64, usize);
 

@@ -9,13 +9,10 @@
 //! still hold a fast translation from before the mark: until it has caught up with the machine's generation, the block
 //! is compared on every entry.
 
-use super::op::{MAX_OPS, Op};
+use super::architecture::Architecture;
+use super::op::Op;
 use crate::mem::PageInfo;
 
-/// Longest instruction (APM vol. 3, 1.1).
-pub const MAX_INSTRUCTION: usize = 15;
-/// Most bytes of a block.
-pub(crate) const WINDOW: usize = MAX_OPS * MAX_INSTRUCTION;
 /// Blocks run one after the other without coming back to the run loop until so many instructions have retired.
 pub const CHAIN: u64 = if cfg!(debug_assertions) { 512 } else { 2048 };
 /// In a block's mode: it holds one instruction only, for running one at a time.
@@ -26,11 +23,11 @@ pub const SINGLE: u8 = 0x80;
 /// A block starts at a cache line. What going from block to block needs comes last, so that it shares the next line with
 /// the first op: code of a large footprint is bound by such misses.
 #[repr(C)]
-pub struct Block {
+pub struct Block<P> {
     /// Host address of the first byte; 0 once the block is dead.
     pub host: usize,
     /// Blocks that followed through exit 0 and 1.
-    pub links: [*mut Block; 2],
+    pub links: [*mut Block<P>; 2],
     /// Host address of the second page, 0 when there is none.
     pub host2: usize,
     /// The machine's generation at which the pages were marked as code.
@@ -43,7 +40,7 @@ pub struct Block {
     pub len: u16,
     /// Bytes in the second page (the last instruction crosses).
     pub tail: u16,
-    /// Code size (2, 4, 8), with [`SINGLE`].
+    /// What decoding depended on, with [`SINGLE`].
     pub mode: u8,
     /// Every running processor knows that the pages hold code.
     pub settled: bool,
@@ -51,48 +48,51 @@ pub struct Block {
     pub stamp: u64,
     /// The links whose block starts in the same page, so that its translation is this block's; else a block that never
     /// agrees with memory.
-    pub near: [*const Block; 2],
+    pub near: [*const Block<P>; 2],
     /// `count`, where it is at hand.
     pub retired: u64,
 }
 
 const LINE: usize = 64;
-const _: () = assert!(size_of::<Block>() == LINE + LINE / 2 && size_of::<Op>() == LINE / 2);
+const _: () = assert!(size_of::<Block<()>>() == LINE + LINE / 2);
 
-impl Block {
+impl<P: Architecture> Block<P> {
     /// The first op; the last one always stops.
     ///
     /// # Safety
     /// `block` must point into the arena.
     #[inline(always)]
-    pub unsafe fn first(block: *const Block) -> *const Op {
+    pub unsafe fn first(block: *const Self) -> *const Op<P> {
+        const { assert!(size_of::<Op<P>>() == LINE / 2) };
         // SAFETY: the ops follow the head in the same allocation.
         unsafe { block.add(1).cast() }
-    }
-
-    /// Whether `size` bytes at a host address touch the block.
-    pub fn overlaps(&self, host: usize, size: usize) -> bool {
-        let hit = |base: usize, len: usize| host < base + len && base < host + size;
-        hit(self.host, self.len as usize) || (self.tail != 0 && hit(self.host2, self.tail as usize))
     }
 
     /// The block's bytes as they were decoded.
     ///
     /// # Safety
     /// `block` must point to a live block of the arena.
-    pub unsafe fn code<'a>(block: *const Block) -> &'a [u8] {
+    pub unsafe fn code<'a>(block: *const Self) -> &'a [u8] {
         // SAFETY: `count` ops, the one behind the last and the bytes follow the head in the same allocation.
         unsafe {
-            let ops = Block::first(block);
+            let ops = Self::first(block);
             let bytes = ops.add((*block).count as usize + 1).cast();
             core::slice::from_raw_parts(bytes, (*block).len as usize + (*block).tail as usize)
         }
+    }
+}
+
+impl<P> Block<P> {
+    /// Whether `size` bytes at a host address touch the block.
+    pub fn overlaps(&self, host: usize, size: usize) -> bool {
+        let hit = |base: usize, len: usize| host < base + len && base < host + size;
+        hit(self.host, self.len as usize) || (self.tail != 0 && hit(self.host2, self.tail as usize))
     }
 
     /// Has the processor fetch the `n`-th cache line of the block; line 1 is what entering it needs. Any address will
     /// do.
     #[inline(always)]
-    pub fn prefetch(block: *const Block, n: usize) {
+    pub fn prefetch(block: *const Self, n: usize) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a hint that never faults.
         unsafe {
@@ -105,7 +105,7 @@ impl Block {
 }
 
 /// See [`Block::near`].
-struct Nowhere(Block);
+struct Nowhere(Block<()>);
 // SAFETY: never written; its pointers are null and never followed.
 unsafe impl Sync for Nowhere {}
 static NOWHERE: Nowhere = Nowhere(Block {
@@ -125,8 +125,9 @@ static NOWHERE: Nowhere = Nowhere(Block {
 });
 
 /// A block that never agrees with memory.
-pub fn nowhere() -> *const Block {
-    &raw const NOWHERE.0
+pub fn nowhere<P>() -> *const Block<P> {
+    // Nothing in a head but pointers depends on whose it is.
+    (&raw const NOWHERE.0).cast()
 }
 
 #[derive(Clone)]
@@ -139,18 +140,22 @@ const LIMIT_BYTES: usize = 128 << 20;
 const FRONT_BITS: usize = 14;
 /// log2 of the entries of an empty table.
 const TABLE_BITS: usize = 12;
-const EMPTY: (usize, *mut Block) = (0, core::ptr::null_mut());
+
+type Slot<P> = (usize, *mut Block<P>);
+const fn empty<P>() -> Slot<P> {
+    (0, core::ptr::null_mut())
+}
 
 /// All blocks of one processor.
-pub struct BlockCache {
+pub struct BlockCache<P> {
     arena: Vec<Box<[Line]>>,
     used: usize,
     /// Open addressing; a null pointer ends a search, a key of 0 is a dead block's.
-    table: Vec<(usize, *mut Block)>,
+    table: Vec<Slot<P>>,
     /// Entries that don't end a search: live blocks' and dead ones'.
     count: usize,
     /// Direct-mapped front of the table for targets of indirect branches; blocks that lie in one page only.
-    front: Box<[(usize, *mut Block)]>,
+    front: Box<[Slot<P>]>,
     /// Blocks decoded so far, for statistics.
     pub decoded_blocks: u64,
     /// Instructions decoded so far.
@@ -163,14 +168,14 @@ pub struct BlockCache {
     pub flushes: u64,
 }
 
-impl Default for BlockCache {
+impl<P> Default for BlockCache<P> {
     fn default() -> Self {
         BlockCache {
             arena: Vec::new(),
             used: CHUNK_BYTES,
-            table: vec![EMPTY; 1 << TABLE_BITS],
+            table: vec![empty(); 1 << TABLE_BITS],
             count: 0,
-            front: vec![EMPTY; 1 << FRONT_BITS].into_boxed_slice(),
+            front: vec![empty(); 1 << FRONT_BITS].into_boxed_slice(),
             decoded_blocks: 0,
             decoded_instructions: 0,
             invalidations: 0,
@@ -190,21 +195,21 @@ fn hash(key: usize) -> usize {
     ((key as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20) as usize
 }
 
-impl BlockCache {
+impl<P> BlockCache<P> {
     /// Drops everything. No block may be running or linked to afterwards.
     pub fn clear(&mut self) {
         self.arena.truncate(1);
         self.used = if self.arena.is_empty() { CHUNK_BYTES } else { 0 };
         self.table.clear();
-        self.table.resize(1 << TABLE_BITS, EMPTY);
-        self.front.fill(EMPTY);
+        self.table.resize(1 << TABLE_BITS, empty());
+        self.front.fill(empty());
         self.count = 0;
         self.flushes += 1;
     }
 
     /// Bytes held by decoded code.
     pub fn bytes(&self) -> usize {
-        self.arena.len() * CHUNK_BYTES + self.table.len() * size_of::<(usize, *mut Block)>()
+        self.arena.len() * CHUNK_BYTES + self.table.len() * size_of::<Slot<P>>()
     }
 
     /// Whether there is no room for more.
@@ -235,14 +240,14 @@ impl BlockCache {
 
     /// The block for a key if the front has it, else null.
     #[inline(always)]
-    pub fn find_front(&self, host: usize, mode: u8) -> *mut Block {
+    pub fn find_front(&self, host: usize, mode: u8) -> *mut Block<P> {
         let (k, block) = self.front[Self::front_slot(host)];
         if k == key(host, mode) { block } else { core::ptr::null_mut() }
     }
 
     /// The block for a key, or null. `front`: by way of the front, which remembers it.
     #[inline(always)]
-    pub fn find(&mut self, host: usize, mode: u8, front: bool) -> *mut Block {
+    pub fn find(&mut self, host: usize, mode: u8, front: bool) -> *mut Block<P> {
         if !front {
             return self.search(host, mode);
         }
@@ -257,7 +262,7 @@ impl BlockCache {
         b
     }
 
-    fn search(&self, host: usize, mode: u8) -> *mut Block {
+    fn search(&self, host: usize, mode: u8) -> *mut Block<P> {
         let mask = self.table.len() - 1;
         let key = key(host, mode);
         let mut at = hash(key) & mask;
@@ -271,7 +276,7 @@ impl BlockCache {
     }
 
     /// Has the front find the block.
-    pub(crate) fn bring_forward(&mut self, block: *mut Block) {
+    pub(crate) fn bring_forward(&mut self, block: *mut Block<P>) {
         // SAFETY: a live block of the arena.
         let b = unsafe { &*block };
         if b.host2 == 0 {
@@ -280,10 +285,10 @@ impl BlockCache {
     }
 
     /// Lets nothing find the block any more, and no link to it hold.
-    pub(crate) fn kill(&mut self, block: *mut Block) {
+    pub(crate) fn kill(&mut self, block: *mut Block<P>) {
         // SAFETY: a block of the arena; a dead block's stamp never equals the processor's.
         let b = unsafe { &mut *block };
-        self.front[Self::front_slot(b.host)] = EMPTY;
+        self.front[Self::front_slot(b.host)] = empty();
         let mask = self.table.len() - 1;
         let mut at = hash(key(b.host, b.mode)) & mask;
         while !self.table[at].1.is_null() {
@@ -297,11 +302,11 @@ impl BlockCache {
     }
 
     /// Lets the block be found.
-    pub(crate) fn insert(&mut self, block: *mut Block) {
+    pub(crate) fn insert(&mut self, block: *mut Block<P>) {
         if (self.count + 1) * 2 > self.table.len() {
             let live = self.table.iter().filter(|(key, _)| *key != 0).count();
             let len = if live * 4 > self.table.len() { self.table.len() * 2 } else { self.table.len() };
-            let old = core::mem::replace(&mut self.table, vec![EMPTY; len]);
+            let old = core::mem::replace(&mut self.table, vec![empty(); len]);
             self.count = 0;
             for (key, b) in old {
                 // Dead blocks are left behind.
@@ -317,7 +322,7 @@ impl BlockCache {
 
     /// Dead blocks' places are used again: code that is rewritten all the time must not make the table grow, nor the
     /// searches in it.
-    fn place(&mut self, key: usize, block: *mut Block) {
+    fn place(&mut self, key: usize, block: *mut Block<P>) {
         let mask = self.table.len() - 1;
         let mut at = hash(key) & mask;
         while !self.table[at].1.is_null() && self.table[at].0 != 0 {
@@ -332,8 +337,8 @@ impl BlockCache {
 mod tests {
     use super::*;
 
-    fn block(cache: &mut BlockCache, host: usize) -> *mut Block {
-        let b = cache.allocate(size_of::<Block>()).cast::<Block>();
+    fn block(cache: &mut BlockCache<()>, host: usize) -> *mut Block<()> {
+        let b = cache.allocate(size_of::<Block<()>>()).cast::<Block<()>>();
         // SAFETY: fresh memory of the right size; NOWHERE's pointers are null or NOWHERE's.
         unsafe {
             b.copy_from_nonoverlapping(&raw const NOWHERE.0, 1);
@@ -345,7 +350,7 @@ mod tests {
 
     #[test]
     fn code_that_is_rewritten_for_ever_takes_no_more_of_the_table() {
-        let mut cache = BlockCache::default();
+        let mut cache = BlockCache::<()>::default();
         for round in 0..1 << 15 {
             let host = 0x1000 + (round % 1000) * 16;
             let b = block(&mut cache, host);
@@ -360,7 +365,7 @@ mod tests {
 
     #[test]
     fn blocks_are_found_however_many_there_are() {
-        let mut cache = BlockCache::default();
+        let mut cache = BlockCache::<()>::default();
         let blocks: Vec<_> = (0..1 << 14).map(|n| block(&mut cache, 0x10_0000 + n * 3)).collect();
         blocks.iter().for_each(|b| cache.insert(*b));
         blocks.iter().step_by(2).for_each(|b| cache.kill(*b));

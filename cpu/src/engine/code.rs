@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Stores that hit decoded code.
+//! Decoded code stays true to memory: marks on pages that hold code, stores that hit them, comparison of blocks.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::engine::op::{Res, Stop};
-use crate::mem::pending;
-use crate::x86::state::Cpu;
+use super::architecture::Architecture;
+use super::block::Block;
+use super::op::{Res, Stop};
+use super::state::Engine;
+use crate::mem::{PAGE_SIZE, chunk_mask, pending};
 
-impl Cpu {
+impl<P: Architecture> Engine<P> {
     /// Before a write of `size` bytes at a host address: [`Stop::SelfModify`] if it hits the running block.
     #[inline]
-    pub fn before_code_write(&mut self, host: usize, size: usize) -> Res {
+    pub fn before_code_write(&self, host: usize, size: usize) -> Res {
         if self.single || self.block.is_null() {
             return Ok(());
         }
@@ -23,7 +26,7 @@ impl Cpu {
     #[inline]
     pub fn after_code_write(&mut self, host: usize, size: usize) {
         let Some(page) = self.regions.page_near(host, &mut self.region_guess) else { return };
-        let mask = crate::mem::chunk_mask(host & 0xfff, size);
+        let mask = chunk_mask(host % PAGE_SIZE, size);
         if page.code.load(Ordering::SeqCst) & mask != 0 {
             page.code.fetch_and(!mask, Ordering::SeqCst);
             self.code_written();
@@ -32,8 +35,96 @@ impl Cpu {
 
     #[cold]
     fn code_written(&mut self) {
-        self.stamp = self.stamp.wrapping_add(1);
+        self.distrust_blocks();
         self.blocks.invalidations += 1;
         self.machine.signal(Some(&self.shared), pending::CODE_CHANGED);
     }
+
+    /// Has every block compared with memory before it runs again.
+    #[inline(always)]
+    pub fn distrust_blocks(&mut self) {
+        self.stamp = self.stamp.wrapping_add(1);
+    }
+
+    /// Catches up with the machine: no translation from before may be used for writes or for removed regions.
+    pub(super) fn catch_up(&mut self) {
+        self.shared.pending.fetch_and(!pending::TLB_SYNC, Ordering::SeqCst);
+        let generation = self.machine.generation();
+        let regions = self.machine.regions();
+        if !Arc::ptr_eq(&regions, &self.regions) {
+            self.regions = regions;
+            self.tlb.flush_all();
+            self.drop_blocks();
+        } else {
+            self.tlb.protect_all();
+        }
+        self.shared.synced.store(generation, Ordering::SeqCst);
+    }
+
+    /// Marks the block's chunks as code; true when every running processor is known to respect the marks.
+    fn arm(&mut self, b: &mut Block<P>) -> bool {
+        let fresh = b.generation == 0;
+        let offset = b.host % PAGE_SIZE;
+        let parts = [(b.pages[0], b.host, offset, b.len as usize), (b.pages[1], b.host2, 0, b.tail as usize)];
+        for (page, host, offset, len) in parts {
+            if page.is_null() {
+                continue;
+            }
+            // SAFETY: pages point into regions of `self.regions`; blocks are dropped when that snapshot changes.
+            let page = unsafe { &*page };
+            let mask = chunk_mask(offset, len);
+            if fresh || page.code.load(Ordering::SeqCst) & mask != mask {
+                let (generation, first) = self.machine.mark_code(page, mask, &self.shared);
+                // This processor, too, may write the page by a translation from before the first mark.
+                if self.shared.synced.load(Ordering::SeqCst) < generation {
+                    self.tlb.protect_host_page((host - host % PAGE_SIZE) as u64);
+                }
+                if first {
+                    // Its own mark is no reason to catch up, if there was none before.
+                    let _ = self.shared.synced.compare_exchange(
+                        generation - 1,
+                        generation,
+                        Ordering::SeqCst,
+                        Ordering::SeqCst,
+                    );
+                }
+                b.generation = generation;
+                b.settled = false;
+            }
+        }
+        if !b.settled {
+            b.settled = self.machine.caught_up(b.generation, Some(&self.shared));
+        }
+        b.settled
+    }
+
+    /// Compares a block with memory; gives it the processor's stamp if it agrees and will be told of changes.
+    pub(super) fn check(&mut self, b: *mut Block<P>) -> bool {
+        self.blocks.checks += 1;
+        // SAFETY: a live block, not otherwise borrowed.
+        let block = unsafe { &mut *b };
+        let settled = self.arm(block);
+        // SAFETY: as above.
+        let code = unsafe { Block::code(b) };
+        let (first, second) = code.split_at(block.len as usize);
+        // SAFETY: the block's pages are registered memory (translated just now or by the link's check).
+        let same = unsafe {
+            equal(first, block.host as *const u8)
+                && (block.tail == 0 || equal(second, block.host2 as *const u8))
+        };
+        if same && settled {
+            block.stamp = self.stamp;
+        }
+        same
+    }
+}
+
+/// Compares bytes with memory that others may write.
+///
+/// # Safety
+/// `p` must be readable for `bytes.len()` bytes.
+#[inline]
+unsafe fn equal(bytes: &[u8], p: *const u8) -> bool {
+    // SAFETY: given. Racing writes at worst give a wrong answer that the next stamp corrects.
+    unsafe { libc::memcmp(bytes.as_ptr().cast(), p.cast(), bytes.len()) == 0 }
 }

@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Bits of [`Shared::pending`].
 pub mod pending {
     #![allow(missing_docs)]
-    pub const INTR: u32 = 1;
-    pub const NMI: u32 = 2;
+    pub const KICK: u32 = 1;
     /// Other processors want this one to drop writable translations of pages that became code, or of removed regions.
     pub const TLB_SYNC: u32 = 4;
     /// Decoded code may have changed in memory: check it before running it again.
@@ -32,7 +31,7 @@ pub struct Shared {
 impl Shared {
     /// A physical interrupt: the processor leaves the guest with VMEXIT_INTR, now or at its next VMRUN.
     pub fn kick(&self) {
-        self.pending.fetch_or(pending::INTR, Ordering::SeqCst);
+        self.pending.fetch_or(pending::KICK, Ordering::SeqCst);
         if self.waiting.load(Ordering::SeqCst) {
             drop(self.wake.0.lock());
             self.wake.1.notify_all();
@@ -41,12 +40,12 @@ impl Shared {
 
     /// Takes a pending kick back; whether there was one.
     pub fn clear_kick(&self) -> bool {
-        self.pending.fetch_and(!pending::INTR, Ordering::SeqCst) & pending::INTR != 0
+        self.pending.fetch_and(!pending::KICK, Ordering::SeqCst) & pending::KICK != 0
     }
 
     /// Whether a kick is pending.
     pub fn kicked(&self) -> bool {
-        self.pending.load(Ordering::SeqCst) & pending::INTR != 0
+        self.pending.load(Ordering::SeqCst) & pending::KICK != 0
     }
 
     /// Blocks until a kick is pending (it stays pending) or the time is over; whether one is.

@@ -2,11 +2,13 @@
 //! The AMD-V x86-64 logical processor (AMD64 Architecture Programmer's Manual, "APM").
 
 pub mod access;
-pub mod exec;
+pub mod block;
+pub mod events;
 pub mod flags;
 pub mod int;
 pub mod op;
 pub mod paging;
+pub mod processor;
 pub mod simd;
 pub mod state;
 pub mod system;

@@ -3,7 +3,7 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::op::{Handler, Op, SLOT_IP, SLOT_ZERO, flag, handler};
+use super::op::{Handler, Op, Operands, SLOT_IP, SLOT_ZERO, flag, handler};
 use super::state::sreg;
 use super::{int, simd, system, x87};
 
@@ -52,22 +52,14 @@ pub fn segment(r: Register) -> u8 {
 
 /// Fills in what every op has: length, flags, memory operand.
 fn common(i: &Instruction, cx: &Context) -> Op {
-    let mut op = Op {
-        f: handler(undefined),
-        imm: 0,
-        disp: 0,
+    let operands = Operands {
         next: cx.offset + i.len() as u16,
         len: i.len() as u8,
-        flags: 0,
-        dst: SLOT_ZERO,
-        src: SLOT_ZERO,
-        aux: 0,
-        base: SLOT_ZERO,
-        index: SLOT_ZERO,
-        scale: 0,
         seg: sreg::DS as u8,
         asize: cx.code_size,
+        ..Operands::NONE
     };
+    let mut op = Op::new(handler(undefined), operands);
     if cx.code_size == 8 {
         op.flags |= flag::CODE64;
     }

@@ -4,14 +4,13 @@
 //! `vmrun` includes VMLOAD before and VMSAVE after, as every hypervisor does around it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::flags::LazyFlags;
 use super::state::*;
 use super::system::exitcode;
 use super::vmcb::{Vmcb, control, save};
-use crate::engine::block::BlockCache;
-use crate::engine::tlb::Tlb;
+use crate::engine::run;
+use crate::engine::state::Engine;
 use crate::mem::Machine;
 
 /// VMRUN was refused: the VMCB is not in registered memory or not aligned.
@@ -21,15 +20,12 @@ pub struct BadVmcb;
 impl Cpu {
     /// A processor after reset, number `index` of its machine.
     pub fn new(machine: Arc<Machine>, index: u32) -> Box<Cpu> {
-        let shared = Arc::new(Shared::default());
-        machine.attach(shared.clone());
         // SAFETY: RegisterBlock is integers only, for which zero is a value.
         let mut rb: RegisterBlock = unsafe { core::mem::zeroed() };
         rb.xcr0 = 1;
         rb.mxcsr = 0x1f80;
         rb.fcw = 0x37f;
         rb.ftw = 0xffff;
-        let tlb = Tlb::default();
         Box::new(Cpu {
             rb,
             lf: LazyFlags::default(),
@@ -37,13 +33,9 @@ impl Cpu {
             rip: 0xfff0,
             ea_base: [0; 8],
             mmu: 0,
-            bank: tlb.bank(0),
+            engine: Engine::new(machine),
             cpl: 0,
             code_size: 2,
-            link: LINK_NONE,
-            single: false,
-            attention: 0,
-            stop_op: core::ptr::null(),
             exception: Exception::default(),
             exit: Exit::default(),
             seg: Default::default(),
@@ -65,19 +57,8 @@ impl Cpu {
             delivering: 0,
             debug_hits: 0,
             sys: Default::default(),
-            instructions: 0,
             next_rip_enabled: true,
-            block: core::ptr::null_mut(),
-            returns: Default::default(),
-            stamp: 0,
-            chain_limit: 0,
-            tlb,
             keys: 0,
-            blocks: BlockCache::default(),
-            regions: machine.regions(),
-            region_guess: 0,
-            machine,
-            shared,
             index,
         })
     }
@@ -95,13 +76,11 @@ impl Cpu {
     }
 
     fn world_switch(&mut self, pa: usize, rax_rsp: Option<(u64, u64)>) -> Result<u64, BadVmcb> {
-        let shared = self.shared.clone();
-        shared.running.store(true, Ordering::SeqCst);
-        let _running = Running(&shared);
-        if shared.synced.load(Ordering::SeqCst) != self.machine.generation() {
-            self.catch_up();
-        }
-        if pa % 4096 != 0 || !self.regions.contains(pa, 4096) {
+        run::in_guest(self, |cpu| cpu.enter_guest(pa, rax_rsp))
+    }
+
+    fn enter_guest(&mut self, pa: usize, rax_rsp: Option<(u64, u64)>) -> Result<u64, BadVmcb> {
+        if pa % 4096 != 0 || !self.engine.regions.contains(pa, 4096) {
             return Err(BadVmcb);
         }
         // SAFETY: the page is registered, so it is mapped until a removal, which waits for this run to end.
@@ -118,15 +97,12 @@ impl Cpu {
             vmcb.set(control::EXITINTINFO, 0u64);
             return Ok(exitcode::INVALID);
         }
-        self.stamp = self.stamp.wrapping_add(1);
-        self.single = false;
+        run::begin(self);
         self.delivering = 0;
-        self.stop_op = core::ptr::null();
-        self.block = core::ptr::null_mut();
         vmcb.set(control::EVENTINJ, 0u64);
         if event >> 31 & 1 == 0 || self.inject(event, vmcb.get(control::NRIP)).is_ok() {
             self.delivering = 0;
-            self.run();
+            run::run(self);
         }
         self.save_guest(&vmcb);
         Ok(self.exit.code)
@@ -232,32 +208,27 @@ impl Cpu {
         } else if flags & super::flags::rf::VM != 0 {
             self.cpl = 3;
         }
-        self.tlb.switch(asid, self.pcid());
+        self.switch_tlb();
         match v.get::<u8>(control::TLB_CONTROL) {
             0 => {
                 if moved {
-                    self.tlb.flush_gpas();
+                    self.engine.tlb.flush_frames();
                 }
                 if watch {
-                    self.tlb.flush_all();
+                    self.engine.tlb.flush_all();
                 } else if changed {
-                    self.tlb.flush_current();
+                    self.engine.tlb.flush_current();
                 }
             }
-            1 => self.tlb.flush_all(),
+            1 => self.engine.tlb.flush_all(),
             _ => {
-                self.tlb.flush_asid();
-                self.tlb.flush_gpas();
+                self.flush_asid();
+                self.engine.tlb.flush_frames();
             }
         }
         self.set_rflags(flags);
         self.update_mode();
         v.get(control::EVENTINJ)
-    }
-
-    /// The PCID in force: CR3 bits 11:0 with CR4.PCIDE.
-    pub fn pcid(&self) -> u16 {
-        if self.cr4 & cr4::PCIDE != 0 { (self.cr3 & 0xfff) as u16 } else { 0 }
     }
 
     /// The checks of VMRUN (APM vol. 2, 15.5.1, "Canonicalization and consistency checks").
@@ -281,9 +252,10 @@ impl Cpu {
 
     /// The permission maps lie in registered memory (their intercepts read them).
     fn intercepts_maps_registered(&self) -> bool {
-        let io = !self.intercepted(3, 27) || self.regions.contains((self.ctl.iopm & !0xfff) as usize, 0x3000);
-        let msr =
-            !self.intercepted(3, 28) || self.regions.contains((self.ctl.msrpm & !0xfff) as usize, 0x2000);
+        let io = !self.intercepted(3, 27)
+            || self.engine.regions.contains((self.ctl.iopm & !0xfff) as usize, 0x3000);
+        let msr = !self.intercepted(3, 28)
+            || self.engine.regions.contains((self.ctl.msrpm & !0xfff) as usize, 0x2000);
         io && msr
     }
 
@@ -312,13 +284,13 @@ impl Cpu {
         let next = if self.next_rip_enabled
             && ((self.delivering == 0 && saves_next_rip(e.code)) || self.delivering_software())
         {
-            self.stopped_next_ip()
+            self.engine.stopped_op().map(|op| self.mask_ip(self.next_ip(op)))
         } else {
             None
         };
         v.set(control::NRIP, next.unwrap_or(0));
         let assists = e.code == exitcode::NPF || e.code == exitcode::EXCP0 + vector::PF as u64;
-        let bytes = if assists { self.stopped_bytes() } else { None };
+        let bytes = if assists { self.engine.stopped_bytes() } else { None };
         let bytes = bytes.unwrap_or(&[]);
         v.set(control::BYTES_FETCHED, bytes.len() as u8);
         for (i, b) in bytes.iter().enumerate() {
@@ -332,19 +304,4 @@ impl Cpu {
 fn saves_next_rip(code: u64) -> bool {
     let soft = [exitcode::EXCP0 + vector::BP as u64, exitcode::EXCP0 + vector::OF as u64];
     exitcode::is_instruction(code) || soft.contains(&code)
-}
-
-/// Clears `running` however the run ends.
-struct Running<'a>(&'a Shared);
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        self.0.running.store(false, Ordering::SeqCst);
-    }
-}
-
-impl Drop for Cpu {
-    fn drop(&mut self) {
-        self.machine.detach(&self.shared);
-    }
 }

@@ -169,7 +169,7 @@ fn a_kick_ends_an_endless_loop() {
         a.set_label(&mut again).unwrap();
         a.jmp(again).unwrap();
     });
-    let shared = g.cpu.shared.clone();
+    let shared = g.cpu.engine.shared.clone();
     std::thread::scope(|s| {
         s.spawn(move || {
             std::thread::sleep(Duration::from_millis(20));
@@ -177,7 +177,7 @@ fn a_kick_ends_an_endless_loop() {
         });
         g.expect_exit(exit::INTR);
     });
-    assert!(g.cpu.instructions > 1000);
+    assert!(g.cpu.engine.instructions > 1000);
 }
 
 /// A stack that a few nested calls of the decoder would fill.
@@ -216,7 +216,7 @@ fn code_that_another_processor_keeps_rewriting_runs_on_and_ends_at_a_kick() {
         a.jb(round).unwrap();
         a.hlt().unwrap();
     });
-    let kick = reader.cpu.shared.clone();
+    let kick = reader.cpu.engine.shared.clone();
     std::thread::scope(|s| {
         let small = || std::thread::Builder::new().stack_size(SMALL_STACK);
         small().spawn_scoped(s, move || reader.expect_exit(exit::INTR)).unwrap();

@@ -74,9 +74,9 @@ impl Cpu {
         } else {
             None
         };
-        self.before_code_write(a, first)?;
+        self.engine.before_code_write(a, first)?;
         if let Some(b) = b {
-            self.before_code_write(b, data.len() - first)?;
+            self.engine.before_code_write(b, data.len() - first)?;
         }
         // SAFETY: as in `read_bytes`.
         unsafe {
@@ -100,9 +100,9 @@ impl Cpu {
                 }
             }
         }
-        self.after_code_write(a, first);
+        self.engine.after_code_write(a, first);
         if let Some(b) = b {
-            self.after_code_write(b, data.len() - first);
+            self.engine.after_code_write(b, data.len() - first);
         }
         Ok(())
     }
@@ -128,11 +128,11 @@ impl Cpu {
         let first = (4096 - (linear & 0xfff) as usize).min(size);
         self.check_end(seg, linear, size)?;
         let a = self.translate(mmu, seg, linear, first, Access::Write)?;
-        self.before_code_write(a, first)?;
+        self.engine.before_code_write(a, first)?;
         if first < size {
             let second = self.wrap(linear.wrapping_add(first as u64));
             let b = self.translate(mmu, seg, second, size - first, Access::Write)?;
-            self.before_code_write(b, size - first)?;
+            self.engine.before_code_write(b, size - first)?;
         }
         Ok(())
     }

@@ -2,29 +2,16 @@
 //! Loads and stores of one value at a linear address.
 
 use super::{Access, SYSTEM};
-use crate::engine::tlb::index;
 use crate::mem::{host_load, host_store};
 use crate::x86::flags::Int;
 use crate::x86::op::{Res, Stop};
 use crate::x86::state::{Cpu, sreg};
 
 impl Cpu {
-    /// Host address of a data access that needs nothing but a translation in the TLB; None: take the slow path.
-    #[inline(always)]
-    pub fn hit<T: Int>(&self, linear: u64, access: Access) -> Option<*mut T> {
-        // SAFETY: `bank` points to the first entry of a whole bank (see `Cpu::update_mmu`), `index` stays inside.
-        let e = unsafe { &*self.bank.add(index(linear)) };
-        let tag = if access == Access::Write { e.write } else { e.read };
-        // A filled entry maps its whole page to registered memory; the tag is that of the last byte's page, the entry
-        // that of the first's: they agree only if both bytes are in it.
-        (tag == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)))
-            .then(|| e.addend.wrapping_add(linear) as *mut T)
-    }
-
     /// Loads from a linear address. `seg` only decides between #SS and #GP for non-canonical addresses.
     #[inline(always)]
     pub fn load_at<T: Int>(&mut self, seg: u8, linear: u64) -> Result<T, Stop> {
-        match self.hit::<T>(linear, Access::Read) {
+        match self.engine.hit::<T>(linear, Access::Read) {
             // SAFETY: `hit` gives mapped memory.
             Some(p) => Ok(unsafe { host_load(p) }),
             None => self.load_slow(self.mmu, seg, linear),
@@ -34,7 +21,7 @@ impl Cpu {
     /// Stores to a linear address.
     #[inline(always)]
     pub fn store_at<T: Int>(&mut self, seg: u8, linear: u64, v: T) -> Res {
-        match self.hit::<T>(linear, Access::Write) {
+        match self.engine.hit::<T>(linear, Access::Write) {
             // SAFETY: `hit` gives mapped memory.
             Some(p) => {
                 unsafe { host_store(p, v) };
@@ -57,8 +44,8 @@ impl Cpu {
     /// Loads with an explicit MMU index.
     #[inline(always)]
     pub fn load_bank<T: Int>(&mut self, mmu: usize, seg: u8, linear: u64) -> Result<T, Stop> {
-        let e = self.tlb.entry(mmu, linear);
-        if e.read == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
+        let e = self.engine.tlb.entry(mmu, linear);
+        if e.read == self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
             // SAFETY: a filled entry maps its whole page to registered memory, and first and last byte are in it.
             Ok(unsafe { host_load(e.addend.wrapping_add(linear) as *const T) })
         } else {
@@ -69,8 +56,8 @@ impl Cpu {
     /// Stores with an explicit MMU index.
     #[inline(always)]
     pub fn store_bank<T: Int>(&mut self, mmu: usize, seg: u8, linear: u64, v: T) -> Res {
-        let e = self.tlb.entry(mmu, linear);
-        if e.write == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
+        let e = self.engine.tlb.entry(mmu, linear);
+        if e.write == self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
             // SAFETY: as in `load_bank`.
             unsafe { host_store(e.addend.wrapping_add(linear) as *mut T, v) };
             Ok(())
@@ -106,14 +93,14 @@ impl Cpu {
             let linear = self.wrap(linear);
             let host = self.translate(mmu, seg, linear, T::BYTES, Access::Write)?;
             // A page without code has its translation in the TLB now.
-            let code = self.tlb.entry(mmu, linear).write != self.tlb.tag(linear);
+            let code = self.engine.tlb.entry(mmu, linear).write != self.engine.tlb.tag(linear);
             if code {
-                self.before_code_write(host, T::BYTES)?;
+                self.engine.before_code_write(host, T::BYTES)?;
             }
             // SAFETY: as in `load_slow`.
             unsafe { host_store(host as *mut T, v) };
             if code {
-                self.after_code_write(host, T::BYTES);
+                self.engine.after_code_write(host, T::BYTES);
             }
             return Ok(());
         }
@@ -125,9 +112,9 @@ impl Cpu {
     #[inline]
     pub fn span(&self, linear: u64, access: Access) -> Option<(*mut u8, usize)> {
         let linear = self.wrap(linear);
-        let e = self.tlb.entry(self.mmu, linear);
+        let e = self.engine.tlb.entry(self.mmu, linear);
         let tag = if access == Access::Write { e.write } else { e.read };
-        (tag == self.tlb.tag(linear))
+        (tag == self.engine.tlb.tag(linear))
             .then(|| (e.addend.wrapping_add(linear) as *mut u8, 4096 - (linear & 0xfff) as usize))
     }
 }

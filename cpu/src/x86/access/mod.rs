@@ -11,16 +11,7 @@ mod modify;
 mod operand;
 mod stack;
 
-/// What an access is for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Access {
-    /// Data read.
-    Read,
-    /// Data write (also the read half of a read-modify-write).
-    Write,
-    /// Instruction fetch.
-    Fetch,
-}
+pub use crate::engine::architecture::Access;
 
 /// MMU index of implicit supervisor accesses (descriptor tables, TSS): never subject to AC, always to SMAP.
 pub const SYSTEM: usize = 0;

@@ -19,7 +19,7 @@ impl Cpu {
     /// As [`Cpu::modify`], at a linear address.
     #[inline(always)]
     pub fn modify_at<T: Int>(&mut self, seg: u8, linear: u64, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
-        match self.hit::<T>(linear, Access::Write) {
+        match self.engine.hit::<T>(linear, Access::Write) {
             // SAFETY: `hit` gives mapped memory; `f` doesn't unmap it.
             Some(p) => unsafe {
                 let new = f(self, host_load(p));
@@ -55,8 +55,8 @@ impl Cpu {
         mut f: impl FnMut(&mut Cpu, T) -> T,
     ) -> Res {
         let linear = self.wrap(linear);
-        let e = self.tlb.entry(self.mmu, linear);
-        let fast = e.write == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1));
+        let e = self.engine.tlb.entry(self.mmu, linear);
+        let fast = e.write == self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1));
         let p = if fast {
             e.addend.wrapping_add(linear)
         } else {
@@ -67,8 +67,8 @@ impl Cpu {
             let mmu = if self.mmu == 3 { 2 } else { self.mmu };
             self.translate(mmu, seg, linear, T::BYTES, Access::Write)? as u64
         } as *mut T;
-        let machine =
-            (cfg!(not(target_arch = "x86_64")) && p as usize % T::BYTES != 0).then(|| self.machine.clone());
+        let machine = (cfg!(not(target_arch = "x86_64")) && p as usize % T::BYTES != 0)
+            .then(|| self.engine.machine.clone());
         let _guard = machine.as_ref().map(|m| m.split_lock.lock());
         // SAFETY: as in `load_bank`.
         unsafe {
@@ -84,14 +84,14 @@ impl Cpu {
         }
         drop(_guard);
         if !fast {
-            self.after_code_write(p as usize, T::BYTES);
+            self.engine.after_code_write(p as usize, T::BYTES);
         }
         Ok(())
     }
 
     /// A locked operation across two pages: atomic only towards its own kind (a real bus lock stops everybody).
     fn modify_split<T: Int>(&mut self, seg: u8, linear: u64, mut f: impl FnMut(&mut Cpu, T) -> T) -> Res {
-        let machine = self.machine.clone();
+        let machine = self.engine.machine.clone();
         let _guard = machine.split_lock.lock();
         let mmu = if self.mmu == 3 { 2 } else { self.mmu };
         let old = self.load_bank::<T>(mmu, seg, linear)?;

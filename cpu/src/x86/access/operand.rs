@@ -29,8 +29,8 @@ impl Cpu {
         if aligned && linear & 15 != 0 {
             return Err(self.gp(0));
         }
-        let e = self.tlb.entry(self.mmu, linear);
-        if e.read == self.tlb.tag(linear.wrapping_add(15)) {
+        let e = self.engine.tlb.entry(self.mmu, linear);
+        if e.read == self.engine.tlb.tag(linear.wrapping_add(15)) {
             let p = e.addend.wrapping_add(linear) as *const u64;
             // SAFETY: as in `load_bank`.
             return Ok(unsafe { [host_load(p), host_load(p.add(1))] });
@@ -48,8 +48,8 @@ impl Cpu {
         if aligned && linear & 15 != 0 {
             return Err(self.gp(0));
         }
-        let e = self.tlb.entry(self.mmu, linear);
-        if e.write == self.tlb.tag(linear.wrapping_add(15)) {
+        let e = self.engine.tlb.entry(self.mmu, linear);
+        if e.write == self.engine.tlb.tag(linear.wrapping_add(15)) {
             let p = e.addend.wrapping_add(linear) as *mut u64;
             // SAFETY: as in `load_bank`.
             unsafe {

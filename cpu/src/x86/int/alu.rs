@@ -366,10 +366,10 @@ fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Res {
     let g = &cpu.rb.gpr;
     let expected = [g[r::RAX], g[r::RDX]];
     let new = [g[r::RBX], g[r::RCX]];
-    let machine = cpu.machine.clone();
+    let machine = cpu.engine.machine.clone();
     // SAFETY: translate gives the host address of 16 bytes (aligned, so in one page) of registered memory.
     let found = unsafe { cas128(&machine, p, expected, new) };
-    cpu.after_code_write(p as usize, 16);
+    cpu.engine.after_code_write(p as usize, 16);
     cpu.lf.set_zf(found == expected);
     if found != expected {
         cpu.rb.gpr[r::RAX] = found[0];

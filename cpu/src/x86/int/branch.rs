@@ -8,9 +8,10 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::operand::{Any, Ea, conditional, memory, reg, sized_word};
 use super::stack::{Fast, Legacy, Long, Stack, stacked};
+use crate::engine::returns::{note_call, take_return};
 use crate::x86::flags::Int;
-use crate::x86::op::{Handler, Op, Res, Stop, handler};
-use crate::x86::state::{Cpu, LINK_NONE, LINK_RETURN, reg as r, sreg};
+use crate::x86::op::{Handler, LINK_NONE, LINK_RETURN, Op, Res, Stop, handler};
+use crate::x86::state::{Cpu, reg as r, sreg};
 use crate::x86::translate::Context;
 
 /// Checks a target of `T`'s width and truncates it; `LONG` = 64-bit code.
@@ -71,7 +72,7 @@ fn call<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let next = cpu.next_ip(op);
     S::push::<T>(cpu, T::from_u64(next))?;
     if S::LONG && T::BITS == 64 {
-        cpu.note_call(next);
+        note_call(cpu, next);
     }
     let link = if S::LONG { taken_link::<true, T>() } else { taken_link::<false, T>() };
     Err(cpu.jump(target, link))
@@ -90,7 +91,7 @@ fn go<const CALL: bool, S: Stack, T: Int>(cpu: &mut Cpu, op: &Op, target: T) -> 
         let next = cpu.next_ip(op);
         S::push::<T>(cpu, T::from_u64(next))?;
         if S::LONG && T::BITS == 64 {
-            cpu.note_call(next);
+            note_call(cpu, next);
         }
     }
     Err(cpu.jump(target, LINK_NONE))
@@ -109,7 +110,7 @@ fn indirect_mem<const CALL: bool, S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &O
 /// RET, with `imm` bytes more to release.
 fn ret<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = S::top::<T>(cpu)?;
-    if S::LONG && T::BITS == 64 && cpu.take_return(target.to_u64()) {
+    if S::LONG && T::BITS == 64 && take_return(cpu, target.to_u64()) {
         S::release(cpu, T::BYTES as u64 + op.imm);
         return Err(cpu.jump(target.to_u64(), LINK_RETURN));
     }

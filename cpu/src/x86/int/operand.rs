@@ -52,7 +52,7 @@ macro_rules! fast {
         impl Ea for $name {
             #[inline(always)]
             fn load<T: Int>($cpu: &mut Cpu, $op: &Op) -> Result<T, Stop> {
-                match $cpu.hit::<T>($linear, Access::Read) {
+                match $cpu.engine.hit::<T>($linear, Access::Read) {
                     // SAFETY: `hit` gives mapped memory.
                     Some(p) => Ok(unsafe { host_load(p) }),
                     None => Err(Stop::Slow),
@@ -60,7 +60,7 @@ macro_rules! fast {
             }
             #[inline(always)]
             fn store<T: Int>($cpu: &mut Cpu, $op: &Op, v: T) -> Res {
-                match $cpu.hit::<T>($linear, Access::Write) {
+                match $cpu.engine.hit::<T>($linear, Access::Write) {
                     // SAFETY: `hit` gives mapped, writable memory.
                     Some(p) => Ok(unsafe { host_store(p, v) }),
                     None => Err(Stop::Slow),
@@ -68,7 +68,7 @@ macro_rules! fast {
             }
             #[inline(always)]
             fn modify<T: Int>($cpu: &mut Cpu, $op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
-                match $cpu.hit::<T>($linear, Access::Write) {
+                match $cpu.engine.hit::<T>($linear, Access::Write) {
                     // SAFETY: `hit` gives mapped, writable memory; `f` doesn't unmap it.
                     Some(p) => unsafe {
                         let v = f($cpu, host_load(p));

@@ -40,7 +40,7 @@ impl Stack for Fast {
     #[inline(always)]
     fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res {
         let sp = cpu.rb.gpr[r::RSP].wrapping_sub(T::BYTES as u64);
-        match cpu.hit::<T>(sp, Access::Write) {
+        match cpu.engine.hit::<T>(sp, Access::Write) {
             // SAFETY: `hit` gives mapped, writable memory.
             Some(p) => unsafe { host_store(p, v) },
             None => return Err(Stop::Slow),
@@ -50,7 +50,7 @@ impl Stack for Fast {
     }
     #[inline(always)]
     fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
-        match cpu.hit::<T>(cpu.rb.gpr[r::RSP], Access::Read) {
+        match cpu.engine.hit::<T>(cpu.rb.gpr[r::RSP], Access::Read) {
             // SAFETY: `hit` gives mapped memory.
             Some(p) => Ok(unsafe { host_load(p) }),
             None => Err(Stop::Slow),

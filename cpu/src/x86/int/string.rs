@@ -330,7 +330,7 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let bytes = step::<T>(cpu);
     let upwards = cpu.rflags & rf::DF == 0;
     // Traps come after every iteration.
-    let alone = cpu.attention & (attention::STEP | attention::DEBUG) != 0;
+    let alone = cpu.engine.attention & (attention::STEP | attention::DEBUG) != 0;
     let until_zf = op.has(flag::REPNE);
     let mut iterations = 0;
     let mut moved = 0;
@@ -340,7 +340,7 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.set_reg(RCX, count);
     while cpu.reg::<A>(RCX).to_u64() != 0 {
         if iterations >= MAX_ITERATIONS || moved >= MAX_BYTES || (alone && iterations > 0) {
-            if alone || cpu.needs_attention() {
+            if alone || cpu.engine.needs_attention() {
                 if S::COMPARES {
                     cpu.lf = lf;
                 }

@@ -37,3 +37,12 @@ pub mod error {
 pub const VMEXIT_NPF: u64 = 0x400;
 pub(super) const NPF_FINAL: u64 = 1 << 32;
 pub(super) const NPF_TABLE: u64 = 1 << 33;
+
+/// What the tables above the last level leave of a page's rights.
+#[derive(Clone, Copy, Default)]
+pub struct TableRights {
+    /// [`pte::W`] and [`pte::U`].
+    pub bits: u64,
+    /// No execution.
+    pub nx: bool,
+}

@@ -3,8 +3,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::entry::{ADDRESS, RESERVED_HIGH, error, pte};
-use crate::engine::tlb::PAGE_MASK;
+use super::entry::{ADDRESS, RESERVED_HIGH, TableRights, error, pte};
+use crate::engine::tlb::{Directory, PAGE_MASK};
 use crate::x86::access::Access;
 use crate::x86::op::Stop;
 use crate::x86::state::{Cpu, cr0, cr4, efer};
@@ -73,9 +73,9 @@ impl Cpu {
         let mut nx = false;
         let nxe = self.efer & efer::NXE != 0;
         let mut level = top;
-        let known = if long { self.tlb.directory(linear) } else { None };
+        let known = if long { self.engine.tlb.directory(linear) } else { None };
         if let Some(d) = known {
-            (level, rights, nx) = (1, d.rights, d.nx);
+            (level, rights, nx) = (1, d.rights.bits, d.rights.nx);
         }
         loop {
             let shift = 12 + 9 * (level - 1);
@@ -129,7 +129,8 @@ impl Cpu {
                     Leaf { gpa, rights, nx, key, dirty, size: shift as u8 },
                 );
                 if long && level == 1 && known.is_none() && done.is_ok() {
-                    self.tlb.set_directory(linear, host & PAGE_MASK, above, nx_above);
+                    let rights = TableRights { bits: above, nx: nx_above };
+                    self.engine.tlb.set_directory(linear, Directory { host: host & PAGE_MASK, rights });
                 }
                 return done;
             }
@@ -250,7 +251,7 @@ impl Cpu {
             if changed {
                 return Err(Failure::Again);
             }
-            self.after_code_write(v.host as usize, 8);
+            self.engine.after_code_write(v.host as usize, 8);
         }
         let dirty = leaf.dirty || access == Access::Write;
         Ok(Guest { gpa: leaf.gpa, read, write: write && dirty, exec, size: leaf.size })

@@ -4,60 +4,25 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::entry::{ADDRESS, LARGE_MASK, NPF_TABLE, PHYS_MASK, RESERVED_HIGH, VMEXIT_NPF, error, pte};
-use crate::engine::tlb::{GpaEntry, INVALID, LARGE_SHIFT, PAGE_MASK};
+use crate::engine::tlb::{Frame, LARGE_SHIFT, PAGE_MASK};
 use crate::x86::op::Stop;
 use crate::x86::state::Cpu;
 
-/// Result of a nested walk.
-#[derive(Clone, Copy)]
-pub(super) struct Nested {
-    /// Host address of the 4 KiB page.
-    pub(super) host: u64,
-    /// Writes allowed, and the dirty bit is set.
-    pub(super) write: bool,
-    pub(super) exec: bool,
-    /// The 2 MiB around it are mapped by one leaf, to registered memory.
-    pub(super) large: bool,
-}
-
 impl Cpu {
     /// The host address of a guest-physical address, for `write`s or reads or fetches; `origin` says what kind of NPF.
-    pub(super) fn nested(&mut self, gpa: u64, write: bool, fetch: bool, origin: u64) -> Result<Nested, Stop> {
+    pub(super) fn nested(&mut self, gpa: u64, write: bool, fetch: bool, origin: u64) -> Result<Frame, Stop> {
+        if let Some(frame) = self.engine.tlb.frames().find(gpa, write, fetch) {
+            return Ok(frame);
+        }
         let page = gpa & PAGE_MASK;
-        let piece = gpa & !LARGE_MASK;
-        let cached = *self.tlb.large_gpa(gpa);
-        if cached.gpa & !0xfff == piece && cached.gpa != INVALID {
-            let host = cached.host | (gpa & LARGE_MASK & PAGE_MASK);
-            let n = Nested { host, write: cached.gpa & 1 != 0, exec: cached.gpa & 2 != 0, large: true };
-            if (!write || n.write) && (!fetch || n.exec) {
-                return Ok(n);
-            }
-        }
-        let cached = *self.tlb.gpa(gpa);
-        if cached.gpa & !0xfff == page && cached.gpa != INVALID {
-            let n = Nested {
-                host: cached.host,
-                write: cached.gpa & 1 != 0,
-                exec: cached.gpa & 2 != 0,
-                large: false,
-            };
-            if (!write || n.write) && (!fetch || n.exec) {
-                return Ok(n);
-            }
-        }
         if !self.ctl.nested_paging {
-            if !self.regions.contains(page as usize, 4096) {
+            if !self.engine.regions.contains(page as usize, 4096) {
                 return Err(self.vmexit(crate::x86::system::exitcode::SHUTDOWN, 0, 0));
             }
-            return Ok(Nested { host: page, write: true, exec: true, large: false });
+            return Ok(Frame { host: page, write: true, exec: true, large: false });
         }
         let n = self.walk_nested(gpa, write, fetch, origin)?;
-        let rights = n.write as u64 | (n.exec as u64) << 1;
-        if n.large {
-            self.tlb.set_large_gpa(GpaEntry { gpa: piece | rights, host: n.host & !LARGE_MASK });
-        } else {
-            self.tlb.set_gpa(gpa, GpaEntry { gpa: page | rights, host: n.host });
-        }
+        self.engine.tlb.frames_mut().remember(gpa, n);
         Ok(n)
     }
 
@@ -74,7 +39,7 @@ impl Cpu {
     }
 
     /// Walks the nested tables. All accesses are user accesses; A and D bits are set atomically.
-    fn walk_nested(&mut self, gpa: u64, write: bool, fetch: bool, origin: u64) -> Result<Nested, Stop> {
+    fn walk_nested(&mut self, gpa: u64, write: bool, fetch: bool, origin: u64) -> Result<Frame, Stop> {
         if gpa & !PHYS_MASK != 0 {
             return Err(self.npf(gpa, 0, write, fetch, origin));
         }
@@ -86,7 +51,7 @@ impl Cpu {
             loop {
                 let shift = 12 + 9 * (level - 1);
                 let at = table + ((gpa >> shift) & 0x1ff) * 8;
-                if !self.regions.contains(at as usize, 8) {
+                if !self.engine.regions.contains(at as usize, 8) {
                     return Err(self.npf(gpa, error::P | error::RSV, write, fetch, origin));
                 }
                 // SAFETY: the entry lies in registered memory and is 8-byte aligned.
@@ -114,13 +79,13 @@ impl Cpu {
                     }
                     let size_mask = (1u64 << shift) - 1;
                     let host = (e & ADDRESS & !size_mask) | (gpa & size_mask & PAGE_MASK);
-                    if !self.regions.contains(host as usize, 4096) {
+                    if !self.engine.regions.contains(host as usize, 4096) {
                         return Err(self.npf(gpa, error::P | error::RSV, write, fetch, origin));
                     }
                     let dirty = (e | need) & pte::D != 0;
                     let large = shift >= LARGE_SHIFT
-                        && self.regions.contains((host & !LARGE_MASK) as usize, 1 << LARGE_SHIFT);
-                    return Ok(Nested { host, write: rights & pte::W != 0 && dirty, exec: !nx, large });
+                        && self.engine.regions.contains((host & !LARGE_MASK) as usize, 1 << LARGE_SHIFT);
+                    return Ok(Frame { host, write: rights & pte::W != 0 && dirty, exec: !nx, large });
                 }
                 if e & pte::A == 0
                     && slot.compare_exchange(e, e | pte::A, Ordering::SeqCst, Ordering::SeqCst).is_err()

@@ -66,8 +66,8 @@ impl Cpu {
     #[inline(always)]
     pub fn quick_load<T: Int, const SIMPLE: bool>(&self, op: &Op) -> Option<T> {
         let linear = self.quick_lin::<SIMPLE>(op)?;
-        let e = self.tlb.entry(self.mmu, linear);
-        (e.read == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1))).then(|| {
+        let e = self.engine.tlb.entry(self.mmu, linear);
+        (e.read == self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1))).then(|| {
             // SAFETY: as in `Cpu::load_bank`.
             unsafe { host_load(e.addend.wrapping_add(linear) as *const T) }
         })
@@ -77,8 +77,8 @@ impl Cpu {
     #[inline(always)]
     pub fn quick_store<T: Int, const SIMPLE: bool>(&mut self, op: &Op, v: T) -> bool {
         let Some(linear) = self.quick_lin::<SIMPLE>(op) else { return false };
-        let e = self.tlb.entry(self.mmu, linear);
-        if e.write != self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
+        let e = self.engine.tlb.entry(self.mmu, linear);
+        if e.write != self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
             return false;
         }
         // SAFETY: as in `Cpu::load_bank`.
@@ -90,8 +90,8 @@ impl Cpu {
     #[inline(always)]
     pub fn quick_load128<const ALIGNED: bool, const SIMPLE: bool>(&self, op: &Op) -> Option<V> {
         let linear = self.quick_lin::<SIMPLE>(op)?;
-        let e = self.tlb.entry(self.mmu, linear);
-        let hit = e.read == self.tlb.tag(linear.wrapping_add(15)) && !(ALIGNED && linear & 15 != 0);
+        let e = self.engine.tlb.entry(self.mmu, linear);
+        let hit = e.read == self.engine.tlb.tag(linear.wrapping_add(15)) && !(ALIGNED && linear & 15 != 0);
         hit.then(|| {
             // SAFETY: as in `Cpu::load_bank`.
             unsafe { host_load128(e.addend.wrapping_add(linear) as *const u64) }
@@ -102,8 +102,8 @@ impl Cpu {
     #[inline(always)]
     pub fn quick_store128<const ALIGNED: bool, const SIMPLE: bool>(&mut self, op: &Op, v: V) -> bool {
         let Some(linear) = self.quick_lin::<SIMPLE>(op) else { return false };
-        let e = self.tlb.entry(self.mmu, linear);
-        if e.write != self.tlb.tag(linear.wrapping_add(15)) || ALIGNED && linear & 15 != 0 {
+        let e = self.engine.tlb.entry(self.mmu, linear);
+        if e.write != self.engine.tlb.tag(linear.wrapping_add(15)) || ALIGNED && linear & 15 != 0 {
             return false;
         }
         // SAFETY: as in `Cpu::load_bank`.

@@ -1,25 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The state of one logical processor.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-
 use super::flags::{Int, LazyFlags, rf};
-use super::op::{Op, Stop};
-use crate::engine::block::BlockCache;
-use crate::engine::tlb::Tlb;
-use crate::mem::Machine;
+use super::op::{LINK_RETURN, Op, Stop};
+use crate::engine::state::Engine;
 
 mod control;
 mod numbers;
 mod registers;
 
-pub use crate::mem::{Shared, pending};
 pub use control::{Control, Exception, Exit};
 pub use numbers::{cr0, cr4, efer, reg, sreg, vector};
 pub use registers::{Msrs, RegisterBlock, Segment, TableRegister};
 
-/// Reasons, local to the processor, to look closer before the next block; bits of [`Cpu::attention`].
+/// Reasons, local to the processor, to look closer before the next block; bits of [`Engine::attention`].
 pub mod attention {
     #![allow(missing_docs)]
     /// Interrupt shadow (STI, MOV SS): one instruction, then look again.
@@ -31,11 +25,6 @@ pub mod attention {
     /// An instruction breakpoint is armed in DR7, or RF is set.
     pub const DEBUG: u32 = 8;
 }
-
-/// In [`Cpu::link`]: the block does not always go on there.
-pub const LINK_NONE: u8 = 2;
-/// In [`Cpu::link`]: the same, but it is where the call that is noted ([`crate::engine::returns`]) comes back.
-pub const LINK_RETURN: u8 = 3;
 
 /// One logical processor.
 #[repr(C)]
@@ -53,20 +42,12 @@ pub struct Cpu {
     /// MMU index of data accesses now: 0 supervisor with SMAP enforced, 1 supervisor without, 2 user, 3 user with
     /// alignment checks (never cached, so every access takes the slow path that checks).
     pub mmu: usize,
-    /// The TLB's entries for `mmu`.
-    pub bank: *const crate::engine::tlb::Entry,
+    /// The engine's part.
+    pub engine: Engine<Cpu>,
     /// Current privilege level.
     pub cpl: u8,
     /// Bytes of the code segment's default operand size: 2, 4, or 8 for 64-bit code.
     pub code_size: u8,
-    /// Which exit of its last block a run took that stopped with [`Stop::EndBlock`] (0, 1, [`LINK_NONE`] or [`LINK_RETURN`]).
-    pub link: u8,
-    /// The processor runs one instruction at a time (shadow, step, self-modification).
-    pub single: bool,
-    /// See [`attention`].
-    pub attention: u32,
-    /// The op at which the last run stopped.
-    pub stop_op: *const Op,
     /// Exception of [`Stop::Fault`] and [`Stop::Trap`].
     pub exception: Exception,
     /// Exit of [`Stop::Exit`] and [`Stop::ExitAfter`].
@@ -109,38 +90,13 @@ pub struct Cpu {
     pub debug_hits: u64,
     /// Bookkeeping of system instructions.
     pub sys: super::system::SystemState,
-    /// Retired instructions.
-    pub instructions: u64,
     /// Host state: NEXT_RIP is saved on instruction intercepts.
     pub next_rip_enabled: bool,
-    /// The running block, to notice writes into itself and to chain from it.
-    pub block: *mut crate::engine::block::Block,
-    /// The last calls.
-    pub returns: crate::engine::returns::Returns,
-    /// The run loop gets a look before the next block when so many instructions have retired.
-    pub chain_limit: u64,
-    /// Blocks whose stamp is another one are checked against memory before they run.
-    pub stamp: u64,
-    /// Software TLB.
-    pub tlb: Tlb,
     /// Protection keys of the pages that the TLB has ever been filled with (a bit each).
     pub keys: u16,
-    /// Decoded code.
-    pub blocks: BlockCache,
-    /// Machine this processor is in.
-    pub machine: Arc<Machine>,
-    /// Snapshot of the machine's regions.
-    pub regions: Arc<crate::mem::RegionTable>,
-    /// Index of the region that the last look-up found.
-    pub region_guess: usize,
-    /// Shared with other threads.
-    pub shared: Arc<Shared>,
     /// Number of this processor in its machine.
     pub index: u32,
 }
-
-// SAFETY: `stop_op` is only meaningful inside one `vmrun`, which has exclusive access.
-unsafe impl Send for Cpu {}
 
 impl Cpu {
     // ---- registers ---------------------------------------------------------------------------------------------
@@ -248,10 +204,10 @@ impl Cpu {
         } else {
             1
         };
-        self.bank = self.tlb.bank(self.mmu);
+        self.engine.set_bank(self.mmu);
     }
 
-    /// Recomputes [`Cpu::attention`]: call after changing IF, TF, RF, the shadow, DR7, V_TPR or V_IRQ.
+    /// Recomputes [`Engine::attention`]: call after changing IF, TF, RF, the shadow, DR7, V_TPR or V_IRQ.
     pub fn update_attention(&mut self) {
         let mut a = 0;
         if self.shadow {
@@ -266,7 +222,7 @@ impl Cpu {
         if self.dr7 & 0xff != 0 || self.rflags & rf::RF != 0 {
             a |= attention::DEBUG;
         }
-        self.attention = a;
+        self.engine.attention = a;
     }
 
     // ---- faults and exits --------------------------------------------------------------------------------------
@@ -310,16 +266,10 @@ impl Cpu {
         self.ctl.intercepts[word] >> bit & 1 != 0
     }
 
-    /// Whether any physical event or local reason calls for attention before the next block.
-    #[inline(always)]
-    pub fn needs_attention(&self) -> bool {
-        (self.shared.pending.load(Ordering::Relaxed) | self.attention) != 0
-    }
-
     // ---- control flow ------------------------------------------------------------------------------------------
 
     /// Ends the block with a jump to `target` through exit `link` of the block (0 or 1: same target every time;
-    /// [`LINK_RETURN`] or [`LINK_NONE`]).
+    /// [`LINK_RETURN`] or [`LINK_NONE`](super::op::LINK_NONE)).
     #[inline(always)]
     pub fn jump(&mut self, target: u64, link: u8) -> Stop {
         self.rip = target;

@@ -48,15 +48,9 @@ const CR3_NO_FLUSH: u64 = 1 << 63;
 const MOV_CR: u64 = 1 << 63;
 
 impl Cpu {
-    /// Makes the TLB context that of the ASID and PCID in force.
-    pub fn switch_tlb(&mut self) {
-        let pcid = self.pcid();
-        self.tlb.switch(self.ctl.asid, pcid);
-    }
-
     /// Forgets every translation of this ASID, then makes the context in force current.
     fn flush_paging(&mut self) {
-        self.tlb.flush_asid();
+        self.flush_asid();
         self.switch_tlb();
     }
 
@@ -127,7 +121,7 @@ impl Cpu {
         self.switch_tlb();
         if !no_flush {
             let pcid = self.pcid();
-            self.tlb.flush_pcid(pcid);
+            self.flush_pcid(pcid);
         }
         Ok(())
     }
@@ -326,7 +320,7 @@ pub(super) fn invlpg(cpu: &mut Cpu, op: &Op) -> Res {
     if cpu.intercepted(3, 25) {
         return Err(cpu.vmexit(exitcode::INVLPG, linear, 0));
     }
-    cpu.tlb.flush_page(linear);
+    cpu.engine.tlb.flush_page(linear);
     Err(cpu.end_block(op))
 }
 
@@ -347,9 +341,9 @@ pub(super) fn invpcid(cpu: &mut Cpu, op: &Op) -> Res {
     match kind {
         0 => {
             // The TLB forgets the page in every context.
-            cpu.tlb.flush_page(linear);
+            cpu.engine.tlb.flush_page(linear);
         }
-        1 => cpu.tlb.flush_pcid(pcid as u16),
+        1 => cpu.flush_pcid(pcid as u16),
         _ => cpu.flush_paging(),
     }
     Err(cpu.end_block(op))

@@ -184,7 +184,7 @@ impl Cpu {
     pub(super) fn change_system_byte(&mut self, linear: u64, f: impl Fn(u8) -> u8) -> Res {
         let linear = self.system_linear(linear);
         let host = self.translate(SYSTEM, sreg::DS as u8, linear, 1, Access::Write)?;
-        self.before_code_write(host, 1)?;
+        self.engine.before_code_write(host, 1)?;
         let p = host as *mut u8;
         // SAFETY: `translate` gives the host address of registered memory.
         unsafe {
@@ -197,7 +197,7 @@ impl Cpu {
                 old = found;
             }
         }
-        self.after_code_write(host, 1);
+        self.engine.after_code_write(host, 1);
         Ok(())
     }
 

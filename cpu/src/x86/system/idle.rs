@@ -43,7 +43,7 @@ pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
         return Err(cpu.vmexit(exitcode::IDLE_HLT, 0, 0));
     }
     cpu.intercept(exitcode::HLT)?;
-    let shared = cpu.shared.clone();
+    let shared = cpu.engine.shared.clone();
     let virtual_interrupt = cpu.ctl.v_irq
         && cpu.rflags & rf::IF != 0
         && (cpu.ctl.v_ign_tpr || cpu.ctl.v_intr_prio > cpu.ctl.v_tpr);

@@ -50,7 +50,7 @@ impl Cpu {
     pub(super) fn map_value<T: Int>(&self, address: u64) -> Option<T> {
         let at = usize::try_from(address).ok()?;
         // SAFETY: the region table says that the bytes are registered memory.
-        self.regions.contains(at, T::BYTES).then(|| unsafe { host_load(at as *const T) })
+        self.engine.regions.contains(at, T::BYTES).then(|| unsafe { host_load(at as *const T) })
     }
 
     /// Whether the MSR permission map intercepts an access. MSRs outside the map's ranges always are.
@@ -120,7 +120,7 @@ impl Cpu {
         }
         self.efer = (v & !efer::LMA) | (self.efer & efer::LMA);
         if changed & efer::NXE != 0 {
-            self.tlb.flush_asid();
+            self.flush_asid();
             self.switch_tlb();
         }
         self.update_mode();

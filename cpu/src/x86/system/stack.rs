@@ -106,10 +106,10 @@ impl Cpu {
                         return Err(self.fault(vector::SS, Some(stack.error)));
                     }
                     let host = self.translate(bank, sreg::SS as u8, linear, 1, Access::Write)?;
-                    self.before_code_write(host, 1)?;
+                    self.engine.before_code_write(host, 1)?;
                     let last = self.system_linear(linear.wrapping_add(width - 1));
                     let host = self.translate(bank, sreg::SS as u8, last, 1, Access::Write)?;
-                    self.before_code_write(host, 1)?;
+                    self.engine.before_code_write(host, 1)?;
                 } else {
                     self.write_bytes(bank, sreg::SS as u8, linear, &item.to_le_bytes()[..width as usize])?;
                 }

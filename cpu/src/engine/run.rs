@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The run loop: from one block to the next until the guest is left, with events taken at instruction boundaries only.
+
+use std::sync::atomic::Ordering;
+
+use super::architecture::Operands;
+use super::block::{Block, CHAIN};
+use super::chain::retired;
+use super::fetch::{lookup, next_block};
+use super::op::{LINK_NONE, Stop};
+use super::processor::{Exited, Processor};
+use crate::mem::{Shared, pending};
+
+/// Calls `f` with the processor in the guest: it has caught up with its machine, and until `f` returns the machine waits
+/// for it before memory goes away.
+pub fn in_guest<P: Processor, R>(cpu: &mut P, f: impl FnOnce(&mut P) -> R) -> R {
+    let shared = cpu.engine().shared.clone();
+    shared.running.store(true, Ordering::SeqCst);
+    let _running = Running(&shared);
+    let engine = cpu.engine_mut();
+    if shared.synced.load(Ordering::SeqCst) != engine.machine.generation() {
+        engine.catch_up();
+    }
+    f(cpu)
+}
+
+/// Clears `running` however the run ends.
+struct Running<'a>(&'a Shared);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Before a guest's first instruction: nothing of the run before counts, and the host may have written code.
+pub fn begin<P: Processor>(cpu: &mut P) {
+    let engine = cpu.engine_mut();
+    engine.distrust_blocks();
+    engine.single = false;
+    engine.stop_op = core::ptr::null();
+    engine.block = core::ptr::null_mut();
+}
+
+/// Runs until the guest is left; why is in the processor.
+pub fn run<P: Processor>(cpu: &mut P) {
+    let mut prev: *mut Block<P> = core::ptr::null_mut();
+    loop {
+        if cpu.engine().needs_attention() {
+            if attend(cpu).is_err() {
+                return;
+            }
+            prev = core::ptr::null_mut();
+            if cpu.engine().single {
+                if step(cpu).is_err() {
+                    return;
+                }
+                continue;
+            }
+        }
+        let stop = match next_block(cpu, prev) {
+            Ok(b) => enter(cpu, b),
+            Err(stop) => {
+                cpu.engine_mut().stop_op = core::ptr::null();
+                stop
+            }
+        };
+        prev = core::ptr::null_mut();
+        match stop {
+            Stop::EndBlock => {
+                if cpu.engine().link != LINK_NONE {
+                    prev = cpu.engine().block;
+                }
+            }
+            Stop::SelfModify => {
+                if step(cpu).is_err() {
+                    return;
+                }
+            }
+            other => {
+                if cpu.stopped(other).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Runs a block and those chained to it to a stop; counts what retired and leaves the program counter at the instruction
+/// to go on with.
+#[inline(always)]
+fn enter<P: Processor>(cpu: &mut P, b: *mut Block<P>) -> Stop {
+    cpu.begin_block();
+    let engine = cpu.engine_mut();
+    engine.block = b;
+    engine.chain_limit = if engine.single { 0 } else { engine.instructions + CHAIN };
+    // SAFETY: `b` is a live block; its ops end with one that stops.
+    let stop = unsafe {
+        let first = Block::first(b);
+        ((*first).f)(cpu, first)
+    };
+    let (block, op) = (cpu.engine().block, cpu.engine().stop_op);
+    match stop {
+        Stop::EndBlock | Stop::Exit0 | Stop::Exit1 | Stop::Return | Stop::Trap | Stop::ExitAfter => {
+            // SAFETY: the op at which the run stopped belongs to the block that ran last.
+            cpu.engine_mut().instructions += unsafe { retired(block, op) };
+        }
+        Stop::Fault | Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Slow => {
+            // SAFETY: as above.
+            let (index, op) = unsafe { (op.offset_from(Block::first(block)) as u64, &*op) };
+            cpu.engine_mut().instructions += index;
+            let at = op.next() as u64 - op.length() as u64;
+            cpu.set_pc(cpu.block_pc().wrapping_add(at));
+        }
+    }
+    stop
+}
+
+/// Looks at everything that may come between two instructions.
+#[cold]
+#[inline(never)]
+fn attend<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
+    let engine = cpu.engine_mut();
+    engine.single = false;
+    let p = engine.shared.pending.load(Ordering::SeqCst);
+    if p & pending::TLB_SYNC != 0 {
+        engine.catch_up();
+    }
+    if p & pending::CODE_CHANGED != 0 {
+        engine.shared.pending.fetch_and(!pending::CODE_CHANGED, Ordering::SeqCst);
+        engine.distrust_blocks();
+    }
+    cpu.attend(p)
+}
+
+/// Runs one instruction by itself.
+#[cold]
+#[inline(never)]
+fn step<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
+    cpu.engine_mut().single = true;
+    let done = cpu.step();
+    cpu.engine_mut().single = false;
+    done
+}
+
+/// For [`Processor::step`]: runs the instruction at the program counter, to its stop.
+pub fn run_one<P: Processor>(cpu: &mut P) -> Stop {
+    match lookup(cpu, true) {
+        Ok(b) => enter(cpu, b),
+        Err(stop) => {
+            cpu.engine_mut().stop_op = core::ptr::null();
+            stop
+        }
+    }
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The engine's part of a logical processor.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::architecture::{Access, Architecture, Operands};
+use super::block::{Block, BlockCache};
+use super::op::{LINK_NONE, Op};
+use super::returns::Returns;
+use super::tlb::{Entry, Tlb, index};
+use crate::int::Int;
+use crate::mem::{Machine, RegionTable, Shared};
+
+/// What running ops takes, beside the architecture's own registers.
+pub struct Engine<P: Architecture> {
+    /// The TLB's entries for data accesses as they are made now.
+    pub bank: *const Entry,
+    /// Local reasons to look closer before the next block ([`super::processor::Processor::attend`]); 0: none.
+    pub attention: u32,
+    /// Which exit of its last block a run took that stopped with [`super::op::Stop::EndBlock`]: 0, 1, [`LINK_NONE`] or
+    /// [`LINK_RETURN`](super::op::LINK_RETURN).
+    pub link: u8,
+    /// The processor runs one instruction at a time.
+    pub single: bool,
+    /// The running block, to notice writes into itself and to chain from it.
+    pub block: *mut Block<P>,
+    /// The op at which the last run stopped.
+    pub stop_op: *const Op<P>,
+    /// Retired instructions.
+    pub instructions: u64,
+    /// The run loop gets a look before the next block when so many instructions have retired.
+    pub chain_limit: u64,
+    /// Blocks whose stamp is another one are checked against memory before they run.
+    pub stamp: u64,
+    /// Shared with other threads.
+    pub shared: Arc<Shared>,
+    /// The last calls.
+    pub returns: Returns<P>,
+    /// Software TLB.
+    pub tlb: Tlb<P>,
+    /// Decoded code.
+    pub blocks: BlockCache<P>,
+    /// The machine the processor is in.
+    pub machine: Arc<Machine>,
+    /// Snapshot of the machine's regions.
+    pub regions: Arc<RegionTable>,
+    /// Index of the region that the last look-up found.
+    pub region_guess: usize,
+}
+
+// SAFETY: the pointers lead to what the engine itself owns, which moves with it: `bank` into the TLB's box; `block`,
+// `stop_op`, the links of blocks and the notes of returns into the arena of `blocks` (or to a constant). The pages that
+// blocks point to belong to `regions`, which is shared and made for it.
+unsafe impl<P: Architecture> Send for Engine<P> {}
+
+impl<P: Architecture> Engine<P> {
+    /// That of a new processor, attached to its machine.
+    pub fn new(machine: Arc<Machine>) -> Self {
+        let shared = Arc::new(Shared::default());
+        machine.attach(shared.clone());
+        let tlb = Tlb::default();
+        Engine {
+            bank: tlb.bank(0),
+            attention: 0,
+            link: LINK_NONE,
+            single: false,
+            block: core::ptr::null_mut(),
+            stop_op: core::ptr::null(),
+            instructions: 0,
+            chain_limit: 0,
+            stamp: 0,
+            shared,
+            returns: Returns::default(),
+            tlb,
+            blocks: BlockCache::default(),
+            regions: machine.regions(),
+            machine,
+            region_guess: 0,
+        }
+    }
+
+    /// Whether any physical event or local reason calls for attention before the next block.
+    #[inline(always)]
+    pub fn needs_attention(&self) -> bool {
+        (self.shared.pending.load(Ordering::Relaxed) | self.attention) != 0
+    }
+
+    /// Makes data accesses go by a bank of the TLB.
+    #[inline(always)]
+    pub fn set_bank(&mut self, bank: usize) {
+        self.bank = self.tlb.bank(bank);
+    }
+
+    /// Host address of a data access that needs nothing but a translation in the TLB; None: take the slow path.
+    #[inline(always)]
+    pub fn hit<T: Int>(&self, linear: u64, access: Access) -> Option<*mut T> {
+        // SAFETY: `bank` points to the first entry of a whole bank (see `set_bank`), `index` stays inside.
+        let e = unsafe { &*self.bank.add(index(linear)) };
+        let tag = if access == Access::Write { e.write } else { e.read };
+        // A filled entry maps its whole page to registered memory; the tag is that of the last byte's page, the entry
+        // that of the first's: they agree only if both bytes are in it.
+        (tag == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)))
+            .then(|| e.addend.wrapping_add(linear) as *mut T)
+    }
+
+    /// The op at which the last run stopped, if it stopped at one.
+    pub fn stopped_op(&self) -> Option<&Op<P>> {
+        // SAFETY: set by the run that just stopped; its block is alive.
+        unsafe { self.stop_op.as_ref() }
+    }
+
+    /// The instruction's bytes there.
+    pub fn stopped_bytes(&self) -> Option<&[u8]> {
+        let op = self.stopped_op()?;
+        if self.block.is_null() {
+            return None;
+        }
+        // SAFETY: the block at which the run stopped is alive.
+        let code = unsafe { Block::code(self.block) };
+        let start = op.next().checked_sub(op.length() as u16)? as usize;
+        code.get(start..op.next() as usize)
+    }
+
+    /// Forgets all decoded code; no block may be running.
+    #[cold]
+    pub fn drop_blocks(&mut self) {
+        self.blocks.clear();
+        self.block = core::ptr::null_mut();
+        self.returns = Returns::default();
+    }
+}
+
+impl<P: Architecture> Drop for Engine<P> {
+    fn drop(&mut self) {
+        self.machine.detach(&self.shared);
+    }
+}

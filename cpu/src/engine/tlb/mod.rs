@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The software TLB: direct-mapped, four banks, tagged by context.
+//!
+//! A bank holds what one kind of access may do (a privilege, with what else decides); which is the architecture's. The
+//! last one stays empty, for accesses of which each needs the slow path. A tag is the linear page | context number (11
+//! bits). Bit 11 set makes the fast path miss on purpose: the page needs the slow path on every such access (it holds
+//! decoded code, or a data breakpoint is armed on it). A context stands for one address space of one guest
+//! ([`Architecture::Space`]); flushing it gives the space a new number.
+
+mod directory;
+mod physical;
+mod sizes;
+
+use std::collections::HashMap;
+
+use super::architecture::Architecture;
+use directory::Directories;
+use sizes::Sizes;
+
+pub use directory::Directory;
+pub use physical::{Frame, Frames, LARGE_SHIFT};
+
+/// log2 of the entries in a bank.
+pub const TLB_BITS: usize = 12;
+const TLB_SIZE: usize = 1 << TLB_BITS;
+/// Banks that are ever filled.
+pub const BANKS: usize = 3;
+/// log2 of the bytes that an entry covers.
+pub const PAGE_SHIFT: u32 = 12;
+/// Mask of the page number.
+pub const PAGE_MASK: u64 = !((1 << PAGE_SHIFT) - 1);
+/// In a tag: take the slow path.
+pub const SLOW: u64 = 1 << CONTEXT_BITS;
+/// A tag that no access matches.
+pub const INVALID: u64 = u64::MAX;
+const CONTEXT_BITS: u32 = 11;
+const CONTEXTS: u64 = (1 << CONTEXT_BITS) - 1;
+
+/// One translation, for reads, writes and instruction fetch.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Entry {
+    /// Tag for reads.
+    pub read: u64,
+    /// Tag for writes.
+    pub write: u64,
+    /// Tag for fetches.
+    pub exec: u64,
+    /// Host address minus linear address.
+    pub addend: u64,
+}
+
+const EMPTY: Entry = Entry { read: INVALID, write: INVALID, exec: INVALID, addend: 0 };
+
+/// The TLB of one processor.
+pub struct Tlb<P: Architecture> {
+    entries: Box<[Entry]>,
+    sizes: Sizes,
+    /// Context number in force, in tag position.
+    context: u64,
+    contexts: HashMap<P::Space, u64>,
+    current: Option<P::Space>,
+    next: u64,
+    frames: Frames,
+    directories: Directories<P>,
+    /// Advances when anything is flushed.
+    epoch: u64,
+    /// Epoch and context in one word of which bits 1:0 are clear.
+    key: u64,
+    /// Fills, for statistics.
+    pub fills: u64,
+    /// Whole flushes, for statistics.
+    pub flushes: u64,
+}
+
+impl<P: Architecture> Default for Tlb<P> {
+    fn default() -> Self {
+        Tlb {
+            entries: vec![EMPTY; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
+            sizes: Sizes::default(),
+            context: 0,
+            contexts: HashMap::new(),
+            current: None,
+            next: 0,
+            frames: Frames::default(),
+            directories: Directories::default(),
+            epoch: 1,
+            key: 0,
+            fills: 0,
+            flushes: 0,
+        }
+    }
+}
+
+/// Number of the entry in its bank that would hold `linear`.
+#[inline(always)]
+pub fn index(linear: u64) -> usize {
+    (linear >> PAGE_SHIFT) as usize & (TLB_SIZE - 1)
+}
+
+impl<P: Architecture> Tlb<P> {
+    // ---- entries -----------------------------------------------------------------------------------------------
+
+    /// The entry that would hold `linear` in `bank`.
+    #[inline(always)]
+    pub fn entry(&self, bank: usize, linear: u64) -> &Entry {
+        debug_assert!(bank <= BANKS);
+        // SAFETY: bank <= 3 (every caller's is a constant or one that `bank` has taken) and index < TLB_SIZE.
+        unsafe { self.entries.get_unchecked((bank << TLB_BITS) + index(linear)) }
+    }
+
+    /// The first entry of `bank`, valid as long as the TLB.
+    pub fn bank(&self, bank: usize) -> *const Entry {
+        self.entries[bank << TLB_BITS..].as_ptr()
+    }
+
+    /// As [`Tlb::entry`], for filling. The last bank must stay empty.
+    #[inline]
+    pub fn entry_mut(&mut self, bank: usize, linear: u64) -> &mut Entry {
+        &mut self.entries[(bank << TLB_BITS) + index(linear)]
+    }
+
+    /// What a tag must be for an access whose last byte is at `last`.
+    #[inline(always)]
+    pub fn tag(&self, last: u64) -> u64 {
+        (last & PAGE_MASK) | self.context
+    }
+
+    /// Host address of an instruction, if its page is in the TLB.
+    #[inline(always)]
+    pub fn fetch(&self, bank: usize, linear: u64) -> Option<usize> {
+        let e = self.entry(bank, linear);
+        (e.exec == self.tag(linear)).then(|| e.addend.wrapping_add(linear) as usize)
+    }
+
+    /// Notes the guest page size (log2) behind the entry of `linear` in `bank`.
+    pub fn note_size(&mut self, bank: usize, linear: u64, size: u8) {
+        self.sizes.note(bank, linear, size);
+    }
+
+    /// As long as it is the same, so are translations. Bits 1:0 are clear.
+    #[inline(always)]
+    pub fn key(&self) -> u64 {
+        self.key
+    }
+
+    // ---- what walks are spared ---------------------------------------------------------------------------------
+
+    /// The nested translations that are known.
+    #[inline]
+    pub fn frames(&self) -> &Frames {
+        &self.frames
+    }
+
+    /// The same, to add one.
+    #[inline]
+    pub fn frames_mut(&mut self) -> &mut Frames {
+        &mut self.frames
+    }
+
+    /// Where the last-level table for `linear` lies, if that is remembered.
+    #[inline]
+    pub fn directory(&self, linear: u64) -> Option<Directory<P::Rights>> {
+        self.directories.find(linear, self.context, self.epoch)
+    }
+
+    /// Remembers where the last-level table for `linear` lies; the entries above it have their accessed bits set.
+    pub fn set_directory(&mut self, linear: u64, directory: Directory<P::Rights>) {
+        self.directories.remember(linear, self.context, self.epoch, directory);
+    }
+
+    // ---- address spaces ----------------------------------------------------------------------------------------
+
+    /// Makes `space` the one that accesses belong to.
+    pub fn switch(&mut self, space: P::Space) {
+        if self.current == Some(space) {
+            return;
+        }
+        self.current = Some(space);
+        self.context = match self.contexts.get(&space) {
+            Some(c) => *c,
+            None => self.new_context(),
+        };
+        self.renew_key();
+    }
+
+    fn new_context(&mut self) -> u64 {
+        self.advance();
+        if self.next >= CONTEXTS {
+            self.clear_entries();
+            self.contexts.clear();
+            self.next = 0;
+        }
+        let c = self.next;
+        self.next += 1;
+        if let Some(space) = self.current {
+            self.contexts.insert(space, c);
+        }
+        c
+    }
+
+    // ---- flushes -----------------------------------------------------------------------------------------------
+
+    /// Something is flushed.
+    fn advance(&mut self) {
+        self.epoch += 1;
+        self.renew_key();
+    }
+
+    fn renew_key(&mut self) {
+        self.key = self.epoch << (CONTEXT_BITS + 2) | self.context << 2;
+    }
+
+    /// Empties every bank.
+    fn clear_entries(&mut self) {
+        self.entries.fill(EMPTY);
+        self.sizes.clear();
+    }
+
+    /// Forgets everything of every context.
+    pub fn flush_all(&mut self) {
+        self.clear_entries();
+        self.flush_frames();
+        self.contexts.clear();
+        self.next = 0;
+        self.flushes += 1;
+        self.context = self.new_context();
+        self.renew_key();
+    }
+
+    /// Forgets nested translations only (they are all of one nested root).
+    pub fn flush_frames(&mut self) {
+        self.advance();
+        self.frames.clear();
+    }
+
+    /// Forgets the translations of the space in force (global ones too: a TLB may).
+    pub fn flush_current(&mut self) {
+        self.context = self.new_context();
+        self.renew_key();
+        self.flushes += 1;
+    }
+
+    /// Forgets the translations of one space.
+    pub fn flush_space(&mut self, space: P::Space) {
+        if self.current == Some(space) {
+            self.flush_current();
+        } else {
+            self.contexts.remove(&space);
+            self.advance();
+        }
+    }
+
+    /// Forgets the translations of the space in force and of those that `which` names.
+    pub fn flush_spaces(&mut self, which: impl Fn(&P::Space) -> bool) {
+        self.contexts.retain(|space, _| !which(space));
+        self.flush_current();
+    }
+
+    /// Forgets the page of `linear`, in every context, whatever its size.
+    pub fn flush_page(&mut self, linear: u64) {
+        self.advance();
+        for bank in 0..BANKS {
+            *self.entry_mut(bank, linear) = EMPTY;
+        }
+        let Some((first, count)) = self.sizes.around(linear) else { return };
+        const BASE: u8 = PAGE_SHIFT as u8;
+        for bank in 0..BANKS {
+            let at = (bank << TLB_BITS) + first;
+            let sizes = self.sizes.range(at, count);
+            // Eight sizes at a time: most are the base page's.
+            for (sizes, entries) in sizes.chunks_exact_mut(8).zip(self.entries[at..].chunks_exact_mut(8)) {
+                if sizes == [BASE; 8] {
+                    continue;
+                }
+                for (size, e) in sizes.iter_mut().zip(entries) {
+                    let tag = if e.read != INVALID { e.read } else { e.exec };
+                    if *size > BASE && (tag == INVALID || (tag ^ linear) >> *size == 0) {
+                        *e = EMPTY;
+                        *size = BASE;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes writes of the host page at `host` off the fast path (it holds code now).
+    pub fn protect_host_page(&mut self, host: u64) {
+        for e in self.entries.iter_mut() {
+            if e.write != INVALID && (e.write & PAGE_MASK).wrapping_add(e.addend) == host {
+                e.write |= SLOW;
+            }
+        }
+    }
+
+    /// Forgets every writable translation.
+    pub fn protect_all(&mut self) {
+        for e in self.entries.iter_mut() {
+            e.write = INVALID;
+        }
+    }
+}

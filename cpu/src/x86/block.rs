@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The ops of a block: iced-x86's instructions, translated one by one, the last two together where they go together.
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
+
+use super::int::fuse;
+use super::op::{Op, Res, handler};
+use super::state::Cpu;
+use super::translate::{Context, translate};
+use crate::engine::architecture::Architecture;
+use crate::engine::draft::Draft;
+use crate::engine::processor;
+
+/// Makes the ops of one block.
+pub struct BlockDecoder {
+    code_size: u8,
+    now: Instruction,
+    before: Instruction,
+}
+
+/// #GP(0) for an instruction longer than 15 bytes.
+fn too_long(cpu: &mut Cpu, _: &Op) -> Res {
+    Err(cpu.gp(0))
+}
+
+impl processor::Decoder<Cpu> for BlockDecoder {
+    fn new(mode: u8) -> BlockDecoder {
+        BlockDecoder { code_size: mode, now: Instruction::default(), before: Instruction::default() }
+    }
+
+    fn decode(&mut self, bytes: &[u8], draft: &mut Draft<Cpu>) -> bool {
+        // Positions count from the block's start.
+        let start = draft.at();
+        let bitness = self.code_size as u32 * 8;
+        let mut d = Decoder::with_ip(bitness, &bytes[start..], start as u64, DecoderOptions::AMD);
+        while draft.open() {
+            d.decode_out(&mut self.now);
+            let i = &self.now;
+            let cx = Context { code_size: self.code_size, offset: draft.at() as u16 };
+            let mut op = translate(i, &cx);
+            if i.is_invalid() && d.last_error() == DecoderError::NoMoreBytes {
+                if bytes.len() - draft.at() < Cpu::MAX_INSTRUCTION {
+                    return true;
+                }
+                op.f = handler(too_long);
+                op.len = 1;
+                op.next = cx.offset + 1;
+            }
+            let ends = i.is_invalid() || i.flow_control() != FlowControl::Next;
+            if let (true, Some(first)) = (ends, draft.last_mut()) {
+                if let Some(f) = fuse::fuse(&self.before, first, i) {
+                    first.f = f;
+                }
+            }
+            draft.push(op);
+            if ends {
+                break;
+            }
+            core::mem::swap(&mut self.now, &mut self.before);
+        }
+        false
+    }
+}

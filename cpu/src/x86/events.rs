@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What comes between two instructions: interrupts, exceptions, the interrupt shadow, single steps, breakpoints.
+
+use super::flags::rf;
+use super::op::Stop;
+use super::state::{Cpu, Exception, Exit, attention, vector};
+use super::system::exitcode;
+use crate::engine::processor::Exited;
+use crate::engine::run::run_one;
+use crate::mem::pending;
+
+/// DR6 bit: single step.
+const DR6_BS: u64 = 1 << 14;
+
+impl Cpu {
+    /// Acts on a stop other than the end of a block.
+    #[cold]
+    pub(super) fn take_stop(&mut self, stop: Stop) -> Result<(), Exited> {
+        match stop {
+            Stop::Exit | Stop::ExitAfter => Err(Exited),
+            Stop::Fault | Stop::Trap => {
+                let exception = self.exception;
+                self.deliver_exception(exception)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn deliver_exception(&mut self, exception: Exception) -> Result<(), Exited> {
+        match self.raise(exception) {
+            Ok(()) => {
+                self.shadow = false;
+                self.update_attention();
+                Ok(())
+            }
+            Err(_) => Err(Exited),
+        }
+    }
+
+    /// Takes what may come between two instructions. Whatever is pending beside kicks is the engine's.
+    pub(super) fn take_events(&mut self, p: u32) -> Result<(), Exited> {
+        if p & pending::KICK != 0 {
+            self.engine.shared.clear_kick();
+            return self.leave(exitcode::INTR);
+        }
+        if self.engine.attention & attention::VIRQ != 0 && !self.shadow && self.rflags & rf::IF != 0 {
+            let c = self.ctl;
+            if c.v_ign_tpr || c.v_intr_prio > c.v_tpr {
+                if self.intercepted(3, 4) {
+                    return self.leave(exitcode::VINTR);
+                }
+                self.ctl.v_irq = false;
+                if self.external_interrupt(c.v_intr_vector).is_err() {
+                    return Err(Exited);
+                }
+                self.update_attention();
+            }
+        }
+        if self.engine.attention & (attention::SHADOW | attention::STEP | attention::DEBUG) != 0 {
+            self.engine.single = true;
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self, code: u64) -> Result<(), Exited> {
+        self.exit = Exit { code, info1: 0, info2: 0 };
+        self.engine.stop_op = core::ptr::null();
+        Err(Exited)
+    }
+
+    /// Runs one instruction by itself: interrupt shadow, single step, breakpoints, a write into its own block.
+    pub(super) fn step_one(&mut self) -> Result<(), Exited> {
+        let done = self.step_inner();
+        self.update_attention();
+        done
+    }
+
+    fn step_inner(&mut self) -> Result<(), Exited> {
+        let shadow = core::mem::take(&mut self.shadow);
+        let stepping = self.rflags & rf::TF != 0;
+        let resume = self.rflags & rf::RF;
+        // AMD's processors take an instruction breakpoint behind MOV SS, too.
+        if self.engine.attention & attention::DEBUG != 0 && resume == 0 {
+            let hits = self.instruction_breakpoints();
+            if hits != 0 {
+                return self.deliver_exception(Exception { vector: vector::DB, error: None, address: hits });
+            }
+        }
+        self.rflags &= !rf::RF;
+        self.debug_hits = 0;
+        self.sys.no_step = false;
+        let deferred = self.sys.deferred_hits;
+        let stop = run_one(self);
+        match stop {
+            Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Fault => {
+                // Not retired: what held for it holds still (the delivery of a fault ends it).
+                self.rflags |= resume;
+                self.shadow |= shadow;
+            }
+            _ => {}
+        }
+        // Traps come after every iteration of a repeated instruction too.
+        if !matches!(stop, Stop::EndBlock | Stop::Restart) {
+            if matches!(stop, Stop::Trap | Stop::Fault) {
+                self.sys.deferred_hits = 0;
+                if self.exception.vector == vector::DB {
+                    self.exception.address |= deferred;
+                }
+            }
+            return self.take_stop(stop);
+        }
+        let mut hits = self.debug_hits;
+        if self.shadow && self.sys.no_step {
+            // MOV SS: its own data breakpoints wait for the end of the next instruction, too.
+            self.sys.deferred_hits |= hits;
+            return Ok(());
+        }
+        if stop == Stop::EndBlock {
+            hits |= core::mem::take(&mut self.sys.deferred_hits);
+        }
+        if stepping && !self.sys.no_step {
+            hits |= DR6_BS;
+        }
+        if hits != 0 {
+            return self.deliver_exception(Exception { vector: vector::DB, error: None, address: hits });
+        }
+        Ok(())
+    }
+
+    /// Called for each data access while breakpoints are armed.
+    #[cold]
+    pub(super) fn note_data_access(&mut self, linear: u64, size: usize, write: bool) {
+        self.debug_hits |= self.data_breakpoints(linear, size, write);
+    }
+}
