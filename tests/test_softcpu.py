@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -81,3 +83,54 @@ def test_kicks_for_others_go_out_when_the_sender_leaves_the_interpreter() -> Non
         assert third.clear_kick()
         leave()
         assert not other.clear_kick()
+
+
+def test_a_page_is_given_back_once_and_not_while_it_is_looked_at() -> None:
+    page = Machine().alloc_page(2)
+    view = memoryview(page)
+    assert (page.size, len(view), bytes(view)) == (8192, 8192, bytes(8192))
+    with pytest.raises(BufferError):
+        page.free()
+    view[8191] = 1
+    view.release()
+    page.free()
+    page.free()
+    assert page.address == 0
+    with pytest.raises(BufferError, match="freed"):
+        memoryview(page)
+
+
+_FREEING = """
+import sys, threading
+from softkvm._softcpu import Machine
+machine = Machine()
+box, done = [machine.alloc_page()], threading.Event()
+def take():
+    while not done.is_set():
+        try:
+            view = memoryview(box[0])
+        except BufferError:
+            continue
+        view[0], view[4095] = 1, 2
+        view.release()
+sys.setswitchinterval(1e-6)
+threads = [threading.Thread(target=take) for _ in range(3)]
+for thread in threads:
+    thread.start()
+freed = 0
+while freed < 5000:
+    try:
+        box[0].free()
+    except BufferError:
+        continue
+    freed += 1
+    box[0] = machine.alloc_page(512)  # a chunk each: given back to the host at once
+done.set()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_a_view_taken_while_a_page_is_given_back_keeps_it() -> None:
+    ended = subprocess.run([sys.executable, "-c", _FREEING], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -8,12 +8,12 @@ appendix B) and in the register block (:attr:`Cpu.registers`).
 from typing_extensions import Buffer
 
 class Page(Buffer):
-    """Zeroed, page-aligned memory that the machine can address; supports the buffer protocol."""
+    """Zeroed pages of the machine's own, in a row; supports the buffer protocol."""
 
     address: int
     size: int
     def free(self) -> None:
-        """Give the memory back; ``BufferError`` while views of it exist."""
+        """Give the memory back, which no table names any more; ``BufferError`` while views of it exist."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Machine:
@@ -21,10 +21,15 @@ class Machine:
 
     def __init__(self) -> None: ...
     def add_region(self, hva: int, size: int) -> None:
-        """Register RAM that nested leaves may name. ``ValueError`` if unaligned or overlapping."""
+        """Register RAM that nested leaves may name.
+
+        ``ValueError`` if unaligned or overlapping (any machine's own pages, too), ``MemoryError`` if the host has no
+        memory for 8 bytes a page.
+        """
     def remove_region(self, hva: int) -> None:
         """Forget a region; returns once no processor can reach it any more."""
-    def alloc_page(self, count: int = 1) -> Page: ...
+    def alloc_page(self, count: int = 1) -> Page:
+        """Zeroed pages of the machine's own, apart from all regions; ``MemoryError`` if the host has none."""
     def notify_write(self, hva: int, size: int) -> None:
         """The host wrote memory: code cached from there is dropped at once."""
     def pte_load(self, address: int) -> int: ...

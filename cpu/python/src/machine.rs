@@ -9,7 +9,7 @@ use pyo3::exceptions::{PyBufferError, PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use softcpu::mem::{Machine, RegionError};
+use softcpu::mem::{Machine, PAGE_SIZE, RegionError};
 
 /// The physical machine: memory regions and processors.
 #[pyclass(frozen, name = "Machine", module = "softkvm._softcpu")]
@@ -22,6 +22,11 @@ fn region_error(e: RegionError, hva: usize, size: usize) -> PyErr {
         RegionError::Unaligned => "must be page aligned, not empty and below 2**52",
         RegionError::Overlap => "overlaps a registered region",
         RegionError::Missing => "is not the start of a registered region",
+        RegionError::NoMemory => {
+            return PyMemoryError::new_err(format!(
+                "region {hva:#x}+{size:#x}: the host has no memory for it"
+            ));
+        }
     };
     PyValueError::new_err(format!("region {hva:#x}+{size:#x} {what}"))
 }
@@ -142,56 +147,45 @@ impl PyMachine {
     }
 }
 
-/// Zeroed pages of host memory that are registered with a machine.
+/// Zeroed pages of the machine's own.
 #[pyclass(frozen, module = "softkvm._softcpu")]
 pub struct Page {
     machine: Arc<Machine>,
-    address: AtomicU64,
-    size: usize,
+    address: usize,
+    count: usize,
+    /// How many buffers of it there are; [`FREED`] once it has been given back. Both in one word: whoever takes a buffer
+    /// and whoever gives the page back find out about each other.
     exports: AtomicUsize,
 }
 
+const FREED: usize = 1 << (usize::BITS - 1);
+
 impl Page {
     fn new(machine: Arc<Machine>, count: usize) -> PyResult<Page> {
-        let size = count
-            .checked_mul(4096)
-            .filter(|s| *s > 0 && *s < 1 << 40)
-            .ok_or_else(|| PyValueError::new_err(format!("count {count}: expected 1 or more pages")))?;
-        // SAFETY: a new private anonymous mapping.
-        let p = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if p == libc::MAP_FAILED {
-            return Err(PyMemoryError::new_err(format!("cannot map {size} bytes")));
+        if count == 0 {
+            return Err(PyValueError::new_err(format!("count {count}: expected 1 or more pages")));
         }
-        let hva = p as usize;
-        // SAFETY: mapped until `free` has removed the region.
-        if let Err(e) = unsafe { machine.add_region(hva, size) } {
-            // SAFETY: just mapped, unused.
-            unsafe { libc::munmap(p, size) };
-            return Err(region_error(e, hva, size));
-        }
-        Ok(Page { machine, address: AtomicU64::new(hva as u64), size, exports: AtomicUsize::new(0) })
+        let address = machine
+            .alloc_pages(count)
+            .map_err(|_| PyMemoryError::new_err(format!("the host has no memory for {count} pages")))?;
+        Ok(Page { machine, address, count, exports: AtomicUsize::new(0) })
     }
 
-    fn release(&self) {
-        let hva = self.address.swap(0, Ordering::SeqCst) as usize;
-        if hva != 0 && self.machine.remove_region(hva).is_ok() {
-            // SAFETY: mapped by `new`, and no processor reaches it any more.
-            unsafe { libc::munmap(hva as *mut libc::c_void, self.size) };
+    /// Gives the pages back unless that has been done, or there are buffers; the state found.
+    fn release(&self) -> usize {
+        match self.exports.compare_exchange(0, FREED, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(state) => {
+                self.machine.free_pages(self.address, self.count);
+                state
+            }
+            Err(state) => state,
         }
     }
 }
 
 impl Drop for Page {
     fn drop(&mut self) {
+        // A buffer keeps its object alive: there is none.
         self.release();
     }
 }
@@ -199,29 +193,32 @@ impl Drop for Page {
 #[pymethods]
 impl Page {
     #[getter]
-    fn address(&self) -> u64 {
-        self.address.load(Ordering::SeqCst)
+    fn address(&self) -> usize {
+        if self.exports.load(Ordering::SeqCst) == FREED { 0 } else { self.address }
     }
 
     #[getter]
     fn size(&self) -> usize {
-        self.size
+        self.count * PAGE_SIZE
     }
 
     fn __len__(&self) -> usize {
-        self.size
+        self.size()
     }
 
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let this = slf.get();
-        let p = this.address.load(Ordering::SeqCst);
-        if p == 0 {
+        let taken =
+            this.exports.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n != FREED).then_some(n + 1));
+        if taken.is_err() {
             return Err(PyBufferError::new_err("the page was freed"));
         }
-        // SAFETY: the view keeps the object alive, and the object keeps the memory mapped.
-        unsafe { fill(view, slf.as_ptr(), p as *mut u8, this.size, flags) }?;
-        this.exports.fetch_add(1, Ordering::SeqCst);
-        Ok(())
+        // SAFETY: the view keeps the object alive, and its count the memory, until `__releasebuffer__`.
+        let filled = unsafe { fill(view, slf.as_ptr(), this.address as *mut u8, this.size(), flags) };
+        if filled.is_err() {
+            this.exports.fetch_sub(1, Ordering::SeqCst);
+        }
+        filled
     }
 
     unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
@@ -230,11 +227,10 @@ impl Page {
 
     /// Gives the memory back; BufferError while memory views of it exist.
     fn free(&self, py: Python<'_>) -> PyResult<()> {
-        if self.exports.load(Ordering::SeqCst) != 0 {
-            return Err(PyBufferError::new_err("the page has memory views; release them first"));
+        match py.detach(|| self.release()) {
+            0 | FREED => Ok(()),
+            _ => Err(PyBufferError::new_err("the page has memory views; release them first")),
         }
-        py.detach(|| self.release());
-        Ok(())
     }
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Decoded code stays true to memory: marks on pages that hold code, stores that hit them, comparison of blocks.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::architecture::Architecture;
@@ -51,12 +50,13 @@ impl<P: Architecture> Engine<P> {
         self.shared.pending.fetch_and(!pending::TLB_SYNC, Ordering::SeqCst);
         let generation = self.machine.generation();
         let regions = self.machine.regions();
-        if !Arc::ptr_eq(&regions, &self.regions) {
-            self.regions = regions;
+        let extended = regions.extends(&self.regions);
+        self.regions = regions;
+        if extended {
+            self.tlb.protect_all();
+        } else {
             self.tlb.flush_all();
             self.drop_blocks();
-        } else {
-            self.tlb.protect_all();
         }
         self.shared.synced.store(generation, Ordering::SeqCst);
     }
@@ -70,7 +70,7 @@ impl<P: Architecture> Engine<P> {
             if page.is_null() {
                 continue;
             }
-            // SAFETY: pages point into regions of `self.regions`; blocks are dropped when that snapshot changes.
+            // SAFETY: pages point into regions of `self.regions`; blocks are dropped when one is taken away.
             let page = unsafe { &*page };
             let mask = chunk_mask(offset, len);
             if fresh || page.code.load(Ordering::SeqCst) & mask != mask {

@@ -6,6 +6,7 @@
 //! processor to check its decoded code against memory again (see `engine::block`).
 
 mod host;
+mod pool;
 mod region;
 mod shared;
 
@@ -14,7 +15,10 @@ pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_ma
 pub use shared::{Shared, pending};
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
+
+use pool::Pool;
+use region::Owner;
 
 /// Memory regions and processors; usually one per virtual machine.
 #[derive(Default)]
@@ -23,14 +27,26 @@ pub struct Machine {
     cpus: Mutex<Vec<Arc<Shared>>>,
     /// Counts the events that every processor must catch up with (code pages armed, regions removed).
     generation: AtomicU64,
+    pool: Mutex<Pool>,
     /// Held for locked operations that the host cannot do atomically.
     pub split_lock: Mutex<()>,
+}
+
+/// All machines of the process: one's pages must not lie where another's user has its memory, or may have it later.
+static MACHINES: Mutex<Vec<Weak<Machine>>> = Mutex::new(Vec::new());
+
+fn machines() -> MutexGuard<'static, Vec<Weak<Machine>>> {
+    MACHINES.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl Machine {
     /// A machine with no memory and no processors.
     pub fn new() -> Arc<Machine> {
-        Arc::new(Machine::default())
+        let machine = Arc::new(Machine::default());
+        let mut all = machines();
+        all.retain(|m| m.strong_count() != 0);
+        all.push(Arc::downgrade(&machine));
+        machine
     }
 
     /// The regions as they are now.
@@ -38,30 +54,75 @@ impl Machine {
         self.table.read().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    /// Makes `size` bytes of host memory at `hva` usable.
-    ///
-    /// # Safety
-    /// The memory must stay mapped, readable and writable until the region is removed.
-    pub unsafe fn add_region(&self, hva: usize, size: usize) -> Result<(), RegionError> {
+    fn put_region(&self, region: Region) -> Result<(), RegionError> {
         {
             let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
-            *table = Arc::new(table.with(Region::new(hva, size)?)?);
+            *table = Arc::new(table.with(region)?);
         }
         self.advance(None);
         Ok(())
     }
 
-    /// Takes a region away; returns when no running processor can reach it any more.
-    pub fn remove_region(&self, hva: usize) -> Result<(), RegionError> {
+    fn take_region(&self, hva: usize, owner: Owner) -> Result<(), RegionError> {
         {
             let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
-            *table = Arc::new(table.without(hva)?);
+            *table = Arc::new(table.without(hva, owner)?);
         }
         let generation = self.advance(None);
         while !self.caught_up(generation, None) {
             std::thread::yield_now();
         }
         Ok(())
+    }
+
+    /// Makes `size` bytes of host memory at `hva` usable; refuses pages of this or any other machine's own.
+    ///
+    /// # Safety
+    /// The memory must stay mapped, readable and writable until the region is removed.
+    pub unsafe fn add_region(&self, hva: usize, size: usize) -> Result<(), RegionError> {
+        let region = Region::new(hva, size, Owner::User)?;
+        let all = machines();
+        if all.iter().filter_map(Weak::upgrade).any(|m| m.regions().meets_own(hva, size)) {
+            return Err(RegionError::Overlap);
+        }
+        self.put_region(region)
+    }
+
+    /// Takes a region away; returns when no running processor can reach it any more.
+    pub fn remove_region(&self, hva: usize) -> Result<(), RegionError> {
+        self.take_region(hva, Owner::User)
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Address of `count` new pages in a row, zeroed and usable: page tables, control blocks. That the processors learn
+    /// of them is only necessary once for many pages.
+    pub fn alloc_pages(&self, count: usize) -> Result<usize, RegionError> {
+        let mut pool = self.pool();
+        if let Some(address) = pool.take(count) {
+            return Ok(address);
+        }
+        let size = Pool::chunk_size(count).ok_or(RegionError::NoMemory)?;
+        let all = machines();
+        let chunk = pool::map(size, |base, size| {
+            let tables = all.iter().filter_map(Weak::upgrade).map(|m| m.regions());
+            tables.into_iter().find_map(|t| t.meets(base, size).map(|r| (r.base(), r.end())))
+        })?;
+        self.put_region(Region::new(chunk.base(), chunk.size(), Owner::Machine)?)?;
+        pool.add(chunk);
+        pool.take(count).ok_or(RegionError::NoMemory)
+    }
+
+    /// Gives `count` pages back that [`Machine::alloc_pages`] has given. No table names them any more, and no processor
+    /// has a translation from a time when one did; they may be given out again at once.
+    pub fn free_pages(&self, address: usize, count: usize) {
+        let unused = self.pool().give(address, count);
+        if let Some(chunk) = unused {
+            // A region of this machine's, and its mapping goes when nobody reaches it.
+            let _ = self.take_region(chunk.base(), Owner::Machine);
+        }
     }
 
     /// Adds a processor's shared part.
@@ -74,7 +135,7 @@ impl Machine {
         self.lock_cpus().retain(|s| !Arc::ptr_eq(s, shared));
     }
 
-    fn lock_cpus(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Shared>>> {
+    fn lock_cpus(&self) -> MutexGuard<'_, Vec<Arc<Shared>>> {
         self.cpus.lock().unwrap_or_else(|e| e.into_inner())
     }
 

@@ -16,6 +16,8 @@ pub enum RegionError {
     Overlap,
     /// No region starts at this address.
     Missing,
+    /// The host has no memory for it.
+    NoMemory,
 }
 
 /// What is known of one page.
@@ -25,18 +27,26 @@ pub struct PageInfo {
     pub code: AtomicU64,
 }
 
+/// Whose memory a region is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Owner {
+    /// The machine's user's.
+    User,
+    /// The machine's own: its [`super::pool::Pool`]'s.
+    Machine,
+}
+
 /// A range of host memory.
 pub struct Region {
-    /// First address.
-    pub base: usize,
-    /// Bytes.
-    pub size: usize,
+    base: usize,
+    size: usize,
+    owner: Owner,
     pages: Box<[PageInfo]>,
 }
 
 impl Region {
     /// Checks alignment and makes the page table of a region.
-    pub fn new(base: usize, size: usize) -> Result<Region, RegionError> {
+    pub(super) fn new(base: usize, size: usize, owner: Owner) -> Result<Region, RegionError> {
         if base == 0
             || base % PAGE_SIZE != 0
             || size == 0
@@ -45,8 +55,32 @@ impl Region {
         {
             return Err(RegionError::Unaligned);
         }
-        let pages = (0..size / PAGE_SIZE).map(|_| PageInfo::default()).collect();
-        Ok(Region { base, size, pages })
+        let pages = page_infos(size / PAGE_SIZE).ok_or(RegionError::NoMemory)?;
+        Ok(Region { base, size, owner, pages })
+    }
+
+    /// First address.
+    pub fn base(&self) -> usize {
+        self.base
+    }
+
+    /// The address behind the last.
+    pub fn end(&self) -> usize {
+        self.base + self.size
+    }
+}
+
+/// What is known of `count` pages, as yet nothing; None without memory for that. A region may be of any size, most of
+/// which no processor ever looks at: the allocator takes zeroed memory of such a size from the host, page by page as it
+/// is touched.
+fn page_infos(count: usize) -> Option<Box<[PageInfo]>> {
+    use std::alloc::{Layout, alloc_zeroed};
+    let layout = Layout::array::<PageInfo>(count).ok()?;
+    // SAFETY: the layout has a size, as `count` is not 0. Zeros are what PageInfo's default is; the memory comes from
+    // the global allocator with the layout that the box will give it back with.
+    unsafe {
+        let first = alloc_zeroed(layout).cast::<PageInfo>();
+        (!first.is_null()).then(|| Box::from_raw(core::ptr::slice_from_raw_parts_mut(first, count)))
     }
 }
 
@@ -56,6 +90,8 @@ pub struct RegionTable {
     regions: Vec<Arc<Region>>,
     /// First address and size of each, close together for the search.
     bounds: Vec<(usize, usize)>,
+    /// Counts the regions that have been taken away on the way to this table.
+    removals: u64,
 }
 
 /// Bits of the chunks that `size` bytes at page offset `offset` touch (`size` ends within the page).
@@ -66,9 +102,27 @@ pub fn chunk_mask(offset: usize, size: usize) -> u64 {
 }
 
 impl RegionTable {
-    fn of(regions: Vec<Arc<Region>>) -> RegionTable {
+    fn of(regions: Vec<Arc<Region>>, removals: u64) -> RegionTable {
         let bounds = regions.iter().map(|r| (r.base, r.size)).collect();
-        RegionTable { regions, bounds }
+        RegionTable { regions, bounds, removals }
+    }
+
+    /// Whether everything that the table `before`, an earlier one of the same machine, has is in this one.
+    pub fn extends(&self, before: &RegionTable) -> bool {
+        self.removals == before.removals
+    }
+
+    /// The first region that meets `size` bytes at `base`.
+    pub fn meets(&self, base: usize, size: usize) -> Option<&Region> {
+        let at = self.regions.partition_point(|r| r.end() <= base);
+        self.regions.get(at).map(|r| &**r).filter(|r| r.base < base.saturating_add(size))
+    }
+
+    /// The same among the machine's own.
+    pub(super) fn meets_own(&self, base: usize, size: usize) -> bool {
+        let at = self.regions.partition_point(|r| r.end() <= base);
+        let near = self.regions[at..].iter().take_while(|r| r.base < base.saturating_add(size));
+        near.into_iter().any(|r| r.owner == Owner::Machine)
     }
 
     /// Index of the region that holds `address`.
@@ -80,27 +134,25 @@ impl RegionTable {
     }
 
     /// This table and one region more.
-    pub fn with(&self, region: Region) -> Result<RegionTable, RegionError> {
-        let at = self.regions.partition_point(|r| r.base < region.base);
-        let after_previous = at == 0 || {
-            let p = &self.regions[at - 1];
-            p.base + p.size <= region.base
-        };
-        let before_next = at == self.regions.len() || region.base + region.size <= self.regions[at].base;
-        if !(after_previous && before_next) {
+    pub(super) fn with(&self, region: Region) -> Result<RegionTable, RegionError> {
+        if self.meets(region.base, region.size).is_some() {
             return Err(RegionError::Overlap);
         }
+        let at = self.regions.partition_point(|r| r.base < region.base);
         let mut regions = self.regions.clone();
         regions.insert(at, Arc::new(region));
-        Ok(RegionTable::of(regions))
+        Ok(RegionTable::of(regions, self.removals))
     }
 
-    /// This table less the region that starts at `base`.
-    pub fn without(&self, base: usize) -> Result<RegionTable, RegionError> {
+    /// This table less the region of `owner` that starts at `base`.
+    pub(super) fn without(&self, base: usize, owner: Owner) -> Result<RegionTable, RegionError> {
+        let at = self.regions.binary_search_by_key(&base, |r| r.base).map_err(|_| RegionError::Missing)?;
+        if self.regions[at].owner != owner {
+            return Err(RegionError::Missing);
+        }
         let mut regions = self.regions.clone();
-        let at = regions.iter().position(|r| r.base == base).ok_or(RegionError::Missing)?;
         regions.remove(at);
-        Ok(RegionTable::of(regions))
+        Ok(RegionTable::of(regions, self.removals + 1))
     }
 
     /// The region that holds `address`.
@@ -158,17 +210,37 @@ impl RegionTable {
 mod tests {
     use super::*;
 
+    fn region(base: usize, size: usize) -> Region {
+        Region::new(base, size, Owner::User).unwrap()
+    }
+
     #[test]
     fn regions_do_not_overlap_and_are_found_by_address() {
         let t = RegionTable::default();
-        let t = t.with(Region::new(0x10000, 0x2000).unwrap()).unwrap();
-        let t = t.with(Region::new(0x20000, 0x1000).unwrap()).unwrap();
-        assert_eq!(t.with(Region::new(0x11000, 0x1000).unwrap()).err(), Some(RegionError::Overlap));
-        assert_eq!(t.with(Region::new(0xf000, 0x2000).unwrap()).err(), Some(RegionError::Overlap));
+        let t = t.with(region(0x10000, 0x2000)).unwrap();
+        let t = t.with(region(0x20000, 0x1000)).unwrap();
+        assert_eq!(t.with(region(0x11000, 0x1000)).err(), Some(RegionError::Overlap));
+        assert_eq!(t.with(region(0xf000, 0x2000)).err(), Some(RegionError::Overlap));
+        assert_eq!(t.with(region(0xf000, 0x20000)).err(), Some(RegionError::Overlap));
+        assert!(t.with(region(0x12000, 0xe000)).is_ok());
         assert!(t.contains(0x10000, 0x2000) && !t.contains(0x10001, 0x2000));
         assert!(t.find(0x12000).is_none() && t.find(0x20fff).is_some());
-        let t = t.without(0x10000).unwrap();
-        assert!(t.find(0x10000).is_none());
+        assert_eq!(t.without(0x10000, Owner::Machine).err(), Some(RegionError::Missing));
+        let less = t.without(0x10000, Owner::User).unwrap();
+        assert!(less.find(0x10000).is_none());
+        assert!(!less.extends(&t) && less.with(region(0x50000, 0x1000)).unwrap().extends(&less));
+    }
+
+    #[test]
+    fn a_region_takes_memory_for_the_pages_that_are_looked_at() {
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4
+        };
+        let before = resident();
+        let huge = region(1 << 42, 1 << 40);
+        assert_eq!(huge.pages[12345].code.load(Ordering::SeqCst), 0);
+        assert!(resident() < before + (64 << 10), "KiB: {} -> {}", before, resident());
     }
 
     #[test]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Never
 
 from softkvm import abi
@@ -13,6 +15,15 @@ from softkvm import abi
 def kvm_error(code: int, message: str) -> OSError:
     """Return the ``OSError`` for errno ``code``; ``message`` names field, value and expectation."""
     return OSError(code, f"{os.strerror(code)}: {message}")
+
+
+@contextmanager
+def enomem() -> Iterator[None]:
+    """Make what runs in it raise ENOMEM where the host has no memory for it."""
+    try:
+        yield
+    except MemoryError as problem:
+        raise kvm_error(errno.ENOMEM, str(problem) or "the host has no memory for it") from None
 
 
 def bad_file(*args: object, **kwargs: object) -> Never:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 from softkvm import abi
 from softkvm.kvm import vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
-from softkvm.kvm.errors import kvm_error, refuse_requests
+from softkvm.kvm.errors import enomem, kvm_error, refuse_requests
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.memory import dirty_log
 from softkvm.kvm.memory.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
@@ -68,7 +68,7 @@ class Vm(VmState, ABC):
 
     def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
         """KVM_SET_USER_MEMORY_REGION."""
-        with self.slots_lock:
+        with self.slots_lock, enomem():
             slots = self.memslots
             change, old = classify_change(slots, region, self.max_gfn)
             held = memoryview(memory) if memory is not None else None
@@ -186,7 +186,7 @@ class Vm(VmState, ABC):
 
     def create_vcpu(self, id: int) -> Vcpu:
         """KVM_CREATE_VCPU: EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
-        with self.lock:
+        with self.lock, enomem():
             if not 0 <= id < KVM_MAX_VCPU_IDS or len(self.vcpus) >= KVM_MAX_VCPUS:
                 raise kvm_error(errno.EINVAL, f"id={id}, expected below {KVM_MAX_VCPU_IDS}")
             if id in self.vcpu_by_id:

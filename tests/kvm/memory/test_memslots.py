@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -140,3 +144,57 @@ def test_writes_to_a_readonly_slot_are_mmio_and_reads_are_not(tiny: Tiny, memory
     assert (mmio.phys_addr, mmio.len, mmio.is_write, mmio.data[0]) == (16 * MIB, 1, 1, 0x55)
     assert tiny.run_to_halt().rax == 0x5599
     assert memory.read(0, 1) == b"\x99"
+
+
+#: A slot of a TiB whose pages the process has no memory to keep account of: what is refused, and what is left then.
+_HUGE = """
+import errno, mmap, resource
+import softkvm
+from softkvm import abi
+from tests.support.tiny import MIB, Memory
+size = 1 << 40
+memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+import ctypes
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+vm = softkvm.open().create_vm()
+def slot(size, flags=0):
+    vm.set_user_memory_region(
+        abi.kvm_userspace_memory_region(slot=0, flags=flags, memory_size=size, userspace_addr=address)
+    )
+limits = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
+for flags in 0, abi.KVM_MEM_LOG_DIRTY_PAGES:
+    resource.setrlimit(resource.RLIMIT_AS, (used + 16 * MIB, limits[1]))
+    try:
+        slot(size, flags)
+    except OSError as error:
+        assert error.errno == errno.ENOMEM, error
+    else:
+        raise SystemExit("accepted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert vm.memslots.generation == 0 and not list(vm.memslots)
+slot(size)
+assert vm.memslots.gfn_to_memslot((size >> 12) - 1)
+"""
+
+
+def test_a_slot_that_there_is_no_memory_for_is_enomem_and_changes_nothing() -> None:
+    ended = subprocess.run([sys.executable, "-c", _HUGE], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_slot_over_nothing_leaves_room_for_what_kvm_needs(tiny: Tiny) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    hole, flags = 1 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    address = libc.mmap(None, hole, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    libc.munmap(address, hole)
+    tiny.slot(1, 16 * MIB, hole, address)
+    own = [tiny.vm.machine.alloc_page() for _ in range(600)]
+    assert all(not address <= page.address < address + hole for page in own)
+    with pytest.raises(OSError) as refused:
+        tiny.slot(2, 2 << 30, PAGE, own[-1].address)
+    assert refused.value.errno == errno.EINVAL

@@ -35,7 +35,7 @@ class HostRegions:
         return [s for s in self._starts[first:last] if self._end[s] > start]
 
     def get(self, hva: int, size: int) -> None:
-        """Make [hva, hva + size) reachable; raises ``ValueError`` if the machine refuses it."""
+        """Make [hva, hva + size) reachable; raises what the machine refuses it with, and changes nothing then."""
         end = hva + size
         users = self._touching(hva, end)
         gaps = []
@@ -51,7 +51,7 @@ class HostRegions:
             for gap_start, gap_end in gaps:
                 self._machine.add_region(gap_start, gap_end - gap_start)
                 added.append(gap_start)
-        except ValueError:
+        except (ValueError, MemoryError):
             for start in added:
                 self._machine.remove_region(start)
             raise

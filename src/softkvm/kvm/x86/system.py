@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from softkvm import abi
 from softkvm.kvm import system
-from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.errors import enomem, kvm_error
 from softkvm.kvm.x86 import cpuid, mce, msrs
 from softkvm.kvm.x86.capabilities import check_extension
 from softkvm.kvm.x86.vm import Vm
@@ -25,7 +25,8 @@ class Kvm(system.Kvm):
         """KVM_CREATE_VM: EINVAL for a type other than the default."""
         if type:
             raise kvm_error(errno.EINVAL, f"type={type}, expected 0")
-        return Vm(self.params)
+        with enomem():
+            return Vm(self.params)
 
     def get_supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID."""
