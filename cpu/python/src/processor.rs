@@ -6,13 +6,12 @@ use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use softcpu::clock::clock_ns;
-use softcpu::mem::Shared;
+use softcpu::mem::{Shared, Wake};
 use softcpu::x86::state::Cpu;
 
 use crate::machine::PyMachine;
@@ -67,17 +66,16 @@ impl PyCpu {
         }
     }
 
-    /// Blocks until a kick, at most for `timeout`. The processor's timer is this thread's meanwhile: one wake-up, not
-    /// the timer thread's and then this one's.
-    fn sleep(&self, timeout: Option<Duration>) -> bool {
+    /// Blocks until a kick, at most until the physical clock reads `end`. The processor's timer is this thread's
+    /// meanwhile: one wake-up, not the timer thread's and then this one's.
+    fn sleep(&self, end: Option<u64>) -> bool {
         let deadline = self.deadline.load(Ordering::SeqCst);
         if deadline == 0 || self.shared.kicked() {
-            return self.shared.wait(timeout);
+            return self.wait_until(end);
         }
         timer::arm(&self.shared, deadline, 0);
         timer::be_punctual();
-        let left = Duration::from_nanos(deadline.saturating_sub(clock_ns()));
-        let kicked = self.shared.wait(Some(timeout.map_or(left, |t| t.min(left))));
+        let kicked = self.wait_until(Some(end.map_or(deadline, |e| e.min(deadline))));
         if kicked || clock_ns() < deadline {
             // Unless another thread has set the timer: then its deadline is armed already.
             if self.deadline.load(Ordering::SeqCst) == deadline {
@@ -87,6 +85,17 @@ impl PyCpu {
         }
         self.shared.kick();
         true
+    }
+
+    /// Sleeps until a kick is pending or the physical clock reads `end`; whether one is.
+    fn wait_until(&self, end: Option<u64>) -> bool {
+        loop {
+            match self.shared.wait(end) {
+                Wake::Event => return true,
+                Wake::Timeout => return false,
+                Wake::Interrupted => {}
+            }
+        }
     }
 
     /// Spins until a kick is pending or the timer is due, at most `timeout` ns; whether one of the two is.
@@ -171,10 +180,9 @@ impl PyCpu {
 
     #[pyo3(signature = (timeout_ns = -1))]
     fn wait(&self, py: Python<'_>, timeout_ns: i64) -> bool {
-        let timeout = (timeout_ns >= 0).then(|| Duration::from_nanos(timeout_ns as u64));
         py.detach(|| {
             self.send_held();
-            self.sleep(timeout)
+            self.sleep((timeout_ns >= 0).then(|| clock_ns().saturating_add(timeout_ns as u64)))
         })
     }
 

@@ -5,6 +5,7 @@
 //! page has a mask of 64-byte chunks that hold code some processor has decoded; stores into such a chunk tell every
 //! processor to check its decoded code against memory again (see `engine::block`).
 
+mod futex;
 mod host;
 mod pool;
 mod region;
@@ -12,7 +13,7 @@ mod shared;
 
 pub use host::{host_cas, host_load, host_store};
 pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_mask};
-pub use shared::{Shared, pending};
+pub use shared::{Shared, Wake, pending};
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};

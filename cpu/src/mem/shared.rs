@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What of a processor other threads touch.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use super::futex;
+use crate::clock::clock_ns;
 
 /// Bits of [`Shared::pending`].
 pub mod pending {
@@ -13,28 +16,49 @@ pub mod pending {
     pub const CODE_CHANGED: u32 = 8;
 }
 
-/// The part of a processor that other threads touch.
+/// Why a wait is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// What was waited for is pending.
+    Event,
+    /// The time is over.
+    Timeout,
+    /// A signal's handler has run on the waiting thread.
+    Interrupted,
+}
+
+/// The part of a processor that other threads touch: atomics only, so that nobody who stops half-way (a signal
+/// handler, a process that forks) keeps another from it.
 #[derive(Default)]
 pub struct Shared {
-    /// Physical events; see [`pending`].
+    /// Physical events; see [`pending`]. Waiting threads sleep on it.
     pub pending: AtomicU32,
     /// True inside VMRUN.
-    pub running: std::sync::atomic::AtomicBool,
+    pub running: AtomicBool,
     /// The machine's TLB-sync generation this processor has caught up with.
-    pub synced: std::sync::atomic::AtomicU64,
-    /// True inside [`Shared::wait`].
-    pub waiting: std::sync::atomic::AtomicBool,
-    /// Woken by kicks.
-    pub wake: (std::sync::Mutex<()>, std::sync::Condvar),
+    pub synced: AtomicU64,
+    /// Threads inside [`Shared::wait_for`].
+    waiting: AtomicU32,
 }
 
 impl Shared {
+    /// Of a processor with nothing pending.
+    pub const fn new() -> Shared {
+        Shared {
+            pending: AtomicU32::new(0),
+            running: AtomicBool::new(false),
+            synced: AtomicU64::new(0),
+            waiting: AtomicU32::new(0),
+        }
+    }
+
     /// A physical interrupt: the processor leaves the guest with VMEXIT_INTR, now or at its next VMRUN.
+    /// Async-signal-safe, but for `errno`.
     pub fn kick(&self) {
         self.pending.fetch_or(pending::KICK, Ordering::SeqCst);
-        if self.waiting.load(Ordering::SeqCst) {
-            drop(self.wake.0.lock());
-            self.wake.1.notify_all();
+        // Whoever is about to sleep has counted itself before it looked at `pending`.
+        if self.waiting.load(Ordering::SeqCst) != 0 {
+            futex::wake(&self.pending);
         }
     }
 
@@ -48,28 +72,33 @@ impl Shared {
         self.pending.load(Ordering::SeqCst) & pending::KICK != 0
     }
 
-    /// Blocks until a kick is pending (it stays pending) or the time is over; whether one is.
-    pub fn wait(&self, timeout: Option<std::time::Duration>) -> bool {
-        if self.kicked() {
-            return true;
-        }
-        let deadline = timeout.and_then(|t| std::time::Instant::now().checked_add(t));
-        self.waiting.store(true, Ordering::SeqCst);
-        let mut guard = self.wake.0.lock().unwrap_or_else(|e| e.into_inner());
-        while !self.kicked() {
-            guard = match deadline {
-                None => self.wake.1.wait(guard).unwrap_or_else(|e| e.into_inner()),
-                Some(d) => {
-                    let left = d.saturating_duration_since(std::time::Instant::now());
-                    if left.is_zero() {
-                        break;
-                    }
-                    self.wake.1.wait_timeout(guard, left).unwrap_or_else(|e| e.into_inner()).0
-                }
-            };
-        }
-        drop(guard);
-        self.waiting.store(false, Ordering::SeqCst);
-        self.kicked()
+    /// Blocks until a kick is pending (it stays pending), the physical clock reads `deadline` ns, or a signal has been
+    /// handled.
+    pub fn wait(&self, deadline: Option<u64>) -> Wake {
+        self.wait_for(pending::KICK, deadline)
+    }
+
+    /// Blocks until one of `events` is pending, as [`Shared::wait`]. Only kicks are certain to be noticed at once.
+    pub fn wait_for(&self, events: u32, deadline: Option<u64>) -> Wake {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let wake = loop {
+            let seen = self.pending.load(Ordering::SeqCst);
+            if seen & events != 0 {
+                break Wake::Event;
+            }
+            if deadline.is_some_and(|end| clock_ns() >= end) {
+                break Wake::Timeout;
+            }
+            let slept = futex::wait(&self.pending, seen, deadline);
+            if slept.is_err_and(|e| e.raw_os_error() == Some(libc::EINTR)) {
+                break if self.pending.load(Ordering::SeqCst) & events != 0 {
+                    Wake::Event
+                } else {
+                    Wake::Interrupted
+                };
+            }
+        };
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        wake
     }
 }

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Code that changes under the processor, and several processors at once.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use iced_x86::code_asm::*;
+use softcpu::clock::clock_ns;
+use softcpu::mem::{Shared, Wake};
 use softcpu::x86::system::exitcode as exit;
 use softcpu::x86::vmcb::save;
 
@@ -178,6 +181,72 @@ fn a_kick_ends_an_endless_loop() {
         g.expect_exit(exit::INTR);
     });
     assert!(g.cpu.engine.instructions > 1000);
+}
+
+#[test]
+fn no_kick_is_lost_however_close_to_falling_asleep_it_comes() {
+    const ROUNDS: usize = 20_000;
+    let (a, b) = (Shared::default(), Shared::default());
+    let turn = |mine: &Shared, other: &Shared| {
+        for _ in 0..ROUNDS {
+            assert_eq!(mine.wait(Some(clock_ns() + 60_000_000_000)), Wake::Event);
+            assert!(mine.clear_kick());
+            other.kick();
+        }
+    };
+    std::thread::scope(|s| {
+        s.spawn(|| turn(&a, &b));
+        a.kick();
+        turn(&b, &a);
+    });
+}
+
+#[test]
+fn a_wait_ends_at_its_time_and_leaves_no_kick_behind() {
+    let shared = Shared::default();
+    let end = clock_ns() + 2_000_000;
+    assert_eq!(shared.wait(Some(end)), Wake::Timeout);
+    assert!(clock_ns() >= end && !shared.kicked());
+}
+
+static SIGNALLED: Shared = Shared::new();
+
+extern "C" fn kick_from_a_handler(_: libc::c_int) {
+    SIGNALLED.kick();
+}
+
+extern "C" fn handler_that_does_nothing(_: libc::c_int) {}
+
+/// The handler of a signal runs in the middle of anything; a lock that its thread holds it would wait for forever.
+#[test]
+fn a_signal_handler_may_kick_and_any_handler_interrupts_a_wait() {
+    let handlers: [(libc::c_int, extern "C" fn(libc::c_int), Wake); 2] = [
+        (libc::SIGUSR1, kick_from_a_handler, Wake::Event),
+        (libc::SIGUSR2, handler_that_does_nothing, Wake::Interrupted),
+    ];
+    for (signal, handler, wake) in handlers {
+        // SAFETY: both handlers are async-signal-safe.
+        unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+        let ended = &AtomicBool::new(false);
+        std::thread::scope(|s| {
+            let (send, thread) = std::sync::mpsc::channel();
+            let waiter = s.spawn(move || {
+                // SAFETY: the calling thread's own handle.
+                send.send(unsafe { libc::pthread_self() }).unwrap();
+                let woken = SIGNALLED.wait(None);
+                ended.store(true, Ordering::SeqCst);
+                woken
+            });
+            let thread = thread.recv().unwrap();
+            while !ended.load(Ordering::SeqCst) {
+                // SAFETY: the scope joins the thread later.
+                unsafe { libc::pthread_kill(thread, signal) };
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(waiter.join().unwrap(), wake);
+        });
+        assert_eq!(SIGNALLED.clear_kick(), wake == Wake::Event);
+    }
 }
 
 /// A stack that a few nested calls of the decoder would fill.

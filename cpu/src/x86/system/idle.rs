@@ -2,7 +2,6 @@
 //! Waiting and hints: HLT, PAUSE, MONITOR, MWAIT; cache control; CPUID; and the instructions of AMD-V itself.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use super::exitcode;
 use crate::clock::clock_ns;
@@ -11,6 +10,9 @@ use crate::x86::flags::rf;
 use crate::x86::op::{Op, Res};
 use crate::x86::state::{Cpu, cr4, reg};
 use crate::x86::x87::{compacted_size, xsave_size};
+
+/// A processor that waits in HLT looks this often for what doesn't wake it.
+const LOOK_AGAIN_NS: u64 = 1_000_000;
 
 /// CPUID.
 pub(super) fn cpuid(cpu: &mut Cpu, _: &Op) -> Res {
@@ -48,11 +50,8 @@ pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
         && cpu.rflags & rf::IF != 0
         && (cpu.ctl.v_ign_tpr || cpu.ctl.v_intr_prio > cpu.ctl.v_tpr);
     while !virtual_interrupt && shared.pending.load(Ordering::SeqCst) == 0 {
-        let guard = shared.wake.0.lock().unwrap_or_else(|e| e.into_inner());
-        if shared.pending.load(Ordering::SeqCst) == 0 {
-            // The timer may belong to somebody who doesn't notify: look again now and then.
-            let _ = shared.wake.1.wait_timeout(guard, Duration::from_millis(1));
-        }
+        // Only a kick wakes the thread: look for the rest now and then.
+        shared.wait_for(u32::MAX, Some(clock_ns() + LOOK_AGAIN_NS));
     }
     Err(cpu.end_block(op))
 }
