@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 CARGO  ?= cargo
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
 .PHONY: all venv build guests wheel demo test lint test-rust test-python bench clean help
@@ -17,25 +18,39 @@ help:
 	@echo 'make wheel   one abi3 wheel in dist/'
 	@echo 'make clean   remove everything built'
 
+# A stamp per step: what has been made of these files is made again only when one of them is newer.
+EXTENSION := $(wildcard src/softkvm/_softcpu*.so)
+CRATE     := Cargo.toml pyproject.toml $(shell find cpu/src cpu/python -type f) cpu/Cargo.toml
+# Environments have absolute paths in them: one that has been moved or copied is made anew.
+MOVED     := $(filter-out $(abspath $(VENV)),$(shell cat $(BIN)/.ready 2>/dev/null))
+ifneq ($(MOVED),)
+.PHONY: $(BIN)/.ready
+endif
+ifeq ($(EXTENSION),)
+.PHONY: $(BIN)/.built
+endif
+
 venv: $(BIN)/.ready
 $(BIN)/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'softkvm needs Python 3.11 or later: make PYTHON=python3.11' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 	  || { echo 'this Python cannot make virtual environments: apt-get install python3-venv' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' 'maturin>=1.7,<2'
-	@touch $@
+	$(PYTHON) -m venv $(if $(MOVED),--clear) $(VENV)
+	$(PIP) --upgrade 'pip>=25.1' 'maturin>=1.7,<2'
+	@echo '$(abspath $(VENV))' > $@
 
 # The tools of `make test`, apart: `make demo` does not wait for them.
 $(BIN)/.dev: $(BIN)/.ready pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test
+	$(PIP) --group test
 	@touch $@
 
-build: venv guests
+build: guests $(BIN)/.built
+$(BIN)/.built: $(BIN)/.ready $(CRATE)
 	@command -v $(CARGO) >/dev/null \
 	  || { echo 'softkvm needs a Rust toolchain (cargo) to build' >&2; exit 1; }
-	. $(BIN)/activate && maturin develop --release --quiet
+	. $(BIN)/activate && PIP_QUIET=1 maturin develop --release
+	@touch $@
 
 guests:
 	@$(MAKE) --no-print-directory -C guests
@@ -52,9 +67,10 @@ lint: build $(BIN)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --release --workspace --all-targets --quiet -- -D warnings
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 
 test-rust:
+	$(CARGO) test --release --workspace --no-run
 	$(CARGO) test --release --workspace --quiet
 
 test-python: build $(BIN)/.dev
