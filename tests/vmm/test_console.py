@@ -14,6 +14,7 @@ class FakeMachine:
     def __init__(self) -> None:
         self.ended = threading.Event()
         self.outcome = "power-off"
+        self.board = self  # all in one: machine, board and serial port
         self.serial = self
         self.typed = b""
         self.flushes: list[bytes] = []

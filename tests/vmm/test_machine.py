@@ -115,7 +115,7 @@ def test_console_output_and_input(make: MakeMachine) -> None:
     machine = make(echo + POWER_OFF + HALT, console=console)
     machine.start()
     assert arrived.wait(20)
-    machine.serial.feed(b"A")
+    machine.board.serial.feed(b"A")
     assert machine.wait(20).end is End.POWER_OFF
     assert bytes(output) == b"?B"
 

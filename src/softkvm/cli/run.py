@@ -405,7 +405,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         with (
             _signals_end(machine, caught),
             console.attach(
-                machine.serial, lambda: machine.end(Outcome(End.STOPPED, "from the console")), machine.ended
+                machine.board.serial, lambda: machine.end(Outcome(End.STOPPED, "from the console")), machine.ended
             ),
         ):
             watcher.started_ns = time.monotonic_ns()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import run_page
+from softkvm.abi import run_page
 from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memory.host_mappings import HostMappings
 from softkvm.kvm.memory.memslots import Memslots

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import halt_poll, run_page
+from softkvm.abi import run_page
+from softkvm.kvm import halt_poll
 from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import BLOCKING, OUTSIDE_GUEST_MODE, VcpuState

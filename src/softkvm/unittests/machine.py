@@ -86,7 +86,7 @@ class TestMachine(Machine):
             self.pio.add(vmport.VMPORT, 4, vmport.VmPort(self.current_vcpu), "vmport")
         self._pci_testdev = pci_testdev.PciTestDevice(self.vm)
         self._pci_testdev.connect(self.pio, self.mmio)
-        self.pci_config.add(PCI_TESTDEV_SLOT, 0, self._pci_testdev)
+        self.board.pci_config.add(PCI_TESTDEV_SLOT, 0, self._pci_testdev)
 
     def close(self) -> None:
         """Give back everything, the test device's eventfds too."""

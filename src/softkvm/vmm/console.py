@@ -77,7 +77,7 @@ class Console:
         """Type *text* at the console."""
         if self._machine is None:
             raise ConsoleError("no machine is attached to the console")
-        self._machine.serial.feed(text.encode())
+        self._machine.board.serial.feed(text.encode())
 
     def expect(self, pattern: str, timeout_s: float = 30.0) -> re.Match[str]:
         """Wait for *pattern* (a regular expression) in the output after the last match; return the match.
@@ -92,7 +92,7 @@ class Console:
                 if ended and self._machine is not None:
                     self._changed.release()  # output() needs it while the last bytes are flushed
                     try:
-                        self._machine.serial.flush()
+                        self._machine.board.serial.flush()
                     finally:
                         self._changed.acquire()
                 # surrogateescape: one character per undecodable byte, so positions can be counted back in bytes

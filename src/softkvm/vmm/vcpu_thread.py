@@ -14,6 +14,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm import abi, api
+from softkvm.abi.run_page import (
+    EXIT,
+    EXIT_REASON_D,
+    IO_COUNT_D,
+    IO_D,
+    IO_DATA_OFFSET_D,
+    MMIO_DATA_Q,
+    MMIO_IS_WRITE_B,
+    MMIO_LEN_D,
+    MMIO_PHYS_ADDR_Q,
+)
 from softkvm.vmm.bus import CACHE_ENTRIES
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import REASONS, ExitStats
@@ -21,17 +32,7 @@ from softkvm.vmm.stats import REASONS, ExitStats
 if TYPE_CHECKING:
     from softkvm.vmm.machine import Machine
 
-_EXIT_REASON_U32 = 2  # index of kvm_run.exit_reason in the shared page seen as u32
 _IO = struct.Struct("<BBHIQ")  # kvm_run.io
-_UNION = 32  # offset of the union in kvm_run
-_IO_KEY_U32 = 8  # direction, size and port in one word
-_IO_COUNT_U32 = 9
-_IO_DATA_OFFSET_U32 = 10
-_MMIO_ADDRESS_U64 = 4
-_MMIO_DATA_U64 = 5
-_MMIO_LEN_U32 = 12
-_MMIO_IS_WRITE = 52
-_RESET_RIP = 0xFFF0
 _MASKS = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
 
 
@@ -93,7 +94,7 @@ class VcpuThread:
                     continue
                 after = clock()
                 guest_ns += after - before
-                reason = words[_EXIT_REASON_U32]
+                reason = words[EXIT_REASON_D]
                 handlers[reason]()
                 before = clock()
                 counts[reason] += 1
@@ -113,10 +114,10 @@ class VcpuThread:
         """KVM_EXIT_IO: one access of up to 4 bytes, by the route that its direction, size and port have."""
         words = self._words
         try:
-            is_out, size, access, offset, at = self._io_routes[words[_IO_KEY_U32]]
+            is_out, size, access, offset, at = self._io_routes[words[IO_D]]
         except KeyError:
             return self._io_slow()
-        if words[_IO_COUNT_U32] != 1 or words[_IO_DATA_OFFSET_U32] != at:
+        if words[IO_COUNT_D] != 1 or words[IO_DATA_OFFSET_D] != at:
             return self._io_slow()
         shared = self._shared
         if is_out:
@@ -131,12 +132,12 @@ class VcpuThread:
         """Any KVM_EXIT_IO: *count* accesses of *size* bytes at *port*, data in the shared page."""
         shared = self._shared
         pio = self.machine.pio
-        direction, size, port, count, at = _IO.unpack_from(shared, _UNION)
+        direction, size, port, count, at = _IO.unpack_from(shared, EXIT)
         is_out = direction == abi.KVM_EXIT_IO_OUT
         found = pio.find(port)
         if found and port + size <= found.end and len(self._io_routes) < CACHE_ENTRIES:
             access = found.device.write if is_out else found.device.read
-            self._io_routes[self._words[_IO_KEY_U32]] = (is_out, size, access, port - found.start, at)
+            self._io_routes[self._words[IO_D]] = (is_out, size, access, port - found.start, at)
         for start in range(at, at + size * count, size):
             if is_out:
                 pio.write(port, size, int.from_bytes(shared[start : start + size], "little"))
@@ -145,16 +146,16 @@ class VcpuThread:
 
     def _mmio(self) -> None:
         """KVM_EXIT_MMIO: one access of up to 8 bytes."""
-        address = self._quads[_MMIO_ADDRESS_U64]
-        size = self._words[_MMIO_LEN_U32]
+        address = self._quads[MMIO_PHYS_ADDR_Q]
+        size = self._words[MMIO_LEN_D]
         mask = _MASKS[size]
         found = self.machine.mmio.find(address)
         if found is None or address + size > found.end:
-            self._quads[_MMIO_DATA_U64] = mask  # a write is lost, a read finds ones
-        elif self._shared[_MMIO_IS_WRITE]:
-            found.device.write(address - found.start, size, self._quads[_MMIO_DATA_U64] & mask)
+            self._quads[MMIO_DATA_Q] = mask  # a write is lost, a read finds ones
+        elif self._shared[MMIO_IS_WRITE_B]:
+            found.device.write(address - found.start, size, self._quads[MMIO_DATA_Q] & mask)
         else:
-            self._quads[_MMIO_DATA_U64] = found.device.read(address - found.start, size) & mask
+            self._quads[MMIO_DATA_Q] = found.device.read(address - found.start, size) & mask
 
     def _nothing(self) -> None:
         """An exit that asks for nothing."""
@@ -165,9 +166,7 @@ class VcpuThread:
 
     def _shutdown(self) -> None:
         """KVM_EXIT_SHUTDOWN: a triple fault. On AMD KVM has reset the vCPU by then, and where it was is lost."""
-        rip = self.vcpu.get_regs().rip
-        where = "" if rip == _RESET_RIP else f" at RIP {rip:#x}"
-        self.machine.end(Outcome(End.TRIPLE_FAULT, f"vCPU {self.index}{where}"))
+        self.machine.end(Outcome(End.TRIPLE_FAULT, f"vCPU {self.index}{self.machine.board.where(self.vcpu)}"))
 
     def _system_event(self) -> None:
         """KVM_EXIT_SYSTEM_EVENT."""
@@ -182,9 +181,9 @@ class VcpuThread:
         """KVM_EXIT_INTERNAL_ERROR: KVM cannot go on."""
         internal = self.vcpu.kvm_run.internal
         data = " ".join(f"{value:#x}" for value in internal.data[: min(internal.ndata, 16)])
-        rip = self.vcpu.get_regs().rip
+        where = self.machine.board.where(self.vcpu)
         name = _INTERNAL_ERRORS.get(internal.suberror, f"suberror {internal.suberror}")
-        self.machine.end(Outcome(End.ERROR, f"KVM: {name}, vCPU {self.index} at RIP {rip:#x}, data {data}"))
+        self.machine.end(Outcome(End.ERROR, f"KVM: {name}, vCPU {self.index}{where}, data {data}"))
 
     def _fail_entry(self) -> None:
         """KVM_EXIT_FAIL_ENTRY: the processor refused the guest state."""

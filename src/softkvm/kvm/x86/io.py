@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Port I/O and MMIO: in-kernel devices first, then KVM_EXIT_IO and KVM_EXIT_MMIO (KVM API section 5).
 
-The shared page is written through memory views (:mod:`softkvm.kvm.run_page`).
+The shared page is written through memory views (:mod:`softkvm.abi.run_page`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.abi import X86_EFLAGS_RF, X86_EFLAGS_TF
-from softkvm.kvm import run_page
+from softkvm.abi import X86_EFLAGS_RF, X86_EFLAGS_TF, run_page
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 

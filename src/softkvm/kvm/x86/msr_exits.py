@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from softkvm import abi
-from softkvm.kvm import run_page
+from softkvm.abi import run_page
+from softkvm.abi.x86 import run_page as x86_run_page
 from softkvm.kvm.x86 import msrs
-from softkvm.kvm.x86 import run_page as x86_run_page
 from softkvm.kvm.x86.exceptions import inject_gp
 
 if TYPE_CHECKING:

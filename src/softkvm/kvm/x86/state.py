@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import run_page, state
-from softkvm.kvm.x86 import run_page as x86_run_page
+from softkvm.abi import run_page
+from softkvm.abi.x86 import run_page as x86_run_page
+from softkvm.kvm import state
 from softkvm.kvm.x86.exceptions import DR7_FIXED_1, DR7_GD
 from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI

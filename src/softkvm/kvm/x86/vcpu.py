@@ -8,7 +8,8 @@ import logging
 from typing import Final
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import run_page, vcpu
+from softkvm.abi import run_page
+from softkvm.kvm import vcpu
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD

@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.abi import EFER_LMA
-from softkvm.kvm import run_page
+from softkvm.abi import EFER_LMA, run_page
 from softkvm.kvm.memory.guest_memory import read_guest
 from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86 import io

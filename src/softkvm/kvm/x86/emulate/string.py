@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm import run_page
+from softkvm.abi import run_page
 from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86.emulate.alu import DF, STATUS, ZF, sub_flags
 from softkvm.kvm.x86.emulate.emulator import Emulator, PioNeeded, handler

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import run_page
+from softkvm.abi import run_page
 from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import io, reset

@@ -6,15 +6,17 @@ from __future__ import annotations
 import pytest
 
 from softkvm import abi
-from softkvm.kvm import run_page
-from softkvm.kvm.x86 import run_page as x86_run_page
+from softkvm.abi import run_page
+from softkvm.abi.x86 import run_page as x86_run_page
 
 BYTES = {"B": 1, "W": 2, "D": 4, "Q": 8}
 
 OFFSETS = {
     "REQUEST_INTERRUPT_WINDOW_B": 0, "IMMEDIATE_EXIT_B": 1, "EXIT_REASON_D": 8, "READY_FOR_INTERRUPT_INJECTION_B": 12,
     "IF_FLAG_B": 13, "FLAGS_W": 14, "CR8_Q": 16, "APIC_BASE_Q": 24, "IO_Q": 32, "IO_DATA_OFFSET_Q": 40,
-    "MMIO_PHYS_ADDR_Q": 32, "MMIO_DATA_B": 40, "MMIO_DATA_Q": 40, "MMIO_LEN_Q": 48, "FAIL_ENTRY_REASON_Q": 32,
+    "MMIO_PHYS_ADDR_Q": 32, "MMIO_DATA_B": 40, "MMIO_DATA_Q": 40, "MMIO_LEN_Q": 48,
+    "MMIO_LEN_D": 48, "MMIO_IS_WRITE_B": 52, "IO_D": 32, "IO_COUNT_D": 36, "IO_DATA_OFFSET_D": 40,
+    "FAIL_ENTRY_REASON_Q": 32,
     "FAIL_ENTRY_CPU_D": 40, "INTERNAL_SUBERROR_D": 32, "INTERNAL_NDATA_D": 36, "INTERNAL_DATA_Q": 40,
     "EMULATION_FAILURE_FLAGS_Q": 40, "EMULATION_FAILURE_INSN_SIZE_B": 48, "EMULATION_FAILURE_INSN_BYTES_B": 49,
     "EOI_VECTOR_B": 32,

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What x86 adds to the places of :mod:`softkvm.abi.run_page`: its MSR and debug exits."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from softkvm.abi.run import kvm_run_msr
+from softkvm.abi.run_page import EXIT, index
+from softkvm.abi.x86.processor import kvm_debug_exit_arch
+
+#: kvm_run.msr: the error and seven bytes of padding in one element.
+MSR_ERROR_Q: Final = index(kvm_run_msr, "error", 8, EXIT)
+MSR_ERROR_B: Final = index(kvm_run_msr, "error", 1, EXIT)
+MSR_REASON_D: Final = index(kvm_run_msr, "reason", 4, EXIT)
+MSR_INDEX_D: Final = index(kvm_run_msr, "index", 4, EXIT)
+MSR_DATA_Q: Final = index(kvm_run_msr, "data", 8, EXIT)
+
+DEBUG_EXCEPTION_D: Final = index(kvm_debug_exit_arch, "exception", 4, EXIT)
+DEBUG_PC_Q: Final = index(kvm_debug_exit_arch, "pc", 8, EXIT)
+DEBUG_DR6_Q: Final = index(kvm_debug_exit_arch, "dr6", 8, EXIT)
+DEBUG_DR7_Q: Final = index(kvm_debug_exit_arch, "dr7", 8, EXIT)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boards: what a machine is made of. One module each; :class:`Board` is what the machine's life asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from softkvm import api
+from softkvm.vmm.memory import GuestMemory
+
+
+class Board(Protocol):
+    """Memory map, interrupt chips, devices, boot protocols and description tables of one kind of machine."""
+
+    memory: GuestMemory
+
+    def create_vcpus(self, kvm: api.Kvm) -> Iterable[api.Vcpu]:
+        """Make the processors, in the state that the board's reset leaves them in."""
+
+    def built(self) -> None:
+        """All parts, those of ``Config.devices`` too, are there."""
+
+    def load(self, kernel: Any, initrd: Any = None, command_line: str = "", **options: Any) -> None:
+        """Put an image into memory and the first processor to its entry."""
+
+    def where(self, vcpu: api.Vcpu) -> str:
+        """Say where a vCPU is, for a message that it stands in; empty if that isn't known."""
+
+    def flush(self) -> None:
+        """The machine stands: write out what devices hold back."""

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PC: memory map, interrupt chips, devices, boot protocols and ACPI tables of an x86 machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from softkvm import abi, api
+from softkvm.vmm.bios import services
+from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, multiboot, pvh
+from softkvm.vmm.boot.cpustate import jump_in_real_mode
+from softkvm.vmm.boot.image import Deadline, Image, Source
+from softkvm.vmm.boot.loaders import Kind
+from softkvm.vmm.boot.placement import Module
+from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
+from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial
+from softkvm.vmm.errors import ImageError
+from softkvm.vmm.memory import GuestMemory
+from softkvm.vmm.outcome import End, Outcome
+from softkvm.vmm.reset import ResetState
+from softkvm.vmm.routing import pc_routing
+
+if TYPE_CHECKING:
+    from softkvm.vmm.machine import Machine
+
+TSS_ADDRESS = 0xFFFBD000
+IDENTITY_MAP_ADDRESS = 0xFFFBC000
+_RESET_RIP = 0xFFF0
+
+
+class Pc:
+    """An x86 board (:class:`softkvm.vmm.boards.Board`) in *machine*; *resources* gets what closes its parts."""
+
+    def __init__(
+        self, machine: Machine, console: Callable[[bytes], None] | None, resources: contextlib.ExitStack
+    ) -> None:
+        self.machine = machine
+        config, vm = machine.config, machine.vm
+        self.memory = GuestMemory(config.memory_size)
+        resources.callback(self.memory.close)
+        if vm.check_extension(abi.KVM_CAP_SET_TSS_ADDR):
+            vm.set_tss_addr(TSS_ADDRESS)
+        if vm.check_extension(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
+            vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
+        vm.create_irqchip()
+        vm.set_gsi_routing(pc_routing())
+        if config.pit:
+            vm.create_pit2(abi.KVM_PIT_SPEAKER_DUMMY)  # with port 0x61, which gates counter 2
+        self.memory.attach(vm)
+        self._add_devices(console)
+        for device in (self.serial, self.cmos, self.acpi_pm, self.hpet):
+            if device is not None:
+                resources.callback(device.close)
+
+    def create_vcpus(self, kvm: api.Kvm) -> Iterator[api.Vcpu]:
+        """Make the processors, the first of which boots the machine."""
+        config, vm = self.machine.config, self.machine.vm
+        supported = kvm.get_supported_cpuid()
+        deadline_timer = bool(kvm.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
+        count = config.vcpus
+        for apic_id in range(count):
+            vcpu = vm.create_vcpu(apic_id)
+            cpuid = vcpu_cpuid(supported, apic_id, count, deadline_timer=deadline_timer)
+            if config.cpuid is not None:
+                cpuid = config.cpuid(cpuid)
+            vcpu.set_cpuid2(cpuid)
+            set_boot_msrs(vcpu, cpuid)
+            set_boot_lapic(vcpu, bootstrap=apic_id == 0)
+            state = abi.KVM_MP_STATE_RUNNABLE if apic_id == 0 else abi.KVM_MP_STATE_UNINITIALIZED
+            vcpu.set_mp_state(abi.kvm_mp_state(state))
+            yield vcpu
+
+    def built(self) -> None:
+        """All parts are there: what they are now is what a wake-up from S3 brings back."""
+        self._reset_state = ResetState.take(self.machine.vm, self._vcpus())
+
+    def _vcpus(self) -> list[api.Vcpu]:
+        return [thread.vcpu for thread in self.machine.vcpus]
+
+    def where(self, vcpu: api.Vcpu) -> str:
+        """Say where a vCPU is, for a message; nothing if KVM has reset it."""
+        rip = vcpu.get_regs().rip
+        return "" if rip == _RESET_RIP else f" at RIP {rip:#x}"
+
+    def flush(self) -> None:
+        """Write out what the console holds back."""
+        self.serial.flush()
+
+    def _irq(self, line: int) -> Callable[[int], None]:
+        """Return the callable that drives interrupt *line*."""
+        irq_line = self.machine.vm.irq_line
+
+        def set_irq(level: int) -> None:
+            irq_line(line, level)
+
+        return set_irq
+
+    def _add_devices(self, console: Callable[[bytes], None] | None) -> None:
+        ranges = self.memory.ranges
+        above = ranges[1].end - ranges[1].start if len(ranges) > 1 else 0
+        self.hpet = (
+            hpet.Hpet(self.machine.vm.irq_line, replace_pit=self._replace_pit) if self.machine.config.hpet else None
+        )
+        self.serial = serial.Serial(console, self._irq(serial.COM1_IRQ))
+        self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._rtc_irq)
+        self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
+        self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
+        self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
+        self.pci_config.add(0, 0, pci.host_bridge())
+        self.pvpanic = pvpanic.PvPanic(self._panicked)
+        self.debug_exit = debug_exit.DebugExit(self._debug_exit)
+        self.bios = services.Bios(
+            self.machine.current_vcpu,
+            self.memory,
+            lambda: layout.memory_map(self.memory),
+            self.machine.pio,
+            lambda: self._reset("BIOS"),
+            self.machine.ended,
+        )
+        if self.hpet is not None:
+            self.machine.mmio.add(hpet.HPET_ADDRESS, hpet.HPET_SIZE, self.hpet, "hpet")
+        add = self.machine.pio.add
+        add(serial.COM1_PORT, serial.REGISTERS, self.serial, "com1")
+        add(cmos.CMOS_PORT, 2, self.cmos, "cmos")
+        add(acpi_pm.PM_BASE_PORT, acpi_pm.PM_BLOCK_SIZE, self.acpi_pm, "acpi-pm")
+        add(i8042.DATA_PORT, 1, self.i8042.data_port, "i8042 data")
+        add(i8042.COMMAND_PORT, 1, self.i8042.command_port, "i8042 command")
+        add(pci_config.PCI_CONFIG_PORT, pci_config.PCI_CONFIG_SIZE, self.pci_config, "pci-config")
+        add(services.SERVICE_PORT, 1, self.bios, "bios")
+        add(pvpanic.PVPANIC_PORT, 1, self.pvpanic, "pvpanic")
+        add(debug_exit.DEBUG_EXIT_PORT, debug_exit.DEBUG_EXIT_SIZE, self.debug_exit, "debug-exit")
+
+    # -- what devices tell
+
+    def _powered_off(self) -> None:
+        self.machine.end(Outcome(End.POWER_OFF))
+
+    def _reset(self, by: str) -> None:
+        self.machine.end(Outcome(End.RESET, by))
+
+    def _panicked(self, events: int) -> None:
+        if events & pvpanic.PANICKED:
+            self.machine.end(Outcome(End.PANIC, "pvpanic"))
+
+    def _debug_exit(self, status: int) -> None:
+        self.machine.end(Outcome(End.DEBUG_EXIT, f"status {status}", status))
+
+    def _replace_pit(self, on: bool) -> None:
+        """The HPET drives IRQ 0 from now on, or no more: KVM's PIT does not, or does again (KVM API, KVM_SET_PIT2)."""
+        if self.machine.config.pit:
+            state = self.machine.vm.get_pit2()
+            state.flags = state.flags & ~abi.KVM_PIT_FLAGS_HPET_LEGACY | (abi.KVM_PIT_FLAGS_HPET_LEGACY if on else 0)
+            self.machine.vm.set_pit2(state)
+
+    def _rtc_irq(self, level: int) -> None:
+        if self.hpet is not None:
+            self.hpet.rtc_irq(level)
+        else:
+            self.machine.vm.irq_line(cmos.RTC_IRQ, level)
+        if level:
+            self.acpi_pm.rtc_alarm()
+
+    # -- sleep
+
+    def _sleep(self) -> None:
+        """S3, entered by the vCPU on whose thread we are: wait for a wake-up event, go on at the waking vector.
+
+        Memory and devices keep their state; processors and interrupt chips come up as after a reset. Source: ACPI
+        specification 6.4, sections 16.3.1 (sleeping states), 5.2.10 (firmware waking vector).
+        """
+        with self.machine.asleep(lambda: self.acpi_pm.wait_for_wake_up(0.1)) as woken:
+            if woken:
+                _complete_exit(self.machine.current_vcpu())
+                self._reset_state.restore(self.machine.vm, self._vcpus())
+                jump_in_real_mode(self.machine.vcpus[0].vcpu, acpi.waking_vector(self.memory))
+
+    # -- boot
+
+    def load(
+        self,
+        kernel: Source | Image,
+        initrd: Source | Image | None = None,
+        command_line: str = "",
+        *,
+        modules: Sequence[Module] = (),
+        raw: bool = False,
+        entry: bzimage.Entry | None = None,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Load *kernel*: a Linux kernel, an ELF file with a PVH note, a Multiboot image or, if *raw*, flat code.
+
+        *kernel* and *initrd* are contents, or paths of files that hold them; a Multiboot or ELF kernel may be
+        compressed with gzip. *initrd* is the first of *modules*; Linux gets them as one RAM disk. *entry* chooses
+        among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
+        fit, LoadTimeout if *deadline* passes.
+        """
+        vcpu = self.machine.vcpus[0].vcpu
+        if "\0" in command_line:
+            raise ImageError("command line holds a NUL character")
+        with contextlib.ExitStack() as files:
+            image = files.enter_context(Image.of(kernel, "kernel", self.memory.size, deadline))
+            if initrd is not None:
+                ramdisk = files.enter_context(Image.of(initrd, "initrd", self.memory.size, deadline))
+                modules = [Module(ramdisk), *modules]
+            if raw:
+                flat.load(vcpu, self.memory, image, deadline)
+                return
+            image, kind = loaders.recognize(image, self.memory.size, deadline)
+            if entry is not None and kind is not Kind.LINUX:
+                raise ImageError(f"kernel is no Linux kernel: it has no {entry.value}-bit entry to choose")
+            arguments = command_line.encode("utf-8", "surrogateescape")
+            modules = [module for module in modules if module.image.size or module.command_line]
+            rsdp = acpi.write_tables(self.memory, range(self.machine.config.vcpus), with_hpet=self.machine.config.hpet)
+            if kind is Kind.LINUX:
+                bzimage.load(vcpu, self.memory, image, modules, arguments, rsdp, entry=entry, deadline=deadline)
+            elif kind is Kind.MULTIBOOT:
+                multiboot.load(vcpu, self.memory, image, arguments, modules, deadline)
+            elif kind is Kind.ELF:
+                pvh.load(vcpu, self.memory, image, modules, arguments, rsdp, deadline)
+            else:
+                raise ImageError(loaders.describe_unknown(image))
+            firmware.install(self.machine.vm, self.memory, pit=self.machine.config.pit)
+
+
+def _complete_exit(vcpu: api.Vcpu) -> None:
+    """Let KVM finish the access that it left KVM_RUN for, without running the guest (KVM API, 5: immediate_exit)."""
+    run = vcpu.kvm_run
+    run.immediate_exit = 1
+    try:
+        vcpu.run()
+    except InterruptedError:
+        pass
+    finally:
+        run.immediate_exit = 0
