@@ -462,3 +462,53 @@ def test_msrs_are_written_in_their_order_and_an_index_may_come_twice(guest: Gues
     assert guest.cpu.set_msrs(iter([(lstar, 3), (lstar, 4), (unknown, 0), (lstar, 5)])) == 2
     assert guest.cpu.get_msrs([lstar]) == [4]
     refused(errno.E2BIG, lambda: guest.cpu.set_msrs([(lstar, n) for n in range(256)]))
+
+
+@pytest.mark.parametrize("irqchip", [True, False], ids=["in the kernel", "in userspace"])
+@pytest.mark.parametrize(
+    ("value", "legal"),
+    [
+        (0xFEE0_0900, True),
+        (0xFEE0_0100, True),
+        (0xFEE0_0D00, True),  # x2APIC
+        (0xFEE0_0901, False),
+        (0xFEE0_0B00, False),
+        (0xFEE0_0500, False),  # x2APIC without the enable bit
+        (0xFEE0_0900 | 1 << 52, False),  # more than any physical address
+    ],
+)
+def test_the_apic_base_takes_what_the_processor_takes_wherever_the_apic_is(
+    make: Callable[..., Guest], irqchip: bool, value: int, legal: bool
+) -> None:
+    guest = make(irqchip=irqchip)
+    sregs = guest.cpu.get_sregs()
+    before = sregs.apic_base
+    sregs.apic_base = value
+    if legal:
+        guest.cpu.set_sregs(sregs)
+    else:
+        refused(errno.EINVAL, lambda: guest.cpu.set_sregs(sregs))
+        assert guest.cpu.set_msrs({0x1B: value}) == 0
+    assert guest.cpu.get_sregs().apic_base == (value if legal else before)
+
+
+@pytest.mark.parametrize("irqchip", [True, False], ids=["in the kernel", "in userspace"])
+def test_cpuid_shows_whether_the_apic_is_enabled(make: Callable[..., Guest], irqchip: bool) -> None:
+    guest = make(irqchip=irqchip)
+
+    def shown() -> list[int]:
+        return [entry.edx >> 9 & 1 for entry in guest.cpu.get_cpuid2() if entry.function == 1]
+
+    assert shown() == [1]
+    assert guest.cpu.set_msrs({0x1B: 0xFEE0_0100}) == 1
+    assert shown() == [0]
+    assert guest.cpu.set_msrs({0x1B: 0xFEE0_0900}) == 1
+    assert shown() == [1]
+
+
+@pytest.mark.parametrize("msr", [0x1FC, 0x34])
+def test_power_control_and_the_smi_count_are_userspaces_to_keep(guest: Guest, msr: int) -> None:
+    assert msr in guest.kvm.get_msr_index_list()
+    assert guest.cpu.get_msrs([msr]) == [0]
+    assert guest.cpu.set_msrs({msr: 5}) == 1
+    assert guest.cpu.get_msrs([msr]) == [5]

@@ -11,6 +11,20 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.x86.exceptions import DR7_FIXED_1, DR7_VOLATILE
+from softkvm.kvm.x86.features import (
+    X86_FEATURE_FSGSBASE,
+    X86_FEATURE_LA57,
+    X86_FEATURE_LM,
+    X86_FEATURE_NX,
+    X86_FEATURE_PCID,
+    X86_FEATURE_PKU,
+    X86_FEATURE_SMAP,
+    X86_FEATURE_SMEP,
+    X86_FEATURE_SYSCALL,
+    X86_FEATURE_UMIP,
+    X86_FEATURE_XSAVE,
+    Feature,
+)
 from softkvm.kvm.x86.mmu.paging import is_canonical
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
@@ -21,16 +35,22 @@ if TYPE_CHECKING:
 CR0_VALID: Final = 0xE005_003F
 
 
-#: CR4 bits that exist only with a CPUID feature: (bit, leaf, subleaf, register, CPUID bit).
+#: CR4 bits that exist only with a CPUID feature.
 _CR4_FEATURES: Final = (
-    (abi.X86_CR4_OSXSAVE, 0x1, 0, 2, 26),
-    (abi.X86_CR4_PCIDE, 0x1, 0, 2, 17),
-    (abi.X86_CR4_SMEP, 0x7, 0, 1, 7),
-    (abi.X86_CR4_SMAP, 0x7, 0, 1, 20),
-    (abi.X86_CR4_FSGSBASE, 0x7, 0, 1, 0),
-    (abi.X86_CR4_PKE, 0x7, 0, 2, 3),
-    (abi.X86_CR4_LA57, 0x7, 0, 2, 16),
-    (abi.X86_CR4_UMIP, 0x7, 0, 2, 2),
+    (abi.X86_CR4_OSXSAVE, X86_FEATURE_XSAVE),
+    (abi.X86_CR4_PCIDE, X86_FEATURE_PCID),
+    (abi.X86_CR4_SMEP, X86_FEATURE_SMEP),
+    (abi.X86_CR4_SMAP, X86_FEATURE_SMAP),
+    (abi.X86_CR4_FSGSBASE, X86_FEATURE_FSGSBASE),
+    (abi.X86_CR4_PKE, X86_FEATURE_PKU),
+    (abi.X86_CR4_LA57, X86_FEATURE_LA57),
+    (abi.X86_CR4_UMIP, X86_FEATURE_UMIP),
+)
+#: EFER bits, the same.
+_EFER_FEATURES: Final = (
+    (abi.EFER_SCE, X86_FEATURE_SYSCALL),
+    (abi.EFER_NX, X86_FEATURE_NX),
+    (abi.EFER_LME | abi.EFER_LMA, X86_FEATURE_LM),
 )
 _CR4_ALWAYS: Final = (
     abi.X86_CR4_VME
@@ -52,11 +72,11 @@ XFEATURE_YMM: Final = 1 << 2
 XFEATURE_PKRU: Final = 1 << 9
 
 
-def cr4_valid_bits(feature: Callable[[int, int, int, int], bool]) -> int:
-    """Return the CR4 bits that exist, ``feature`` telling about bits of CPUID (leaf, subleaf, register, bit)."""
+def cr4_valid_bits(has: Callable[[Feature], bool]) -> int:
+    """Return the CR4 bits that exist, ``has`` telling about features."""
     valid = _CR4_ALWAYS
-    for bit, leaf, subleaf, register, cpuid_bit in _CR4_FEATURES:
-        if feature(leaf, subleaf, register, cpuid_bit):
+    for bit, feature in _CR4_FEATURES:
+        if has(feature):
             valid |= bit
     return valid
 
@@ -138,8 +158,8 @@ def kvm_get_cr8(vcpu: Vcpu) -> int:
 def efer_valid_bits(vcpu: Vcpu) -> int:
     """Return the EFER bits that the guest's CPUID allows."""
     valid = 0
-    for bit, cpuid_bit in ((abi.EFER_SCE, 11), (abi.EFER_NX, 20), (abi.EFER_LME | abi.EFER_LMA, 29)):
-        if vcpu.cpuid.feature(0x8000_0001, 0, 3, cpuid_bit):
+    for bit, feature in _EFER_FEATURES:
+        if vcpu.cpuid.has(feature):
             valid |= bit
     return valid
 

@@ -10,6 +10,24 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.x86.features import (
+    EAX,
+    EBX,
+    ECX,
+    EDX,
+    X86_FEATURE_APIC,
+    X86_FEATURE_HYPERVISOR,
+    X86_FEATURE_MWAIT,
+    X86_FEATURE_OSPKE,
+    X86_FEATURE_OSXSAVE,
+    X86_FEATURE_SVM,
+    X86_FEATURE_TSC_ADJUST,
+    X86_FEATURE_TSC_DEADLINE_TIMER,
+    X86_FEATURE_X2APIC,
+    X86_FEATURE_XSAVE,
+    Feature,
+)
+from softkvm.kvm.x86.irqchip.apicdef import MSR_IA32_APICBASE_ENABLE
 from softkvm.kvm.x86.msrs import MISC_ENABLE_MWAIT, MSR_IA32_MISC_ENABLE
 
 if TYPE_CHECKING:
@@ -17,26 +35,20 @@ if TYPE_CHECKING:
 
 KVM_MAX_CPUID_ENTRIES: Final = 256
 
-EAX: Final = 0
-EBX: Final = 1
-ECX: Final = 2
-EDX: Final = 3
-
 Leaf = tuple[int, int, int, int]
 _ZERO: Final[Leaf] = (0, 0, 0, 0)
 
 #: Leaves whose answer depends on ECX.
 _INDEXED: Final = frozenset({0x4, 0x7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1E, 0x1F, 0x24, 0x8000_001D})
 
-# Leaf 1, ECX and EDX
-_MONITOR: Final = 1 << 3
-_X2APIC: Final = 1 << 21
-_TSC_DEADLINE: Final = 1 << 24
-_OSXSAVE: Final = 1 << 27
-_HYPERVISOR: Final = 1 << 31
-_APIC: Final = 1 << 9
-_OSPKE: Final = 1 << 4
-_SVM: Final = 1 << 2
+_MONITOR: Final = X86_FEATURE_MWAIT.mask
+_X2APIC: Final = X86_FEATURE_X2APIC.mask
+_TSC_DEADLINE: Final = X86_FEATURE_TSC_DEADLINE_TIMER.mask
+_OSXSAVE: Final = X86_FEATURE_OSXSAVE.mask
+_HYPERVISOR: Final = X86_FEATURE_HYPERVISOR.mask
+_APIC: Final = X86_FEATURE_APIC.mask  # at the same place in leaf 0x80000001
+_OSPKE: Final = X86_FEATURE_OSPKE.mask
+_SVM: Final = X86_FEATURE_SVM.mask
 
 #: Vendors whose processors KVM takes for AMD's; every other one is Intel-compatible.
 _AMD_COMPATIBLE: Final = frozenset({b"AuthenticAMD", b"AMDisbetter!", b"HygonGenuine"})
@@ -72,7 +84,7 @@ def _supported_leaf(function: int, index: int) -> Leaf:
     elif function == 0x6:
         eax, ebx, ecx, edx = 1 << 2, 0, 0, 0  # ARAT
     elif function == 0x7 and index == 0:
-        ebx |= 1 << 1  # TSC_ADJUST: kept by KVM
+        ebx |= X86_FEATURE_TSC_ADJUST.mask  # kept by KVM
         ecx &= ~_OSPKE
     elif function in (0xA, 0xF, 0x10, 0x8000_000A):
         return _ZERO  # no PMU, no resource control, no nested SVM
@@ -222,7 +234,7 @@ class CpuidTable:
         self.kvm_features = self._find_kvm_features()
         from softkvm.kvm.x86.control_registers import cr4_valid_bits
 
-        self.cr4_valid = cr4_valid_bits(self.feature)
+        self.cr4_valid = cr4_valid_bits(self.has)
         self.update_runtime(vcpu)
 
     def get(self) -> list[abi.kvm_cpuid_entry2]:
@@ -244,10 +256,10 @@ class CpuidTable:
         sub = self.indexed.get(function)
         return sub.get(index) if sub is not None else None
 
-    def feature(self, function: int, index: int, register: int, bit: int) -> bool:
-        """Tell whether one feature bit is set."""
-        leaf = self.leaf(function, index)
-        return leaf is not None and bool(leaf[register] >> bit & 1)
+    def has(self, feature: Feature) -> bool:
+        """Tell whether the guest has a feature (``guest_cpuid_has``)."""
+        leaf = self.leaf(feature.leaf, feature.subleaf)
+        return leaf is not None and bool(leaf[feature.register] & feature.mask)
 
     def _find_kvm_features(self) -> int:
         signature = tuple(int.from_bytes(abi.KVM_SIGNATURE[i : i + 4], "little") for i in (0, 4, 8))
@@ -291,17 +303,17 @@ class CpuidTable:
         """Bring the bits that follow registers up to date: OSXSAVE, MONITOR, APIC, OSPKE, the XSAVE area's size."""
         leaf = self._base_leaf1
         if leaf is not None:
-            ecx = leaf[ECX] & ~_OSXSAVE | (_OSXSAVE if vcpu.cr4 >> 18 & 1 else 0)
+            ecx = leaf[ECX] & ~_OSXSAVE | (_OSXSAVE if vcpu.cr4 & abi.X86_CR4_OSXSAVE else 0)
             if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):
                 mwait = vcpu.msr_values.get(MSR_IA32_MISC_ENABLE, 0) & MISC_ENABLE_MWAIT
                 ecx = ecx & ~_MONITOR | (_MONITOR if mwait else 0)
             edx = leaf[EDX] & ~_APIC
-            if vcpu.apic is None or vcpu.apic.hw_enabled:
+            if vcpu.get_apic_base() & MSR_IA32_APICBASE_ENABLE:
                 edx |= leaf[EDX] & _APIC
             self._replace(0x1, 0, (leaf[EAX], leaf[EBX], ecx, edx))
         leaf = self._base_leaf7
         if leaf is not None:
-            ecx = leaf[ECX] & ~_OSPKE | (_OSPKE if vcpu.cr4 >> 22 & 1 else 0)
+            ecx = leaf[ECX] & ~_OSPKE | (_OSPKE if vcpu.cr4 & abi.X86_CR4_PKE else 0)
             self._replace(0x7, 0, (leaf[EAX], leaf[EBX], ecx, leaf[EDX]))
         leaf = self._base_d0
         if leaf is not None:
@@ -322,10 +334,11 @@ def _silicon_cr4() -> int:
     """Return the CR4 bits of the silicon."""
     from softkvm.kvm.x86.control_registers import cr4_valid_bits
 
-    def feature(function: int, index: int, register: int, bit: int) -> bool:
-        return bool(_supported_leaf(function, index)[register] >> bit & 1 or (function, bit) == (1, 26))
+    def has(feature: Feature) -> bool:
+        leaf = _supported_leaf(feature.leaf, feature.subleaf)
+        return bool(leaf[feature.register] & feature.mask) or feature is X86_FEATURE_XSAVE
 
-    return cr4_valid_bits(feature)
+    return cr4_valid_bits(has)
 
 
 def xstate_size(features: int, *, compacted: bool = False) -> int:

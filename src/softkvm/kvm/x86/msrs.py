@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from softkvm import _softcpu, abi
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import tsc
+from softkvm.kvm.x86.features import X86_FEATURE_RDPID, X86_FEATURE_RDTSCP, X86_FEATURE_X2APIC
+from softkvm.kvm.x86.irqchip import apic_base
 from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.svm import vmcb as V
 
@@ -38,6 +40,7 @@ MSR_IA32_TSC: Final = 0x10
 MSR_IA32_APICBASE: Final = 0x1B
 MSR_IA32_FEATURE_CONTROL: Final = 0x3A
 MSR_IA32_TSC_ADJUST: Final = 0x3B
+MSR_SMI_COUNT: Final = 0x34
 MSR_IA32_SPEC_CTRL: Final = 0x48
 MSR_IA32_PRED_CMD: Final = 0x49
 MSR_IA32_UCODE_REV: Final = 0x8B
@@ -53,6 +56,7 @@ MSR_IA32_MCG_CTL: Final = 0x17B
 MSR_MISC_FEATURES_ENABLES: Final = 0x140
 MSR_IA32_MISC_ENABLE: Final = 0x1A0
 MSR_IA32_DEBUGCTL: Final = 0x1D9
+MSR_IA32_POWER_CTL: Final = 0x1FC
 MSR_IA32_CR_PAT: Final = 0x277
 MSR_MTRR_DEF_TYPE: Final = 0x2FF
 MSR_IA32_MC0_CTL: Final = 0x400
@@ -328,7 +332,7 @@ def _write_misc_features_enables(vcpu: Vcpu, index: int, data: int, host: bool) 
 
 def _has_tsc_aux(vcpu: Vcpu, host: bool) -> bool:
     """TSC_AUX exists with RDTSCP or RDPID; the host may always have it."""
-    return host or vcpu.cpuid.feature(0x8000_0001, 0, 3, 27) or vcpu.cpuid.feature(7, 0, 2, 22)
+    return host or vcpu.cpuid.has(X86_FEATURE_RDTSCP) or vcpu.cpuid.has(X86_FEATURE_RDPID)
 
 
 def _write_tsc_aux(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -355,6 +359,7 @@ _TABLE: Final[dict[int, Msr]] = {
     0x17: _constant(0),  # PLATFORM_ID
     MSR_IA32_APICBASE: Msr(_read_apic_base, _write_apic_base, save=False),
     0x2A: _constant(0),  # EBL_CR_POWERON
+    MSR_SMI_COUNT: _read_only(0)._replace(save=True),  # no SMM: userspace's own count
     MSR_IA32_TSC_ADJUST: Msr(lambda vcpu, index, host: vcpu.tsc_adjust, _write_tsc_adjust),
     MSR_IA32_UCODE_REV: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, UCODE_REV), _write_ucode_rev),
     0x79: Msr(lambda vcpu, index, host: 0, lambda vcpu, index, data, host: True, False),  # UCODE_WRITE
@@ -381,6 +386,7 @@ _TABLE: Final[dict[int, Msr]] = {
     0x1DC: Msr(lambda vcpu, index, host: vcpu.q[V.BR_TO], lambda vcpu, index, data, host: False, False),
     0x1DD: Msr(lambda vcpu, index, host: vcpu.q[V.LAST_EXCP_FROM], lambda vcpu, index, data, host: False, False),
     0x1DE: Msr(lambda vcpu, index, host: vcpu.q[V.LAST_EXCP_TO], lambda vcpu, index, data, host: False, False),
+    MSR_IA32_POWER_CTL: _stored(),
     MSR_IA32_CR_PAT: Msr(lambda vcpu, index, host: vcpu.q[V.G_PAT], _write_pat),
     MSR_MTRR_DEF_TYPE: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_mtrr_def_type),
     MSR_IA32_TSC_DEADLINE: Msr(_read_tsc_deadline, _write_tsc_deadline),
@@ -481,5 +487,9 @@ def set_apic_base(vcpu: Vcpu, value: int, host: bool) -> bool:
     """Write IA32_APIC_BASE; False for a mode or address that can't be."""
     if vcpu.apic is not None:
         return vcpu.apic.set_base(value, host)
+    valid = apic_base.valid_bits(vcpu.maxphyaddr, x2apic=vcpu.cpuid.has(X86_FEATURE_X2APIC))
+    if not apic_base.may_load(vcpu.get_apic_base(), value, valid, host=host):
+        return False
     vcpu.msr_values[MSR_IA32_APICBASE] = value
+    vcpu.cpuid.update_runtime(vcpu)
     return True

@@ -12,6 +12,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import debug, events, fpu, mce, msrs, regs
 from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
+from softkvm.kvm.x86.features import X86_FEATURE_GBPAGES, X86_FEATURE_TSC_DEADLINE_TIMER, X86_FEATURE_X2APIC
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.paging import walk
 from softkvm.kvm.x86.paravirt import kvmclock
@@ -193,11 +194,11 @@ class VcpuIoctls(Vcpu):
         svm.recalc_msr_intercepts(self)
         leaf = self.cpuid.leaf(0x8000_0008, 0)
         self.maxphyaddr = leaf[0] & 0xFF if leaf is not None and leaf[0] & 0xFF else 36
-        self.guest_has_gbpages = self.cpuid.feature(0x8000_0001, 0, 3, 26)
+        self.guest_has_gbpages = self.cpuid.has(X86_FEATURE_GBPAGES)
         if self.apic is not None:
             self.apic.cpuid_changed(
-                x2apic=self.cpuid.feature(1, 0, 2, 21),
-                tsc_deadline=self.cpuid.feature(1, 0, 2, 24),
+                x2apic=self.cpuid.has(X86_FEATURE_X2APIC),
+                tsc_deadline=self.cpuid.has(X86_FEATURE_TSC_DEADLINE_TIMER),
                 maxphyaddr=self.maxphyaddr,
             )
 

@@ -10,6 +10,7 @@ from softkvm.kvm.x86 import msrs
 from softkvm.kvm.x86.emulate.emulator import Emulator, handler
 from softkvm.kvm.x86.emulate.operands import REG, Insn, Operand
 from softkvm.kvm.x86.exceptions import X86Exception, gp
+from softkvm.kvm.x86.features import X86_FEATURE_RDPID
 from softkvm.kvm.x86.svm import vmcb as V
 
 #: SF, ZF, AF, PF and CF: what LAHF and SAHF move.
@@ -72,7 +73,7 @@ def fence(e: Emulator, i: Insn) -> None:
 @handler("rdpid")
 def rdpid(e: Emulator, i: Insn) -> None:
     """Read TSC_AUX; #UD if the guest's CPUID lacks RDPID."""
-    if not e.vcpu.cpuid.feature(7, 0, 2, 22):
+    if not e.vcpu.cpuid.has(X86_FEATURE_RDPID):
         raise X86Exception(abi.UD_VECTOR)
     e.write(i.ops[0], e.vcpu.tsc_aux & _U32)
 

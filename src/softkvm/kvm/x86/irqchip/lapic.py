@@ -15,7 +15,7 @@ from softkvm.abi import (
     KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE,
 )
-from softkvm.kvm.x86.irqchip import lapic_regs, lapic_state
+from softkvm.kvm.x86.irqchip import apic_base, lapic_regs, lapic_state
 from softkvm.kvm.x86.irqchip.apic_map import ApicMap
 from softkvm.kvm.x86.irqchip.apicdef import (
     APIC_DEFAULT_PHYS_BASE,
@@ -57,12 +57,9 @@ from softkvm.kvm.x86.irqchip.apicdef import (
     KVM_APIC_SIPI,
     LAPIC_MMIO_LENGTH,
     LAPIC_MODE_DISABLED,
-    LAPIC_MODE_INVALID,
     LAPIC_MODE_X2APIC,
-    LAPIC_MODE_XAPIC,
     MSR_IA32_APICBASE_BSP,
     MSR_IA32_APICBASE_ENABLE,
-    X2APIC_ENABLE,
 )
 from softkvm.kvm.x86.irqchip.hrtimer import default_clock
 from softkvm.kvm.x86.irqchip.lapic_timer import LapicTimer
@@ -111,9 +108,7 @@ class Lapic:
 
     def cpuid_changed(self, *, x2apic: bool, tsc_deadline: bool, maxphyaddr: int, cmci: bool = False) -> None:
         """Follow the guest's CPUID: which modes there are, how wide the base address is, how many LVT entries."""
-        self._base_valid = (1 << maxphyaddr) - 1 & _PAGE_MASK | MSR_IA32_APICBASE_BSP | MSR_IA32_APICBASE_ENABLE
-        if x2apic:
-            self._base_valid |= X2APIC_ENABLE
+        self._base_valid = apic_base.valid_bits(maxphyaddr, x2apic=x2apic)
         self.lvt_masks = dict(APIC_LVT_MASKS)
         if tsc_deadline:
             self.lvt_masks[APIC_LVTT] |= APIC_LVT_TIMER_TSCDEADLINE
@@ -164,18 +159,12 @@ class Lapic:
         self.x2apic_mode = value & LAPIC_MODE_X2APIC == LAPIC_MODE_X2APIC
 
     def set_base(self, value: int, host_initiated: bool = False) -> bool:
-        """Write IA32_APIC_BASE. False, with nothing changed, stands for #GP (SDM 11.12.5, figure 11-27)."""
-        old, new = self.apic_base & LAPIC_MODE_X2APIC, value & LAPIC_MODE_X2APIC
-        if value & ~self._base_valid or new == LAPIC_MODE_INVALID:
-            return False
-        transition = (old, new)
-        if not host_initiated and transition in (
-            (LAPIC_MODE_X2APIC, LAPIC_MODE_XAPIC),
-            (LAPIC_MODE_DISABLED, LAPIC_MODE_X2APIC),
-        ):
+        """Write IA32_APIC_BASE. False, with nothing changed, stands for #GP."""
+        if not apic_base.may_load(self.apic_base, value, self._base_valid, host=host_initiated):
             return False
         if value == self.apic_base:
             return True
+        old, new = self.apic_base & LAPIC_MODE_X2APIC, value & LAPIC_MODE_X2APIC
         self._load_base(value)
         if old != new:
             if new == LAPIC_MODE_X2APIC:

@@ -18,7 +18,9 @@ from softkvm.kvm.x86 import io, reset
 from softkvm.kvm.x86.emulate import system as emulate_system
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
+    DR6_BD,
     DR6_BS,
+    DR7_GD,
     X86Exception,
     inject_emulated_exception,
     inject_gp,
@@ -26,6 +28,7 @@ from softkvm.kvm.x86.exceptions import (
     queue_exception_e,
     queue_exception_p,
 )
+from softkvm.kvm.x86.features import X86_FEATURE_MWAIT
 from softkvm.kvm.x86.halt import halt
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
@@ -235,8 +238,8 @@ def dr_interception(vcpu: Vcpu) -> int:
     write = code >= V.EXIT_WRITE_DR0
     number = code - (V.EXIT_WRITE_DR0 if write else V.EXIT_READ_DR0)
     register = vcpu.q[V.EXIT_INFO_1] & 0xF
-    if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP and vcpu.guest_dr7 & 1 << 13:
-        vcpu.exit_debug(abi.DB_VECTOR, 1 << 13, svm.linear_rip(vcpu))
+    if vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP and vcpu.guest_dr7 & DR7_GD:
+        vcpu.exit_debug(abi.DB_VECTOR, DR6_BD | DR6_ACTIVE_LOW, svm.linear_rip(vcpu))
         return 0
     try:
         emulate_system.check_dr(vcpu.emulator, number)
@@ -356,7 +359,7 @@ def skip_interception(vcpu: Vcpu) -> int:
 
 def monitor_mwait_interception(vcpu: Vcpu) -> int:
     """MONITOR and MWAIT do nothing; #UD if the guest's CPUID lacks them and the quirk is off."""
-    if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS) and not vcpu.cpuid.feature(1, 0, 2, 3):
+    if not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS) and not vcpu.cpuid.has(X86_FEATURE_MWAIT):
         queue_exception(vcpu, abi.UD_VECTOR)
         return 1
     return skip_emulated_instruction(vcpu)

@@ -30,11 +30,13 @@ from softkvm.abi import (
     X86_EFLAGS_TF,
 )
 from softkvm.kvm.x86.exceptions import (
+    DR6_ACTIVE_LOW,
     DR6_BS,
     SOFT_EXCEPTIONS,
     multiple_exception,
     queue_exception_p,
 )
+from softkvm.kvm.x86.features import X86_FEATURE_INVPCID, X86_FEATURE_RDTSCP
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.vmcb import INT_STATE_B, NEXT_RIP, RFLAGS, RIP
@@ -230,8 +232,8 @@ def set_instruction_intercepts(vcpu: Vcpu) -> None:
 
     Without the intercepts they would work, as the silicon has them. RDPID can't be intercepted.
     """
-    rdtscp = vcpu.cpuid.feature(0x8000_0001, 0, 3, 27)
-    invpcid = vcpu.cpuid.feature(7, 0, 1, 10)
+    rdtscp = vcpu.cpuid.has(X86_FEATURE_RDTSCP)
+    invpcid = vcpu.cpuid.has(X86_FEATURE_INVPCID)
     d = vcpu.d
     d[V.INTERCEPT_WORD4] = d[V.INTERCEPT_WORD4] & ~V.RDTSCP | (0 if rdtscp else V.RDTSCP)
     d[V.INTERCEPT_WORD5] = d[V.INTERCEPT_WORD5] & ~V.INVPCID | (0 if invpcid else V.INVPCID)
@@ -440,7 +442,7 @@ def skip_emulated_instruction(vcpu: Vcpu) -> int:
 def do_singlestep(vcpu: Vcpu) -> int:
     """An emulated instruction ended with TF set: #DB for the guest or KVM_EXIT_DEBUG for its debugger."""
     if vcpu.guest_debug & 2:  # KVM_GUESTDBG_SINGLESTEP
-        vcpu.exit_debug(DB_VECTOR, DR6_BS, linear_rip(vcpu))
+        vcpu.exit_debug(DB_VECTOR, DR6_BS | DR6_ACTIVE_LOW, linear_rip(vcpu))
         return 0
     if vcpu.nmi_singlestep:
         disable_nmi_singlestep(vcpu)
