@@ -100,16 +100,37 @@ def test_a_triple_fault_is_part_of_the_events(guest: Guest) -> None:
     guest.expect(abi.KVM_EXIT_SHUTDOWN)
 
 
-def test_paravirtual_msrs_follow_cpuid_when_enforced(guest: Guest, needs: Callable[[str], None]) -> None:
+_PV_MSRS = sorted(name for name in vars(abi) if name.startswith("MSR_KVM_") and name != "MSR_KVM_MIGRATION_CONTROL")
+
+
+@pytest.mark.parametrize("enforced_first", [True, False], ids=["enforced first", "CPUID first"])
+@pytest.mark.parametrize("access", ["0f32", "0f30"], ids=["rdmsr", "wrmsr"])
+@pytest.mark.parametrize("name", _PV_MSRS)
+def test_paravirtual_msrs_follow_cpuid_when_enforced(
+    guest: Guest, needs: Callable[[str], None], name: str, access: str, enforced_first: bool
+) -> None:
     needs("interrupts in real mode")
     supported(guest, abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID)
-    entries = [entry for entry in guest.cpu.get_cpuid2() if entry.function != 0x4000_0001]
-    guest.cpu.set_cpuid2([*entries, abi.kvm_cpuid_entry2(function=0x4000_0001)])
-    guest.cpu.enable_cap(abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
     guest.ivt(abi.GP_VECTOR, CODE + 0x100)
     guest.write(CODE + 0x100, b"\xe6\xe9")  # out 0xe9, al
-    guest.real(b"\x66\xb9" + abi.MSR_KVM_SYSTEM_TIME_NEW.to_bytes(4, "little") + b"\x0f\x32\xf4")  # rdmsr
+    # mov ecx, msr; mov eax, 0; mov edx, 0; rdmsr or wrmsr; hlt
+    code = b"\x66\xb9" + getattr(abi, name).to_bytes(4, "little") + bytes.fromhex("66b800000000 66ba00000000")
+    guest.real(code + bytes.fromhex(access + "f4"))
+    entries = [entry for entry in guest.cpu.get_cpuid2() if entry.function != abi.KVM_CPUID_FEATURES]
+    if enforced_first:
+        guest.cpu.enable_cap(abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
+    guest.cpu.set_cpuid2([*entries, abi.kvm_cpuid_entry2(function=abi.KVM_CPUID_FEATURES)])
+    if not enforced_first:
+        guest.cpu.enable_cap(abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
     assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
+
+
+def test_paravirtual_msrs_do_not_follow_cpuid_unless_it_is_enforced(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID)
+    entries = [entry for entry in guest.cpu.get_cpuid2() if entry.function != abi.KVM_CPUID_FEATURES]
+    guest.cpu.set_cpuid2([*entries, abi.kvm_cpuid_entry2(function=abi.KVM_CPUID_FEATURES)])
+    guest.real(b"\x66\xb9" + abi.MSR_KVM_ASYNC_PF_ACK.to_bytes(4, "little") + bytes.fromhex("0f32 f4"))
+    guest.expect(abi.KVM_EXIT_HLT)
 
 
 def test_platform_info_may_be_kept_from_the_guest(guest: Guest, needs: Callable[[str], None]) -> None:

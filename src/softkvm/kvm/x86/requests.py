@@ -7,11 +7,15 @@ from typing import Final
 
 from softkvm.kvm.requests import KVM_REQUEST_ARCH_BASE as _BASE
 
+#: There may be an event to inject.
 KVM_REQ_EVENT: Final = 1 << _BASE
+#: The guest has shut down, or userspace restores a vCPU that has: KVM_EXIT_SHUTDOWN.
 KVM_REQ_TRIPLE_FAULT: Final = 1 << _BASE + 1
+#: The guest's clock structure has to be written.
 KVM_REQ_CLOCK_UPDATE: Final = 1 << _BASE + 2
+#: Time may have been stolen.
 KVM_REQ_STEAL_UPDATE: Final = 1 << _BASE + 3
+#: NMIs have been queued.
 KVM_REQ_NMI: Final = 1 << _BASE + 4
-KVM_REQ_TLB_FLUSH_GUEST: Final = 1 << _BASE + 5
 #: The guest ended an interrupt of an IOAPIC that userspace has.
-KVM_REQ_IOAPIC_EOI_EXIT: Final = 1 << _BASE + 6
+KVM_REQ_IOAPIC_EOI_EXIT: Final = 1 << _BASE + 5

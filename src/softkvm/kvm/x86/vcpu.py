@@ -7,7 +7,7 @@ import errno
 import logging
 from typing import Final
 
-from softkvm import _softcpu, abi
+from softkvm import abi
 from softkvm.abi import run_page
 from softkvm.kvm import vcpu
 from softkvm.kvm.errors import kvm_error
@@ -20,7 +20,7 @@ from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException
 from softkvm.kvm.x86.irqchip.lapic import Lapic
-from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.paravirt import kvmclock, steal_time
 from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
 from softkvm.kvm.x86.requests import (
     KVM_REQ_CLOCK_UPDATE,
@@ -28,7 +28,6 @@ from softkvm.kvm.x86.requests import (
     KVM_REQ_IOAPIC_EOI_EXIT,
     KVM_REQ_NMI,
     KVM_REQ_STEAL_UPDATE,
-    KVM_REQ_TLB_FLUSH_GUEST,
     KVM_REQ_TRIPLE_FAULT,
 )
 from softkvm.kvm.x86.state import VcpuState, VmState
@@ -42,8 +41,10 @@ log = logging.getLogger(__name__)
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
 _HALTED: Final = abi.KVM_MP_STATE_HALTED
 _UNINITIALIZED: Final = abi.KVM_MP_STATE_UNINITIALIZED
-#: Steal time is looked at again when this much time has passed.
-_STEAL_INTERVAL_NS: Final = 10_000_000
+#: What ends KVM_RUN, or is done, although the vCPU stays halted …
+_ENDS_A_HALT: Final = KVM_REQ_SIGNAL | KVM_REQ_TASK_WORK | KVM_REQ_VM_DEAD
+#: … and what is done without a word. All others wait until the vCPU is runnable.
+_SERVED_WHILE_BLOCKED: Final = KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_STEAL_UPDATE
 
 
 class Vcpu(VcpuState, vcpu.Vcpu):
@@ -92,6 +93,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self._take_cr8()
         if self.pic_in_userspace and self.run_b[run_page.REQUEST_INTERRUPT_WINDOW_B]:
             self.make_request(KVM_REQ_EVENT)
+        steal_time.check(self)
 
     def arch_run_end(self) -> None:
         """RFLAGS.IF, CR8, IA32_APIC_BASE, and whether an interrupt would be taken (``post_kvm_run_save``)."""
@@ -223,13 +225,13 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def arch_handle_requests(self, requests: int) -> bool:
         """Act on x86's requests and on flushes (``vcpu_enter_guest``); False to leave for userspace."""
-        if requests & (KVM_REQ_TLB_FLUSH | KVM_REQ_TLB_FLUSH_GUEST):
+        if requests & KVM_REQ_TLB_FLUSH:
             self.stat_tlb_flush += 1
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
             kvmclock.update_guest_time(self)
         if requests & KVM_REQ_STEAL_UPDATE:
-            kvmclock.record_steal_time(self)
+            steal_time.record(self)
         if requests & KVM_REQ_TRIPLE_FAULT:
             self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
             self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI | KVM_REQ_IOAPIC_EOI_EXIT))
@@ -299,7 +301,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         apic = self.apic
         if apic is not None and apic.timer.deadline_ns:
             apic.inject_timer_irqs()
-        return bool(self.requests & ~(KVM_REQ_EVENT | KVM_REQ_NMI)) or self.is_runnable()
+        return bool(self.requests & (_ENDS_A_HALT | _SERVED_WHILE_BLOCKED)) or self.is_runnable()
 
     def arch_slept(self) -> None:
         """Let PAUSE exits come sooner again."""
@@ -314,8 +316,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             else:
                 self.block()
             self.stat_halt_wakeup += 1
-            self._check_steal_time()
-        if self.requests & (KVM_REQ_SIGNAL | KVM_REQ_TASK_WORK | KVM_REQ_VM_DEAD):
+            steal_time.check(self)
+        if self.requests & _ENDS_A_HALT:
             self.handle_requests_while_blocked()
         apic = self.apic
         if apic is not None and apic.pending_events:
@@ -324,27 +326,20 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.pv_unhalted = False
             self.mp_state = _RUNNABLE
             self.make_request(KVM_REQ_EVENT)  # what ended the halt is delivered now, not by an interrupt window's exit
-        elif self.requests & ~KVM_REQ_EVENT and self.mp_state != _RUNNABLE:
+        elif self.requests & _SERVED_WHILE_BLOCKED and self.mp_state != _RUNNABLE:
             self._handle_other_requests_while_blocked()
 
     def _handle_other_requests_while_blocked(self) -> None:
-        """Flushes and clock updates that came while the vCPU stays halted."""
+        """Flushes and clock updates that came while the vCPU stays halted; everything else stays asked for."""
         with self.request_lock:
             requests = self.requests
-            self.requests = requests & (KVM_REQ_EVENT | KVM_REQ_NMI | KVM_REQ_TRIPLE_FAULT)
-        if requests & (KVM_REQ_TLB_FLUSH | KVM_REQ_TLB_FLUSH_GUEST):
+            self.requests = requests & ~_SERVED_WHILE_BLOCKED
+        if requests & KVM_REQ_TLB_FLUSH:
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
             kvmclock.update_guest_time(self)
         if requests & KVM_REQ_STEAL_UPDATE:
-            kvmclock.record_steal_time(self)
-
-    def _check_steal_time(self) -> None:
-        if abi.MSR_KVM_STEAL_TIME in self.msr_values:
-            now = _softcpu.clock_ns()
-            if now - self.steal_checked_ns > _STEAL_INTERVAL_NS:
-                self.steal_checked_ns = now
-                self.make_request(KVM_REQ_STEAL_UPDATE)
+            steal_time.record(self)
 
     # --- what the local APIC asks of its vCPU (irqchip.seams.ApicVcpu) -------------------------------
 

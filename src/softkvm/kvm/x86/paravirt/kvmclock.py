@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kvmclock, wall clock, steal time and the other paravirtual MSRs (KVM's Documentation/virt/kvm/x86/msr.rst).
+"""kvmclock, wall clock and the paravirtual MSRs (KVM's Documentation/virt/kvm/x86/msr.rst).
 
 The physical TSC ticks once per nanosecond of the clock, the same for every processor, so the guest's clock
 is always stable (PVCLOCK_TSC_STABLE_BIT): all vCPUs share one (TSC, nanoseconds) pair, the master clock.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import struct
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
-from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_STEAL_UPDATE
+from softkvm.kvm.x86.paravirt import steal_time
+from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -142,45 +142,15 @@ def kvmclock_ctrl(vcpu: Vcpu) -> None:
     vcpu.make_request(KVM_REQ_CLOCK_UPDATE)
 
 
-# --- steal time --------------------------------------------------------------------------------
+# --- reset -------------------------------------------------------------------------------------
 
 _RESET_MSRS: Final = (
     abi.MSR_KVM_SYSTEM_TIME_NEW,
     abi.MSR_KVM_STEAL_TIME,
     abi.MSR_KVM_ASYNC_PF_EN,
     abi.MSR_KVM_ASYNC_PF_INT,
+    abi.MSR_KVM_PV_EOI_EN,
 )
-_STEAL: Final = struct.Struct("<QI")
-
-
-def run_delay_ns() -> int:
-    """Return how long the calling thread has waited for a processor, as the host's scheduler counts it."""
-    try:
-        with open(f"/proc/self/task/{threading.get_native_id()}/schedstat") as f:
-            return int(f.read().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def record_steal_time(vcpu: Vcpu) -> None:
-    """Add the time that the vCPU wanted to run but couldn't (``struct kvm_steal_time``)."""
-    msr = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0)
-    if not msr & abi.KVM_MSR_ENABLED:
-        return
-    gpa = msr & abi.KVM_STEAL_VALID_BITS
-    vm = vcpu.vm
-    data = read_guest(vm, gpa, _STEAL.size)
-    if data is None:
-        return
-    steal, version = _STEAL.unpack(data)
-    run_delay = run_delay_ns()
-    # Another thread that runs the vCPU now has a delay of its own: time stolen never goes backwards.
-    steal = (steal + max(run_delay - vcpu.last_steal, 0)) & _U64
-    vcpu.last_steal = run_delay
-    version += 1 if version & 1 else 0
-    write_guest(vm, gpa + 8, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
-    write_guest(vm, gpa, struct.pack("<Q", steal))
-    write_guest(vm, gpa + 8, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
 
 
 def reset(vcpu: Vcpu) -> None:
@@ -240,18 +210,21 @@ def _write_system_time(feature: int) -> Writer:
     return write
 
 
+#: What MSR_KVM_ASYNC_PF_EN may ask for only with a feature of its own.
+_ASYNC_PF_DELIVERY: Final = (
+    (abi.KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT, abi.KVM_FEATURE_ASYNC_PF_VMEXIT),
+    (abi.KVM_ASYNC_PF_DELIVERY_AS_INT, abi.KVM_FEATURE_ASYNC_PF_INT),
+)
+
+
 def _write_async_pf_en(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF, host):
         return False
     if data & 0x30:  # reserved
         return False
-    if (
-        not vcpu.cpuid.kvm_features >> abi.KVM_FEATURE_ASYNC_PF_VMEXIT & 1
-        and data & abi.KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT
-    ):
-        return False
-    if not vcpu.cpuid.kvm_features >> abi.KVM_FEATURE_ASYNC_PF_INT & 1 and data & abi.KVM_ASYNC_PF_DELIVERY_AS_INT:
-        return False
+    for delivery, feature in _ASYNC_PF_DELIVERY:
+        if data & delivery and _feature_denied(vcpu, feature, host):
+            return False
     if vcpu.apic is None:
         return not data
     vcpu.msr_values[index] = data
@@ -265,6 +238,10 @@ def _write_async_pf_int(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return True
 
 
+def _read_async_pf_ack(vcpu: Vcpu, index: int, host: bool) -> int | None:
+    return None if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host) else 0
+
+
 def _write_async_pf_ack(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return not _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host)
 
@@ -274,24 +251,23 @@ def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
         return False
     vcpu.msr_values[index] = data
     if data & abi.KVM_MSR_ENABLED:
-        if not host:  # on the vCPU's thread, whose delay it is
-            vcpu.last_steal = run_delay_ns()
-        vcpu.make_request(KVM_REQ_STEAL_UPDATE)
+        steal_time.enable(vcpu, host=host)
     return True
 
 
 def _write_pv_eoi(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host):
         return False
-    if vcpu.pv_eoi is None:
-        return not data & abi.KVM_MSR_ENABLED  # no local APIC whose EOIs could be saved
+    if vcpu.pv_eoi is None:  # the local APIC is userspace's: no EOI of it can be saved
+        vcpu.msr_values[index] = data
+        return True
     return vcpu.pv_eoi.set_msr(data)
 
 
 def _read_pv_eoi(vcpu: Vcpu, index: int, host: bool) -> int | None:
     if _feature_denied(vcpu, abi.KVM_FEATURE_PV_EOI, host):
         return None
-    return vcpu.pv_eoi.msr if vcpu.pv_eoi is not None else 0
+    return vcpu.pv_eoi.msr if vcpu.pv_eoi is not None else vcpu.msr_values.get(index, 0)
 
 
 def _write_poll_control(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -321,7 +297,7 @@ MSRS: Final[dict[int, tuple[Reader, Writer]]] = {
     ),
     abi.MSR_KVM_ASYNC_PF_EN: (_reader(abi.KVM_FEATURE_ASYNC_PF), _write_async_pf_en),
     abi.MSR_KVM_ASYNC_PF_INT: (_reader(abi.KVM_FEATURE_ASYNC_PF_INT), _write_async_pf_int),
-    abi.MSR_KVM_ASYNC_PF_ACK: (lambda vcpu, index, host: 0, _write_async_pf_ack),
+    abi.MSR_KVM_ASYNC_PF_ACK: (_read_async_pf_ack, _write_async_pf_ack),
     abi.MSR_KVM_STEAL_TIME: (_reader(abi.KVM_FEATURE_STEAL_TIME), _write_steal_time),
     abi.MSR_KVM_PV_EOI_EN: (_read_pv_eoi, _write_pv_eoi),
     abi.MSR_KVM_POLL_CONTROL: (_reader(abi.KVM_FEATURE_POLL_CONTROL, default=1), _write_poll_control),

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steal time: how long a vCPU wanted to run but its thread had no processor (``struct kvm_steal_time``, msr.rst)."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+from softkvm._softcpu import clock_ns
+from softkvm.kvm.memory.guest_memory import read_guest, write_guest
+from softkvm.kvm.x86.requests import KVM_REQ_STEAL_UPDATE
+
+if TYPE_CHECKING:
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
+
+_STEAL: Final = struct.Struct("<QI")
+_U64: Final = (1 << 64) - 1
+#: The host's scheduler is asked (some microseconds) no more often than this: what is unaccounted for is less.
+_INTERVAL_NS: Final = 100_000
+
+
+class _SchedStat:
+    """A thread's own /proc/…/schedstat, open for as long as the thread lives."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        try:
+            self.fd = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # no /proc, or a kernel without these statistics
+            self.fd = -1
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+_thread: Final = threading.local()
+
+
+def run_delay_ns() -> int:
+    """Return how long the calling thread has waited for a processor, as the host's scheduler counts it."""
+    stat: _SchedStat | None = getattr(_thread, "stat", None)
+    if stat is None or stat.pid != os.getpid():  # another process since a fork
+        stat = _thread.stat = _SchedStat()
+    try:
+        return int(os.pread(stat.fd, 64, 0).split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def check(vcpu: Vcpu) -> None:
+    """Ask for an update when the vCPU's thread may have waited: KVM_RUN was called, or a halt is over."""
+    if vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0) & abi.KVM_MSR_ENABLED:
+        now = clock_ns()
+        if now - vcpu.steal_checked_ns >= _INTERVAL_NS:
+            vcpu.steal_checked_ns = now
+            vcpu.make_request(KVM_REQ_STEAL_UPDATE)
+
+
+def enable(vcpu: Vcpu, *, host: bool) -> None:
+    """MSR_KVM_STEAL_TIME was written with its enable bit: count from here on."""
+    if not host:  # on the vCPU's thread, whose delay it is
+        vcpu.last_steal = run_delay_ns()
+    vcpu.make_request(KVM_REQ_STEAL_UPDATE)
+
+
+def record(vcpu: Vcpu) -> None:
+    """Add the time that the vCPU wanted to run but couldn't (``record_steal_time``)."""
+    msr = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0)
+    if not msr & abi.KVM_MSR_ENABLED:
+        return
+    gpa = msr & abi.KVM_STEAL_VALID_BITS
+    vm = vcpu.vm
+    data = read_guest(vm, gpa, _STEAL.size)
+    if data is None:
+        return
+    steal, version = _STEAL.unpack(data)
+    run_delay = run_delay_ns()
+    # Another thread that runs the vCPU now has a delay of its own: time stolen never goes backwards.
+    steal = (steal + max(run_delay - vcpu.last_steal, 0)) & _U64
+    vcpu.last_steal = run_delay
+    version += 1 if version & 1 else 0
+    write_guest(vm, gpa + 8, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
+    write_guest(vm, gpa, struct.pack("<Q", steal))
+    write_guest(vm, gpa + 8, struct.pack("<I", version + 2 & 0xFFFF_FFFF))

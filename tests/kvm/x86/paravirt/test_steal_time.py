@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steal time (Documentation/virt/kvm/x86/msr.rst, MSR_KVM_STEAL_TIME)."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+from tests.support.tiny import DATA, Tiny
+
+from softkvm import abi
+from softkvm.kvm.x86.paravirt import steal_time
+
+
+def test_steal_time_is_the_delay_of_the_vcpus_thread_whoever_restores_the_register(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = Tiny()
+    asked: list[int] = []
+    delay = steal_time.run_delay_ns
+
+    def run_delay_ns() -> int:
+        asked.append(threading.get_ident())
+        return delay()
+
+    monkeypatch.setattr(steal_time, "run_delay_ns", run_delay_ns)
+    assert tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED}) == 1
+    tiny.protected_mode().load(b"\xf4")
+    thread = threading.Thread(target=tiny.run)
+    thread.start()
+    thread.join()
+    assert set(asked) == {thread.ident}
+    tiny.close()
+
+
+def test_stolen_time_does_not_go_back_when_another_thread_runs_the_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Tiny()
+    delays = iter((1000, 1700, 300, 450))
+    monkeypatch.setattr(steal_time, "run_delay_ns", lambda: next(delays))
+    tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
+    seen = []
+    for _ in range(4):
+        steal_time.record(tiny.vcpu)
+        seen.append(int.from_bytes(tiny.memory.read(DATA, 8), "little"))
+    assert seen == [1000, 1700, 1700, 1850]
+    tiny.close()
+
+
+def test_time_is_looked_at_by_every_kvm_run_that_comes_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Tiny()
+    stolen = 0
+    now = 1_000_000_000
+    monkeypatch.setattr(steal_time, "run_delay_ns", lambda: stolen)
+    monkeypatch.setattr(steal_time, "clock_ns", lambda: now)
+    tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
+    tiny.protected_mode().load(b"\xe6\x10" * 10 + b"\xf4")  # out 0x10, al
+    seen = []
+    for step_ns in (0, 100_000, 20, 99_979, 1, 1_000_000):
+        stolen += 10
+        now += step_ns
+        assert tiny.run() == abi.KVM_EXIT_IO
+        seen.append(int.from_bytes(tiny.memory.read(DATA, 8), "little"))
+    assert seen == [10, 20, 20, 20, 50, 60]
+    tiny.close()
+
+
+def test_the_delay_is_that_of_the_calling_thread() -> None:
+    def own(thread: int) -> int:
+        with open(f"/proc/self/task/{thread}/schedstat") as f:
+            return int(f.read().split()[1])
+
+    found = []
+
+    def look() -> None:
+        thread = threading.get_native_id()
+        for _ in range(2):  # opened, then kept
+            before = own(thread)
+            found.append((before, steal_time.run_delay_ns(), own(thread)))
+
+    if not os.path.exists("/proc/self/schedstat"):
+        pytest.skip("the host's kernel has no scheduler statistics")
+    look()
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+    assert len(found) == 4
+    assert all(before <= delay <= after for before, delay, after in found)
+
+
+def test_a_threads_file_is_closed_when_it_ends() -> None:
+    descriptors: list[int] = []
+
+    def look() -> None:
+        steal_time.run_delay_ns()
+        descriptors.append(steal_time._thread.stat.fd)
+
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+    if descriptors[0] >= 0:
+        with pytest.raises(OSError):
+            os.pread(descriptors[0], 64, 0)
