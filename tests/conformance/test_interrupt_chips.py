@@ -442,3 +442,14 @@ def test_with_a_split_irqchip_the_pics_windows_are_userspaces(
         run.request_interrupt_window = 0
         vcpu.interrupt(0x40)
         assert guest.expect(abi.KVM_EXIT_IO, vcpu).io.port == 0xEA
+
+
+def test_all_bits_of_a_local_apics_bitmaps_are_restored(make: Callable[..., Guest]) -> None:
+    chips = make(irqchip=True)
+    state = chips.cpu.get_lapic()
+    for register in (0x100, 0x180, 0x200):  # ISR, TMR, IRR: vectors 0 to 31
+        state.regs[register : register + 4] = [0xFF] * 4
+    chips.cpu.set_lapic(state)
+    restored = chips.cpu.get_lapic()
+    for register in (0x100, 0x180, 0x200):
+        assert bytes(restored.regs[register : register + 4]) == b"\xff" * 4, hex(register)

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING
 
 from softkvm.kvm.x86.irqchip.apicdef import (
     APIC_BROADCAST,
-    APIC_DEST_ALLBUT,
-    APIC_DEST_ALLINC,
-    APIC_DEST_SELF,
     APIC_DM_LOWEST,
     X2APIC_BROADCAST,
 )
@@ -100,20 +97,12 @@ class ApicMap:
         winner.arb_prio += 1
         return (winner,)
 
-    def deliver(self, irq: LapicIrq, source: Lapic | None = None) -> int:
-        """Deliver *irq* to the APICs it is for; *source* is the sender of an IPI.
+    def deliver(self, irq: LapicIrq) -> int:
+        """Deliver *irq*, a message of a device, to the APICs it is for.
 
         Returns how many accepted it, or IRQ_IGNORED with nobody there.
         """
-        if irq.shorthand == 0:
-            targets = self.destinations(irq.dest, irq.logical, source is not None)
-        elif irq.shorthand == APIC_DEST_SELF:
-            targets = (source,) if source is not None else ()
-        elif irq.shorthand == APIC_DEST_ALLINC:
-            targets = self.enabled()
-        else:
-            assert irq.shorthand == APIC_DEST_ALLBUT
-            targets = self.enabled(but=source)
+        targets = self.destinations(irq.dest, irq.logical, False)
         if irq.delivery_mode == APIC_DM_LOWEST or irq.redirection_hint:
             targets = self.lowest_priority(targets, irq.vector)
         delivered = 0

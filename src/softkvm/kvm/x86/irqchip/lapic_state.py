@@ -69,7 +69,7 @@ def set_state(apic: Lapic, state: bytes) -> None:
     with apic.lock:
         for offset, name in _BITMAPS:
             words = (regs[offset + word * 16 >> 2] << 32 * word for word in range(8))
-            setattr(apic, name, sum(words) & ~0xFFFF)
+            setattr(apic, name, sum(words))
         apic.pending_esr = 0
     apic.timer.set_mode(regs[APIC_LVTT >> 2])
     apic.timer.set_divide(regs[APIC_TDCR >> 2])

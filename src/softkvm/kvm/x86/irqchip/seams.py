@@ -32,7 +32,6 @@ class LapicIrq(NamedTuple):
     level: bool = True  # asserted
     level_triggered: bool = False
     dest: int = 0
-    shorthand: int = 0  # APIC_DEST_*, in its place in the ICR
     redirection_hint: bool = False
 
 
@@ -60,7 +59,7 @@ class ApicVcpu(Protocol):
         """Queue an NMI and kick."""
 
     def inject_smi(self) -> None:
-        """Queue an SMI and kick."""
+        """Take an SMI."""
 
     def apic_base_changed(self) -> None:
         """IA32_APIC_BASE has changed: CPUID.1:EDX.APIC follows, and so do intercepts of x2APIC MSRs and TPR."""
