@@ -72,6 +72,15 @@ def test_userspace_may_move_rip_during_an_io_exit(tiny: Tiny) -> None:
     assert tiny.run_to_halt().rip == CODE + 3
 
 
+@pytest.mark.parametrize("code", [b"\xec", b"\xe4\x64", b"\x66\xed", b"\xed"])  # in al, dx; al, 0x64; eax, dx; ax, dx
+def test_what_in_reads_is_not_loaded_once_userspace_has_moved_rip(tiny: Tiny, code: bytes) -> None:
+    tiny.real_mode().load(code + b"\x90\xf4", rdx=0x64)
+    assert tiny.run() == abi.KVM_EXIT_IO
+    tiny.registers(rip=CODE + len(code), rax=0x1122_3344_5566_7788)
+    tiny.vcpu.shared[tiny.vcpu.kvm_run.io.data_offset] = 0x99
+    assert tiny.run_to_halt().rax == 0x1122_3344_5566_7788
+
+
 def test_rep_outs_shows_all_elements_of_a_page_at_once(tiny: Tiny) -> None:
     tiny.memory.write(DATA, b"hello, world")
     tiny.protected_mode().load(b"\xf3\x6e\xf4", rsi=DATA, rcx=12, rdx=0xE9)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
+#: Translations may have changed: the TLB is flushed.
 KVM_REQ_TLB_FLUSH: Final = 1 << 0
+#: The VM can't go on: every KVM_RUN is EIO from now on.
 KVM_REQ_VM_DEAD: Final = 1 << 1
 #: Userspace wants KVM_RUN to end with EINTR: what a signal does to a real vCPU's thread.
 KVM_REQ_SIGNAL: Final = 1 << 2

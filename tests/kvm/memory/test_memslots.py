@@ -198,3 +198,19 @@ def test_a_slot_over_nothing_leaves_room_for_what_kvm_needs(tiny: Tiny) -> None:
     with pytest.raises(OSError) as refused:
         tiny.slot(2, 2 << 30, PAGE, own[-1].address)
     assert refused.value.errno == errno.EINVAL
+
+
+def test_what_is_known_of_holes_is_forgotten_when_their_generation_comes_again(tiny: Tiny, memory: Memory) -> None:
+    # MMIO SPTEs hold the generation's lower bits alone: every 2**18 changes of the slots an old one looks valid.
+    wrap = 1 << 18
+    tiny.protected_mode()
+    tiny.load(b"\xa0\x00\x00\x00\x02\xf4")  # mov al, [0x2000000]; hlt
+    assert tiny.run() == abi.KVM_EXIT_MMIO
+    gfn, vm = 0x2000, tiny.vm
+    known = vm.memslots.generation
+    assert vm.mmu.lookup_mmio(gfn, known)
+    assert vm.mmu.lookup_mmio(gfn, known + wrap)
+    vm.memslots.generation = wrap - 1
+    assert _errno(tiny, hva=memory.address) is None  # elsewhere
+    assert vm.memslots.generation == wrap
+    assert not vm.mmu.lookup_mmio(gfn, known + wrap)
