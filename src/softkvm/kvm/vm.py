@@ -207,7 +207,7 @@ class Vm(VmState, ABC):
 
     def irq_line(self, irq: int, level: int) -> None:
         """KVM_IRQ_LINE."""
-        self.irqchip().set_irq(irq, level)
+        self.irqchip().set_gsi(irq, level)
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
         """KVM_IRQFD."""

@@ -175,7 +175,7 @@ def test_a_shared_line_is_lowered_once_before_any_device_is_looked_at_again(
     levels: list[tuple[int, int, int]] = []
     chips = tiny.vm.chips
     assert chips is not None and chips.ioapic is not None
-    drive = chips.ioapic.set_irq
+    drive = chips.ioapic.set_pin
 
     def watch(pin: int, level: int, source: int = 0) -> int:
         levels.append((level, _counter(first), _counter(second)))
@@ -187,7 +187,7 @@ def test_a_shared_line_is_lowered_once_before_any_device_is_looked_at_again(
     assert _wait_for(lambda: apic.irr)
     assert apic.get_interrupt() == 0x45
     with monkeypatch.context() as patch:
-        patch.setattr(chips.ioapic, "set_irq", watch)
+        patch.setattr(chips.ioapic, "set_pin", watch)
         apic.eoi()
     assert levels == [(0, 0, 0)]  # one of the two may have raised it again before a second one
     assert _counter(first) == _counter(second) == 1

@@ -105,7 +105,7 @@ class Resampler:
 
     def set_line(self, level: int) -> None:
         """Drive the GSI."""
-        self._chips.set_irq(self.gsi, level, KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID)
+        self._chips.set_gsi(self.gsi, level, KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID)
 
     def acknowledged(self) -> None:
         """The guest ended the interrupt: lower the line, then tell userspace to look at its devices again.
@@ -142,8 +142,8 @@ class Irqfd:
         if self.resampler is not None:
             self.resampler.set_line(1)
         else:
-            self._chips.set_irq(self.gsi, 1)
-            self._chips.set_irq(self.gsi, 0)
+            self._chips.set_gsi(self.gsi, 1)
+            self._chips.set_gsi(self.gsi, 0)
 
 
 class Ioeventfd:

@@ -21,7 +21,7 @@ class Irqchip(Protocol):
     def can_resample(self) -> bool:
         """Whether the chips tell of the guest's acknowledgements."""
 
-    def set_irq(self, gsi: int, level: int, source: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
+    def set_gsi(self, gsi: int, level: int, source: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
         """Drive a GSI for one source: > 0 delivered, 0 coalesced, < 0 ignored."""
 
     def add_ack_notifier(self, gsi: int, notifier: AckNotifier) -> None:

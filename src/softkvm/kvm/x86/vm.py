@@ -135,7 +135,7 @@ class Vm(VmState, vm.Vm):
 
     def irq_line_status(self, irq: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS."""
-        return self.kernel_irqchip().set_irq(irq, level)
+        return self.kernel_irqchip().set_gsi(irq, level)
 
     def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
         """KVM_GET_IRQCHIP."""

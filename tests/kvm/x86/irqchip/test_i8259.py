@@ -37,8 +37,8 @@ class PicBench:
         return self.pic.io_read(port, 1)
 
     def pulse(self, pin: int) -> int:
-        result = self.pic.set_irq(pin, 1)
-        self.pic.set_irq(pin, 0)
+        result = self.pic.set_pin(pin, 1)
+        self.pic.set_pin(pin, 0)
         return result
 
     def register(self, port: int, which: int) -> int:
@@ -100,42 +100,42 @@ def test_spurious_interrupt_is_seven_of_its_chip_without_service(bench: PicBench
     assert bench.pic.read_irq() == 0x27
     assert bench.register(MASTER, READ_ISR) == 0
     bench.out(ELCR2, 0x02)
-    bench.pic.set_irq(9, 1)
-    bench.pic.set_irq(9, 0)  # the level went away; the master still holds the slave's request
+    bench.pic.set_pin(9, 1)
+    bench.pic.set_pin(9, 0)  # the level went away; the master still holds the slave's request
     assert bench.pic.read_irq() == 0x2F
     assert bench.register(SLAVE, READ_ISR) == 0
     assert bench.register(MASTER, READ_ISR) == 1 << 2  # which needs its EOI
 
 
 def test_edge_is_needed_for_another_request(bench: PicBench) -> None:
-    bench.pic.set_irq(3, 1)
+    bench.pic.set_pin(3, 1)
     bench.pic.read_irq()
     bench.out(MASTER, EOI)
-    bench.pic.set_irq(3, 1)
+    bench.pic.set_pin(3, 1)
     assert not bench.pic.output
-    bench.pic.set_irq(3, 0)
-    bench.pic.set_irq(3, 1)
+    bench.pic.set_pin(3, 0)
+    bench.pic.set_pin(3, 1)
     assert bench.pic.output
 
 
 def test_level_triggered_line_asks_again_after_eoi(bench: PicBench) -> None:
     bench.out(ELCR1, 0x20)
-    bench.pic.set_irq(5, 1)
+    bench.pic.set_pin(5, 1)
     assert bench.pic.read_irq() == 0x25
     bench.out(MASTER, EOI)
     assert bench.pic.output
-    bench.pic.set_irq(5, 0)
+    bench.pic.set_pin(5, 0)
     assert not bench.pic.output
     assert bench.register(MASTER, READ_IRR) == 0
 
 
 def test_line_is_the_or_of_its_sources(bench: PicBench) -> None:
     bench.out(ELCR1, 0x20)
-    bench.pic.set_irq(5, 1, source_id=0)
-    bench.pic.set_irq(5, 1, source_id=1)
-    bench.pic.set_irq(5, 0, source_id=0)
+    bench.pic.set_pin(5, 1, source_id=0)
+    bench.pic.set_pin(5, 1, source_id=1)
+    bench.pic.set_pin(5, 0, source_id=0)
     assert bench.pic.output
-    bench.pic.set_irq(5, 0, source_id=1)
+    bench.pic.set_pin(5, 0, source_id=1)
     assert not bench.pic.output
 
 

@@ -39,7 +39,7 @@ class IoApicBench(Board):
 
     def line(self, level: int, pin: int = PIN, source: int = 0) -> int:
         assert self.chips.ioapic is not None
-        return self.chips.ioapic.set_irq(pin, level, source)
+        return self.chips.ioapic.set_pin(pin, level, source)
 
     def take(self, cpu: int = 0) -> int:
         """Take an interrupt, without ending it."""

@@ -69,7 +69,7 @@ def set_routing_errno(machine: Machine, entries: list[abi.kvm_irq_routing_entry]
 def test_default_routing_drives_both_chips(machine: Machine) -> None:
     machine.init_pic()
     machine.redirect(5, 0x45)
-    assert machine.chips.set_irq(5, 1) == 2
+    assert machine.chips.set_gsi(5, 1) == 2
     assert machine.take() == 0x25  # ExtINT through LINT0 comes first
     assert machine.take() == 0x45
     assert machine.take() == -1
@@ -84,13 +84,13 @@ def test_default_routing_is_the_kernels(machine: Machine, gsi: int) -> None:
 
 
 def test_status_combines_the_chips(machine: Machine) -> None:
-    assert machine.chips.set_irq(20, 1) == IRQ_IGNORED  # masked after reset
-    assert machine.chips.set_irq(4000, 1) == IRQ_IGNORED
-    assert machine.chips.set_irq(2**32 - 1, 1) == IRQ_IGNORED
+    assert machine.chips.set_gsi(20, 1) == IRQ_IGNORED  # masked after reset
+    assert machine.chips.set_gsi(4000, 1) == IRQ_IGNORED
+    assert machine.chips.set_gsi(2**32 - 1, 1) == IRQ_IGNORED
     machine.init_pic()
-    assert machine.chips.set_irq(5, 1) == 1
-    machine.chips.set_irq(5, 0)
-    assert machine.chips.set_irq(5, 1) == IRQ_COALESCED
+    assert machine.chips.set_gsi(5, 1) == 1
+    machine.chips.set_gsi(5, 0)
+    assert machine.chips.set_gsi(5, 1) == IRQ_COALESCED
 
 
 # KVM_SET_GSI_ROUTING
@@ -101,12 +101,12 @@ def test_new_table_replaces_the_old_one(machine: Machine) -> None:
     changes: list[int] = []
     machine.chips.routing.on_change.append(lambda: changes.append(1))
     machine.chips.routing.set_routing([irqchip_entry(0, IOAPIC, 2)])
-    assert machine.chips.set_irq(0, 1) == 1
+    assert machine.chips.set_gsi(0, 1) == 1
     assert machine.take() == 0x42
-    assert machine.chips.set_irq(2, 1) == IRQ_IGNORED
+    assert machine.chips.set_gsi(2, 1) == IRQ_IGNORED
     assert changes == [1]
     machine.chips.routing.set_routing([])
-    assert machine.chips.set_irq(0, 1) == IRQ_IGNORED
+    assert machine.chips.set_gsi(0, 1) == IRQ_IGNORED
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_invalid_table_is_refused_and_the_old_one_stays(
 ) -> None:
     machine.redirect(20, 0x52)
     assert set_routing_errno(machine, entries) == errno.EINVAL
-    assert machine.chips.set_irq(20, 1) == 1
+    assert machine.chips.set_gsi(20, 1) == 1
 
 
 def test_split_irqchip_routes_only_messages() -> None:
@@ -142,8 +142,8 @@ def test_split_irqchip_routes_only_messages() -> None:
     assert set_routing_errno(machine, [irqchip_entry(0, IOAPIC, 0)]) == errno.EINVAL
     assert set_routing_errno(machine, [irqchip_entry(0, MASTER, 0)]) == errno.EINVAL
     machine.chips.routing.set_routing([msi_entry(30)])
-    assert machine.chips.set_irq(30, 1) == 1
-    assert machine.chips.set_irq(30, 0) == IRQ_IGNORED
+    assert machine.chips.set_gsi(30, 1) == 1
+    assert machine.chips.set_gsi(30, 0) == IRQ_IGNORED
     assert machine.take() == 0x41
     assert machine.chips.routing.routed_msi(30) == (0xFEE00000, 0, 0x41)
 
@@ -156,12 +156,12 @@ def test_split_irqchip_tells_userspace_of_the_eois_it_waits_for() -> None:
     edge = msi_entry(21, address_lo=0xFEE01000, data=0x43)
     board.chips.routing.set_routing([level, edge, beyond])
     for gsi in (20, 21, 30):
-        board.chips.set_irq(gsi, 1)
+        board.chips.set_gsi(gsi, 1)
         board.lapics[1].get_interrupt()
         board.lapics[1].eoi()
     assert exits == [(1, 0x41)]
     board.lapics[1].mmio_write(0xF0, 4, 0x11FF)  # directed EOIs: no broadcast
-    board.chips.set_irq(20, 1)
+    board.chips.set_gsi(20, 1)
     board.lapics[1].get_interrupt()
     board.lapics[1].eoi()
     assert len(exits) == 1
@@ -223,16 +223,16 @@ def test_ack_notifier_is_called_at_eoi_of_either_chip(machine: Machine) -> None:
         acked.append(1)
 
     machine.chips.routing.add_ack_notifier(5, note)
-    machine.chips.set_irq(5, 1)
+    machine.chips.set_gsi(5, 1)
     machine.take()
     machine.pio.write(0x20, 1, 0x20)
     assert acked == [1]
-    machine.chips.set_irq(5, 0)
+    machine.chips.set_gsi(5, 0)
     assert machine.take() == 0x45
     machine.lapic.eoi()
     assert acked == [1, 1]
     machine.chips.routing.remove_ack_notifier(5, note)
-    machine.chips.set_irq(5, 1)
+    machine.chips.set_gsi(5, 1)
     machine.take()
     machine.pio.write(0x20, 1, 0x20)
     assert len(acked) == 2
@@ -240,8 +240,8 @@ def test_ack_notifier_is_called_at_eoi_of_either_chip(machine: Machine) -> None:
 
 def test_resampled_line_is_lowered_by_its_ack_notifier_without_another_interrupt(machine: Machine) -> None:
     machine.redirect(20, 0x8052)
-    machine.chips.routing.add_ack_notifier(20, lambda: (machine.chips.set_irq(20, 0, 1), None)[1])
-    machine.chips.set_irq(20, 1, 1)
+    machine.chips.routing.add_ack_notifier(20, lambda: (machine.chips.set_gsi(20, 0, 1), None)[1])
+    machine.chips.set_gsi(20, 1, 1)
     assert machine.take() == 0x52
     machine.lapic.eoi()
     assert machine.take() == -1
@@ -262,7 +262,7 @@ def test_mask_notifier(machine: Machine) -> None:
 def test_pic_reaches_only_the_processor_with_extint_on_lint0() -> None:
     machine = Machine(2)
     machine.init_pic()
-    machine.chips.set_irq(4, 1)
+    machine.chips.set_gsi(4, 1)
     assert machine.vcpus[0].calls[-1] == "event"
     assert machine.chips.cpu_has_interrupt(machine.lapics[0])
     assert not machine.chips.cpu_has_interrupt(machine.lapics[1])

@@ -75,7 +75,7 @@ class RandomMachine(Board):
         assert lapic.set_base(base) or lapic.apic_base == before
 
     def _line(self, gsi: int, level: int) -> None:
-        assert self.chips.set_irq(gsi, level) >= -1
+        assert self.chips.set_gsi(gsi, level) >= -1
 
     def _msi(self, address_lo: int, address_hi: int, data: int) -> None:
         assert -1 <= self.chips.routing.set_msi(address_lo, address_hi, data) <= 3

@@ -86,7 +86,7 @@ class _Chip:
         return place + self.priority_add & 7 if place < self.first(in_service) else -1
 
     def set_line(self, pin: int, level: bool) -> int:
-        """Drive a request line (datasheet, "Edge and level triggered modes"). Returns as set_irq does."""
+        """Drive a request line (datasheet, "Edge and level triggered modes"). Returns as set_pin does."""
         bit = 1 << pin
         result = 1
         if not level:
@@ -165,7 +165,7 @@ class Pic:
 
     # Lines
 
-    def set_irq(self, pin: int, level: int, source_id: int = 0) -> int:
+    def set_pin(self, pin: int, level: int, source_id: int = 0) -> int:
         """Drive *pin* (0-15) from one source. Returns 1, IRQ_COALESCED or IRQ_IGNORED (masked)."""
         with self._lock:
             if level:

@@ -109,7 +109,7 @@ class IoApic:
 
     # Lines
 
-    def set_irq(self, pin: int, level: int, source_id: int = 0) -> int:
+    def set_pin(self, pin: int, level: int, source_id: int = 0) -> int:
         """Drive *pin* from one source. Returns how many local APICs got it, IRQ_COALESCED or IRQ_IGNORED."""
         bit = 1 << pin
         with self._lock:

@@ -37,7 +37,7 @@ _PINS: Final = {
     KVM_IRQCHIP_IOAPIC: KVM_IOAPIC_NUM_PINS,
 }
 
-_Target = Callable[[int, int], int]  # (source, level) -> as IrqRouting.set_irq returns
+_Target = Callable[[int, int], int]  # (source, level) -> as IrqRouting.set_gsi returns
 Msi = tuple[int, int, int]
 """Address low, address high, data."""
 
@@ -133,12 +133,12 @@ class IrqRouting:
             ioapic = self._ioapic
             if ioapic is None:
                 raise kvm_error(errno.EINVAL, f"GSI {gsi}: there is no in-kernel IOAPIC")
-            return lambda source, level: ioapic.set_irq(pin, level, source)
+            return lambda source, level: ioapic.set_pin(pin, level, source)
         pic = self._pic
         if pic is None:
             raise kvm_error(errno.EINVAL, f"GSI {gsi}: there is no in-kernel PIC")
         pin += _PIC_PINS * chip
-        return lambda source, level: pic.set_irq(pin, level, source)
+        return lambda source, level: pic.set_pin(pin, level, source)
 
     def _routed_msi(self, gsi: int, entry: kvm_irq_routing_entry) -> Msi:
         if entry.type != KVM_IRQ_ROUTING_MSI:
@@ -162,7 +162,7 @@ class IrqRouting:
 
     # Interrupts
 
-    def set_irq(self, gsi: int, level: int, source_id: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
+    def set_gsi(self, gsi: int, level: int, source_id: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
         """Drive line *gsi* from one source; any thread.
 
         Returns the status of KVM_IRQ_LINE_STATUS: IRQ_IGNORED (-1) if it is masked or led nowhere, IRQ_COALESCED (0) if

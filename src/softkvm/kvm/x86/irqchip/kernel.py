@@ -3,7 +3,7 @@
 
 chips = KernelIrqchip(clock)
 lapic = Lapic(vcpu, chips.apic_map)        # for each vCPU
-chips.set_irq(gsi, level)                  # any thread
+chips.set_gsi(gsi, level)                  # any thread
 if chips.cpu_has_interrupt(lapic):         # on the vCPU's thread, when the guest takes interrupts
     vector = chips.cpu_get_interrupt(lapic)
 """
@@ -138,7 +138,7 @@ class KernelIrqchip:
         self.routing.fire_mask_notifiers(KVM_IRQCHIP_IOAPIC, pin, masked)
 
     def _pit_irq(self, level: int) -> int:
-        return self.routing.set_irq(PIT_GSI, level, KVM_PIT_IRQ_SOURCE_ID)
+        return self.routing.set_gsi(PIT_GSI, level, KVM_PIT_IRQ_SOURCE_ID)
 
     def _nmi_watchdog(self) -> None:
         for lapic in self.apic_map.lapics:
@@ -146,9 +146,9 @@ class KernelIrqchip:
 
     # Lines (any thread)
 
-    def set_irq(self, gsi: int, level: int, source: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
-        """Drive a line; see :meth:`IrqRouting.set_irq <softkvm.kvm.x86.irqchip.irq_comm.IrqRouting.set_irq>`."""
-        return self.routing.set_irq(gsi, level, source)
+    def set_gsi(self, gsi: int, level: int, source: int = KVM_USERSPACE_IRQ_SOURCE_ID) -> int:
+        """Drive a line; see :meth:`IrqRouting.set_gsi <softkvm.kvm.x86.irqchip.irq_comm.IrqRouting.set_gsi>`."""
+        return self.routing.set_gsi(gsi, level, source)
 
     # Interrupts for a vCPU (its own thread)
 

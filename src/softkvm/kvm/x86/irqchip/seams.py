@@ -18,7 +18,8 @@ MaskNotifier = Callable[[bool], None]
 #: The PIT's interrupt source, behind those of every architecture (:mod:`softkvm.kvm.irq.irqchip`).
 KVM_PIT_IRQ_SOURCE_ID = 2
 
-# What set_irq() returns, the status of KVM_IRQ_LINE_STATUS; a positive number counts the vCPUs it was delivered to.
+# What driving a pin or a GSI returns, the status of KVM_IRQ_LINE_STATUS; a positive number counts the vCPUs that it was
+# delivered to.
 IRQ_IGNORED = -1  # masked, or nobody there
 IRQ_COALESCED = 0  # was pending already
 
