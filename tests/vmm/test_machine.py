@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.support.machines import KVMS
+from tests.support.machines import KVMS, open_soft
 
 from softkvm import abi, api
 from softkvm.vmm.errors import ConfigError, ImageError
@@ -16,6 +16,7 @@ from softkvm.vmm.outcome import End, Outcome
 
 SPIN = bytes.fromhex("ebfe")  # jmp $
 HALT = bytes.fromhex("fa f4 ebfc")  # cli; hlt; jmp
+IDLE = bytes.fromhex("fb f4 ebfc")  # sti; hlt; jmp
 
 
 def out(port: int, value: int, size: int = 1) -> bytes:
@@ -56,6 +57,10 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeMachine]:
     ("code", "end"),
     [
         pytest.param(POWER_OFF, End.POWER_OFF, id="ACPI S5"),
+        pytest.param(out(0x604, 0x2000, 2), End.POWER_OFF, id="S5 of a PIIX4"),
+        pytest.param(out(0x605, 0x20), End.POWER_OFF, id="S5 of a PIIX4 by bytes"),
+        pytest.param(out(0xB004, 0x2000, 2), End.POWER_OFF, id="its old place"),
+        pytest.param(b"".join(out(0x8900, byte) for byte in b"Shutdown"), End.POWER_OFF, id="Shutdown"),
         pytest.param(out(0x64, 0xFE), End.RESET, id="keyboard controller"),
         pytest.param(out(0xCF9, 0x06), End.RESET, id="reset register"),
         pytest.param(out(0x505, 1), End.PANIC, id="pvpanic"),
@@ -82,7 +87,29 @@ def test_timeout_ends_a_guest_that_spins(make: MakeMachine) -> None:
 
 
 def test_timeout_ends_a_guest_that_sleeps(make: MakeMachine) -> None:
-    assert make(HALT, vcpus=4).run(0.2).end is End.TIMEOUT
+    assert make(IDLE, vcpus=4).run(0.2).end is End.TIMEOUT
+
+
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_guest_that_halted_for_good_ends(make: MakeMachine, vcpus: int) -> None:
+    """Nothing can wake it: interrupts are disabled, and the other vCPUs were never started."""
+    outcome = make(HALT, vcpus=vcpus).run(60)
+    assert outcome.end is End.HALTED, outcome
+
+
+def test_guest_that_waits_for_an_interrupt_goes_on(make: MakeMachine) -> None:
+    """The watch stops it again and again, and finds it awake or able to wake."""
+    machine = make(IDLE)
+    machine.start()
+    assert not machine.ended.wait(2.5)
+    machine.end(Outcome(End.STOPPED))
+    assert machine.wait().end is End.STOPPED
+
+
+def test_halted_guest_lives_on_where_that_is_asked_for() -> None:
+    with open_soft() as kvm, Machine(kvm, Config(32 * MIB, end_when_halted=False)) as machine:
+        machine.load(HALT, raw=True)
+        assert machine.run(1.5).end is End.TIMEOUT
 
 
 def test_first_end_counts(make: MakeMachine) -> None:

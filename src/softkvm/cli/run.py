@@ -46,6 +46,7 @@ EXIT_STATUS = {
     End.RESET: 6,
     End.STOPPED: 7,
     End.DEBUG_EXIT: 8,
+    End.HALTED: 9,
 }
 """Exit status of ``softkvm run`` for every end of a machine. 2 is a usage error, 128 + n an end by signal n."""
 
@@ -63,6 +64,7 @@ exit status:
   6  the guest reset itself
   7  ended from the console with Ctrl-A x
   8  the guest wrote the debug-exit port
+  9  the guest halted for good, with interrupts disabled
   128 + n  ended by signal n; 141: nobody reads the console
 
 on the console:

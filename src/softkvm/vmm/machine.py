@@ -17,8 +17,10 @@ from softkvm.vmm.boot.image import Deadline, Image, Source
 from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.errors import ConfigError
+from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.memory import MIB
 from softkvm.vmm.outcome import End, Outcome
+from softkvm.vmm.standstill import Standstill
 from softkvm.vmm.vcpu_thread import VcpuThread
 
 MAX_VCPUS = 16
@@ -38,6 +40,8 @@ class Config:
     """Whether there is an i8254."""
     hpet: bool = True
     """Whether there is a high precision event timer."""
+    end_when_halted: bool = True
+    """Whether the machine ends (HALTED) when nothing that it has can wake any vCPU any more."""
     devices: Callable[[Machine], None] | None = None
     """Called after the standard devices are on the buses, to add more."""
 
@@ -66,10 +70,8 @@ class Machine:
         """The exception behind an outcome of kind ``ERROR``, if there was one."""
         self.started_ns = 0
         self.ended_ns = 0
-        self.sleeping = False
-        """In S3: vCPUs other than the one that went there stand still."""
-        self._woken = threading.Condition()
-        self._standing = 0  # vCPUs in sleep_on
+        self.standstill = Standstill(self.ended)
+        self._halt_watch: HaltWatch | None = None
         self._end_lock = threading.Lock()
         self._closed = False
         self.pio = Bus("I/O port", 16)
@@ -90,6 +92,11 @@ class Machine:
             thread = VcpuThread(self, index, vcpu)
             resources.callback(thread.close)
             self.vcpus.append(thread)
+        if self.config.end_when_halted:
+            self._halt_watch = HaltWatch(
+                self.vcpus, self.standstill, self.board.halted_for_good, self.ended, self._halted
+            )
+            resources.callback(self._halt_watch.close)
         if self.config.devices is not None:
             self.config.devices(self)
         self.board.built()
@@ -107,27 +114,14 @@ class Machine:
 
         Yields True then, with them still standing; False if the machine has ended meanwhile.
         """
-        self.sleeping = True
         current = threading.current_thread()
-        for other in self.vcpus:
-            if other.thread is not current:
-                other.vcpu.kick()
-        while not (wait_for_wake_up() and self._standing == len(self.vcpus) - 1):
-            if self.ended.is_set():
-                yield False
-                return
-        yield True
-        with self._woken:
-            self.sleeping = False
-            self._woken.notify_all()
-
-    def sleep_on(self, vcpu: VcpuThread) -> None:
-        """Let *vcpu*'s thread stand until the machine is awake again."""
-        with self._woken:
-            self._standing += 1
-            while self.sleeping and not self.ended.is_set():
-                self._woken.wait(0.1)
-            self._standing -= 1
+        others = [other for other in self.vcpus if other.thread is not current]
+        with self.standstill.hold():
+            while not (wait_for_wake_up() and self.standstill.wait(others, 0.1)):
+                if self.ended.is_set():
+                    yield False
+                    return
+            yield True
 
     # -- life
 
@@ -156,6 +150,11 @@ class Machine:
         self.started_ns = time.monotonic_ns()
         for vcpu in self.vcpus:
             vcpu.thread.start()
+        if self._halt_watch is not None:
+            self._halt_watch.start()
+
+    def _halted(self) -> None:
+        self.end(Outcome(End.HALTED, "interrupts are disabled on every vCPU"))
 
     def end(self, outcome: Outcome) -> None:
         """End the machine; the first outcome counts. From any thread; does not wait."""

@@ -14,6 +14,7 @@ class End(enum.Enum):
     RESET = "reset"
     PANIC = "panic"
     TRIPLE_FAULT = "triple fault"
+    HALTED = "halted"
     TIMEOUT = "timeout"
     STOPPED = "stopped"
     DEBUG_EXIT = "debug exit"

@@ -73,7 +73,7 @@ class VcpuThread:
         handlers = self.handlers
         counts, handler_ns = self.stats.counts, self.stats.handler_ns
         clock = time.perf_counter_ns
-        ended = self.machine.ended
+        ended, standstill = self.machine.ended, self.machine.standstill
         guest_ns = 0
         before = clock()
         try:
@@ -88,8 +88,8 @@ class VcpuThread:
                     self.stats.interrupts += 1
                     if ended.is_set():
                         return
-                    if self.machine.sleeping:
-                        self.machine.sleep_on(self)
+                    if standstill.held:
+                        standstill.stand(self)
                         before = clock()
                     continue
                 after = clock()
@@ -162,7 +162,7 @@ class VcpuThread:
 
     def _halted(self) -> None:
         """KVM_EXIT_HLT: only a KVM without interrupt chips leaves it to us, and then nothing can wake the vCPU."""
-        self.machine.end(Outcome(End.STOPPED, f"vCPU {self.index} halted"))
+        self.machine.end(Outcome(End.HALTED, f"vCPU {self.index}"))
 
     def _shutdown(self) -> None:
         """KVM_EXIT_SHUTDOWN: a triple fault. On AMD KVM has reset the vCPU by then, and where it was is lost."""

@@ -27,5 +27,8 @@ class Board(Protocol):
     def where(self, vcpu: api.Vcpu) -> str:
         """Say where a vCPU is, for a message that it stands in; empty if that isn't known."""
 
+    def halted_for_good(self) -> bool:
+        """Whether no interrupt that there can be wakes any processor; none of them is in KVM_RUN meanwhile."""
+
     def flush(self) -> None:
         """The machine stands: write out what devices hold back."""

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from softkvm import abi, api
 from softkvm.vmm.bios import services
+from softkvm.vmm.boards.pc_halt import halted_for_good
 from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, multiboot, pvh
 from softkvm.vmm.boot.cpustate import jump_in_real_mode
 from softkvm.vmm.boot.image import Deadline, Image, Source
 from softkvm.vmm.boot.loaders import Kind
 from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
-from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial, shutdown_ports
 from softkvm.vmm.errors import ImageError
 from softkvm.vmm.memory import GuestMemory
 from softkvm.vmm.outcome import End, Outcome
@@ -84,6 +85,10 @@ class Pc:
         rip = vcpu.get_regs().rip
         return "" if rip == _RESET_RIP else f" at RIP {rip:#x}"
 
+    def halted_for_good(self) -> bool:
+        """Whether nothing that reaches a processor with interrupts disabled can come any more."""
+        return halted_for_good(self.machine.vm, self._vcpus())
+
     def flush(self) -> None:
         """Write out what the console holds back."""
         self.serial.flush()
@@ -130,6 +135,10 @@ class Pc:
         add(pci_config.PCI_CONFIG_PORT, pci_config.PCI_CONFIG_SIZE, self.pci_config, "pci-config")
         add(services.SERVICE_PORT, 1, self.bios, "bios")
         add(pvpanic.PVPANIC_PORT, 1, self.pvpanic, "pvpanic")
+        old_pm1_control = shutdown_ports.OldPm1Control(self._powered_off)
+        add(shutdown_ports.OLD_PM1_CNT_PORT, shutdown_ports.OLD_PM1_CNT_SIZE, old_pm1_control, "old pm1-control")
+        self.shutdown_port = shutdown_ports.ShutdownPort(self._powered_off)
+        add(shutdown_ports.SHUTDOWN_PORT, shutdown_ports.SHUTDOWN_SIZE, self.shutdown_port, "shutdown")
         add(debug_exit.DEBUG_EXIT_PORT, debug_exit.DEBUG_EXIT_SIZE, self.debug_exit, "debug-exit")
 
     # -- what devices tell

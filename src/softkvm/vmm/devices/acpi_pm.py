@@ -39,6 +39,7 @@ CNT_SLP_EN: Final = 1 << 13
 
 S3_SLP_TYP: Final = 1  # as QEMU's PIIX4, whose test programs write it without asking the DSDT
 S5_SLP_TYP: Final = 5  # what the DSDT's \_S5 package must hold
+PIIX4_S5_SLP_TYP: Final = 0  # S5 of QEMU's PIIX4: programs without an ACPI interpreter write it
 
 RESET_PORT: Final = 0xCF9
 RESET_VALUE: Final = 0x06  # FADT.RESET_VALUE
@@ -102,7 +103,8 @@ class AcpiPm:
                 entered = state if state is not None else entered
             self._update_irq()
             self._arm()
-        enter = {S3_SLP_TYP: self._sleep, S5_SLP_TYP: self._power_off}.get(-1 if entered is None else entered)
+        states = {S3_SLP_TYP: self._sleep, S5_SLP_TYP: self._power_off, PIIX4_S5_SLP_TYP: self._power_off}
+        enter = states.get(-1 if entered is None else entered)
         if enter is not None:
             enter()
 

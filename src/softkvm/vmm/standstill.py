@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All vCPU threads out of KVM_RUN, for as long as someone needs that: to sleep, or to look at the whole machine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softkvm.vmm.vcpu_thread import VcpuThread
+
+_KICK_AGAIN_S = 0.01  # a kick that came between two runs may be lost
+
+
+class Standstill:
+    """``held`` says that a thread that came out of KVM_RUN has to call :meth:`stand` before it goes back."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self.held = 0
+        self._ended = ended
+        self._changed = threading.Condition()
+        self._standing: set[VcpuThread] = set()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Ask for it. Threads that are in the guest go on until :meth:`wait` fetches them."""
+        with self._changed:
+            self.held += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.held -= 1
+                self._changed.notify_all()
+
+    def wait(self, threads: Collection[VcpuThread], timeout_s: float) -> bool:
+        """Wait until all of *threads* stand, return whether they do. To be called while it is held."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not self._ended.is_set():
+                missing = set(threads) - self._standing
+                remaining_s = deadline - time.monotonic()
+                if not missing or remaining_s <= 0:
+                    return not missing
+                for thread in missing:
+                    thread.vcpu.kick()
+                self._changed.wait(min(remaining_s, _KICK_AGAIN_S))
+        return False
+
+    def stand(self, thread: VcpuThread) -> None:
+        """Let *thread*, which calls this, stand until nobody holds it or the machine ends."""
+        with self._changed:
+            self._standing.add(thread)
+            self._changed.notify_all()
+            while self.held and not self._ended.is_set():
+                self._changed.wait(0.1)
+            self._standing.discard(thread)
