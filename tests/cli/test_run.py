@@ -16,8 +16,11 @@ import pytest
 from tests.support.machines import KVMS
 
 from softkvm.cli import CommandError
+from softkvm.cli import run as run_module
 from softkvm.cli.run import parse_size, split_modules
 from softkvm.vmm.memory import GIB, KIB, MIB
+from softkvm.vmm.outcome import End, Outcome
+from softkvm.vmm.stats import ConsoleWatcher
 
 RUN = (sys.executable, "-m", "softkvm.cli.main", "run")
 
@@ -327,6 +330,34 @@ def test_loading_counts_for_the_timeout(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     done = run("--kernel", tmp_path / "fifo", "--timeout", "0.2")
     assert (done.returncode, done.stderr) == (5, "softkvm: timeout: loading took longer than 0.2 s\n")
+
+
+class Ended:
+    """Takes the place of a machine that somebody ends."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+
+@pytest.mark.parametrize("crash_kernel", [False, True])
+def test_kernel_that_goes_on_after_a_panic_is_ended_unless_it_is_a_crash_kernel(
+    monkeypatch: pytest.MonkeyPatch, crash_kernel: bool
+) -> None:
+    monkeypatch.setattr(run_module, "PANIC_GRACE_S", 0.01)
+    watcher, machine = ConsoleWatcher(), Ended()
+    watch = run_module._PanicWatch(watcher, crash_kernel=crash_kernel)
+    watch.attach(machine)  # type: ignore[arg-type]
+    for line in (b"Kernel panic - not syncing: x\n", b"[    0.000000] Linux version 6.1\n"):
+        watcher(line)
+        watch.output(line)
+    time.sleep(0.2)
+    assert [outcome.end for outcome in machine.outcomes] == ([] if crash_kernel else [End.PANIC])
+    assert watch.judge(Outcome(End.RESET)).end is End.PANIC
+    assert watch.judge(Outcome(End.POWER_OFF)).end is (End.PANIC if crash_kernel else End.POWER_OFF)
+    assert watch.judge(Outcome(End.TIMEOUT)).end is End.TIMEOUT
 
 
 class Terminal:

@@ -51,7 +51,7 @@ EXIT_STATUS = {
 """Exit status of ``softkvm run`` for every end of a machine. 2 is a usage error, 128 + n an end by signal n."""
 
 PANIC_GRACE_S = 5.0
-"""How long a guest that printed a panic may take to reset or to start its crash kernel."""
+"""How long a guest that printed a panic, and has no crash kernel, may take to reset."""
 
 EPILOG = """\
 exit status:
@@ -204,10 +204,14 @@ def _open_kvm(accel: str) -> tuple[api.Kvm, str]:
 
 
 class _PanicWatch:
-    """Ends a machine whose kernel printed a panic and then neither resets nor goes on (a heuristic)."""
+    """Ends a machine whose kernel printed a panic and then neither resets nor goes on (a heuristic).
 
-    def __init__(self, watcher: ConsoleWatcher) -> None:
+    With *crash_kernel* memory is reserved for a kernel that runs after a panic, silent at first: it has all the time.
+    """
+
+    def __init__(self, watcher: ConsoleWatcher, *, crash_kernel: bool) -> None:
         self._watcher = watcher
+        self._crash_kernel = crash_kernel
         self._seen = threading.Event()
         self._machine: Machine | None = None
 
@@ -221,7 +225,7 @@ class _PanicWatch:
             return
         if self._watcher.reached("panic_end"):
             self._machine.end(self._outcome())
-        elif self._watcher.reached("panic") and not self._seen.is_set():
+        elif self._watcher.reached("panic") and not self._crash_kernel and not self._seen.is_set():
             self._seen.set()
             timer = threading.Timer(PANIC_GRACE_S, lambda m: m.end(self._outcome()), (self._machine,))
             timer.daemon = True
@@ -232,8 +236,9 @@ class _PanicWatch:
         return Outcome(End.PANIC, f"on the console: {milestone.line}" if milestone else "on the console")
 
     def judge(self, outcome: Outcome) -> Outcome:
-        """A reset after a panic message (``panic=-1``) is a panic."""
-        if outcome.end is End.RESET and self._watcher.reached("panic"):
+        """A reset after a panic message (``panic=-1``) is a panic, and so is a crash kernel's power-off."""
+        ends = (End.RESET, End.POWER_OFF) if self._crash_kernel else (End.RESET,)
+        if outcome.end in ends and self._watcher.reached("panic"):
             return self._outcome()
         return outcome
 
@@ -368,7 +373,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         kvm, accel = _open_kvm(args.accel)
         stack.enter_context(kvm)
         watcher = ConsoleWatcher()
-        panic = _PanicWatch(watcher)
+        panic = _PanicWatch(watcher, crash_kernel=bool(re.search(r"\bcrashkernel=", loaded.command_line)))
 
         def output(data: bytes) -> None:
             watcher(data)
