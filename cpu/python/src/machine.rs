@@ -9,7 +9,7 @@ use pyo3::exceptions::{PyBufferError, PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use softcpu::mem::{Machine, PAGE_SIZE, RegionError};
+use softcpu::mem::{Machine, PAGE_SIZE, RegionError, host_read, host_write};
 
 /// The physical machine: memory regions and processors.
 #[pyclass(frozen, name = "Machine", module = "softkvm._softcpu")]
@@ -133,7 +133,7 @@ impl PyMachine {
         self.range(hva, size)?;
         PyBytes::new_with(py, size, |out| {
             // SAFETY: registered, so mapped; others may write at the same time, which copies some mix of bytes.
-            unsafe { std::ptr::copy_nonoverlapping(hva as *const u8, out.as_mut_ptr(), size) };
+            unsafe { host_read(hva as *const u8, out) };
             Ok(())
         })
     }
@@ -141,7 +141,7 @@ impl PyMachine {
     fn write(&self, hva: usize, data: &[u8]) -> PyResult<()> {
         self.range(hva, data.len())?;
         // SAFETY: as in `read`.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), hva as *mut u8, data.len()) };
+        unsafe { host_write(data, hva as *mut u8) };
         self.inner.notify_write(hva, data.len());
         Ok(())
     }

@@ -7,7 +7,7 @@ use super::architecture::Architecture;
 use super::block::Block;
 use super::op::{Res, Stop};
 use super::state::Engine;
-use crate::mem::{PAGE_SIZE, chunk_mask, pending};
+use crate::mem::{PAGE_SIZE, chunk_mask, host_equal, pending};
 
 impl<P: Architecture> Engine<P> {
     /// Before a write of `size` bytes at a host address: [`Stop::SelfModify`] if it hits the running block.
@@ -107,24 +107,15 @@ impl<P: Architecture> Engine<P> {
         // SAFETY: as above.
         let code = unsafe { Block::code(b) };
         let (first, second) = code.split_at(block.len as usize);
-        // SAFETY: the block's pages are registered memory (translated just now or by the link's check).
+        // SAFETY: the block's pages are registered memory (translated just now or by the link's check). An answer that a
+        // racing write makes wrong is corrected by the next stamp.
         let same = unsafe {
-            equal(first, block.host as *const u8)
-                && (block.tail == 0 || equal(second, block.host2 as *const u8))
+            host_equal(first, block.host as *const u8)
+                && (block.tail == 0 || host_equal(second, block.host2 as *const u8))
         };
         if same && settled {
             block.stamp = self.stamp;
         }
         same
     }
-}
-
-/// Compares bytes with memory that others may write.
-///
-/// # Safety
-/// `p` must be readable for `bytes.len()` bytes.
-#[inline]
-unsafe fn equal(bytes: &[u8], p: *const u8) -> bool {
-    // SAFETY: given. Racing writes at worst give a wrong answer that the next stamp corrects.
-    unsafe { libc::memcmp(bytes.as_ptr().cast(), p.cast(), bytes.len()) == 0 }
 }

@@ -8,7 +8,7 @@ use super::fetch::second_page;
 use super::op::{Op, Res, Stop};
 use super::processor::{Code, Decoder, Processor};
 use super::thread::handler;
-use crate::mem::{PAGE_SIZE, PageInfo};
+use crate::mem::{PAGE_SIZE, PageInfo, host_read};
 
 /// Bytes that are read at a time to be decoded: most blocks are shorter.
 const STRIDE: usize = 128;
@@ -21,15 +21,6 @@ const WINDOW: usize = MAX_OPS * LONGEST;
 fn fall_through<P: Processor>(cpu: &mut P, op: &Op<P>) -> Res {
     cpu.set_pc(cpu.block_pc().wrapping_add(op.next() as u64));
     Err(Stop::Exit1)
-}
-
-/// Copies code out of guest memory.
-///
-/// # Safety
-/// `from` must be readable for as many bytes as `to` has.
-unsafe fn read(from: usize, to: &mut [u8]) {
-    // SAFETY: given. Others may write at the same time; that is noticed by the comparison with memory that follows.
-    unsafe { core::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) }
 }
 
 /// Decodes the block at `host`.
@@ -56,7 +47,7 @@ pub(super) fn decode<P: Processor>(
             // A store between this and the first `check` is noticed there: it compares after having marked the chunks.
             let more = STRIDE.min(limit - available);
             // SAFETY: `host` was translated; `limit` bytes remain in its page.
-            unsafe { read(host + available, &mut bytes[available..available + more]) };
+            unsafe { host_read((host + available) as *const u8, &mut bytes[available..available + more]) };
             available += more;
         }
         if !decoder.decode(&bytes[..available], &mut draft) {
@@ -75,7 +66,7 @@ pub(super) fn decode<P: Processor>(
         }
         host2 = second_page(cpu, code.linear)?;
         // SAFETY: the start of a translated page; an instruction is far shorter.
-        unsafe { read(host2, &mut bytes[in_page..need]) };
+        unsafe { host_read(host2 as *const u8, &mut bytes[in_page..need]) };
         available = need;
     }
     let at = draft.at();

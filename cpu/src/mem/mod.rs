@@ -11,7 +11,10 @@ mod pool;
 mod region;
 mod shared;
 
-pub use host::{host_cas, host_load, host_store};
+pub use host::{
+    host_cas, host_equal, host_fill, host_load, host_load128, host_move, host_read, host_store,
+    host_store128, host_write,
+};
 pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_mask};
 pub use shared::{Shared, Wake, pending};
 

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The virtual machine control block in memory (APM vol. 2, appendix B).
 
+use super::state::Segment;
+use crate::int::Int;
+use crate::mem::{PAGE_SIZE, host_load, host_store};
+
 /// Offsets in the control area.
 pub mod control {
     #![allow(missing_docs)]
@@ -69,17 +73,43 @@ impl Vmcb {
         Vmcb(page as *mut u8)
     }
 
-    /// Reads the value at a byte offset; any bits are a value of the integer types used here.
-    pub fn get<T: Copy>(&self, offset: usize) -> T {
-        assert!(offset + size_of::<T>() <= 4096);
+    /// The address of a field of `size` bytes.
+    #[inline(always)]
+    fn field(self, offset: usize, size: usize) -> *mut u8 {
+        assert!(offset + size <= PAGE_SIZE);
+        self.0.wrapping_add(offset)
+    }
+
+    /// Reads the value at a byte offset.
+    #[inline(always)]
+    pub fn get<T: Int>(self, offset: usize) -> T {
         // SAFETY: inside the page.
-        unsafe { self.0.add(offset).cast::<T>().read_unaligned() }
+        unsafe { host_load(self.field(offset, T::BYTES).cast()) }
     }
 
     /// Writes the value at a byte offset.
-    pub fn set<T: Copy>(&self, offset: usize, v: T) {
-        assert!(offset + size_of::<T>() <= 4096);
+    #[inline(always)]
+    pub fn set<T: Int>(self, offset: usize, v: T) {
         // SAFETY: inside the page.
-        unsafe { self.0.add(offset).cast::<T>().write_unaligned(v) }
+        unsafe { host_store(self.field(offset, T::BYTES).cast(), v) }
+    }
+
+    /// Reads the segment register at a byte offset.
+    #[inline(always)]
+    pub fn segment(self, offset: usize) -> Segment {
+        let low: u64 = self.get(offset);
+        Segment {
+            selector: low as u16,
+            attrib: (low >> 16) as u16 & Segment::ATTRIBUTES,
+            limit: (low >> 32) as u32,
+            base: self.get(offset + 8),
+        }
+    }
+
+    /// Writes the segment register at a byte offset.
+    #[inline(always)]
+    pub fn set_segment(self, offset: usize, s: &Segment) {
+        self.set(offset, s.selector as u64 | (s.attrib as u64) << 16 | (s.limit as u64) << 32);
+        self.set(offset + 8, s.base);
     }
 }

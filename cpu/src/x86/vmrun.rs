@@ -193,10 +193,7 @@ impl Cpu {
         self.shadow = v.get::<u64>(control::INTERRUPT_SHADOW) & 1 != 0;
         let (mode, breakpoints) = (self.paging_mode(), self.dr7 & 0xff);
         self.state_registers(|at, field| *field = v.get(at));
-        self.state_segments(|at, s| {
-            *s = v.get(at);
-            s.attrib &= 0xfff;
-        });
+        self.state_segments(|at, s| *s = v.segment(at));
         self.state_tables(|at, t| *t = TableRegister { base: v.get(at + 8), limit: v.get(at + 4) });
         let changed = mode != self.paging_mode();
         let watch = breakpoints != self.dr7 & 0xff;
@@ -262,7 +259,7 @@ impl Cpu {
     /// Writes guest state and exit information back.
     fn save_guest(&mut self, v: &Vmcb) {
         self.state_registers(|at, field| v.set(at, *field));
-        self.state_segments(|at, s| v.set(at, *s));
+        self.state_segments(|at, s| v.set_segment(at, s));
         self.state_tables(|at, t| {
             v.set(at + 4, t.limit);
             v.set(at + 8, t.base);

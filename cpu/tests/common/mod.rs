@@ -12,6 +12,7 @@ pub mod flat;
 use std::sync::Arc;
 
 use iced_x86::code_asm::CodeAssembler;
+use softcpu::int::Int;
 use softcpu::mem::Machine;
 use softcpu::x86::state::Cpu;
 use softcpu::x86::system::exitcode;
@@ -367,10 +368,10 @@ impl Guest {
         self.memory.write_bytes(at, &bytes);
     }
 
-    pub fn get<T: Copy>(&self, offset: usize) -> T {
+    pub fn get<T: Int>(&self, offset: usize) -> T {
         self.vmcb.get(offset)
     }
-    pub fn set<T: Copy>(&mut self, offset: usize, v: T) {
+    pub fn set<T: Int>(&mut self, offset: usize, v: T) {
         self.vmcb.set(offset, v)
     }
     pub fn segment(&mut self, n: usize, selector: u16, attrib: u16, base: u64, limit: u32) {

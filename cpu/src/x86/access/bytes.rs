@@ -2,7 +2,7 @@
 //! Accesses of any size and alignment, page by page; nothing is changed when one faults.
 
 use super::Access;
-use crate::mem::{host_load, host_store};
+use crate::mem::{host_load, host_read, host_store, host_write};
 use crate::x86::op::{Res, Stop};
 use crate::x86::state::{Cpu, sreg, vector};
 
@@ -50,10 +50,9 @@ impl Cpu {
                 (None, 4) => out.copy_from_slice(&host_load(a as *const u32).to_le_bytes()),
                 (None, 8) => out.copy_from_slice(&host_load(a as *const u64).to_le_bytes()),
                 _ => {
-                    core::ptr::copy_nonoverlapping(a as *const u8, out.as_mut_ptr(), first);
+                    host_read(a as *const u8, &mut out[..first]);
                     if let Some(b) = b {
-                        let rest = out.len() - first;
-                        core::ptr::copy_nonoverlapping(b as *const u8, out.as_mut_ptr().add(first), rest);
+                        host_read(b as *const u8, &mut out[first..]);
                     }
                 }
             }
@@ -92,10 +91,9 @@ impl Cpu {
                     host_store(a as *mut u64, u64::from_le_bytes(v));
                 }
                 _ => {
-                    core::ptr::copy_nonoverlapping(data.as_ptr(), a as *mut u8, first);
+                    host_write(&data[..first], a as *mut u8);
                     if let Some(b) = b {
-                        let rest = data.len() - first;
-                        core::ptr::copy_nonoverlapping(data.as_ptr().add(first), b as *mut u8, rest);
+                        host_write(&data[first..], b as *mut u8);
                     }
                 }
             }

@@ -2,7 +2,7 @@
 //! Loads and stores of an op's memory operand.
 
 use super::Access;
-use crate::mem::{host_load, host_store};
+use crate::mem::{host_load128, host_store128};
 use crate::x86::flags::Int;
 use crate::x86::op::{Op, Res, Stop};
 use crate::x86::state::Cpu;
@@ -33,7 +33,7 @@ impl Cpu {
         if e.read == self.engine.tlb.tag(linear.wrapping_add(15)) {
             let p = e.addend.wrapping_add(linear) as *const u64;
             // SAFETY: as in `load_bank`.
-            return Ok(unsafe { [host_load(p), host_load(p.add(1))] });
+            return Ok(unsafe { host_load128(p) });
         }
         let mut b = [0u8; 16];
         self.read_bytes(self.mmu, op.seg, linear, &mut b)?;
@@ -52,10 +52,7 @@ impl Cpu {
         if e.write == self.engine.tlb.tag(linear.wrapping_add(15)) {
             let p = e.addend.wrapping_add(linear) as *mut u64;
             // SAFETY: as in `load_bank`.
-            unsafe {
-                host_store(p, v[0]);
-                host_store(p.add(1), v[1]);
-            }
+            unsafe { host_store128(p, v) };
             return Ok(());
         }
         let v = (v[0] as u128) | (v[1] as u128) << 64;

@@ -8,7 +8,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::operand::{sized, sized_word};
-use crate::mem::{host_load, host_store};
+use crate::mem::{host_fill, host_load, host_move, host_store};
 use crate::x86::access::Access;
 use crate::x86::flags::{Int, LazyFlags, rf};
 use crate::x86::op::{Handler, Op, Res, Stop, flag, handler};
@@ -241,7 +241,7 @@ unsafe fn copy_upwards<T: Int>(from: *const u8, to: *mut u8, n: usize) {
     unsafe {
         if distance >= bytes {
             // Apart, or the destination is below: reading is always ahead of writing.
-            core::ptr::copy(from, to, bytes);
+            host_move(from, to, bytes);
         } else {
             // What was written is read again later on: a pattern repeats.
             let (from, to) = (from.cast::<T>(), to.cast::<T>());
@@ -265,7 +265,7 @@ unsafe fn copy_downwards<T: Int>(from: *const u8, to: *mut u8, n: usize) {
         if distance >= bytes {
             // Apart, or the destination is above.
             let below = bytes - T::BYTES;
-            core::ptr::copy(from.sub(below), to.sub(below), bytes);
+            host_move(from.sub(below), to.sub(below), bytes);
         } else {
             let (from, to) = (from.cast::<T>(), to.cast::<T>());
             for k in 0..n {
@@ -286,7 +286,7 @@ unsafe fn fill<T: Int>(to: *mut u8, v: T, n: usize) {
     // SAFETY: given.
     unsafe {
         if uniform == v {
-            core::ptr::write_bytes(to, low, n * T::BYTES);
+            host_fill(to, low, n * T::BYTES);
         } else {
             let to = to.cast::<T>();
             for k in 0..n {

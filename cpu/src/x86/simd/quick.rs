@@ -5,40 +5,7 @@ use super::super::flags::Int;
 use super::super::op::{Op, SLOT_ZERO, flag};
 use super::super::state::{Cpu, cr0, cr4, sreg};
 use super::vector::V;
-use crate::mem::{host_load, host_store};
-
-/// Loads 16 bytes, in one piece where the host can.
-///
-/// # Safety
-/// `p..p+16` must be mapped and readable.
-#[inline(always)]
-unsafe fn host_load128(p: *const u64) -> V {
-    if cfg!(target_arch = "x86_64") {
-        // SAFETY: given.
-        unsafe { p.cast::<V>().read_unaligned() }
-    } else {
-        // SAFETY: given.
-        unsafe { [host_load(p), host_load(p.add(1))] }
-    }
-}
-
-/// Stores 16 bytes, in one piece where the host can.
-///
-/// # Safety
-/// `p..p+16` must be mapped and writable.
-#[inline(always)]
-unsafe fn host_store128(p: *mut u64, v: V) {
-    if cfg!(target_arch = "x86_64") {
-        // SAFETY: given.
-        unsafe { p.cast::<V>().write_unaligned(v) }
-    } else {
-        // SAFETY: given.
-        unsafe {
-            host_store(p, v[0]);
-            host_store(p.add(1), v[1]);
-        }
-    }
-}
+use crate::mem::{host_load, host_load128, host_store, host_store128};
 
 /// Whether the linear address is base plus displacement: 64-bit code and addresses, no index, no FS or GS.
 pub fn is_simple(op: &Op) -> bool {

@@ -59,7 +59,8 @@ pub struct Segment {
 }
 
 impl Segment {
-    // VMCB attributes, 12 bits: 0-3 type, 4 S, 5-6 DPL, 7 P, 8 AVL, 9 L, 10 D/B, 11 G.
+    /// The bits of `attrib` that there are.
+    pub const ATTRIBUTES: u16 = 0xfff;
 
     /// Present/usable.
     #[inline(always)]
