@@ -103,7 +103,7 @@ def test_iasl_disassembles_the_tables_without_a_complaint(memory: GuestMemory, t
         assert "Warning" not in text, text
         assert "Error" not in text, text
     source = (tmp_path / "DSDT.dsl").read_text()
-    for part in ("Name (_S5", "PNP0501", "PNP0B00", "QEMU0001", "0x03F8", "{4}", "PNP0A03", "PNP0103"):
+    for part in ("Name (_S3", "Name (_S5", "PNP0501", "PNP0B00", "QEMU0001", "0x03F8", "{4}", "PNP0A03", "PNP0103"):
         assert part in source
     done = subprocess.run(["iasl", "-p", tmp_path / "again", tmp_path / "DSDT.dsl"], capture_output=True, text=True)
     assert " 0 Errors" in done.stdout, done.stdout

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition block: what a guest cannot find by itself, and which resources it takes.
 
-Source: ACPI specification 6.4, section 5.6.1 (what devices are told of how), 6.2.2 (_CRS), 7.4.2 (\\_S5); PCI Firmware
-Specification 3.2, section 4.1 (the host bridge's resources).
+Source: ACPI specification 6.4, section 5.6.1 (what devices are told of how), 6.2.2 (_CRS), 7.4.2 (\\_S3 and \\_S5);
+PCI Firmware Specification 3.2, section 4.1 (the host bridge's resources).
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ def definition_block(*, with_hpet: bool) -> bytes:
     devices = [_pci_host_bridge(), _com1(), _rtc(), _panic_event()]
     if with_hpet:
         devices.append(_hpet())
-    return _soft_off() + aml.scope("_SB_", *devices)
+    return _sleep_states() + aml.scope("_SB_", *devices)
 
 
-def _soft_off() -> bytes:
-    sleep_type = aml.integer(acpi_pm.S5_SLP_TYP)
-    return aml.name("_S5_", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
+def _sleep_states() -> bytes:
+    """Return what PM1_CNT.SLP_TYP is for suspend to RAM and for soft off."""
+    states = (("_S3_", acpi_pm.S3_SLP_TYP), ("_S5_", acpi_pm.S5_SLP_TYP))
+    return b"".join(
+        aml.name(path, aml.package(aml.integer(kind), aml.integer(kind), aml.integer(0), aml.integer(0)))
+        for path, kind in states
+    )
 
 
 def _pci_host_bridge() -> bytes:
