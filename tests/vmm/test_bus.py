@@ -32,13 +32,36 @@ def test_device_sees_offsets_and_answers_are_cut_to_the_size(bus: Bus) -> None:
     assert device.writes == [(7, 1, 7)]
 
 
-@pytest.mark.parametrize(("address", "size"), [(0x3F7, 1), (0x400, 1), (0x3FF, 2), (0x3FD, 4)])
-def test_access_that_no_range_holds_entirely_reads_ones(bus: Bus, address: int, size: int) -> None:
+@pytest.mark.parametrize(("address", "size"), [(0x3F7, 1), (0x400, 1), (0x3F0, 4)])
+def test_where_nobody_is_an_access_reads_ones(bus: Bus, address: int, size: int) -> None:
     device = Recorder()
     bus.add(0x3F8, 8, device, "com1")
     assert bus.read(address, size) == (1 << 8 * size) - 1
     bus.write(address, size, 0)
     assert device.writes == []
+
+
+def test_access_beyond_a_range_is_made_byte_by_byte(bus: Bus) -> None:
+    first, second = Recorder(), Recorder()
+    bus.add(0x60, 1, first, "data")
+    bus.add(0x63, 2, second, "other")
+    assert bus.read(0x60, 4) == 0x00FFFF00
+    bus.write(0x60, 4, 0x44332211)
+    assert (first.writes, second.writes) == ([(0, 1, 0x11)], [(0, 1, 0x44)])
+    assert bus.read(0x64, 2) == 0xFF01
+    bus.write(0x5F, 2, 0x2211)
+    assert first.writes[1:] == [(0, 1, 0x22)]
+
+
+def test_access_that_is_too_wide_is_split(bus: Bus) -> None:
+    device = Recorder()
+    bus.add(0x70, 4, device, "cmos", width=1)
+    bus.add(0x80, 8, device, "16 bits wide", width=2)
+    bus.write(0x70, 2, 0x2211)
+    bus.write(0x80, 4, 0x44332211)
+    assert device.writes == [(0, 1, 0x11), (1, 1, 0x22), (0, 2, 0x2211), (2, 2, 0x4433)]
+    assert bus.read(0x70, 2) == 0x0100
+    assert bus.read(0x84, 4) == 0xDE06DE04
 
 
 @pytest.mark.parametrize(("start", "length"), [(0x3F0, 9), (0x3FF, 1), (0x3FA, 2), (0x300, 0x200)])

@@ -171,6 +171,14 @@ def test_port_61_gates_and_shows_counter_2(make: MakeMachine) -> None:
     assert opened & 0x23 == 0x21
 
 
+def test_word_to_the_clocks_ports_is_index_and_data(make: MakeMachine) -> None:
+    # out 0x70, 0x5a50 as a word: byte 0x50 of the CMOS becomes 0x5a; in al,0x71 afterwards reads it
+    code = out(0x70, 0x5A50, 2) + bytes.fromhex("e471 b90020 8ed9 a20000") + POWER_OFF + HALT
+    machine = make(code)
+    assert machine.run(20).end is End.POWER_OFF
+    assert machine.memory.read(0x20000, 1) == b"\x5a"
+
+
 def test_ports_without_device_read_ones(make: MakeMachine) -> None:
     # in eax,0x5658; out to 0x80 is lost; store the value at 0x2000:0 and stop
     code = bytes.fromhex("ba5856 66ed b90020 8ed9 66a30000") + POWER_OFF + HALT

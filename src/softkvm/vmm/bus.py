@@ -5,8 +5,9 @@ A device is an object with ``read`` and ``write``; it registers the ranges where
 
     pio.add(0x3F8, 8, uart, "com1")
 
-Offsets are relative to the start of the range, sizes are bytes (1, 2, 4; 8 on the memory bus). An access that
-no range holds entirely reads all ones and loses its write, as on a PC's buses.
+Offsets are relative to the start of the range, sizes are bytes (1, 2, 4; 8 on the memory bus). An access that is wider
+than the device takes is split, and one that no range holds entirely is made byte by byte; where nobody is it reads ones
+and loses its write. So a PC's ISA bus does it (IBM PC AT Technical Reference, "I/O channel": -I/O CS16).
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ class Savable(Protocol):
 
 
 class Range(NamedTuple):
-    """Addresses ``start <= address < end`` of one device."""
+    """Addresses ``start <= address < end`` of one device, accessed by *width* bytes at most."""
 
     start: int
     end: int
     device: Device
     name: str
+    width: int
 
 
 CACHE_ENTRIES = 4096
@@ -79,8 +81,8 @@ class Bus:
         for cache in self._caches:
             cache.clear()
 
-    def add(self, start: int, length: int, device: Device, name: str) -> None:
-        """Let *device* answer for *length* addresses from *start*.
+    def add(self, start: int, length: int, device: Device, name: str, *, width: int = 8) -> None:
+        """Let *device* answer for *length* addresses from *start*, and see no access of more than *width* bytes.
 
         Raises ValueError if the range is empty, leaves the bus or overlaps another device's.
         """
@@ -95,7 +97,7 @@ class Bus:
                     f"{name}: range {start:#x}-{end - 1:#x} overlaps {other.name} "
                     f"at {other.start:#x}-{other.end - 1:#x}"
                 )
-        self._replace([*ranges[:index], Range(start, end, device, name), *ranges[index:]])
+        self._replace([*ranges[:index], Range(start, end, device, name, width), *ranges[index:]])
 
     def remove(self, start: int) -> None:
         """Take away the range that begins at *start*; KeyError if there is none."""
@@ -118,16 +120,32 @@ class Bus:
             cache[address] = found
         return found
 
-    def read(self, address: int, size: int) -> int:
-        """Return what the device at *address* answers, or all ones."""
+    def whole(self, address: int, size: int) -> Range | None:
+        """Return the range that takes *size* bytes at *address* in one access."""
         found = self.find(address)
-        mask = (1 << (size * 8)) - 1
-        if found is None or address + size > found.end:
-            return mask
-        return found.device.read(address - found.start, size) & mask
+        return found if found is not None and size <= found.width and address + size <= found.end else None
+
+    def read(self, address: int, size: int) -> int:
+        """Return what the devices at *address* and behind answer; ones where nobody is."""
+        found = self.whole(address, size)
+        if found is not None:
+            return found.device.read(address - found.start, size) & (1 << size * 8) - 1
+        if size == 1:
+            return 0xFF
+        pieces = self._pieces(address, size)
+        return sum(self.read(at, piece) << 8 * (at - address) for at, piece in pieces)
 
     def write(self, address: int, size: int, value: int) -> None:
-        """Hand *value* to the device at *address*; nobody there: nothing happens."""
-        found = self.find(address)
-        if found is not None and address + size <= found.end:
+        """Hand *value* to the devices at *address* and behind; nobody there: nothing happens."""
+        found = self.whole(address, size)
+        if found is not None:
             found.device.write(address - found.start, size, value)
+        elif size > 1:
+            for at, piece in self._pieces(address, size):
+                self.write(at, piece, value >> 8 * (at - address) & (1 << 8 * piece) - 1)
+
+    def _pieces(self, address: int, size: int) -> list[tuple[int, int]]:
+        """The accesses, by address and size, that one becomes which is too wide."""
+        found = self.find(address)
+        piece = found.width if found is not None and address + size <= found.end else 1
+        return [(at, piece) for at in range(address, address + size, piece)]

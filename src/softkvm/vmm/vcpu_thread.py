@@ -134,8 +134,8 @@ class VcpuThread:
         pio = self.machine.pio
         direction, size, port, count, at = _IO.unpack_from(shared, EXIT)
         is_out = direction == abi.KVM_EXIT_IO_OUT
-        found = pio.find(port)
-        if found and port + size <= found.end and len(self._io_routes) < CACHE_ENTRIES:
+        found = pio.whole(port, size)
+        if found is not None and len(self._io_routes) < CACHE_ENTRIES:
             access = found.device.write if is_out else found.device.read
             self._io_routes[self._words[IO_D]] = (is_out, size, access, port - found.start, at)
         for start in range(at, at + size * count, size):

@@ -128,7 +128,7 @@ class Pc:
             self.machine.mmio.add(hpet.HPET_ADDRESS, hpet.HPET_SIZE, self.hpet, "hpet")
         add = self.machine.pio.add
         add(serial.COM1_PORT, serial.REGISTERS, self.serial, "com1")
-        add(cmos.CMOS_PORT, 2, self.cmos, "cmos")
+        add(cmos.CMOS_PORT, 2, self.cmos, "cmos", width=1)
         add(acpi_pm.PM_BASE_PORT, acpi_pm.PM_BLOCK_SIZE, self.acpi_pm, "acpi-pm")
         add(i8042.DATA_PORT, 1, self.i8042.data_port, "i8042 data")
         add(i8042.COMMAND_PORT, 1, self.i8042.command_port, "i8042 command")
