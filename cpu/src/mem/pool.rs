@@ -10,6 +10,9 @@ use super::region::{PAGE_SIZE, RegionError};
 /// Pages of a chunk, unless more are wanted in a row.
 const CHUNK_PAGES: usize = 512;
 
+/// Places that are tried for a chunk.
+const ATTEMPTS: usize = 4096;
+
 /// Zeroed memory of the host.
 pub(super) struct Mapping {
     base: usize,
@@ -57,10 +60,12 @@ pub(super) fn map(
     size: usize,
     taken: impl Fn(usize, usize) -> Option<(usize, usize)>,
 ) -> Result<Mapping, RegionError> {
-    let mut near = vec![0];
+    let mut near = Vec::new();
     let mut seen = Vec::new();
-    while let Some(hint) = near.pop() {
-        let mapping = Mapping::new(hint, size).ok_or(RegionError::NoMemory)?;
+    // What lies wrong stays until the end, so that the host can't give the same place again.
+    let mut rejected = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let mapping = Mapping::new(near.pop().unwrap_or(0), size).ok_or(RegionError::NoMemory)?;
         let Some((start, end)) = taken(mapping.base, size) else { return Ok(mapping) };
         // Not there: above, below. Where the host has something already it gives another place, perhaps inside the next
         // range; each is looked at once.
@@ -69,6 +74,7 @@ pub(super) fn map(
             near.push(end);
             near.extend(start.checked_sub(size));
         }
+        rejected.push(mapping);
     }
     Err(RegionError::NoMemory)
 }
@@ -243,6 +249,19 @@ mod tests {
         assert_eq!(count(), 1);
         assert_eq!(machine.alloc_pages(usize::MAX / PAGE_SIZE), Err(RegionError::NoMemory));
         assert_eq!(machine.alloc_pages(0), Err(RegionError::NoMemory));
+    }
+
+    #[test]
+    fn a_hole_that_a_user_has_named_is_left_whatever_lies_around_it() {
+        // Above and below there is something else, so the host gives one place of the hole after the other.
+        let places = std::cell::RefCell::new(Vec::new());
+        let mapping = map(PAGE_SIZE, |base, _| {
+            let mut places = places.borrow_mut();
+            assert!(!places.contains(&base), "{base:#x} again");
+            places.push(base);
+            (places.len() <= 20).then_some((1 << 46, 1 << 47))
+        });
+        assert_eq!(mapping.ok().map(|m| m.base), places.borrow().last().copied());
     }
 
     #[test]
