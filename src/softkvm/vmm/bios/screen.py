@@ -128,7 +128,8 @@ class Screen:
             return
         if character == _BACKSPACE:
             self._move(row, max(column - 1, 0))
-            self._follow()
+            if column and self._terminal == (row, column):
+                self._show(b"\b", (row, column - 1))
             return
         if character == _RETURN:
             self._move(row, 0)
@@ -220,9 +221,6 @@ class Screen:
 
     def _goto(self, row: int, column: int) -> None:
         self._show(f"\x1b[{row + 1};{column + 1}H".encode(), (row, column))
-
-    def _follow(self) -> None:
-        self._goto(*self.cursor)
 
     def _colour(self, attribute: int) -> None:
         if attribute == self._attribute:

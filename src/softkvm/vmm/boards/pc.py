@@ -215,6 +215,7 @@ class Pc:
                 modules = [Module(ramdisk), *modules]
             if raw:
                 flat.load(vcpu, self.memory, image, deadline)
+                firmware.install(self.machine.vm, self.memory, pit=self.machine.config.pit)
                 return
             image, kind = loaders.recognize(image, self.memory.size, deadline)
             if entry is not None and kind is not Kind.LINUX:
