@@ -63,6 +63,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeMachine]:
         pytest.param(b"".join(out(0x8900, byte) for byte in b"Shutdown"), End.POWER_OFF, id="Shutdown"),
         pytest.param(out(0x64, 0xFE), End.RESET, id="keyboard controller"),
         pytest.param(out(0xCF9, 0x06), End.RESET, id="reset register"),
+        pytest.param(out(0x92, 0x03), End.RESET, id="port 0x92"),
         pytest.param(out(0x505, 1), End.PANIC, id="pvpanic"),
         pytest.param(out(0xF4, 0x10, 4), End.DEBUG_EXIT, id="debug exit"),
         # lidt of an empty table, mov eax,cr0; or al,1; mov cr0,eax; mov ds,0x1000 in protected mode

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keyboard controller as Linux's i8042 driver probes it."""
 
-from softkvm.vmm.devices.i8042 import I8042
+from softkvm.vmm.devices.i8042 import I8042, SystemControlPortA
 
 DATA, COMMAND = 0, 4
 OBF, AUX, TIMEOUT = 0x01, 0x20, 0x40
@@ -100,3 +100,19 @@ def test_save_and_restore() -> None:
     other.write(DATA, 1, 0x33)
     other.write(COMMAND, 1, 0x20)
     assert other.read(DATA) == 0x33
+
+
+def test_port_92_resets_when_bit_0_rises_and_a20_is_storage() -> None:
+    """As Linux opens A20 (arch/x86/boot/a20.c, enable_a20_fast): bit 1 set, bit 0 never."""
+    calls: list[str] = []
+    port = SystemControlPortA(lambda: calls.append("reset"))
+    assert port.read(0) == 0x02
+    port.write(0, 1, port.read(0) | 0x02 & ~0x01)
+    port.write(0, 1, 0)
+    assert (calls, port.read(0)) == ([], 0)
+    port.write(0, 1, 1)
+    port.write(0, 1, 1)
+    assert calls == ["reset"]
+    other = SystemControlPortA()
+    other.restore(port.save())
+    assert other.read(0) == 1

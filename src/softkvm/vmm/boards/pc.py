@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from softkvm import abi, api
 from softkvm.vmm.bios import services
 from softkvm.vmm.boards.pc_halt import halted_for_good
-from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, multiboot, pvh
+from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, mptable, multiboot, pvh
 from softkvm.vmm.boot.cpustate import jump_in_real_mode
 from softkvm.vmm.boot.image import Deadline, Image, Source
 from softkvm.vmm.boot.loaders import Kind
@@ -112,6 +112,7 @@ class Pc:
         self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._rtc_irq)
         self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
         self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
+        self.port_a = i8042.SystemControlPortA(lambda: self._reset("port 0x92"))
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
         self.pci_config.add(0, 0, pci.host_bridge())
         self.pvpanic = pvpanic.PvPanic(self._panicked)
@@ -132,6 +133,7 @@ class Pc:
         add(acpi_pm.PM_BASE_PORT, acpi_pm.PM_BLOCK_SIZE, self.acpi_pm, "acpi-pm")
         add(i8042.DATA_PORT, 1, self.i8042.data_port, "i8042 data")
         add(i8042.COMMAND_PORT, 1, self.i8042.command_port, "i8042 command")
+        add(i8042.SYSTEM_CONTROL_PORT_A, 1, self.port_a, "system control port A")
         add(pci_config.PCI_CONFIG_PORT, pci_config.PCI_CONFIG_SIZE, self.pci_config, "pci-config")
         add(services.SERVICE_PORT, 1, self.bios, "bios")
         add(pvpanic.PVPANIC_PORT, 1, self.pvpanic, "pvpanic")
@@ -223,6 +225,7 @@ class Pc:
             arguments = command_line.encode("utf-8", "surrogateescape")
             modules = [module for module in modules if module.image.size or module.command_line]
             rsdp = acpi.write_tables(self.memory, range(self.machine.config.vcpus), with_hpet=self.machine.config.hpet)
+            mptable.write_table(self.memory, range(self.machine.config.vcpus))
             if kind is Kind.LINUX:
                 bzimage.load(vcpu, self.memory, image, modules, arguments, rsdp, entry=entry, deadline=deadline)
             elif kind is Kind.MULTIBOOT:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 8042 keyboard controller, with nothing plugged into it.
+"""The 8042 keyboard controller, with nothing plugged into it, and port 0x92, which does two of its jobs.
 
 Guests use it to reset the machine (command 0xFE) and probe it for a keyboard and a mouse. Every probe is answered at
 once: a command that waits for an answer that never comes costs Linux half a second.
@@ -31,6 +31,11 @@ CONTROL_AUX_DISABLED: Final = 0x20
 
 OUTPUT_PORT_RESET: Final = 0x01  # active low
 OUTPUT_PORT_A20: Final = 0x02
+
+SYSTEM_CONTROL_PORT_A: Final = 0x92
+PORT_A_RESET: Final = 0x01
+PORT_A_A20: Final = 0x02
+_PORT_A_WRITABLE: Final = 0xCB  # lights, password lock, A20, reset; the watchdog's bit and the rest read zero
 
 _SELF_TEST_PASSED: Final = 0x55
 _NO_PASSWORD: Final = 0xF1
@@ -199,3 +204,34 @@ class I8042:
             self._last = state["last"]
             self._parameter_of = state["parameter_of"]
             self._irq_level = state["irq_level"]
+
+
+class SystemControlPortA:
+    """Port 0x92: the keyboard controller's two output lines without the wait, reset and A20.
+
+    A20 is always on here, and its bit is storage. Source: IBM PS/2 Hardware Interface Technical Reference, "System
+    control port A".
+    """
+
+    def __init__(self, reset: Callable[[], object] | None = None) -> None:
+        self._reset_line = reset
+        self._value = PORT_A_A20
+
+    def read(self, offset: int, size: int = 1) -> int:
+        """The bits last written."""
+        return self._value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Bit 0 resets when it rises."""
+        risen = value & ~self._value
+        self._value = value & _PORT_A_WRITABLE
+        if risen & PORT_A_RESET and self._reset_line is not None:
+            self._reset_line()
+
+    def save(self) -> dict[str, Any]:
+        """The bits."""
+        return {"value": self._value}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self._value = state["value"]
