@@ -5,6 +5,19 @@ from __future__ import annotations
 
 import signal
 
+from hypothesis import HealthCheck, settings
+
+# Generated examples are bounded and repeatable: the same ones each time.
+settings.register_profile(
+    "softkvm",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("softkvm")
+
 
 def pytest_configure() -> None:
     """Undo what a background job or nohup hands down: commands leave ignored signals ignored, and tests send them."""

@@ -76,7 +76,7 @@ def test_timer_status_follows_the_highest_bit() -> None:
 def test_timer_interrupt_arrives_on_its_own() -> None:
     levels: list[int] = []
     pm = AcpiPm(set_irq=levels.append)
-    pm.restore({"sts": 0, "en": 1, "cnt": 1, "ticks": 2**31 - 100_000, "irq_level": 0})
+    pm.restore({"sts": 0, "en": 1, "cnt": 1, "elapsed_ns": (2**31 - 100_000) * 10**9 // 3_579_545, "irq_level": 0})
     deadline = time.monotonic() + 5
     while not levels and time.monotonic() < deadline:
         time.sleep(0.005)

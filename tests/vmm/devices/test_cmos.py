@@ -7,7 +7,7 @@ from calendar import timegm
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.mc146818 import Chip
 
@@ -250,7 +250,6 @@ steps = st.one_of(
 
 
 @given(st.lists(steps, max_size=60))
-@settings(deadline=None)
 def test_it_is_the_chip_of_the_data_sheet(program: list[Wait | Read | Write]) -> None:
     clock = Clock()
     levels = [0]

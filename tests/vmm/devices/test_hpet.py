@@ -436,7 +436,7 @@ steps = st.one_of(
 
 
 @given(st.lists(steps, max_size=30))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_it_is_the_timer_of_the_specification(program: list[Tick | Write | Arm]) -> None:
     """Against one that is simulated tick by tick."""
     clock, lines, model = Clock(), Lines(), Model()
@@ -476,7 +476,6 @@ def test_it_is_the_timer_of_the_specification(program: list[Tick | Write | Arm])
 @given(
     st.lists(st.one_of(st.builds(Arm, comparators, configs, st.integers(1, 30)), st.builds(Tick, st.integers(1, 60))))
 )
-@settings(deadline=None)
 def test_late_looks_find_what_timely_ones_do(program: list[Arm | Tick]) -> None:
     """The registers do not depend on when the host got to it."""
     clock = Clock()

@@ -70,8 +70,7 @@ class AcpiPm:
         self._set_irq = set_irq
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
-        self._epoch_ns = clock_ns()
-        self._carried_ticks = 0  # from before a restore
+        self._epoch_ns = clock_ns()  # when the timer was zero
         self._seen_ticks = 0
         self._sts = 0
         self._en = 0
@@ -150,7 +149,7 @@ class AcpiPm:
         self._timer.close()
 
     def _ticks(self) -> int:
-        return self._carried_ticks + (self._clock_ns() - self._epoch_ns) * PM_TIMER_HZ // _NS
+        return (self._clock_ns() - self._epoch_ns) * PM_TIMER_HZ // _NS
 
     def _advance(self) -> None:
         """TMR_STS is set whenever the timer's highest bit changes (section 4.8.3.1.1)."""
@@ -171,7 +170,7 @@ class AcpiPm:
             self._timer.arm(None)
             return
         change = (self._ticks() >> 31) + 1 << 31
-        self._timer.arm(self._epoch_ns - -(change - self._carried_ticks) * _NS // PM_TIMER_HZ + 1)
+        self._timer.arm(self._epoch_ns - (-change * _NS // PM_TIMER_HZ))
 
     def _timer_expired(self) -> None:
         with self._lock:
@@ -180,14 +179,14 @@ class AcpiPm:
             self._arm()
 
     def save(self) -> dict[str, Any]:
-        """The registers and the timer's count."""
+        """The registers, and the nanoseconds since the timer was zero."""
         with self._lock:
             self._advance()
             return {
                 "sts": self._sts,
                 "en": self._en,
                 "cnt": self._cnt,
-                "ticks": self._ticks(),
+                "elapsed_ns": self._clock_ns() - self._epoch_ns,
                 "irq_level": self._irq_level,
             }
 
@@ -197,8 +196,8 @@ class AcpiPm:
             self._sts = state["sts"]
             self._en = state["en"]
             self._cnt = state["cnt"]
-            self._epoch_ns = self._clock_ns()
-            self._carried_ticks = self._seen_ticks = state["ticks"]
+            self._epoch_ns = self._clock_ns() - state["elapsed_ns"]
+            self._seen_ticks = self._ticks()
             self._irq_level = state["irq_level"]
             self._arm()
 

@@ -73,10 +73,12 @@ class PciConfig:
                 selected.write(self._register(offset), size, value)
 
     def save(self) -> dict[str, Any]:
-        """The address latch, and every function."""
+        """The address latch, every function, and the register that shares the ports."""
         state: dict[str, Any] = {"address": self._address}
         if self._functions:
             state["functions"] = {place: function.save() for place, function in self._functions.items()}
+        if self._reset is not None:
+            state["reset"] = self._reset.save()
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -84,3 +86,5 @@ class PciConfig:
         self._address = state["address"]
         for place, function in state.get("functions", {}).items():
             self._functions[place].restore(function)
+        if self._reset is not None:
+            self._reset.restore(state["reset"])

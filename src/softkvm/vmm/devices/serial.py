@@ -463,6 +463,7 @@ class Serial:
         "_irq_level",
         "_mcr_written",
         "_rts_used",
+        "_polls",
     )
 
     def save(self) -> dict[str, Any]:
