@@ -8,12 +8,13 @@ CARGO  ?= cargo
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: all venv build guests wheel demo test lint test-rust test-python bench clean help
+.PHONY: all venv build guests wheel demo test lint test-rust test-python mutants bench clean help
 all: build
 
 help:
 	@echo 'make demo    build, fetch the default guest, boot it, run commands in it'
 	@echo 'make test    lint, types, Rust tests, Python tests, whole boots'
+	@echo 'make mutants break lines and count what the tests notice'
 	@echo 'make bench   the figures of docs/performance.md, QEMU beside them where installed'
 	@echo 'make wheel   one abi3 wheel in dist/'
 	@echo 'make clean   remove everything built'
@@ -77,6 +78,16 @@ test-python: build $(BIN)/.dev
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test: lint test-rust test-python
+
+# Half an hour and more: lines of the modules that everything rests on are broken, and the tests have to notice.
+MUTANTS_ARGS ?= --count 3
+RUST_MUTANTS ?= cpu/src/engine/block.rs cpu/src/engine/returns.rs cpu/src/x86/vmrun.rs cpu/src/mem/region.rs
+RUST_SHARD   ?= 0/20
+mutants: build $(BIN)/.dev
+	$(PIP) --group mutants
+	$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
+	@command -v cargo-mutants >/dev/null || $(CARGO) install --quiet cargo-mutants
+	$(CARGO) mutants --package softcpu --shard $(RUST_SHARD) --output target $(addprefix --file ,$(RUST_MUTANTS)) -- --release
 
 bench: build
 	$(BIN)/python -m benchmarks.all
