@@ -182,6 +182,61 @@ def test_the_guest_reads_what_was_set(guest: Guest) -> None:
     assert (regs.rax, regs.rbx, regs.rcx, regs.rdx) == (0x11111111, 0x22222222, 0x33333333, 0x44444444)
 
 
+@pytest.mark.parametrize("function", [0, 1, 0xB, 0x4000_0000, 0x8000_0000, 0xFFFF_FFFF])
+def test_cpuid_before_there_is_a_table_is_zero(make: Callable[..., Guest], function: int) -> None:
+    guest = make(vcpus=0)
+    vcpu = guest.vm.create_vcpu(0)
+    guest.real(b"\x66\xb8" + function.to_bytes(4, "little") + bytes.fromhex("0fa2 f4"), vcpu=vcpu)
+    assert guest.run(vcpu) == abi.KVM_EXIT_HLT
+    regs = vcpu.get_regs()
+    assert (regs.rax, regs.rbx, regs.rcx, regs.rdx) == (0, 0, 0, 0)
+    vcpu.close()
+
+
+INTEL = (0x756E_6547, 0x6C65_746E, 0x4965_6E69)  # EBX, ECX, EDX of leaf 0
+
+
+@pytest.mark.parametrize(
+    ("function", "index", "leaf"),
+    [
+        (0xB, 1, (1, 2, 0x201, 7)),
+        (0xB, 5, (0, 0, 5, 7)),  # CL passed through, EDX the x2APIC id
+        (0xC, 1, (1, 2, 0x201, 7)),  # beyond the range: as the highest basic leaf, subleaf as asked for
+        (0xC, 5, (0, 0, 5, 7)),
+        (0x4000_0100, 1, (1, 2, 0x201, 7)),  # a class that isn't there
+        (0x4000_0001, 0, (0x51, 0, 0, 0)),
+        (0x4000_0002, 1, (1, 2, 0x201, 7)),
+        (0x8000_0000, 0, (0x8000_0008, 0, 0, 0)),
+        (0x8000_0005, 1, (0, 0, 0, 0)),  # within the range of its class, not there
+        (0x8000_0009, 1, (1, 2, 0x201, 7)),
+        (3, 0, (0, 0, 0, 0)),
+    ],
+)
+def test_intels_leaves_out_of_range(
+    make: Callable[..., Guest], function: int, index: int, leaf: tuple[int, ...]
+) -> None:
+    guest = make(vcpus=0)
+    vcpu = guest.vm.create_vcpu(0)
+    entry, indexed = abi.kvm_cpuid_entry2, abi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+    ebx, ecx, edx = INTEL
+    vcpu.set_cpuid2(
+        [
+            entry(function=0, eax=0xB, ebx=ebx, ecx=ecx, edx=edx),
+            entry(function=0xB, index=0, flags=indexed, eax=0, ebx=1, ecx=0x100, edx=7),
+            entry(function=0xB, index=1, flags=indexed, eax=1, ebx=2, ecx=0x201, edx=7),
+            entry(function=0x4000_0000, eax=0x4000_0001),
+            entry(function=0x4000_0001, eax=0x51),
+            entry(function=0x8000_0000, eax=0x8000_0008),
+        ]
+    )
+    code = b"\x66\xb8" + function.to_bytes(4, "little") + b"\x66\xb9" + index.to_bytes(4, "little")
+    guest.real(code + bytes.fromhex("0fa2 f4"), vcpu=vcpu)
+    assert guest.run(vcpu) == abi.KVM_EXIT_HLT
+    regs = vcpu.get_regs()
+    assert (regs.rax, regs.rbx, regs.rcx, regs.rdx) == leaf
+    vcpu.close()
+
+
 def test_cpuid_cannot_change_after_the_first_run(guest: Guest) -> None:
     entries = guest.cpu.get_cpuid2()
     guest.real("f4")

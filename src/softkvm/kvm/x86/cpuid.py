@@ -178,7 +178,6 @@ class CpuidTable:
         "_base_d1",
         "_base_leaf1",
         "_base_leaf7",
-        "_limits",
         "cr4_valid",
         "entries",
         "indexed",
@@ -198,7 +197,6 @@ class CpuidTable:
         self._base_leaf7: Leaf | None = None
         self._base_d0: Leaf | None = None
         self._base_d1: Leaf | None = None
-        self._limits: dict[int, int] = {}
         #: Whether the guest isn't told that its processor is AMD's or Hygon's.
         self.intel_compatible = True
         self.supported_xcr0 = 0
@@ -225,10 +223,7 @@ class CpuidTable:
         self._base_leaf7 = self.leaf(7, 0)
         self._base_d0 = self.leaf(0xD, 0)
         self._base_d1 = self.leaf(0xD, 1)
-        self._limits = {
-            base: (self.leaf(base, 0) or _ZERO)[EAX] for base in (0x0, 0x8000_0000, 0xC000_0000, 0x4000_0000)
-        }
-        self.intel_compatible = _vendor(self.leaf(0, 0) or _ZERO) not in _AMD_COMPATIBLE
+        self.intel_compatible = _vendor(self.first(0)) not in _AMD_COMPATIBLE
         d0 = self._base_d0 or _ZERO
         self.supported_xcr0 = (d0[EAX] | d0[EDX] << 32) & supported_xcr0()
         self.kvm_features = self._find_kvm_features()
@@ -270,34 +265,42 @@ class CpuidTable:
         return 0
 
     def answer(self, function: int, index: int) -> Leaf:
-        """Return what CPUID gives the guest, with the rules for leaves that are out of range."""
+        """Return what CPUID gives the guest (``kvm_cpuid``): zeros where there is no entry, but for two rules.
+
+        All but AMD's and Hygon's processors answer a leaf beyond its range as the highest basic leaf; and in the leaves
+        of the topology every subleaf has its number and the x2APIC id.
+        """
         leaf = self.plain.get(function)
         if leaf is not None:
             return leaf
-        sub = self.indexed.get(function)
-        if sub is not None:
-            leaf = sub.get(index)
-            if leaf is not None:
-                return leaf
-            if function in (0xB, 0x1F):  # every subleaf has the x2APIC id and the subleaf's number
-                one = sub.get(1) or sub.get(0) or _ZERO
+        leaf = self.leaf(function, index)
+        if leaf is None and self.intel_compatible and self._out_of_range(function):
+            function = self.first(0)[EAX]
+            leaf = self.leaf(function, index)
+        if leaf is not None:
+            return leaf
+        if function in (0xB, 0x1F):
+            one = self.leaf(function, 1)
+            if one is not None:
                 return 0, 0, index & 0xFF, one[EDX]
-            return _ZERO
-        if self.intel_compatible:
-            return self._out_of_range(function, index)
         return _ZERO
 
-    def _out_of_range(self, function: int, index: int) -> Leaf:
-        """The rule of all but AMD: a leaf beyond its range answers as the highest basic leaf."""
+    def first(self, function: int) -> Leaf:
+        """Return a leaf whatever its subleaf's number is; zeros if there is none (``kvm_find_cpuid_entry``)."""
+        leaf = self.plain.get(function)
+        if leaf is None:
+            sub = self.indexed.get(function)
+            leaf = next(iter(sub.values())) if sub else _ZERO
+        return leaf
+
+    def _out_of_range(self, function: int) -> bool:
+        """Tell whether a leaf is beyond what the first leaf of its class says (``get_out_of_range_cpuid_entry``)."""
         if 0x4000_0000 <= function <= 0x4FFF_FFFF:
             base = function & 0xFFFF_FF00
-            limit = (self.leaf(base, 0) or _ZERO)[EAX]
         else:
             base = 0xC000_0000 if function >= 0xC000_0000 else function & 0x8000_0000
-            limit = self._limits[base]
-        if limit and function <= limit:
-            return _ZERO
-        return self.leaf(self._limits[0], index) or _ZERO
+        known = base in self.plain or base in self.indexed
+        return not known or function > self.first(base)[EAX]
 
     def update_runtime(self, vcpu: Vcpu) -> None:
         """Bring the bits that follow registers up to date: OSXSAVE, MONITOR, APIC, OSPKE, the XSAVE area's size."""
