@@ -207,13 +207,14 @@ def set_pio_data(vcpu: api.Vcpu, data: bytes) -> None:
     vcpu.shared[start : start + len(data)] = data
 
 
-def refused(expected: int | tuple[int, ...], call: Callable[[], object]) -> None:
-    """Assert that *call* fails with an errno."""
+def refused(expected: int | tuple[int, ...], call: Callable[[], object]) -> str:
+    """Assert that *call* fails with an errno; return what it says."""
     allowed = expected if isinstance(expected, tuple) else (expected,)
     with pytest.raises(OSError) as caught:
         call()
     names = [errno.errorcode[e] for e in allowed]
     assert caught.value.errno in allowed, f"{errno.errorcode.get(caught.value.errno or 0)}, expected one of {names}"
+    return str(caught.value)
 
 
 def _bytes(code: bytes | str) -> bytes:

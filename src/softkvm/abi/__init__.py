@@ -11,6 +11,7 @@ from softkvm.abi.capabilities import *  # noqa: F403
 from softkvm.abi.device import *  # noqa: F403
 from softkvm.abi.irq import *  # noqa: F403
 from softkvm.abi.memory import *  # noqa: F403
+from softkvm.abi.methods import check_requests as check_requests
 from softkvm.abi.one_reg import *  # noqa: F403
 from softkvm.abi.requests import *  # noqa: F403
 from softkvm.abi.run import *  # noqa: F403

@@ -3,7 +3,8 @@
 
 The API's methods take and return structures and plain Python values; an ioctl takes a number or the address of a
 structure, some of them with an array behind. An :class:`Argument` says which, so that nothing else has to know a
-request's layout. The row of a request (:mod:`softkvm.abi.requests`) names its structure and its argument::
+request's layout, nor what its arguments may be. The row of a request (:mod:`softkvm.abi.requests`) names its structure
+and its argument::
 
     KVM_GET_REGS = IOR(0x81, kvm_regs, VCPU, Gives)
     KVM_IRQ_LINE = IOW(0x61, kvm_irq_level, VM, fields("irq", "level"))
@@ -17,10 +18,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from softkvm.abi import checks
 from softkvm.abi._layout import flexible
+from softkvm.abi.checks import kvm_error
 
 #: The most elements that a table is grown to when the kernel says E2BIG.
 _MOST_ENTRIES = 1 << 16
+
+_U32 = checks.limits(ctypes.c_uint32)
+_U64 = _ULONG = checks.limits(ctypes.c_uint64)
 
 
 class Argument:
@@ -32,13 +38,15 @@ class Argument:
     def __init__(self, structure: Any = None) -> None:
         self.structure = structure
 
-    def pack(self, *args: Any) -> Any:
-        """Return what the request takes for the method's arguments: a number, or a ctypes object to point to.
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Return the method's arguments, whose names are ``names``, as :meth:`pack` takes them.
 
-        Raises TypeError for arguments of other types, OSError for what no structure can hold.
+        Raises TypeError for arguments of other types, OSError for what no structure can hold, each in one line.
         """
-        if args:
-            raise TypeError(f"{len(args)} arguments, expected none")
+        return args
+
+    def pack(self, *args: Any) -> Any:
+        """Return what the request takes for the method's arguments: a number, or a ctypes object to point to."""
         return 0
 
     def unpack(self, packed: Any, value: int) -> Any:
@@ -64,6 +72,10 @@ class Value(Argument):
 class Number(Argument):
     """A number, by value."""
 
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """What an unsigned long holds."""
+        return (checks.number(names[0], args[0], *_ULONG),)
+
     def pack(self, number: int = 0) -> int:
         """The number itself."""
         return number
@@ -76,13 +88,16 @@ class NumberValue(Number, Value):
 class Takes(Argument):
     """The address of a structure, or of a number, that the request reads."""
 
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """The structure, or a number of the type."""
+        if issubclass(self.structure, ctypes.Structure):
+            checks.structure(names[0], args[0], self.structure)
+            return args
+        return (checks.number(names[0], args[0], *checks.limits(self.structure)),)
+
     def pack(self, given: Any) -> Any:
         """The caller's own structure, or the number in memory."""
-        if not issubclass(self.structure, ctypes.Structure):
-            return self.structure(given)
-        if not isinstance(given, self.structure):
-            raise TypeError(f"{given!r}, expected a {self.structure.__name__}")
-        return given
+        return given if isinstance(given, ctypes.Structure) else self.structure(given)
 
 
 class TakesValue(Takes, Value):
@@ -106,6 +121,14 @@ class _Fields(Argument):
         super().__init__(structure)
         self.names = names
         self.gives = gives
+        self.limits = tuple(checks.limits(checks.field_type(self.structure, name)) for name in names)
+
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        for value, (low, high) in zip(args, self.limits, strict=True):
+            if type(value) is not int or not low <= value <= high:
+                rows = zip(names, args, self.limits, strict=True)
+                return [checks.number(name, number, *limits) for name, number, limits in rows]
+        return args
 
     def pack(self, *args: Any) -> Any:
         return self.structure(**dict(zip(self.names, args, strict=True)))
@@ -140,6 +163,12 @@ class _Table(Argument):
 
 
 class _TakesTable(_Table):
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        for index, row in enumerate(checks.sequence(names[0], args[0], self.entry.__name__)):
+            if not isinstance(row, self.entry):
+                checks.structure(f"{names[0]}[{index}]", row, self.entry)
+        return args
+
     def pack(self, rows: Sequence[Any]) -> Any:
         table = self.table(len(rows))
         getattr(table, self.entries)[:] = rows
@@ -178,10 +207,16 @@ def gives_table(entry: Any, count: str, entries: str = "entries") -> Callable[[A
 class Capability(Argument):
     """KVM_ENABLE_CAP: a capability and up to four arguments."""
 
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """A number of 32 bits, the others of 64; EINVAL for more."""
+        cap, *rest = args
+        if len(rest) > 4:
+            raise kvm_error(errno.EINVAL, f"{len(rest)} arguments of a capability, expected at most 4")
+        cap = checks.number(names[0], cap, *_U32)
+        return cap, *(checks.number(f"args[{n}]", value, *_U64) for n, value in enumerate(rest))
+
     def pack(self, cap: int, *args: int) -> Any:
-        """The structure of the capability; EINVAL for more arguments."""
-        if len(args) > 4:
-            raise OSError(errno.EINVAL, f"KVM_ENABLE_CAP takes at most 4 arguments, not {len(args)}")
+        """The structure of the capability."""
         structure = self.structure(cap=cap)
         structure.args[: len(args)] = args
         return structure
@@ -189,6 +224,10 @@ class Capability(Argument):
 
 class SignalMask(Argument):
     """KVM_SET_SIGNAL_MASK: the bytes of a signal set behind their number, or nothing."""
+
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Bytes, or None."""
+        return (None if args[0] is None else checks.data(names[0], args[0]),)
 
     def pack(self, sigset: bytes | None) -> Any:
         """The mask; a null pointer for None."""
@@ -202,7 +241,7 @@ class SignalMask(Argument):
 def bitmap(given: bytes, size: int, most: int | None = None) -> Any:
     """Return memory that holds ``given``, a bitmap of ``size`` bytes; EFAULT if it is shorter than that or ``most``."""
     if len(given) < (size if most is None else min(size, most)):
-        raise OSError(errno.EFAULT, f"bitmap of {len(given)} bytes, expected {size}")
+        raise kvm_error(errno.EFAULT, f"bitmap of {len(given)} bytes, expected {size}")
     return ctypes.create_string_buffer(given, max(len(given), 1))
 
 

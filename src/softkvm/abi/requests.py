@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+from softkvm.abi import checks
 from softkvm.abi.arguments import (
     Argument,
     Capability,
@@ -125,6 +126,12 @@ def method_name(request: str) -> str:
 class ClearDirtyLog(Argument):
     """KVM_CLEAR_DIRTY_LOG: ``(slot, first_page, num_pages, bitmap)``."""
 
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Three numbers of their fields' sizes, and bytes."""
+        types = (ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32)
+        numbers = [checks.number(n, arg, *checks.limits(t)) for n, arg, t in zip(names, args, types, strict=False)]
+        return *numbers, checks.data(names[3], args[3])
+
     def pack(self, slot: int, first_page: int, num_pages: int, given: bytes) -> Any:
         """The structure with the bitmap's address."""
         bits = bitmap(given, dirty_bitmap_bytes(num_pages))
@@ -133,8 +140,24 @@ class ClearDirtyLog(Argument):
         return log
 
 
+class GetDirtyLog(Takes):
+    """KVM_GET_DIRTY_LOG: the method takes the slot, and knows how much memory its bitmap needs."""
+
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """A number of 32 bits."""
+        return (checks.number(names[0], args[0], *checks.limits(ctypes.c_uint32)),)
+
+
 class IoEventfd(Argument):
     """KVM_IOEVENTFD: ``(fd, addr, len, datamatch, flags)``; a ``datamatch`` sets its flag."""
+
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Numbers of their fields' sizes; ``datamatch`` may be None."""
+        types = (ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32)
+        return [
+            None if name == "datamatch" and value is None else checks.number(name, value, *checks.limits(ctype))
+            for name, value, ctype in zip(names, args, types, strict=True)
+        ]
 
     def pack(self, fd: int, addr: int, length: int, datamatch: int | None, flags: int) -> Any:
         """The structure."""
@@ -154,7 +177,7 @@ KVM_GET_VCPU_MMAP_SIZE = IO(0x04, SYSTEM, Value)
 
 KVM_SET_MEMORY_REGION = IOW(0x40, kvm_memory_region, VM)
 KVM_CREATE_VCPU = IO(0x41, VM, NumberValue)
-KVM_GET_DIRTY_LOG = IOW(0x42, kvm_dirty_log, VM, Takes)
+KVM_GET_DIRTY_LOG = IOW(0x42, kvm_dirty_log, VM, GetDirtyLog)
 KVM_SET_MEMORY_ALIAS = IOW(0x43, kvm_memory_alias, VM)
 KVM_SET_USER_MEMORY_REGION = IOW(0x46, kvm_userspace_memory_region, VM, Takes)
 KVM_CREATE_IRQCHIP = IO(0x60, VM, Nothing)

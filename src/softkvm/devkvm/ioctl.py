@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import inspect
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -58,26 +57,20 @@ def call(fd: int, request: abi.Request, *args: object) -> Any:
 
 def method_of(name: str, request: abi.Request, protocol: type) -> Callable[..., Any]:
     """Return the method that does a request, with the signature and the text that ``protocol`` gives it."""
-    declared = getattr(protocol, abi.method_name(name))
-    signature = inspect.signature(declared)
-    takes = list(signature.parameters.values())[1:]
-    simple = all(parameter.default is parameter.empty for parameter in takes)
 
-    def method(self: Descriptor, *args: object, **named: object) -> Any:
-        if named or not simple:
-            bound = signature.bind(self, *args, **named)
-            bound.apply_defaults()
-            args = bound.args[1:]
+    def method(self: Descriptor, *args: object) -> Any:
         return call(self.fd, request, *args)
 
-    return functools.wraps(declared)(method)
+    return functools.wraps(getattr(protocol, abi.method_name(name)))(method)
 
 
 def add_requests(cls: type, file: abi.File, protocol: type) -> None:
-    """Give *cls* a method for each request of *file* that it doesn't have one for itself."""
-    for name, request in abi.requests_of(file).items():
+    """Give *cls* a method for each request of *file* that it doesn't have one for itself; all check their arguments."""
+    requests = abi.requests_of(file)
+    for name, request in requests.items():
         if request.argument is not None and abi.method_name(name) not in vars(cls):
             setattr(cls, abi.method_name(name), method_of(name, request, protocol))
+    abi.check_requests(cls, requests)
 
 
 class Descriptor:

@@ -7,6 +7,7 @@ import ctypes
 from typing import TYPE_CHECKING, cast
 
 from softkvm import abi, api
+from softkvm.abi import checks
 from softkvm.devkvm.ioctl import Descriptor, add_requests, call
 from softkvm.devkvm.stats import read_stats
 from softkvm.devkvm.vcpu import Vcpu
@@ -26,7 +27,7 @@ class Vm(Descriptor):
 
     def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
         """KVM_SET_USER_MEMORY_REGION; the slot holds *memory*."""
-        held = memoryview(memory) if memory is not None else None
+        held = None if memory is None else checks.memory("memory", memory)
         try:
             call(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
         except OSError:

@@ -4,17 +4,12 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Never
 
 from softkvm import abi
-
-
-def kvm_error(code: int, message: str) -> OSError:
-    """Return the ``OSError`` for errno ``code``; ``message`` names field, value and expectation."""
-    return OSError(code, f"{os.strerror(code)}: {message}")
+from softkvm.abi.checks import kvm_error as kvm_error
 
 
 @contextmanager

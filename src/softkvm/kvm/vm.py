@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from softkvm import abi
+from softkvm.abi import checks
 from softkvm.kvm import vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from softkvm.kvm.errors import enomem, kvm_error, refuse_requests
@@ -71,7 +72,7 @@ class Vm(VmState, ABC):
         with self.slots_lock, enomem():
             slots = self.memslots
             change, old = classify_change(slots, region, self.max_gfn)
-            held = memoryview(memory) if memory is not None else None
+            held = None if memory is None else checks.memory("memory", memory)
             if change is MemoryChange.NOTHING:
                 assert old is not None
                 old.held = held or old.held
@@ -207,6 +208,9 @@ class Vm(VmState, ABC):
 
     def irq_line(self, irq: int, level: int) -> None:
         """KVM_IRQ_LINE."""
+        if type(irq) is not int or type(level) is not int or (irq | level) >> 32:  # the way of devices: checked here
+            assert abi.KVM_IRQ_LINE.argument is not None
+            irq, level = abi.KVM_IRQ_LINE.argument.accept(("irq", "level"), (irq, level))
         self.irqchip().set_gsi(irq, level)
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:

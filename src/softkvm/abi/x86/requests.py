@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import reprlib
 from collections.abc import Sequence
 from ctypes import c_uint32, c_uint64
 from typing import Any
 
+from softkvm.abi import checks
 from softkvm.abi._layout import flexible
 from softkvm.abi.arguments import (
     Argument,
@@ -23,6 +25,7 @@ from softkvm.abi.arguments import (
     keep,
     takes_table,
 )
+from softkvm.abi.checks import kvm_error
 from softkvm.abi.irq import kvm_irq_level
 from softkvm.abi.requests import IO, IOR, IOW, IOWR, SYSTEM, VCPU, VM, requests_in
 from softkvm.abi.x86.irqchip import (
@@ -67,9 +70,19 @@ from softkvm.abi.x86.processor import (
     kvm_xsave,
 )
 
+_U32 = checks.limits(c_uint32)
+_U64 = checks.limits(c_uint64)
+
 
 class GetMsrs(Argument):
     """KVM_GET_MSRS: a sequence of indices; the values of as many as could be read."""
+
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Numbers of 32 bits."""
+        (name,) = names
+        return (
+            [checks.number(f"{name}[{n}]", i, *_U32) for n, i in enumerate(checks.sequence(name, args[0], "numbers"))],
+        )
 
     def pack(self, indices: Sequence[int]) -> Any:
         """A table of indices without values."""
@@ -86,6 +99,15 @@ class GetMsrs(Argument):
 class SetMsrs(Value):
     """KVM_SET_MSRS: values by index, or pairs; the method returns how many were set."""
 
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Pairs of a number of 32 bits and one of 64."""
+        try:
+            pairs = [(index, value) for index, value in msr_pairs(args[0])]
+        except (TypeError, ValueError):
+            given = reprlib.repr(args[0])
+            raise TypeError(f"{names[0]}={given}, expected values by index, or (index, value) pairs") from None
+        return ([(checks.number("index", i, *_U32), checks.number(f"MSR {i:#x}", v, *_U64)) for i, v in pairs],)
+
     def pack(self, msrs: MsrValues) -> Any:
         """A table of indices and values."""
         pairs = msr_pairs(msrs)
@@ -99,10 +121,21 @@ class SetMsrs(Value):
 class MsrFilter(Argument):
     """KVM_X86_SET_MSR_FILTER: ``(flags, ranges)``."""
 
-    def pack(self, flags: int, ranges: Sequence[MsrFilterRange]) -> Any:
-        """The structure with the addresses of the bitmaps; EINVAL for too many ranges."""
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """A number, and ranges with numbers and bytes in them; EINVAL for too many."""
+        flags = checks.number(names[0], args[0], *_U32)
+        ranges = checks.sequence(names[1], args[1], "MsrFilterRange")
         if len(ranges) > KVM_MSR_FILTER_MAX_RANGES:
-            raise OSError(errno.EINVAL, f"{len(ranges)} ranges, expected at most {KVM_MSR_FILTER_MAX_RANGES}")
+            raise kvm_error(errno.EINVAL, f"{len(ranges)} ranges, expected at most {KVM_MSR_FILTER_MAX_RANGES}")
+        accepted = []
+        for part in ranges:
+            checks.structure(names[1], part, MsrFilterRange)
+            numbers = {name: checks.number(name, getattr(part, name), *_U32) for name in ("flags", "base", "nmsrs")}
+            accepted.append(part._replace(bitmap=checks.data("bitmap", part.bitmap), **numbers))
+        return flags, accepted
+
+    def pack(self, flags: int, ranges: Sequence[MsrFilterRange]) -> Any:
+        """The structure with the addresses of the bitmaps."""
         msr_filter = self.structure(flags=flags)
         bitmaps = []
         for part, entry in zip(ranges, msr_filter.ranges, strict=False):

@@ -59,3 +59,6 @@ class Kvm(system.Kvm):
                 break
             values.append(value)
         return values
+
+
+abi.check_requests(Kvm, abi.requests_of(abi.File.SYSTEM))

@@ -9,7 +9,12 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.x86 import debug, events, fpu, mce, msrs, regs
+from softkvm.kvm.x86 import debug as debugging
+from softkvm.kvm.x86 import events as pending
+from softkvm.kvm.x86 import fpu as fpu_state
+from softkvm.kvm.x86 import mce
+from softkvm.kvm.x86 import msrs as msr_access
+from softkvm.kvm.x86 import regs as registers
 from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
 from softkvm.kvm.x86.features import X86_FEATURE_GBPAGES, X86_FEATURE_TSC_DEADLINE_TIMER, X86_FEATURE_X2APIC
@@ -53,70 +58,70 @@ class VcpuIoctls(Vcpu):
 
     def get_regs(self) -> abi.kvm_regs:
         """KVM_GET_REGS."""
-        return regs.get_regs(self)
+        return registers.get_regs(self)
 
-    def set_regs(self, registers: abi.kvm_regs) -> None:
+    def set_regs(self, regs: abi.kvm_regs) -> None:
         """KVM_SET_REGS."""
-        regs.set_regs(self, registers)
+        registers.set_regs(self, regs)
 
     def get_sregs(self) -> abi.kvm_sregs:
         """KVM_GET_SREGS."""
-        return regs.get_sregs(self)
+        return registers.get_sregs(self)
 
     def set_sregs(self, sregs: abi.kvm_sregs) -> None:
         """KVM_SET_SREGS."""
-        regs.set_sregs(self, sregs)
+        registers.set_sregs(self, sregs)
 
     def get_sregs2(self) -> abi.kvm_sregs2:
         """KVM_GET_SREGS2."""
-        return regs.get_sregs2(self)
+        return registers.get_sregs2(self)
 
     def set_sregs2(self, sregs: abi.kvm_sregs2) -> None:
         """KVM_SET_SREGS2."""
-        regs.set_sregs2(self, sregs)
+        registers.set_sregs2(self, sregs)
 
     def get_fpu(self) -> abi.kvm_fpu:
         """KVM_GET_FPU."""
-        return fpu.get_fpu(self)
+        return fpu_state.get_fpu(self)
 
-    def set_fpu(self, state: abi.kvm_fpu) -> None:
+    def set_fpu(self, fpu: abi.kvm_fpu) -> None:
         """KVM_SET_FPU."""
-        fpu.set_fpu(self, state)
+        fpu_state.set_fpu(self, fpu)
 
     def get_xsave(self) -> abi.kvm_xsave:
         """KVM_GET_XSAVE."""
-        return fpu.get_xsave(self)
+        return fpu_state.get_xsave(self)
 
     def set_xsave(self, xsave: abi.kvm_xsave) -> None:
         """KVM_SET_XSAVE."""
-        fpu.set_xsave(self, xsave)
+        fpu_state.set_xsave(self, xsave)
 
     def get_xcrs(self) -> abi.kvm_xcrs:
         """KVM_GET_XCRS."""
-        return fpu.get_xcrs(self)
+        return fpu_state.get_xcrs(self)
 
     def set_xcrs(self, xcrs: abi.kvm_xcrs) -> None:
         """KVM_SET_XCRS."""
-        fpu.set_xcrs(self, xcrs)
+        fpu_state.set_xcrs(self, xcrs)
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         """KVM_GET_MSRS: values up to the first MSR that cannot be read; E2BIG for 256 or more."""
         _check_msr_count(len(indices))
         values = []
         for index in indices:
-            value = msrs.get_msr(self, index, host=True)
+            value = msr_access.get_msr(self, index, host=True)
             if value is None:
                 break
             values.append(value)
         return values
 
-    def set_msrs(self, values: abi.MsrValues) -> int:
+    def set_msrs(self, msrs: abi.MsrValues) -> int:
         """KVM_SET_MSRS: how many were set, up to the first that cannot be; E2BIG for 256 or more."""
-        pairs = abi.msr_pairs(values)
+        pairs = abi.msr_pairs(msrs)
         _check_msr_count(len(pairs))
         count = 0
         for index, data in pairs:
-            if not msrs.set_msr(self, index, data, host=True):
+            if not msr_access.set_msr(self, index, data, host=True):
                 break
             count += 1
         return count
@@ -166,19 +171,19 @@ class VcpuIoctls(Vcpu):
 
     def get_vcpu_events(self) -> abi.kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""
-        return events.get_vcpu_events(self)
+        return pending.get_vcpu_events(self)
 
-    def set_vcpu_events(self, state: abi.kvm_vcpu_events) -> None:
+    def set_vcpu_events(self, events: abi.kvm_vcpu_events) -> None:
         """KVM_SET_VCPU_EVENTS."""
-        events.set_vcpu_events(self, state)
+        pending.set_vcpu_events(self, events)
 
     def get_debugregs(self) -> abi.kvm_debugregs:
         """KVM_GET_DEBUGREGS."""
-        return debug.get_debugregs(self)
+        return debugging.get_debugregs(self)
 
     def set_debugregs(self, debugregs: abi.kvm_debugregs) -> None:
         """KVM_SET_DEBUGREGS."""
-        debug.set_debugregs(self, debugregs)
+        debugging.set_debugregs(self, debugregs)
 
     def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2: E2BIG for too many entries; EINVAL once the vCPU has run, unless nothing changes."""
@@ -228,9 +233,9 @@ class VcpuIoctls(Vcpu):
         """KVM_SMI: there is no system management mode."""
         raise kvm_error(errno.ENOTTY, "there is no system management mode (KVM_CAP_X86_SMM is 0)")
 
-    def set_guest_debug(self, control: abi.kvm_guest_debug) -> None:
+    def set_guest_debug(self, debug: abi.kvm_guest_debug) -> None:
         """KVM_SET_GUEST_DEBUG."""
-        debug.set_guest_debug(self, control)
+        debugging.set_guest_debug(self, debug)
 
     def translate(self, linear_address: int) -> abi.kvm_translation:
         """KVM_TRANSLATE."""
@@ -271,3 +276,6 @@ class VcpuIoctls(Vcpu):
     def stats(self) -> dict[str, int]:
         """Counters with the names of KVM's binary statistics, and the exits by reason."""
         return vcpu_stats(self)
+
+
+abi.check_requests(VcpuIoctls, abi.requests_of(abi.File.VCPU))

@@ -209,3 +209,6 @@ class Vm(VmState, vm.Vm):
     def update_masterclock(self) -> None:
         """Let every vCPU rewrite its time structure."""
         self.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
+
+
+abi.check_requests(Vm, abi.requests_of(abi.File.VM), but=("irq_line",))
