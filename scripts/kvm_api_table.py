@@ -56,7 +56,8 @@ NOTES: Final = (
     "touches it is EFAULT of KVM_RUN.",
     "The device tried here does not report KVM_CAP_INTR_SHADOW, although KVM_GET_VCPU_EVENTS has the shadow, nor "
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
-    "A vCPU's kick is not a signal on the software side, so KVM_SET_SIGNAL_MASK is checked and changes nothing.",
+    "A signal whose handler a library of another language installed (Python's are known at once) may not end KVM_RUN"
+    " on the software side until the next KVM_RUN that begins 20 ms later or more; one in HLT it ends always.",
     "Requests to a vCPU whose KVM_RUN is under way on another thread wait for its end on the device. On the software "
     "side a second KVM_RUN is EBUSY, and the others see or change the state as it is at that moment: kick the vCPU "
     "first.",

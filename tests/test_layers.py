@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "softkvm"
 BELOW: dict[str, set[str]] = {
     "abi": set(),
     "api": {"abi"},
-    "kvm": {"abi"},
+    "kvm": {"abi", "threads"},
     "devkvm": {"abi", "api"},
-    "vmm": {"abi", "api"},
+    "vmm": {"abi", "api", "threads"},
     "unittests": {"abi", "api", "vmm", "qemu"},
     "bench": {"abi", "api", "vmm", "unittests", "qemu"},
     "cli": {"abi", "api", "vmm", "unittests", "bench", "qemu", "kvm", "plugin"},

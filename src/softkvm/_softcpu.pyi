@@ -54,6 +54,25 @@ class Cpu:
         With what a hypervisor's entry code puts around them: RAX and RSP are in the register block like the others,
         before and after, and go to the VMCB and back; TLB_CONTROL is 0 afterwards.
         """
+    def begin_run(self, mask: int | None = None) -> bool:
+        """The calling thread runs the processor until :meth:`end_run`; returns :attr:`interrupted`.
+
+        Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run in
+        ``end_run``. Python handlers whose signals came before run now; what one raises is raised, and no run has
+        begun. With ``mask`` (bit n - 1 for signal n) just those signals are blocked during the run; others that the
+        thread had blocked interrupt it and pend again behind it. EBUSY if another thread's run is under way.
+        """
+    def end_run(self) -> None:
+        """End the run, send what :meth:`kick_at_entry` has collected, and raise the signals that came meanwhile."""
+    def interrupt(self) -> None:
+        """End the run, or the next one, by a kick that stays until it is taken."""
+    interrupted: bool
+    """Whether the run is to end: by :meth:`interrupt` or because a signal came."""
+    def take_interrupt(self) -> bool:
+        """Return :attr:`interrupted`, and take back :meth:`interrupt`."""
+    interrupt_function: tuple[int, int]
+    """:meth:`interrupt` for C: the address of a ``void f(void *)``, and its argument; async-signal-safe, takes no lock.
+    To be called while the object is there."""
     def kick(self) -> None:
         """Physical interrupt: stays pending until VMEXIT_INTR or :meth:`clear_kick` takes it."""
     def kick_at_entry(self, other: Cpu) -> None:
@@ -61,8 +80,6 @@ class Cpu:
 
         Then the other's thread finds the interpreter's lock free, instead of sleeping once more for that.
         """
-    def send_held_kicks(self) -> None:
-        """Send now what :meth:`kick_at_entry` has collected."""
     def wait(self, timeout_ns: int = -1) -> bool:
         """Sleep until a kick is pending, which the timer's is too; False after ``timeout_ns`` (-1: no limit)."""
     def poll(self, timeout_ns: int) -> bool:
@@ -102,6 +119,12 @@ def clock_ns() -> int: ...
 def rdtsc() -> int: ...
 def sched_yield() -> int:
     """Let another thread have the host's processor, and the interpreter's lock with it; returns for how many ns."""
+
+def watch_signal(signal: int) -> None:
+    """Tell that a handler has been installed for ``signal``: from now on it is known to :meth:`Cpu.begin_run`.
+
+    Handlers that nobody tells of are found within 20 ms, when a run begins.
+    """
 
 def decode(code: bytes, bitness: int, ip: int) -> Instruction: ...
 def exit_name(code: int) -> str: ...

@@ -4,6 +4,7 @@
 mod decode;
 mod machine;
 mod processor;
+mod signals;
 mod timer;
 
 use pyo3::prelude::*;
@@ -31,6 +32,12 @@ fn sched_yield(py: Python<'_>) -> u64 {
     })
 }
 
+/// A handler was installed for `signal`.
+#[pyfunction]
+fn watch_signal(signal: i32) {
+    signals::watch_signal(signal);
+}
+
 /// (eax, ebx, ecx, edx) of the silicon's own CPUID leaf.
 #[pyfunction]
 fn cpuid(leaf: u32, subleaf: u32) -> (u32, u32, u32, u32) {
@@ -44,8 +51,16 @@ fn exit_name(code: u64) -> &'static str {
     softcpu::x86::system::exitcode::name(code)
 }
 
+/// In a child that has been forked there is one thread, and no other's work goes on.
+extern "C" fn after_fork() {
+    signals::after_fork();
+    timer::after_fork();
+}
+
 #[pymodule]
 fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    // SAFETY: the handler does what is allowed in a forked child: stores to atomics.
+    unsafe { libc::pthread_atfork(None, None, Some(after_fork)) };
     m.add_class::<machine::PyMachine>()?;
     m.add_class::<machine::Page>()?;
     m.add_class::<processor::PyCpu>()?;
@@ -53,6 +68,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
     m.add_function(wrap_pyfunction!(sched_yield, m)?)?;
+    m.add_function(wrap_pyfunction!(watch_signal, m)?)?;
     m.add_function(wrap_pyfunction!(cpuid, m)?)?;
     m.add_function(wrap_pyfunction!(exit_name, m)?)?;
     m.add_function(wrap_pyfunction!(decode::decode, m)?)?;

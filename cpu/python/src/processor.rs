@@ -7,7 +7,7 @@ use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use softcpu::clock::clock_ns;
@@ -15,6 +15,7 @@ use softcpu::mem::{Shared, Wake};
 use softcpu::x86::state::Cpu;
 
 use crate::machine::PyMachine;
+use crate::signals::{self, Runner};
 use crate::timer;
 
 /// Looks at the kick between two looks at the clock, while polling.
@@ -27,6 +28,7 @@ pub struct PyCpu {
     registers: *mut u8,
     busy: AtomicBool,
     shared: Arc<Shared>,
+    runner: &'static Runner,
     deadline: AtomicU64,
     /// Processors to kick at the next entry, and whether there are any.
     held: Mutex<Vec<Arc<Shared>>>,
@@ -93,7 +95,7 @@ impl PyCpu {
             match self.shared.wait(end) {
                 Wake::Event => return true,
                 Wake::Timeout => return false,
-                Wake::Interrupted => {}
+                Wake::Interrupted => self.runner.signalled(),
             }
         }
     }
@@ -120,6 +122,12 @@ impl PyCpu {
     }
 }
 
+impl Drop for PyCpu {
+    fn drop(&mut self) {
+        self.runner.release();
+    }
+}
+
 #[pymethods]
 impl PyCpu {
     #[new]
@@ -127,11 +135,13 @@ impl PyCpu {
         let mut cpu = Cpu::new(machine.inner.clone(), index);
         let registers = (&raw mut cpu.rb).cast::<u8>();
         let shared = cpu.engine.shared.clone();
+        let runner = Runner::new(&shared);
         PyCpu {
             inner: UnsafeCell::new(cpu),
             registers,
             busy: AtomicBool::new(false),
             shared,
+            runner,
             deadline: AtomicU64::new(0),
             held: Mutex::default(),
             holding: AtomicBool::new(false),
@@ -161,6 +171,46 @@ impl PyCpu {
         })
     }
 
+    #[pyo3(signature = (mask = None))]
+    fn begin_run(&self, py: Python<'_>, mask: Option<u64>) -> PyResult<bool> {
+        if !self.runner.begin(mask) {
+            return Err(PyOSError::new_err((
+                libc::EBUSY,
+                "Device or resource busy: another thread runs the vCPU",
+            )));
+        }
+        // What has come before is handled before.
+        if let Err(raised) = py.check_signals() {
+            self.runner.end();
+            return Err(raised);
+        }
+        Ok(self.runner.interrupted())
+    }
+
+    fn end_run(&self, py: Python<'_>) -> PyResult<()> {
+        self.send_held();
+        // What was raised again is handled before the caller goes on.
+        if self.runner.end() { py.check_signals() } else { Ok(()) }
+    }
+
+    fn interrupt(&self) {
+        self.runner.interrupt();
+    }
+
+    #[getter]
+    fn interrupted(&self) -> bool {
+        self.runner.interrupted()
+    }
+
+    fn take_interrupt(&self) -> bool {
+        self.runner.take_interrupt()
+    }
+
+    #[getter]
+    fn interrupt_function(&self) -> (usize, usize) {
+        (signals::interrupt as *const () as usize, &raw const *self.runner as usize)
+    }
+
     fn kick(&self) {
         self.shared.kick();
     }
@@ -172,10 +222,6 @@ impl PyCpu {
     fn kick_at_entry(&self, other: &PyCpu) {
         self.held.lock().unwrap_or_else(|e| e.into_inner()).push(other.shared.clone());
         self.holding.store(true, Ordering::SeqCst);
-    }
-
-    fn send_held_kicks(&self) {
-        self.send_held();
     }
 
     #[pyo3(signature = (timeout_ns = -1))]

@@ -2,12 +2,16 @@
 //! One thread that kicks processors when their timers expire, without taking part in Python.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
 
 use softcpu::clock::clock_ns;
 use softcpu::mem::Shared;
 
+use crate::signals;
+
+/// When, and for whom: the address of the processor's shared part.
 type Key = (u64, usize);
 
 #[derive(Default)]
@@ -16,14 +20,34 @@ struct Service {
     changed: Condvar,
 }
 
+static SERVICE: AtomicPtr<Service> = AtomicPtr::new(core::ptr::null_mut());
+
 fn service() -> &'static Service {
-    static SERVICE: OnceLock<&'static Service> = OnceLock::new();
-    SERVICE.get_or_init(|| {
-        let s: &'static Service = Box::leak(Box::default());
-        // Without the thread timers would never fire; a process that cannot start one is beyond help.
-        std::thread::Builder::new().name("softcpu-timer".into()).spawn(move || run(s)).expect("timer thread");
-        s
-    })
+    // SAFETY: a service is never freed.
+    if let Some(service) = unsafe { SERVICE.load(Ordering::Acquire).as_ref() } {
+        return service;
+    }
+    let new = Box::into_raw(Box::<Service>::default());
+    match SERVICE.compare_exchange(core::ptr::null_mut(), new, Ordering::SeqCst, Ordering::SeqCst) {
+        Ok(_) => {
+            // SAFETY: as above.
+            let service: &'static Service = unsafe { &*new };
+            // Without the thread timers would never fire; a process that cannot start one is beyond help.
+            signals::spawn_quiet("softcpu-timer", move || run(service)).expect("timer thread");
+            service
+        }
+        Err(other) => {
+            // SAFETY: nobody else has seen `new`; `other` is a service.
+            drop(unsafe { Box::from_raw(new) });
+            unsafe { &*other }
+        }
+    }
+}
+
+/// A forked child has no timer thread: the next timer starts one, with a list of its own. The lock of the old one may
+/// have been held by a thread that isn't there.
+pub fn after_fork() {
+    SERVICE.store(core::ptr::null_mut(), Ordering::SeqCst);
 }
 
 /// Lets timed waits of the calling thread end when they should: Linux adds up to 50 us of slack unless told otherwise.

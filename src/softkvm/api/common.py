@@ -112,13 +112,16 @@ class Vcpu(Closeable, Protocol):
     def run(self) -> None:
         """KVM_RUN: until an exit that :attr:`kvm_run` describes.
 
-        Raises InterruptedError (EINTR) after :meth:`kick`, or at once when ``kvm_run.immediate_exit`` is set.
+        Raises InterruptedError (EINTR) after :meth:`kick`, when this thread has got a signal that is not blocked, and
+        at once when ``kvm_run.immediate_exit`` is set. The signal's handler has run then; what it raised is raised
+        instead.
         """
 
     def kick(self) -> None:
         """Make :meth:`run` raise InterruptedError, now or at its next call; from any thread.
 
-        Not an ioctl: it is what a signal does to the thread of a real vCPU. One or more kicks end one run.
+        Not an ioctl: it is what a signal does to the thread of a real vCPU. One or more kicks end one run. A signal's
+        handler may kick.
         """
 
     def get_mp_state(self) -> abi.kvm_mp_state:
@@ -137,4 +140,8 @@ class Vcpu(Closeable, Protocol):
         """KVM_ENABLE_CAP on a vCPU."""
 
     def set_signal_mask(self, sigset: bytes | None) -> None:
-        """KVM_SET_SIGNAL_MASK: 8 bytes: the mask during KVM_RUN; None: the thread's own."""
+        """KVM_SET_SIGNAL_MASK: the signals blocked during :meth:`run`; None: those that the thread has blocked.
+
+        *sigset* is 8 bytes, little-endian, bit n - 1 for signal n. A signal that only this unblocks ends a run and
+        stays pending.
+        """

@@ -12,7 +12,7 @@ from typing import Final
 KVM_REQ_TLB_FLUSH: Final = 1 << 0
 #: The VM can't go on: every KVM_RUN is EIO from now on.
 KVM_REQ_VM_DEAD: Final = 1 << 1
-#: Userspace wants KVM_RUN to end with EINTR: what a signal does to a real vCPU's thread.
+#: The vCPU's thread has found itself interrupted, by a kick of userspace's or a signal: KVM_RUN ends with EINTR.
 KVM_REQ_SIGNAL: Final = 1 << 2
 #: Code was called for on the vCPU's own thread (``vcpu.call_soon``).
 KVM_REQ_TASK_WORK: Final = 1 << 3

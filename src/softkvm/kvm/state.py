@@ -22,6 +22,7 @@ from softkvm.kvm.memory.host_mappings import HostMappings
 from softkvm.kvm.memory.memslots import Memslots
 from softkvm.kvm.memory.regions import HostRegions
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK
+from softkvm.kvm.signals import watch_python_handlers
 
 if TYPE_CHECKING:
     from softkvm.kvm.memory.mmu import Mmu
@@ -46,6 +47,7 @@ class VmState:
     max_gfn: int
 
     def __init__(self, params: Params) -> None:
+        watch_python_handlers()
         self.params = params
         self.machine = _softcpu.Machine()
 
@@ -116,10 +118,10 @@ class VcpuState:
         self.requests = 0
         self.mode = OUTSIDE_GUEST_MODE
         self.running = False
+        #: The signals blocked during KVM_RUN (bit n - 1 for signal n); None: those of the thread.
+        self.signal_mask: int | None = None
         self.mp_state = abi.KVM_MP_STATE_RUNNABLE
         self.task_work: list[Callable[[], None]] = []
-        #: The processor holds kicks for others until its next entry.
-        self.holds_kicks = False
         #: How long the vCPU waits awake when it halts, and whether it does so now (:mod:`.halt_poll`).
         self.halt_poll_ns = 0
         self.halt_polling = False
@@ -163,19 +165,22 @@ class VcpuState:
     def vcpu_kick(self, sender: VcpuState | None = None) -> None:
         """Make the vCPU look at its requests: out of guest mode, or awake (``kvm_vcpu_kick``).
 
-        On the thread of another vCPU, ``sender``, the kick goes out when that leaves the interpreter, which is soon.
+        On the thread of another vCPU in KVM_RUN, ``sender``, it goes out when that leaves the interpreter: soon.
         """
         if self.mode != OUTSIDE_GUEST_MODE:
-            if sender is None:
+            if sender is None or not sender.running:
                 self.cpu.kick()
             else:
-                sender.holds_kicks = True
                 sender.cpu.kick_at_entry(self.cpu)
 
     def kick(self) -> None:
-        """End KVM_RUN with EINTR, as a signal to a real vCPU's thread does."""
-        self.make_request(KVM_REQ_SIGNAL)
-        self.vcpu_kick()
+        """End KVM_RUN with EINTR, as a signal to a real vCPU's thread does. No lock is taken: signal handlers may."""
+        self.cpu.interrupt()
+
+    def check_interrupt(self) -> None:
+        """Let KVM_RUN end if that is what the processor's kick was for; on the vCPU's thread."""
+        if self.cpu.interrupted:
+            self.make_request(KVM_REQ_SIGNAL)
 
     def call_soon(self, work: Callable[[], None]) -> None:
         """Run ``work`` on the vCPU's own thread before it enters the guest again (task work)."""

@@ -20,7 +20,8 @@ from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_VM_D
 from softkvm.kvm.state import BLOCKING, OUTSIDE_GUEST_MODE, VcpuState
 
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
-_GENERAL_REQUESTS: Final = KVM_REQ_TASK_WORK | KVM_REQ_SIGNAL | KVM_REQ_VM_DEAD
+#: The requests that :meth:`Vcpu.handle_general_requests` acts on.
+GENERAL_REQUESTS: Final = KVM_REQ_TASK_WORK | KVM_REQ_SIGNAL | KVM_REQ_VM_DEAD
 
 
 class Vcpu(VcpuState, ABC):
@@ -59,11 +60,17 @@ class Vcpu(VcpuState, ABC):
     # --- KVM_RUN -------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """KVM_RUN."""
-        if self.running:
-            raise kvm_error(errno.EBUSY, "another thread runs the vCPU")
-        self.running = True
+        """KVM_RUN.
+
+        Between ``begin_run`` and ``end_run`` no handler of a signal runs on this thread, so no exception of one's comes
+        in the middle of an exit. They run in ``end_run``, before EINTR is raised, for which they are the reason.
+        """
+        cpu = self.cpu
+        if cpu.begin_run(self.signal_mask):
+            self.make_request(KVM_REQ_SIGNAL)
+        interrupted = None
         try:
+            self.running = True
             self.arch_run_begin()
             complete = self.complete_userspace_io
             if complete is not None:
@@ -73,12 +80,15 @@ class Vcpu(VcpuState, ABC):
             if self.run_b[run_page.IMMEDIATE_EXIT_B]:
                 raise InterruptedError(errno.EINTR, "immediate_exit is set")
             self._vcpu_run()
+        except InterruptedError as reason:
+            interrupted = reason
         finally:
+            self.mode = OUTSIDE_GUEST_MODE
             self.running = False
-            if self.holds_kicks:
-                self.holds_kicks = False
-                self.cpu.send_held_kicks()
             self.arch_run_end()
+            cpu.end_run()
+        if interrupted is not None:
+            raise interrupted
 
     def _vcpu_run(self) -> None:
         """Run until there is an exit for userspace."""
@@ -96,35 +106,23 @@ class Vcpu(VcpuState, ABC):
 
     def _handle_requests(self) -> bool:
         """Act on the requests (``vcpu_enter_guest``); False to leave for userspace."""
+        if self.requests & GENERAL_REQUESTS:
+            self.handle_general_requests()
         with self.request_lock:
-            requests, self.requests = self.requests, 0
-        if requests & _GENERAL_REQUESTS:
-            if requests & KVM_REQ_TASK_WORK:
-                self._run_task_work()
-                requests &= ~KVM_REQ_TASK_WORK
-            if requests & KVM_REQ_SIGNAL:
-                # Leave everything else for the next run.
-                self.make_request(requests & ~KVM_REQ_SIGNAL)
-                self._signal_exit()
-            if requests & KVM_REQ_VM_DEAD:
-                self.make_request(requests)  # for good
-                raise kvm_error(errno.EIO, "the VM is dead")
+            requests = self.requests & ~GENERAL_REQUESTS
+            self.requests &= GENERAL_REQUESTS
         return self.arch_handle_requests(requests)
 
-    def handle_requests_while_blocked(self) -> None:
-        """Act on those requests that end or interrupt a wait (task work, signals, the VM's end)."""
-        requests = self.requests
-        if requests & KVM_REQ_TASK_WORK:
-            self.take_request(KVM_REQ_TASK_WORK)
+    def handle_general_requests(self) -> None:
+        """Act on those requests that end a wait, or KVM_RUN: task work, signals, the VM's end. All others stay."""
+        if self.take_request(KVM_REQ_TASK_WORK):
             self._run_task_work()
-        if self.take_request(KVM_REQ_SIGNAL):
-            self._signal_exit()
-        if requests & KVM_REQ_VM_DEAD:
+        self.take_request(KVM_REQ_SIGNAL)
+        if self.cpu.take_interrupt():
+            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_INTR
+            raise InterruptedError(errno.EINTR, "kicked, or a signal came")
+        if self.requests & KVM_REQ_VM_DEAD:
             raise kvm_error(errno.EIO, "the VM is dead")
-
-    def _signal_exit(self) -> None:
-        self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_INTR
-        raise InterruptedError(errno.EINTR, "kicked")
 
     def _run_task_work(self) -> None:
         while self.task_work:
@@ -147,6 +145,7 @@ class Vcpu(VcpuState, ABC):
     def _has_reason_to_go_on(self) -> bool:
         """Look at what a kick or the timer may have been for; a kick from here on is for something new."""
         self.cpu.clear_kick()
+        self.check_interrupt()
         return self.arch_check_block()
 
     def _poll(self, end_ns: int) -> bool:
@@ -194,9 +193,10 @@ class Vcpu(VcpuState, ABC):
         return self._shared
 
     def set_signal_mask(self, sigset: bytes | None) -> None:
-        """KVM_SET_SIGNAL_MASK: vCPUs are ended by :meth:`kick`, so the mask changes nothing."""
+        """KVM_SET_SIGNAL_MASK."""
         if sigset is not None and len(sigset) != 8:
             raise kvm_error(errno.EINVAL, f"sigset of {len(sigset)} bytes, expected 8")
+        self.signal_mask = None if sigset is None else int.from_bytes(sigset, "little")
 
     def close(self) -> None:
         """Give the vCPU back; the VM keeps its number taken, as KVM does. Requests are EBADF from now on."""

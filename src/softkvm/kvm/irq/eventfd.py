@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.irq.irqchip import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
+from softkvm.threads import start_quiet
 
 if TYPE_CHECKING:
     from softkvm.kvm.irq.io_bus import IoBus
@@ -259,8 +260,7 @@ class Eventfds:
                 wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 undo.callback(os.close, wake)
                 epoll.register(wake, select.EPOLLIN)
-                thread = threading.Thread(target=self._main, args=(epoll,), name="kvm-irqfd", daemon=True)
-                thread.start()
+                thread = start_quiet(self._main, "kvm-irqfd", epoll)
                 undo.pop_all()
             self._epoll, self._wake, self._thread = epoll, wake, thread
         return self._epoll

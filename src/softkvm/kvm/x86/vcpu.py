@@ -12,7 +12,7 @@ from softkvm.abi import run_page
 from softkvm.kvm import vcpu
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
-from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
+from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH
 from softkvm.kvm.state import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import events, msrs, reset, tsc
@@ -41,9 +41,7 @@ log = logging.getLogger(__name__)
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
 _HALTED: Final = abi.KVM_MP_STATE_HALTED
 _UNINITIALIZED: Final = abi.KVM_MP_STATE_UNINITIALIZED
-#: What ends KVM_RUN, or is done, although the vCPU stays halted …
-_ENDS_A_HALT: Final = KVM_REQ_SIGNAL | KVM_REQ_TASK_WORK | KVM_REQ_VM_DEAD
-#: … and what is done without a word. All others wait until the vCPU is runnable.
+#: What is done although the vCPU stays halted, beside GENERAL_REQUESTS. All others wait until it is runnable.
 _SERVED_WHILE_BLOCKED: Final = KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_STEAL_UPDATE
 
 
@@ -116,7 +114,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         self.block()
         assert self.apic is not None
         self.apic.accept_events()
-        self.handle_requests_while_blocked()
+        self.handle_general_requests()
         if self.mp_state == _UNINITIALIZED:
             raise BlockingIOError(errno.EAGAIN, "the vCPU waits for INIT and a start-up IPI")
 
@@ -301,7 +299,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         apic = self.apic
         if apic is not None and apic.timer.deadline_ns:
             apic.inject_timer_irqs()
-        return bool(self.requests & (_ENDS_A_HALT | _SERVED_WHILE_BLOCKED)) or self.is_runnable()
+        return bool(self.requests & (vcpu.GENERAL_REQUESTS | _SERVED_WHILE_BLOCKED)) or self.is_runnable()
 
     def arch_slept(self) -> None:
         """Let PAUSE exits come sooner again."""
@@ -317,8 +315,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
                 self.block()
             self.stat_halt_wakeup += 1
             steal_time.check(self)
-        if self.requests & _ENDS_A_HALT:
-            self.handle_requests_while_blocked()
+        if self.requests & vcpu.GENERAL_REQUESTS:
+            self.handle_general_requests()
         apic = self.apic
         if apic is not None and apic.pending_events:
             apic.accept_events()

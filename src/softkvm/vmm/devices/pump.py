@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from softkvm.threads import start_quiet
+
 _FLUSH_DELAY_S: Final = 0.004
 _BACKLOG_LIMIT: Final = 1 << 20
 
@@ -40,8 +42,7 @@ class Pump:
                 return
             if length == 1:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._loop, name="serial output", daemon=True)
-                    self._thread.start()
+                    self._thread = start_quiet(self._loop, "serial output")
                 self._wake.set()
                 return
             while len(self._buffer) >= _BACKLOG_LIMIT and not self._closed:

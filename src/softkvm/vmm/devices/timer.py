@@ -4,6 +4,8 @@
 import threading
 from collections.abc import Callable
 
+from softkvm.threads import start_quiet
+
 
 class Timer:
     """Calls ``expire()`` on its own thread when the armed time has come; arming again replaces the time.
@@ -31,8 +33,7 @@ class Timer:
             if self._thread is not None:
                 self._changed.notify()
             elif deadline_ns is not None:
-                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-                self._thread.start()
+                self._thread = start_quiet(self._loop, self._name)
 
     def close(self) -> None:
         """Disarm for ever and end the thread."""

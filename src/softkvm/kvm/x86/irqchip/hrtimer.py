@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from softkvm.kvm.x86.irqchip.seams import Clock
+from softkvm.threads import start_quiet
 
 HrtimerFunction = Callable[[int], int]
 """Called with the time now, in ns, and no lock held; returns the next deadline, or 0 to stop."""
@@ -116,8 +117,7 @@ class HrtimerThread:
         if self._thread is None:
             with self._lock:
                 if self._thread is None and not self._stopping:
-                    self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
-                    self._thread.start()
+                    self._thread = start_quiet(self._main, self._name)
         self._event.set()
 
     def _main(self) -> None:

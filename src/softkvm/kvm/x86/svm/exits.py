@@ -69,6 +69,7 @@ _YIELD_TO_NOBODY_NS: Final = 20_000
 
 def intr_interception(vcpu: Vcpu) -> int:
     """A kick or the timer: what it was for is found on the way back into the guest."""
+    vcpu.check_interrupt()
     apic = vcpu.apic
     if apic is not None and apic.timer.deadline_ns:
         apic.inject_timer_irqs()

@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Signals to the thread that runs a processor: they end the run, and are handled behind it.
+//!
+//! The kernel's KVM_RUN is a system call: a signal makes it return, and its handler runs then, never in the middle.
+//! Here a run is code of the process, which handlers interrupt anywhere. So handlers are called through ours, which
+//! puts a signal off while its thread is in a run, kicks the processor, and lets the run's end raise the signal again
+//! with all that came with it. On a thread that is in no run the handler is called as if ours were not there.
+//!
+//! Which handlers a process has, the kernel tells nobody. Python's are reported as they are installed
+//! ([`watch_signal`]); for those of other languages [`watch`] looks now and then.
+//!
+//! Everything that a handler may touch is atomic and never freed; the thread is recognized by its `pthread_self`.
+
+use std::cell::{Cell, UnsafeCell};
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use libc::{c_int, c_void, siginfo_t, sigset_t, ucontext_t};
+use softcpu::clock::clock_ns;
+use softcpu::mem::Shared;
+
+/// How old a look at the handlers may be when a run begins.
+const WATCH_NS: u64 = 20_000_000;
+/// A signal that comes again so long after it was put off is handled at once: the run does not end.
+const PATIENCE_NS: u64 = 1_000_000_000;
+/// How many handlers of one signal may have been installed over each other, each calling the one before.
+const LEVELS: usize = 4;
+/// One more than the last signal.
+const END: usize = 65;
+
+/// Bits of [`Runner::wanted`]: somebody called [`Runner::interrupt`], until it is taken.
+const INTERRUPTED: u32 = 1;
+/// A signal came in this run.
+const SIGNALLED: u32 = 2;
+
+/// Who runs a processor, and what came for him meanwhile.
+pub struct Runner {
+    next: AtomicPtr<Runner>,
+    used: AtomicBool,
+    /// `pthread_self` of the thread in a run, 0 for none.
+    thread: AtomicUsize,
+    wanted: AtomicU32,
+    /// The processor; a reference counted for as long as the runner is used, and until it is used again.
+    shared: AtomicPtr<Shared>,
+    /// Signals put off (bit n - 1 for signal n), when the first of them was, and what came with them.
+    put_off: AtomicU64,
+    since: AtomicU64,
+    infos: [UnsafeCell<MaybeUninit<siginfo_t>>; END - 1],
+    /// The thread's own mask, while the run has another.
+    mask: Cell<Option<sigset_t>>,
+}
+
+// SAFETY: `infos` and `mask` are touched by the run's own thread only, in its handlers and outside of them, and an
+// entry of `infos` by a handler only while its bit of `put_off` is clear.
+unsafe impl Sync for Runner {}
+
+/// All runners there have been.
+static RUNNERS: AtomicPtr<Runner> = AtomicPtr::new(core::ptr::null_mut());
+
+fn runners() -> impl Iterator<Item = &'static Runner> {
+    // SAFETY: runners are never freed.
+    let at = |p: &AtomicPtr<Runner>| unsafe { p.load(Ordering::Acquire).as_ref() };
+    std::iter::successors(at(&RUNNERS), move |r| at(&r.next))
+}
+
+fn current_thread() -> usize {
+    // SAFETY: always works; reads a register.
+    unsafe { libc::pthread_self() as usize }
+}
+
+impl Runner {
+    /// A runner for a processor.
+    pub fn new(shared: &Arc<Shared>) -> &'static Runner {
+        let free = |r: &&Runner| !r.used.swap(true, Ordering::SeqCst);
+        let runner = runners().find(free).unwrap_or_else(|| {
+            let new = Box::leak(Box::new(Runner {
+                next: AtomicPtr::default(),
+                used: AtomicBool::new(true),
+                thread: AtomicUsize::default(),
+                wanted: AtomicU32::default(),
+                shared: AtomicPtr::default(),
+                put_off: AtomicU64::default(),
+                since: AtomicU64::default(),
+                infos: [const { UnsafeCell::new(MaybeUninit::uninit()) }; END - 1],
+                mask: Cell::new(None),
+            }));
+            let mut first = RUNNERS.load(Ordering::Acquire);
+            loop {
+                new.next.store(first, Ordering::Release);
+                match RUNNERS.compare_exchange(first, new, Ordering::SeqCst, Ordering::SeqCst) {
+                    Ok(_) => return &*new,
+                    Err(now) => first = now,
+                }
+            }
+        });
+        runner.wanted.store(0, Ordering::SeqCst);
+        let old = runner.shared.swap(Arc::into_raw(shared.clone()).cast_mut(), Ordering::SeqCst);
+        if !old.is_null() {
+            // SAFETY: it came from `into_raw`, and its processor is gone.
+            drop(unsafe { Arc::from_raw(old) });
+        }
+        watch();
+        runner
+    }
+
+    /// Gives it back; its processor is gone.
+    pub fn release(&self) {
+        self.used.store(false, Ordering::SeqCst);
+    }
+
+    fn kick(&self) {
+        // SAFETY: the runner holds a reference.
+        if let Some(shared) = unsafe { self.shared.load(Ordering::Acquire).as_ref() } {
+            shared.kick();
+        }
+    }
+
+    /// Ends the run, or the next one; from any thread, and from signal handlers.
+    pub fn interrupt(&self) {
+        self.wanted.fetch_or(INTERRUPTED, Ordering::SeqCst);
+        self.kick();
+    }
+
+    /// Whether the run is to end.
+    pub fn interrupted(&self) -> bool {
+        self.wanted.load(Ordering::SeqCst) != 0
+    }
+
+    /// [`Runner::interrupted`], and takes interrupts.
+    pub fn take_interrupt(&self) -> bool {
+        self.wanted.fetch_and(!INTERRUPTED, Ordering::SeqCst) != 0
+    }
+
+    /// A signal's handler has run on this thread, if that is in a run.
+    pub fn signalled(&self) {
+        if self.thread.load(Ordering::SeqCst) != current_thread() {
+            return;
+        }
+        self.wanted.fetch_or(SIGNALLED, Ordering::SeqCst);
+        self.kick();
+    }
+
+    /// Begins a run on this thread, with signals blocked as `mask` says if there is one. False: another thread's is
+    /// under way.
+    pub fn begin(&self, mask: Option<u64>) -> bool {
+        if self.thread.compare_exchange(0, current_thread(), Ordering::SeqCst, Ordering::SeqCst).is_err() {
+            return false;
+        }
+        if now_about_ns().saturating_sub(LAST_WATCH.load(Ordering::SeqCst)) >= WATCH_NS {
+            watch();
+        }
+        if let Some(mask) = mask {
+            self.change_mask(mask);
+        }
+        true
+    }
+
+    /// Ends the run of this thread, and raises again what was put off; whether there was something.
+    pub fn end(&self) -> bool {
+        if let Some(mask) = self.mask.take() {
+            set_mask(libc::SIG_SETMASK, &mask);
+        }
+        self.thread.store(0, Ordering::SeqCst);
+        self.wanted.fetch_and(!SIGNALLED, Ordering::SeqCst);
+        let signals = self.put_off.swap(0, Ordering::SeqCst);
+        if signals != 0 {
+            self.raise(signals);
+        }
+        signals != 0
+    }
+
+    #[cold]
+    fn raise(&self, signals: u64) {
+        // SAFETY: system calls about the calling thread. A thread may give itself any siginfo, and those whose bit was
+        // set are filled in.
+        unsafe {
+            let (process, thread) = (libc::getpid(), libc::syscall(libc::SYS_gettid));
+            for signal in members(signals) {
+                let info = (*self.infos[signal as usize - 1].get()).as_ptr();
+                libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, signal, info);
+            }
+        }
+        let queued = signals & !((1 << (libc::SIGRTMIN() - 1)) - 1);
+        if queued != 0 {
+            set_mask(libc::SIG_UNBLOCK, &set_of(queued));
+        }
+    }
+
+    /// Blocks what KVM_SET_SIGNAL_MASK says, and nothing else: what it leaves open and the thread had blocked comes to
+    /// our handler, and pends again behind the run.
+    fn change_mask(&self, mask: u64) {
+        let mut own = set_of(0);
+        // SAFETY: reads the thread's mask.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, core::ptr::null(), &mut own) };
+        let mut blocked = mask & !members_of(is_synchronous);
+        for signal in members(bits_of(&own) & !mask).filter(|&s| can_be_caught(s)) {
+            if !catch(signal) {
+                blocked |= 1 << (signal - 1);
+            }
+        }
+        self.mask.set(Some(own));
+        set_mask(libc::SIG_SETMASK, &set_of(blocked));
+    }
+}
+
+/// [`Runner::interrupt`] for C.
+///
+/// # Safety
+/// `runner` is what `Cpu.interrupt_function` gave for a processor that is still there.
+pub unsafe extern "C" fn interrupt(runner: *const c_void) {
+    // SAFETY: given; runners are never freed.
+    let runner = unsafe { &*runner.cast::<Runner>() };
+    // SAFETY: errno of this thread, which a handler has to leave alone.
+    let errno = unsafe { libc::__errno_location() };
+    let before = unsafe { *errno };
+    runner.interrupt();
+    unsafe { *errno = before };
+}
+
+// ---- handlers ----------------------------------------------------------------------------------------------------
+
+type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+
+/// A handler that ours stands before.
+struct Previous {
+    known: AtomicBool,
+    handler: AtomicUsize,
+    flags: AtomicI32,
+}
+
+static PREVIOUS: [[Previous; END]; LEVELS] = [const {
+    [const { Previous { known: AtomicBool::new(false), handler: AtomicUsize::new(0), flags: AtomicI32::new(0) } };
+        END]
+}; LEVELS];
+
+/// Ours, one for each level: a handler that was installed over ours may call it, and means the one below.
+const OURS: [Handler; LEVELS] = [on_signal::<0>, on_signal::<1>, on_signal::<2>, on_signal::<3>];
+
+extern "C" fn on_signal<const LEVEL: usize>(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: errno of this thread, which a handler has to leave alone.
+    let errno = unsafe { libc::__errno_location() };
+    let before = unsafe { *errno };
+    if !put_off(signal, info, context.cast()) {
+        call_previous(LEVEL, signal, info, context);
+    }
+    // SAFETY: as above.
+    unsafe { *errno = before };
+}
+
+/// Puts a signal off if this thread is in a run; false: it is to be handled now.
+fn put_off(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) -> bool {
+    let me = current_thread();
+    let bit = 1u64 << (signal - 1);
+    let mut done = false;
+    for runner in runners().filter(|r| r.thread.load(Ordering::SeqCst) == me) {
+        runner.signalled();
+        if core::mem::replace(&mut done, true) {
+            continue; // a run inside of another
+        }
+        let before = runner.put_off.load(Ordering::SeqCst);
+        if before & bit != 0 {
+            if clock_ns().saturating_sub(runner.since.load(Ordering::SeqCst)) < PATIENCE_NS {
+                continue; // as if it were still pending
+            }
+            runner.put_off.fetch_and(!bit, Ordering::SeqCst);
+            return false;
+        }
+        // SAFETY: this is the run's thread, and the entry is free; the kernel gave valid pointers.
+        unsafe {
+            (*runner.infos[signal as usize - 1].get()).write(*info);
+            if signal >= libc::SIGRTMIN() {
+                // Such signals queue up: the kernel keeps the next ones.
+                libc::sigaddset(&raw mut (*context).uc_sigmask, signal);
+            }
+        }
+        if before == 0 {
+            runner.since.store(clock_ns(), Ordering::SeqCst);
+        }
+        runner.put_off.fetch_or(bit, Ordering::SeqCst);
+    }
+    done
+}
+
+fn call_previous(level: usize, signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    let previous = &PREVIOUS[level][signal as usize];
+    let handler = previous.handler.load(Ordering::SeqCst);
+    match handler {
+        libc::SIG_IGN => {}
+        libc::SIG_DFL => default_action(signal),
+        // SAFETY: a handler that somebody has installed for this signal, called as its flags say.
+        _ => unsafe {
+            if previous.flags.load(Ordering::SeqCst) & libc::SA_SIGINFO != 0 {
+                core::mem::transmute::<usize, Handler>(handler)(signal, info, context);
+            } else {
+                core::mem::transmute::<usize, extern "C" fn(c_int)>(handler)(signal);
+            }
+        },
+    }
+}
+
+/// What the kernel does with a signal that has no handler.
+fn default_action(signal: c_int) {
+    if matches!(signal, libc::SIGCHLD | libc::SIGURG | libc::SIGWINCH | libc::SIGCONT) {
+        return;
+    }
+    // SAFETY: async-signal-safe functions; the signal is blocked until our handler returns, and then ends or stops the
+    // process.
+    unsafe {
+        let mut action: libc::sigaction = core::mem::zeroed();
+        action.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(signal, &action, core::ptr::null_mut());
+        libc::raise(signal);
+    }
+}
+
+/// When all handlers were looked at, and whether somebody does it now.
+static LAST_WATCH: AtomicU64 = AtomicU64::new(0);
+static LOOKING: AtomicBool = AtomicBool::new(false);
+
+/// CLOCK_MONOTONIC, a few milliseconds late: a cheap way to ask.
+fn now_about_ns() -> u64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a valid clock and a valid pointer.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut t) };
+    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+}
+
+/// Puts ours before all handlers that are new.
+fn watch() {
+    if LOOKING.swap(true, Ordering::SeqCst) {
+        return;
+    }
+    LAST_WATCH.store(now_about_ns(), Ordering::SeqCst);
+    (1..END as c_int).for_each(watch_signal);
+    LOOKING.store(false, Ordering::SeqCst);
+}
+
+/// Puts ours before a signal's handler, if it has one.
+pub fn watch_signal(signal: c_int) {
+    if !can_be_caught(signal) {
+        return;
+    }
+    if let Some(action) = action_of(signal).filter(|a| a.sa_sigaction > libc::SIG_IGN && !is_ours(a)) {
+        install(signal, action);
+    }
+}
+
+/// Puts ours before whatever a signal does, unless it is ignored; whether it is there.
+fn catch(signal: c_int) -> bool {
+    match action_of(signal) {
+        Some(action) if action.sa_sigaction == libc::SIG_IGN => false,
+        Some(action) => is_ours(&action) || install(signal, action),
+        None => false,
+    }
+}
+
+fn is_ours(action: &libc::sigaction) -> bool {
+    OURS.iter().any(|&ours| ours as usize == action.sa_sigaction)
+}
+
+fn action_of(signal: c_int) -> Option<libc::sigaction> {
+    // SAFETY: asks; the action is filled in on success.
+    unsafe {
+        let mut action = MaybeUninit::uninit();
+        (libc::sigaction(signal, core::ptr::null(), action.as_mut_ptr()) == 0).then(|| action.assume_init())
+    }
+}
+
+/// Puts ours before `action`, which a signal has; false if it cannot be.
+fn install(signal: c_int, mut action: libc::sigaction) -> bool {
+    loop {
+        let Some(level) = level_of(signal, &action) else { return false };
+        let mut ours = action;
+        ours.sa_sigaction = OURS[level] as usize;
+        ours.sa_flags |= libc::SA_SIGINFO;
+        // SAFETY: `ours` is a handler as its flags say; `replaced` is filled in on success.
+        let replaced = unsafe {
+            let mut replaced = MaybeUninit::<libc::sigaction>::uninit();
+            if libc::sigaction(signal, &ours, replaced.as_mut_ptr()) != 0 {
+                return false;
+            }
+            replaced.assume_init()
+        };
+        if replaced.sa_sigaction == action.sa_sigaction || is_ours(&replaced) {
+            return true;
+        }
+        // Somebody has changed it since we looked: that is what ours has to stand before.
+        action = replaced;
+    }
+}
+
+/// The level at which ours calls `action`'s handler.
+fn level_of(signal: c_int, action: &libc::sigaction) -> Option<usize> {
+    (0..LEVELS).find(|&level| {
+        let previous = &PREVIOUS[level][signal as usize];
+        if !previous.known.load(Ordering::SeqCst) {
+            previous.handler.store(action.sa_sigaction, Ordering::SeqCst);
+            previous.flags.store(action.sa_flags, Ordering::SeqCst);
+            previous.known.store(true, Ordering::SeqCst);
+        }
+        previous.handler.load(Ordering::SeqCst) == action.sa_sigaction
+    })
+}
+
+// ---- sets --------------------------------------------------------------------------------------------------------
+
+/// Signals that an instruction raises: they cannot wait.
+fn is_synchronous(signal: c_int) -> bool {
+    use libc::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
+    matches!(signal, SIGABRT | SIGBUS | SIGFPE | SIGILL | SIGSEGV | SIGSYS | SIGTRAP)
+}
+
+/// Signals whose handlers are ours to call: not those of the C library (32 and 33) either.
+fn can_be_caught(signal: c_int) -> bool {
+    let in_range = (1..END as c_int).contains(&signal);
+    let reserved = (32..libc::SIGRTMIN()).contains(&signal);
+    in_range && !is_synchronous(signal) && !reserved && !matches!(signal, libc::SIGKILL | libc::SIGSTOP)
+}
+
+fn members(bits: u64) -> impl Iterator<Item = c_int> {
+    (1..END as c_int).filter(move |s| bits >> (s - 1) & 1 != 0)
+}
+
+fn members_of(kind: fn(c_int) -> bool) -> u64 {
+    (1..END as c_int).filter(|&s| kind(s)).fold(0, |bits, s| bits | 1 << (s - 1))
+}
+
+fn set_of(bits: u64) -> sigset_t {
+    // SAFETY: sigemptyset fills it in; the C library refuses its own signals.
+    unsafe {
+        let mut set = MaybeUninit::uninit();
+        libc::sigemptyset(set.as_mut_ptr());
+        let mut set = set.assume_init();
+        for signal in members(bits) {
+            libc::sigaddset(&mut set, signal);
+        }
+        set
+    }
+}
+
+fn bits_of(set: &sigset_t) -> u64 {
+    // SAFETY: asks.
+    let holds = |s: c_int| unsafe { libc::sigismember(set, s) == 1 };
+    (1..END as c_int).filter(|&s| holds(s)).fold(0, |bits, s| bits | 1 << (s - 1))
+}
+
+fn set_mask(how: c_int, set: &sigset_t) {
+    // SAFETY: a valid set; only a wrong `how` fails.
+    unsafe { libc::pthread_sigmask(how, set, core::ptr::null_mut()) };
+}
+
+/// Starts a thread that takes no signal: they are for the client's threads.
+pub fn spawn_quiet(name: &str, main: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let mut before = set_of(0);
+    // SAFETY: valid sets; the new thread inherits the mask.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set_of(!members_of(is_synchronous)), &mut before) };
+    let spawned = std::thread::Builder::new().name(name.into()).spawn(main);
+    set_mask(libc::SIG_SETMASK, &before);
+    spawned.map(drop)
+}
+
+/// A forked child has one thread, which is in no run of its own.
+pub fn after_fork() {
+    LOOKING.store(false, Ordering::SeqCst);
+    for runner in runners() {
+        runner.thread.store(0, Ordering::SeqCst);
+        runner.put_off.store(0, Ordering::SeqCst);
+    }
+}
