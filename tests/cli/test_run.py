@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from tests.support.machines import KVMS
 
-from softkvm.cli import CommandError
 from softkvm.cli import run as run_module
 from softkvm.cli.run import parse_size, split_modules
 from softkvm.vmm.memory import GIB, KIB, MIB
@@ -286,15 +285,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, accel: str, argument
     assert done.stderr.count("\n") == 1, done.stderr
     assert message.format(**names) in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["dir", "empty", "text"], "something was left behind"
-
-
-def test_device_that_is_missing_is_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softkvm.cli import run as module
-
-    monkeypatch.setattr(module, "DEV_KVM", str(tmp_path / "kvm"))
-    with pytest.raises(CommandError, match=r"--accel kvm: .*No such file") as caught:
-        module._open_kvm("kvm")
-    assert caught.value.status == 1
 
 
 @pytest.mark.parametrize(

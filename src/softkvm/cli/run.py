@@ -18,8 +18,8 @@ from types import FrameType
 from typing import Any
 
 import softkvm
-from softkvm import abi, api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import count, file_name, seconds
 from softkvm.cli.output import OutputFile, warn
 from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
@@ -34,7 +34,6 @@ from softkvm.vmm.memory import GIB, KIB, MIB, PAGE_SIZE
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import STATS_VERSION, ConsoleWatcher
 
-DEV_KVM = "/dev/kvm"
 COMMAND_LINE = "console=ttyS0"
 
 EXIT_STATUS = {
@@ -123,9 +122,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--vcpus", metavar="N", default="1", help="virtual processors, 1 to 16 (default: 1)")
     add(
         "--accel",
-        choices=("soft", "kvm", "auto"),
-        default="soft",
-        help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm; auto: kvm if usable, else soft",
+        choices=(SOFT, KVM, AUTO),
+        default=SOFT,
+        help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm; auto: kvm if a guest runs there, else "
+        "soft, and one line says which",
     )
     add(
         "--console",
@@ -168,39 +168,6 @@ def _choose_image(args: Namespace) -> _Image:
         return _Image(demo_kernel(), (), COMMAND_LINE + more)
     except GuestUnavailable as error:
         raise CommandError(str(error), EXIT_ERROR) from None
-
-
-def _open_soft() -> api.Kvm:
-    try:
-        return softkvm.open()
-    except ImportError as error:
-        raise CommandError(f"the software CPU is not built: {error}", EXIT_ERROR) from None
-
-
-def _open_device() -> api.Kvm:
-    kvm = softkvm.open(DEV_KVM)
-    missing = [name for name in ("IRQCHIP", "USER_MEMORY", "PIT2", "IMMEDIATE_EXIT") if not _has(kvm, name)]
-    if missing:
-        kvm.close()
-        raise OSError(f"lacks {', '.join(missing)}")
-    return kvm
-
-
-def _has(kvm: api.Kvm, capability: str) -> int:
-    number: int = getattr(abi, f"KVM_CAP_{capability}")
-    return kvm.check_extension(number)
-
-
-def _open_kvm(accel: str) -> tuple[api.Kvm, str]:
-    """Return the KVM that ``--accel`` names, and which it is."""
-    if accel == "soft":
-        return _open_soft(), "soft"
-    try:
-        return _open_device(), "kvm"
-    except OSError as error:
-        if accel == "kvm":
-            raise CommandError(f"--accel kvm: {DEV_KVM}: {error.strerror or error}", EXIT_ERROR) from None
-    return _open_soft(), "soft"
 
 
 class _PanicWatch:
@@ -370,7 +337,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
     caught: list[int] = []
     failed: list[Outcome] = []
     with contextlib.ExitStack() as stack:
-        kvm, accel = _open_kvm(args.accel)
+        kvm, accel = open_kvm(args.accel)
         stack.enter_context(kvm)
         watcher = ConsoleWatcher()
         panic = _PanicWatch(watcher, crash_kernel=bool(re.search(r"\bcrashkernel=", loaded.command_line)))
