@@ -146,7 +146,7 @@ def test_one_signal_for_a_thread_ends_its_kvm_run_although_the_handler_is_new(ti
         thread.join()
 
 
-def test_signals_with_a_queue_all_come_and_with_their_values(tiny: Tiny) -> None:
+def test_signals_with_a_queue_all_come_and_with_their_values(tiny: Tiny, request: pytest.FixtureRequest) -> None:
     number = signal.SIGRTMIN + 5
     libc = ctypes.CDLL(None)
     seen = []
@@ -155,10 +155,16 @@ def test_signals_with_a_queue_all_come_and_with_their_values(tiny: Tiny) -> None
     handler = handler_type(lambda _, info, __: seen.append(info[3] & 0xFFFF_FFFF))
 
     class sigaction(ctypes.Structure):
-        _fields_ = (("handler", handler_type), ("mask", ctypes.c_uint64 * 16), ("flags", ctypes.c_int))
+        _fields_ = (
+            ("handler", handler_type),
+            ("mask", ctypes.c_uint64 * 16),
+            ("flags", ctypes.c_int),
+            ("restorer", ctypes.c_void_p),
+        )
 
     old = sigaction()
     assert libc.sigaction(number, ctypes.byref(sigaction(handler, flags=4)), ctypes.byref(old)) == 0  # SA_SIGINFO
+    request.addfinalizer(lambda: libc.sigaction(number, ctypes.byref(old), None))
     tiny.vm.create_vcpu(1)  # or nobody has told of a handler of C's
 
     def work() -> None:
@@ -171,7 +177,6 @@ def test_signals_with_a_queue_all_come_and_with_their_values(tiny: Tiny) -> None
     spin(tiny)
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
-    libc.sigaction(number, ctypes.byref(old), None)
 
 
 def child(code: str) -> subprocess.CompletedProcess[str]:
