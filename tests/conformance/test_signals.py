@@ -17,8 +17,9 @@ from tests.support.conformance import CODE, Guest, refused, watchdog
 
 from softkvm import abi
 
-SPIN = "ebfe"  # jmp to itself
-HALT = "fb f4 ebfc"  # sti; hlt; jmp to the sti
+ALIVE = 0x6000
+SPIN = "fe060060 ebfe"  # inc byte [ALIVE]; jmp to itself
+HALT = "fe060060 fb f4 ebfc"  # inc byte [ALIVE]; sti; hlt; jmp to the sti
 NONE_BLOCKED = bytes(8)
 
 
@@ -44,13 +45,35 @@ def handler(number: int, function: Callable[[], object]) -> Iterator[list[int]]:
 
 
 @contextmanager
-def alarm_in(seconds: float) -> Iterator[None]:
-    """Send SIGALRM to the process after a while."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def once_running(guest: Guest, function: Callable[[], object]) -> Iterator[None]:
+    """Call *function* on another thread when the guest has started."""
+    guest.write(ALIVE, b"\0")
+    over = threading.Event()
+
+    def wait() -> None:
+        while not guest.word(ALIVE, 1):
+            if over.wait(0.001):
+                return
+        if not over.wait(0.02):
+            function()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        over.set()
+        thread.join()
+
+
+def to_the_process(number: int) -> Callable[[], None]:
+    """Return what sends a signal to the process."""
+    return partial(os.kill, os.getpid(), number)
+
+
+def to_this_thread(number: int) -> Callable[[], None]:
+    """Return what sends a signal to the thread that has called this."""
+    return partial(signal.pthread_kill, threading.get_ident(), number)
 
 
 @contextmanager
@@ -79,7 +102,7 @@ def interrupted(guest: Guest) -> None:
 def test_a_signal_ends_kvm_run_and_its_handler_has_run_then(make: Callable[..., Guest], code: str) -> None:
     guest = make(irqchip=code == HALT)
     guest.real(code)
-    with handler(signal.SIGALRM, lambda: None) as seen, alarm_in(0.05):
+    with handler(signal.SIGALRM, lambda: None) as seen, once_running(guest, to_the_process(signal.SIGALRM)):
         interrupted(guest)
         assert seen == [signal.SIGALRM]
 
@@ -88,16 +111,17 @@ def test_a_signal_ends_kvm_run_and_its_handler_has_run_then(make: Callable[..., 
 def test_what_a_handler_raises_comes_out_of_kvm_run(make: Callable[..., Guest], code: str) -> None:
     guest = make(irqchip=code == HALT)
     guest.real(code)
-    with handler(signal.SIGINT, _interrupt), watchdog(guest.cpu, 20):
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            guest.cpu.run()
-        timer.join()
+    with (
+        handler(signal.SIGINT, _interrupt),
+        watchdog(guest.cpu, 20),
+        once_running(guest, to_the_process(signal.SIGINT)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        guest.cpu.run()
     guest.cpu.kick()
     with pytest.raises(InterruptedError):  # the vCPU is as good as before
         guest.cpu.run()
-    assert CODE <= guest.cpu.get_regs().rip < CODE + 4
+    assert CODE + 4 <= guest.cpu.get_regs().rip < CODE + 8
 
 
 def _interrupt() -> None:
@@ -150,16 +174,14 @@ def test_a_signal_that_only_kvm_run_unblocks_ends_it_and_stays_pending(make: Cal
     guest = make(irqchip=when == "while it halts")
     guest.real(HALT if when == "while it halts" else SPIN)
     guest.cpu.set_signal_mask(NONE_BLOCKED)
-    thread = threading.get_ident()
     with blocked(signal.SIGUSR1):
-        timer = threading.Timer(0 if when == "before" else 0.05, signal.pthread_kill, (thread, signal.SIGUSR1))
-        timer.start()
+        send = to_this_thread(signal.SIGUSR1)
         if when == "before":
-            timer.join()
-        try:
+            send()
             interrupted(guest)
-        finally:
-            timer.join()
+        else:
+            with once_running(guest, send):
+                interrupted(guest)
         assert signal.sigpending() == {signal.SIGUSR1}
         assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         interrupted(guest)  # and again, as long as it pends
@@ -177,24 +199,22 @@ def test_a_signal_that_kvm_run_blocks_waits_for_its_end(guest: Guest) -> None:
     with handler(signal.SIGALRM, lambda: None) as seen:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         counts: list[int] = []
+        send = to_this_thread(signal.SIGALRM)  # another might take what is for the process
 
-        def count_and_kick() -> None:
+        def send_then_kick() -> None:
+            send()
+            time.sleep(0.1)
             counts.append(len(seen))
             guest.cpu.kick()
 
-        kick = threading.Timer(0.2, count_and_kick)
-        kick.start()
-        # To this thread: another one might take what is for the process.
-        sent = threading.Timer(0.02, signal.pthread_kill, (threading.get_ident(), signal.SIGALRM))
-        sent.start()
-        interrupted(guest)
-        kick.join()
-        sent.join()
+        with once_running(guest, send_then_kick):
+            interrupted(guest)
         assert counts == [0]
         assert seen == [signal.SIGALRM]
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     guest.cpu.set_signal_mask(None)
-    with handler(signal.SIGALRM, lambda: None) as seen, alarm_in(0.02):
+    guest.real(SPIN)
+    with handler(signal.SIGALRM, lambda: None) as seen, once_running(guest, to_the_process(signal.SIGALRM)):
         interrupted(guest)
         assert seen == [signal.SIGALRM]
 
