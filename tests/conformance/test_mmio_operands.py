@@ -82,3 +82,20 @@ def test_both_strings_in_mmio_are_read_in_their_order(guest: Guest) -> None:
         guest.kvm_run.mmio.data[:4] = next(answers)
     assert seen == [MMIO, MMIO + 0x1000]
     assert guest.cpu.get_regs().rflags & abi.X86_EFLAGS_CF  # 1 - 2 borrows
+
+
+def test_x87_words_are_stored_in_mmio(guest: Guest) -> None:
+    guest.long("dbe3 d93c25 00000020 dd3c25 02000020 f4")  # fninit; fnstcw [MMIO]; fnstsw [MMIO + 2]; hlt
+    assert mmio(guest, _PATTERN) == [(MMIO, b"\x7f\x03"), (MMIO + 2, b"\0\0")]
+
+
+@pytest.mark.parametrize(("code", "name"), [("0fb4", "fs"), ("0fb5", "gs")])
+def test_a_far_pointer_is_loaded_from_mmio(guest: Guest, code: str, name: str) -> None:
+    guest.long(code + "0425 10000020 f4")  # lfs or lgs eax, [MMIO + 0x10]; hlt
+    guest.write(GDT + 0x10, (0x00CF_F300_1234_FFFF).to_bytes(8, "little"))
+    sregs = guest.cpu.get_sregs()
+    sregs.gdt.base, sregs.gdt.limit = GDT, 0x17
+    guest.cpu.set_sregs(sregs)
+    assert mmio(guest, bytes.fromhex("78563412 1000")) == [(MMIO + 0x10, None)]
+    segment = getattr(guest.cpu.get_sregs(), name)
+    assert (guest.cpu.get_regs().rax, segment.selector, segment.base) == (0x1234_5678, 0x10, 0x1234)

@@ -190,6 +190,57 @@ def test_push_onto_an_mmio_stack(tiny: Tiny) -> None:
     assert tiny.run_to_halt().rsp == MMIO + 4
 
 
+def test_popa_takes_registers_from_mmio(tiny: Tiny) -> None:
+    tiny.protected_mode().load(b"\x61\xf4", rsp=MMIO)  # popad; hlt
+    addresses = []
+    while tiny.run() == abi.KVM_EXIT_MMIO:
+        addresses.append(_mmio(tiny)[0])
+        tiny.vcpu.kvm_run.mmio.data[:4] = [len(addresses)] * 4
+    regs = tiny.vcpu.get_regs()
+    assert sorted(addresses) == [MMIO + 4 * n for n in range(8)]
+    read = {address: 0x0101_0101 * (n + 1) for n, address in enumerate(addresses)}
+    assert [regs.rdi, regs.rsi, regs.rbp] == [read[MMIO + 4 * n] for n in range(3)]
+    assert (regs.rax, regs.rsp) == (read[MMIO + 28], MMIO + 32)
+
+
+def test_pusha_into_mmio_is_every_register(tiny: Tiny) -> None:
+    tiny.protected_mode().load(b"\x60\xf4", rsp=MMIO + 32, rax=1, rcx=2, rdx=3, rbx=4, rbp=5, rsi=6, rdi=7)
+    seen = {}
+    while tiny.run() == abi.KVM_EXIT_MMIO:
+        address, _, is_write, data = _mmio(tiny)
+        assert is_write
+        seen[address] = int.from_bytes(data, "little")
+    assert [seen[MMIO + 4 * n] for n in range(8)] == [7, 6, 5, MMIO + 32, 4, 3, 2, 1]
+    assert tiny.vcpu.get_regs().rsp == MMIO
+
+
+@pytest.mark.parametrize("hole", ["stack", "LDT"])
+def test_a_far_call_with_a_part_in_mmio_is_done_once_all_has_been_read(tiny: Tiny, hole: str) -> None:
+    tiny.protected_mode()
+    sregs = tiny.vcpu.get_sregs()
+    sregs.ldt = abi.kvm_segment(base=MMIO if hole == "LDT" else DATA, limit=0xF, type=2, present=1, selector=0x18)
+    tiny.vcpu.set_sregs(sregs)
+    code = (0x00CF_9A00_0000_FFFF).to_bytes(8, "little")  # not accessed yet
+    tiny.memory.write(DATA + 8, code)
+    tiny.memory.write(CODE + 0x100, b"\xf4")
+    stack = MMIO + 0x100 if hole == "stack" else STACK
+    tiny.load(b"\x9a" + (CODE + 0x100).to_bytes(4, "little") + b"\x0c\0", rsp=stack)  # call 0xc:CODE + 0x100
+    seen = []
+    while tiny.run() == abi.KVM_EXIT_MMIO:
+        address, length, is_write, data = _mmio(tiny)
+        seen.append((address - MMIO, data if is_write else None))
+        if not is_write:
+            tiny.vcpu.kvm_run.mmio.data[:length] = list(code[:length])
+    frame = [(CODE + 7).to_bytes(4, "little"), (8).to_bytes(4, "little")]
+    if hole == "stack":
+        assert seen == [(0xFC, frame[1]), (0xF8, frame[0])]
+    else:
+        assert seen == [(8, None), (13, b"\x9b")]  # the descriptor, and its accessed bit
+        assert tiny.memory.read(STACK - 8, 8) == b"".join(frame)
+    regs = tiny.vcpu.get_regs()
+    assert (regs.rip, regs.rsp, tiny.vcpu.get_sregs().cs.selector) == (CODE + 0x101, stack - 8, 0xC)
+
+
 def test_code_in_mmio_space_cannot_be_emulated(tiny: Tiny) -> None:
     tiny.protected_mode().load(b"\xf4")
     tiny.registers(rip=MMIO)

@@ -146,6 +146,25 @@ impl PyInstruction {
         self.i.near_branch_target()
     }
 
+    /// Selector of a far pointer in the instruction.
+    #[getter]
+    fn far_branch_selector(&self) -> Option<u16> {
+        match self.i.op0_kind() {
+            OpKind::FarBranch16 | OpKind::FarBranch32 => Some(self.i.far_branch_selector()),
+            _ => None,
+        }
+    }
+
+    /// Offset of a far pointer in the instruction, 0 without one.
+    #[getter]
+    fn far_branch_offset(&self) -> u32 {
+        match self.i.op0_kind() {
+            OpKind::FarBranch16 => self.i.far_branch16().into(),
+            OpKind::FarBranch32 => self.i.far_branch32(),
+            _ => 0,
+        }
+    }
+
     #[getter]
     fn memory_base(&self) -> Option<String> {
         name(self.i.memory_base())

@@ -20,19 +20,22 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 # Byte offsets in the register block
-_FCW: Final = 0x100
-_FSW: Final = 0x102
-_FTW: Final = 0x104
-_FOP: Final = 0x106
-_FIP: Final = 0x108
-_FDP: Final = 0x110
+FCW: Final = 0x100
+FSW: Final = 0x102
+FTW: Final = 0x104
+FOP: Final = 0x106
+FIP: Final = 0x108
+FDP: Final = 0x110
+FCS: Final = 0x118
+FDS: Final = 0x11A
 _ST: Final = 0x180
 _YMM: Final = 0x200
 _PKRU: Final = 0xF0
-_MXCSR: Final = 0xF4
+MXCSR: Final = 0xF4
 
 _FSW_ES: Final = 1 << 7
 _FSW_TOP: Final = 7 << 11
+_FSW_B: Final = 1 << 15
 
 MXCSR_DEFAULT: Final = 0x1F80
 MXCSR_MASK: Final = 0xFFFF
@@ -43,24 +46,44 @@ _YMM_OFFSET: Final = 576
 
 def reset(vcpu: Vcpu) -> None:
     """Load the state after RESET: FCW 0040h, everything empty and zero (APM vol. 2, table 14-1)."""
-    vcpu.rb[_FCW:0x400] = bytes(0x400 - _FCW)
-    vcpu.rw[_FCW >> 1] = 0x40
-    vcpu.rw[_FTW >> 1] = 0x5555
-    vcpu.rd[_MXCSR >> 2] = MXCSR_DEFAULT
+    vcpu.rb[FCW:0x400] = bytes(0x400 - FCW)
+    vcpu.rw[FCW >> 1] = 0x40
+    vcpu.rw[FTW >> 1] = 0x5555
+    vcpu.rd[MXCSR >> 2] = MXCSR_DEFAULT
     vcpu.rd[_PKRU >> 2] = 0
     vcpu.xcr0 = cr.XFEATURE_FP
 
 
 def check_pending(vcpu: Vcpu) -> None:
     """Raise the #MF that an earlier x87 instruction left pending (FSW.ES; APM vol. 1, 6.8.4)."""
-    if vcpu.rw[_FSW >> 1] & _FSW_ES:
+    if vcpu.rw[FSW >> 1] & _FSW_ES:
         raise X86Exception(abi.MF_VECTOR)
+
+
+#: Bits of the control word that can be written; bit 6 reads as one.
+_FCW_WRITABLE: Final = 0x1F3F
+_FCW_FIXED: Final = 0x40
+
+
+def set_control_word(vcpu: Vcpu, value: int) -> None:
+    """Load the control word; which exceptions are pending follows from its masks (APM vol. 1, 6.2.2)."""
+    vcpu.rw[FCW >> 1] = value & _FCW_WRITABLE | _FCW_FIXED
+    status = vcpu.rw[FSW >> 1] & ~(_FSW_ES | _FSW_B)
+    unmasked = status & ~value & 0x3F
+    vcpu.rw[FSW >> 1] = status | (_FSW_ES | _FSW_B if unmasked else 0)
+
+
+def initialize(vcpu: Vcpu) -> None:
+    """What FNINIT does: control word 037Fh, everything empty, no exception."""
+    vcpu.rw[FCW >> 1], vcpu.rw[FSW >> 1], vcpu.rw[FTW >> 1], vcpu.rw[FOP >> 1] = 0x37F, 0, 0xFFFF, 0
+    vcpu.rq[FIP >> 3] = vcpu.rq[FDP >> 3] = 0
+    vcpu.rw[FCS >> 1] = vcpu.rw[FDS >> 1] = 0
 
 
 def enter_mmx(vcpu: Vcpu) -> None:
     """What every MMX instruction but EMMS does to the x87 state: all tags valid, TOP zero (APM vol. 2, 11.4)."""
-    vcpu.rw[_FSW >> 1] &= ~_FSW_TOP & 0xFFFF
-    vcpu.rw[_FTW >> 1] = 0
+    vcpu.rw[FSW >> 1] &= ~_FSW_TOP & 0xFFFF
+    vcpu.rw[FTW >> 1] = 0
 
 
 def abridge_tags(ftw: int) -> int:
@@ -91,12 +114,12 @@ def get_fpu(vcpu: Vcpu) -> abi.kvm_fpu:
     """KVM_GET_FPU."""
     rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
     fpu = abi.kvm_fpu()
-    fpu.fcw = rw[_FCW >> 1]
-    fpu.fsw = rw[_FSW >> 1]
-    fpu.ftwx = abridge_tags(rw[_FTW >> 1])
-    fpu.last_opcode = rw[_FOP >> 1]
-    fpu.last_ip = rq[_FIP >> 3]
-    fpu.last_dp = rq[_FDP >> 3]
+    fpu.fcw = rw[FCW >> 1]
+    fpu.fsw = rw[FSW >> 1]
+    fpu.ftwx = abridge_tags(rw[FTW >> 1])
+    fpu.last_opcode = rw[FOP >> 1]
+    fpu.last_ip = rq[FIP >> 3]
+    fpu.last_dp = rq[FDP >> 3]
     top = fpu.fsw >> 11 & 7
     for i in range(8):
         at = _ST + (top + i & 7) * 16
@@ -104,23 +127,23 @@ def get_fpu(vcpu: Vcpu) -> abi.kvm_fpu:
     for i in range(16):
         at = _YMM + i * 32
         fpu.xmm[i][:] = list(rb[at : at + 16])
-    fpu.mxcsr = vcpu.rd[_MXCSR >> 2]
+    fpu.mxcsr = vcpu.rd[MXCSR >> 2]
     return fpu
 
 
 def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
     """KVM_SET_FPU. As in the kernel, ``mxcsr`` is not loaded: KVM_SET_XSAVE does that."""
     rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
-    rw[_FCW >> 1] = fpu.fcw
-    rw[_FSW >> 1] = fpu.fsw
-    rw[_FOP >> 1] = fpu.last_opcode
-    rq[_FIP >> 3] = fpu.last_ip
-    rq[_FDP >> 3] = fpu.last_dp
+    rw[FCW >> 1] = fpu.fcw
+    rw[FSW >> 1] = fpu.fsw
+    rw[FOP >> 1] = fpu.last_opcode
+    rq[FIP >> 3] = fpu.last_ip
+    rq[FDP >> 3] = fpu.last_dp
     top = fpu.fsw >> 11 & 7
     for i in range(8):
         at = _ST + (top + i & 7) * 16
         rb[at : at + 16] = bytes(fpu.fpr[i][:10]) + bytes(6)
-    rw[_FTW >> 1] = expand_tags(fpu.ftwx, [bytes(rb[_ST + n * 16 : _ST + n * 16 + 10]) for n in range(8)])
+    rw[FTW >> 1] = expand_tags(fpu.ftwx, [bytes(rb[_ST + n * 16 : _ST + n * 16 + 10]) for n in range(8)])
     for i in range(16):
         at = _YMM + i * 32
         rb[at : at + 16] = bytes(fpu.xmm[i])
@@ -186,7 +209,7 @@ def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
         for i in range(16):
             fpu.xmm[i][:] = list(area[160 + i * 16 : 176 + i * 16])
     set_fpu(vcpu, fpu)
-    vcpu.rd[_MXCSR >> 2] = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
+    vcpu.rd[MXCSR >> 2] = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
     for i in range(16):
         at = _YMM + i * 32 + 16
         high = area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] if features & cr.XFEATURE_YMM else bytes(16)

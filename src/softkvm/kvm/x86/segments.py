@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from softkvm import abi
-from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
+from softkvm.kvm.x86.exceptions import X86Exception, gp
+from softkvm.kvm.x86.mmu.paging import is_canonical
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
@@ -73,88 +74,188 @@ def set_segment(vcpu: Vcpu, offset: int, segment: abi.kvm_segment) -> None:
         vcpu.b[V.CPL] = segment.dpl & 3
 
 
-# --- loads -------------------------------------------------------------------------------------
+# --- descriptors -------------------------------------------------------------------------------
 
 
-def parse_descriptor(raw: int) -> tuple[int, int, int]:
-    """Return (attributes in the VMCB's layout, limit in bytes, base) of an 8-byte descriptor."""
-    attrib = raw >> 40 & 0xFF | (raw >> 52 & 0xF) << 8
-    limit = raw & 0xFFFF | (raw >> 48 & 0xF) << 16
-    if attrib & V.SEG_G:
-        limit = limit << 12 | 0xFFF
-    base = raw >> 16 & 0xFF_FFFF | (raw >> 56 & 0xFF) << 24
-    return attrib, limit, base
+class Descriptor(NamedTuple):
+    """The descriptor that a selector names: the first eight bytes, and where they are (APM vol. 2, 4.7 and 4.8)."""
+
+    selector: int
+    address: int
+    raw: int
+
+    @property
+    def attrib(self) -> int:
+        """The attributes in the VMCB's layout."""
+        return self.raw >> 40 & 0xFF | (self.raw >> 52 & 0xF) << 8
+
+    @property
+    def limit(self) -> int:
+        """The limit in bytes."""
+        limit = self.raw & 0xFFFF | (self.raw >> 48 & 0xF) << 16
+        return limit << 12 | 0xFFF if self.attrib & V.SEG_G else limit
+
+    @property
+    def base(self) -> int:
+        """The low 32 bits of the base."""
+        return self.raw >> 16 & 0xFF_FFFF | (self.raw >> 56 & 0xFF) << 24
+
+    @property
+    def kind(self) -> int:
+        """The type field."""
+        return self.raw >> 40 & 0xF
+
+    @property
+    def dpl(self) -> int:
+        """The privilege level."""
+        return self.raw >> 45 & 3
+
+    @property
+    def error(self) -> int:
+        """The error code of a fault that names the selector."""
+        return self.selector & 0xFFFC
+
+    @property
+    def is_code(self) -> bool:
+        """A code segment."""
+        return self.attrib & (V.SEG_S | 8) == V.SEG_S | 8
+
+    @property
+    def is_conforming(self) -> bool:
+        """A conforming code segment."""
+        return self.is_code and bool(self.kind & 4)
+
+    @property
+    def is_readable(self) -> bool:
+        """Data, or code that may be read."""
+        return bool(self.attrib & V.SEG_S) and self.kind & 0xA != 8
+
+    @property
+    def is_writable(self) -> bool:
+        """Data that may be written."""
+        return self.attrib & (V.SEG_S | 0xA) == V.SEG_S | 2
+
+    @property
+    def gate_selector(self) -> int:
+        """A gate's selector."""
+        return self.raw >> 16 & 0xFFFF
+
+    @property
+    def gate_offset(self) -> int:
+        """The low 32 bits of a gate's offset, 16 in a 16-bit gate."""
+        return self.raw & 0xFFFF | (self.raw >> 48 << 16 if self.kind & 8 else 0)
+
+    def segment(self) -> V.Segment:
+        """Return the segment as a register holds it, a code or data segment as accessed."""
+        return V.Segment(self.selector, self.attrib | (1 if self.attrib & V.SEG_S else 0), self.limit, self.base)
 
 
-def read_descriptor(e: Emulator, selector: int) -> tuple[int, int]:
-    """Return (address, raw) of the descriptor of ``selector``; #GP beyond the table."""
-    vcpu = e.vcpu
-    if selector & 4:
-        table = vcpu.vmcb.segment(V.LDTR_OFFSET)
-        if not table.attrib & V.SEG_P:
-            raise gp(selector & 0xFFFC)
-    else:
-        table = vcpu.vmcb.segment(V.GDTR_OFFSET)
+def try_descriptor(e: Emulator, selector: int, size: int = 8) -> Descriptor | None:
+    """Return the descriptor of ``selector``, None where its ``size`` bytes are beyond the table."""
+    table = e.vcpu.vmcb.segment(V.LDTR_OFFSET if selector & 4 else V.GDTR_OFFSET)
     at = selector & 0xFFF8
-    if at + 7 > table.limit:
-        raise gp(selector & 0xFFFC)
+    if (selector & 4 and not table.attrib & V.SEG_P) or at + size - 1 > table.limit:
+        return None
     address = table.base + at
-    return address, int.from_bytes(e.read_linear(address, 8, implicit=True), "little")
+    return Descriptor(selector, address, int.from_bytes(e.read_linear(address, 8, implicit=True), "little"))
+
+
+def fetch_descriptor(e: Emulator, selector: int, vector: int = abi.GP_VECTOR) -> Descriptor:
+    """Return the descriptor of ``selector``; ``vector`` with it as error code beyond the table."""
+    d = try_descriptor(e, selector)
+    if d is None:
+        raise X86Exception(vector, selector & 0xFFFC)
+    return d
+
+
+def fetch_high(e: Emulator, d: Descriptor) -> int:
+    """Return the second half of a 16-byte descriptor of long mode; #GP beyond the table, or if its type isn't 0."""
+    if try_descriptor(e, d.selector, 16) is None:
+        raise gp(d.error)
+    high = int.from_bytes(e.read_linear(d.address + 8, 8, implicit=True), "little")
+    if high >> 40 & 0x1F:
+        raise gp(d.error)
+    return high
+
+
+def mark_accessed(e: Emulator, d: Descriptor) -> None:
+    """Set the accessed bit of a code or data segment in memory."""
+    if not d.raw >> 40 & 1:
+        write_type(e, d, d.raw | 1 << 40)
+
+
+def write_type(e: Emulator, d: Descriptor, raw: int) -> None:
+    """Write the byte of a descriptor that has its type, as it is in ``raw``."""
+    e.write_linear(d.address + 5, bytes((raw >> 40 & 0xFF,)), implicit=True)
+
+
+def fetch_stack_segment(e: Emulator, selector: int, cpl: int, vector: int) -> V.Segment:
+    """Return a stack segment for privilege level ``cpl``, marked accessed; the faults are ``vector``, #SS if absent."""
+    if not selector & 0xFFFC:
+        raise X86Exception(vector, 0)
+    d = fetch_descriptor(e, selector, vector)
+    if selector & 3 != cpl or d.dpl != cpl or not d.is_writable:
+        raise X86Exception(vector, d.error)
+    if not d.attrib & V.SEG_P:
+        raise X86Exception(abi.SS_VECTOR, d.error)
+    mark_accessed(e, d)
+    return d.segment()
+
+
+# --- loads -------------------------------------------------------------------------------------
 
 
 def load_segment(e: Emulator, offset: int, selector: int) -> None:
     """Load a segment register with ``selector``, with all checks but those of far transfers (CS)."""
     vcpu = e.vcpu
-    protected = bool(vcpu.cr0 & abi.X86_CR0_PE)
-    if not protected or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
-        _load_real(vcpu, offset, selector, virtual8086=protected)
+    if not vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
+        load_real(vcpu, offset, selector)
         return
     if offset == V.CS_OFFSET:
         raise X86Exception(abi.UD_VECTOR)
-    error = selector & 0xFFFC
     cpl = vcpu.b[V.CPL]
-    rpl = selector & 3
-    if not error:
-        _load_null(e, offset, selector, cpl, rpl)
-        return
-    if offset == V.TR_OFFSET and selector & 4:
-        raise gp(error)
-    address, raw = read_descriptor(e, selector)
-    attrib, limit, base = parse_descriptor(raw)
-    system = not attrib & V.SEG_S
-    kind = attrib & 0xF
-    dpl = attrib >> V.SEG_DPL_SHIFT & 3
-    if offset == V.TR_OFFSET:
-        if not system or kind not in (1, 9):
-            raise gp(error)
-    elif offset == V.LDTR_OFFSET:
-        if not system or kind != 2:
-            raise gp(error)
+    if not selector & 0xFFFC:
+        _load_null(e, offset, selector, cpl, selector & 3)
     elif offset == V.SS_OFFSET:
-        if system or rpl != cpl or kind & 0xA != 2 or dpl != cpl:
-            raise gp(error)
-        if not attrib & V.SEG_P:
-            raise X86Exception(abi.SS_VECTOR, error)
-    elif system or kind & 0xA == 8 or (kind & 0xC != 0xC and (rpl > dpl or cpl > dpl)):
-        raise gp(error)
-    if not attrib & V.SEG_P:
-        raise X86Exception(abi.NP_VECTOR, error)
-    if offset in (V.TR_OFFSET, V.LDTR_OFFSET):
-        if vcpu.efer & abi.EFER_LMA:
-            high = int.from_bytes(e.read_linear(address + 8, 8, implicit=True), "little")
-            base |= (high & 0xFFFF_FFFF) << 32
-        if offset == V.TR_OFFSET:
-            attrib |= 2
-            e.write_linear(address, (raw | 2 << 40).to_bytes(8, "little"), implicit=True)
-    elif not kind & 1:
-        attrib |= 1
-        e.write_linear(address, (raw | 1 << 40).to_bytes(8, "little"), implicit=True)
-    vcpu.vmcb.set_segment(offset, selector, attrib, limit, base)
+        vcpu.vmcb.set_segment(offset, *fetch_stack_segment(e, selector, cpl, abi.GP_VECTOR))
+    elif offset in (V.TR_OFFSET, V.LDTR_OFFSET):
+        _load_system(e, offset, selector)
+    else:
+        d = fetch_descriptor(e, selector)
+        if not d.is_readable or (not d.is_conforming and d.dpl < max(cpl, selector & 3)):
+            raise gp(d.error)
+        if not d.attrib & V.SEG_P:
+            raise X86Exception(abi.NP_VECTOR, d.error)
+        mark_accessed(e, d)
+        vcpu.vmcb.set_segment(offset, *d.segment())
 
 
-def _load_real(vcpu: Vcpu, offset: int, selector: int, *, virtual8086: bool) -> None:
+def _load_system(e: Emulator, offset: int, selector: int) -> None:
+    """Load TR with an available TSS, which is busy then, or LDTR with an LDT."""
+    long_mode = bool(e.vcpu.efer & abi.EFER_LMA)
+    if selector & 4:
+        raise gp(selector & 0xFFFC)
+    d = fetch_descriptor(e, selector)
+    task = offset == V.TR_OFFSET
+    kinds = ((9,) if long_mode else (1, 9)) if task else (2,)
+    if d.attrib & V.SEG_S or d.kind not in kinds:
+        raise gp(d.error)
+    if not d.attrib & V.SEG_P:
+        raise X86Exception(abi.NP_VECTOR, d.error)
+    base = d.base
+    if long_mode:
+        base |= (fetch_high(e, d) & 0xFFFF_FFFF) << 32
+        if not is_canonical(base, la57=bool(e.vcpu.cr4 & abi.X86_CR4_LA57)):
+            raise gp(d.error)
+    if task:
+        write_type(e, d, d.raw | 2 << 40)
+    e.vcpu.vmcb.set_segment(offset, selector, d.attrib | (2 if task else 0), d.limit, base)
+
+
+def load_real(vcpu: Vcpu, offset: int, selector: int) -> None:
+    """Load a segment register in real mode (the limit stays) or virtual-8086 mode."""
     seg = vcpu.vmcb.segment(offset)
-    if virtual8086:
+    if vcpu.cr0 & abi.X86_CR0_PE:
         vcpu.vmcb.set_segment(offset, selector, V.SEG_P | V.SEG_S | 3 << V.SEG_DPL_SHIFT | 3, 0xFFFF, selector << 4)
     else:
         vcpu.vmcb.set_segment(offset, selector, seg.attrib, seg.limit, selector << 4)
@@ -168,17 +269,12 @@ def _load_null(e: Emulator, offset: int, selector: int, cpl: int, rpl: int) -> N
     if offset == V.SS_OFFSET:
         if not vcpu.is_64bit_code() or cpl == 3 or rpl != cpl:
             raise gp()
-        vcpu.vmcb.set_segment(
-            offset, selector, V.SEG_P | V.SEG_S | cpl << V.SEG_DPL_SHIFT | V.SEG_DB | V.SEG_G | 3, _MAX, 0
-        )
+        vcpu.vmcb.set_segment(offset, selector, cpl << V.SEG_DPL_SHIFT, 0, 0)
         return
     vcpu.vmcb.set_segment(offset, selector, 0, 0, 0)  # CPUID 80000021h EAX[6]: null selectors clear the base
 
 
-_MAX: Final = 0xFFFF_FFFF
-
-
-# --- loads by a task switch ---------------------------------------------------------------------------------
+# --- loads by a task switch --------------------------------------------------------------------
 
 
 def load_task_segments(e: Emulator, ldt: int, selectors: list[tuple[int, int]]) -> None:
@@ -187,7 +283,7 @@ def load_task_segments(e: Emulator, ldt: int, selectors: list[tuple[int, int]]) 
     if e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
         vcpu.b[V.CPL] = 3
         for offset, selector in selectors:
-            _load_real(vcpu, offset, selector, virtual8086=True)
+            load_real(vcpu, offset, selector)
         return
     vcpu.b[V.CPL] = next(selector for offset, selector in selectors if offset == V.CS_OFFSET) & 3
     try:
@@ -205,58 +301,13 @@ def load_task_segments(e: Emulator, ldt: int, selectors: list[tuple[int, int]]) 
 
 def _load_code(e: Emulator, selector: int) -> None:
     """Load CS without a change of privilege."""
-    vcpu = e.vcpu
-    error = selector & 0xFFFC
-    if not error:
+    if not selector & 0xFFFC:
         raise gp()
-    address, raw = read_descriptor(e, selector)
-    attrib, limit, base = parse_descriptor(raw)
-    dpl = attrib >> V.SEG_DPL_SHIFT & 3
-    conforming = bool(attrib & 4)
-    if not attrib & V.SEG_S or not attrib & 8:
-        raise gp(error)
-    if dpl > selector & 3 if conforming else dpl != selector & 3:
-        raise gp(error)
-    if not attrib & V.SEG_P:
-        raise X86Exception(abi.NP_VECTOR, error)
-    if not attrib & 1:
-        attrib |= 1
-        e.write_linear(address, (raw | 1 << 40).to_bytes(8, "little"), implicit=True)
-    vcpu.vmcb.set_segment(V.CS_OFFSET, selector, attrib, limit, base)
-
-
-# --- far transfers --------------------------------------------------------------------------------
-
-
-def load_code_far(e: Emulator, selector: int) -> int:
-    """Load CS for a far jump or call to code of the same privilege; returns the new code's bitness.
-
-    #GP for what isn't code or not accessible, #NP if absent (APM vol. 2, 4.7.1). Gates are not followed.
-    """
-    vcpu = e.vcpu
-    if not vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
-        _load_real(vcpu, V.CS_OFFSET, selector, virtual8086=bool(vcpu.cr0 & abi.X86_CR0_PE))
-        return 16
-    error = selector & 0xFFFC
-    if not error:
-        raise gp()
-    address, raw = read_descriptor(e, selector)
-    attrib, limit, base = parse_descriptor(raw)
-    if not attrib & V.SEG_S:
-        raise Unhandleable  # a gate
-    cpl = vcpu.b[V.CPL]
-    dpl = attrib >> V.SEG_DPL_SHIFT & 3
-    if not attrib & 8:
-        raise gp(error)
-    if dpl > cpl if attrib & 4 else (selector & 3 > cpl or dpl != cpl):
-        raise gp(error)
-    long_mode = bool(vcpu.efer & abi.EFER_LMA)
-    if long_mode and attrib & V.SEG_L and attrib & V.SEG_DB:
-        raise gp(error)
-    if not attrib & V.SEG_P:
-        raise X86Exception(abi.NP_VECTOR, error)
-    if not attrib & 1:
-        attrib |= 1
-        e.write_linear(address, (raw | 1 << 40).to_bytes(8, "little"), implicit=True)
-    vcpu.vmcb.set_segment(V.CS_OFFSET, error | cpl, attrib, limit, base)
-    return 64 if long_mode and attrib & V.SEG_L else 32 if attrib & V.SEG_DB else 16
+    d = fetch_descriptor(e, selector)
+    rpl = selector & 3
+    if not d.is_code or (d.dpl > rpl if d.is_conforming else d.dpl != rpl):
+        raise gp(d.error)
+    if not d.attrib & V.SEG_P:
+        raise X86Exception(abi.NP_VECTOR, d.error)
+    mark_accessed(e, d)
+    e.vcpu.vmcb.set_segment(V.CS_OFFSET, *d.segment())

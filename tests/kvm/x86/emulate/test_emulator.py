@@ -313,13 +313,13 @@ def test_faults_are_those_of_the_manual(tiny: Tiny) -> None:
 
 
 def test_an_unknown_instruction_is_an_internal_error_with_its_bytes(tiny: Tiny) -> None:
-    tiny.load(bytes.fromhex("0fae00"))  # fxsave [rax]
+    tiny.load(bytes.fromhex("0fae20"))  # xsave [rax]
     assert tiny.vcpu.emulator.emulate() == 0
     run = tiny.vcpu.kvm_run
     assert run.exit_reason == abi.KVM_EXIT_INTERNAL_ERROR
     assert run.emulation_failure.suberror == abi.KVM_INTERNAL_ERROR_EMULATION
     assert run.emulation_failure.flags == abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-    assert bytes(run.emulation_failure.insn_bytes[:3]) == bytes.fromhex("0fae00")
+    assert bytes(run.emulation_failure.insn_bytes[:3]) == bytes.fromhex("0fae20")
 
 
 def test_every_handler_has_a_name_that_the_decoder_uses() -> None:

@@ -71,6 +71,63 @@ def test_stack_and_branches_follow_the_operand_size(bits: int, prefix: str, code
     assert _outcome(bits, instruction, forced=True, **registers) == native
 
 
+@pytest.mark.parametrize("prefix", ["", "66"])
+@pytest.mark.parametrize("code", ["cb", "ca0800", "cf", "60", "61", "ea00200000", "9a00200000", "ff2f", "ff1f", "c50f"])
+def test_far_transfers_of_real_mode_do_what_the_silicons_do(prefix: str, code: str) -> None:
+    # retf; retf 8; iret; pusha; popa; jmp 0:0x2000; call 0:0x2000; jmp far [bx]; call far [bx]; lds cx, [bx]
+    instruction = bytes.fromhex(prefix + code)
+    if code[:2] in ("ea", "9a") and prefix:
+        instruction = instruction[:2] + struct.pack("<IH", 0x2000, 0)
+    registers = {"rax": 0x1122_3344, "rbx": STACK, "rcx": 5, "rbp": 6, "rsi": 7, "rdi": 8}
+    native = _outcome(16, instruction, forced=False, **registers)
+    assert _outcome(16, instruction, forced=True, **registers) == native
+
+
+@pytest.mark.parametrize(
+    ("code", "registers"),
+    [
+        ("d93b", {}),  # fnstcw [rbx]
+        ("dd3b", {}),  # fnstsw [rbx]
+        ("dfe0", {}),  # fnstsw ax
+        ("d92b", {}),  # fldcw [rbx]
+        ("dbe3 d93b", {}),  # fninit; fnstcw [rbx]
+        ("dbe2 dd3b", {}),  # fnclex; fnstsw [rbx]
+        ("0fae1b", {}),  # stmxcsr [rbx]
+        ("0fae13", {}),  # ldmxcsr [rbx]: reserved bits
+        ("0fae03", {}),  # fxsave [rbx]
+        ("480fae03", {}),  # fxsave64 [rbx] in 64-bit code
+        ("0fae03", {"rbx": STACK - 56}),  # not aligned
+        ("0fae0b", {"rbx": STACK - 56}),
+    ],
+)
+@pytest.mark.parametrize("bits", [32, 64])
+def test_x87_control_does_what_the_silicon_does(bits: int, code: str, registers: dict[str, int]) -> None:
+    parts = [bytes.fromhex(part) for part in code.split()]
+    wanted = {"rbx": STACK - 64, **registers}
+    if bits == 32:
+        parts = [part.removeprefix(b"\x48") for part in parts]
+    native = _outcome(bits, b"".join(parts), forced=False, **wanted)
+    emulated = _outcome(bits, FEP.join(parts), forced=True, **wanted)
+    assert emulated[0::2] == native[0::2]
+
+
+def test_fxrstor_loads_what_the_silicons_does() -> None:
+    area = bytearray(range(256)) * 2
+    area[24:28] = (0x1F80).to_bytes(4, "little")
+    for code in ("0fae0b", "480fae0b"):  # fxrstor, fxrstor64 [rbx]
+        states = []
+        for forced in (False, True):
+            tiny = _machine(64)
+            tiny.memory.write(STACK - 512, bytes(area))
+            start = CODE - len(FEP) if forced else CODE
+            tiny.load(b"", rip=start, rbx=STACK - 512)
+            tiny.memory.write(start, (FEP if forced else b"") + bytes.fromhex(code) + b"\xf4")
+            tiny.run_to_halt()
+            states.append(bytes(tiny.vcpu.get_xsave()))
+            tiny.close()
+        assert states[0] == states[1]
+
+
 @pytest.mark.parametrize("override", ["", "26", "2e", "36", "3e"])
 @pytest.mark.parametrize(("code", "vector"), [("8903", abi.GP_VECTOR), ("894500", abi.SS_VECTOR)])
 def test_64_bit_code_has_no_override_of_old(override: str, code: str, vector: int) -> None:

@@ -51,6 +51,14 @@ class Read(NamedTuple):
     data: bytes
 
 
+def in_limit(segment: V.Segment, offset: int, size: int) -> bool:
+    """Tell whether ``size`` bytes at ``offset`` lie within a segment of legacy mode (APM vol. 2, 4.7.2)."""
+    last = offset + size - 1
+    if segment.attrib & 0xC == 4:  # expand-down data
+        return offset > segment.limit and last <= (0xFFFF_FFFF if segment.attrib & V.SEG_DB else 0xFFFF)
+    return last <= segment.limit
+
+
 class Access:
     """The guest's state as the handlers of instructions see it."""
 
@@ -71,6 +79,8 @@ class Access:
         self.rip_written = False
         #: Set by a handler that has completed a branch.
         self.branched = False
+        #: Set by a handler that has loaded RFLAGS.RF, or all of a task.
+        self.rf_loaded = False
 
     def begin(self, insn: Insn | None) -> None:
         """Begin with ``insn`` (None: what the processor leaves to KVM): nothing of the last one is remembered."""
@@ -84,6 +94,7 @@ class Access:
         self.writes.clear()
         self.rip_written = False
         self.branched = False
+        self.rf_loaded = False
 
     # --- addresses ---------------------------------------------------------------------------------
 
@@ -125,23 +136,18 @@ class Access:
             if not write and code and not attrib & 2:
                 raise fault
         offset &= 0xFFFF_FFFF
-        last = offset + size - 1
-        if attrib & 0xC == 4:  # expand-down data
-            limit = 0xFFFF_FFFF if attrib & V.SEG_DB else 0xFFFF
-            if offset <= seg.limit or last > limit:
-                raise fault
-        elif last > seg.limit:
+        if not in_limit(seg, offset, size):
             raise fault
         return offset + seg.base & 0xFFFF_FFFF
 
     # --- memory ------------------------------------------------------------------------------------
 
-    def access(self, write: bool, implicit: bool = False) -> int:
-        """Return the PFERR_* bits of a data access at the guest's privilege level."""
+    def access(self, write: bool, implicit: bool = False, cpl: int | None = None) -> int:
+        """Return the PFERR_* bits of a data access at a privilege level, the guest's if none is given."""
         access = PFERR_WRITE if write else 0
         if implicit:
             return access | PFERR_IMPLICIT
-        return access | PFERR_USER if self.vcpu.b[V.CPL] == 3 else access
+        return access | PFERR_USER if (self.vcpu.b[V.CPL] if cpl is None else cpl) == 3 else access
 
     def pages(self, address: int, size: int, access: int) -> list[tuple[int, int]]:
         """Translate an access: (gpa, size) per page, before any of it happens; the first fault is raised."""
@@ -201,9 +207,9 @@ class Access:
             else:
                 parts.append(value.to_bytes(length, "little"))
 
-    def write_linear(self, address: int, data: bytes, *, implicit: bool = False) -> None:
+    def write_linear(self, address: int, data: bytes, *, implicit: bool = False, cpl: int | None = None) -> None:
         """Write ``data`` (at most a page) at a linear address; MMIO is written when the handler is done."""
-        pages = self.pages(address, len(data), self.access(True, implicit))
+        pages = self.pages(address, len(data), self.access(True, implicit, cpl))
         at = 0
         for gpa, length in pages:
             piece = data[at : at + length]
@@ -296,7 +302,7 @@ class Access:
         rsp = self.gpr[4] - size & mask
         address = self.linearize(V.SS_OFFSET, rsp, size, write=True)
         self.write_linear(address, (value & (1 << size * 8) - 1).to_bytes(size, "little"))
-        self.gpr[4] = self.gpr[4] & ~mask & _U64 | rsp
+        self.set_rsp(rsp)
 
     def peek(self, size: int, depth: int = 0) -> int:
         """Return ``size`` bytes of the stack, ``depth`` bytes above its top."""
@@ -306,8 +312,12 @@ class Access:
 
     def drop(self, size: int) -> None:
         """Remove ``size`` bytes from the stack."""
+        self.set_rsp(self.gpr[4] + size)
+
+    def set_rsp(self, rsp: int) -> None:
+        """Load the stack pointer in its width: 16 bits keep the others, 32 clear them."""
         mask = self.stack_mask()
-        self.gpr[4] = self.gpr[4] & ~mask & _U64 | (self.gpr[4] + size & mask)
+        self.gpr[4] = self.gpr[4] & ~0xFFFF & _U64 | rsp & mask if mask == 0xFFFF else rsp & mask
 
     def jump(self, target: int, size: int) -> None:
         """Set RIP to ``target``, truncated to ``size`` bytes and checked."""

@@ -74,6 +74,8 @@ class Emulator(Access):
         #: The guest's forced-emulation prefix came before the instruction.
         self.forced = False
         self.shadow_after = 0
+        #: The instruction holds the single step's trap off (APM vol. 2, 13.1.4).
+        self.step_inhibited = False
         #: The instruction is a step for the debugger, once userspace has had its stores.
         self._stepped = False
         #: Set by a handler that leaves for userspace by itself.
@@ -158,6 +160,7 @@ class Emulator(Access):
 
     def _run(self, insn: Insn) -> int:
         vcpu = self.vcpu
+        stepping = vcpu.q[V.RFLAGS] & abi.X86_EFLAGS_TF  # as it was: an instruction that sets TF isn't trapped itself
         function = insn.run
         if function is None:
             function = HANDLERS.get(insn.mnemonic)
@@ -168,6 +171,7 @@ class Emulator(Access):
             self.restart()
             self.pio_out = None
             self.shadow_after = 0
+            self.step_inhibited = False
             self.exit_to_userspace = False
             try:
                 function(self, insn)
@@ -190,15 +194,10 @@ class Emulator(Access):
                 return 1
             except Unhandleable:
                 return self.failed()
+        self._retire(insn)
         result = 1
-        if not self.rip_written:
-            result = io.advance(vcpu, insn.length)
-        elif self.branched:
-            result = io.advance(vcpu, 0)  # RF and TF are the same as for other instructions
-        elif not self.exit_to_userspace and vcpu.q[V.RFLAGS] & abi.X86_EFLAGS_TF:
+        if stepping and not self.exit_to_userspace and not self.step_inhibited:
             result = svm.do_singlestep(vcpu)  # a step of a repeated instruction is one for the debugger, too
-        if self.shadow_after:
-            vcpu.b[V.INT_STATE_B] = V.INTERRUPT_SHADOW
         if self.writes and self._exit_write():
             self._stepped = not result
             return 0
@@ -210,6 +209,22 @@ class Emulator(Access):
                 vcpu.complete_userspace_io = svm.do_singlestep
             return 0
         return 0 if self.exit_to_userspace else result
+
+    def _retire(self, insn: Insn) -> None:
+        """Advance RIP, end RF and the interrupt shadow, unless the handler has done so or the instruction goes on."""
+        vcpu = self.vcpu
+        if not self.rip_written:
+            rip = vcpu.q[V.RIP] + insn.length
+            vcpu.q[V.RIP] = rip if vcpu.is_64bit_code() else rip & 0xFFFF_FFFF
+        if self.branched or not self.rip_written:
+            vcpu.b[V.INT_STATE_B] = V.INTERRUPT_SHADOW if self.shadow_after else 0
+            if not self.rf_loaded:
+                vcpu.q[V.RFLAGS] &= ~abi.X86_EFLAGS_RF
+
+    def mov_ss_shadow(self) -> None:
+        """SS was loaded: neither interrupts nor a single step's trap come before the next instruction's end."""
+        self.shadow_after = 1
+        self.step_inhibited = True
 
     def unknown(self) -> int:
         """The instruction can't be decoded, or has no handler."""

@@ -7,6 +7,7 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.x86 import msrs
+from softkvm.kvm.x86.emulate.alu import signed
 from softkvm.kvm.x86.emulate.emulator import Emulator, handler
 from softkvm.kvm.x86.emulate.operands import REG, Insn, Operand
 from softkvm.kvm.x86.exceptions import X86Exception, gp
@@ -63,6 +64,17 @@ def xlat(e: Emulator, i: Insn) -> None:
     offset = e.gpr[_RBX] + (e.gpr[0] & 0xFF) & i.address_mask
     value = e.read_linear(e.linearize(i.segment, offset, 1, write=False), 1)
     e.write(Operand(REG, 1, 0), value[0])
+
+
+@handler("bound")
+def bound(e: Emulator, i: Insn) -> None:
+    """Raise #BR unless a signed index lies within the two bounds in memory."""
+    op = i.ops[0]
+    bits = op.size * 8
+    data = e.read_linear(e.memory_address(i, 2 * op.size, write=False), 2 * op.size)
+    lower, upper = (signed(int.from_bytes(part, "little"), bits) for part in (data[: op.size], data[op.size :]))
+    if not lower <= signed(e.read(op), bits) <= upper:
+        raise X86Exception(abi.BR_VECTOR)
 
 
 @handler("lfence", "mfence", "sfence")

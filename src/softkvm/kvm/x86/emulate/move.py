@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Emulated data movement: MOV and its kin, stack, branches, and the moves of SSE and MMX."""
+"""Emulated data movement: MOV and its kin, far pointers, and the moves of SSE and MMX."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from softkvm import abi
 from softkvm.kvm.x86 import fpu, segments
 from softkvm.kvm.x86.emulate.alu import signed
 from softkvm.kvm.x86.emulate.emulator import Emulator, handler
+from softkvm.kvm.x86.emulate.far import read_far_pointer
 from softkvm.kvm.x86.emulate.operands import CR, DR, MEM, MMX, REG, SEG, XMM, Insn, Operand
-from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
+from softkvm.kvm.x86.emulate.x87 import check_sse
+from softkvm.kvm.x86.exceptions import X86Exception, gp
 from softkvm.kvm.x86.svm import vmcb as V
 
 
@@ -26,9 +28,28 @@ def mov(e: Emulator, i: Insn) -> None:
     if dst.kind == SEG:
         segments.load_segment(e, dst.index, e.read(src) & 0xFFFF)
         if dst.index == V.SS_OFFSET:
-            e.shadow_after = 1
+            e.mov_ss_shadow()
         return
     e.write(dst, e.read(src))
+
+
+#: Segment register of an instruction that loads a far pointer.
+_FAR_POINTERS: Final = {
+    "les": V.ES_OFFSET,
+    "lds": V.DS_OFFSET,
+    "lss": V.SS_OFFSET,
+    "lfs": V.FS_OFFSET,
+    "lgs": V.GS_OFFSET,
+}
+
+
+@handler(*_FAR_POINTERS)
+def load_far_pointer(e: Emulator, i: Insn) -> None:
+    """Load a segment register and a general register from a far pointer."""
+    dst = i.ops[0]
+    selector, offset, _ = read_far_pointer(e, i, dst.size)
+    segments.load_segment(e, _FAR_POINTERS[i.mnemonic], selector)
+    e.write(dst, offset)
 
 
 @handler("movsx", "movsxd")
@@ -85,141 +106,17 @@ def sign_extend_into_rdx(e: Emulator, i: Insn) -> None:
     e.write(Operand(REG, size, 2), -negative & (1 << size * 8) - 1)
 
 
-# --- stack and branches ------------------------------------------------------------------------
-
-
-@handler("push")
-def push(e: Emulator, i: Insn) -> None:
-    """Push a register, an immediate or memory."""
-    e.push(e.read(i.ops[0]), i.stack_size)
-
-
-@handler("pop")
-def pop(e: Emulator, i: Insn) -> None:
-    """Pop into a register or memory; RSP has its new value when the destination's address is computed."""
-    op = i.ops[0]
-    if op.kind == SEG:
-        segments.load_segment(e, op.index, e.peek(i.stack_size) & 0xFFFF)
-        e.drop(i.stack_size)
-        if op.index == V.SS_OFFSET:
-            e.shadow_after = 1
-        return
-    value = e.peek(i.stack_size)
-    rsp = e.gpr[4]
-    e.drop(i.stack_size)
-    try:
-        e.write(op, value)
-    except BaseException:
-        e.gpr[4] = rsp
-        raise
-
-
-def _near_target(e: Emulator, op: Operand) -> int:
-    return e.read(op) if op.kind in (REG, MEM) else op.value + e.q[V.RIP]
-
-
-@handler("jmp")
-def jmp(e: Emulator, i: Insn) -> None:
-    """Jump: near, direct or through a register or memory; far through memory."""
-    op = i.ops[0]
-    if i.far:
-        selector, offset, size = _far_pointer(e, i)
-        _far_transfer(e, selector, offset, size)
-        return
-    e.jump(_near_target(e, op), op.size)
-
-
-def _far_pointer(e: Emulator, i: Insn) -> tuple[int, int, int]:
-    """Return (selector, offset, size of the offset) of a far operand in memory.
-
-    REX.W makes the offset 64 bits wide: so Intel's processors have it, and KVM for every guest.
-    """
-    op = i.ops[0]
-    if op.kind != MEM:
-        raise Unhandleable
-    size = 8 if i.rex_w else op.size - 2
-    data = e.read_linear(e.memory_address(i, size + 2, write=False), size + 2)
-    return int.from_bytes(data[size:], "little"), int.from_bytes(data[:size], "little"), size
-
-
-def _far_transfer(e: Emulator, selector: int, offset: int, size: int) -> None:
-    """Load CS and RIP; what CS was comes back if the target is outside of the new segment."""
-    vcpu = e.vcpu
-    old = vcpu.vmcb.segment(V.CS_OFFSET)
-    segments.load_code_far(e, selector)
-    try:
-        e.jump(offset, size)
-    except X86Exception:
-        vcpu.vmcb.set_segment(V.CS_OFFSET, *old)
-        raise
-
-
-@handler("call")
-def call(e: Emulator, i: Insn) -> None:
-    """Call: near, direct or through a register or memory; far through memory."""
-    op = i.ops[0]
-    vcpu = e.vcpu
-    old_rip, old_cs = e.q[V.RIP], vcpu.vmcb.segment(V.CS_OFFSET)
-    shadow, rsp = vcpu.b[V.INT_STATE_B], e.gpr[4]
-    try:
-        if i.far:
-            selector, offset, size = _far_pointer(e, i)
-            _far_transfer(e, selector, offset, size)
-            e.push(old_cs.selector, size)
-        else:
-            size = i.stack_size
-            e.jump(_near_target(e, op), op.size)
-        e.push(old_rip + i.length, size)
-    except BaseException:
-        e.q[V.RIP], e.gpr[4] = old_rip, rsp
-        vcpu.vmcb.set_segment(V.CS_OFFSET, *old_cs)
-        vcpu.b[V.INT_STATE_B] = shadow
-        e.rip_written = False
-        raise
-
-
-@handler("ret")
-def ret(e: Emulator, i: Insn) -> None:
-    """Near return."""
-    target = e.peek(i.stack_size)
-    e.jump(target, i.stack_size)
-    e.drop(i.stack_size + (i.ops[0].value if i.ops else 0))
-
-
-@handler("enter")
-def enter(e: Emulator, i: Insn) -> None:
-    """Make a stack frame; without nesting levels, as in KVM."""
-    frame, level = i.ops[0].value & 0xFFFF, i.ops[1].value & 31
-    if level:
-        raise Unhandleable
-    size, mask = i.stack_size, e.stack_mask()
-    e.push(e.gpr[5], size)
-    e.write(Operand(REG, size, 5), e.gpr[4])
-    e.gpr[4] = e.gpr[4] & ~mask & (1 << 64) - 1 | (e.gpr[4] - frame & mask)
-
-
-@handler("leave")
-def leave(e: Emulator, i: Insn) -> None:
-    """Undo ENTER: RSP from RBP, then pop RBP."""
-    size, mask = i.stack_size, e.stack_mask()
-    address = e.linearize(V.SS_OFFSET, e.gpr[5] & mask, size, write=False)
-    value = int.from_bytes(e.read_linear(address, size), "little")
-    e.gpr[4] = e.gpr[4] & ~mask & (1 << 64) - 1 | (e.gpr[5] + size & mask)
-    e.write(Operand(REG, size, 5), value)
-
-
 # --- SSE and MMX moves -------------------------------------------------------------------------
 
 
-def _check_simd(e: Emulator, *, mmx: bool) -> None:
-    """Raise #UD or #NM as the state of CR0 and CR4 demands (APM vol. 2, 11.3), #MF pending from x87 for MMX."""
+def _check_mmx(e: Emulator) -> None:
+    """Raise #UD or #NM as the state of CR0 demands (APM vol. 2, 11.3), #MF pending from x87."""
     cr0 = e.vcpu.cr0
-    if cr0 & abi.X86_CR0_EM or (not mmx and not e.vcpu.cr4 & abi.X86_CR4_OSFXSR):
+    if cr0 & abi.X86_CR0_EM:
         raise X86Exception(abi.UD_VECTOR)
     if cr0 & abi.X86_CR0_TS:
         raise X86Exception(abi.NM_VECTOR)
-    if mmx:
-        fpu.check_pending(e.vcpu)
+    fpu.check_pending(e.vcpu)
 
 
 _ALIGNED: Final = frozenset({"movaps", "movapd", "movdqa", "movntdq", "movntps", "movntpd", "movntdqa"})
@@ -228,7 +125,7 @@ _ALIGNED: Final = frozenset({"movaps", "movapd", "movdqa", "movntdq", "movntps",
 @handler("movups", "movupd", "movdqu", "lddqu", *_ALIGNED)
 def move_vector(e: Emulator, i: Insn) -> None:
     """16-byte moves; the aligned ones raise #GP on other addresses."""
-    _check_simd(e, mmx=False)
+    check_sse(e)
     dst, src = i.ops
     if i.mnemonic in _ALIGNED:
         memory = dst if dst.kind == MEM else src
@@ -242,7 +139,7 @@ def move_quad(e: Emulator, i: Insn) -> None:
     """32- and 64-bit moves between vector registers, general registers and memory."""
     dst, src = i.ops
     mmx = MMX in (dst.kind, src.kind)
-    _check_simd(e, mmx=mmx)
+    (_check_mmx if mmx else check_sse)(e)
     size = 4 if i.mnemonic == "movd" else 8
     e.write(dst, e.read(src) & (1 << size * 8) - 1)
     if mmx:
@@ -257,7 +154,7 @@ def move_scalar(e: Emulator, i: Insn) -> None:
 
         movs(e, i)
         return
-    _check_simd(e, mmx=False)
+    check_sse(e)
     dst, src = i.ops
     mask = (1 << (32 if i.mnemonic == "movss" else 64)) - 1
     value = e.read(src) & mask
@@ -269,7 +166,7 @@ def move_scalar(e: Emulator, i: Insn) -> None:
 @handler("movlps", "movlpd", "movhps", "movhpd")
 def move_half(e: Emulator, i: Insn) -> None:
     """Move one half of a vector register from or to memory."""
-    _check_simd(e, mmx=False)
+    check_sse(e)
     dst, src = i.ops
     shift = 64 if i.mnemonic.startswith("movh") else 0
     mask = ((1 << 64) - 1) << shift

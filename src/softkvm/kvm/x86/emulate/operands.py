@@ -30,6 +30,7 @@ BRANCH: Final = 8
 STR_SRC: Final = 9
 STR_DST: Final = 10
 OTHER: Final = 11
+FAR: Final = 12
 
 _GPR64: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 _GPR32: Final = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi", *(f"r{n}d" for n in range(8, 16)))
@@ -123,6 +124,11 @@ class Operand:
         self.shift = shift
         self.value = value
 
+    @property
+    def is_branch(self) -> bool:
+        """The target of a near branch, relative to the instruction."""
+        return self.kind == BRANCH
+
 
 class Insn:
     """A decoded instruction at no particular address."""
@@ -135,12 +141,14 @@ class Insn:
         "code",
         "disp",
         "far",
+        "far_selector",
         "index",
         "length",
         "lock",
         "mmio",
         "mnemonic",
         "modifies_memory",
+        "operand_size",
         "ops",
         "rep",
         "repne",
@@ -159,12 +167,15 @@ class Insn:
         self.code = bytes(code[: decoded.length])
         self.mnemonic = decoded.mnemonic
         self.text = str(decoded)
-        #: A jump or call with a selector of its own.
-        self.far = "far" in self.text
+        #: A jump or call with a selector of its own, and what it is where the instruction has it.
+        self.far = "far" in self.text or decoded.far_branch_selector is not None
+        self.far_selector = decoded.far_branch_selector or 0
         prefixes = _prefixes(self.code)
         # The decoder doesn't show REX.W for every instruction.
         self.rex_w = bitness == 64 and self.code[len(prefixes)] & 0xF8 == 0x48
         self.stack_size = 8 if self.rex_w else _stack_size(bitness, prefixes)
+        #: What far returns move: 64-bit code has no larger default than 4.
+        self.operand_size = 8 if self.rex_w else min(4, self.stack_size)
         self.lock = decoded.has_lock
         self.rep = decoded.has_rep
         self.repne = decoded.has_repne
@@ -203,6 +214,8 @@ class Insn:
             return Operand(IMM, size, value=decoded.immediate(n))
         if kind == "near_branch":
             return Operand(BRANCH, size, value=decoded.near_branch_target)
+        if kind == "far_branch":
+            return Operand(FAR, size, value=decoded.far_branch_offset)
         if kind == "memory_si":
             return Operand(STR_SRC, size)
         if kind == "memory_di":

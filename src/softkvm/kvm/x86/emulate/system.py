@@ -206,7 +206,7 @@ def vmcall(e: Emulator, i: Insn) -> None:
         if not e.vm.fix_hypercall_quirk:
             raise X86Exception(abi.UD_VECTOR)
         e.write_linear(svm.linear_rip(e.vcpu), b"\x0f\x01\xd9")
-        e.rip_written = True  # the patched instruction is executed next
+        e.rip_written = e.step_inhibited = True  # the patched instruction is executed next
         return
     if not hypercalls.emulate_hypercall(e.vcpu):
         e.exit_to_userspace = True
@@ -260,8 +260,7 @@ def store_table(e: Emulator, i: Insn) -> None:
 def store_selector(e: Emulator, i: Insn) -> None:
     """Store the selector of LDTR or TR."""
     vcpu = e.vcpu
-    if not vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
-        raise X86Exception(abi.UD_VECTOR)
+    _protected_only(e)
     _umip(e)
     offset = V.LDTR_OFFSET if i.mnemonic == "sldt" else V.TR_OFFSET
     e.write(i.ops[0], vcpu.w[offset >> 1])
@@ -270,12 +269,66 @@ def store_selector(e: Emulator, i: Insn) -> None:
 @handler("lldt", "ltr")
 def load_selector(e: Emulator, i: Insn) -> None:
     """Load LDTR or TR."""
-    vcpu = e.vcpu
-    if not vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
-        raise X86Exception(abi.UD_VECTOR)
+    _protected_only(e)
     require_cpl0(e)
     selector = e.read(i.ops[0]) & 0xFFFF
     segments.load_segment(e, V.LDTR_OFFSET if i.mnemonic == "lldt" else V.TR_OFFSET, selector)
+
+
+# --- looking at descriptors --------------------------------------------------------------------
+
+#: Types of system descriptors that LAR and LSL know, in legacy and in long mode (APM vol. 3).
+_LAR_TYPES: Final = (frozenset((1, 2, 3, 4, 5, 9, 11, 12)), frozenset((2, 9, 11, 12)))
+_LSL_TYPES: Final = (frozenset((1, 2, 3, 9, 11)), frozenset((2, 9, 11)))
+_NO_TYPES: Final[tuple[frozenset[int], frozenset[int]]] = (frozenset(), frozenset())
+
+
+def _protected_only(e: Emulator) -> None:
+    if not e.vcpu.cr0 & abi.X86_CR0_PE or e.q[V.RFLAGS] & abi.X86_EFLAGS_VM:
+        raise X86Exception(abi.UD_VECTOR)
+
+
+def _visible(e: Emulator, selector: int, types: tuple[frozenset[int], frozenset[int]]) -> segments.Descriptor | None:
+    """Return the descriptor that an instruction may look at, and set ZF if there is one."""
+    d = segments.try_descriptor(e, selector) if selector & 0xFFFC else None
+    if d is not None:
+        known = d.attrib & V.SEG_S or d.kind in types[bool(e.vcpu.efer & abi.EFER_LMA)]
+        if not known or not (d.is_conforming or d.dpl >= max(e.vcpu.b[V.CPL], selector & 3)):
+            d = None
+    e.set_flags(abi.X86_EFLAGS_ZF, abi.X86_EFLAGS_ZF if d is not None else 0)
+    return d
+
+
+@handler("lar", "lsl")
+def load_rights_or_limit(e: Emulator, i: Insn) -> None:
+    """Load the access rights or the limit of a segment."""
+    _protected_only(e)
+    selector = e.read(i.ops[1]) & 0xFFFF
+    d = _visible(e, selector, _LAR_TYPES if i.mnemonic == "lar" else _LSL_TYPES)
+    if d is not None:
+        value = d.raw >> 32 & 0x00FF_FF00 if i.mnemonic == "lar" else d.limit
+        e.write(i.ops[0], value & (1 << i.ops[0].size * 8) - 1)
+
+
+@handler("verr", "verw")
+def verify(e: Emulator, i: Insn) -> None:
+    """Tell by ZF whether a segment can be read or written."""
+    _protected_only(e)
+    d = _visible(e, e.read(i.ops[0]) & 0xFFFF, _NO_TYPES)
+    if d is not None and not (d.is_readable if i.mnemonic == "verr" else d.is_writable):
+        e.set_flags(abi.X86_EFLAGS_ZF, 0)
+
+
+@handler("arpl")
+def arpl(e: Emulator, i: Insn) -> None:
+    """Raise the RPL of a selector to that of another; written only if it changes."""
+    _protected_only(e)
+    dst, src = i.ops
+    old, rpl = e.read(dst), e.read(src) & 3
+    changes = old & 3 < rpl
+    if changes:
+        e.write(dst, old & ~3 | rpl)
+    e.set_flags(abi.X86_EFLAGS_ZF, abi.X86_EFLAGS_ZF if changes else 0)
 
 
 # --- flags -------------------------------------------------------------------------------------

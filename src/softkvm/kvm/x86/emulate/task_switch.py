@@ -113,7 +113,7 @@ def switch(
     rflags = vcpu.get_rflags() | rf
     e.begin(None)
     try:
-        _switch(e, selector, reason, error_code, (next_rip, rflags))
+        switch_task(e, selector, reason, error_code, (next_rip, rflags))
         if e.writes:
             raise Unhandleable
     except X86Exception as exception:
@@ -127,40 +127,42 @@ def switch(
     return 1
 
 
-def _switch(e: Emulator, selector: int, reason: int, error_code: int | None, resume: tuple[int, int]) -> None:
+def switch_task(e: Emulator, selector: int, reason: int, error_code: int | None, resume: tuple[int, int]) -> None:
+    """Switch; ``resume`` is RIP and RFLAGS of the old task.
+
+    Raises what the switch faults with, and :class:`IoNeeded` or :class:`Unhandleable` without memory.
+    """
     vcpu = e.vcpu
     old = vcpu.vmcb.segment(V.TR_OFFSET)
     if selector & 4:
         raise X86Exception(abi.TS_VECTOR if reason == REASON_IRET else abi.GP_VECTOR, selector & 0xFFFC)
-    address, raw = segments.read_descriptor(e, selector)
-    old_address, old_raw = segments.read_descriptor(e, old.selector)
-    attrib, limit, base = segments.parse_descriptor(raw)
-    kind = attrib & 0xF
-    if attrib & V.SEG_S or kind not in (1, 3, 9, 11):
-        raise gp(selector & 0xFFFC)
-    wide, old_wide = bool(kind & 8), bool(old.attrib & 8)
-    if not attrib & V.SEG_P or limit < (0x67 if wide else 0x2B):
-        raise X86Exception(abi.NP_VECTOR if not attrib & V.SEG_P else abi.TS_VECTOR, selector & 0xFFFC)
+    d = segments.fetch_descriptor(e, selector)
+    old_d = segments.fetch_descriptor(e, old.selector)
+    if d.attrib & V.SEG_S or d.kind not in (1, 3, 9, 11):
+        raise gp(d.error)
+    wide, old_wide = bool(d.kind & 8), bool(old.attrib & 8)
+    if not d.attrib & V.SEG_P or d.limit < (0x67 if wide else 0x2B):
+        raise X86Exception(abi.NP_VECTOR if not d.attrib & V.SEG_P else abi.TS_VECTOR, d.error)
     size = 104 if wide else 44
     # Nothing has changed yet, and what changes from here on is memory.
-    for start, length in ((address, 8), (old_address, 8), (old.base, 104 if old_wide else 44), (base, size)):
+    for start, length in ((d.address, 8), (old_d.address, 8), (old.base, 104 if old_wide else 44), (d.base, size)):
         e.require_memory(start, length)
-    data = e.read_linear(base, size, implicit=True)
+    data = e.read_linear(d.base, size, implicit=True)
 
     vcpu.exception.clear()
     if reason in (REASON_IRET, REASON_JMP):
-        e.write_linear(old_address, (old_raw & ~_BUSY).to_bytes(8, "little"), implicit=True)
+        segments.write_type(e, old_d, old_d.raw & ~_BUSY)
     if reason == REASON_IRET:
         resume = resume[0], resume[1] & ~abi.X86_EFLAGS_NT
     _save(e, old.base, resume, wide=old_wide)
     nested = reason in (REASON_CALL, REASON_GATE)
     if reason != REASON_IRET:
-        e.write_linear(address, (raw | _BUSY).to_bytes(8, "little"), implicit=True)
+        segments.write_type(e, d, d.raw | _BUSY)
     if nested:
-        e.write_linear(base, old.selector.to_bytes(2, "little"), implicit=True)
+        e.write_linear(d.base, old.selector.to_bytes(2, "little"), implicit=True)
     # The new TSS is in force from here on: faults belong to the new task.
     cr.kvm_set_cr0(vcpu, vcpu.cr0 | abi.X86_CR0_TS)
-    vcpu.vmcb.set_segment(V.TR_OFFSET, selector, attrib | 2, limit, base)
+    vcpu.vmcb.set_segment(V.TR_OFFSET, selector, d.attrib | 2, d.limit, d.base)
     vcpu.guest_dr7 = vcpu.guest_dr7 & ~_DR7_LOCAL
     vcpu.update_dr7()
     _load(e, data, wide=wide)
