@@ -174,13 +174,18 @@ def test_reader_of_the_console_that_sleeps_does_not_hold_up_the_end(tmp_path: Pa
         assert process.wait(30) == 5  # nobody read a byte
 
 
+#: What a second of time may end: on a busy host it is over before the guest runs.
+TIMEOUTS = {"softkvm: timeout: 1 s\n", "softkvm: timeout: loading took longer than 1 s\n"}
+
+
 @pytest.mark.parametrize("reader", ["sleeps", "never comes"])
 def test_reader_of_a_named_pipe_does_not_hold_up_the_end(tmp_path: Path, reader: str) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK) if reader == "sleeps" else -1
     done = run("--timeout", "1", "--console", f"file:{fifo}", "--kernel", flat(tmp_path, CHATTER))
-    assert (done.returncode, done.stderr) == (5, "softkvm: timeout: 1 s\n")
+    assert done.returncode == 5
+    assert done.stderr in TIMEOUTS
     if fd >= 0:
         os.close(fd)
 
