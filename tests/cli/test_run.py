@@ -99,6 +99,18 @@ def test_console_output_is_standard_output_and_stats_are_complete(tmp_path: Path
     assert sorted(os.listdir(tmp_path)) == ["guest.bin", "stats.json"]
 
 
+def test_kernel_may_stand_alone_and_options_have_kvmtools_letters(tmp_path: Path) -> None:
+    stats_path = tmp_path / "stats.json"
+    kernel = flat(tmp_path, POWER_OFF)
+    assert run("-m", "64", kernel, "-c", "2", "--stats", stats_path).returncode == 0
+    stats = json.loads(stats_path.read_text())
+    assert (stats["memory_bytes"], stats["vcpu_count"]) == (64 * MIB, 2)
+    assert run("-k", kernel).returncode == 0
+    both = run("-k", kernel, kernel)
+    assert both.returncode == 2
+    assert "is there, too" in both.stderr
+
+
 def test_console_to_a_file(tmp_path: Path, accel: str) -> None:
     log = tmp_path / "log"
     done = run("--accel", accel, "--console", f"file:{log}", "--kernel", flat(tmp_path, printing(b"hi") + POWER_OFF))

@@ -11,13 +11,14 @@ import signal
 import threading
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import softkvm
+from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import count, file_name, seconds
@@ -33,6 +34,9 @@ from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
 from softkvm.vmm.memory import GIB, KIB, MIB, PAGE_SIZE
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import STATS_VERSION, ConsoleWatcher
+
+if TYPE_CHECKING:
+    from softkvm.plugin import Policy
 
 COMMAND_LINE = "console=ttyS0"
 
@@ -97,7 +101,9 @@ def parse_size(text: str) -> int:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
+    add("image", metavar="KERNEL", nargs="?", type=file_name, help="the same as --kernel")
     add(
+        "-k",
         "--kernel",
         metavar="FILE",
         type=file_name,
@@ -105,6 +111,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "(default: the default guest)",
     )
     add(
+        "-i",
         "--initrd",
         metavar="FILE",
         type=file_name,
@@ -112,14 +119,19 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="initial RAM disk; several become one. For a Multiboot kernel its modules: 'FILE ARGUMENTS,FILE …'",
     )
-    add("--append", metavar="TEXT", help=f"kernel command line (default: {COMMAND_LINE}; none for a Multiboot kernel)")
+    add(
+        "-p",
+        "--append",
+        metavar="TEXT",
+        help=f"kernel command line (default: {COMMAND_LINE}; none for a Multiboot kernel)",
+    )
     add(
         "--entry",
         choices=[entry.value for entry in Entry],
         help="entry of a Linux kernel: 64, 32 or 16 bits, the last with BIOS calls (default: the first it has)",
     )
-    add("--mem", metavar="SIZE", default="256M", help="guest memory, MiB without a unit (default: 256M)")
-    add("--vcpus", metavar="N", default="1", help="virtual processors, 1 to 16 (default: 1)")
+    add("-m", "--mem", metavar="SIZE", default="256M", help="guest memory, MiB without a unit (default: 256M)")
+    add("-c", "--vcpus", metavar="N", default="1", help="virtual processors, 1 to 16 (default: 1)")
     add(
         "--accel",
         choices=(SOFT, KVM, AUTO),
@@ -136,6 +148,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
     add(
+        "--plugin",
+        metavar="FILE.py",
+        type=file_name,
+        action="append",
+        default=[],
+        help="let a Python file change KVM's policy (may be repeated); docs/hacking.md",
+    )
+    add(
         "--stats",
         metavar="FILE",
         type=file_name,
@@ -145,6 +165,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _choose_image(args: Namespace) -> _Image:
     """Return what the arguments name, or the default guest, or the built-in demonstration."""
+    if args.image is not None:
+        if args.kernel is not None:
+            raise CommandError(f"{args.image}: --kernel {args.kernel} is there, too")
+        args.kernel = args.image
     if args.kernel is not None:
         raw = args.kernel.startswith("flat:")
         if args.kernel == "flat:":
@@ -168,6 +192,24 @@ def _choose_image(args: Namespace) -> _Image:
         return _Image(demo_kernel(), (), COMMAND_LINE + more)
     except GuestUnavailable as error:
         raise CommandError(str(error), EXIT_ERROR) from None
+
+
+def _load_plugins(kvm: api.Kvm, files: Sequence[str]) -> Policy | None:
+    """Let the plugins change the policy of *kvm*; None if there are none."""
+    if not files:
+        return None
+    from softkvm import plugin
+    from softkvm.kvm import Kvm as SoftKvm
+
+    if not isinstance(kvm, SoftKvm):
+        raise CommandError("--plugin changes KVM in Python: it needs --accel soft")
+    policy = plugin.Policy(kvm)
+    for file in files:
+        try:
+            plugin.load(file, policy)
+        except plugin.PluginError as error:
+            raise CommandError(f"--plugin {error}") from None
+    return policy
 
 
 class _PanicWatch:
@@ -339,6 +381,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
     with contextlib.ExitStack() as stack:
         kvm, accel = open_kvm(args.accel)
         stack.enter_context(kvm)
+        policy = _load_plugins(kvm, args.plugin)
         watcher = ConsoleWatcher()
         panic = _PanicWatch(watcher, crash_kernel=bool(re.search(r"\bcrashkernel=", loaded.command_line)))
 
@@ -391,6 +434,8 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         status = 128 + caught[0] if caught else EXIT_STATUS[outcome.end]
         if outcome.end is not End.POWER_OFF:
             warn(str(outcome))
+        for report in policy.at_end if policy is not None else ():
+            report()
         if stats_file is not None:
             stats = _collect(machine, image, loaded.command_line, accel, outcome, status, watcher)
             stats_file.write(json.dumps(stats, indent=2) + "\n")
@@ -412,4 +457,4 @@ def _name_file(error: MachineError, image: _Image) -> str:
     return text
 
 
-command = Command(_add_arguments, _run, "Boot a virtual machine.", EPILOG)
+command = Command(_add_arguments, _run, "Boot a virtual machine.", EPILOG, intermixed=True)

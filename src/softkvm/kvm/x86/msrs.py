@@ -354,7 +354,8 @@ def _write_xss(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 
 _MTRR_FIXED: Final = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 
-_TABLE: Final[dict[int, Msr]] = {
+#: Index -> how it is read and written.
+MSRS: Final[dict[int, Msr]] = {
     MSR_IA32_TSC: Msr(_read_tsc, _write_tsc),
     0x17: _constant(0),  # PLATFORM_ID
     MSR_IA32_APICBASE: Msr(_read_apic_base, _write_apic_base, save=False),
@@ -445,17 +446,17 @@ FEATURE_MSRS: Final = {
 
 def msr_index_list() -> list[int]:
     """KVM_GET_MSR_INDEX_LIST: the registers to save and restore."""
-    return [index for index, msr in _TABLE.items() if msr.save]
+    return [index for index, msr in MSRS.items() if msr.save]
 
 
 def is_known(index: int) -> bool:
     """Tell whether there is such a register, whatever this guest may do with it."""
-    return index in _TABLE
+    return index in MSRS
 
 
 def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int | None:
     """Read an MSR; None stands for #GP, or for "unknown" to the host."""
-    row = _TABLE.get(index)
+    row = MSRS.get(index)
     if row is not None:
         return row.read(vcpu, index, host)
     params = vcpu.vm.params
@@ -470,7 +471,7 @@ def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int | None:
 
 def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> bool:
     """Write an MSR; False stands for #GP, or for "refused" to the host."""
-    row = _TABLE.get(index)
+    row = MSRS.get(index)
     if row is not None:
         return row.write(vcpu, index, data & _U64, host)
     params = vcpu.vm.params

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from softkvm import abi
 from softkvm.kvm import system
 from softkvm.kvm.errors import enomem, kvm_error
+from softkvm.kvm.params import Params
 from softkvm.kvm.x86 import cpuid, mce, msrs
 from softkvm.kvm.x86.capabilities import check_extension
 from softkvm.kvm.x86.vm import Vm
@@ -16,6 +17,12 @@ from softkvm.kvm.x86.vm import Vm
 
 class Kvm(system.Kvm):
     """KVM in Python on the software CPU (implements :class:`softkvm.api.Kvm`)."""
+
+    def __init__(self, params: Params | None = None) -> None:
+        super().__init__(params)
+        #: Functions from what KVM_GET_SUPPORTED_CPUID would be to what it is, and ones that see each new VM (plugins).
+        self.cpuid_changes: list[Callable[[list[abi.kvm_cpuid_entry2]], list[abi.kvm_cpuid_entry2]]] = []
+        self.vm_created: list[Callable[[Vm], object]] = []
 
     def arch_check_extension(self, cap: int) -> int:
         """The table of :mod:`.capabilities`."""
@@ -26,11 +33,17 @@ class Kvm(system.Kvm):
         if type:
             raise kvm_error(errno.EINVAL, f"type={type}, expected 0")
         with enomem():
-            return Vm(self.params)
+            vm = Vm(self.params)
+        for created in self.vm_created:
+            created(vm)
+        return vm
 
     def get_supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID."""
-        return cpuid.get_supported_cpuid()
+        entries = cpuid.get_supported_cpuid()
+        for change in self.cpuid_changes:
+            entries = change(entries)
+        return entries
 
     def get_emulated_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_EMULATED_CPUID."""

@@ -80,12 +80,24 @@ class TdpTable:
 class TdpMmu:
     """Nested page tables of one VM (one root; the guest's paging mode doesn't matter to them)."""
 
-    __slots__ = ("_dirty_later", "_free_later", "_host", "_machine", "max_level", "pages", "root", "tables")
+    __slots__ = (
+        "_dirty_later",
+        "_free_later",
+        "_host",
+        "_machine",
+        "mapping_level",
+        "max_level",
+        "pages",
+        "root",
+        "tables",
+    )
 
     def __init__(self, machine: Machine, max_level: int = PG_LEVEL_1G, host: HostMappings | None = None) -> None:
         self._machine = machine
         self._host = host
         self.max_level = max_level
+        #: A policy other than "as large as possible": returns the level for a slot, a frame and the largest level.
+        self.mapping_level: Callable[[MemorySlot, int, int], int] | None = None
         self.root = TdpTable(machine.alloc_page(), ROOT_LEVEL, 0)
         self._free_later: list[TdpTable] = []
         #: Frames and sizes in pages of leaves zapped while dirty.
@@ -171,7 +183,10 @@ class TdpMmu:
         if present and (not write or old & PT_WRITABLE_MASK):
             return RET_PF_SPURIOUS  # another vCPU was here first
         # Where a table of smaller mappings exists already, the leaf goes there.
-        level = min(self.max_mapping_level(slot, gfn), at)
+        largest = self.max_mapping_level(slot, gfn)
+        if self.mapping_level is not None:
+            largest = max(PG_LEVEL_4K, min(largest, self.mapping_level(slot, gfn, largest)))
+        level = min(largest, at)
         hva, access = self._host_page(slot, gfn, level)
         if access != READ_WRITE and level > PG_LEVEL_4K:
             level = PG_LEVEL_4K

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plugins: the examples of docs/hacking.md as they stand there, and what is said of plugins that are none."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HACKING = Path(__file__).resolve().parents[1] / "docs" / "hacking.md"
+RUN = (sys.executable, "-m", "softkvm.cli.main", "run")
+POWER_OFF = "ba0406 b80034 ef f4ebfd"
+
+
+def example(name: str, directory: Path) -> Path:
+    """Write the example *name* of the document to a file."""
+    blocks = re.findall(r"^```python\n(# (\S+\.py)\n.*?)^```", HACKING.read_text(), re.MULTILINE | re.DOTALL)
+    path = directory / name
+    path.write_text(next(text for text, block in blocks if block == name))
+    return path
+
+
+def run(tmp_path: Path, code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "guest.bin").write_bytes(bytes.fromhex(code))
+    return subprocess.run(
+        [*RUN, *map(str, arguments), "--timeout", "60", f"flat:{tmp_path}/guest.bin"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_example_counts_cpuid_leaves_and_changes_one(tmp_path: Path) -> None:
+    # mov eax, 0x40000000; cpuid; mov eax, ebx; four bytes of it
+    code = "66b800000000 0fa2" + "66b800000040 0fa2 6689d8" + "baf803" + "ee 66c1e808" * 4 + POWER_OFF
+    done = run(tmp_path, code, "--plugin", example("cpuid.py", tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "MyKVleaf 0x0: 1\nleaf 0x40000000: 1\n"
+
+
+def test_example_of_a_paravirtual_msr_and_hypercall(tmp_path: Path) -> None:
+    # mov ecx, the MSR; wrmsr 0x4140; rdmsr gives it back; vmcall 100 with RBX = 0x0101: sum 0x4241, "AB"
+    wrmsr = "66b9f04d564b 66b840410000 6631d2 0f30 6631c0 0f32"
+    hypercall = "66b864000000 66bb01010000 0f01d9"
+    code = wrmsr + hypercall + "baf803 ee 66c1e808 ee" + POWER_OFF
+    done = run(tmp_path, code, "--plugin", example("greeting.py", tmp_path))
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "AB")
+
+
+def test_example_of_a_mapping_policy(tmp_path: Path) -> None:
+    # a byte to each of twelve pages from 0x20000 on: mov ax, 0x2000; mov cx, 12; mov ds, ax; mov [0], al; add ax, 256
+    code = "b80020 b90c00 8ed8 a20000 050001 e2f6" + POWER_OFF
+    done = run(tmp_path, code, "--plugin", example("reluctant.py", tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    match = re.fullmatch(r"(\d+) regions, (\d+) faults, (\d+) small\n", done.stdout)
+    assert match
+    regions, faults, small = map(int, match.groups())
+    assert regions == 1
+    assert faults >= 12
+    assert small == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file or directory"),
+        ("x = 1\n", "has no function softkvm_plugin(policy)"),
+        ("def softkvm_plugin():\n    pass\n", "has no function softkvm_plugin(policy)"),
+        ("def softkvm_plugin(policy):\n    policy.exit_handler[1]\n", "softkvm_plugin: AttributeError: "),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("def\n", "SyntaxError: "),
+    ],
+)
+def test_file_that_is_no_plugin_is_one_line_and_status_2(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "plugin.py"
+    if text is not None:
+        path.write_text(text)
+    done = run(tmp_path, POWER_OFF, "--plugin", path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"softkvm: --plugin {path}: {said}"), done.stderr
+    assert done.stderr.count("\n") == 1
