@@ -512,3 +512,18 @@ def test_power_control_and_the_smi_count_are_userspaces_to_keep(guest: Guest, ms
     assert guest.cpu.get_msrs([msr]) == [0]
     assert guest.cpu.set_msrs({msr: 5}) == 1
     assert guest.cpu.get_msrs([msr]) == [5]
+
+
+@pytest.mark.parametrize("bit", [0, 1, 2, 5])
+def test_debugctl_reads_back_no_feature_that_is_not_there(guest: Guest, bit: int) -> None:
+    # mov ecx, 0x1d9; mov eax, bit; mov edx, 0; wrmsr; mov eax, -1; rdmsr; hlt
+    write = bytes.fromhex("66b9d9010000 66b8") + (1 << bit).to_bytes(4, "little") + bytes.fromhex("66ba00000000 0f30")
+    guest.real(write + bytes.fromhex("66b8ffffffff 0f32 f4"))
+    guest.expect(abi.KVM_EXIT_HLT)
+    assert guest.cpu.get_regs().rax & 0xFFFF_FFFF == 0
+
+
+def test_bits_that_debugctl_does_not_have_are_refused(guest: Guest, device_differs: Callable[[str], None]) -> None:
+    assert guest.cpu.set_msrs({0x1D9: 0}) == 1
+    device_differs("without LBR virtualization every value of DEBUGCTL is taken, and none kept")
+    assert guest.cpu.set_msrs({0x1D9: 1 << 6}) == 0

@@ -94,6 +94,9 @@ PLATFORM_INFO_CPUID_FAULT: Final = 1 << 31
 MISC_FEATURES_ENABLES_CPUID_FAULT: Final = 1 << 0
 HWCR_TSC_FREQ_SEL: Final = 1 << 24  # the TSC counts at the P0 frequency
 
+#: LBR, BTF, and the performance monitoring pins (APM vol. 2, 13.1.1.6).
+DEBUGCTL_VALID: Final = 0x3F
+
 _U32: Final = (1 << 32) - 1
 _U64: Final = (1 << 64) - 1
 #: Width of the silicon's linear addresses.
@@ -298,9 +301,14 @@ def _write_hwcr(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 
 
 def _write_debugctl(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    if data & ~0x3F:
+    """Bits that exist are dropped: the silicon has neither branch records, nor steps by branches, nor pins.
+
+    That is how KVM on AMD's processors tells that it doesn't have them; bits that don't exist are #GP.
+    """
+    if data & ~DEBUGCTL_VALID:
         return False
-    vcpu.q[V.DBGCTL] = data
+    if data and not host:
+        vcpu.vm.log_limited(log, "vcpu%d: unimplemented bits of DEBUGCTL: %#x", vcpu.vcpu_id, data)
     return True
 
 
@@ -382,7 +390,7 @@ MSRS: Final[dict[int, Msr]] = {
     MSR_IA32_MISC_ENABLE: Msr(
         lambda vcpu, index, host: vcpu.msr_values.get(index, MISC_ENABLE_DEFAULT), _write_misc_enable
     ),
-    MSR_IA32_DEBUGCTL: Msr(lambda vcpu, index, host: vcpu.q[V.DBGCTL], _write_debugctl),
+    MSR_IA32_DEBUGCTL: Msr(lambda vcpu, index, host: 0, _write_debugctl),
     0x1DB: Msr(lambda vcpu, index, host: vcpu.q[V.BR_FROM], lambda vcpu, index, data, host: False, False),
     0x1DC: Msr(lambda vcpu, index, host: vcpu.q[V.BR_TO], lambda vcpu, index, data, host: False, False),
     0x1DD: Msr(lambda vcpu, index, host: vcpu.q[V.LAST_EXCP_FROM], lambda vcpu, index, data, host: False, False),
