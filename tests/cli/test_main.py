@@ -160,5 +160,10 @@ def test_exception_that_nobody_expected_is_one_line_with_its_place(
 def test_control_characters_in_arguments_stay_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--kernel", "a\nb\x1b[2J"]) == 2
     assert capsys.readouterr().err == "softkvm: kernel a\\nb\\x1b[2J: No such file or directory\n"
-    assert main(["run", "x\ny"]) == 2
-    assert capsys.readouterr().err == "softkvm run: unrecognized arguments: x\\ny\n"
+    assert main(["run", "--x\ny"]) == 2
+    assert capsys.readouterr().err == "softkvm: unrecognized arguments: --x\\ny\n"
+
+
+def test_only_what_is_required_is_called_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unittests"]) == 2
+    assert capsys.readouterr().err == "softkvm: expected DIR; `softkvm unittests --help` explains\n"

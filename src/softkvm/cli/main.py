@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -41,10 +42,16 @@ class _Signalled(BaseException):
 
 
 class _Parser(ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Says what is wrong in one line, as every other message: without the usage, with the option's long name first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {one_line(message)}\n")
+        message = re.sub(r"^argument (?:-\w/)?(\S+): ", r"\1: ", message)
+        required = "the following arguments are required: "
+        if message.startswith(required):  # where options may stand between, argparse names those that may be left out
+            optional = {str(action.metavar) for action in self._actions if action.nargs in ("*", "?")}
+            names = [name for name in message.removeprefix(required).split(", ") if name not in optional]
+            message = f"expected {' and '.join(names)}; `{self.prog} --help` explains"
+        self.exit(EXIT_USAGE, f"softkvm: {one_line(message)}\n")
 
 
 def _overview() -> str:
