@@ -197,6 +197,18 @@ impl PyInstruction {
         self.i.memory_size().size()
     }
 
+    /// Whether it reads or writes memory, an implicit operand's among it; not descriptor tables and the like.
+    #[getter]
+    fn accesses_memory(&self) -> bool {
+        !InstructionInfoFactory::new().info(&self.i).used_memory().is_empty()
+    }
+
+    /// Names of the CPUID features that it belongs to.
+    #[getter]
+    fn cpuid_features(&self) -> Vec<String> {
+        self.i.cpuid_features().iter().map(|f| format!("{f:?}")).collect()
+    }
+
     #[getter]
     fn has_rep(&self) -> bool {
         self.i.has_rep_prefix()
