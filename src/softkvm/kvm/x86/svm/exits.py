@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
-from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import io, reset
 from softkvm.kvm.x86.emulate import system as emulate_system
@@ -30,7 +29,7 @@ from softkvm.kvm.x86.exceptions import (
 )
 from softkvm.kvm.x86.features import X86_FEATURE_MWAIT
 from softkvm.kvm.x86.halt import halt
-from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
+from softkvm.kvm.x86.mmu.fault import page_fault
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
@@ -98,25 +97,9 @@ def io_interception(vcpu: Vcpu) -> int:
 def npf_interception(vcpu: Vcpu) -> int:
     """Nested page fault: map the page, or emulate the access where there is no memory."""
     q = vcpu.q
-    gpa = q[EXIT_INFO_2]
-    error = q[EXIT_INFO_1]
-    gfn = gpa >> PAGE_SHIFT
-    vm = vcpu.vm
-    slots = vm.memslots
-    if gfn == vcpu.mmio_gfn and slots is vcpu.mmio_slots and error & PFERR_GUEST_FINAL:
-        return _mmio(vcpu, gpa, error)
-    if not error & PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
-        vcpu.mmio_gfn, vcpu.mmio_slots = gfn, slots
-        return _mmio(vcpu, gpa, error)
-    with vm.mmu_lock:
-        slots = vm.memslots
-        slot = slots.gfn_to_memslot(gfn)
-        if slot is not None:
-            vcpu.stat_pf_taken += 1
-            if vm.mmu.map_gfn(slot, gfn, write=bool(error & PFERR_WRITE)) != RET_PF_EMULATE:
-                return 1
-        elif vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
-            vm.mmu.set_mmio_spte(gfn, slots.generation)
+    gpa, error = q[EXIT_INFO_2], q[EXIT_INFO_1]
+    if page_fault(vcpu, gpa, error) != RET_PF_EMULATE:
+        return 1
     return _mmio(vcpu, gpa, error)
 
 
