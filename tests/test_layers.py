@@ -17,7 +17,7 @@ BELOW: dict[str, set[str]] = {
     "abi": set(),
     "api": {"abi"},
     "kvm": {"abi", "threads"},
-    "devkvm": {"abi", "api"},
+    "devkvm": {"abi", "api", "threads"},
     "vmm": {"abi", "api", "threads"},
     "unittests": {"abi", "api", "vmm", "qemu"},
     "bench": {"abi", "api", "vmm", "unittests", "qemu"},

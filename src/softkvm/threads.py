@@ -1,17 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that a library starts in somebody else's process."""
+"""Threads that a library starts in somebody else's process, and what becomes of their work when that forks."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 #: All signals but those that an instruction raises: they cannot wait.
 _ASYNCHRONOUS: Final = signal.valid_signals() - {
     signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
 }  # fmt: skip
+
+
+class Forkable(Protocol):
+    """An object that is not the same in a forked child."""
+
+    def after_fork(self) -> None:
+        """Called in the child, whose only thread is the one that forked: locks may be held for ever."""
+
+
+_forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def tell_after_fork(object: Forkable) -> None:
+    """Call *object*'s ``after_fork`` in children that are forked while it is there."""
+    _forkables.add(object)
+
+
+def _after_fork() -> None:
+    for object in list(_forkables):
+        object.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def inherited_error() -> OSError:
+    """Return the error for using what a child has inherited: EIO, as the kernel has it (``kvm_vm_ioctl``)."""
+    return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: it belongs to the process that this one was forked from")
 
 
 def start_quiet(target: Callable[..., object], name: str, *args: Any) -> threading.Thread:

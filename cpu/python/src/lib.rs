@@ -53,6 +53,7 @@ fn exit_name(code: u64) -> &'static str {
 
 /// In a child that has been forked there is one thread, and no other's work goes on.
 extern "C" fn after_fork() {
+    softcpu::mem::forked();
     signals::after_fork();
     timer::after_fork();
 }

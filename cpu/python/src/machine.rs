@@ -5,7 +5,7 @@ use std::ffi::c_int;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use pyo3::exceptions::{PyBufferError, PyMemoryError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyMemoryError, PyOSError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -31,6 +31,15 @@ fn region_error(e: RegionError, hva: usize, size: usize) -> PyErr {
     PyValueError::new_err(format!("region {hva:#x}+{size:#x} {what}"))
 }
 
+/// The machine, if this process has made it; EIO in a child of the one that has.
+pub fn own(machine: &Arc<Machine>) -> PyResult<&Arc<Machine>> {
+    if machine.inherited() {
+        let what = "Input/output error: it belongs to the process that this one was forked from";
+        return Err(PyOSError::new_err((libc::EIO, what)));
+    }
+    Ok(machine)
+}
+
 impl PyMachine {
     /// The page-table entry at `address`.
     fn entry(&self, address: usize) -> PyResult<&AtomicU64> {
@@ -39,7 +48,7 @@ impl PyMachine {
 
     fn entries(&self, address: usize, count: usize) -> PyResult<&[AtomicU64]> {
         let bytes = count.saturating_mul(8);
-        if address % 8 != 0 || !self.inner.regions().contains(address, bytes) {
+        if address % 8 != 0 || !own(&self.inner)?.regions().contains(address, bytes) {
             return Err(PyValueError::new_err(format!(
                 "page-table entry {address:#x} (count {count}): expected an 8-byte aligned address of registered memory"
             )));
@@ -49,7 +58,7 @@ impl PyMachine {
     }
 
     fn range(&self, hva: usize, size: usize) -> PyResult<()> {
-        if self.inner.regions().contains(hva, size) {
+        if own(&self.inner)?.regions().contains(hva, size) {
             Ok(())
         } else {
             Err(PyValueError::new_err(format!("{hva:#x}+{size:#x} is not inside a registered region")))
@@ -66,20 +75,22 @@ impl PyMachine {
 
     fn add_region(&self, hva: usize, size: usize) -> PyResult<()> {
         // SAFETY: the caller (KVM's memslots) keeps the memory mapped, as the method's documentation demands.
-        unsafe { self.inner.add_region(hva, size) }.map_err(|e| region_error(e, hva, size))
+        unsafe { own(&self.inner)?.add_region(hva, size) }.map_err(|e| region_error(e, hva, size))
     }
 
     fn remove_region(&self, py: Python<'_>, hva: usize) -> PyResult<()> {
-        py.detach(|| self.inner.remove_region(hva)).map_err(|e| region_error(e, hva, 0))
+        let machine = own(&self.inner)?;
+        py.detach(|| machine.remove_region(hva)).map_err(|e| region_error(e, hva, 0))
     }
 
     #[pyo3(signature = (count = 1))]
     fn alloc_page(&self, count: usize) -> PyResult<Page> {
-        Page::new(self.inner.clone(), count)
+        Page::new(own(&self.inner)?.clone(), count)
     }
 
-    fn notify_write(&self, hva: usize, size: usize) {
-        self.inner.notify_write(hva, size);
+    fn notify_write(&self, hva: usize, size: usize) -> PyResult<()> {
+        own(&self.inner)?.notify_write(hva, size);
+        Ok(())
     }
 
     fn pte_load(&self, address: usize) -> PyResult<u64> {

@@ -11,10 +11,10 @@ use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use softcpu::clock::clock_ns;
-use softcpu::mem::{Shared, Wake};
+use softcpu::mem::{Machine, Shared, Wake};
 use softcpu::x86::state::Cpu;
 
-use crate::machine::PyMachine;
+use crate::machine::{PyMachine, own};
 use crate::signals::{self, Runner};
 use crate::timer;
 
@@ -28,6 +28,7 @@ pub struct PyCpu {
     registers: *mut u8,
     busy: AtomicBool,
     shared: Arc<Shared>,
+    machine: Arc<Machine>,
     runner: &'static Runner,
     deadline: AtomicU64,
     /// Processors to kick at the next entry, and whether there are any.
@@ -131,21 +132,23 @@ impl Drop for PyCpu {
 #[pymethods]
 impl PyCpu {
     #[new]
-    fn new(machine: &PyMachine, index: u32) -> PyCpu {
-        let mut cpu = Cpu::new(machine.inner.clone(), index);
+    fn new(machine: &PyMachine, index: u32) -> PyResult<PyCpu> {
+        let machine = own(&machine.inner)?.clone();
+        let mut cpu = Cpu::new(machine.clone(), index);
         let registers = (&raw mut cpu.rb).cast::<u8>();
         let shared = cpu.engine.shared.clone();
         let runner = Runner::new(&shared);
-        PyCpu {
+        Ok(PyCpu {
             inner: UnsafeCell::new(cpu),
             registers,
             busy: AtomicBool::new(false),
             shared,
+            machine,
             runner,
             deadline: AtomicU64::new(0),
             held: Mutex::default(),
             holding: AtomicBool::new(false),
-        }
+        })
     }
 
     #[getter]
@@ -160,6 +163,7 @@ impl PyCpu {
     }
 
     fn vmrun(&self, py: Python<'_>, vmcb: usize) -> PyResult<u64> {
+        own(&self.machine)?;
         let result = py.detach(|| {
             self.send_held();
             self.exclusive(|cpu| cpu.vmrun_gprs(vmcb))

@@ -34,10 +34,25 @@ pub struct Machine {
     pool: Mutex<Pool>,
     /// Held for locked operations that the host cannot do atomically.
     pub split_lock: Mutex<()>,
+    /// [`FORKS`] when the machine was made.
+    forks: u64,
+}
+
+/// How often this process, and those that it was forked from, have been forked into what it is now.
+static FORKS: AtomicU64 = AtomicU64::new(0);
+
+/// Tells that this is a child that has just been forked: its machines are those of its parent. Async-signal-safe.
+pub fn forked() {
+    FORKS.fetch_add(1, Ordering::SeqCst);
 }
 
 /// All machines of the process: one's pages must not lie where another's user has its memory, or may have it later.
 static MACHINES: Mutex<Vec<Weak<Machine>>> = Mutex::new(Vec::new());
+
+/// Those that this process has made.
+fn own(all: &[Weak<Machine>]) -> impl Iterator<Item = Arc<Machine>> {
+    all.iter().filter_map(Weak::upgrade).filter(|m| !m.inherited())
+}
 
 fn machines() -> MutexGuard<'static, Vec<Weak<Machine>>> {
     MACHINES.lock().unwrap_or_else(|e| e.into_inner())
@@ -46,11 +61,18 @@ fn machines() -> MutexGuard<'static, Vec<Weak<Machine>>> {
 impl Machine {
     /// A machine with no memory and no processors.
     pub fn new() -> Arc<Machine> {
-        let machine = Arc::new(Machine::default());
+        let machine = Arc::new(Machine { forks: FORKS.load(Ordering::SeqCst), ..Machine::default() });
         let mut all = machines();
         all.retain(|m| m.strong_count() != 0);
         all.push(Arc::downgrade(&machine));
         machine
+    }
+
+    /// Whether this is the copy that a child got of its parent's machine. Its processors may run for ever by what is
+    /// written here, and its locks be held: the threads that would change that are not in this process. Nothing can be
+    /// done with it but to drop it.
+    pub fn inherited(&self) -> bool {
+        self.forks != FORKS.load(Ordering::SeqCst)
     }
 
     /// The regions as they are now.
@@ -86,7 +108,7 @@ impl Machine {
     pub unsafe fn add_region(&self, hva: usize, size: usize) -> Result<(), RegionError> {
         let region = Region::new(hva, size, Owner::User)?;
         let all = machines();
-        if all.iter().filter_map(Weak::upgrade).any(|m| m.regions().meets_own(hva, size)) {
+        if own(&all).any(|m| m.regions().meets_own(hva, size)) {
             return Err(RegionError::Overlap);
         }
         self.put_region(region)
@@ -111,7 +133,7 @@ impl Machine {
         let size = Pool::chunk_size(count).ok_or(RegionError::NoMemory)?;
         let all = machines();
         let chunk = pool::map(size, |base, size| {
-            let tables = all.iter().filter_map(Weak::upgrade).map(|m| m.regions());
+            let tables = own(&all).map(|m| m.regions());
             tables.into_iter().find_map(|t| t.meets(base, size).map(|r| (r.base(), r.end())))
         })?;
         self.put_region(Region::new(chunk.base(), chunk.size(), Owner::Machine)?)?;
@@ -122,6 +144,9 @@ impl Machine {
     /// Gives `count` pages back that [`Machine::alloc_pages`] has given. No table names them any more, and no processor
     /// has a translation from a time when one did; they may be given out again at once.
     pub fn free_pages(&self, address: usize, count: usize) {
+        if self.inherited() {
+            return; // they go with the machine
+        }
         let unused = self.pool().give(address, count);
         if let Some(chunk) = unused {
             // A region of this machine's, and its mapping goes when nobody reaches it.
@@ -136,6 +161,9 @@ impl Machine {
 
     /// Removes a processor's shared part.
     pub fn detach(&self, shared: &Arc<Shared>) {
+        if self.inherited() {
+            return;
+        }
         self.lock_cpus().retain(|s| !Arc::ptr_eq(s, shared));
     }
 

@@ -14,6 +14,7 @@ from softkvm import abi, api
 from softkvm.devkvm.ioctl import Descriptor, add_requests
 from softkvm.devkvm.kick import install_handler, signal_thread
 from softkvm.devkvm.stats import read_stats
+from softkvm.threads import tell_after_fork
 
 _IMMEDIATE_EXIT = abi.kvm_run.immediate_exit.offset  # type: ignore[attr-defined]
 
@@ -24,6 +25,8 @@ class Vcpu(Descriptor):
     def __init__(self, fd: int, mmap_size: int) -> None:
         super().__init__(fd)
         self._lock = threading.Lock()
+        self._inherited = False
+        tell_after_fork(self)
         install_handler()
         self._map = mmap.mmap(fd, mmap_size)
         self.shared = memoryview(self._map)
@@ -51,9 +54,14 @@ class Vcpu(Descriptor):
                     self.shared[_IMMEDIATE_EXIT] = self._immediate_exit
         raise OSError(error, os.strerror(error))
 
+    def after_fork(self) -> None:
+        """In a child the vCPU is its parent's, and the lock's holder, if there is one, too."""
+        self._inherited = True
+        self._lock = threading.Lock()
+
     def kick(self) -> None:
         with self._lock:
-            if self.fd < 0:  # closed: there is nobody to end
+            if self.fd < 0 or self._inherited:  # there is nobody to end, and the parent shares immediate_exit
                 return
             if not self._kicked:
                 self._kicked = True

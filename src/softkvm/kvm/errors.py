@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Never
 
 from softkvm import abi
 from softkvm.abi.checks import kvm_error as kvm_error
+from softkvm.threads import inherited_error
 
 
 @contextmanager
@@ -26,9 +27,14 @@ def bad_file(*args: object, **kwargs: object) -> Never:
     raise kvm_error(errno.EBADF, "it has been closed")
 
 
-def refuse_requests(closed: object, file: abi.File) -> None:
-    """Make the methods of a closed object that are requests raise EBADF, as a closed descriptor's ioctls do."""
+def inherited(*args: object, **kwargs: object) -> Never:
+    """Raise EIO: any request in a child to a VM of the process that it was forked from."""
+    raise inherited_error()
+
+
+def refuse_requests(object: object, file: abi.File, refuse: Callable[..., Never] = bad_file) -> None:
+    """Make the methods of an object that are requests raise an error: EBADF, as a closed descriptor's ioctls do."""
     for request in abi.requests_of(file):
         name = abi.method_name(request)
-        if hasattr(closed, name):
-            setattr(closed, name, bad_file)
+        if hasattr(object, name):
+            setattr(object, name, refuse)

@@ -69,6 +69,8 @@ class VmState:
         self.vcpu_by_id: dict[int, Any] = {}
         self.max_halt_poll_ns: int | None = None  # KVM_CAP_HALT_POLL; None: the module parameter
         self.closed = False
+        #: This is a child, and the VM that of the process that it was forked from.
+        self.inherited = False
 
         # Statistics
         self.stat_remote_tlb_flush = 0

@@ -203,7 +203,8 @@ class Vcpu(VcpuState, ABC):
         if not self.closed:
             self.closed = True
             refuse_requests(self, abi.File.VCPU)
-            self.cpu.set_timer(0)
+            if not self.vm.inherited:
+                self.cpu.set_timer(0)
 
     def __enter__(self) -> Self:
         return self

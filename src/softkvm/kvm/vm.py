@@ -16,13 +16,14 @@ from softkvm import abi
 from softkvm.abi import checks
 from softkvm.kvm import vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
-from softkvm.kvm.errors import enomem, kvm_error, refuse_requests
+from softkvm.kvm.errors import enomem, inherited, kvm_error, refuse_requests
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.memory import dirty_log
 from softkvm.kvm.memory.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import IN_GUEST_MODE, VmState
 from softkvm.kvm.stats import vm_stats
+from softkvm.threads import tell_after_fork
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -38,6 +39,7 @@ class Vm(VmState, ABC):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.eventfds = Eventfds(self)
+        tell_after_fork(self)
 
     # --- what an architecture provides ---------------------------------------------------------------
 
@@ -241,6 +243,9 @@ class Vm(VmState, ABC):
 
     def close(self) -> None:
         """End the VM: every KVM_RUN returns, the chips' timers stop, memory is let go, requests are EBADF."""
+        if self.inherited:
+            self._close_inherited()
+            return
         with self.lock:
             if self.closed:
                 return
@@ -252,6 +257,24 @@ class Vm(VmState, ABC):
         self.eventfds.close()
         self.arch_destroy()
         self._drop_memory()
+
+    def after_fork(self) -> None:
+        """In a child the VM is its parent's: every request but the close is EIO."""
+        self.inherited = True
+        if not self.closed:
+            refuse_requests(self, abi.File.VM, inherited)
+        for vcpu in self.vcpus:
+            if not vcpu.closed:
+                refuse_requests(vcpu, abi.File.VCPU, inherited)
+
+    def _close_inherited(self) -> None:
+        """Give back what a child has of the VM: descriptors, and its hold on memory. Nothing that the parent sees."""
+        if not self.closed:
+            self.closed = True
+            refuse_requests(self, abi.File.VM)
+            self.eventfds.close_inherited()
+            for slot in self.memslots:
+                slot.release()
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from softkvm import abi, api
+from softkvm.threads import inherited_error, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.boot import bzimage
 from softkvm.vmm.boot.image import Deadline, Image, Source
@@ -74,6 +75,8 @@ class Machine:
         self._halt_watch: HaltWatch | None = None
         self._end_lock = threading.Lock()
         self._closed = False
+        self._inherited = False
+        tell_after_fork(self)
         self.pio = Bus("I/O port", 16)
         self.mmio = Bus("memory", 52)
 
@@ -145,8 +148,14 @@ class Machine:
         """
         self.board.load(kernel, initrd, command_line, modules=modules, raw=raw, entry=entry, deadline=deadline)
 
+    def after_fork(self) -> None:
+        """In a child the machine is its parent's: it can be closed."""
+        self._inherited = True
+
     def start(self) -> None:
-        """Let all vCPUs run."""
+        """Let all vCPUs run; OSError in a child of the process that made the machine."""
+        if self._inherited:
+            raise inherited_error()
         self.started_ns = time.monotonic_ns()
         for vcpu in self.vcpus:
             vcpu.thread.start()
@@ -158,6 +167,8 @@ class Machine:
 
     def end(self, outcome: Outcome) -> None:
         """End the machine; the first outcome counts. From any thread; does not wait."""
+        if self._inherited:
+            return
         with self._end_lock:
             if self._closed:
                 return
@@ -169,7 +180,12 @@ class Machine:
                 vcpu.vcpu.kick()
 
     def wait(self, timeout_s: float | None = None) -> Outcome:
-        """Wait for the end, which comes with outcome TIMEOUT after *timeout_s*; return it when all vCPUs stand."""
+        """Wait for the end, which comes with outcome TIMEOUT after *timeout_s*; return it when all vCPUs stand.
+
+        OSError in a child of the process that made the machine.
+        """
+        if self._inherited:
+            raise inherited_error()
         if not self.ended.wait(timeout_s):
             self.end(Outcome(End.TIMEOUT, f"{timeout_s:g} s"))
         self._join()
@@ -194,12 +210,23 @@ class Machine:
         """End the machine if it runs, and give back everything it holds."""
         if self._closed:
             return
+        if self._inherited:
+            self._close_inherited()
+            return
         if self.started_ns:
             self.end(Outcome(End.STOPPED))
             self._join()
         with self._end_lock:
             self._closed = True
         self._resources.close()
+
+    def _close_inherited(self) -> None:
+        """Give back what a child has of the machine. Its devices' locks may be held, by threads that are not there."""
+        self._closed = True
+        self.vm.close()
+        for thread in self.vcpus:
+            thread.close()
+        self.memory.close()
 
     def __enter__(self) -> Self:
         return self

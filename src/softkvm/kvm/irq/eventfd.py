@@ -310,6 +310,15 @@ class Eventfds:
                 return
         raise kvm_error(errno.ENOENT, f"addr={described.address:#x} len={described.length}: there is no such ioeventfd")
 
+    def close_inherited(self) -> None:
+        """Close a child's descriptors. The epoll's files are polled for the parent, too: nothing is unregistered."""
+        self._stopping = True
+        self._irqfds, self._resamplers, self._ioeventfds = {}, {}, []
+        if self._epoll is not None:
+            self._epoll.close()
+            os.close(self._wake)
+            self._epoll = None
+
     def close(self) -> None:
         """Stop the thread and let go of every eventfd."""
         with self._lock:
