@@ -221,6 +221,77 @@ def test_clock_that_the_host_sets_back_goes_back(cmos: Cmos, clock: Clock) -> No
     assert get(cmos, C) == 0
 
 
+def test_rate_may_change_while_the_divider_runs(cmos: Cmos, clock: Clock) -> None:
+    clock.now_ns += NS // 3
+    put(cmos, A, 0x2F)
+    clock.now_ns += NS // 3 * 2
+    assert get(cmos, 0) == 0x58
+    clock.now_ns += 1
+    assert get(cmos, 0) == 0x59  # at the full second, as before
+
+
+def test_data_mode_that_changes_under_set_leaves_the_bytes(cmos: Cmos) -> None:
+    put(cmos, B, 0x82)
+    put(cmos, 0, 0x45)
+    put(cmos, B, 0x86)
+    assert get(cmos, 0) == 0x45
+    put(cmos, B, 0x82)
+    put(cmos, 0, 45)  # in the mode that SET is left with
+    put(cmos, B, 0x06)
+    assert get(cmos, 0) == 45
+
+
+def test_update_in_progress_is_not_shown_where_no_update_comes(cmos: Cmos, clock: Clock) -> None:
+    clock.now_ns += NS - 1000
+    put(cmos, B, 0x82)
+    assert get(cmos, A) == 0x26
+    put(cmos, B, 0x02)
+    assert get(cmos, A) == 0xA6
+    put(cmos, A, 0x76)
+    assert get(cmos, A) == 0x76
+
+
+@pytest.fixture
+def armed(cmos: Cmos, monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """What the timer was set to."""
+    deadlines: list[int | None] = []
+    monkeypatch.setattr(cmos._timer, "arm", deadlines.append)
+    return deadlines
+
+
+@pytest.mark.parametrize("rate", range(3, 16))
+def test_timer_expires_when_the_periodic_flag_is_due_and_not_before(
+    cmos: Cmos, clock: Clock, armed: list[int | None], rate: int
+) -> None:
+    clock.now_ns += 12_345_678
+    put(cmos, A, 0x20 | rate)
+    put(cmos, B, 0x42)
+    get(cmos, C)
+    for _ in range(5):
+        deadline = armed[-1]
+        assert deadline is not None
+        clock.now_ns = deadline - 1
+        assert get(cmos, C) == 0
+        clock.now_ns = deadline
+        assert get(cmos, C) & 0xC0 == 0xC0
+
+
+def test_timer_rests_while_an_interrupt_is_pending_or_none_can_come(
+    cmos: Cmos, clock: Clock, armed: list[int | None]
+) -> None:
+    put(cmos, B, 0x42)
+    assert armed[-1] is not None
+    clock.now_ns += NS
+    cmos._timer_expired()
+    assert armed[-1] is None  # nobody has read the flag
+    get(cmos, C)
+    assert armed[-1] is not None
+    put(cmos, A, 0x76)  # the divider stands
+    assert armed[-1] is None
+    put(cmos, B, 0x32)
+    assert armed[-1] is None
+
+
 @dataclass
 class Wait:
     ns: int
