@@ -14,7 +14,7 @@ An annotation is a scalar alias (``u8`` ... ``s64``), a structure class, or ``An
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import (
     Array,
     Structure,
@@ -28,6 +28,7 @@ from ctypes import (
     c_uint16,
     c_uint32,
     c_uint64,
+    sizeof,
 )
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -72,6 +73,46 @@ def _field(name: str, annotation: Any) -> tuple[Any, ...]:
     return (name, ctype)
 
 
+_SHOWN = 8
+"""Elements of an array that a structure's text has."""
+_SMALL_UNION = 8
+"""Bytes of a union whose first member stands for it; a larger one means something by another field alone."""
+
+
+def _text(value: Any) -> str:
+    """Return a field's value, the empty text for nothing but zeros."""
+    if isinstance(value, (Structure, Union)):
+        return repr(value) if any(bytes(value)) else ""
+    if isinstance(value, Array):
+        texts = [_text(element) or "0" for element in value[:_SHOWN]]
+        more = ", …" if len(value) > _SHOWN else ""
+        return f"[{', '.join(texts)}{more}]" if any(bytes(value)) else ""
+    if isinstance(value, int):
+        return (str(value) if -10 < value < 10 else hex(value)) if value else ""
+    return repr(value) if value else ""
+
+
+def _fields_of(structure: Any) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of fields, those of bases and of anonymous members included."""
+    anonymous = getattr(type(structure), "_anonymous_", ())
+    for cls in reversed(type(structure).__mro__):
+        for name, *_ in vars(cls).get("_fields_", ()):
+            value = getattr(structure, name)
+            if isinstance(value, Union):
+                if sizeof(value) <= _SMALL_UNION:
+                    yield next(_fields_of(value))
+            elif name in anonymous:
+                yield from _fields_of(value)
+            else:
+                yield name, value
+
+
+def _repr(structure: Any) -> str:
+    """Return the structure with the fields that are not zero, numbers above 9 in hexadecimal."""
+    fields = ((name, _text(value)) for name, value in _fields_of(structure))
+    return f"{type(structure).__name__}({', '.join(f'{name}={text}' for name, text in fields if text)})"
+
+
 def layout(cls: S) -> S:
     """Give *cls* the ``_fields_`` that its annotations describe, behind those of bases that have none themselves."""
     bases = [base for base in cls.__mro__[1:] if "__annotations__" in vars(base) and "_fields_" not in vars(base)]
@@ -79,6 +120,8 @@ def layout(cls: S) -> S:
     for part in (*reversed(bases), cls):
         annotations |= vars(part)["__annotations__"]
     cls._fields_ = [_field(name, annotation) for name, annotation in annotations.items()]
+    if issubclass(cls, Structure):
+        cls.__repr__ = _repr  # type: ignore[method-assign]
     return cls
 
 

@@ -79,6 +79,10 @@ class Descriptor:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
+    def __repr__(self) -> str:
+        state = "closed" if self.fd < 0 else f"descriptor {self.fd}"
+        return f"<{type(self).__module__.rpartition('.')[0]}.{type(self).__name__}: {state}>"
+
     def fileno(self) -> int:
         """Return the descriptor, for ``select`` and the like."""
         return self.fd

@@ -9,8 +9,10 @@ import mmap
 import os
 import threading
 from threading import get_native_id
+from typing import TYPE_CHECKING
 
 from softkvm import abi, api
+from softkvm.abi import checks
 from softkvm.devkvm.ioctl import Descriptor, add_requests
 from softkvm.devkvm.kick import install_handler, signal_thread
 from softkvm.devkvm.stats import read_stats
@@ -37,6 +39,14 @@ class Vcpu(Descriptor):
         self._kicked = False
         self._immediate_exit = 0  # the client's own value while a kick occupies the field
         self._native_id = 0  # the thread that is in run(), or 0
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> None:
+            """What :meth:`close` has taken away."""
+            if name == "kvm_run":
+                raise checks.kvm_error(errno.EBADF, "it has been closed")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def run(self) -> None:
         self._native_id = get_native_id()
@@ -75,7 +85,7 @@ class Vcpu(Descriptor):
     def close(self) -> None:
         with self._lock:
             super().close()
-            if hasattr(self, "kvm_run"):
+            if "kvm_run" in vars(self):
                 del self.kvm_run
                 self.shared.release()
 

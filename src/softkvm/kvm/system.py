@@ -44,6 +44,9 @@ class Kvm(ABC):
         """Nothing to give back: VMs live on by themselves. Requests are EBADF from now on."""
         refuse_requests(self, abi.File.SYSTEM)
 
+    def __repr__(self) -> str:
+        return "<softkvm.kvm.Kvm: on the software CPU>"
+
     def __enter__(self) -> Self:
         return self
 

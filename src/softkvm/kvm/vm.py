@@ -276,6 +276,12 @@ class Vm(VmState, ABC):
             for slot in self.memslots:
                 slot.release()
 
+    def __repr__(self) -> str:
+        size = sum(slot.npages for slot in self.memslots) << 12
+        chips = "in-kernel chips" if self.arch_irqchip() is not None else "no chips"
+        state = "closed" if self.closed else f"{len(self.vcpus)} vCPUs, {size >> 10} KiB of memory, {chips}"
+        return f"<softkvm.kvm.Vm: {state}>"
+
     def __enter__(self) -> Self:
         return self
 

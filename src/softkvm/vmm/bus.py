@@ -65,6 +65,10 @@ class Bus:
         self._table: tuple[list[int], list[Range], dict[int, Range | None]] = ([], [], {})
         self._caches: list[dict[Any, Any]] = []
 
+    def __repr__(self) -> str:
+        ranges = ", ".join(f"{entry.start:#x} {entry.name}" for entry in self.ranges)
+        return f"<Bus of {self.name}s: {ranges}>"
+
     @property
     def ranges(self) -> list[Range]:
         """Every range, sorted by its start."""

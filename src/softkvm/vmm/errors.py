@@ -18,3 +18,7 @@ class ImageError(MachineError):
 
 class LoadTimeout(MachineError):
     """The time for loading is over."""
+
+
+class StateError(MachineError):
+    """A machine is asked for what it cannot do any more, or not yet."""

@@ -17,7 +17,7 @@ from softkvm.vmm.boot import bzimage
 from softkvm.vmm.boot.image import Deadline, Image, Source
 from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.bus import Bus
-from softkvm.vmm.errors import ConfigError
+from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.memory import MIB
 from softkvm.vmm.outcome import End, Outcome
@@ -47,6 +47,14 @@ class Config:
     """Called after the standard devices are on the buses, to add more."""
 
     def __post_init__(self) -> None:
+        for name in ("memory_size", "vcpus"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r}: expected a number")
+        for name in ("cpuid", "devices"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ConfigError(f"{name}={value!r}: expected a function")
         if not 1 <= self.vcpus <= MAX_VCPUS:
             raise ConfigError(f"{self.vcpus} vCPUs: expected 1 to {MAX_VCPUS}")
         if not MIN_MEMORY <= self.memory_size <= MAX_MEMORY:
@@ -64,6 +72,12 @@ class Machine:
     def __init__(
         self, kvm: api.Kvm, config: Config | None = None, console: Callable[[bytes], None] | None = None
     ) -> None:
+        if not hasattr(kvm, "create_vm"):
+            raise TypeError(f"kvm={kvm!r}: expected an open KVM, such as softkvm.open() returns")
+        if config is not None and not isinstance(config, Config):
+            raise TypeError(f"config={config!r}: expected a Config")
+        if console is not None and not callable(console):
+            raise TypeError(f"console={console!r}: expected a function that takes bytes")
         self.config = config or Config()
         self.ended = threading.Event()
         self.outcome: Outcome | None = None
@@ -146,16 +160,31 @@ class Machine:
         among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
         fit, LoadTimeout if *deadline* passes.
         """
+        self._expect(started=False)
+        if not isinstance(command_line, str):
+            raise TypeError(f"command_line={command_line!r}: expected a str")
         self.board.load(kernel, initrd, command_line, modules=modules, raw=raw, entry=entry, deadline=deadline)
 
     def after_fork(self) -> None:
         """In a child the machine is its parent's: it can be closed."""
         self._inherited = True
 
+    def _expect(self, *, started: bool) -> None:
+        """Raise StateError unless the machine is open and has, or has not, been started."""
+        if self._closed:
+            raise StateError("the machine is closed: expected an open one")
+        if bool(self.started_ns) != started:
+            was, expected = ("not been started", "start() first") if started else ("been started", "that once")
+            raise StateError(f"the machine has {was}: expected {expected}")
+
     def start(self) -> None:
-        """Let all vCPUs run; OSError in a child of the process that made the machine."""
+        """Let all vCPUs run; StateError if the machine is closed or has been started before.
+
+        OSError in a child of the process that made the machine.
+        """
         if self._inherited:
             raise inherited_error()
+        self._expect(started=False)
         self.started_ns = time.monotonic_ns()
         for vcpu in self.vcpus:
             vcpu.thread.start()
@@ -182,10 +211,12 @@ class Machine:
     def wait(self, timeout_s: float | None = None) -> Outcome:
         """Wait for the end, which comes with outcome TIMEOUT after *timeout_s*; return it when all vCPUs stand.
 
-        OSError in a child of the process that made the machine.
+        StateError if the machine has never been started, OSError in a child of the process that made it.
         """
         if self._inherited:
             raise inherited_error()
+        if self.outcome is None:
+            self._expect(started=True)
         if not self.ended.wait(timeout_s):
             self.end(Outcome(End.TIMEOUT, f"{timeout_s:g} s"))
         self._join()
@@ -234,6 +265,10 @@ class Machine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else str(self.outcome or ("running" if self.started_ns else "not started"))
+        return f"<Machine: {len(self.vcpus)} vCPUs, {self.config.memory_size // MIB} MiB, {state}>"
+
     def stats(self) -> dict[str, Any]:
         """Return wall and processor time, and what every vCPU did; the KVM's own counters where it has some."""
         vcpus = []
@@ -247,6 +282,6 @@ class Machine:
                     entry["kvm_error"] = str(error)
             vcpus.append(entry)
         return {
-            "wall_ns": (self.ended_ns or time.monotonic_ns()) - self.started_ns,
+            "wall_ns": (self.ended_ns or time.monotonic_ns()) - self.started_ns if self.started_ns else 0,
             "vcpus": vcpus,
         }

@@ -24,6 +24,7 @@ from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.stats import vcpu_stats
 from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.vcpu import Vcpu
 
 _U64: Final = (1 << 64) - 1
@@ -50,6 +51,10 @@ def _check_msr_count(count: int) -> None:
 
 class VcpuIoctls(Vcpu):
     """A vCPU of x86 as userspace drives it (implements :class:`softkvm.api.Vcpu`)."""
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "running" if self.running else f"at RIP {self.q[V.RIP]:#x}"
+        return f"<softkvm.kvm.Vcpu {self.vcpu_id}: {state}>"
 
     @property
     def kvm_run(self) -> abi.kvm_run:
