@@ -19,7 +19,7 @@ from softkvm.vmm.machine import Config, Machine
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _missing(reason: str) -> None:
+def missing(reason: str) -> None:
     """Skip; on CI fail."""
     if os.environ.get("SOFTKVM_CI"):
         pytest.fail(reason)
@@ -31,7 +31,7 @@ def linux_guest() -> Guest:
     try:
         return prepare()
     except GuestUnavailable as error:
-        _missing(str(error))
+        missing(str(error))
         raise AssertionError from error
 
 
@@ -40,7 +40,7 @@ def demo_image() -> Path:
     try:
         return demo_kernel()
     except GuestUnavailable as error:
-        _missing(str(error))
+        missing(str(error))
         raise AssertionError from error
 
 
@@ -48,7 +48,7 @@ def bench_image() -> Path:
     """The benchmark guest."""
     path = ROOT / "guests" / "build" / "bench.elf"
     if not path.exists():
-        _missing("guests/build/bench.elf is not built: make guests")
+        missing("guests/build/bench.elf is not built: make guests")
     return path
 
 
@@ -57,7 +57,7 @@ def exits_image() -> Path:
     try:
         return guest_image()
     except SideError as error:
-        _missing(str(error))
+        missing(str(error))
         raise AssertionError from error
 
 

@@ -103,6 +103,16 @@ class GuestMemory:
                 self._map,
             )
 
+    def alias(self, vm: api.Vm, slot: int, gpa: int, size: int, of: int) -> None:
+        """Let the *size* bytes of RAM at *of* be seen at *gpa* as well, by memory slot *slot*."""
+        ram = next(ram for ram in self.ranges if ram.start <= of and of + size <= ram.end)
+        vm.set_user_memory_region(
+            abi.kvm_userspace_memory_region(
+                slot=slot, guest_phys_addr=gpa, memory_size=size, userspace_addr=ram.hva + of - ram.start
+            ),
+            self._map,
+        )
+
     def slice(self, gpa: int, size: int) -> memoryview:
         """Return the *size* bytes at *gpa* as a writable view; IndexError if they are not all RAM of one range."""
         if size >= 0:

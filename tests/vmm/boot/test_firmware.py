@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.support.machines import KVMS
 
-from softkvm import api
+from softkvm import abi, api
 from softkvm.vmm.boot import firmware
 from softkvm.vmm.console import Console
 from softkvm.vmm.machine import Config, Machine
@@ -115,3 +115,26 @@ def test_user_interrupt_1ch_is_called_by_the_timer(boot: Boot) -> None:
         "ba0406 b80034 ef"  # 1a: power off
     )
     assert machine.run(20).end is End.POWER_OFF
+
+
+def test_shutdown_status_leads_on_to_the_warm_reset_vector(boot: Boot) -> None:
+    """What a kernel sets up before it sends INIT to the boot processor."""
+    # ds = 0; [0x467] = 1000:0020; CMOS 0x0f = 0x0a; jmp f000:fff0;  0x20: print the status that is left, power off
+    machine, console = boot(
+        "31c0 8ed8 c70667042000 c70669040010 b00f e670 b00a e671 eaf0ff00f0"
+        + "90" * (0x20 - 29)
+        + "b00f e670 e471 0430 baf803 ee ba0406 b80034 ef"
+    )
+    assert machine.run(20).end is End.POWER_OFF
+    assert console.text == "0"
+
+
+def test_processor_finds_the_firmware_after_init(boot: Boot) -> None:
+    machine, _ = boot("ebfe")
+    vcpu = machine.vcpus[0].vcpu
+    sregs = vcpu.get_sregs()
+    sregs.cs.selector, sregs.cs.base = 0xF000, 0xFFFF0000  # APM volume 2, 14.1.3
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(abi.kvm_regs(rip=0xFFF0, rflags=2))
+    outcome = machine.run(20)
+    assert (outcome.end, outcome.detail) == (End.RESET, "BIOS")

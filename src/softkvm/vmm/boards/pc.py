@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TSS_ADDRESS = 0xFFFBD000
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
+FIRMWARE_SLOT = 2
 _RESET_RIP = 0xFFF0
 
 
@@ -50,6 +51,7 @@ class Pc:
         if config.pit:
             vm.create_pit2(abi.KVM_PIT_SPEAKER_DUMMY)  # with port 0x61, which gates counter 2
         self.memory.attach(vm)
+        self.memory.alias(vm, FIRMWARE_SLOT, layout.RESET_FIRMWARE, layout.FIRMWARE_SIZE, layout.FIRMWARE)
         self._add_devices(console)
         for device in (self.serial, self.cmos, self.acpi_pm, self.hpet):
             if device is not None:

@@ -7,11 +7,15 @@ interrupts acknowledge, IRQ 0 counts ticks at 0040:006C and calls INT 1Ch, those
 the package ``softkvm.vmm.bios``, all others return at once. ::
 
     F000:0000  handlers of interrupts        F000:0100  entries of the services, 8 bytes each, by vector
-    F000:0900  the way to the services       F000:E000  tables that services point to
-    F000:FFF0  where a jump to the reset vector arrives: INT 19h
+    F000:0900  the way to the services       F000:E05B  what the reset vector leads to
+    F000:FFF0  the reset vector
 
-Source: IBM PC AT Technical Reference, "System BIOS" (vectors, timer tick count, data area, equipment word); Intel 8259A
-and 8254 data sheets; for the 16-bit code the Intel SDM, vol. 2.
+A processor comes to the reset vector by INIT (the boot processor's, when a kernel that crashed on another starts its
+successor there) or by a jump. The shutdown status in CMOS byte 0x0F tells what to do: 5 and 0xA lead on to the address
+at 0040:0067, the former with an end of interrupt; all others ask INT 19h, which resets the machine.
+
+Source: IBM PC AT Technical Reference, "System BIOS" (vectors, timer tick count, data area, equipment word, shutdown
+status); Intel 8259A and 8254 data sheets; for the 16-bit code the Intel SDM, vol. 2.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ TIMER = 0x30
 ENTRIES = 0x100
 ENTRY_SIZE = 8
 SERVICE = ENTRIES + 256 * ENTRY_SIZE
+POST = 0xE05B
 RESET = 0xFFF0
 DATE = 0xFFF5
 MODEL = 0xFFFE
@@ -65,7 +70,15 @@ HANDLERS: dict[int, bytes] = {
     + bytes.fromhex("72 04 83c402 cf")  # jc 3f; add sp, 2; iret
     # The write to port 0x80, which nobody has, is an exit with interrupts on: whatever the KVM, they are taken there.
     + bytes.fromhex("fb 90 e680 fa ebf1"),  # 3: sti; nop; out 0x80, al; cli; jmp 2b
-    RESET: bytes.fromhex("cd19 f4 ebfd"),  # int 0x19; 1: hlt; jmp 1b
+    RESET: bytes.fromhex("ea 5be000f0"),  # jmp 0xf000:0xe05b
+    POST: bytes.fromhex(
+        "fa b08f e670 e471 8ae0"  # cli; mov al, 0x8f; out 0x70, al; in al, 0x71; mov ah, al
+        "b08f e670 b000 e671"  # mov al, 0x8f; out 0x70, al; mov al, 0; out 0x71, al
+        "80fc05 740b 80fc0a 740a"  # cmp ah, 5; je 1f; cmp ah, 0xa; je 2f
+        "cd19 f4 ebfd 90"  # int 0x19; 3: hlt; jmp 3b; nop
+        "b020 e620"  # 1: mov al, 0x20; out 0x20, al
+        "31c0 8ed8 ff2e6704"  # 2: xor ax, ax; mov ds, ax; jmp far [0x467]
+    ),
 }
 
 

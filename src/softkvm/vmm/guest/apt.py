@@ -42,7 +42,7 @@ _CLEARED: Final = (
 )
 _URI_LINE: Final = re.compile(r"'(?P<uri>[^']+)' (?P<name>\S+) (?P<size>\d+) (?P<hash>\S+)")
 _DEPENDS: Final = re.compile(r"^Depends: (?P<list>.*)$", re.MULTILINE)
-_KERNEL: Final = re.compile(r"^linux-image-(?:unsigned-)?\d")
+_KERNEL: Final = re.compile(r"^linux-image-(?:unsigned-)?\d+\.")  # not linux-image-686
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class Package:
 
 
 class Apt:
-    """apt-get with its state in ``directory``. Raises GuestUnavailable if the system has no apt-get."""
+    """apt-get with its state in ``directory``, for packages of ``architecture``.
 
-    def __init__(self, directory: Path) -> None:
+    Raises GuestUnavailable if the system has no apt-get.
+    """
+
+    def __init__(self, directory: Path, architecture: str = _ARCHITECTURE) -> None:
         for command in ("apt-get", "apt-cache"):
             if shutil.which(command) is None:
                 raise GuestUnavailable(
@@ -72,8 +75,8 @@ class Apt:
             "Dir::State::lists": directory / "lists",
             "Dir::State::status": directory / "status",
             "Dir::Cache": directory / "cache",
-            "APT::Architecture": _ARCHITECTURE,
-            "APT::Architectures": _ARCHITECTURE,
+            "APT::Architecture": architecture,
+            "APT::Architectures": architecture,
             "APT::Sandbox::User": "",  # the directories are the caller's own
             "Acquire::Languages": "none",
             "Acquire::GzipIndexes": "true",
@@ -90,10 +93,14 @@ class Apt:
             + "".join(f'{name} "{value}";\n' for name, value in options.items())
         )
 
-    def update(self, progress: Progress) -> None:
-        """Fetch the package lists."""
+    def update(self, progress: Progress, *, all_sources: bool = True) -> None:
+        """Fetch the package lists; without ``all_sources`` those that can be had are enough."""
         progress.step("package lists")
-        self._fetch(progress, "update", "-o", "APT::Update::Error-Mode=any")
+        try:
+            self._fetch(progress, "update", "-o", "APT::Update::Error-Mode=any")
+        except GuestUnavailable:
+            if all_sources:
+                raise
 
     def resolve_kernel(self, meta_packages: Sequence[str]) -> str:
         """Return the concrete kernel package that the first known one of ``meta_packages`` depends on."""

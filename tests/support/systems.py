@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Systems to boot from Debian's packages, fetched as the default guest is and kept beside it."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from tests.support.guests import missing
+
+from softkvm.vmm.guest import GuestUnavailable, NoProgress, cache_directory
+from softkvm.vmm.guest.apt import Apt
+from softkvm.vmm.guest.cpio import CpioWriter
+from softkvm.vmm.guest.deb import DebError, read_files
+
+
+def package_file(package: str, path: str, *, architecture: str = "amd64", kernel: bool = False) -> Path:
+    """Return the file of *package* whose path matches the regular expression *path*, a copy of our own.
+
+    With *kernel* the package is one that depends on the kernel's. Skips where it cannot be had, which CI does not
+    accept.
+    """
+    directory = cache_directory().parent / "systems"
+    kept = directory / f"{package}_{architecture}_{re.sub('[^A-Za-z0-9]+', '-', path)}"
+    if not kept.exists():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with (directory / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not kept.exists():
+                    _fetch(kept, package, path, architecture, kernel)
+        except (GuestUnavailable, DebError, OSError) as error:
+            missing(f"package {package}: {error}")
+    return kept
+
+
+def _fetch(kept: Path, package: str, path: str, architecture: str, kernel: bool) -> None:
+    with tempfile.TemporaryDirectory(dir=kept.parent) as work:
+        apt = _apt(architecture)
+        name = apt.resolve_kernel([package]) if kernel else package
+        deb = apt.download(name, Path(work), NoProgress())
+        files = read_files(deb.path, lambda member: re.fullmatch(path, member) is not None, count=1)
+        if not files:
+            raise GuestUnavailable(f"has no file {path}")
+        file = Path(work) / "file"
+        file.write_bytes(next(iter(files.values())))
+        os.replace(file, kept)
+
+
+@cache
+def _apt(architecture: str) -> Apt:
+    """The package client with its lists; of another architecture some of the system's sources have none."""
+    state = tempfile.mkdtemp(prefix="softkvm-apt-")
+    apt = Apt(Path(state), architecture)
+    apt.update(NoProgress(), all_sources=architecture == "amd64")
+    return apt
+
+
+def compile_program(source: str, target: Path, *options: str) -> Path:
+    """Compile freestanding C into a static executable of Linux's or Mach's."""
+    command = ["gcc", *options, "-Os", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie"]
+    command += ["-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-Wl,--build-id=none,-z,noexecstack"]
+    try:
+        subprocess.run([*command, "-x", "c", "-o", target, "-"], input=source, text=True, check=True)
+    except FileNotFoundError:
+        missing("there is no gcc")
+    return target
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """Return an initramfs of executable *files*, and the directories that hold them."""
+    out = io.BytesIO()
+    writer = CpioWriter(out)
+    for directory in sorted({str(Path(path).parent) for path in files} - {"."}):
+        writer.directory(directory)
+    for path, data in files.items():
+        writer.file(path, data, 0o755)
+    writer.close()
+    return out.getvalue()
