@@ -369,6 +369,61 @@ fn the_pause_filter_counts() {
     assert_eq!(g.cpu.rb.gpr[3], 11);
 }
 
+/// Pauses, the time in between by the guest's own clock: more than any threshold (a tick is a nanosecond).
+fn pauses_far_apart(a: &mut CodeAssembler) {
+    let (mut again, mut wait) = (a.create_label(), a.create_label());
+    let now = |a: &mut CodeAssembler| {
+        a.rdtsc().unwrap();
+        a.shl(rdx, 32).unwrap();
+        a.or(rax, rdx).unwrap();
+    };
+    a.mov(ecx, 20).unwrap();
+    a.set_label(&mut again).unwrap();
+    now(a);
+    a.mov(rbx, rax).unwrap();
+    a.set_label(&mut wait).unwrap();
+    now(a);
+    a.sub(rax, rbx).unwrap();
+    a.cmp(rax, 0x1_0000).unwrap();
+    a.jbe(wait).unwrap();
+    a.pause().unwrap();
+    a.dec(ecx).unwrap();
+    a.jnz(again).unwrap();
+    a.hlt().unwrap();
+}
+
+#[test]
+fn pauses_further_apart_than_the_threshold_do_not_add_up() {
+    // APM vol. 2, 15.14.4: the counter starts anew.
+    let mut g = Guest::long(pauses_far_apart);
+    g.intercept(exit::PAUSE);
+    g.set(control::PAUSE_COUNT, 1u16);
+    g.set(control::PAUSE_THRESHOLD, 0xffffu16);
+    g.expect_exit(exit::HLT);
+    let mut g = Guest::long(pauses_far_apart);
+    g.intercept(exit::PAUSE);
+    g.set(control::PAUSE_COUNT, 1u16);
+    g.expect_exit(exit::PAUSE);
+    assert_eq!(g.cpu.rb.gpr[1], 19);
+}
+
+#[test]
+fn pauses_within_the_threshold_add_up() {
+    let mut g = Guest::long(|a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 1_000_000).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.pause().unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    });
+    g.intercept(exit::PAUSE);
+    g.set(control::PAUSE_COUNT, 3u16);
+    g.set(control::PAUSE_THRESHOLD, 0xffffu16);
+    g.expect_exit(exit::PAUSE);
+}
+
 #[test]
 fn xsetbv_is_checked_and_intercepted() {
     let code = |a: &mut CodeAssembler| {
