@@ -46,7 +46,7 @@ impl Cpu {
         if self.engine.attention & attention::VIRQ != 0 && !self.shadow && self.rflags & rf::IF != 0 {
             let c = self.ctl;
             if c.v_ign_tpr || c.v_intr_prio > c.v_tpr {
-                if self.intercepted(3, 4) {
+                if self.intercepted(exitcode::VINTR) {
                     return self.leave(exitcode::VINTR);
                 }
                 self.ctl.v_irq = false;

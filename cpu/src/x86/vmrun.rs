@@ -249,9 +249,9 @@ impl Cpu {
 
     /// The permission maps lie in registered memory (their intercepts read them).
     fn intercepts_maps_registered(&self) -> bool {
-        let io = !self.intercepted(3, 27)
+        let io = !self.intercepted(exitcode::IOIO)
             || self.engine.regions.contains((self.ctl.iopm & !0xfff) as usize, 0x3000);
-        let msr = !self.intercepted(3, 28)
+        let msr = !self.intercepted(exitcode::MSR)
             || self.engine.regions.contains((self.ctl.msrpm & !0xfff) as usize, 0x2000);
         io && msr
     }

@@ -3,6 +3,7 @@
 
 use super::flags::{Int, LazyFlags, rf};
 use super::op::{LINK_RETURN, Op, Stop};
+use super::system::exitcode;
 use crate::engine::state::Engine;
 
 mod control;
@@ -260,10 +261,13 @@ impl Cpu {
         self.exit = Exit { code, info1, info2 };
         Stop::Exit
     }
-    /// Whether intercept `bit` (0..31) of vector `word` (VMCB offset `word * 4`) is set.
+    /// Whether the intercept that leaves with exit code `code` is set.
     #[inline(always)]
-    pub fn intercepted(&self, word: usize, bit: u32) -> bool {
-        self.ctl.intercepts[word] >> bit & 1 != 0
+    pub fn intercepted(&self, code: u64) -> bool {
+        match exitcode::position(code) {
+            Some((word, bit)) => self.ctl.intercepts[word] >> bit & 1 != 0,
+            None => false,
+        }
     }
 
     // ---- control flow ------------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ impl Cpu {
     /// #VMEXIT CR_WRITE_TRAP after `op` wrote control register `n`, if that is intercepted; else the end of the block.
     fn after_cr_write(&mut self, op: &Op, n: u8, value: u64) -> Stop {
         let stop = self.end_block(op);
-        if self.intercepted(4, 16 + n as u32) {
-            let code = exitcode::CR0_WRITE_TRAP + n as u64;
+        let code = exitcode::CR0_WRITE_TRAP + n as u64;
+        if self.intercepted(code) {
             self.vmexit(code, value, 0);
             return Stop::ExitAfter;
         }
@@ -171,7 +171,7 @@ impl Cpu {
 pub(super) fn mov_from_cr(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.privileged()?;
     let n = op.aux & 15;
-    if cpu.intercepted(0, n as u32) {
+    if cpu.intercepted(exitcode::CR0_READ + n as u64) {
         return Err(cpu.vmexit(exitcode::CR0_READ + n as u64, MOV_CR | (op.dst >> 3) as u64, 0));
     }
     let v = match n {
@@ -199,12 +199,14 @@ pub(super) fn mov_to_cr(cpu: &mut Cpu, op: &Op) -> Res {
     let n = op.aux & 15;
     let v = read_gpr(cpu, op);
     let info = MOV_CR | (op.src >> 3) as u64;
-    if cpu.intercepted(0, 16 + n as u32) {
+    if cpu.intercepted(exitcode::CR0_WRITE + n as u64) {
         return Err(cpu.vmexit(exitcode::CR0_WRITE + n as u64, info, 0));
     }
     match n {
         0 => {
-            if cpu.intercepted(3, 5) && (cpu.cr0 ^ v) & CR0_BITS & !(cr0::TS | cr0::MP | cr0::ET) != 0 {
+            if cpu.intercepted(exitcode::CR0_SEL_WRITE)
+                && (cpu.cr0 ^ v) & CR0_BITS & !(cr0::TS | cr0::MP | cr0::ET) != 0
+            {
                 return Err(cpu.vmexit(exitcode::CR0_SEL_WRITE, info, 0));
             }
             cpu.write_cr0(v)?;
@@ -273,10 +275,9 @@ fn debug_register(cpu: &mut Cpu, op: &Op, gpr: u8, exit: u64) -> Result<u8, Stop
         cpu.exception = Exception { vector: vector::DB, error: None, address: dr6::BD };
         return Err(Stop::Fault);
     }
-    if let Some((word, bit)) = exitcode::position(exit + (op.aux & 15) as u64) {
-        if cpu.intercepted(word, bit) {
-            return Err(cpu.vmexit(exit + (op.aux & 15) as u64, (gpr >> 3) as u64, 0));
-        }
+    let code = exit + (op.aux & 15) as u64;
+    if cpu.intercepted(code) {
+        return Err(cpu.vmexit(code, (gpr >> 3) as u64, 0));
     }
     Ok(n)
 }
@@ -317,7 +318,7 @@ pub(super) fn mov_to_dr(cpu: &mut Cpu, op: &Op) -> Res {
 pub(super) fn invlpg(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.privileged()?;
     let linear = cpu.system_linear(cpu.ea(op).wrapping_add(cpu.ea_base[op.seg as usize & 7]));
-    if cpu.intercepted(3, 25) {
+    if cpu.intercepted(exitcode::INVLPG) {
         return Err(cpu.vmexit(exitcode::INVLPG, linear, 0));
     }
     cpu.engine.tlb.flush_page(linear);

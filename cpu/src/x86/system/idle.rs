@@ -41,7 +41,7 @@ pub(super) fn cpuid(cpu: &mut Cpu, _: &Op) -> Res {
 /// HLT: not intercepted, it waits for a physical event or a virtual interrupt that can be taken.
 pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.privileged()?;
-    if cpu.intercepted(5, 6) && !cpu.ctl.v_irq {
+    if cpu.intercepted(exitcode::IDLE_HLT) && !cpu.ctl.v_irq {
         return Err(cpu.vmexit(exitcode::IDLE_HLT, 0, 0));
     }
     cpu.intercept(exitcode::HLT)?;
@@ -58,7 +58,7 @@ pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
 
 /// PAUSE, with the pause filter (APM vol. 2, 15.14.4).
 pub(super) fn pause(cpu: &mut Cpu, _: &Op) -> Res {
-    if cpu.intercepted(3, 23) {
+    if cpu.intercepted(exitcode::PAUSE) {
         if cpu.ctl.pause_threshold != 0 {
             let now = clock_ns();
             if now.wrapping_sub(cpu.sys.pause_last) > cpu.ctl.pause_threshold as u64 {

@@ -127,7 +127,7 @@ impl Cpu {
 
     /// #VMEXIT when the exception is intercepted.
     fn check_exception(&mut self, e: &Exception) -> Res {
-        if !self.intercepted(2, e.vector as u32 & 31) {
+        if !self.intercepted(exitcode::EXCP0 + (e.vector & 31) as u64) {
             return Ok(());
         }
         let info2 = if e.vector == vector::PF { e.address } else { 0 };

@@ -50,7 +50,7 @@ fn check_permission(cpu: &mut Cpu, port: u16, size: u32) -> Res {
 
 /// #VMEXIT IOIO when the I/O permission map of the VMCB marks any of the ports.
 fn check_intercept(cpu: &mut Cpu, op: &Op, port: u16, size: u32, more: u64) -> Res {
-    if !cpu.intercepted(3, 27) {
+    if !cpu.intercepted(exitcode::IOIO) {
         return Ok(());
     }
     let at = (cpu.ctl.iopm & !0xfff) + port as u64 / 8;

@@ -43,10 +43,7 @@ impl Cpu {
     /// #VMEXIT `code` with no further information, if its intercept bit is set.
     #[inline(always)]
     pub fn intercept(&mut self, code: u64) -> Res {
-        match exitcode::position(code) {
-            Some((word, bit)) if self.intercepted(word, bit) => Err(self.vmexit(code, 0, 0)),
-            _ => Ok(()),
-        }
+        if self.intercepted(code) { Err(self.vmexit(code, 0, 0)) } else { Ok(()) }
     }
 }
 

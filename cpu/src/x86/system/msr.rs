@@ -55,7 +55,7 @@ impl Cpu {
 
     /// Whether the MSR permission map intercepts an access. MSRs outside the map's ranges always are.
     fn msr_intercepted(&self, msr: u32, write: bool) -> bool {
-        if !self.intercepted(3, 28) {
+        if !self.intercepted(exitcode::MSR) {
             return false;
         }
         let Some(range) = MAP_RANGES.iter().position(|first| msr.wrapping_sub(*first) < 0x2000) else {
@@ -170,7 +170,7 @@ pub(super) fn wrmsr(cpu: &mut Cpu, op: &Op) -> Res {
     if cpu.write_msr(msr, v).is_none() {
         return Err(cpu.gp(0));
     }
-    if msr == index::EFER && cpu.intercepted(4, 15) {
+    if msr == index::EFER && cpu.intercepted(exitcode::EFER_WRITE_TRAP) {
         cpu.end_block(op);
         cpu.vmexit(exitcode::EFER_WRITE_TRAP, v, 0);
         return Err(crate::x86::op::Stop::ExitAfter);

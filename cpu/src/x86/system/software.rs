@@ -15,7 +15,7 @@ fn software(cpu: &Cpu, op: &Op, vector: u8, int_n: bool) -> Event {
 /// INT n. The intercept comes before any exception.
 pub(super) fn int_n(cpu: &mut Cpu, op: &Op) -> Res {
     let n = op.imm as u8;
-    if cpu.intercepted(3, 21) {
+    if cpu.intercepted(exitcode::SWINT) {
         return Err(cpu.vmexit(exitcode::SWINT, n as u64, 0));
     }
     let event = software(cpu, op, n, true);
@@ -24,7 +24,7 @@ pub(super) fn int_n(cpu: &mut Cpu, op: &Op) -> Res {
 
 /// INT3 and INTO's trap: exceptions that software raises; an intercept saves the instruction's own RIP.
 fn soft_exception(cpu: &mut Cpu, op: &Op, vector: u8) -> Res {
-    if cpu.intercepted(2, vector as u32 & 31) {
+    if cpu.intercepted(exitcode::EXCP0 + (vector & 31) as u64) {
         return Err(cpu.vmexit(exitcode::EXCP0 + vector as u64, 0, 0));
     }
     let event = software(cpu, op, vector, false);

@@ -93,7 +93,7 @@ impl Cpu {
         if (d.limit() as usize) < to.size - 1 {
             return Err(self.fault(vector::TS, code));
         }
-        if self.intercepted(3, 29) {
+        if self.intercepted(exitcode::TASK_SWITCH) {
             let mut info2 = error.map_or(0, |e| e as u64 | info::ERROR_CODE);
             info2 |= match reason {
                 Reason::Return => info::IRET,

@@ -3,6 +3,7 @@
 
 use super::super::op::{Op, Res, Stop};
 use super::super::state::{Cpu, cr0, sreg, vector};
+use super::super::system::exitcode;
 use crate::float::{ALL, Env, F80, IE, PRE};
 
 /// Status word bits (APM vol. 1, 6.2.2).
@@ -26,8 +27,6 @@ const FCW_WRITABLE: u16 = 0x1f3f;
 const FCW_FIXED: u16 = 0x40;
 /// Tag of an empty register.
 pub const EMPTY: u16 = 3;
-/// VMCB place of the FERR_FREEZE intercept: bit 30 of word 3, so that the code is 0x7E.
-const FERR_FREEZE: (usize, u32, u64) = (3, 30, 0x7e);
 
 impl Cpu {
     // ---- may it run? -------------------------------------------------------------------------------------------
@@ -60,9 +59,8 @@ impl Cpu {
         if self.cr0 & cr0::NE != 0 {
             return self.fault(vector::MF, None);
         }
-        let (word, bit, code) = FERR_FREEZE;
-        if self.intercepted(word, bit) {
-            return self.vmexit(code, 0, 0);
+        if self.intercepted(exitcode::FERR_FREEZE) {
+            return self.vmexit(exitcode::FERR_FREEZE, 0, 0);
         }
         Stop::Restart
     }
