@@ -5,11 +5,17 @@
 #![cfg(target_arch = "x86_64")]
 
 mod float_cases;
+#[path = "common/processor.rs"]
+mod processor;
 
 use core::arch::asm;
 use core::cmp::Ordering;
-use float_cases::{Operands, cases};
+use float_cases::{Operands, cases, intel_differs};
+use processor::{Processor, host, judge};
 use softcpu::float::*;
+
+/// Processors whose answers have all been equal.
+const COMPARED: &[Processor] = &[Processor::Amd19h, Processor::Intel6];
 
 /// The image FNSAVE writes in 32-bit format, and room to spare.
 #[repr(C, align(16))]
@@ -85,17 +91,24 @@ fn unmasked_words() -> impl Iterator<Item = u16> {
         .flat_map(|mask| (0..4).map(move |rc| mask | 0x300 | rc << 10))
 }
 
+/// Whether the host's processor is known to answer something else.
+fn peculiar(name: &str, a: F80, b: F80) -> bool {
+    host() == Some(Processor::Intel6) && intel_differs(name, a, b)
+}
+
 struct Report {
     name: &'static str,
     failures: usize,
+    count: usize,
 }
 
 impl Report {
     fn new(name: &'static str) -> Report {
-        Report { name, failures: 0 }
+        Report { name, failures: 0, count: 0 }
     }
 
     fn check(&mut self, same: bool, detail: impl FnOnce() -> String) {
+        self.count += 1;
         if !same {
             self.failures += 1;
             if self.failures <= 12 {
@@ -108,7 +121,8 @@ impl Report {
 impl Drop for Report {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            assert_eq!(self.failures, 0, "{} differs from the processor", self.name);
+            let record = "SOFTCPU_FLOAT_GOLDEN=$PWD/found.txt cargo test --release --test float_native";
+            judge(self.name, self.failures, self.count, COMPARED, record);
         }
     }
 }
@@ -127,6 +141,9 @@ fn check_register_op(name: &'static str, native: Native, at: usize, soft: fn(F80
     let mut mem = [0; 16];
     for fcw in masked_words().chain(unmasked_words()) {
         for Operands { a, b, .. } in cases(fcw.into()) {
+            if peculiar(name, a, b) {
+                continue;
+            }
             let image = native(a, b, fcw, &mut mem);
             let mut env = Env::x87(fcw);
             let value = soft(a, b, &mut env);
@@ -437,7 +454,7 @@ fn check_transcendental(name: &'static str, native: Native, domain: fn(&Operands
     let (mut equal, mut count) = (0u64, 0u64);
     for fcw in [0x33f, 0x73f, 0xb3f, 0xf3f, 0x03f, 0x33d] {
         for c in cases(fcw.into()) {
-            if !domain(&c) {
+            if !domain(&c) || peculiar(name, c.a, c.b) {
                 continue;
             }
             let (a, b) = (c.a, c.b);
@@ -445,12 +462,12 @@ fn check_transcendental(name: &'static str, native: Native, domain: fn(&Operands
             let sw = image.status();
             let mut env = Env::x87(fcw);
             let r = soft(a, b, &mut env);
-            count += 1;
             let same = match r {
                 None => sw & 0x400 != 0 && image.st(0) == a && env.flags == sw as u8 & ALL,
                 Some(_) if stopped(&env) => sw as u8 & ALL == env.flags,
                 Some(values) => {
                     let worst = (0..2).map(|i| ordinal(image.st(i)).abs_diff(ordinal(values[i]))).max();
+                    count += 1;
                     equal += u64::from(worst == Some(0));
                     if worst == Some(0) {
                         let value = image.st(0).to_bits();

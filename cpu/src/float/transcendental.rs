@@ -61,8 +61,16 @@ fn inexact(env: &mut Env, w: Wide) -> F80 {
     finish80(env, EXTENDED, Outcome::Finite { sign: w.sign, exp: w.exp, sig: w.sig | 1 })
 }
 
-/// Rounds a result that its 128 bits hold exactly, or that the processor takes for the argument itself because the
-/// argument is tiny: PE is raised all the same, and UE for a denormal.
+/// The next 128-bit number towards zero: stands for what is a trace less than `w`.
+fn trace_less(w: Wide) -> Wide {
+    if w.sig == 1 << 127 {
+        Wide { exp: w.exp - 1, sig: u128::MAX, ..w }
+    } else {
+        Wide { sig: w.sig - 1, ..w }
+    }
+}
+
+/// Rounds a result that its 128 bits hold exactly: PE is raised all the same, and UE for a denormal.
 fn as_if_exact(env: &mut Env, w: Wide) -> F80 {
     if w.exp < EXTENDED.emin {
         env.raise(UE);
@@ -72,7 +80,7 @@ fn as_if_exact(env: &mut Env, w: Wide) -> F80 {
     v
 }
 
-/// Arguments below 2^TINY are their own sine, tangent and arc tangent, in all rounding modes.
+/// Arguments below 2^TINY differ from their own sine, tangent and arc tangent by a trace only.
 const TINY: i32 = -66;
 
 /// An argument reduced to [-pi/4, pi/4] and the quadrant it came from.
@@ -156,11 +164,19 @@ fn with_sign(w: Wide, flip: bool) -> Wide {
 }
 
 fn signed_sine(env: &mut Env, r: &Reduced, x: Unpacked) -> F80 {
-    if x.exp < TINY { as_if_exact(env, Wide::from(x)) } else { inexact(env, with_sign(r.sine(), x.sign)) }
+    if x.exp < TINY {
+        inexact(env, trace_less(Wide::from(x)))
+    } else {
+        inexact(env, with_sign(r.sine(), x.sign))
+    }
 }
 
 fn rounded_cosine(env: &mut Env, r: &Reduced, x: Unpacked) -> F80 {
-    if x.exp < TINY { as_if_exact(env, Wide::new(false, 0, 1 << 127)) } else { inexact(env, r.cosine()) }
+    if x.exp < TINY {
+        inexact(env, trace_less(Wide::new(false, 0, 1 << 127)))
+    } else {
+        inexact(env, r.cosine())
+    }
 }
 
 /// FSIN; None: out of range (C2).
@@ -185,7 +201,7 @@ pub fn f80_cos(a: F80, env: &mut Env) -> Option<F80> {
     })
 }
 
-/// FSINCOS: (sine, cosine); None: out of range (C2). C1 speaks of the cosine, which is pushed last.
+/// FSINCOS: (sine, cosine); None: out of range (C2). C1 speaks of the sine.
 pub fn f80_sincos(a: F80, env: &mut Env) -> Option<(F80, F80)> {
     let x = unpack80(a);
     Some(match angle(env, x) {
@@ -193,8 +209,8 @@ pub fn f80_sincos(a: F80, env: &mut Env) -> Option<(F80, F80)> {
         Angle::OutOfRange => return None,
         Angle::Zero => (a, F80::ONE),
         Angle::Reduced(r) => {
-            let sine = signed_sine(env, &r, x);
-            (sine, rounded_cosine(env, &r, x))
+            let cosine = rounded_cosine(env, &r, x);
+            (signed_sine(env, &r, x), cosine)
         }
     })
 }
@@ -271,7 +287,9 @@ pub fn f80_atan2(y: F80, x: F80, env: &mut Env) -> F80 {
             let (a, b) = (Wide { sign: false, ..Wide::from(uy) }, Wide { sign: false, ..Wide::from(ux) });
             let steep = (a.exp, a.sig) > (b.exp, b.sig);
             if !ux.sign && a.exp - b.exp < TINY {
-                return as_if_exact(env, with_sign(a.div(b), uy.sign));
+                let quotient = a.div(b);
+                let exact = uy.sig % (ux.sig >> ux.sig.trailing_zeros()) == 0;
+                return inexact(env, with_sign(if exact { trace_less(quotient) } else { quotient }, uy.sign));
             }
             let theta = if steep { sum(HALF_PI, arctangent(b.div(a)).neg()) } else { arctangent(a.div(b)) };
             if ux.sign { sum(PI, theta.neg()) } else { theta }

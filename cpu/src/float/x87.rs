@@ -323,15 +323,9 @@ pub fn f80_scale(a: F80, b: F80, env: &mut Env) -> F80 {
         env.raise(DE);
     }
     let outcome = match (ua.kind, ub.kind) {
-        (Kind::Inf | Kind::Zero, _) => Outcome::exact(ua),
+        (Kind::Inf | Kind::Zero, _) | (_, Kind::Zero) => Outcome::exact(ua),
         (_, Kind::Inf) if ub.sign => Outcome::Zero(ua.sign),
         (_, Kind::Inf) => Outcome::Inf(ua.sign),
-        (_, Kind::Zero) => {
-            if stopped(env) {
-                return F80::INDEFINITE;
-            }
-            return finish80(&mut masked(env), EXTENDED, Outcome::exact(ua));
-        }
         _ => {
             // Anything beyond 2^16 is out of every range; keep the exponent small.
             let n = match integral(Rounding::Zero, ub) {
