@@ -5,11 +5,14 @@
 //! host's results for `simd_golden.rs`.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
+#[path = "common/processor.rs"]
+mod processor;
 mod simd_cases;
 
 use core::arch::asm;
 
 use iced_x86::Code;
+use processor::{Processor, host, judge};
 use simd_cases::{AT, FLAGS, Random, Soft, State, codes, encode, golden_cases, map_memory, state};
 use softcpu::x86::simd::native::set_portable;
 
@@ -196,6 +199,19 @@ fn tolerate(soft: &mut State, native: &State) {
     }
 }
 
+/// Whether the host's processor is known to do something else: DPPS and DPPD take the NaNs of several products in
+/// another order on Intel's (neither maker's manual gives one).
+fn peculiar(code: Code, native: &State) -> bool {
+    let nan = |v: u64| {
+        f64::from_bits(v).is_nan()
+            || f32::from_bits(v as u32).is_nan()
+            || f32::from_bits((v >> 32) as u32).is_nan()
+    };
+    host() == Some(Processor::Intel6)
+        && matches!(code, Code::Dpps_xmm_xmmm128_imm8 | Code::Dppd_xmm_xmmm128_imm8)
+        && native.xmm.iter().flatten().any(|v| nan(*v))
+}
+
 fn describe(before: &State, soft: &State, native: &State) -> String {
     let mut text = format!("mxcsr {:#x} fsw {:#x} tags {:#x}\n", before.mxcsr, before.fsw, before.tags);
     for n in 0..16 {
@@ -270,7 +286,7 @@ fn every_instruction_does_what_the_host_does() {
                         if approximate {
                             tolerate(&mut s, &n);
                         }
-                        if s != n {
+                        if s != n && !peculiar(code, &n) {
                             failures.push(name.clone());
                             eprintln!(
                                 "{name} portable {portable} imm {imm:#x} {bytes:02x?} operands {:?}\n{}",
@@ -289,6 +305,7 @@ fn every_instruction_does_what_the_host_does() {
         }
     }
     eprintln!("{tested} instructions, failures: {failures:?}");
-    assert!(failures.is_empty(), "differ from the host: {failures:?}");
     assert!(only.is_some() || tested > 700);
+    let record = "SOFTCPU_SIMD_GOLDEN=$PWD/found.txt cargo test --release --test simd_native";
+    judge("SIMD instructions", failures.len(), tested, &[Processor::Amd19h, Processor::Intel6], record);
 }

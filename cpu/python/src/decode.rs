@@ -2,11 +2,12 @@
 //! `decode` and `Instruction`: the crate's decoder, for KVM's emulator.
 
 use iced_x86::{
-    Decoder, DecoderError, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, Mnemonic,
-    NasmFormatter, OpAccess, OpKind, Register,
+    DecoderError, Formatter, Instruction, InstructionInfoFactory, Mnemonic, NasmFormatter, OpAccess, OpKind,
+    Register,
 };
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
+use softcpu::x86::decode::{amend, decoder};
 
 /// One decoded instruction.
 #[pyclass(frozen, name = "Instruction", module = "softkvm._softcpu")]
@@ -36,8 +37,10 @@ pub fn decode(code: &[u8], bitness: u32, ip: u64) -> PyResult<PyInstruction> {
     if !matches!(bitness, 16 | 32 | 64) {
         return Err(PyValueError::new_err(format!("bitness {bitness}: expected 16, 32 or 64")));
     }
-    let mut d = Decoder::with_ip(bitness, &code[..code.len().min(15)], ip, DecoderOptions::AMD);
-    let i = d.decode();
+    let code = &code[..code.len().min(15)];
+    let mut d = decoder(bitness, code, ip);
+    let mut i = d.decode();
+    amend(&mut i, code);
     if i.is_invalid() {
         let why = match d.last_error() {
             DecoderError::NoMoreBytes => "truncated",

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The ops of a block: iced-x86's instructions, translated one by one, the last two together where they go together.
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{DecoderError, FlowControl, Instruction};
 
+use super::decode::{amend, decoder};
 use super::int::fuse;
 use super::op::{Op, Res, handler};
 use super::state::Cpu;
@@ -32,9 +33,10 @@ impl processor::Decoder<Cpu> for BlockDecoder {
         // Positions count from the block's start.
         let start = draft.at();
         let bitness = self.code_size as u32 * 8;
-        let mut d = Decoder::with_ip(bitness, &bytes[start..], start as u64, DecoderOptions::AMD);
+        let mut d = decoder(bitness, &bytes[start..], start as u64);
         while draft.open() {
             d.decode_out(&mut self.now);
+            amend(&mut self.now, &bytes[draft.at()..]);
             let i = &self.now;
             let cx = Context { code_size: self.code_size, offset: draft.at() as u16 };
             let mut op = translate(i, &cx);

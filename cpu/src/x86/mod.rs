@@ -3,6 +3,7 @@
 
 pub mod access;
 pub mod block;
+pub mod decode;
 pub mod events;
 pub mod flags;
 pub mod int;

@@ -2,14 +2,14 @@
 //! Random programs: structured random bytes, kept when the decoder knows them as an instruction of the user-mode
 //! subset, with the registers of their memory operands set up to hit the data, its edges, or nothing.
 
-use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use softcpu::x86::decode::{amend, decoder};
 
 use crate::case::{
     CODE, CODE_SIZE, Case, DATA, DATA_SIZE, END, SEGMENT16, State, WRITABLE, interesting, next, origin,
 };
-use crate::select::{
-    Family, displacement_size, flags, is_prefix, may_keep_flags, relative, truncated, wanted,
-};
+use crate::known::{Located, is_prefix};
+use crate::select::{Family, displacement_size, flags, may_keep_flags, relative, truncated, wanted};
 
 /// A program in pieces that can be left out one by one.
 #[derive(Clone)]
@@ -25,22 +25,6 @@ pub struct Program {
 pub struct Group {
     pub bytes: Vec<u8>,
     pub instruction: Instruction,
-}
-
-/// Traces that a faulting instruction leaves on some processors, left out of the comparison.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Quirk {
-    None,
-    /// TOP and tags are already those of MMX.
-    MmxState,
-    /// CR2 is not the first byte that can't be reached.
-    Address,
-    /// A part in the page before is written.
-    Memory,
-    /// Some of the registers are loaded or pushed.
-    Registers,
-    /// Another one of the instruction's faults.
-    Fault,
 }
 
 struct Random(u64);
@@ -135,34 +119,16 @@ impl Program {
         case
     }
 
-    /// What processors do differently when the instruction at `rip` faults.
-    pub fn quirk(&self, rip: u64) -> Quirk {
-        use Mnemonic::*;
-        let Some(i) = self.instruction(rip) else { return Quirk::None };
-        let mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
-        match i.mnemonic() {
-            _ if mmx => Quirk::MmxState,
-            Fldenv | Frstor => Quirk::Address,
-            Fbstp => Quirk::Memory,
-            Fstp if i.memory_size().size() == 10 => Quirk::Memory,
-            Movbe => Quirk::Memory,
-            Popa | Popad | Pusha | Pushad => Quirk::Registers,
-            Bound => Quirk::Fault,
-            _ => Quirk::None,
-        }
-    }
-
-    /// The instruction at `rip`.
-    fn instruction(&self, rip: u64) -> Option<&Instruction> {
-        let mut at = origin(self.bits);
-        for g in &self.groups {
-            let next = at + g.bytes.len() as u64;
-            if rip == next - g.instruction.len() as u64 {
-                return Some(&g.instruction);
-            }
-            at = next;
-        }
-        None
+    /// Its instructions where they stand, without those that prepare registers.
+    pub fn located(&self) -> Vec<Located> {
+        let mut end = origin(self.bits);
+        let locate = |g: &'_ Group| {
+            end += g.bytes.len() as u64;
+            let length = g.instruction.len();
+            let bytes = g.bytes[g.bytes.len() - length..].to_vec();
+            Located { ip: end - length as u64, bytes, instruction: g.instruction }
+        };
+        self.groups.iter().map(locate).collect()
     }
 
     /// Flags that are undefined when it stops at `rip`.
@@ -337,9 +303,11 @@ fn random_bytes(r: &mut Random, family: Family) -> Vec<u8> {
 }
 
 fn decode(bytes: &[u8], bits: u32, ip: u64) -> (Instruction, iced_x86::ConstantOffsets) {
-    let mut d = Decoder::with_ip(bits, bytes, ip, DecoderOptions::AMD);
-    let i = d.decode();
-    (i, d.get_constant_offsets(&i))
+    let mut d = decoder(bits, bytes, ip);
+    let mut i = d.decode();
+    let offsets = d.get_constant_offsets(&i);
+    amend(&mut i, bytes);
+    (i, offsets)
 }
 
 fn random_group(r: &mut Random, family: Family, offset: usize, undefined: u64) -> Option<Group> {

@@ -267,6 +267,10 @@ extern "C" fn handler(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_voi
             for (i, &at) in GREGS.iter().enumerate() {
                 s.gpr[i] = gregs[at as usize] as u64;
             }
+            if shared.cases[current].bits == 16 {
+                // A return to a 16-bit stack leaves the kernel's own bits above (Linux, espfix_64).
+                s.gpr[4] &= 0xffff_ffff;
+            }
             s.rip = gregs[libc::REG_RIP as usize] as u64;
             s.rflags = gregs[libc::REG_EFL as usize] as u64;
             out.vector = gregs[libc::REG_TRAPNO as usize] as u64;

@@ -59,8 +59,8 @@ impl Cpu {
             let top = if s.db() { u32::MAX as u64 } else { 0xffff };
             offset as u64 > limit && last <= top
         } else {
-            // What happens at the end of 4 GiB is up to the processor: in compatibility mode accesses wrap around.
-            last <= limit || (s.limit == u32::MAX && self.long_mode())
+            // An access that wraps around at the end of 4 GiB is beyond the limit, in compatibility mode too.
+            last <= limit
         };
         let allowed = if self.real_or_v86() {
             true

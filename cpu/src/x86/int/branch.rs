@@ -268,13 +268,16 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
             let c = counter_size(i.code())?;
             Some(moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<2, LONG, C, T>))))
         }
-        Mnemonic::Loope => {
+        Mnemonic::Loope | Mnemonic::Loopne => {
             let c = counter_size(i.code())?;
-            Some(moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<1, LONG, C, T>))))
-        }
-        Mnemonic::Loopne => {
-            let c = counter_size(i.code())?;
-            Some(moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<0, LONG, C, T>))))
+            // As for string instructions, REPE and REPNE say which; AMD's processors heed them here, too.
+            let until_not_equal =
+                i.has_repe_prefix() || i.mnemonic() == Mnemonic::Loope && !i.has_repne_prefix();
+            Some(if until_not_equal {
+                moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<1, LONG, C, T>)))
+            } else {
+                moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<0, LONG, C, T>)))
+            })
         }
         Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz => {
             let c = counter_size(i.code())?;

@@ -2,7 +2,7 @@
 //! Data movement between general registers, memory and the stack (APM vol. 3: MOV, MOVBE, MOVNTI, MOVSX, MOVSXD,
 //! MOVZX, XCHG, LEA, CMOVcc, SETcc, BSWAP, CBW family, XLAT, LAHF, SAHF).
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::operand::{
     Ea, Place, conditional, memory, memory_small, place, reg, size, sized, sized_word, two,
@@ -113,6 +113,8 @@ fn extending<const SIGNED: bool>(i: &Instruction, op: &mut Op) -> Option<Handler
         };
     }
     Some(match size(i, 1) {
+        // MOVSXD reads 32 bits from memory, whatever the operand size (APM vol. 3).
+        2 if i.code() == Code::Movsxd_r16_rm16 => pick!(u32),
         1 => pick!(u8),
         2 => pick!(u16),
         _ => pick!(u32),

@@ -89,9 +89,6 @@ shifts! {
     };
     Rcl |lf, a, count| {
         let c = count % (T::BITS + 1);
-        if T::BITS < 32 && c == 0 {
-            return a;
-        }
         let wide = (lf.cf() as u128) << T::BITS | a.to_u64() as u128;
         let turned = wide << c | wide >> (T::BITS + 1 - c);
         let r = T::from_u64(turned as u64);
@@ -101,9 +98,6 @@ shifts! {
     };
     Rcr |lf, a, count| {
         let c = count % (T::BITS + 1);
-        if T::BITS < 32 && c == 0 {
-            return a;
-        }
         let wide = (lf.cf() as u128) << T::BITS | a.to_u64() as u128;
         let turned = wide >> c | wide << (T::BITS + 1 - c);
         let r = T::from_u64(turned as u64);

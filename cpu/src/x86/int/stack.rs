@@ -193,35 +193,30 @@ fn popping(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> {
 
 // ---- PUSHA, POPA (16 and 32-bit code only) ---------------------------------------------------------------------
 
+/// Registers are pushed one by one; a fault finds those before it in memory (as on processors: the manual is silent) and
+/// the stack pointer as it was, so that the instruction can restart.
 fn pusha<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
-    let size = T::BYTES as u64;
-    let sp = cpu.rb.gpr[r::RSP];
-    // Nothing is written before all eight can be.
-    let mut at = [0; 8];
-    for (n, linear) in at.iter_mut().enumerate() {
-        let sp = sp.wrapping_sub(size * (n as u64 + 1));
-        *linear = cpu.stack_lin(sp, T::BYTES, Access::Write)?;
-        cpu.prepare_write(SS, *linear, T::BYTES)?;
+    let mut sp = cpu.rb.gpr[r::RSP];
+    for n in 0..8 {
+        sp = sp.wrapping_sub(T::BYTES as u64);
+        let linear = cpu.stack_lin(sp, T::BYTES, Access::Write)?;
+        let v = cpu.reg::<T>(n * 8);
+        cpu.store_at(SS, linear, v)?;
     }
-    for (n, linear) in at.iter().enumerate() {
-        let v = cpu.reg::<T>(n as u8 * 8);
-        cpu.store_at(SS, *linear, v)?;
-    }
-    cpu.set_sp(sp.wrapping_sub(size * 8));
+    cpu.set_sp(sp);
     Ok(())
 }
 
+/// As PUSHA does: a fault finds the registers before it loaded.
 fn popa<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
-    let mut values = [T::from_u64(0); 8];
-    for (n, v) in values.iter_mut().enumerate() {
-        *v = cpu.peek::<T>(T::BYTES as u64 * n as u64)?;
-    }
-    let sp = cpu.rb.gpr[r::RSP].wrapping_add(T::BYTES as u64 * 8);
-    for (n, v) in values.iter().rev().enumerate() {
-        if n != r::RSP {
-            cpu.set_reg(n as u8 * 8, *v);
+    for n in 0..8 {
+        let v = cpu.peek::<T>(T::BYTES as u64 * n)?;
+        let register = 7 - n as usize;
+        if register != r::RSP {
+            cpu.set_reg(register as u8 * 8, v);
         }
     }
+    let sp = cpu.rb.gpr[r::RSP].wrapping_add(T::BYTES as u64 * 8);
     cpu.set_sp(sp);
     Ok(())
 }

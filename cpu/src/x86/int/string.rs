@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! String instructions (APM vol. 3: MOVS, STOS, LODS, CMPS, SCAS) and their REP forms.
 //!
-//! A REP form updates the registers after each completed iteration, so a fault finds them precise and the instruction
-//! restarts where it was. MOVS and STOS work on runs of elements within a page; after a bounded amount of work
+//! A REP form updates the registers after each completed iteration, the flags of a comparison too, so a fault finds them
+//! precise and the instruction restarts where it was. MOVS and STOS work on runs of elements within a page; after a bounded amount of work
 //! the instruction looks for events, and stops with [`Stop::Restart`] if there are any.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
@@ -208,9 +208,9 @@ impl Element for Cmps {
     const COMPARES: bool = true;
     #[inline(always)]
     fn run<A: Int, T: Int>(cpu: &mut Cpu, op: &Op, lf: &mut LazyFlags) -> Res {
-        // Processors look at the second operand first: it is the one to fault when both would.
-        let b = load_destination::<A, T>(cpu, op)?;
+        // The first operand is the one to fault when both would.
         let a = load_source::<A, T>(cpu, op)?;
+        let b = load_destination::<A, T>(cpu, op)?;
         lf.set_sub(a, b, T::from_u64(a.to_u64().wrapping_sub(b.to_u64())));
         Ok(())
     }
@@ -335,9 +335,6 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let mut iterations = 0;
     let mut moved = 0;
     let mut lf = cpu.lf;
-    // A 32-bit count clears the upper half of RCX even when it is zero.
-    let count = cpu.reg::<A>(RCX);
-    cpu.set_reg(RCX, count);
     while cpu.reg::<A>(RCX).to_u64() != 0 {
         if iterations >= MAX_ITERATIONS || moved >= MAX_BYTES || (alone && iterations > 0) {
             if alone || cpu.engine.needs_attention() {
@@ -358,8 +355,12 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
                 continue;
             }
         }
-        // On a fault the flags are still those of before the instruction.
-        S::run::<A, T>(cpu, op, &mut lf)?;
+        // On a fault the flags are those of the last comparison.
+        let done = S::run::<A, T>(cpu, op, &mut lf);
+        if done.is_err() && S::COMPARES {
+            cpu.lf = lf;
+        }
+        done?;
         move_on::<S, A>(cpu, bytes);
         cpu.set_reg(RCX, A::from_u64(count - 1));
         iterations += 1;

@@ -7,7 +7,7 @@ use super::super::flags::Int;
 use super::super::op::{Handler, Op, handler};
 use super::super::state::Cpu;
 use super::aes::*;
-use super::form::{Form, M128};
+use super::form::{Form, M128, U128};
 use super::sha::*;
 
 /// Remainders of a byte in the top of a reflected CRC-32C (polynomial 0x11EDC6F41).
@@ -62,13 +62,13 @@ pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
         Aesimc_xmm_xmmm128 => form.x1::<M128>(aesimc),
         Aeskeygenassist_xmm_xmmm128_imm8 => form.x1i::<M128>(aeskeygenassist),
         Pclmulqdq_xmm_xmmm128_imm8 => form.x2i::<M128>(pclmulqdq),
-        Sha1rnds4_xmm_xmmm128_imm8 => form.x2i::<M128>(sha1rnds4),
-        Sha1nexte_xmm_xmmm128 => form.x2::<M128>(sha1nexte),
-        Sha1msg1_xmm_xmmm128 => form.x2::<M128>(sha1msg1),
-        Sha1msg2_xmm_xmmm128 => form.x2::<M128>(sha1msg2),
-        Sha256rnds2_xmm_xmmm128 => form.x3(sha256rnds2),
-        Sha256msg1_xmm_xmmm128 => form.x2::<M128>(sha256msg1),
-        Sha256msg2_xmm_xmmm128 => form.x2::<M128>(sha256msg2),
+        Sha1rnds4_xmm_xmmm128_imm8 => form.x2i::<U128>(sha1rnds4),
+        Sha1nexte_xmm_xmmm128 => form.x2::<U128>(sha1nexte),
+        Sha1msg1_xmm_xmmm128 => form.x2::<U128>(sha1msg1),
+        Sha1msg2_xmm_xmmm128 => form.x2::<U128>(sha1msg2),
+        Sha256rnds2_xmm_xmmm128 => form.x3::<U128>(sha256rnds2),
+        Sha256msg1_xmm_xmmm128 => form.x2::<U128>(sha256msg1),
+        Sha256msg2_xmm_xmmm128 => form.x2::<U128>(sha256msg2),
         Crc32_r32_rm8 | Crc32_r64_rm8 => crc::<u8>(form),
         Crc32_r32_rm16 => crc::<u16>(form),
         Crc32_r32_rm32 => crc::<u32>(form),

@@ -12,7 +12,7 @@ use super::super::op::{Handler, Res, Stop};
 use super::super::state::{Cpu, cr4, vector};
 use super::form::{Form, M128};
 use super::native::{clear_flags, hardware, hardware_compare};
-use super::vector::{Lane, V, build, join, map1, split, with_low32, with_low64};
+use super::vector::{V, build, join, map1, split, with_low32, with_low64};
 use crate::float::*;
 
 impl Cpu {
@@ -156,31 +156,27 @@ fn addsubpd(a: V, b: V, env: &mut Env) -> V {
 /// One step of DPPS or DPPD, an element at a time; its flags go to `mxcsr`. None: an unmasked exception, which ends
 /// the instruction before its next step.
 #[inline(always)]
-fn step<T: Lane<N>, const N: usize>(mxcsr: &mut u32, f: impl Fn(usize, &mut Env) -> T) -> Option<[T; N]> {
+fn step<T, const N: usize>(mxcsr: &mut u32, f: impl Fn(usize, &mut Env) -> T) -> Option<[T; N]> {
     let mut env = Env::sse(*mxcsr);
     let r = core::array::from_fn(|i| f(i, &mut env));
     (!env.commit_sse(mxcsr)).then_some(r)
 }
 
-/// DPPS: products that `imm[7:4]` picks, summed in pairs, the sum to the elements that `imm[3:0]` picks. The order of
-/// the additions, which shows when there are several NaNs, is that of Intel's processors.
+/// DPPS: products that `imm[7:4]` picks, summed in pairs, the sum to the elements that `imm[3:0]` picks (APM vol. 4).
+/// Which operand of an addition comes first shows when there are several NaNs.
 pub fn dpps(a: V, b: V, imm: u8, mxcsr: &mut u32) -> Option<V> {
     let (a, b) = (split::<u32, 4>(a), split::<u32, 4>(b));
     let p = step::<u32, 4>(mxcsr, |i, e| if imm >> (4 + i) & 1 != 0 { f32_mul(a[i], b[i], e) } else { 0 })?;
-    let pairs =
-        step::<u32, 4>(
-            mxcsr,
-            |i, e| if i < 2 { f32_add(p[1 - i], p[i], e) } else { f32_add(p[5 - i], p[i], e) },
-        )?;
-    let sums = step::<u32, 4>(mxcsr, |i, e| f32_add(pairs[i], pairs[i ^ 2], e))?;
-    Some(build::<u32, 4>(|i| if imm >> i & 1 != 0 { sums[i] } else { 0 }))
+    let pairs = step::<u32, 2>(mxcsr, |i, e| f32_add(p[2 * i], p[2 * i + 1], e))?;
+    let [sum] = step::<u32, 1>(mxcsr, |_, e| f32_add(pairs[0], pairs[1], e))?;
+    Some(build::<u32, 4>(|i| if imm >> i & 1 != 0 { sum } else { 0 }))
 }
 
 /// DPPD.
 pub fn dppd(a: V, b: V, imm: u8, mxcsr: &mut u32) -> Option<V> {
     let p = step::<u64, 2>(mxcsr, |i, e| if imm >> (4 + i) & 1 != 0 { f64_mul(a[i], b[i], e) } else { 0 })?;
-    let sums = step::<u64, 2>(mxcsr, |i, e| f64_add(p[i], p[1 - i], e))?;
-    Some(build::<u64, 2>(|i| if imm >> i & 1 != 0 { sums[i] } else { 0 }))
+    let [sum] = step::<u64, 1>(mxcsr, |_, e| f64_add(p[0], p[1], e))?;
+    Some(build::<u64, 2>(|i| if imm >> i & 1 != 0 { sum } else { 0 }))
 }
 
 /// DPPS and DPPD.

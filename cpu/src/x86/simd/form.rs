@@ -250,8 +250,8 @@ impl Form {
     }
 
     /// `dst = f(dst, src, XMM0)`.
-    pub fn x3(self, f: impl Fn(V, V, V) -> V + Copy + 'static) -> Handler {
-        self.sse::<M128>(move |cpu, op, b| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), b, cpu.xmm(0))))
+    pub fn x3<const SIZE: u32>(self, f: impl Fn(V, V, V) -> V + Copy + 'static) -> Handler {
+        self.sse::<SIZE>(move |cpu, op, b| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), b, cpu.xmm(0))))
     }
 
     /// `dst = f(dst, [imm8, 0])`: shifts by an immediate.

@@ -165,7 +165,7 @@ pub(super) mod host {
 
     use iced_x86::Code;
 
-    use super::super::form::M128;
+    use super::super::form::{M128, U128};
     use super::super::shuffle::PSHUFD;
     use super::super::vector::V;
     use super::*;
@@ -231,9 +231,12 @@ pub(super) mod host {
 
     /// Rows `Code "instruction";` of two-operand instructions.
     macro_rules! pairs {
-        ($i:expr, $form:expr; $($code:ident $insn:literal;)*) => {
+        ($i:expr, $form:expr; $($rows:tt)*) => {
+            pairs!($i, $form, M128; $($rows)*)
+        };
+        ($i:expr, $form:expr, $size:ident; $($code:ident $insn:literal;)*) => {
             match $i.code() {
-                $(Code::$code => return Some($form.x2::<M128>(|a, b| two!($insn, a, b))),)*
+                $(Code::$code => return Some($form.x2::<$size>(|a, b| two!($insn, a, b))),)*
                 _ => {}
             }
         };
@@ -426,7 +429,7 @@ pub(super) mod host {
             }));
         }
         if is_x86_feature_detected!("sha") {
-            pairs! { i, form;
+            pairs! { i, form, U128;
                 Sha1nexte_xmm_xmmm128 "sha1nexte";
                 Sha1msg1_xmm_xmmm128 "sha1msg1";
                 Sha1msg2_xmm_xmmm128 "sha1msg2";
@@ -434,7 +437,7 @@ pub(super) mod host {
                 Sha256msg2_xmm_xmmm128 "sha256msg2";
             }
             if i.code() == Code::Sha256rnds2_xmm_xmmm128 {
-                return Some(form.x3(|a, b, wk| {
+                return Some(form.x3::<U128>(|a, b, wk| {
                     let mut r = m(a);
                     // SAFETY: as in `two`.
                     unsafe {

@@ -80,6 +80,23 @@ pub fn load<const FORMAT: u8>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+/// Raises what a store to the operand would raise.
+#[cold]
+fn prepare_store<const FORMAT: u8>(cpu: &mut Cpu, op: &Op) -> Res {
+    let size = match FORMAT {
+        format::I16 => 2,
+        format::F32 | format::I32 => 4,
+        format::F64 | format::I64 => 8,
+        _ => 10,
+    };
+    let linear = if size == 10 {
+        cpu.aligned_operand(op, size, TEN_ALIGN, Access::Write)?
+    } else {
+        cpu.lin(op, size, Access::Write)?
+    };
+    cpu.prepare_write(op.seg, linear, size)
+}
+
 /// FST, FSTP, FIST, FISTP, FISTTP, FBSTP. An unmasked invalid, overflow or underflow exception keeps memory and stack
 /// as they are.
 pub fn store<const FORMAT: u8, const POP: bool, const TRUNCATE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
@@ -117,6 +134,9 @@ pub fn store<const FORMAT: u8, const POP: bool, const TRUNCATE: bool>(cpu: &mut 
             format::I16 => cpu.store(op, number as u16)?,
             _ => store_ten(cpu, op, &bytes)?,
         }
+    } else {
+        // Nothing is stored, but the destination's own faults come first.
+        prepare_store::<FORMAT>(cpu, op)?;
     }
     cpu.x87_note_data(op);
     if empty {
