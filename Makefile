@@ -8,12 +8,13 @@ CARGO  ?= cargo
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: all venv build guests wheel demo test lint test-rust test-python mutants bench clean help
+.PHONY: all venv build guests wheel demo test lint test-rust test-python differential mutants bench clean help
 all: build
 
 help:
 	@echo 'make demo    build, fetch the default guest, boot it, run commands in it'
 	@echo 'make test    lint, types, Rust tests, Python tests, whole boots'
+	@echo 'make differential  the software CPU against this processor, longer, and strict on any'
 	@echo 'make mutants break lines and count what the tests notice'
 	@echo 'make bench   the figures of docs/performance.md, QEMU beside them where installed'
 	@echo 'make wheel   one abi3 wheel in dist/'
@@ -78,6 +79,12 @@ test-python: build $(BIN)/.dev
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test: lint test-rust test-python
+
+# Some minutes. `make test` compares less, and goes on where a processor that is not known yet differs.
+DIFF_CASES ?= 50000
+differential:
+	SOFTCPU_DIFF_STRICT=1 SOFTCPU_DIFF_CASES=$(DIFF_CASES) $(CARGO) test --release -p softcpu --no-fail-fast \
+	  --test differential --test float_native --test simd_native --test x87_sequences -- --nocapture
 
 # Half an hour and more: lines of the modules that everything rests on are broken, and the tests have to notice.
 MUTANTS_ARGS ?= --count 3

@@ -451,7 +451,8 @@ type Several = fn(F80, F80, &mut Env) -> Option<[F80; 2]>;
 fn check_transcendental(name: &'static str, native: Native, domain: fn(&Operands) -> bool, soft: Several) {
     let mut report = Report::new(name);
     let mut mem = [0; 16];
-    let (mut equal, mut count) = (0u64, 0u64);
+    // Of ordinary arguments, by rounding mode: (last bit differs, all).
+    let mut ordinary = [(0u64, 0u64); 4];
     for fcw in [0x33f, 0x73f, 0xb3f, 0xf3f, 0x03f, 0x33d] {
         for c in cases(fcw.into()) {
             if !domain(&c) || peculiar(name, c.a, c.b) {
@@ -467,8 +468,11 @@ fn check_transcendental(name: &'static str, native: Native, domain: fn(&Operands
                 Some(_) if stopped(&env) => sw as u8 & ALL == env.flags,
                 Some(values) => {
                     let worst = (0..2).map(|i| ordinal(image.st(i)).abs_diff(ordinal(values[i]))).max();
-                    count += 1;
-                    equal += u64::from(worst == Some(0));
+                    if a.mant >> 63 != 0 && (-60..=62).contains(&(i32::from(a.se & 0x7fff) - 16383)) {
+                        let of_mode = &mut ordinary[usize::from(fcw >> 10 & 3)];
+                        of_mode.0 += u64::from(worst != Some(0));
+                        of_mode.1 += 1;
+                    }
                     if worst == Some(0) {
                         let value = image.st(0).to_bits();
                         golden(name, fcw.into(), a.to_bits(), b.to_bits(), value, sw as u8 & ALL, env.c1);
@@ -492,7 +496,11 @@ fn check_transcendental(name: &'static str, native: Native, domain: fn(&Operands
             });
         }
     }
-    eprintln!("{name}: {equal} of {count} equal");
+    let share = |i: usize| format!("{:.2} %", 100.0 * ordinary[i].0 as f64 / ordinary[i].1.max(1) as f64);
+    eprintln!(
+        "{name}: last bit differs to nearest, down, up, to zero: {}",
+        (0..4).map(share).collect::<Vec<_>>().join(", ")
+    );
 }
 
 macro_rules! transcendentals {
