@@ -84,12 +84,31 @@ fn page_infos(count: usize) -> Option<Box<[PageInfo]>> {
     }
 }
 
-/// An immutable snapshot of all regions, sorted by address.
+/// The most regions of a [`Run`], a power of two.
+const RUN: usize = 256;
+
+/// Neighbouring regions, sorted by address.
 #[derive(Default)]
-pub struct RegionTable {
+struct Run {
     regions: Vec<Arc<Region>>,
     /// First address and size of each, close together for the search.
     bounds: Vec<(usize, usize)>,
+}
+
+impl Run {
+    fn new(regions: &[Arc<Region>]) -> Arc<Run> {
+        let bounds = regions.iter().map(|r| (r.base, r.size)).collect();
+        Arc::new(Run { regions: regions.to_vec(), bounds })
+    }
+}
+
+/// An immutable snapshot of all regions, sorted by address. It shares all but one run with the one before: a change
+/// costs about the square root of what there is.
+#[derive(Default)]
+pub struct RegionTable {
+    runs: Vec<Arc<Run>>,
+    /// The first address of each run.
+    firsts: Vec<usize>,
     /// Counts the regions that have been taken away on the way to this table.
     removals: u64,
 }
@@ -102,9 +121,27 @@ pub fn chunk_mask(offset: usize, size: usize) -> u64 {
 }
 
 impl RegionTable {
-    fn of(regions: Vec<Arc<Region>>, removals: u64) -> RegionTable {
-        let bounds = regions.iter().map(|r| (r.base, r.size)).collect();
-        RegionTable { regions, bounds, removals }
+    /// This table with `regions` in the place of a run: none, one or two.
+    fn replaced(&self, run: usize, regions: &[Arc<Region>], removals: u64) -> RegionTable {
+        let (mut runs, mut firsts) = (self.runs.clone(), self.firsts.clone());
+        let most = if regions.len() > RUN { RUN / 2 } else { RUN };
+        let parts = || regions.chunks(most);
+        let old = run..self.runs.len().min(run + 1);
+        runs.splice(old.clone(), parts().map(Run::new));
+        firsts.splice(old, parts().map(|part| part[0].base));
+        RegionTable { runs, firsts, removals }
+    }
+
+    /// The number of the run that holds `address`, or would.
+    #[inline]
+    fn run(&self, address: usize) -> usize {
+        self.firsts.partition_point(|&first| first <= address).saturating_sub(1)
+    }
+
+    /// The regions from the one that holds `base` on.
+    fn from(&self, base: usize) -> impl Iterator<Item = &Region> {
+        let runs = self.runs.get(self.run(base)..).unwrap_or_default();
+        runs.iter().flat_map(|run| &run.regions).map(|r| &**r).skip_while(move |r| r.end() <= base)
     }
 
     /// Whether everything that the table `before`, an earlier one of the same machine, has is in this one.
@@ -114,23 +151,27 @@ impl RegionTable {
 
     /// The first region that meets `size` bytes at `base`.
     pub fn meets(&self, base: usize, size: usize) -> Option<&Region> {
-        let at = self.regions.partition_point(|r| r.end() <= base);
-        self.regions.get(at).map(|r| &**r).filter(|r| r.base < base.saturating_add(size))
+        self.from(base).next().filter(|r| r.base < base.saturating_add(size))
     }
 
     /// The same among the machine's own.
     pub(super) fn meets_own(&self, base: usize, size: usize) -> bool {
-        let at = self.regions.partition_point(|r| r.end() <= base);
-        let near = self.regions[at..].iter().take_while(|r| r.base < base.saturating_add(size));
-        near.into_iter().any(|r| r.owner == Owner::Machine)
+        self.from(base).take_while(|r| r.base < base.saturating_add(size)).any(|r| r.owner == Owner::Machine)
     }
 
-    /// Index of the region that holds `address`.
+    /// Where the region is that holds `address`: its run's number times [`RUN`], and its own in there.
     #[inline]
     fn index(&self, address: usize) -> Option<usize> {
-        let at = self.bounds.partition_point(|b| b.0 <= address).checked_sub(1)?;
-        let (base, size) = self.bounds[at];
-        (address - base < size).then_some(at)
+        let run = self.run(address);
+        let bounds = &self.runs.get(run)?.bounds;
+        let at = bounds.partition_point(|b| b.0 <= address).checked_sub(1)?;
+        let (base, size) = bounds[at];
+        (address - base < size).then_some(run * RUN + at)
+    }
+
+    #[inline]
+    fn region(&self, index: usize) -> &Region {
+        &self.runs[index / RUN].regions[index % RUN]
     }
 
     /// This table and one region more.
@@ -138,27 +179,28 @@ impl RegionTable {
         if self.meets(region.base, region.size).is_some() {
             return Err(RegionError::Overlap);
         }
-        let at = self.regions.partition_point(|r| r.base < region.base);
-        let mut regions = self.regions.clone();
-        regions.insert(at, Arc::new(region));
-        Ok(RegionTable::of(regions, self.removals))
+        let run = self.run(region.base);
+        let mut regions = self.runs.get(run).map_or_else(Vec::new, |r| r.regions.clone());
+        regions.insert(regions.partition_point(|r| r.base < region.base), Arc::new(region));
+        Ok(self.replaced(run, &regions, self.removals))
     }
 
     /// This table less the region of `owner` that starts at `base`.
     pub(super) fn without(&self, base: usize, owner: Owner) -> Result<RegionTable, RegionError> {
-        let at = self.regions.binary_search_by_key(&base, |r| r.base).map_err(|_| RegionError::Missing)?;
-        if self.regions[at].owner != owner {
+        let index = self.index(base).ok_or(RegionError::Missing)?;
+        let region = self.region(index);
+        if region.base != base || region.owner != owner {
             return Err(RegionError::Missing);
         }
-        let mut regions = self.regions.clone();
-        regions.remove(at);
-        Ok(RegionTable::of(regions, self.removals + 1))
+        let mut regions = self.runs[index / RUN].regions.clone();
+        regions.remove(index % RUN);
+        Ok(self.replaced(index / RUN, &regions, self.removals + 1))
     }
 
     /// The region that holds `address`.
     #[inline]
     pub fn find(&self, address: usize) -> Option<&Region> {
-        self.index(address).map(|at| &*self.regions[at])
+        self.index(address).map(|at| self.region(at))
     }
 
     /// The page that holds `address`.
@@ -171,19 +213,17 @@ impl RegionTable {
     /// [`RegionTable::page`] with a guess which region holds it, which the answer corrects.
     #[inline]
     pub fn page_near(&self, address: usize, guess: &mut usize) -> Option<&PageInfo> {
-        if self.bounds.get(*guess).is_none_or(|&(base, size)| address.wrapping_sub(base) >= size) {
+        let bounds = self.runs.get(*guess / RUN).and_then(|run| run.bounds.get(*guess % RUN));
+        if bounds.is_none_or(|&(base, size)| address.wrapping_sub(base) >= size) {
             *guess = self.index(address)?;
         }
-        let region = &self.regions[*guess];
+        let region = self.region(*guess);
         region.pages.get((address - region.base) / PAGE_SIZE)
     }
 
     /// Whether `size` bytes at `address` lie in one region.
     pub fn contains(&self, address: usize, size: usize) -> bool {
-        self.index(address).is_some_and(|at| {
-            let (base, whole) = self.bounds[at];
-            size <= whole - (address - base)
-        })
+        self.find(address).is_some_and(|region| size <= region.size - (address - region.base))
     }
 
     /// Forgets that the chunks touched by `size` bytes at `address` hold code; returns whether any did.
@@ -229,6 +269,33 @@ mod tests {
         let less = t.without(0x10000, Owner::User).unwrap();
         assert!(less.find(0x10000).is_none());
         assert!(!less.extends(&t) && less.with(region(0x50000, 0x1000)).unwrap().extends(&less));
+    }
+
+    #[test]
+    fn many_regions_come_and_go_in_any_order() {
+        const COUNT: usize = 5 * RUN;
+        // A multiplier prime to the count visits every number once.
+        let place = |n: usize| 0x10_0000 + (n * 771 % COUNT) * 0x3000;
+        let mut t = RegionTable::default();
+        for n in 0..COUNT {
+            t = t.with(region(place(n), 0x2000)).unwrap();
+            assert!(t.runs.iter().all(|r| (1..=RUN).contains(&r.regions.len())));
+        }
+        let bases: Vec<_> = t.from(0).map(|r| r.base).collect();
+        assert!(bases.len() == COUNT && bases.is_sorted());
+        let mut guess = 0;
+        for n in 0..COUNT {
+            let at = place(n);
+            assert!(t.contains(at, 0x2000) && !t.contains(at + 0x2000, 1) && !t.contains(at, 0x2001));
+            assert!(
+                t.page_near(at + 0x1fff, &mut guess).is_some() && t.page_near(at - 1, &mut guess).is_none()
+            );
+            assert_eq!(t.meets(at - 0x1000, 0x1001).map(|r| r.base), Some(at));
+            assert_eq!(t.with(region(at + 0x1000, 0x1000)).err(), Some(RegionError::Overlap));
+            t = t.without(at, Owner::User).unwrap();
+            assert!(t.find(at).is_none() && t.without(at, Owner::User).is_err());
+        }
+        assert!(t.runs.is_empty() && t.firsts.is_empty());
     }
 
     #[test]

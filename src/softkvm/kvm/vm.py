@@ -115,7 +115,7 @@ class Vm(VmState, ABC):
         with self.slots_lock:
             slots = self.memslots
             with self.mmu_lock:
-                self.memslots = Memslots((), slots.generation + 1)
+                self.memslots = slots.emptied()
                 self.mmu.zap_all()
                 self.finish_zap()
             for slot in slots:
@@ -147,13 +147,13 @@ class Vm(VmState, ABC):
         ``old`` is a slot that has just been replaced: its log goes on in its successor's.
         """
         self.flush_remote_tlbs()
-        logged = [slot for slot in (*self.memslots, *((old,) if old else ())) if slot.dirty_bitmap is not None]
 
         def mark_dirty(gfn: int, count: int) -> None:
-            for slot in logged:
+            for slot in (*self.memslots.meeting(gfn, gfn + count), *((old,) if old else ())):
                 for page in range(max(gfn, slot.base_gfn), min(gfn + count, slot.end_gfn)):
                     slot.mark_page_dirty(page)
 
+        logged = self.memslots.logged or (old is not None and old.dirty_bitmap is not None)
         self.mmu.free_zapped(mark_dirty if logged else None)
 
     def get_dirty_log(self, slot: int) -> bytes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from tests.support.tiny import MIB, Memory, Tiny
 
 from softkvm import abi
+from softkvm.kvm.memory.memslots import MemorySlot, Memslots
 
 PAGE = 4096
 
@@ -214,3 +216,45 @@ def test_what_is_known_of_holes_is_forgotten_when_their_generation_comes_again(t
     assert _errno(tiny, hva=memory.address) is None  # elsewhere
     assert vm.memslots.generation == wrap
     assert not vm.mmu.lookup_mmio(gfn, known + wrap)
+
+
+def test_thousands_of_slots_come_go_and_move_in_any_order() -> None:
+    count = 1500
+    order = random.Random(7).sample(range(count), count)
+    slots = Memslots()
+    known: dict[int, MemorySlot] = {}
+
+    def put(number: int, gfn: int | None, flags: int = 0) -> None:
+        nonlocal slots
+        new = None if gfn is None else MemorySlot(number, gfn, 3, flags, gfn << 12)
+        before = slots
+        slots = slots.replaced(known.get(number), new)
+        assert slots.generation == before.generation + 1
+        # A change copies what is near: the rest is the generation before's.
+        assert len({id(chunk) for chunk in slots._chunks} - {id(chunk) for chunk in before._chunks}) <= 3
+        known.pop(number, None)
+        if new is not None:
+            known[number] = new
+
+    def check() -> None:
+        assert list(slots) == sorted(known.values(), key=lambda slot: slot.base_gfn)
+        assert all(slots.by_id(number) is known.get(number) for number in range(count + 1))
+        for slot in known.values():
+            inside = [slots.gfn_to_memslot(slot.base_gfn + n) is slot for n in (-1, 0, 2, 3)]
+            assert inside == [False, True, True, False]
+            assert list(slots.meeting(slot.base_gfn + 2, slot.base_gfn + 4)) == [slot]
+
+    for number in order:
+        put(number, 10 * number)
+    check()
+    for number in order[::3]:
+        put(number, 10 * number + 5)
+    check()
+    assert list(slots.meeting(0, 1 << 40)) == list(slots)
+    for number in order[: count - 5]:
+        put(number, None)
+    check()
+    for number in order:
+        if number in known:
+            put(number, None)
+    assert list(slots) == [] and not slots._chunks and slots.gfn_to_memslot(0) is None

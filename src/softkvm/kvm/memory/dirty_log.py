@@ -32,7 +32,7 @@ def _check_slot_id(slot_id: int) -> None:
 def _logged_slot(vm: Vm, slot_id: int) -> MemorySlot:
     """Return the slot: EINVAL for a number that no slot has, ENOENT if it is not being logged."""
     _check_slot_id(slot_id)
-    slot = vm.memslots.by_id.get(slot_id & 0xFFFF)
+    slot = vm.memslots.by_id(slot_id & 0xFFFF)
     if slot is None or slot.dirty_bitmap is None:
         raise kvm_error(errno.ENOENT, f"slot={slot_id} is not being logged")
     return slot

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 import threading
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
@@ -26,6 +26,11 @@ KVM_ADDRESS_SPACE_NUM: Final = 1
 KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
 #: End of the user half of the host's address space: what access_ok() accepts.
 TASK_SIZE_MAX: Final = (1 << 47) - PAGE_SIZE
+
+
+_CHUNK_SLOTS: Final = 128
+_CHUNK_SHIFT: Final = 7
+_NO_SLOTS: Final[Mapping[int, Any]] = {}
 
 
 class MemoryChange(Enum):
@@ -122,43 +127,104 @@ class MemorySlot:
         return bits
 
 
+class _Chunk:
+    """Neighbouring slots, sorted by address; never changed once a :class:`Memslots` has it."""
+
+    __slots__ = ("bases", "slots")
+
+    def __init__(self, slots: list[MemorySlot]) -> None:
+        self.slots = slots
+        self.bases = [slot.base_gfn for slot in slots]
+
+
 class Memslots:
-    """All slots of one address space at one generation."""
+    """All slots of one address space at one generation.
 
-    __slots__ = ("_bases", "_sorted", "by_id", "generation")
+    Slots lie in chunks, and so do their numbers, of which a generation shares all but one or two with the one before:
+    a change costs about the square root of what there is.
+    """
 
-    def __init__(self, slots: Iterable[MemorySlot] = (), generation: int = 0) -> None:
-        self._sorted = sorted(slots, key=lambda slot: slot.base_gfn)
-        self._bases = [slot.base_gfn for slot in self._sorted]
-        self.by_id = {slot.id: slot for slot in self._sorted}
+    __slots__ = ("_chunks", "_firsts", "_ids", "generation", "logged")
+
+    def __init__(self, generation: int = 0) -> None:
+        self._chunks: list[_Chunk] = []
+        #: The first frame of each chunk.
+        self._firsts: list[int] = []
+        self._ids: dict[int, dict[int, MemorySlot]] = {}
         self.generation = generation
+        #: How many slots have a dirty log.
+        self.logged = 0
 
     def __iter__(self) -> Iterator[MemorySlot]:
-        return iter(self._sorted)
+        for chunk in self._chunks:
+            yield from chunk.slots
+
+    def by_id(self, slot_id: int) -> MemorySlot | None:
+        """Return the slot with a number."""
+        return self._ids.get(slot_id >> _CHUNK_SHIFT, _NO_SLOTS).get(slot_id)
 
     def gfn_to_memslot(self, gfn: int) -> MemorySlot | None:
         """Return the slot that holds ``gfn``."""
-        index = bisect_right(self._bases, gfn) - 1
+        index = bisect_right(self._firsts, gfn) - 1
         if index >= 0:
-            slot = self._sorted[index]
+            chunk = self._chunks[index]
+            slot = chunk.slots[bisect_right(chunk.bases, gfn) - 1]
             if gfn < slot.end_gfn:
                 return slot
         return None
 
+    def meeting(self, start: int, end: int) -> Iterator[MemorySlot]:
+        """Yield the slots that hold a frame of [start, end)."""
+        first = max(bisect_right(self._firsts, start) - 1, 0)
+        for chunk in self._chunks[first : bisect_left(self._firsts, end)]:
+            low = max(bisect_right(chunk.bases, start) - 1, 0)
+            for slot in chunk.slots[low : bisect_left(chunk.bases, end)]:
+                if start < slot.end_gfn:
+                    yield slot
+
     def replaced(self, old: MemorySlot | None, new: MemorySlot | None) -> Memslots:
         """Return the next generation, with ``new`` in the place of ``old``."""
-        slots = [slot for slot in self._sorted if slot is not old]
+        slots = Memslots(self.generation + 1)
+        slots._chunks, slots._firsts, slots._ids = self._chunks[:], self._firsts[:], dict(self._ids)
+        slots.logged = self.logged
+        if old is not None:
+            slots._remove(old)
         if new is not None:
-            slots.append(new)
-        return Memslots(slots, self.generation + 1)
+            slots._insert(new)
+        return slots
 
-    def overlaps(self, base_gfn: int, npages: int, slot_id: int) -> MemorySlot | None:
-        """Return a slot other than ``slot_id`` that meets the range."""
-        end = base_gfn + npages
-        for slot in self._sorted:
-            if slot.id != slot_id and slot.base_gfn < end and base_gfn < slot.end_gfn:
-                return slot
-        return None
+    def emptied(self) -> Memslots:
+        """Return the next generation, without a slot."""
+        return Memslots(self.generation + 1)
+
+    # --- while a generation is being made ------------------------------------------------------------
+
+    def _numbers(self, slot: MemorySlot) -> dict[int, MemorySlot]:
+        key = slot.id >> _CHUNK_SHIFT
+        numbers = self._ids[key] = dict(self._ids.get(key, _NO_SLOTS))
+        return numbers
+
+    def _remove(self, slot: MemorySlot) -> None:
+        del self._numbers(slot)[slot.id]
+        self.logged -= slot.dirty_bitmap is not None
+        index = bisect_right(self._firsts, slot.base_gfn) - 1
+        self._put(index, [other for other in self._chunks[index].slots if other is not slot])
+
+    def _insert(self, slot: MemorySlot) -> None:
+        self._numbers(slot)[slot.id] = slot
+        self.logged += slot.dirty_bitmap is not None
+        index = max(bisect_right(self._firsts, slot.base_gfn) - 1, 0)
+        slots = self._chunks[index].slots[:] if self._chunks else []
+        slots.insert(bisect_right([other.base_gfn for other in slots], slot.base_gfn), slot)
+        self._put(index, slots)
+
+    def _put(self, index: int, slots: list[MemorySlot]) -> None:
+        """Let ``slots`` be in the place of a chunk's: in none, in one, or in two."""
+        half = len(slots) // 2
+        parts = [slots] if len(slots) <= _CHUNK_SLOTS else [slots[:half], slots[half:]]
+        chunks = [_Chunk(part) for part in parts if part]
+        self._chunks[index : index + 1] = chunks
+        self._firsts[index : index + 1] = [chunk.bases[0] for chunk in chunks]
 
 
 def _check_fields(mem: kvm_userspace_memory_region) -> None:
@@ -192,7 +258,7 @@ def classify_change(
     of size, host address or KVM_MEM_READONLY, and deletion of what does not exist; EEXIST for overlaps.
     """
     _check_fields(mem)
-    old = slots.by_id.get(mem.slot & 0xFFFF)
+    old = slots.by_id(mem.slot & 0xFFFF)
     if not mem.memory_size:
         if old is None:
             raise kvm_error(errno.EINVAL, f"slot={mem.slot}, memory_size=0: there is no such slot to delete")
@@ -215,7 +281,7 @@ def classify_change(
         else:
             return MemoryChange.NOTHING, old
     if change in (MemoryChange.CREATE, MemoryChange.MOVE):
-        other = slots.overlaps(base_gfn, npages, mem.slot & 0xFFFF)
+        other = next((slot for slot in slots.meeting(base_gfn, base_gfn + npages) if slot is not old), None)
         if other is not None:
             raise kvm_error(
                 errno.EEXIST, f"slot={mem.slot}: guest_phys_addr={mem.guest_phys_addr:#x} overlaps slot {other.id}"
@@ -239,6 +305,7 @@ def new_slot(mem: kvm_userspace_memory_region, old: MemorySlot | None, *, initia
     if slot.dirty_logging:
         if old is not None and old.dirty_bitmap is not None:
             slot.dirty_bitmap = old.dirty_bitmap
+            slot._dirty_lock = old._dirty_lock  # somebody may still be marking pages through the old slot
         elif initially_dirty:
             slot.dirty_bitmap = bytearray(((1 << slot.npages) - 1).to_bytes(slot.dirty_bitmap_bytes, "little"))
         else:

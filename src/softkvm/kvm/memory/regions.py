@@ -68,5 +68,5 @@ class HostRegions:
             self._users[start] -= 1
             if not self._users[start]:
                 self._machine.remove_region(start)
-                self._starts.remove(start)
+                del self._starts[bisect_left(self._starts, start)]
                 del self._end[start], self._users[start]
