@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from tests.support.tiny import MIB, Memory, Tiny
 
 from softkvm import abi
-from softkvm.kvm.memory.guest_memory import write_guest
+from softkvm.kvm import Vm
+from softkvm.kvm.memory import guest_memory
+from softkvm.kvm.memory.guest_memory import cmpxchg_guest, write_guest
 
 GPA = 16 * MIB
 SIZE = 4 * MIB
@@ -110,3 +113,29 @@ def test_initially_set_reports_every_page_once(tiny: Tiny) -> None:
     tiny.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 3)
     _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
     assert len(_dirty(tiny)) == SIZE // 4096
+
+
+@pytest.mark.parametrize("write", [write_guest, lambda vm, gpa, data: cmpxchg_guest(vm, gpa, bytes(len(data)), data)])
+def test_a_write_of_kvms_is_logged_although_logging_began_while_it_was_on_its_way(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, write: Callable[[Vm, int, bytes], object]
+) -> None:
+    reachable = guest_memory._reachable
+
+    def late(*args: Any, **options: Any) -> bool:
+        _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)  # the slot has been looked up, and is now another
+        assert _dirty(tiny) == set()
+        return reachable(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guest_memory, "_reachable", late)
+        assert write(tiny.vm, GPA + 7 * 4096, b"abcd")
+    assert _dirty(tiny) == {7}
+
+
+def test_pages_marked_through_a_replaced_slot_are_marked_under_the_lock_of_its_successor(tiny: Tiny) -> None:
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    old = tiny.vm.memslots.by_id(1)
+    tiny.slot(1, GPA + SIZE, SIZE, tiny.extra.address, abi.KVM_MEM_LOG_DIRTY_PAGES)  # type: ignore[attr-defined]
+    new = tiny.vm.memslots.by_id(1)
+    assert old is not None and new is not None and old is not new
+    assert new.dirty_bitmap is old.dirty_bitmap and new._dirty_lock is old._dirty_lock

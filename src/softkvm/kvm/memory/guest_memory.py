@@ -62,6 +62,16 @@ def _read_page(vm: HasMemory, gpa: int, size: int) -> bytes | None:
         return None
 
 
+def _mark_page_dirty(vm: HasMemory, gfn: int) -> None:
+    """Note a write that has been done in the log, if there is one by now: the slot may be another than was written to.
+
+    The kernel has whoever changes a slot wait until all that used the old one are done (SRCU).
+    """
+    slot = vm.memslots.gfn_to_memslot(gfn)
+    if slot is not None:
+        slot.mark_page_dirty(gfn)
+
+
 def write_guest(vm: HasMemory, gpa: int, data: bytes) -> bool:
     """Write ``data`` at guest-physical ``gpa``, marking pages dirty; False if any byte has no memory."""
     offset = 0
@@ -74,7 +84,7 @@ def write_guest(vm: HasMemory, gpa: int, data: bytes) -> bool:
             vm.machine.write(gpa + slot.hva_offset, data[offset : offset + chunk])
         except ValueError:
             return False
-        slot.mark_page_dirty(gpa >> PAGE_SHIFT)
+        _mark_page_dirty(vm, gpa >> PAGE_SHIFT)
         gpa += chunk
         offset += chunk
     return True
@@ -102,7 +112,7 @@ def cmpxchg_guest(vm: HasMemory, gpa: int, expected: bytes, new: bytes) -> bytes
             found = vm.machine.pte_compare_exchange(word, current, (current & ~mask) | value)
             if found == current:
                 vm.machine.notify_write(word, 8)
-                slot.mark_page_dirty(gpa >> PAGE_SHIFT)
+                _mark_page_dirty(vm, gpa >> PAGE_SHIFT)
                 return expected
             current = found
     except ValueError:
