@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from tests.support.circles import circles
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "softkvm"
 
@@ -81,35 +82,6 @@ def imports(module: str, *, typing: bool = True, functions: bool = True) -> froz
     tree = ast.parse(modules()[module].read_text())
     nodes = _walk(tree, typing=typing, functions=functions)
     return frozenset(name for node in nodes for name in _imported(node)) - {module}
-
-
-def circles(graph: dict[str, Iterable[str]]) -> list[set[str]]:
-    """Return the strongly connected components of more than one module (Tarjan)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[set[str]] = []
-
-    def visit(name: str) -> None:
-        index[name] = low[name] = len(index)
-        stack.append(name)
-        for other in graph[name]:
-            if other not in index:
-                visit(other)
-                low[name] = min(low[name], low[other])
-            elif other in stack:
-                low[name] = min(low[name], index[other])
-        if low[name] == index[name]:
-            at = stack.index(name)
-            component = set(stack[at:])
-            del stack[at:]
-            if len(component) > 1:
-                found.append(component)
-
-    for name in graph:
-        if name not in index:
-            visit(name)
-    return found
 
 
 @pytest.mark.parametrize("layer", sorted(BELOW))

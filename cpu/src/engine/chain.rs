@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From a block's end to the next block without the run loop.
+//! From a block's end to the next block without the run loop; calls and their returns.
 
+use super::architecture::Operands;
 use super::block::Block;
 use super::op::{LINK_NONE, LINK_RETURN, Op};
 use super::processor::Processor;
+use super::tlb::PAGE_SHIFT;
 
 /// Last cache line of a block that is asked for when it is entered: the lines before and it hold its first five ops.
 const AHEAD: usize = 3;
@@ -88,7 +90,30 @@ pub(super) fn chain_far<P: Processor>(cpu: &mut P, op: *const Op<P>) -> *const O
 /// `op` must belong to the block.
 #[inline(always)]
 pub(super) unsafe fn retired<P: Processor>(block: *const Block<P>, op: *const Op<P>) -> u64 {
-    use super::architecture::Operands;
     // SAFETY: given.
     unsafe { op.offset_from(Block::first(block)) as u64 + ((*op).length() != 0) as u64 }
+}
+
+/// Two equal keys: the same linear address is fetched from the same host address.
+#[inline(always)]
+fn fetch_key<P: Processor>(cpu: &P) -> u64 {
+    cpu.engine().tlb.key() ^ cpu.privilege()
+}
+
+/// Notes a call of the running block, which ends with it, to return to `next`.
+#[inline(always)]
+pub fn note_call<P: Processor>(cpu: &mut P, next: u64) {
+    let same_page = (next ^ cpu.block_pc()) >> PAGE_SHIFT == 0;
+    let key = fetch_key(cpu);
+    let engine = cpu.engine_mut();
+    // SAFETY: `block` is the running block.
+    unsafe { engine.returns.note(same_page.then_some(next), key, engine.block) }
+}
+
+/// Takes the newest note away; whether a return to `target` is the one it is about. Then fetching there cannot fault,
+/// and the exit is [`LINK_RETURN`].
+#[inline(always)]
+pub fn take_return<P: Processor>(cpu: &mut P, target: u64) -> bool {
+    let (pc, key) = cpu.engine_mut().returns.take();
+    pc == target && key == fetch_key(cpu)
 }

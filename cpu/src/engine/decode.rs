@@ -4,10 +4,10 @@
 use super::architecture::Operands;
 use super::block::{Block, SINGLE, nowhere};
 use super::draft::{Draft, MAX_OPS};
-use super::fetch::second_page;
 use super::op::{Op, Res, Stop};
 use super::processor::{Code, Decoder, Processor};
 use super::thread::handler;
+use super::tlb::PAGE_MASK;
 use crate::mem::{PAGE_SIZE, PageInfo, host_read};
 
 /// Bytes that are read at a time to be decoded: most blocks are shorter.
@@ -21,6 +21,21 @@ const WINDOW: usize = MAX_OPS * LONGEST;
 fn fall_through<P: Processor>(cpu: &mut P, op: &Op<P>) -> Res {
     cpu.set_pc(cpu.block_pc().wrapping_add(op.next() as u64));
     Err(Stop::Exit1)
+}
+
+/// Host address of the instruction bytes at `linear`.
+#[inline(always)]
+pub(super) fn fetch_host<P: Processor>(cpu: &mut P, linear: u64) -> Result<usize, Stop> {
+    match cpu.engine().tlb.fetch(cpu.fetch_bank(), linear) {
+        Some(host) => Ok(host),
+        None => cpu.translate_fetch(linear),
+    }
+}
+
+/// Host address of the page behind that of `linear`.
+pub(super) fn second_page<P: Processor>(cpu: &mut P, linear: u64) -> Result<usize, Stop> {
+    let next = cpu.wrap((linear & PAGE_MASK).wrapping_add(PAGE_SIZE as u64));
+    Ok(fetch_host(cpu, next)? & PAGE_MASK as usize)
 }
 
 /// Decodes the block at `host`.

@@ -2,26 +2,10 @@
 //! From the program counter to the next block: look-up, links.
 
 use super::block::{Block, SINGLE, nowhere};
-use super::decode::decode;
+use super::decode::{decode, fetch_host, second_page};
 use super::op::{LINK_NONE, LINK_RETURN, Stop};
 use super::processor::{Code, Processor};
-use super::tlb::{PAGE_MASK, PAGE_SHIFT};
-use crate::mem::PAGE_SIZE;
-
-/// Host address of the instruction bytes at `linear`.
-#[inline(always)]
-fn fetch_host<P: Processor>(cpu: &mut P, linear: u64) -> Result<usize, Stop> {
-    match cpu.engine().tlb.fetch(cpu.fetch_bank(), linear) {
-        Some(host) => Ok(host),
-        None => cpu.translate_fetch(linear),
-    }
-}
-
-/// Host address of the page behind that of `linear`.
-pub(super) fn second_page<P: Processor>(cpu: &mut P, linear: u64) -> Result<usize, Stop> {
-    let next = cpu.wrap((linear & PAGE_MASK).wrapping_add(PAGE_SIZE as u64));
-    Ok(fetch_host(cpu, next)? & PAGE_MASK as usize)
-}
+use super::tlb::PAGE_SHIFT;
 
 /// The block at the program counter, decoded if need be and known to agree with memory. `prev` is the block that ran
 /// before, if its exit [`super::state::Engine::link`] always leads there.

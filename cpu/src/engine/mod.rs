@@ -8,7 +8,7 @@
 
 pub mod architecture;
 pub mod block;
-mod chain;
+pub mod chain;
 mod code;
 mod decode;
 pub mod draft;
@@ -16,7 +16,7 @@ mod fetch;
 pub mod fill;
 pub mod op;
 pub mod processor;
-pub mod returns;
+mod returns;
 pub mod run;
 pub mod state;
 pub mod thread;

@@ -2,8 +2,7 @@
 //! Add, multiply, divide, square root and fused multiply-add on numbers taken apart; exact up to a sticky bit.
 //! NaN operands have been dealt with before (their rules differ between SSE and x87).
 
-use super::Rounding;
-use super::env::{DE, Env, IE, ZE};
+use super::env::{DE, Env, IE, Rounding, ZE};
 use super::number::{Kind, Unpacked, shift_right_jam};
 
 /// A result before rounding.

@@ -4,10 +4,11 @@
 use iced_x86::{DecoderError, FlowControl, Instruction};
 
 use super::decode::{amend, decoder};
+use super::families::translate;
 use super::int::fuse;
 use super::op::{Op, Res, handler};
 use super::state::Cpu;
-use super::translate::{Context, translate};
+use super::translate::Context;
 use crate::engine::architecture::Architecture;
 use crate::engine::draft::Draft;
 use crate::engine::processor;

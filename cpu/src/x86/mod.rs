@@ -5,6 +5,7 @@ pub mod access;
 pub mod block;
 pub mod decode;
 pub mod events;
+pub mod families;
 pub mod flags;
 pub mod int;
 pub mod op;

@@ -114,3 +114,38 @@ impl architecture::Operands for Operands {
         self.len
     }
 }
+
+impl Cpu {
+    /// RIP of the instruction after `op`.
+    #[inline(always)]
+    pub fn next_ip(&self, op: &Op) -> u64 {
+        self.rb.gpr[17].wrapping_add(op.next as u64)
+    }
+
+    /// RIP of `op` itself.
+    #[inline(always)]
+    pub fn this_ip(&self, op: &Op) -> u64 {
+        self.rb.gpr[17].wrapping_add(op.next as u64 - op.len as u64)
+    }
+
+    /// Ends the block with a jump to `target` through exit `link` of the block (0 or 1: same target every time;
+    /// [`LINK_RETURN`] or [`LINK_NONE`]).
+    #[inline(always)]
+    pub fn jump(&mut self, target: u64, link: u8) -> Stop {
+        self.rip = target;
+        match link {
+            0 => Stop::Exit0,
+            1 => Stop::Exit1,
+            LINK_RETURN => Stop::Return,
+            _ => Stop::EndBlock,
+        }
+    }
+
+    /// Ends the block after `op`, going on with the next instruction, by look-up (used after mode or TLB changes).
+    #[inline(always)]
+    pub fn end_block(&mut self, op: &Op) -> Stop {
+        let next = self.next_ip(op);
+        self.rip = self.mask_ip(next);
+        Stop::EndBlock
+    }
+}

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From decoded instructions (iced-x86) to ops. Each family of instructions has its own `translate`, tried in turn.
+//! From decoded instructions (iced-x86) to ops: what the families of instructions have in common.
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::op::{Handler, Op, Operands, SLOT_IP, SLOT_ZERO, flag, handler};
-use super::state::sreg;
-use super::{int, simd, system, x87};
+use super::op::{Op, Operands, Res, SLOT_IP, SLOT_ZERO, flag, handler};
+use super::state::{Cpu, sreg};
 
 /// What a family's translator gets beside the instruction.
 pub struct Context {
@@ -14,12 +13,6 @@ pub struct Context {
     /// Offset of the instruction from the start of its block.
     pub offset: u16,
 }
-
-/// A family's translator: fills in the op's operands and returns the handler, or None for "not mine".
-pub type Family = fn(&Instruction, &mut Op, &Context) -> Option<Handler>;
-
-/// The families, most frequent first.
-const FAMILIES: &[Family] = &[int::translate, simd::translate, system::translate, x87::translate];
 
 /// Register-file byte offset of a general register (any size), or of AH..BH.
 pub fn gpr(r: Register) -> u8 {
@@ -50,8 +43,8 @@ pub fn segment(r: Register) -> u8 {
     }
 }
 
-/// Fills in what every op has: length, flags, memory operand.
-fn common(i: &Instruction, cx: &Context) -> Op {
+/// An op that raises #UD, with what every op has: length, flags, memory operand.
+pub(super) fn common(i: &Instruction, cx: &Context) -> Op {
     let operands = Operands {
         next: cx.offset + i.len() as u16,
         len: i.len() as u8,
@@ -116,22 +109,7 @@ fn memory(i: &Instruction, op: &mut Op, cx: &Context) {
     }
 }
 
-/// Translates one instruction. What no family knows raises #UD when it runs.
-pub fn translate(i: &Instruction, cx: &Context) -> Op {
-    let mut op = common(i, cx);
-    if i.is_invalid() {
-        return op;
-    }
-    for family in FAMILIES {
-        if let Some(f) = family(i, &mut op, cx) {
-            op.f = f;
-            return op;
-        }
-    }
-    op
-}
-
 /// #UD.
-pub fn undefined(cpu: &mut super::state::Cpu, _: &Op) -> super::op::Res {
+pub fn undefined(cpu: &mut Cpu, _: &Op) -> Res {
     Err(cpu.ud())
 }

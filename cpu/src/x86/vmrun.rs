@@ -3,66 +3,16 @@
 //!
 //! `vmrun` includes VMLOAD before and VMSAVE after, as every hypervisor does around it.
 
-use std::sync::Arc;
-
-use super::flags::LazyFlags;
 use super::state::*;
 use super::system::exitcode;
 use super::vmcb::{Vmcb, control, save};
 use crate::engine::run;
-use crate::engine::state::Engine;
-use crate::mem::Machine;
 
 /// VMRUN was refused: the VMCB is not in registered memory or not aligned.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadVmcb;
 
 impl Cpu {
-    /// A processor after reset, number `index` of its machine.
-    pub fn new(machine: Arc<Machine>, index: u32) -> Box<Cpu> {
-        // SAFETY: RegisterBlock is integers only, for which zero is a value.
-        let mut rb: RegisterBlock = unsafe { core::mem::zeroed() };
-        rb.xcr0 = 1;
-        rb.mxcsr = 0x1f80;
-        rb.fcw = 0x37f;
-        rb.ftw = 0xffff;
-        Box::new(Cpu {
-            rb,
-            lf: LazyFlags::default(),
-            rflags: 2,
-            rip: 0xfff0,
-            ea_base: [0; 8],
-            mmu: 0,
-            engine: Engine::new(machine),
-            cpl: 0,
-            code_size: 2,
-            exception: Exception::default(),
-            exit: Exit::default(),
-            seg: Default::default(),
-            ldtr: Segment::default(),
-            tr: Segment::default(),
-            gdtr: TableRegister::default(),
-            idtr: TableRegister::default(),
-            cr0: 0,
-            cr2: 0,
-            cr3: 0,
-            cr4: 0,
-            efer: 0,
-            dr6: 0,
-            dr7: 0,
-            msr: Msrs::default(),
-            ctl: Control::default(),
-            shadow: false,
-            nmi_blocked: false,
-            delivering: 0,
-            debug_hits: 0,
-            sys: Default::default(),
-            next_rip_enabled: true,
-            keys: 0,
-            index,
-        })
-    }
-
     /// Runs the guest described by the VMCB at `pa` until #VMEXIT; returns EXITCODE. Everything else is in the VMCB.
     pub fn vmrun(&mut self, pa: usize) -> Result<u64, BadVmcb> {
         self.world_switch(pa, None)

@@ -2,7 +2,7 @@
 //! Where the last-level tables lie: a cache of the upper levels of the guest's tables (as x86's paging-structure
 //! cache and arm64's walk cache).
 
-use super::CONTEXT_BITS;
+use super::entry::CONTEXT_BITS;
 use crate::engine::architecture::Architecture;
 
 const SLOTS: usize = 256;

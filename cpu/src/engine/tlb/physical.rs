@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Caches of nested translations: from guest-physical pages to host memory.
 
-use super::{INVALID, PAGE_MASK, PAGE_SHIFT};
+use super::entry::{INVALID, PAGE_MASK, PAGE_SHIFT};
 
 /// log2 of the bytes that one large entry covers.
 pub const LARGE_SHIFT: u32 = 21;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How large the guest's pages behind the TLB's entries are: a flush of one address is a flush of its whole page.
 
-use super::{BANKS, PAGE_SHIFT, TLB_BITS, TLB_SIZE, index};
+use super::entry::{BANKS, PAGE_SHIFT, TLB_BITS, TLB_SIZE, index};
 
 /// log2 of the bytes of linear addresses that are searched together for entries of a large page.
 const WINDOW_SHIFT: u32 = 22;

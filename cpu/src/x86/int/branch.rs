@@ -8,7 +8,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::operand::{Any, Ea, conditional, memory, reg, sized_word};
 use super::stack::{Fast, Legacy, Long, Stack, stacked};
-use crate::engine::returns::{note_call, take_return};
+use crate::engine::chain::{note_call, take_return};
 use crate::x86::flags::Int;
 use crate::x86::op::{Handler, LINK_NONE, LINK_RETURN, Op, Res, Stop, handler};
 use crate::x86::state::{Cpu, reg as r, sreg};

@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The state of one logical processor.
 
+use std::sync::Arc;
+
 use super::flags::{Int, LazyFlags, rf};
-use super::op::{LINK_RETURN, Op, Stop};
 use super::system::exitcode;
+use crate::engine::op::Stop;
 use crate::engine::state::Engine;
+use crate::mem::Machine;
 
 mod control;
 mod numbers;
 mod registers;
 
-pub use control::{Control, Exception, Exit};
+pub use control::{Control, Exception, Exit, SystemState};
 pub use numbers::{cr0, cr4, efer, reg, sreg, vector};
 pub use registers::{Msrs, RegisterBlock, Segment, TableRegister};
 
@@ -90,7 +93,7 @@ pub struct Cpu {
     /// Data breakpoints that the running instruction hit (DR6 bits).
     pub debug_hits: u64,
     /// Bookkeeping of system instructions.
-    pub sys: super::system::SystemState,
+    pub sys: SystemState,
     /// Host state: NEXT_RIP is saved on instruction intercepts.
     pub next_rip_enabled: bool,
     /// Protection keys of the pages that the TLB has ever been filled with (a bit each).
@@ -100,6 +103,51 @@ pub struct Cpu {
 }
 
 impl Cpu {
+    /// A processor after reset, number `index` of its machine.
+    pub fn new(machine: Arc<Machine>, index: u32) -> Box<Cpu> {
+        // SAFETY: RegisterBlock is integers only, for which zero is a value.
+        let mut rb: RegisterBlock = unsafe { core::mem::zeroed() };
+        rb.xcr0 = 1;
+        rb.mxcsr = 0x1f80;
+        rb.fcw = 0x37f;
+        rb.ftw = 0xffff;
+        Box::new(Cpu {
+            rb,
+            lf: LazyFlags::default(),
+            rflags: 2,
+            rip: 0xfff0,
+            ea_base: [0; 8],
+            mmu: 0,
+            engine: Engine::new(machine),
+            cpl: 0,
+            code_size: 2,
+            exception: Exception::default(),
+            exit: Exit::default(),
+            seg: Default::default(),
+            ldtr: Segment::default(),
+            tr: Segment::default(),
+            gdtr: TableRegister::default(),
+            idtr: TableRegister::default(),
+            cr0: 0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            dr6: 0,
+            dr7: 0,
+            msr: Msrs::default(),
+            ctl: Control::default(),
+            shadow: false,
+            nmi_blocked: false,
+            delivering: 0,
+            debug_hits: 0,
+            sys: Default::default(),
+            next_rip_enabled: true,
+            keys: 0,
+            index,
+        })
+    }
+
     // ---- registers ---------------------------------------------------------------------------------------------
 
     /// Reads a general register operand by its byte offset.
@@ -123,18 +171,6 @@ impl Cpu {
                 p.cast::<T>().write_unaligned(v);
             }
         }
-    }
-
-    /// RIP of the instruction after `op`.
-    #[inline(always)]
-    pub fn next_ip(&self, op: &Op) -> u64 {
-        self.rb.gpr[17].wrapping_add(op.next as u64)
-    }
-
-    /// RIP of `op` itself.
-    #[inline(always)]
-    pub fn this_ip(&self, op: &Op) -> u64 {
-        self.rb.gpr[17].wrapping_add(op.next as u64 - op.len as u64)
     }
 
     /// Truncates an instruction pointer to the code size in force (16/32-bit code keeps 32 bits of EIP).
@@ -268,28 +304,5 @@ impl Cpu {
             Some((word, bit)) => self.ctl.intercepts[word] >> bit & 1 != 0,
             None => false,
         }
-    }
-
-    // ---- control flow ------------------------------------------------------------------------------------------
-
-    /// Ends the block with a jump to `target` through exit `link` of the block (0 or 1: same target every time;
-    /// [`LINK_RETURN`] or [`LINK_NONE`](super::op::LINK_NONE)).
-    #[inline(always)]
-    pub fn jump(&mut self, target: u64, link: u8) -> Stop {
-        self.rip = target;
-        match link {
-            0 => Stop::Exit0,
-            1 => Stop::Exit1,
-            LINK_RETURN => Stop::Return,
-            _ => Stop::EndBlock,
-        }
-    }
-
-    /// Ends the block after `op`, going on with the next instruction, by look-up (used after mode or TLB changes).
-    #[inline(always)]
-    pub fn end_block(&mut self, op: &Op) -> Stop {
-        let next = self.next_ip(op);
-        self.rip = self.mask_ip(next);
-        Stop::EndBlock
     }
 }

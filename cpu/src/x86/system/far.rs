@@ -3,34 +3,12 @@
 
 use super::descriptor::{Descriptor, attrib, error_selector, is_null, kind, null_segment};
 use super::exitcode;
-use super::segment::unreachable_from;
-pub(super) use super::stack::merge_sp;
-use super::stack::null_stack;
+use super::segment::{memory_pointer, unreachable_from};
+use super::stack::{merge_sp, null_stack};
 use super::task::Reason;
-use crate::x86::access::Access;
 use crate::x86::flags::rf;
 use crate::x86::op::{Op, Res, Stop};
 use crate::x86::state::{Cpu, Segment, cr4, reg, sreg, vector};
-
-/// Loads a far pointer operand from memory: (selector, offset).
-pub(super) fn memory_pointer(cpu: &mut Cpu, op: &Op) -> Result<(u16, u64), Stop> {
-    let size = op.osize() as usize;
-    let linear = cpu.lin(op, size + 2, Access::Read)?;
-    let mut bytes = [0u8; 16];
-    let bank = if cpu.mmu == 3 { 2 } else { cpu.mmu };
-    cpu.read_bytes(bank, op.seg, linear, &mut bytes[..size + 2])?;
-    let v = u128::from_le_bytes(bytes);
-    let offset = v as u64 & mask(op.osize());
-    Ok(((v >> (8 * size)) as u16, offset))
-}
-
-fn mask(osize: u32) -> u64 {
-    match osize {
-        2 => 0xffff,
-        4 => 0xffff_ffff,
-        _ => u64::MAX,
-    }
-}
 
 /// The operand of far JMP and CALL: direct (`op.imm`, `op.disp`), or in memory when `op.aux` is set.
 fn pointer(cpu: &mut Cpu, op: &Op) -> Result<(u16, u64), Stop> {

@@ -103,7 +103,7 @@ fn masked(v: u64, asize: u8) -> u64 {
 /// Adds to an address-size register.
 fn advance(cpu: &mut Cpu, n: usize, by: u64, asize: u8) {
     let old = cpu.rb.gpr[n];
-    cpu.rb.gpr[n] = super::far::merge_sp(old, old.wrapping_add(by), asize);
+    cpu.rb.gpr[n] = super::stack::merge_sp(old, old.wrapping_add(by), asize);
 }
 
 /// INS or OUTS, one iteration at a time.

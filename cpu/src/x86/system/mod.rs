@@ -24,21 +24,6 @@ mod stack;
 pub mod syscall;
 pub mod task;
 
-/// Bookkeeping of the system instructions beside the architectural state.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct SystemState {
-    /// The instruction that ran inhibits the single-step trap after itself: it entered a handler that TF is not for.
-    pub no_step: bool,
-    /// Data breakpoints that MOV SS or POP SS hit, in DR6 format, until the next instruction has ended.
-    pub deferred_hits: u64,
-    /// PAUSEs left before the pause filter exits.
-    pub pause_left: u16,
-    /// Physical TSC of the last PAUSE.
-    pub pause_last: u64,
-    /// MONITOR has run and MWAIT has not.
-    pub monitor_armed: bool,
-}
-
 impl Cpu {
     /// #VMEXIT `code` with no further information, if its intercept bit is set.
     #[inline(always)]

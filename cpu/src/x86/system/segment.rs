@@ -3,6 +3,7 @@
 
 use super::descriptor::{Descriptor, attrib, error_selector, is_null, kind, null_segment};
 use super::exitcode;
+use super::stack::merge_sp;
 use crate::x86::access::Access;
 use crate::x86::flags::rf;
 use crate::x86::op::{Op, Res, Stop, flag};
@@ -99,13 +100,33 @@ pub(super) fn pop_sreg(cpu: &mut Cpu, op: &Op) -> Res {
     // The pop counts with the stack size from before SS changed.
     let sp = cpu.rb.gpr[reg::RSP];
     let next = sp.wrapping_add(op.osize() as u64);
-    cpu.rb.gpr[reg::RSP] = super::far::merge_sp(sp, next, size);
+    cpu.rb.gpr[reg::RSP] = merge_sp(sp, next, size);
     if n == sreg::SS { Err(shadow(cpu, op)) } else { Ok(()) }
+}
+
+fn mask(osize: u32) -> u64 {
+    match osize {
+        2 => 0xffff,
+        4 => 0xffff_ffff,
+        _ => u64::MAX,
+    }
+}
+
+/// Loads a far pointer operand from memory: (selector, offset).
+pub(super) fn memory_pointer(cpu: &mut Cpu, op: &Op) -> Result<(u16, u64), Stop> {
+    let size = op.osize() as usize;
+    let linear = cpu.lin(op, size + 2, Access::Read)?;
+    let mut bytes = [0u8; 16];
+    let bank = if cpu.mmu == 3 { 2 } else { cpu.mmu };
+    cpu.read_bytes(bank, op.seg, linear, &mut bytes[..size + 2])?;
+    let v = u128::from_le_bytes(bytes);
+    let offset = v as u64 & mask(op.osize());
+    Ok(((v >> (8 * size)) as u16, offset))
 }
 
 /// LES, LDS, LSS, LFS, LGS (`op.aux` = segment register).
 pub(super) fn load_far_pointer(cpu: &mut Cpu, op: &Op) -> Res {
-    let (selector, offset) = super::far::memory_pointer(cpu, op)?;
+    let (selector, offset) = memory_pointer(cpu, op)?;
     cpu.load_segment(op.aux as usize, selector)?;
     set_register(cpu, op, offset);
     Ok(())
