@@ -108,7 +108,8 @@ impl PyMachine {
 
     fn pte_compare_exchange(&self, address: usize, expected: u64, value: u64) -> PyResult<u64> {
         let e = self.entry(address)?;
-        Ok(match e.compare_exchange(expected, value, Ordering::SeqCst, Ordering::SeqCst) {
+        let found = || e.compare_exchange(expected, value, Ordering::SeqCst, Ordering::SeqCst);
+        Ok(match self.inner.with_host_access(found) {
             Ok(v) | Err(v) => v,
         })
     }
@@ -152,7 +153,7 @@ impl PyMachine {
     fn write(&self, hva: usize, data: &[u8]) -> PyResult<()> {
         self.range(hva, data.len())?;
         // SAFETY: as in `read`.
-        unsafe { host_write(data, hva as *mut u8) };
+        self.inner.with_host_access(|| unsafe { host_write(data, hva as *mut u8) });
         self.inner.notify_write(hva, data.len());
         Ok(())
     }

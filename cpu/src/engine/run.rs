@@ -15,9 +15,10 @@ use crate::mem::{Shared, pending};
 /// for it before memory goes away.
 pub fn in_guest<P: Processor, R>(cpu: &mut P, f: impl FnOnce(&mut P) -> R) -> R {
     let shared = cpu.engine().shared.clone();
-    shared.running.store(true, Ordering::SeqCst);
+    shared.start();
     let _running = Running(&shared);
     let engine = cpu.engine_mut();
+    engine.machine.enter_bus(&shared);
     if shared.synced.load(Ordering::SeqCst) != engine.machine.generation() {
         engine.catch_up();
     }
@@ -29,7 +30,7 @@ struct Running<'a>(&'a Shared);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.0.running.store(false, Ordering::SeqCst);
+        self.0.stop();
     }
 }
 
@@ -125,6 +126,9 @@ fn attend<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
     let p = engine.shared.pending.load(Ordering::SeqCst);
     if p & pending::TLB_SYNC != 0 {
         engine.catch_up();
+    }
+    if p & pending::BUS != 0 {
+        engine.machine.yield_bus(&engine.shared);
     }
     if p & pending::CODE_CHANGED != 0 {
         engine.shared.pending.fetch_and(!pending::CODE_CHANGED, Ordering::SeqCst);

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use crate::int::Int;
 
 /// Whether any move is what the guest's would be: x86 has one instruction for each, aligned or not.
-const ANY_MOVE: bool = cfg!(target_arch = "x86_64");
+const ANY_MOVE: bool = cfg!(all(target_arch = "x86_64", not(miri)));
 
 /// A value that may be anywhere: volatile accesses of others have to be aligned.
 #[derive(Clone, Copy)]
@@ -181,41 +181,54 @@ pub unsafe fn host_fill(to: *mut u8, byte: u8, bytes: usize) {
     core::hint::black_box(to);
 }
 
-/// Compare and exchange, atomic towards every other access on x86 hosts; elsewhere towards aligned ones only when
-/// itself aligned (the caller holds the machine's split lock for the others). Returns the value found.
+/// How often something is tried that other processors may spoil, before it is done while they stand
+/// ([`super::Machine::lock_bus`]).
+pub const PATIENCE: u32 = 1000;
+
+/// Bytes that an x86 host's locked instruction has to itself without stopping the others.
+const LINE: usize = 64;
+
+/// Whether [`host_cas`] at `p` is atomic, and cheap: on x86 hosts within a cache line, elsewhere where aligned.
+#[inline(always)]
+pub fn is_atomic<T: Int>(p: *const T) -> bool {
+    if ANY_MOVE { p as usize % LINE + T::BYTES <= LINE } else { p as usize % T::BYTES == 0 }
+}
+
+/// Compare and exchange, atomic towards every other access if [`is_atomic`]. Returns the value found.
 ///
 /// # Safety
-/// `p..p+size` must be mapped and writable.
+/// `p..p+size` must be mapped and writable, and [`is_atomic`].
 #[inline(always)]
 pub unsafe fn host_cas<T: Int>(p: *mut T, old: T, new: T) -> T {
     // SAFETY: given; aligned in the atomic arms, one assembly instruction otherwise.
     unsafe {
-        if p as usize % T::BYTES == 0 {
-            let (o, n) = (old.to_u64(), new.to_u64());
-            macro_rules! cas {
-                ($a:ty, $t:ty) => {
-                    match <$a>::from_ptr(p as *mut $t).compare_exchange(
-                        o as $t,
-                        n as $t,
-                        Ordering::SeqCst,
-                        Ordering::SeqCst,
-                    ) {
-                        Ok(v) | Err(v) => v as u64,
-                    }
-                };
-            }
-            return T::from_u64(match T::BYTES {
-                1 => cas!(AtomicU8, u8),
-                2 => cas!(AtomicU16, u16),
-                4 => cas!(AtomicU32, u32),
-                _ => cas!(AtomicU64, u64),
-            });
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        if p as usize % T::BYTES != 0 {
+            return unaligned_cas(p, old, new);
         }
-        unaligned_cas(p, old, new)
+        let (o, n) = (old.to_u64(), new.to_u64());
+        macro_rules! cas {
+            ($a:ty, $t:ty) => {
+                match <$a>::from_ptr(p as *mut $t).compare_exchange(
+                    o as $t,
+                    n as $t,
+                    Ordering::SeqCst,
+                    Ordering::SeqCst,
+                ) {
+                    Ok(v) | Err(v) => v as u64,
+                }
+            };
+        }
+        T::from_u64(match T::BYTES {
+            1 => cas!(AtomicU8, u8),
+            2 => cas!(AtomicU16, u16),
+            4 => cas!(AtomicU32, u32),
+            _ => cas!(AtomicU64, u64),
+        })
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 #[cold]
 unsafe fn unaligned_cas<T: Int>(p: *mut T, old: T, new: T) -> T {
     use core::arch::asm;
@@ -232,17 +245,4 @@ unsafe fn unaligned_cas<T: Int>(p: *mut T, old: T, new: T) -> T {
         }
     }
     T::from_u64(found)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-#[cold]
-unsafe fn unaligned_cas<T: Int>(p: *mut T, old: T, new: T) -> T {
-    // SAFETY: given.
-    unsafe {
-        let found = p.read_unaligned();
-        if found == old {
-            p.write_unaligned(new);
-        }
-        found
-    }
 }

@@ -5,6 +5,7 @@
 //! page has a mask of 64-byte chunks that hold code some processor has decoded; stores into such a chunk tell every
 //! processor to check its decoded code against memory again (see `engine::block`).
 
+mod bus;
 mod futex;
 mod host;
 mod pool;
@@ -12,8 +13,8 @@ mod region;
 mod shared;
 
 pub use host::{
-    host_cas, host_equal, host_fill, host_load, host_load128, host_move, host_read, host_store,
-    host_store128, host_write,
+    PATIENCE, host_cas, host_equal, host_fill, host_load, host_load128, host_move, host_read, host_store,
+    host_store128, host_write, is_atomic,
 };
 pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_mask};
 pub use shared::{Shared, Wake, pending};
@@ -21,6 +22,7 @@ pub use shared::{Shared, Wake, pending};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
+use bus::Bus;
 use pool::Pool;
 use region::Owner;
 
@@ -28,12 +30,12 @@ use region::Owner;
 #[derive(Default)]
 pub struct Machine {
     table: RwLock<Arc<RegionTable>>,
-    cpus: Mutex<Vec<Arc<Shared>>>,
+    /// A snapshot, as the regions are: who waits for processors must not keep them from anything.
+    cpus: Mutex<Arc<Vec<Arc<Shared>>>>,
     /// Counts the events that every processor must catch up with (code pages armed, regions removed).
     generation: AtomicU64,
     pool: Mutex<Pool>,
-    /// Held for locked operations that the host cannot do atomically.
-    pub split_lock: Mutex<()>,
+    bus: Bus,
     /// [`FORKS`] when the machine was made.
     forks: u64,
 }
@@ -156,7 +158,8 @@ impl Machine {
 
     /// Adds a processor's shared part.
     pub fn attach(&self, shared: Arc<Shared>) {
-        self.lock_cpus().push(shared);
+        let mut cpus = self.lock_cpus();
+        *cpus = Arc::new(cpus.iter().cloned().chain([shared]).collect());
     }
 
     /// Removes a processor's shared part.
@@ -164,11 +167,17 @@ impl Machine {
         if self.inherited() {
             return;
         }
-        self.lock_cpus().retain(|s| !Arc::ptr_eq(s, shared));
+        let mut cpus = self.lock_cpus();
+        *cpus = Arc::new(cpus.iter().filter(|s| !Arc::ptr_eq(s, shared)).cloned().collect());
     }
 
-    fn lock_cpus(&self) -> MutexGuard<'_, Vec<Arc<Shared>>> {
+    fn lock_cpus(&self) -> MutexGuard<'_, Arc<Vec<Arc<Shared>>>> {
         self.cpus.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The processors as they are now.
+    fn cpus(&self) -> Arc<Vec<Arc<Shared>>> {
+        self.lock_cpus().clone()
     }
 
     /// The newest generation.
@@ -211,6 +220,11 @@ impl Machine {
                 || !s.running.load(Ordering::SeqCst)
                 || s.synced.load(Ordering::SeqCst) >= generation
         })
+    }
+
+    /// Runs `f`, which writes memory on a thread that is no processor's, while no processor has the bus.
+    pub fn with_host_access<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.bus.with_host_access(f)
     }
 
     /// The host wrote `size` bytes at `hva` (a device, KVM): cached code there is checked again before it runs.

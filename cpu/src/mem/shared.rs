@@ -14,6 +14,8 @@ pub mod pending {
     pub const TLB_SYNC: u32 = 4;
     /// Decoded code may have changed in memory: check it before running it again.
     pub const CODE_CHANGED: u32 = 8;
+    /// Another processor wants the bus ([`super::bus`]).
+    pub const BUS: u32 = 16;
 }
 
 /// Why a wait is over.
@@ -32,11 +34,13 @@ pub enum Wake {
 #[derive(Default)]
 pub struct Shared {
     /// Physical events; see [`pending`]. Waiting threads sleep on it.
-    pub pending: AtomicU32,
+    pub(crate) pending: AtomicU32,
     /// True inside VMRUN.
-    pub running: AtomicBool,
+    pub(super) running: AtomicBool,
+    /// True while it executes nothing although it is running, and won't without having had the bus ([`super::bus`]).
+    pub(super) standing: AtomicBool,
     /// The machine's TLB-sync generation this processor has caught up with.
-    pub synced: AtomicU64,
+    pub(crate) synced: AtomicU64,
     /// Threads inside [`Shared::wait_for`].
     waiting: AtomicU32,
 }
@@ -47,6 +51,7 @@ impl Shared {
         Shared {
             pending: AtomicU32::new(0),
             running: AtomicBool::new(false),
+            standing: AtomicBool::new(false),
             synced: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
         }
@@ -65,6 +70,21 @@ impl Shared {
     /// Takes a pending kick back; whether there was one.
     pub fn clear_kick(&self) -> bool {
         self.pending.fetch_and(!pending::KICK, Ordering::SeqCst) & pending::KICK != 0
+    }
+
+    /// The processor is in a guest from now on; then it may have to wait for the bus ([`super::Machine::enter_bus`]).
+    pub fn start(&self) {
+        self.running.store(true, Ordering::SeqCst);
+    }
+
+    /// It is not any more.
+    pub fn stop(&self) {
+        self.running.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether it executes nothing now.
+    pub(super) fn stands(&self) -> bool {
+        !self.running.load(Ordering::SeqCst) || self.standing.load(Ordering::SeqCst)
     }
 
     /// Whether a kick is pending.

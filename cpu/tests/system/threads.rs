@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Code that changes under the processor, and several processors at once.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -107,7 +108,7 @@ fn code_written_by_another_processor_is_noticed() {
     assert!(memory.read::<u64>(flag) > 1000);
 }
 
-fn count_together(cpus: u32, step: fn(&mut CodeAssembler)) -> u64 {
+fn count_together(cpus: u32, step: fn(&mut CodeAssembler)) -> Memory {
     let memory = Memory::new();
     let guests: Vec<Guest> = (0..cpus)
         .map(|n| {
@@ -132,7 +133,7 @@ fn count_together(cpus: u32, step: fn(&mut CodeAssembler)) -> u64 {
             s.spawn(move || g.expect_exit(exit::HLT));
         }
     });
-    memory.read(DATA)
+    memory
 }
 
 #[test]
@@ -154,15 +155,202 @@ fn locked_increments_are_never_lost() {
     ];
     for step in steps {
         for cpus in [2u32, 4] {
-            assert_eq!(count_together(cpus, step), 20_000 * cpus as u64);
+            assert_eq!(count_together(cpus, step).read::<u64>(DATA), 20_000 * cpus as u64);
+        }
+    }
+}
+
+/// Addresses of operands that cross a cache line and a page.
+const SPLIT: [u64; 2] = [DATA + 61, DATA + 0xffd];
+
+#[test]
+fn locked_increments_across_a_cache_line_or_page_are_never_lost() {
+    for n in 0..2 {
+        let step: [fn(&mut CodeAssembler); 2] =
+            [|a| a.lock().inc(qword_ptr(SPLIT[0])).unwrap(), |a| a.lock().inc(qword_ptr(SPLIT[1])).unwrap()];
+        for cpus in [1, 2, 4] {
+            let memory = count_together(cpus, step[n]);
+            assert_eq!(memory.read::<u64>(SPLIT[n]), 20_000 * cpus as u64);
+        }
+    }
+}
+
+/// Two processors of one memory, each with its code.
+fn pair(first: impl FnOnce(&mut CodeAssembler), second: impl FnOnce(&mut CodeAssembler)) -> [Guest; 2] {
+    let memory = Memory::new();
+    let mut a = Guest::bare(memory.clone(), 0);
+    a.assemble(64, CODE, first);
+    let mut b = Guest::bare(memory, 1);
+    b.set(save::RIP, CODE + 0x1000);
+    b.set(save::RSP, STACK0);
+    b.assemble(64, CODE + 0x1000, second);
+    [a, b]
+}
+
+#[test]
+fn a_split_locked_exchange_that_fails_writes_nothing_over_a_plain_store() {
+    for at in SPLIT {
+        // CMPXCHG writes what it has read when it fails (APM vol. 3): the other's store must come before or after.
+        let [mut locker, mut storer] = pair(
+            |a| {
+                let mut again = a.create_label();
+                a.set_label(&mut again).unwrap();
+                a.mov(eax, -1).unwrap();
+                a.lock().cmpxchg(dword_ptr(at), edx).unwrap();
+                a.jmp(again).unwrap();
+            },
+            |a| {
+                let (mut again, mut lost) = (a.create_label(), a.create_label());
+                a.mov(ecx, 200_000).unwrap();
+                a.set_label(&mut again).unwrap();
+                a.inc(bl).unwrap();
+                a.mov(byte_ptr(at + 3), bl).unwrap();
+                for _ in 0..4 {
+                    a.cmp(byte_ptr(at + 3), bl).unwrap();
+                    a.jne(lost).unwrap();
+                }
+                a.dec(ecx).unwrap();
+                a.jnz(again).unwrap();
+                a.set_label(&mut lost).unwrap();
+                a.hlt().unwrap();
+            },
+        );
+        let kick = locker.cpu.engine.shared.clone();
+        std::thread::scope(|s| {
+            s.spawn(move || locker.expect_exit(exit::INTR));
+            storer.expect_exit(exit::HLT);
+            kick.kick();
+        });
+        assert_eq!(storer.cpu.rb.gpr[1], 0, "a store was lost");
+    }
+}
+
+#[test]
+fn split_and_other_locked_additions_to_the_same_bytes_add_up() {
+    for at in SPLIT {
+        // One adds to the whole, the other to the aligned double word that is its upper part.
+        let upper = at + 3;
+        let [mut whole, mut part] = pair(
+            |a| {
+                let mut again = a.create_label();
+                a.mov(ecx, 300_000).unwrap();
+                a.set_label(&mut again).unwrap();
+                a.lock().add(qword_ptr(at), 1).unwrap();
+                a.dec(ecx).unwrap();
+                a.jnz(again).unwrap();
+                a.hlt().unwrap();
+            },
+            |a| {
+                let mut again = a.create_label();
+                a.mov(ecx, 300_000).unwrap();
+                a.set_label(&mut again).unwrap();
+                a.lock().add(dword_ptr(upper), 0x1_0000).unwrap();
+                a.dec(ecx).unwrap();
+                a.jnz(again).unwrap();
+                a.hlt().unwrap();
+            },
+        );
+        let memory = whole.memory.clone();
+        std::thread::scope(|s| {
+            s.spawn(move || whole.expect_exit(exit::HLT));
+            part.expect_exit(exit::HLT);
+        });
+        assert_eq!(memory.read::<u64>(at), 300_000 + ((300_000 % 0x1_0000) << 40));
+    }
+}
+
+#[test]
+fn a_spinlock_across_a_page_is_nobodys_when_it_has_been_released() {
+    let lock = SPLIT[1];
+    let critical = |a: &mut CodeAssembler| {
+        let (mut again, mut spin) = (a.create_label(), a.create_label());
+        a.mov(ebx, 20_000).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.mov(ecx, 1).unwrap();
+        a.set_label(&mut spin).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.lock().cmpxchg(dword_ptr(lock), ecx).unwrap();
+        a.jne(spin).unwrap();
+        a.inc(dword_ptr(DATA + 0x2000)).unwrap();
+        a.mov(dword_ptr(lock), 0).unwrap();
+        a.dec(ebx).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    };
+    let [mut a, mut b] = pair(critical, critical);
+    let memory = a.memory.clone();
+    std::thread::scope(|s| {
+        s.spawn(move || a.expect_exit(exit::HLT));
+        b.expect_exit(exit::HLT);
+    });
+    assert_eq!(memory.read::<u32>(DATA + 0x2000), 40_000);
+}
+
+#[test]
+fn a_split_locked_operation_waits_until_every_other_processor_stands() {
+    let steps: [fn(&mut CodeAssembler, u64); 4] = [
+        |a, at| a.lock().inc(dword_ptr(at)).unwrap(),
+        |a, at| a.xchg(dword_ptr(at), ebx).unwrap(),
+        |a, at| a.lock().bts(dword_ptr(at), edx).unwrap(),
+        |a, at| a.lock().cmpxchg8b(qword_ptr(at)).unwrap(),
+    ];
+    for step in steps {
+        for at in SPLIT {
+            let mut g = Guest::long(|a| {
+                step(a, at);
+                a.hlt().unwrap();
+            });
+            g.cpu.rb.gpr[3] = 1;
+            let memory = g.memory.clone();
+            // A processor in the guest that doesn't come to the end of its instruction.
+            let other = Arc::new(Shared::new());
+            memory.machine.attach(other.clone());
+            other.start();
+            std::thread::scope(|s| {
+                let ran = s.spawn(move || g.expect_exit(exit::HLT));
+                std::thread::sleep(Duration::from_millis(5));
+                assert!(!ran.is_finished() && memory.read::<u32>(at) == 0);
+                other.stop();
+            });
+            assert_ne!(memory.read::<u32>(at), 0);
         }
     }
 }
 
 #[test]
-fn locked_increments_across_a_cache_line_are_never_lost() {
-    let total = count_together(2, |a| a.lock().inc(qword_ptr(DATA + 61)).unwrap());
-    assert_eq!(total, 0);
+fn a_processor_that_halts_does_not_keep_others_from_the_bus() {
+    let [mut sleeper, mut locker] = pair(
+        |a| {
+            a.inc(dword_ptr(DATA)).unwrap();
+            a.hlt().unwrap();
+            a.inc(dword_ptr(DATA)).unwrap();
+            a.hlt().unwrap();
+        },
+        |a| {
+            let (mut wait, mut again) = (a.create_label(), a.create_label());
+            a.set_label(&mut wait).unwrap();
+            a.cmp(dword_ptr(DATA), 0).unwrap();
+            a.je(wait).unwrap();
+            a.mov(ecx, 1000).unwrap();
+            a.set_label(&mut again).unwrap();
+            a.lock().inc(qword_ptr(SPLIT[1])).unwrap();
+            a.dec(ecx).unwrap();
+            a.jnz(again).unwrap();
+            a.hlt().unwrap();
+        },
+    );
+    sleeper.unintercept(exit::HLT);
+    let (kick, memory) = (sleeper.cpu.engine.shared.clone(), locker.memory.clone());
+    std::thread::scope(|s| {
+        s.spawn(move || {
+            sleeper.expect_exit(exit::INTR);
+            // What the others wanted of it was no interrupt: it has waited on.
+            assert_eq!(sleeper.memory.read::<u32>(DATA), 1);
+        });
+        locker.expect_exit(exit::HLT);
+        kick.kick();
+    });
+    assert_eq!(memory.read::<u64>(SPLIT[1]), 1000);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! Read-modify-write accesses, plain and locked.
 
 use super::Access;
-use crate::mem::{host_cas, host_load, host_store};
+use crate::mem::{PATIENCE, host_cas, host_load, host_store, is_atomic};
 use crate::x86::flags::Int;
 use crate::x86::op::{Op, Res};
 use crate::x86::state::Cpu;
@@ -56,46 +56,59 @@ impl Cpu {
     ) -> Res {
         let linear = self.wrap(linear);
         let e = self.engine.tlb.entry(self.mmu, linear);
-        let fast = e.write == self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1));
-        let p = if fast {
-            e.addend.wrapping_add(linear)
-        } else {
-            self.prepare_write(seg, linear, T::BYTES)?;
-            if (linear & 0xfff) as usize + T::BYTES > 4096 {
-                return self.modify_split(seg, linear, f);
-            }
-            let mmu = if self.mmu == 3 { 2 } else { self.mmu };
-            self.translate(mmu, seg, linear, T::BYTES, Access::Write)? as u64
-        } as *mut T;
-        let machine = (cfg!(not(target_arch = "x86_64")) && p as usize % T::BYTES != 0)
-            .then(|| self.engine.machine.clone());
-        let _guard = machine.as_ref().map(|m| m.split_lock.lock());
-        // SAFETY: as in `load_bank`.
-        unsafe {
-            let mut old = host_load(p);
-            loop {
-                let new = f(self, old);
-                let found = host_cas(p, old, new);
-                if found == old {
-                    break;
-                }
-                old = found;
+        if e.write == self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
+            let p = e.addend.wrapping_add(linear) as *mut T;
+            // SAFETY: as in `load_bank`.
+            if is_atomic(p) && unsafe { self.exchange(p, &mut f) } {
+                return Ok(());
             }
         }
-        drop(_guard);
-        if !fast {
-            self.engine.after_code_write(p as usize, T::BYTES);
-        }
-        Ok(())
+        self.modify_locked_slow(seg, linear, f)
     }
 
-    /// A locked operation across two pages: atomic only towards its own kind (a real bus lock stops everybody).
-    fn modify_split<T: Int>(&mut self, seg: u8, linear: u64, mut f: impl FnMut(&mut Cpu, T) -> T) -> Res {
-        let machine = self.engine.machine.clone();
-        let _guard = machine.split_lock.lock();
+    /// Replaces what is at `p`; false if other processors were always faster. `f` may be called several times.
+    ///
+    /// # Safety
+    /// `p` must be writable memory, on which [`host_cas`] is atomic.
+    #[inline(always)]
+    pub unsafe fn exchange<T: Int>(&mut self, p: *mut T, f: &mut impl FnMut(&mut Cpu, T) -> T) -> bool {
+        // SAFETY: given.
+        let mut old = unsafe { host_load(p) };
+        for _ in 0..PATIENCE {
+            let new = f(self, old);
+            // SAFETY: given.
+            let found = unsafe { host_cas(p, old, new) };
+            if found == old {
+                return true;
+            }
+            old = found;
+        }
+        false
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn modify_locked_slow<T: Int>(
+        &mut self,
+        seg: u8,
+        linear: u64,
+        mut f: impl FnMut(&mut Cpu, T) -> T,
+    ) -> Res {
+        self.prepare_write(seg, linear, T::BYTES)?;
         let mmu = if self.mmu == 3 { 2 } else { self.mmu };
-        let old = self.load_bank::<T>(mmu, seg, linear)?;
-        let new = f(self, old);
-        self.store_bank(mmu, seg, linear, new)
+        if (linear & 0xfff) as usize + T::BYTES <= 4096 {
+            let p = self.translate(mmu, seg, linear, T::BYTES, Access::Write)? as *mut T;
+            // SAFETY: `translate` gives the host address of registered memory, in one page.
+            if is_atomic(p) && unsafe { self.exchange(p, &mut f) } {
+                self.engine.after_code_write(p as usize, T::BYTES);
+                return Ok(());
+            }
+        }
+        let (machine, shared) = (self.engine.machine.clone(), self.engine.shared.clone());
+        machine.lock_bus(&shared, || {
+            let old = self.load_bank::<T>(mmu, seg, linear)?;
+            let new = f(self, old);
+            self.store_bank(mmu, seg, linear, new)
+        })
     }
 }

@@ -366,9 +366,8 @@ fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Res {
     let g = &cpu.rb.gpr;
     let expected = [g[r::RAX], g[r::RDX]];
     let new = [g[r::RBX], g[r::RCX]];
-    let machine = cpu.engine.machine.clone();
     // SAFETY: translate gives the host address of 16 bytes (aligned, so in one page) of registered memory.
-    let found = unsafe { cas128(&machine, p, expected, new) };
+    let found = unsafe { cas128(cpu, p, expected, new) };
     cpu.engine.after_code_write(p as usize, 16);
     cpu.lf.set_zf(found == expected);
     if found != expected {
@@ -378,12 +377,12 @@ fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
-/// 16-byte compare and exchange: one host instruction where there is one, else under the machine's lock. Returns what
-/// was found.
+/// 16-byte compare and exchange: one host instruction where there is one, else while other processors stand. Returns
+/// what was found.
 ///
 /// # Safety
 /// `p` must be aligned to 16 bytes, mapped and writable.
-unsafe fn cas128(machine: &crate::mem::Machine, p: *mut u64, expected: [u64; 2], new: [u64; 2]) -> [u64; 2] {
+unsafe fn cas128(cpu: &Cpu, p: *mut u64, expected: [u64; 2], new: [u64; 2]) -> [u64; 2] {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("cmpxchg16b") {
         let (mut low, mut high) = (expected[0], expected[1]);
@@ -402,16 +401,14 @@ unsafe fn cas128(machine: &crate::mem::Machine, p: *mut u64, expected: [u64; 2],
         }
         return [low, high];
     }
-    let _guard = machine.split_lock.lock();
     // SAFETY: given.
-    unsafe {
-        let found = [crate::mem::host_load(p), crate::mem::host_load(p.add(1))];
+    cpu.engine.machine.lock_bus(&cpu.engine.shared, || unsafe {
+        let found = crate::mem::host_load128(p);
         if found == expected {
-            crate::mem::host_store(p, new[0]);
-            crate::mem::host_store(p.add(1), new[1]);
+            crate::mem::host_store128(p, new);
         }
         found
-    }
+    })
 }
 
 // ---- ADCX, ADOX ------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ use super::access::Access;
 use super::op::Stop;
 use super::state::{Cpu, attention, cr4, efer, sreg, vector};
 use crate::engine::fill::Mapping;
+use crate::mem::PATIENCE;
 use entry::NPF_FINAL;
-use guest::Failure;
+use guest::{Failure, Guest};
 
 mod entry;
 mod guest;
@@ -60,8 +61,9 @@ impl Cpu {
         }
         self.engine.tlb.fills += 1;
         let guest = loop {
-            match self.walk_guest(bank, linear, access) {
+            match self.walk_patiently(bank, linear, access) {
                 Ok(g) => break g,
+                // Only the host can have changed the tables: it does not do that for ever.
                 Err(Failure::Again) => continue,
                 Err(Failure::Stop(s)) => return Err(s),
                 Err(Failure::Fault(code)) => {
@@ -90,5 +92,17 @@ impl Cpu {
             size: guest.size,
         };
         Ok(self.engine.fill(bank, linear, mapping, watched))
+    }
+
+    /// Walks the guest's tables; if other processors keep changing them under the walk, in the end while they stand.
+    fn walk_patiently(&mut self, bank: usize, linear: u64, access: Access) -> Result<Guest, Failure> {
+        for _ in 0..PATIENCE {
+            match self.walk_guest(bank, linear, access) {
+                Err(Failure::Again) => {}
+                done => return done,
+            }
+        }
+        let (machine, shared) = (self.engine.machine.clone(), self.engine.shared.clone());
+        machine.lock_bus(&shared, || self.walk_guest(bank, linear, access))
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Segment and gate descriptors, and how they are fetched from the GDT and LDT (APM vol. 2, 4.7 and 4.8).
 
-use crate::mem::{host_cas, host_load};
+use crate::mem::{host_load, host_store};
 use crate::x86::access::{Access, SYSTEM};
 use crate::x86::op::{Res, Stop};
 use crate::x86::state::{Cpu, Segment, sreg, vector};
@@ -187,15 +187,10 @@ impl Cpu {
         self.engine.before_code_write(host, 1)?;
         let p = host as *mut u8;
         // SAFETY: `translate` gives the host address of registered memory.
-        unsafe {
-            let mut old = host_load(p);
-            loop {
-                let found = host_cas(p, old, f(old));
-                if found == old {
-                    break;
-                }
-                old = found;
-            }
+        if !unsafe { self.exchange(p, &mut |_, b| f(b)) } {
+            let (machine, shared) = (self.engine.machine.clone(), self.engine.shared.clone());
+            // SAFETY: as above.
+            machine.lock_bus(&shared, || unsafe { host_store(p, f(host_load(p))) });
         }
         self.engine.after_code_write(host, 1);
         Ok(())

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Waiting and hints: HLT, PAUSE, MONITOR, MWAIT; cache control; CPUID; and the instructions of AMD-V itself.
 
-use std::sync::atomic::Ordering;
-
 use super::exitcode;
 use crate::clock::clock_ns;
+use crate::mem::Wake;
 use crate::x86::access::Access;
 use crate::x86::flags::rf;
-use crate::x86::op::{Op, Res};
+use crate::x86::op::{Op, Res, Stop};
 use crate::x86::state::{Cpu, cr4, reg};
 use crate::x86::x87::{compacted_size, xsave_size};
 
@@ -45,13 +44,19 @@ pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
         return Err(cpu.vmexit(exitcode::IDLE_HLT, 0, 0));
     }
     cpu.intercept(exitcode::HLT)?;
-    let shared = cpu.engine.shared.clone();
     let virtual_interrupt = cpu.ctl.v_irq
         && cpu.rflags & rf::IF != 0
         && (cpu.ctl.v_ign_tpr || cpu.ctl.v_intr_prio > cpu.ctl.v_tpr);
-    while !virtual_interrupt && shared.pending.load(Ordering::SeqCst) == 0 {
+    if !virtual_interrupt {
+        let (machine, shared) = (&cpu.engine.machine, &cpu.engine.shared);
         // Only a kick wakes the thread: look for the rest now and then.
-        shared.wait_for(u32::MAX, Some(clock_ns() + LOOK_AGAIN_NS));
+        machine.stand(shared, || {
+            while shared.wait_for(u32::MAX, Some(clock_ns() + LOOK_AGAIN_NS)) != Wake::Event {}
+        });
+        if !shared.kicked() {
+            // What another processor wants is no interrupt: the guest waits on.
+            return Err(Stop::Restart);
+        }
     }
     Err(cpu.end_block(op))
 }

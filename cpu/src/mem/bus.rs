@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The bus lock: one processor works on memory while all the others stand between two instructions.
+//!
+//! What a locked instruction does across two cache lines is atomic towards everything, plain stores of other processors
+//! included (APM vol. 2, 7.3.2). Most hosts can do that in one instruction, within one mapping of a page; but they make
+//! it slow on purpose, or a signal, as it holds up everybody (Linux: `split_lock_detect`). So it is done the way the old
+//! bus did it. Locked instructions that other processors never let succeed end here, too.
+//!
+//! A processor *stands* while it certainly executes nothing: outside of a guest, in HLT, or waiting for the bus. Whoever
+//! has the bus asks the others for it ([`pending::BUS`]), and waits until all stand. Each takes the bus once to go on,
+//! so it goes on when nobody else has it. Running or standing is written before the other's flag is read, on both
+//! sides, sequentially consistent: one of the two sees the other.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+
+use super::{Machine, Shared, pending, signal};
+
+/// How often the others are looked at before the host's processor is given away: they may wait for it.
+const SPINS: u32 = 200;
+
+/// The bus of a machine.
+#[derive(Default)]
+pub(super) struct Bus {
+    lock: Mutex<()>,
+    /// Somebody wants all processors to stand, or has them.
+    wanted: AtomicBool,
+    /// Held for reading by threads of the host that write memory by way of the machine.
+    host: RwLock<()>,
+}
+
+impl Bus {
+    fn take(&self) -> MutexGuard<'_, ()> {
+        self.lock.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Runs `f` while nobody has the bus.
+    pub(super) fn with_host_access<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _shared = self.host.read().unwrap_or_else(|e| e.into_inner());
+        f()
+    }
+}
+
+/// Lets the others go on, however the work ends.
+struct Wanted<'a>(&'a Bus);
+
+impl Drop for Wanted<'_> {
+    fn drop(&mut self) {
+        self.0.wanted.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Machine {
+    /// Runs `f` on the thread of the running processor `me`, within an instruction that has changed nothing yet, while
+    /// no other processor is within one. `f` must not wait for anybody.
+    #[cold]
+    pub fn lock_bus<R>(&self, me: &Arc<Shared>, f: impl FnOnce() -> R) -> R {
+        // Whoever has the bus need not wait for this processor, which waits for the bus.
+        let _bus = self.go_on(me);
+        self.bus.wanted.store(true, Ordering::SeqCst);
+        let _wanted = Wanted(&self.bus);
+        let others = self.cpus();
+        signal(&others, Some(me), pending::BUS);
+        for other in others.iter().filter(|s| !Arc::ptr_eq(s, me)) {
+            let mut looks = 0;
+            while !other.stands() {
+                looks += 1;
+                if looks % SPINS == 0 {
+                    std::thread::yield_now();
+                } else {
+                    core::hint::spin_loop();
+                }
+            }
+        }
+        let _host = self.bus.host.write().unwrap_or_else(|e| e.into_inner());
+        f()
+    }
+
+    /// Takes the bus to have the processor `me`, which stands or is about to, execute again.
+    fn go_on(&self, me: &Shared) -> MutexGuard<'_, ()> {
+        me.standing.store(true, Ordering::SeqCst);
+        let bus = self.bus.take();
+        me.standing.store(false, Ordering::SeqCst);
+        bus
+    }
+
+    /// Between two instructions of the running processor `me`: lets whoever wants the bus have it.
+    #[cold]
+    pub fn yield_bus(&self, me: &Shared) {
+        me.pending.fetch_and(!pending::BUS, Ordering::SeqCst);
+        drop(self.go_on(me));
+    }
+
+    /// Before the first instruction of the processor `me`, which is marked as running.
+    #[inline]
+    pub fn enter_bus(&self, me: &Shared) {
+        if self.bus.wanted.load(Ordering::SeqCst) {
+            self.yield_bus(me);
+        }
+    }
+
+    /// Runs `f`, which waits, within an instruction of the running processor `me`.
+    pub fn stand<R>(&self, me: &Shared, f: impl FnOnce() -> R) -> R {
+        me.standing.store(true, Ordering::SeqCst);
+        let result = f();
+        self.yield_bus(me);
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Long enough for a thread that may run to do so, most of the time.
+    const A_WHILE: Duration = Duration::from_millis(2);
+
+    fn processor(machine: &Machine) -> Arc<Shared> {
+        let shared = Arc::new(Shared::new());
+        machine.attach(shared.clone());
+        shared
+    }
+
+    #[test]
+    fn processors_execute_nothing_while_one_has_the_bus() {
+        let machine = Machine::new();
+        // Dropped when the test ends, however it does.
+        let done = Arc::new(());
+        let steps = Arc::new([const { AtomicU64::new(0) }; 2]);
+        // One stays in the guest for long, one enters it again and again.
+        let threads = [1000, 1].map(|instructions| {
+            let (me, machine, done, steps) =
+                (processor(&machine), machine.clone(), Arc::downgrade(&done), steps.clone());
+            std::thread::spawn(move || {
+                let work = || (0..20_000).for_each(|_| core::hint::spin_loop());
+                while done.upgrade().is_some() {
+                    me.start();
+                    machine.enter_bus(&me);
+                    for _ in 0..instructions {
+                        work();
+                        steps[(instructions == 1) as usize].fetch_add(1, Ordering::SeqCst);
+                        if me.pending.load(Ordering::SeqCst) & pending::BUS != 0 {
+                            machine.yield_bus(&me);
+                        }
+                        if done.upgrade().is_none() {
+                            break;
+                        }
+                    }
+                    me.stop();
+                    work();
+                }
+            })
+        });
+        let me = processor(&machine);
+        me.start();
+        let look = || [0, 1].map(|n: usize| steps[n].load(Ordering::SeqCst));
+        for _ in 0..50 {
+            let before = look();
+            while look().iter().zip(before).any(|(now, then)| *now == then) {
+                std::thread::yield_now();
+            }
+            machine.lock_bus(&me, || {
+                let before = look();
+                std::thread::sleep(A_WHILE);
+                assert_eq!(look(), before);
+            });
+        }
+        drop(done);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn whoever_wants_the_bus_at_the_same_time_gets_it_in_turn() {
+        const ROUNDS: u64 = 1000;
+        let machine = Machine::new();
+        let count = AtomicU64::new(0);
+        let add = || {
+            let before = count.load(Ordering::SeqCst);
+            (0..200).for_each(|_| core::hint::spin_loop());
+            count.store(before + 1, Ordering::SeqCst);
+        };
+        std::thread::scope(|s| {
+            for _ in 0..3 {
+                let (me, machine) = (processor(&machine), &machine);
+                s.spawn(move || {
+                    me.start();
+                    for _ in 0..ROUNDS {
+                        machine.enter_bus(&me);
+                        machine.lock_bus(&me, add);
+                    }
+                    me.stop();
+                });
+            }
+            // And a thread that is no processor's.
+            s.spawn(|| (0..ROUNDS).for_each(|_| machine.with_host_access(add)));
+        });
+        assert_eq!(count.load(Ordering::SeqCst), 4 * ROUNDS);
+    }
+
+    #[test]
+    fn a_processor_that_waits_goes_on_when_nobody_has_the_bus() {
+        let machine = Machine::new();
+        let (me, other) = (processor(&machine), processor(&machine));
+        let went_on = AtomicBool::new(false);
+        me.start();
+        other.start();
+        std::thread::scope(|s| {
+            machine.stand(&me, || {
+                machine.lock_bus(&other, || {
+                    s.spawn(|| {
+                        machine.yield_bus(&me);
+                        went_on.store(true, Ordering::SeqCst);
+                    });
+                    std::thread::sleep(A_WHILE);
+                    assert!(!went_on.load(Ordering::SeqCst));
+                });
+            });
+        });
+        assert!(went_on.load(Ordering::SeqCst));
+    }
+}
