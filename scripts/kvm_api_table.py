@@ -49,7 +49,8 @@ NOTES: Final = (
     "KVM_GET_FPU after a KVM_SET_XSAVE without the x87 or SSE component gives the initial state on the software side, "
     "and on the device what its buffer held before; KVM_GET_XSAVE gives the initial state on both.",
     "KVM_GET_XSAVE of a new vCPU marks x87 and SSE as present on the software side, as initial on the device.",
-    "There are no MMU notifiers on the software side. KVM_SET_USER_MEMORY_REGION takes the object that owns the memory "
+    "There are no MMU notifiers on the software side: `softkvm.kvm.Vm.host_unmapped` has to be told what the kernel "
+    "finds out by itself. KVM_SET_USER_MEMORY_REGION takes the object that owns the memory "
     "and holds it, so an mmap object is not unmapped under a slot (its close() raises BufferError, on both sides). "
     "Memory that is unmapped or moved past Python (munmap or mremap of libc, mmap over it), or that nobody was told to "
     "hold, ends the process with SIGSEGV when the guest uses it. Memory that is not mapped when the guest first "

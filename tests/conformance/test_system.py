@@ -3,6 +3,7 @@
 
 import ctypes
 import errno
+import mmap
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -358,3 +359,17 @@ def test_registers_of_the_platform_cannot_be_written(guest: Guest, index: int) -
     (value,) = guest.cpu.get_msrs([index])
     assert guest.cpu.set_msrs({index: value ^ 1}) == 0
     assert guest.cpu.get_msrs([index]) == [value]
+
+
+def test_others_may_map_the_shared_area_by_its_descriptor(guest: Guest) -> None:
+    guest.real("e680 ebfc")  # out 0x80, al; jmp
+    with mmap.mmap(guest.cpu.shared_fd, guest.kvm.get_vcpu_mmap_size()) as other:
+        page = abi.kvm_run.from_buffer_copy(other)
+        guest.expect(abi.KVM_EXIT_IO)
+        page = abi.kvm_run.from_buffer_copy(other)
+        assert (page.exit_reason, page.io.port) == (abi.KVM_EXIT_IO, 0x80)
+        other[abi.kvm_run.immediate_exit.offset] = 1  # type: ignore[attr-defined]
+        refused(errno.EINTR, guest.cpu.run)
+        guest.cpu.close()
+        assert guest.cpu.shared_fd == -1
+        assert other[abi.kvm_run.immediate_exit.offset] == 1  # type: ignore[attr-defined]

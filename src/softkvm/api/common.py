@@ -109,6 +109,10 @@ class Vcpu(Closeable, Protocol):
     def shared(self) -> memoryview:
         """``get_vcpu_mmap_size()`` bytes; PIO data lie at ``kvm_run.io.data_offset`` in here."""
 
+    @property
+    def shared_fd(self) -> int:
+        """The descriptor that :attr:`shared` is a mapping of, for mmap() by others; -1 once the vCPU is closed."""
+
     def run(self) -> None:
         """KVM_RUN: until an exit that :attr:`kvm_run` describes.
 

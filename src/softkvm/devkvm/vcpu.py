@@ -48,6 +48,10 @@ class Vcpu(Descriptor):
                 raise checks.kvm_error(errno.EBADF, "it has been closed")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    @property
+    def shared_fd(self) -> int:
+        return self.fd
+
     def run(self) -> None:
         self._native_id = get_native_id()
         result = self._ioctl(self.fd, abi.KVM_RUN, 0)

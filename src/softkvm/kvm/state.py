@@ -8,10 +8,13 @@ and wake the vCPU second, so that no wake-up is lost.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +40,18 @@ VCPU_MMAP_SIZE: Final = 3 * 4096
 
 _LOG_BURST: Final = 10
 _LOG_INTERVAL_S: Final = 5.0
+
+
+def _sealed_memfd(name: str, size: int) -> int:
+    """Return a file in memory that can be mapped by others, and not cut off under those who have."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 class VmState:
@@ -108,7 +123,9 @@ class VcpuState:
         self.closed = False
 
         # The pages shared with userspace
-        self._mapping = mmap.mmap(-1, VCPU_MMAP_SIZE)
+        self.shared_fd = _sealed_memfd(f"kvm-vcpu:{vcpu_id}", VCPU_MMAP_SIZE)
+        self._close_shared_fd = weakref.finalize(self, os.close, self.shared_fd)
+        self._mapping = mmap.mmap(self.shared_fd, VCPU_MMAP_SIZE)
         self._shared = memoryview(self._mapping)
         self.run_b = self._shared
         self.run_w = self._shared.cast("H")
@@ -149,6 +166,11 @@ class VcpuState:
         self.stat_halt_wait_ns = 0
         self.stat_pf_taken = 0
         self.stat_tlb_flush = 0
+
+    def close_shared_fd(self) -> None:
+        """Close the descriptor of the shared pages; who has mapped them keeps them."""
+        self.shared_fd = -1
+        self._close_shared_fd()
 
     # --- requests ----------------------------------------------------------------------------------
 

@@ -203,6 +203,7 @@ class Vcpu(VcpuState, ABC):
         if not self.closed:
             self.closed = True
             refuse_requests(self, abi.File.VCPU)
+            self.close_shared_fd()
             if not self.vm.inherited:
                 self.cpu.set_timer(0)
 

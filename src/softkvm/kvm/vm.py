@@ -20,6 +20,7 @@ from softkvm.kvm.errors import enomem, inherited, kvm_error, refuse_requests
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.memory import dirty_log
 from softkvm.kvm.memory.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import IN_GUEST_MODE, VmState
 from softkvm.kvm.stats import vm_stats
@@ -139,6 +140,26 @@ class Vm(VmState, ABC):
         """Forget the nested mappings of some guest frames, as an MMU notifier does; they fault in again."""
         with self.mmu_lock:
             if self.mmu.zap_range(gfn, gfn + count):
+                self.finish_zap()
+
+    def host_unmapped(self, hva: int, size: int) -> None:
+        """Tell that the process's memory at ``hva`` is, or is about to be, another or none (an MMU notifier).
+
+        No ioctl: the kernel learns this by itself (``kvm_mmu_notifier_invalidate_range_start``). When this returns no
+        translation to a page of the range is in use; a guest that touches one again gets what the process has there
+        then, and KVM_RUN is EFAULT if that is nothing. To unmap memory that a guest may be using, hold ``mmu_lock``
+        around this and munmap(): nothing is mapped anew meanwhile.
+        """
+        first, end = hva & -PAGE_SIZE, hva + size
+        with self.mmu_lock:
+            self.host_mappings.forget()
+            flush = False
+            for slot in self.memslots:
+                start = max(first, slot.userspace_addr) - slot.hva_offset
+                stop = min(end, slot.userspace_addr + (slot.npages << PAGE_SHIFT)) - slot.hva_offset
+                if start < stop:
+                    flush |= self.mmu.zap_range(start >> PAGE_SHIFT, -(-stop >> PAGE_SHIFT))
+            if flush:
                 self.finish_zap()
 
     def finish_zap(self, old: MemorySlot | None = None) -> None:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory that goes away under a slot: what an MMU notifier is for (Documentation/virt/kvm/locking.rst)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.support.tiny import MIB, Tiny
+
+from softkvm import abi
+from softkvm.kvm.memory.guest_memory import read_guest, write_guest
+
+PAGE = 4096
+GPA = 16 * MIB
+SIZE = 4 * MIB
+MAP_FIXED = 0x10
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+
+
+def remap(address: int, size: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
+    """Map zeroed memory in the place of what there is."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    got = _libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(size), protection, flags, -1, ctypes.c_long(0))
+    assert got == address
+
+
+def unmap(address: int, size: int) -> None:
+    assert _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size)) == 0
+
+
+class Guest:
+    """A guest in 32-bit mode whose slot 1 is memory that nobody but the test holds."""
+
+    def __init__(self) -> None:
+        self.tiny = Tiny().protected_mode()
+        self.vm, self.vcpu = self.tiny.vm, self.tiny.vcpu
+        room = _libc.mmap(None, ctypes.c_size_t(SIZE + 2 * MIB), 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        self.room = room
+        self.address = (room + 2 * MIB - 1) & -2 * MIB
+        remap(self.address, SIZE)
+        self.tiny.slot(1, GPA, SIZE, self.address)
+
+    def hva(self, page: int) -> int:
+        return int(self.address + page * PAGE)
+
+    def store(self, page: int, value: int = 1) -> None:
+        """Let the guest store a byte."""
+        self.tiny.load(b"\x88\x03\xf4", rbx=GPA + page * PAGE, rax=value)  # mov [ebx], al; hlt
+        self.tiny.run_to_halt()
+
+    def fetch(self, page: int) -> int:
+        """Let the guest load a byte."""
+        self.tiny.load(b"\x8a\x03\xf4", rbx=GPA + page * PAGE)  # mov al, [ebx]; hlt
+        return self.tiny.run_to_halt().rax & 0xFF
+
+    def close(self) -> None:
+        self.tiny.close()
+        unmap(self.room, SIZE + 2 * MIB)
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    made = Guest()
+    yield made
+    made.close()
+
+
+def test_memory_that_is_gone_is_efault_and_memory_that_has_come_back_is_used(guest: Guest) -> None:
+    for page in (4, 5, 6):
+        guest.store(page, page)
+    assert guest.vm.stats()["pages_2m"] >= 1
+    unmap(guest.hva(5), PAGE)
+    guest.vm.host_unmapped(guest.hva(5), PAGE)
+    with pytest.raises(OSError) as caught:
+        guest.fetch(5)
+    assert caught.value.errno == errno.EFAULT
+    assert (guest.fetch(4), guest.fetch(6)) == (4, 6)
+    assert read_guest(guest.vm, GPA + 5 * PAGE, 1) is None
+    assert not write_guest(guest.vm, GPA + 5 * PAGE, b"1")
+    remap(guest.hva(5), PAGE)
+    assert guest.fetch(5) == 0
+    guest.store(5, 0x55)
+    assert ctypes.c_uint8.from_address(guest.hva(5)).value == 0x55
+
+
+def test_memory_that_becomes_read_only_is_not_written(guest: Guest) -> None:
+    guest.store(3, 3)
+    remap(guest.hva(3), PAGE, mmap.PROT_READ)
+    guest.vm.host_unmapped(guest.hva(3), PAGE)
+    assert guest.fetch(3) == 0
+    with pytest.raises(OSError) as caught:
+        guest.store(3)
+    assert caught.value.errno == errno.EFAULT
+
+
+def test_exactly_the_pages_that_the_range_meets_are_forgotten_in_every_slot(guest: Guest) -> None:
+    guest.tiny.slot(2, 2 * GPA, 8 * PAGE, guest.hva(0), abi.KVM_MEM_LOG_DIRTY_PAGES)  # the same memory again
+    for page in range(8):
+        assert write_guest(guest.vm, GPA + page * PAGE, b"\1")
+        guest.fetch(page)
+        guest.tiny.load(b"\x8a\x03\xf4", rbx=2 * GPA + page * PAGE)
+        guest.tiny.run_to_halt()
+    before = guest.vm.stats()["pages_4k"]
+    guest.vm.host_unmapped(guest.hva(2) + PAGE - 1, 2)  # two pages
+    assert before - guest.vm.stats()["pages_4k"] == 2  # slot 1's are in a large leaf
+    guest.vm.host_unmapped(guest.address - MIB, MIB)
+    guest.vm.host_unmapped(guest.hva(0), 0)
+    assert before - guest.vm.stats()["pages_4k"] == 2
+
+
+def test_what_was_written_stays_in_the_dirty_log(guest: Guest) -> None:
+    guest.tiny.slot(1, GPA, SIZE, guest.address, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    guest.store(9)
+    remap(guest.hva(9), PAGE)
+    guest.vm.host_unmapped(guest.hva(8), 3 * PAGE)
+    assert int.from_bytes(guest.vm.get_dirty_log(1), "little") == 1 << 9
+
+
+def test_memory_may_go_away_while_a_guest_uses_it(guest: Guest) -> None:
+    errors: list[int | None] = []
+    entered = threading.Event()
+
+    def run() -> None:
+        # again: inc byte [ebx]; jmp again
+        guest.tiny.load(b"\xfe\x03\xeb\xfc", rbx=GPA + 7 * PAGE)
+        guest.vcpu.call_soon(entered.set)
+        try:
+            guest.vcpu.run()
+        except OSError as error:
+            errors.append(error.errno)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert entered.wait(20)
+        end = time.monotonic() + 20
+        while not ctypes.c_uint8.from_address(guest.hva(7)).value:
+            assert time.monotonic() < end
+        with guest.vm.mmu_lock:
+            guest.vm.host_unmapped(guest.hva(7), PAGE)
+            unmap(guest.hva(7), PAGE)
+        thread.join(20)
+        assert not thread.is_alive()
+    finally:
+        guest.vcpu.kick()
+        thread.join()
+    assert errors == [errno.EFAULT]
