@@ -75,7 +75,8 @@ def test_calls_at_the_wrong_time_are_one_line(kvm: api.Kvm) -> None:
 def test_things_say_what_they_are(kvm: api.Kvm) -> None:
     with Machine(kvm, Config(32 * MIB, 2)) as machine:
         assert repr(machine) == "<Machine: 2 vCPUs, 32 MiB, not started>"
-        assert repr(machine.vm) == "<softkvm.kvm.Vm: 2 vCPUs, 32768 KiB of memory, in-kernel chips>"
+        # 32 MiB, and the firmware once more below 4 GiB
+        assert repr(machine.vm) == "<softkvm.kvm.Vm: 2 vCPUs, 32832 KiB of memory, in-kernel chips>"
         assert repr(machine.vcpus[1].vcpu) == "<softkvm.kvm.Vcpu 1: at RIP 0xfff0>"
         assert "0x3f8 com1" in repr(machine.pio)
         vm = machine.vm
