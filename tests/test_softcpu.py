@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from tests.support.threads import beside
 
 from softkvm._softcpu import Cpu, Machine, clock_ns
 
@@ -35,10 +36,8 @@ def test_a_kick_that_came_before_ends_a_wait_and_stays(cpu: Cpu, wait: str) -> N
 
 @pytest.mark.parametrize("wait", ["wait", "poll"])
 def test_a_kick_from_another_thread_ends_a_wait(cpu: Cpu, wait: str) -> None:
-    timer = threading.Timer(0.01, cpu.kick)
-    timer.start()
-    assert getattr(cpu, wait)(60_000 * MS)
-    timer.join()
+    with beside(threading.Timer(0.01, cpu.kick)):
+        assert getattr(cpu, wait)(60_000 * MS)
 
 
 @pytest.mark.parametrize("wait", ["wait", "poll"])

@@ -3,11 +3,11 @@
 
 import errno
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
 from tests.support.conformance import CODE, STACK, Guest, pio_data, refused
+from tests.support.threads import beside, running
 
 from softkvm import abi
 
@@ -171,10 +171,8 @@ def test_a_halted_vcpu_wakes_for_an_interrupt(make: Callable[..., Guest], needs:
     guest.ivt(0x24, HANDLER)
     guest.write(HANDLER, bytes.fromhex("e6e9 cf"))
     guest.real("f4 f4", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
-    timer = threading.Timer(0.05, lambda: guest.vm.irq_line(4, 1))
-    timer.start()
-    assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
-    timer.join()
+    with beside(threading.Timer(0.05, lambda: guest.vm.irq_line(4, 1))):
+        assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
     assert guest.word(guest.cpu.get_regs().rsp, 2) == CODE + 1
     assert guest.cpu.get_mp_state().mp_state == abi.KVM_MP_STATE_RUNNABLE
 
@@ -187,21 +185,15 @@ def test_an_application_processor_starts_with_init_and_sipi(
     second = guest.vcpus[1]
     second.set_lapic(second.get_lapic())  # the kernel finds a new vCPU by its APIC id only after this
     guest.write(0x2000, bytes.fromhex("8cc8 e6e9 ebfe"))  # mov ax, cs; out 0xe9, al; jmp $
-    reasons: list[int] = []
 
     def run_second() -> None:
-        while not reasons:
+        while True:
             try:
-                second.run()
-                reasons.append(second.kvm_run.exit_reason)
-            except BlockingIOError:
+                return second.run()
+            except BlockingIOError:  # it waits for its start-up IPI
                 continue
-            except InterruptedError:
-                return
 
-    thread = threading.Thread(target=run_second)
-    thread.start()
-    try:
+    with running(second, run_second) as other:
         for code in (0x4500, 0x4602):  # INIT, then a start-up IPI to page 2, both to APIC 1
             guest.protected(
                 b"\xc7\x05"
@@ -213,14 +205,8 @@ def test_an_application_processor_starts_with_init_and_sipi(
                 + bytes.fromhex("e6ea")  # out 0xea, al
             )
             assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xEA
-        deadline = time.monotonic() + 5
-        while not reasons and time.monotonic() < deadline:
-            time.sleep(0.005)
-    finally:
-        if not reasons:
-            second.kick()
-        thread.join(10)
-    assert reasons == [abi.KVM_EXIT_IO]
+        assert other.wait() is None
+    assert second.kvm_run.exit_reason == abi.KVM_EXIT_IO
     assert (second.kvm_run.io.port, pio_data(second)) == (0xE9, b"\0")
     assert second.get_sregs().cs.base == 0x2000
     assert second.get_mp_state().mp_state == abi.KVM_MP_STATE_RUNNABLE

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.support.conformance import CODE, TABLES, Guest, pio_data, refused, set_pio_data
+from tests.support.threads import beside
 
 from softkvm import abi
 
@@ -329,10 +330,8 @@ def test_immediate_exit_reports_no_reason(guest: Guest) -> None:
 
 def test_a_kick_ends_an_endless_loop(guest: Guest) -> None:
     guest.real("ebfe")  # jmp $
-    timer = threading.Timer(0.05, guest.cpu.kick)
-    timer.start()
-    refused(errno.EINTR, guest.cpu.run)
-    timer.join()
+    with beside(threading.Timer(0.05, guest.cpu.kick)):
+        refused(errno.EINTR, guest.cpu.run)
     assert guest.cpu.get_regs().rip == CODE
     assert guest.kvm_run.exit_reason == abi.KVM_EXIT_INTR
 
@@ -340,10 +339,8 @@ def test_a_kick_ends_an_endless_loop(guest: Guest) -> None:
 def test_a_kick_ends_hlt_with_chips(make: Callable[..., Guest]) -> None:
     guest = make(irqchip=True)
     guest.real("f4 f4", rflags=abi.X86_EFLAGS_FIXED | abi.X86_EFLAGS_IF)
-    timer = threading.Timer(0.05, guest.cpu.kick)
-    timer.start()
-    refused(errno.EINTR, guest.cpu.run)
-    timer.join()
+    with beside(threading.Timer(0.05, guest.cpu.kick)):
+        refused(errno.EINTR, guest.cpu.run)
     assert guest.cpu.get_mp_state().mp_state == abi.KVM_MP_STATE_HALTED
 
 

@@ -5,12 +5,12 @@ import ctypes
 import errno
 import mmap
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.threads import running, until
 
 import softkvm
 from softkvm import abi, api
@@ -142,16 +142,13 @@ def test_kick_ends_a_run_on_another_thread(tiny: Tiny) -> None:
             except InterruptedError:
                 outcomes.append("interrupted")
 
-    thread = threading.Thread(target=spin)
-    thread.start()
-    deadline = time.monotonic() + 10
-    for count in (1, 2, 3):
-        time.sleep(0.02)
-        tiny.vcpu.kick()
-        while len(outcomes) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    thread.join(10)
+    with running(tiny.vcpu, spin) as other:
+        while len(outcomes) < 3:
+            ended = len(outcomes)
+            time.sleep(0.02)
+            tiny.vcpu.kick()
+            until(lambda before=ended: len(outcomes) > before)  # type: ignore[misc]
+        other.wait()
     assert outcomes == ["interrupted"] * 3
 
 

@@ -6,15 +6,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
+from tests.support.threads import running, until
 from tests.support.tiny import CODE, DATA, IDT, MIB, STACK, Memory, Tiny
 
 from softkvm import abi
 from softkvm.kvm import Params
+from softkvm.kvm.state import BLOCKING, IN_GUEST_MODE
 
 MMIO = 0x1000_0000
 
@@ -266,12 +266,11 @@ def test_immediate_exit_completes_io_and_runs_nothing(tiny: Tiny) -> None:
 
 def test_a_kick_ends_a_guest_that_loops(tiny: Tiny) -> None:
     tiny.real_mode().load(b"\xeb\xfe")
-    timer = threading.Timer(0.05, tiny.vcpu.kick)
-    timer.start()
-    with pytest.raises(InterruptedError):
-        tiny.vcpu.run()
+    with running(tiny.vcpu) as other:
+        until(lambda: tiny.vcpu.mode == IN_GUEST_MODE)
+        tiny.vcpu.kick()
+        assert isinstance(other.wait(), InterruptedError)
     assert tiny.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_INTR
-    timer.join()
 
 
 def test_a_kick_before_run_ends_exactly_one_run(tiny: Tiny) -> None:
@@ -285,39 +284,25 @@ def test_a_kick_before_run_ends_exactly_one_run(tiny: Tiny) -> None:
 
 def test_a_second_thread_cannot_run_the_same_vcpu(tiny: Tiny) -> None:
     tiny.real_mode().load(b"\xeb\xfe")
-
-    def run() -> None:
-        with pytest.raises(InterruptedError):
+    with running(tiny.vcpu):
+        until(lambda: tiny.vcpu.running)
+        with pytest.raises(OSError) as info:
             tiny.vcpu.run()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while not tiny.vcpu.running:
-        time.sleep(0.001)
-    with pytest.raises(OSError) as info:
-        tiny.vcpu.run()
-    assert info.value.errno == errno.EBUSY
-    tiny.vcpu.kick()
-    thread.join()
+        assert info.value.errno == errno.EBUSY
 
 
-def test_closing_the_vm_ends_run_with_an_error() -> None:
-    tiny = Tiny()
-    tiny.real_mode().load(b"\xeb\xfe")
-    caught: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            tiny.vcpu.run()
-        except OSError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    time.sleep(0.05)
-    tiny.close()
-    thread.join(10)
-    assert isinstance(caught[0], OSError) and caught[0].errno == errno.EIO
+@pytest.mark.parametrize("code", ["ebfe", "fb f4 ebfc", "fa f4 ebfc"])  # jmp $; sti, hlt; cli, hlt
+def test_closing_the_vm_ends_run_with_an_error(code: str) -> None:
+    tiny = Tiny(irqchip=True, vcpus=2).real_mode()
+    tiny.load(bytes.fromhex(code))
+    halts = "f4" in code
+    # The second waits for its start-up IPI.
+    with running(tiny.vcpu) as first, running(tiny.vcpus[1]) as second:
+        until(lambda: [vcpu.mode for vcpu in tiny.vcpus] == [BLOCKING if halts else IN_GUEST_MODE, BLOCKING])
+        tiny.close()
+        for other in (first, second):
+            error = other.wait()
+            assert error is not None and error.errno == errno.EIO
     with pytest.raises(OSError):
         tiny.vcpu.run()
 
@@ -336,24 +321,14 @@ def test_memory_may_be_unmapped_when_the_vm_is_closed_under_a_running_vcpu() -> 
         extra,
     )
     tiny.protected_mode().load(b"\xff\x03\xeb\xfc", rbx=gpa)  # 1: inc dword [ebx]; jmp 1b
-    caught: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            tiny.vcpu.run()
-        except OSError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while not extra[0]:
-        time.sleep(0.001)
-    with pytest.raises(BufferError):
+    with running(tiny.vcpu) as other:
+        until(lambda: extra[0])
+        with pytest.raises(BufferError):
+            extra.close()
+        tiny.close()
         extra.close()
-    tiny.close()
-    extra.close()
-    thread.join(10)
-    assert isinstance(caught[0], OSError) and caught[0].errno == errno.EIO
+        error = other.wait()
+        assert error is not None and error.errno == errno.EIO
 
 
 def test_a_triple_fault_is_shutdown(tiny: Tiny) -> None:
@@ -560,13 +535,13 @@ def test_a_halted_vcpu_sleeps_until_its_interrupt() -> None:
     lapic = tiny.vcpu.apic
     assert lapic is not None
     lapic.set_spiv(0x1FF)
-    timer = threading.Timer(0.05, lambda: lapic.accept_irq(0, 0x21))
-    timer.start()
-    begin = time.monotonic()
-    assert tiny.run() == abi.KVM_EXIT_IO
-    assert time.monotonic() - begin > 0.04
+    with running(tiny.vcpu) as other:
+        until(lambda: tiny.vcpu.mode == BLOCKING)
+        assert tiny.vcpu.mp_state == abi.KVM_MP_STATE_HALTED
+        lapic.accept_irq(0, 0x21)
+        assert other.wait() is None
+    assert tiny.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_IO
     assert tiny.vcpu.get_regs().rbx == 0x77
-    assert time.thread_time() < 60
     tiny.close()
 
 
@@ -582,26 +557,15 @@ def test_memory_given_to_a_vm_may_be_read_only_for_a_while(tiny: Tiny) -> None:
 def test_asking_for_the_state_of_a_running_vcpu_resets_nothing() -> None:
     tiny = Tiny(irqchip=True)
     tiny.protected_mode().load(b"\xfe\x03\xeb\xfc", rbx=DATA)  # 1: inc byte [ebx]; jmp 1b
-    ended: list[type[BaseException]] = []
-
-    def run() -> None:
-        try:
-            tiny.vcpu.run()
-        except InterruptedError as error:
-            ended.append(type(error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while tiny.memory.read(DATA, 1) == b"\0":
-        time.sleep(0.001)
-    assert tiny.vcpu.apic is not None
-    tiny.vcpu.apic.pending_events |= 1  # INIT, for the vCPU's own thread to take
-    assert tiny.vcpu.get_mp_state().mp_state == abi.KVM_MP_STATE_RUNNABLE
-    assert tiny.vcpu.apic.pending_events == 1
-    tiny.vcpu.apic.pending_events = 0
-    tiny.vcpu.kick()
-    thread.join(10)
-    assert ended == [InterruptedError]
+    with running(tiny.vcpu) as other:
+        until(lambda: tiny.memory.read(DATA, 1) != b"\0")
+        assert tiny.vcpu.apic is not None
+        tiny.vcpu.apic.pending_events |= 1  # INIT, for the vCPU's own thread to take
+        assert tiny.vcpu.get_mp_state().mp_state == abi.KVM_MP_STATE_RUNNABLE
+        assert tiny.vcpu.apic.pending_events == 1
+        tiny.vcpu.apic.pending_events = 0
+        tiny.vcpu.kick()
+        assert isinstance(other.wait(), InterruptedError)
     tiny.close()
 
 

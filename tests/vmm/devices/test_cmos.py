@@ -4,6 +4,7 @@
 import itertools
 import time
 from calendar import timegm
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -33,8 +34,10 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def cmos(clock: Clock) -> Cmos:
-    return Cmos(clock_ns=clock)
+def cmos(clock: Clock) -> Iterator[Cmos]:
+    chip = Cmos(clock_ns=clock)
+    yield chip
+    chip.close()
 
 
 def get(cmos: Cmos, index: int) -> int:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 from tests.support.interrupts import Board
+from tests.support.threads import beside
 
 from softkvm.kvm.x86.irqchip.seams import IRQ_IGNORED, LapicIrq
 
@@ -161,10 +162,10 @@ def test_interrupts_from_many_threads_are_not_lost() -> None:
 
     taker = threading.Thread(target=take)
     senders = [threading.Thread(target=send, args=(part,)) for part in range(4)]
-    for thread in (taker, *senders):
-        thread.start()
-    for thread in senders:
-        thread.join()
-    done.set()
-    taker.join(30)
+    with beside(taker):
+        try:
+            with beside(*senders):
+                pass
+        finally:
+            done.set()
     assert seen == set(vectors)

@@ -7,6 +7,7 @@ import os
 import threading
 
 import pytest
+from tests.support.threads import beside
 from tests.support.tiny import DATA, Tiny
 
 from softkvm import abi
@@ -28,8 +29,8 @@ def test_steal_time_is_the_delay_of_the_vcpus_thread_whoever_restores_the_regist
     assert tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED}) == 1
     tiny.protected_mode().load(b"\xf4")
     thread = threading.Thread(target=tiny.run)
-    thread.start()
-    thread.join()
+    with beside(thread):
+        pass
     assert set(asked) == {thread.ident}
     tiny.close()
 
@@ -82,8 +83,8 @@ def test_the_delay_is_that_of_the_calling_thread() -> None:
         pytest.skip("the host's kernel has no scheduler statistics")
     look()
     other = threading.Thread(target=look)
-    other.start()
-    other.join()
+    with beside(other):
+        pass
     assert len(found) == 4
     assert all(before <= delay <= after for before, delay, after in found)
 
@@ -96,8 +97,8 @@ def test_a_threads_file_is_closed_when_it_ends() -> None:
         descriptors.append(steal_time._thread.stat.fd)
 
     other = threading.Thread(target=look)
-    other.start()
-    other.join()
+    with beside(other):
+        pass
     if descriptors[0] >= 0:
         with pytest.raises(OSError):
             os.pread(descriptors[0], 64, 0)
