@@ -12,6 +12,7 @@ from tests.support.tiny import CODE, Tiny
 
 from softkvm import abi
 from softkvm.kvm import Params, halt_poll
+from softkvm.kvm.state import BLOCKING
 from softkvm.kvm.x86.svm import vmcb as V
 
 MS = 1_000_000
@@ -153,4 +154,18 @@ def test_a_guest_that_spins_leaves_ever_more_rarely_unless_others_want_the_proce
     tiny.load(b"\xf3\x90\x49\x75\xfb\xf4", rcx=20_000)  # pause; dec cx; jnz; hlt
     assert tiny.run_to_halt().rip == CODE + 6
     assert tiny.vcpu.exit_counts[V.EXIT_PAUSE] == exits
+    tiny.close()
+
+
+@pytest.mark.parametrize("in_kvm_run", [False, True])
+def test_a_kick_for_another_is_held_back_only_while_its_sender_is_in_kvm_run(in_kvm_run: bool) -> None:
+    # Outside, as when userspace writes the ICR, nothing would send it.
+    tiny = Tiny(irqchip=True, vcpus=2)
+    sender, halted = tiny.vcpus
+    halted.mode = BLOCKING
+    sender.running = in_kvm_run
+    halted.vcpu_kick(sender)
+    assert halted.cpu.clear_kick() is not in_kvm_run
+    sender.cpu.end_run()
+    assert halted.cpu.clear_kick() is in_kvm_run
     tiny.close()

@@ -16,7 +16,7 @@ from softkvm import abi
 from softkvm.abi import checks
 from softkvm.kvm import vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
-from softkvm.kvm.errors import enomem, inherited, kvm_error, refuse_requests
+from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_requests
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.memory import dirty_log
 from softkvm.kvm.memory.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
@@ -73,33 +73,42 @@ class Vm(VmState, ABC):
     def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
         """KVM_SET_USER_MEMORY_REGION."""
         with self.slots_lock, enomem():
-            slots = self.memslots
-            change, old = classify_change(slots, region, self.max_gfn)
+            self.check_open()
             held = None if memory is None else checks.memory("memory", memory)
-            if change is MemoryChange.NOTHING:
-                assert old is not None
-                old.held = held or old.held
-                return
-            self.host_mappings.forget()
-            new = None
-            if change is not MemoryChange.DELETE:
-                initially_dirty = bool(self.manual_dirty_log_protect & abi.KVM_DIRTY_LOG_INITIALLY_SET)
-                new = new_slot(region, old, initially_dirty=initially_dirty)
-            if change is MemoryChange.CREATE:
-                assert new is not None
-                self._map_host(new)
-            if new is not None:
-                new.held = held or (old.held if old is not None else None)
-            self._install(slots.replaced(old, new), old, new, change)
-            if change is MemoryChange.DELETE:
-                assert old is not None
-                self._unmap_host(old)
-            elif change is MemoryChange.FLAGS_ONLY:
-                assert new is not None and old is not None
-                if new.dirty_logging and not old.dirty_logging:
-                    dirty_log.start_logging(self, new)
-                elif old.dirty_logging and not new.dirty_logging:
-                    dirty_log.stop_logging(self, new)
+            try:
+                self._change_slot(region, held)
+            except BaseException:
+                if held is not None:
+                    held.release()  # or the traceback would hold the memory
+                raise
+
+    def _change_slot(self, region: abi.kvm_userspace_memory_region, held: memoryview | None) -> None:
+        slots = self.memslots
+        change, old = classify_change(slots, region, self.max_gfn)
+        if change is MemoryChange.NOTHING:
+            assert old is not None
+            old.held = held or old.held
+            return
+        self.host_mappings.forget()
+        new = None
+        if change is not MemoryChange.DELETE:
+            initially_dirty = bool(self.manual_dirty_log_protect & abi.KVM_DIRTY_LOG_INITIALLY_SET)
+            new = new_slot(region, old, initially_dirty=initially_dirty)
+        if change is MemoryChange.CREATE:
+            assert new is not None
+            self._map_host(new)
+        if new is not None:
+            new.held = held or (old.held if old is not None else None)
+        self._install(slots.replaced(old, new), old, new, change)
+        if change is MemoryChange.DELETE:
+            assert old is not None
+            self._unmap_host(old)
+        elif change is MemoryChange.FLAGS_ONLY:
+            assert new is not None and old is not None
+            if new.dirty_logging and not old.dirty_logging:
+                dirty_log.start_logging(self, new)
+            elif old.dirty_logging and not new.dirty_logging:
+                dirty_log.stop_logging(self, new)
 
     def _map_host(self, slot: MemorySlot) -> None:
         try:
@@ -195,10 +204,11 @@ class Vm(VmState, ABC):
         self.stat_remote_tlb_flush_requests += 1
         waiting = []
         for vcpu in self.vcpus:
+            seen = vcpu.stat_tlb_flush  # before the request: one that is answered at once must not be waited for
             vcpu.make_request(KVM_REQ_TLB_FLUSH)
             if vcpu.mode == IN_GUEST_MODE:
                 vcpu.cpu.kick()
-                waiting.append((vcpu, vcpu.stat_tlb_flush))
+                waiting.append((vcpu, seen))
         if waiting:
             self.stat_remote_tlb_flush += 1
         for vcpu, seen in waiting:
@@ -211,6 +221,7 @@ class Vm(VmState, ABC):
     def create_vcpu(self, id: int) -> Vcpu:
         """KVM_CREATE_VCPU: EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
         with self.lock, enomem():
+            self.check_open()
             if not 0 <= id < KVM_MAX_VCPU_IDS or len(self.vcpus) >= KVM_MAX_VCPUS:
                 raise kvm_error(errno.EINVAL, f"id={id}, expected below {KVM_MAX_VCPU_IDS}")
             if id in self.vcpu_by_id:
@@ -278,6 +289,11 @@ class Vm(VmState, ABC):
         self.eventfds.close()
         self.arch_destroy()
         self._drop_memory()
+
+    def check_open(self) -> None:
+        """Raise EBADF for a request that another thread's close has overtaken; under the lock that it waited for."""
+        if self.closed:
+            bad_file()
 
     def after_fork(self) -> None:
         """In a child the VM is its parent's: every request but the close is EIO."""

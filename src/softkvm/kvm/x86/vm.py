@@ -74,6 +74,7 @@ class Vm(VmState, vm.Vm):
     def create_irqchip(self) -> None:
         """KVM_CREATE_IRQCHIP: EEXIST if there is one, EINVAL after the first vCPU."""
         with self.lock:
+            self.check_open()
             if self.chips is not None:
                 raise kvm_error(errno.EEXIST, "the irqchip exists")
             if self.vcpus:
@@ -89,6 +90,7 @@ class Vm(VmState, vm.Vm):
         EINVAL for too many pins, EEXIST if there is an irqchip or a vCPU.
         """
         with self.lock:
+            self.check_open()
             if pins > KVM_MAX_IRQ_ROUTES:
                 raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most {KVM_MAX_IRQ_ROUTES} IOAPIC pins")
             if self.chips is not None or self.vcpus:
@@ -117,6 +119,7 @@ class Vm(VmState, vm.Vm):
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2."""
         with self.lock:
+            self.check_open()
             if self.chips is None:
                 raise kvm_error(errno.ENOENT, "there is no in-kernel irqchip")
             self.chips.create_pit(flags, self.pio_bus)
