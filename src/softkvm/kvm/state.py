@@ -128,7 +128,6 @@ class VcpuState:
         self._mapping = mmap.mmap(self.shared_fd, VCPU_MMAP_SIZE)
         self._shared = memoryview(self._mapping)
         self.run_b = self._shared
-        self.run_w = self._shared.cast("H")
         self.run_d = self._shared.cast("I")
         self.run_q = self._shared.cast("Q")
 

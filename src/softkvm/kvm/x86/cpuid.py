@@ -355,8 +355,3 @@ def xstate_size(features: int, *, compacted: bool = False) -> int:
             else:
                 size = (size + 63 & ~63 if ecx & 2 else size) + length
     return size
-
-
-def linear_bits(vcpu: Vcpu) -> int:
-    """Return the width of linear addresses in the guest's paging mode."""
-    return 57 if vcpu.efer & abi.EFER_LMA and vcpu.cr4 & abi.X86_CR4_LA57 else 48

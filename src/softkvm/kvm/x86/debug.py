@@ -11,7 +11,6 @@ from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
-    DR7_BP_EN_MASK,
     queue_exception,
     queue_exception_p,
 )
@@ -42,15 +41,8 @@ def set_guest_debug(vcpu: Vcpu, debug: abi.kvm_guest_debug) -> None:
     vcpu.d[V.INTERCEPT_DR] = V.DR_ALL if hardware else 0
     vcpu.guest_dr7 = dr7
     vcpu.update_dr7()
-    if vcpu.guest_debug & abi.KVM_GUESTDBG_SINGLESTEP:
-        vcpu.singlestep_rip = svm.linear_rip(vcpu)
     vcpu.set_rflags(rflags)
     svm.set_exception_intercepts(vcpu)
-
-
-def breakpoints_enabled(vcpu: Vcpu) -> bool:
-    """Tell whether any hardware breakpoint is armed."""
-    return bool(vcpu.q[V.DR7] & DR7_BP_EN_MASK)
 
 
 def _code_breakpoints(address: int, dr7: int, registers: Sequence[int] | memoryview) -> int:

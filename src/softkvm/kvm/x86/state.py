@@ -138,7 +138,6 @@ class DebugState:
     saved_db: list[int] | None = None
     guest_debug: int = 0
     guest_debug_dr7: int = 0
-    singlestep_rip: int = 0
 
 
 @dataclass(eq=False)
@@ -181,7 +180,6 @@ class Statistics:
     stat_insn_emulation: int = 0
     stat_insn_emulation_fail: int = 0
     stat_hypercalls: int = 0
-    stat_msr_writes: int = 0
     stat_req_event: int = 0
 
 

@@ -21,7 +21,7 @@ from softkvm.kvm.x86.mmu.spte import MMIO_SPTE_GEN_MASK
 from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
 from softkvm.kvm.x86.msr_filter import MsrFilter
 from softkvm.kvm.x86.paravirt import kvmclock
-from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_IOAPIC_EOI_EXIT
+from softkvm.kvm.x86.requests import KVM_REQ_IOAPIC_EOI_EXIT
 from softkvm.kvm.x86.state import VmState
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.tsc import TscSynchronizer
@@ -208,10 +208,6 @@ class Vm(VmState, vm.Vm):
     def set_clock(self, clock: abi.kvm_clock_data) -> None:
         """KVM_SET_CLOCK."""
         kvmclock.set_clock(self, clock)
-
-    def update_masterclock(self) -> None:
-        """Let every vCPU rewrite its time structure."""
-        self.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
 
 
 abi.check_requests(Vm, abi.requests_of(abi.File.VM), but=("irq_line",))

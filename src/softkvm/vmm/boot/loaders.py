@@ -23,11 +23,6 @@ class Kind(Enum):
     ELF = "ELF file"
     UNKNOWN = "unknown"
 
-    @property
-    def takes_modules(self) -> bool:
-        """Whether it is given files that have command lines of their own."""
-        return self is Kind.MULTIBOOT
-
 
 def kind_of(image: Image) -> Kind:
     """Return what *image* is. A Multiboot header goes before a PVH note, as in QEMU."""

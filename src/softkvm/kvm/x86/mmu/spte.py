@@ -124,8 +124,3 @@ def mmio_spte_access(spte: int) -> int:
 def is_shadow_present_pte(spte: int) -> bool:
     """Tell whether the processor can use ``spte``."""
     return bool(spte & PT_PRESENT_MASK)
-
-
-def is_large_pte(spte: int) -> bool:
-    """Tell whether a present entry above level 1 is a leaf."""
-    return bool(spte & PT_PAGE_SIZE_MASK)

@@ -130,7 +130,6 @@ def msr_interception(vcpu: Vcpu) -> int:
     index = gpr[1] & _U32
     if vcpu.q[EXIT_INFO_1] & 1:
         data = (gpr[2] & _U32) << 32 | gpr[0] & _U32
-        vcpu.stat_msr_writes += 1
         if not write_msr(vcpu, index, data):
             return _msr_refused(vcpu, index, data, write=True)
     else:
