@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 from softkvm import api
 from softkvm.vmm.memory import GuestMemory
 
 
 class Board(Protocol):
-    """Memory map, interrupt chips, devices, boot protocols and description tables of one kind of machine."""
+    """Memory map, interrupt chips, devices, boot protocols and description tables of one kind of machine.
+
+    Its ``load`` puts an image into memory and the first processor to its entry; what that takes is the board's own.
+    """
 
     memory: GuestMemory
 
@@ -20,9 +23,6 @@ class Board(Protocol):
 
     def built(self) -> None:
         """All parts, those of ``Config.devices`` too, are there."""
-
-    def load(self, kernel: Any, initrd: Any = None, command_line: str = "", **options: Any) -> None:
-        """Put an image into memory and the first processor to its entry."""
 
     def where(self, vcpu: api.Vcpu) -> str:
         """Say where a vCPU is, for a message that it stands in; empty if that isn't known."""

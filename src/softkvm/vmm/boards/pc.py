@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from softkvm import abi, api
 from softkvm.vmm.bios import services
+from softkvm.vmm.boards import Board
 from softkvm.vmm.boards.pc_halt import halted_for_good
 from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, mptable, multiboot, pvh
 from softkvm.vmm.boot.cpustate import jump_in_real_mode
@@ -32,8 +33,8 @@ FIRMWARE_SLOT = 2
 _RESET_RIP = 0xFFF0
 
 
-class Pc:
-    """An x86 board (:class:`softkvm.vmm.boards.Board`) in *machine*; *resources* gets what closes its parts."""
+class Pc(Board):
+    """An x86 board in *machine*; *resources* gets what closes its parts."""
 
     def __init__(
         self, machine: Machine, console: Callable[[bytes], None] | None, resources: contextlib.ExitStack
