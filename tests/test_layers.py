@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "softkvm"
 BELOW: dict[str, set[str]] = {
     "abi": set(),
     "api": {"abi"},
-    "kvm": {"abi", "threads"},
-    "devkvm": {"abi", "api", "threads"},
-    "vmm": {"abi", "api", "threads"},
+    "kvm": {"abi", "closing", "threads"},
+    "devkvm": {"abi", "api", "closing", "threads"},
+    "vmm": {"abi", "api", "closing", "threads"},
     "unittests": {"abi", "api", "vmm", "qemu"},
     "bench": {"abi", "api", "vmm", "unittests", "qemu"},
     "cli": {"abi", "api", "vmm", "unittests", "bench", "qemu", "kvm", "plugin"},

@@ -11,10 +11,10 @@ import errno
 import functools
 import os
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from softkvm import abi
+from softkvm.closing import Closing
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _ioctl = _libc.ioctl
@@ -73,7 +73,7 @@ def add_requests(cls: type, file: abi.File, protocol: type) -> None:
     abi.check_requests(cls, requests)
 
 
-class Descriptor:
+class Descriptor(Closing):
     """A file descriptor that is closed once, by ``close()``, ``with`` or the collector."""
 
     def __init__(self, fd: int) -> None:
@@ -92,14 +92,6 @@ class Descriptor:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:

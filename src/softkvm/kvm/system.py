@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from types import TracebackType
-from typing import Self
+from abc import abstractmethod
 
 from softkvm import abi
+from softkvm.closing import Closing
 from softkvm.kvm.errors import refuse_requests
 from softkvm.kvm.params import Params
 from softkvm.kvm.state import VCPU_MMAP_SIZE
 from softkvm.kvm.vm import Vm
 
 
-class Kvm(ABC):
+class Kvm(Closing):
     """KVM in Python on the software CPU."""
 
     def __init__(self, params: Params | None = None) -> None:
@@ -46,11 +45,3 @@ class Kvm(ABC):
 
     def __repr__(self) -> str:
         return "<softkvm.kvm.Kvm: on the software CPU>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -8,12 +8,12 @@ The thread that calls :meth:`Vcpu.run` is the vCPU's thread. What an architectur
 from __future__ import annotations
 
 import errno
-from abc import ABC, abstractmethod
-from types import TracebackType
-from typing import Final, Self
+from abc import abstractmethod
+from typing import Final
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
+from softkvm.closing import Closing
 from softkvm.kvm import halt_poll
 from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_VM_DEAD
@@ -24,7 +24,7 @@ _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
 GENERAL_REQUESTS: Final = KVM_REQ_TASK_WORK | KVM_REQ_SIGNAL | KVM_REQ_VM_DEAD
 
 
-class Vcpu(VcpuState, ABC):
+class Vcpu(VcpuState, Closing):
     """A virtual processor that can run."""
 
     # --- what an architecture provides ---------------------------------------------------------------
@@ -206,11 +206,3 @@ class Vcpu(VcpuState, ABC):
             self.close_shared_fd()
             if not self.vm.inherited:
                 self.cpu.set_timer(0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

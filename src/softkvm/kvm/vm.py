@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 import time
-from abc import ABC, abstractmethod
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 from softkvm import abi
 from softkvm.abi import checks
+from softkvm.closing import Closing
 from softkvm.kvm import vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_requests
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
 
-class Vm(VmState, ABC):
+class Vm(VmState, Closing):
     """One virtual machine."""
 
     def __init__(self, params: Params) -> None:
@@ -318,11 +318,3 @@ class Vm(VmState, ABC):
         chips = "in-kernel chips" if self.arch_irqchip() is not None else "no chips"
         state = "closed" if self.closed else f"{len(self.vcpus)} vCPUs, {size >> 10} KiB of memory, {chips}"
         return f"<softkvm.kvm.Vm: {state}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

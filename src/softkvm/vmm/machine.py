@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from softkvm import abi, api
+from softkvm.closing import Closing
 from softkvm.threads import inherited_error, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.boot import bzimage
@@ -63,7 +64,7 @@ class Config:
             )
 
 
-class Machine:
+class Machine(Closing):
     """A machine on *kvm*: ``load`` an image, ``start`` it, ``wait`` for its end, ``close`` it.
 
     *console* gets what the guest writes to COM1, in pieces, on a thread of the machine's.
@@ -258,12 +259,6 @@ class Machine:
         for thread in self.vcpus:
             thread.close()
         self.memory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else str(self.outcome or ("running" if self.started_ns else "not started"))

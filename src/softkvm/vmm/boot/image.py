@@ -12,8 +12,8 @@ import select
 import stat
 import time
 import zlib
-from typing import Self
 
+from softkvm.closing import Closing
 from softkvm.vmm.errors import ImageError, LoadTimeout
 from softkvm.vmm.memory import MIB
 
@@ -42,7 +42,7 @@ class Deadline:
             raise LoadTimeout(f"loading took longer than {self.timeout_s:g} s")
 
 
-class Image:
+class Image(Closing):
     """*size* bytes called *name* in messages (``kernel``, ``initrd``)."""
 
     def __init__(self, name: str, contents: bytes | bytearray | memoryview, fd: int = -1, size: int = 0) -> None:
@@ -152,12 +152,6 @@ class Image:
             os.close(self._fd)
             self._fd = -1
             self.size = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _unreadable(name: str, path: os.PathLike[str], error: OSError | ValueError) -> ImageError:
