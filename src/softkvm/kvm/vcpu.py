@@ -12,7 +12,7 @@ from abc import abstractmethod
 from typing import Final
 
 from softkvm import _softcpu, abi
-from softkvm.abi import run_page
+from softkvm.abi.run_page import EXIT_REASON_D, IMMEDIATE_EXIT_B
 from softkvm.closing import Closing
 from softkvm.kvm import halt_poll
 from softkvm.kvm.errors import kvm_error, refuse_requests
@@ -77,7 +77,7 @@ class Vcpu(VcpuState, Closing):
                 self.complete_userspace_io = None
                 if not complete(self):
                     return
-            if self.run_b[run_page.IMMEDIATE_EXIT_B]:
+            if self.run_b[IMMEDIATE_EXIT_B]:
                 raise InterruptedError(errno.EINTR, "immediate_exit is set")
             self._vcpu_run()
         except InterruptedError as reason:
@@ -119,7 +119,7 @@ class Vcpu(VcpuState, Closing):
             self._run_task_work()
         self.take_request(KVM_REQ_SIGNAL)
         if self.cpu.take_interrupt():
-            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_INTR
+            self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_INTR
             raise InterruptedError(errno.EINTR, "kicked, or a signal came")
         if self.requests & KVM_REQ_VM_DEAD:
             raise kvm_error(errno.EIO, "the VM is dead")

@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.abi import X86_EFLAGS_RF, X86_EFLAGS_TF, run_page
+from softkvm.abi import X86_EFLAGS_RF, X86_EFLAGS_TF
+from softkvm.abi.run_page import (
+    EXIT_REASON_D,
+    IO_DATA_OFFSET_Q,
+    IO_Q,
+    MMIO_DATA_Q,
+    MMIO_LEN_Q,
+    MMIO_PHYS_ADDR_Q,
+    PIO_DATA_OFFSET,
+)
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
 
@@ -29,9 +38,9 @@ _SIZE_MASKS: Final = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF)
 def exit_io(vcpu: Vcpu, direction: int, size: int, port: int, count: int) -> None:
     """Describe a KVM_EXIT_IO; the data lie in the PIO page."""
     run_q = vcpu.run_q
-    vcpu.run_d[run_page.EXIT_REASON_D] = KVM_EXIT_IO
-    run_q[run_page.IO_Q] = direction | size << 8 | port << 16 | count << 32
-    run_q[run_page.IO_DATA_OFFSET_Q] = run_page.PIO_DATA_OFFSET
+    vcpu.run_d[EXIT_REASON_D] = KVM_EXIT_IO
+    run_q[IO_Q] = direction | size << 8 | port << 16 | count << 32
+    run_q[IO_DATA_OFFSET_Q] = PIO_DATA_OFFSET
 
 
 def fast_pio(vcpu: Vcpu, info: int) -> int:
@@ -56,19 +65,19 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
         if devices and bus.write(port, size, value):
             return skip_pio(vcpu)
         if size == 1:
-            vcpu.run_b[run_page.PIO_DATA_OFFSET] = value
+            vcpu.run_b[PIO_DATA_OFFSET] = value
         else:
-            vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
+            vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
         if port == _PORT_7E and vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_OUT_7E_INC_RIP):
             skip_pio(vcpu)  # before the exit: firmware reads its RIP there
         else:
             vcpu.complete_userspace_io = skip_pio
     vcpu.pio_rip = vcpu.q[RIP]
     run_q = vcpu.run_q
-    vcpu.run_d[run_page.EXIT_REASON_D] = KVM_EXIT_IO
+    vcpu.run_d[EXIT_REASON_D] = KVM_EXIT_IO
     # direction, size, port and count are neighbours: KVM_EXIT_IO_OUT is 1, the intercept's IN bit its opposite
-    run_q[run_page.IO_Q] = (~info & 1) | size << 8 | port << 16 | 1 << 32
-    run_q[run_page.IO_DATA_OFFSET_Q] = run_page.PIO_DATA_OFFSET
+    run_q[IO_Q] = (~info & 1) | size << 8 | port << 16 | 1 << 32
+    run_q[IO_DATA_OFFSET_Q] = PIO_DATA_OFFSET
     return 0
 
 
@@ -99,9 +108,9 @@ def complete_fast_pio_in(vcpu: Vcpu) -> int:
     """After KVM_EXIT_IO for IN: take the data, unless userspace moved RIP."""
     size = vcpu.pio_size
     if size == 1:
-        value = vcpu.run_b[run_page.PIO_DATA_OFFSET]
+        value = vcpu.run_b[PIO_DATA_OFFSET]
     else:
-        value = int.from_bytes(vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + size], "little")
+        value = int.from_bytes(vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size], "little")
     if vcpu.q[RIP] == vcpu.pio_rip:
         _load_accumulator(vcpu, size, value)
     return skip_pio(vcpu)
@@ -130,10 +139,10 @@ def kernel_mmio_write(vcpu: Vcpu, gpa: int, size: int, value: int) -> bool:
 def exit_mmio(vcpu: Vcpu, gpa: int, size: int, value: int, is_write: int) -> None:
     """Describe a KVM_EXIT_MMIO of up to 8 bytes."""
     run_q = vcpu.run_q
-    vcpu.run_d[run_page.EXIT_REASON_D] = KVM_EXIT_MMIO
-    run_q[run_page.MMIO_PHYS_ADDR_Q] = gpa
-    run_q[run_page.MMIO_DATA_Q] = value
-    run_q[run_page.MMIO_LEN_Q] = size | is_write << 32
+    vcpu.run_d[EXIT_REASON_D] = KVM_EXIT_MMIO
+    run_q[MMIO_PHYS_ADDR_Q] = gpa
+    run_q[MMIO_DATA_Q] = value
+    run_q[MMIO_LEN_Q] = size | is_write << 32
 
 
 def advance(vcpu: Vcpu, length: int) -> int:

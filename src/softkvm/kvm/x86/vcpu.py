@@ -8,7 +8,19 @@ import logging
 from typing import Final
 
 from softkvm import abi
-from softkvm.abi import run_page
+from softkvm.abi import MSR_KVM_STEAL_TIME
+from softkvm.abi.run_page import (
+    APIC_BASE_Q,
+    CR8_Q,
+    EOI_VECTOR_B,
+    EXIT_REASON_D,
+    FAIL_ENTRY_CPU_D,
+    FAIL_ENTRY_REASON_Q,
+    IF_FLAG_B,
+    IMMEDIATE_EXIT_B,
+    READY_FOR_INTERRUPT_INJECTION_B,
+    REQUEST_INTERRUPT_WINDOW_B,
+)
 from softkvm.kvm import vcpu
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
@@ -89,27 +101,28 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self._wait_for_sipi()
         elif self.apic is None:
             self._take_cr8()
-        if self.pic_in_userspace and self.run_b[run_page.REQUEST_INTERRUPT_WINDOW_B]:
+        if self.pic_in_userspace and self.run_b[REQUEST_INTERRUPT_WINDOW_B]:
             self.make_request(KVM_REQ_EVENT)
-        steal_time.check(self)
+        if MSR_KVM_STEAL_TIME in self.msr_values:
+            steal_time.check(self)
 
     def arch_run_end(self) -> None:
         """RFLAGS.IF, CR8, IA32_APIC_BASE, and whether an interrupt would be taken (``post_kvm_run_save``)."""
         apic = self.apic
         run_q = self.run_q
-        self.run_b[run_page.IF_FLAG_B] = self.q[RFLAGS] >> 9 & 1
+        self.run_b[IF_FLAG_B] = self.q[RFLAGS] >> 9 & 1
         if apic is not None:
-            run_q[run_page.CR8_Q] = apic.regs[0x20] >> 4
-            run_q[run_page.APIC_BASE_Q] = apic.apic_base
+            run_q[CR8_Q] = apic.regs[0x20] >> 4
+            run_q[APIC_BASE_Q] = apic.apic_base
         else:
-            run_q[run_page.CR8_Q] = self.shadow_cr8
-            run_q[run_page.APIC_BASE_Q] = self.get_apic_base()
+            run_q[CR8_Q] = self.shadow_cr8
+            run_q[APIC_BASE_Q] = self.get_apic_base()
         ready = not self.pic_in_userspace or self.ready_for_interrupt_injection()
-        self.run_b[run_page.READY_FOR_INTERRUPT_INJECTION_B] = ready
+        self.run_b[READY_FOR_INTERRUPT_INJECTION_B] = ready
 
     def _wait_for_sipi(self) -> None:
         """A processor that waits for its start-up IPI: blocked until something comes, then EAGAIN at the latest."""
-        if self.run_b[run_page.IMMEDIATE_EXIT_B]:
+        if self.run_b[IMMEDIATE_EXIT_B]:
             raise InterruptedError(errno.EINTR, "immediate_exit is set")
         self.block()
         assert self.apic is not None
@@ -120,9 +133,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def _take_cr8(self) -> None:
         """With chips in userspace the task priority is userspace's too."""
-        if self.run_q[run_page.CR8_Q] != self.shadow_cr8:
-            if not cr.kvm_set_cr8(self, self.run_q[run_page.CR8_Q]):
-                raise kvm_error(errno.EINVAL, f"cr8={self.run_q[run_page.CR8_Q]:#x}, expected 4 bits")
+        if self.run_q[CR8_Q] != self.shadow_cr8:
+            if not cr.kvm_set_cr8(self, self.run_q[CR8_Q]):
+                raise kvm_error(errno.EINVAL, f"cr8={self.run_q[CR8_Q]:#x}, expected 4 bits")
 
     def _accepts_external_interrupt(self) -> bool:
         """Tell whether userspace's PIC is connected and none of its interrupts waits (``kvm_cpu_accept_dm_intr``)."""
@@ -190,9 +203,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
     def _unexpected_exit(self, code: int) -> None:
         """VMEXIT_INVALID is KVM_EXIT_FAIL_ENTRY; anything else KVM doesn't intercept is an internal error."""
         if code == V.EXIT_ERR:
-            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_FAIL_ENTRY
-            self.run_q[run_page.FAIL_ENTRY_REASON_Q] = code
-            self.run_d[run_page.FAIL_ENTRY_CPU_D] = self.vcpu_id
+            self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_FAIL_ENTRY
+            self.run_q[FAIL_ENTRY_REASON_Q] = code
+            self.run_d[FAIL_ENTRY_CPU_D] = self.vcpu_id
             self._log_invalid_vmcb()
             return
         self.internal_error(abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, (code, self.vcpu_id))
@@ -214,8 +227,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def _userspace_irqchip_exit(self) -> bool:
         """With the PIC in userspace: leave as soon as an interrupt window that it asked for is open."""
-        if self.run_b[run_page.REQUEST_INTERRUPT_WINDOW_B] and self.ready_for_interrupt_injection():
-            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_IRQ_WINDOW_OPEN
+        if self.run_b[REQUEST_INTERRUPT_WINDOW_B] and self.ready_for_interrupt_injection():
+            self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_IRQ_WINDOW_OPEN
             return True
         return False
 
@@ -231,12 +244,12 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if requests & KVM_REQ_STEAL_UPDATE:
             steal_time.record(self)
         if requests & KVM_REQ_TRIPLE_FAULT:
-            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
+            self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
             self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI | KVM_REQ_IOAPIC_EOI_EXIT))
             return False
         if requests & KVM_REQ_IOAPIC_EOI_EXIT:
-            self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_IOAPIC_EOI
-            self.run_b[run_page.EOI_VECTOR_B] = self.pending_ioapic_eoi
+            self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_IOAPIC_EOI
+            self.run_b[EOI_VECTOR_B] = self.pending_ioapic_eoi
             self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI))
             return False
         if requests & KVM_REQ_NMI:
@@ -264,7 +277,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self._update_cr8_intercept(apic)
             if self.pv_eoi is not None and self.pv_eoi.msr:
                 self.pv_eoi.sync_to_guest()
-        if self.pic_in_userspace and self.run_b[run_page.REQUEST_INTERRUPT_WINDOW_B]:
+        if self.pic_in_userspace and self.run_b[REQUEST_INTERRUPT_WINDOW_B]:
             if self._accepts_external_interrupt() and not self.ready_for_interrupt_injection():
                 svm.enable_irq_window(self)
 
