@@ -35,8 +35,8 @@ fn main() {
         v.get::<u64>(control::EXITINFO2),
         v.get::<u64>(save::RIP),
         v.get::<u64>(save::RAX),
-        guest.cpu.engine.instructions,
+        guest.cpu.engine.instructions(),
         time,
-        guest.cpu.engine.instructions as f64 / time / 1e6
+        guest.cpu.engine.instructions() as f64 / time / 1e6
     );
 }

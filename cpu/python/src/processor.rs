@@ -11,6 +11,7 @@ use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use softcpu::clock::clock_ns;
+use softcpu::engine::state::Engine;
 use softcpu::mem::{Machine, Shared, Wake};
 use softcpu::x86::state::Cpu;
 
@@ -136,7 +137,7 @@ impl PyCpu {
         let machine = own(&machine.inner)?.clone();
         let mut cpu = Cpu::new(machine.clone(), index);
         let registers = (&raw mut cpu.rb).cast::<u8>();
-        let shared = cpu.engine.shared.clone();
+        let shared = cpu.engine.shared().clone();
         let runner = Runner::new(&shared);
         Ok(PyCpu {
             inner: UnsafeCell::new(cpu),
@@ -249,15 +250,15 @@ impl PyCpu {
     }
 
     fn flush_tlb(&self) -> PyResult<()> {
-        self.exclusive(|cpu| cpu.engine.tlb.flush_all())
+        self.exclusive(|cpu| cpu.engine.flush_tlb())
     }
 
     #[getter]
     fn instructions(&self) -> u64 {
-        // SAFETY: a racy read of a counter while the processor runs gives some recent value.
+        // SAFETY: the processor lives as long as the object; only the counter is read, for which it may be running.
         unsafe {
             let cpu: *const Cpu = &raw const **self.inner.get();
-            (&raw const (*cpu).engine.instructions).read_volatile()
+            Engine::instructions_of(&raw const (*cpu).engine)
         }
     }
 
@@ -273,18 +274,6 @@ impl PyCpu {
 
     /// Counters of the processor's insides.
     fn stats(&self) -> PyResult<BTreeMap<&'static str, u64>> {
-        self.exclusive(|cpu| {
-            BTreeMap::from([
-                ("instructions", cpu.engine.instructions),
-                ("decoded_blocks", cpu.engine.blocks.decoded_blocks),
-                ("decoded_instructions", cpu.engine.blocks.decoded_instructions),
-                ("block_checks", cpu.engine.blocks.checks),
-                ("block_flushes", cpu.engine.blocks.flushes),
-                ("block_bytes", cpu.engine.blocks.bytes() as u64),
-                ("code_writes", cpu.engine.blocks.invalidations),
-                ("tlb_fills", cpu.engine.tlb.fills),
-                ("tlb_flushes", cpu.engine.tlb.flushes),
-            ])
-        })
+        self.exclusive(|cpu| cpu.engine.statistics().into())
     }
 }

@@ -25,32 +25,32 @@ pub const SINGLE: u8 = 0x80;
 #[repr(C)]
 pub struct Block<P> {
     /// Host address of the first byte; 0 once the block is dead.
-    pub host: usize,
+    pub(super) host: usize,
     /// Blocks that followed through exit 0 and 1.
-    pub links: [*mut Block<P>; 2],
+    pub(super) links: [*mut Block<P>; 2],
     /// Host address of the second page, 0 when there is none.
-    pub host2: usize,
+    pub(super) host2: usize,
     /// The machine's generation at which the pages were marked as code.
-    pub generation: u64,
+    pub(super) generation: u64,
     /// The pages' marks.
-    pub pages: [*const PageInfo; 2],
+    pub(super) pages: [*const PageInfo; 2],
     /// Instructions in the block.
-    pub count: u16,
+    pub(super) count: u16,
     /// Bytes in the first page.
-    pub len: u16,
+    pub(super) len: u16,
     /// Bytes in the second page (the last instruction crosses).
-    pub tail: u16,
+    pub(super) tail: u16,
     /// What decoding depended on, with [`SINGLE`].
-    pub mode: u8,
+    pub(super) mode: u8,
     /// Every running processor knows that the pages hold code.
-    pub settled: bool,
+    pub(super) settled: bool,
     /// Equal to [`crate::x86::state::Cpu::stamp`] when known to agree with memory.
-    pub stamp: u64,
+    pub(super) stamp: u64,
     /// The links whose block starts in the same page, so that its translation is this block's; else a block that never
     /// agrees with memory.
-    pub near: [*const Block<P>; 2],
+    pub(super) near: [*const Block<P>; 2],
     /// `count`, where it is at hand.
-    pub retired: u64,
+    pub(super) retired: u64,
 }
 
 const LINE: usize = 64;
@@ -157,15 +157,15 @@ pub struct BlockCache<P> {
     /// Direct-mapped front of the table for targets of indirect branches; blocks that lie in one page only.
     front: Box<[Slot<P>]>,
     /// Blocks decoded so far, for statistics.
-    pub decoded_blocks: u64,
+    pub(super) decoded_blocks: u64,
     /// Instructions decoded so far.
-    pub decoded_instructions: u64,
+    pub(super) decoded_instructions: u64,
     /// Stores that hit decoded code.
-    pub invalidations: u64,
+    pub(super) invalidations: u64,
     /// Comparisons with memory.
-    pub checks: u64,
+    pub(super) checks: u64,
     /// Whole flushes.
-    pub flushes: u64,
+    pub(super) flushes: u64,
 }
 
 impl<P> Default for BlockCache<P> {
@@ -276,7 +276,7 @@ impl<P> BlockCache<P> {
     }
 
     /// Has the front find the block.
-    pub(crate) fn bring_forward(&mut self, block: *mut Block<P>) {
+    pub(super) fn bring_forward(&mut self, block: *mut Block<P>) {
         // SAFETY: a live block of the arena.
         let b = unsafe { &*block };
         if b.host2 == 0 {
@@ -285,7 +285,7 @@ impl<P> BlockCache<P> {
     }
 
     /// Lets nothing find the block any more, and no link to it hold.
-    pub(crate) fn kill(&mut self, block: *mut Block<P>) {
+    pub(super) fn kill(&mut self, block: *mut Block<P>) {
         // SAFETY: a block of the arena; a dead block's stamp never equals the processor's.
         let b = unsafe { &mut *block };
         self.front[Self::front_slot(b.host)] = empty();
@@ -302,7 +302,7 @@ impl<P> BlockCache<P> {
     }
 
     /// Lets the block be found.
-    pub(crate) fn insert(&mut self, block: *mut Block<P>) {
+    pub(super) fn insert(&mut self, block: *mut Block<P>) {
         if (self.count + 1) * 2 > self.table.len() {
             let live = self.table.iter().filter(|(key, _)| *key != 0).count();
             let len = if live * 4 > self.table.len() { self.table.len() * 2 } else { self.table.len() };

@@ -20,7 +20,7 @@ pub struct Return<P> {
     /// [`super::chain::fetch_key`] at the call.
     key: u64,
     /// The block there, or one that never agrees with memory.
-    pub block: *const Block<P>,
+    pub(super) block: *const Block<P>,
     /// The call's block.
     from: *mut Block<P>,
 }

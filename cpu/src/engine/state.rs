@@ -13,40 +13,43 @@ use crate::int::Int;
 use crate::mem::{Machine, RegionTable, Shared};
 
 /// What running ops takes, beside the architecture's own registers.
+///
+/// The first cache line is what memory handlers and the chain need; the TLB's context and key come behind it.
+#[repr(C, align(64))]
 pub struct Engine<P: Architecture> {
     /// The TLB's entries for data accesses as they are made now.
-    pub bank: *const Entry,
+    pub(crate) bank: *const Entry,
     /// Local reasons to look closer before the next block ([`super::processor::Processor::attend`]); 0: none.
-    pub attention: u32,
+    pub(crate) attention: u32,
     /// Which exit of its last block a run took that stopped with [`super::op::Stop::EndBlock`]: 0, 1, [`LINK_NONE`] or
     /// [`LINK_RETURN`](super::op::LINK_RETURN).
-    pub link: u8,
+    pub(crate) link: u8,
     /// The processor runs one instruction at a time.
-    pub single: bool,
+    pub(crate) single: bool,
     /// The running block, to notice writes into itself and to chain from it.
-    pub block: *mut Block<P>,
+    pub(crate) block: *mut Block<P>,
     /// The op at which the last run stopped.
-    pub stop_op: *const Op<P>,
+    pub(crate) stop_op: *const Op<P>,
     /// Retired instructions.
-    pub instructions: u64,
+    pub(crate) instructions: u64,
     /// The run loop gets a look before the next block when so many instructions have retired.
-    pub chain_limit: u64,
+    pub(crate) chain_limit: u64,
     /// Blocks whose stamp is another one are checked against memory before they run.
-    pub stamp: u64,
+    pub(crate) stamp: u64,
     /// Shared with other threads.
-    pub shared: Arc<Shared>,
-    /// The last calls.
-    pub returns: Returns<P>,
+    pub(crate) shared: Arc<Shared>,
     /// Software TLB.
-    pub tlb: Tlb<P>,
+    pub(crate) tlb: Tlb<P>,
+    /// The last calls.
+    pub(crate) returns: Returns<P>,
     /// Decoded code.
-    pub blocks: BlockCache<P>,
+    pub(crate) blocks: BlockCache<P>,
     /// The machine the processor is in.
-    pub machine: Arc<Machine>,
+    pub(crate) machine: Arc<Machine>,
     /// Snapshot of the machine's regions.
-    pub regions: Arc<RegionTable>,
+    pub(crate) regions: Arc<RegionTable>,
     /// Index of the region that the last look-up found.
-    pub region_guess: usize,
+    pub(crate) region_guess: usize,
 }
 
 // SAFETY: the pointers lead to what the engine itself owns, which moves with it: `bank` into the TLB's box; `block`,
@@ -78,6 +81,45 @@ impl<P: Architecture> Engine<P> {
             machine,
             region_guess: 0,
         }
+    }
+
+    /// Retired instructions.
+    pub fn instructions(&self) -> u64 {
+        self.instructions
+    }
+
+    /// The same, while another thread may run the processor: some recent value.
+    ///
+    /// # Safety
+    /// `engine` must be alive.
+    pub unsafe fn instructions_of(engine: *const Self) -> u64 {
+        // SAFETY: given; an aligned word.
+        unsafe { (&raw const (*engine).instructions).read_volatile() }
+    }
+
+    /// The part that other threads touch.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Forgets every translation.
+    pub fn flush_tlb(&mut self) {
+        self.tlb.flush_all();
+    }
+
+    /// What has been counted since the processor was made, by name.
+    pub fn statistics(&self) -> [(&'static str, u64); 9] {
+        [
+            ("instructions", self.instructions),
+            ("decoded_blocks", self.blocks.decoded_blocks),
+            ("decoded_instructions", self.blocks.decoded_instructions),
+            ("block_checks", self.blocks.checks),
+            ("block_flushes", self.blocks.flushes),
+            ("block_bytes", self.blocks.bytes() as u64),
+            ("code_writes", self.blocks.invalidations),
+            ("tlb_fills", self.tlb.fills),
+            ("tlb_flushes", self.tlb.flushes),
+        ]
     }
 
     /// Whether any physical event or local reason calls for attention before the next block.

@@ -164,13 +164,13 @@ fn a_comparison_and_its_jump_do_what_the_two_do() {
                         g.cpu.rb.gpr[3] = b;
                         g.cpu.rb.gpr[1] = at;
                         g.memory.write::<u64>(at, if form == Form::AM { b } else { x });
-                        let before = g.cpu.engine.instructions;
+                        let before = g.cpu.engine.instructions();
                         g.expect_exit(exit::HLT);
                         let expected = flags(kind, size * 8, x, b);
                         let what = (kind, form, size, cc, x, b);
                         assert_eq!(g.rflags() & (CF | PF | ZF | SF | OF), expected, "{what:x?}");
                         assert_eq!(g.cpu.rb.gpr[6] != 0, holds(cc, expected), "{what:x?}");
-                        assert_eq!(g.cpu.engine.instructions - before, 3, "{what:x?}");
+                        assert_eq!(g.cpu.engine.instructions() - before, 3, "{what:x?}");
                         if immediate {
                             break;
                         }
@@ -191,7 +191,7 @@ fn a_comparison_that_faults_leaves_its_jump_undone() {
     });
     g.cpu.rb.gpr[1] = DATA;
     g.memory.change_leaf(DATA, 0, pte::P);
-    let before = g.cpu.engine.instructions;
+    let before = g.cpu.engine.instructions();
     g.expect(14, Some(0), CODE + 1);
-    assert_eq!(g.cpu.engine.instructions - before, 1);
+    assert_eq!(g.cpu.engine.instructions() - before, 1);
 }

@@ -190,7 +190,7 @@ fn case(seed: u64) {
         _ => Guest::long(|_| {}),
     };
     scramble(&mut g, &mut r);
-    let shared = g.cpu.engine.shared.clone();
+    let shared = g.cpu.engine.shared().clone();
     let over = AtomicBool::new(false);
     std::thread::scope(|s| {
         s.spawn(|| {

@@ -84,7 +84,7 @@ fn every_instruction_intercept_exits_at_the_instruction_with_the_next_rip() {
         let bytes: [u8; 16] = g.memory.read(CODE);
         let i = iced_x86::Decoder::new(64, &bytes, iced_x86::DecoderOptions::AMD).decode();
         assert_eq!(length, i.len() as u64, "{name}: next RIP");
-        assert_eq!(g.cpu.engine.instructions, 0, "{name}: the instruction did not retire");
+        assert_eq!(g.cpu.engine.instructions(), 0, "{name}: the instruction did not retire");
     }
 }
 

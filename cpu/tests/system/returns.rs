@@ -102,11 +102,11 @@ fn returns_from_deep_recursion_all_find_their_way() {
         a.set_label(&mut bottom).unwrap();
         a.ret().unwrap();
     });
-    let before = g.cpu.engine.instructions;
+    let before = g.cpu.engine.instructions();
     g.expect_exit(exit::HLT);
     assert_eq!(g.cpu.rb.gpr[3], 3 * (depth - 1));
     // MOV and CALL, then DEC, JE, CALL, INC and RET for each level but the last, which has DEC, JE and RET.
-    assert_eq!(g.cpu.engine.instructions - before, 3 * (2 + 5 * (depth - 1) + 3));
+    assert_eq!(g.cpu.engine.instructions() - before, 3 * (2 + 5 * (depth - 1) + 3));
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn a_kick_ends_an_endless_loop_of_calls_and_returns() {
         a.set_label(&mut function).unwrap();
         a.ret().unwrap();
     });
-    let shared = g.cpu.engine.shared.clone();
+    let shared = g.cpu.engine.shared().clone();
     std::thread::scope(|s| {
         s.spawn(move || {
             std::thread::sleep(std::time::Duration::from_millis(20));

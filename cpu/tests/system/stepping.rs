@@ -266,5 +266,5 @@ fn the_instruction_count_is_exact() {
         a.hlt().unwrap();
     });
     g.expect_exit(exit::HLT);
-    assert_eq!(g.cpu.engine.instructions, 1 + 2000 + 3, "a repeated instruction is one");
+    assert_eq!(g.cpu.engine.instructions(), 1 + 2000 + 3, "a repeated instruction is one");
 }

@@ -215,7 +215,7 @@ fn a_split_locked_exchange_that_fails_writes_nothing_over_a_plain_store() {
                 a.hlt().unwrap();
             },
         );
-        let kick = locker.cpu.engine.shared.clone();
+        let kick = locker.cpu.engine.shared().clone();
         std::thread::scope(|s| {
             s.spawn(move || locker.expect_exit(exit::INTR));
             storer.expect_exit(exit::HLT);
@@ -340,7 +340,7 @@ fn a_processor_that_halts_does_not_keep_others_from_the_bus() {
         },
     );
     sleeper.unintercept(exit::HLT);
-    let (kick, memory) = (sleeper.cpu.engine.shared.clone(), locker.memory.clone());
+    let (kick, memory) = (sleeper.cpu.engine.shared().clone(), locker.memory.clone());
     std::thread::scope(|s| {
         s.spawn(move || {
             sleeper.expect_exit(exit::INTR);
@@ -360,7 +360,7 @@ fn a_kick_ends_an_endless_loop() {
         a.set_label(&mut again).unwrap();
         a.jmp(again).unwrap();
     });
-    let shared = g.cpu.engine.shared.clone();
+    let shared = g.cpu.engine.shared().clone();
     std::thread::scope(|s| {
         s.spawn(move || {
             std::thread::sleep(Duration::from_millis(20));
@@ -368,7 +368,7 @@ fn a_kick_ends_an_endless_loop() {
         });
         g.expect_exit(exit::INTR);
     });
-    assert!(g.cpu.engine.instructions > 1000);
+    assert!(g.cpu.engine.instructions() > 1000);
 }
 
 #[test]
@@ -473,7 +473,7 @@ fn code_that_another_processor_keeps_rewriting_runs_on_and_ends_at_a_kick() {
         a.jb(round).unwrap();
         a.hlt().unwrap();
     });
-    let kick = reader.cpu.engine.shared.clone();
+    let kick = reader.cpu.engine.shared().clone();
     std::thread::scope(|s| {
         let small = || std::thread::Builder::new().stack_size(SMALL_STACK);
         small().spawn_scoped(s, move || reader.expect_exit(exit::INTR)).unwrap();

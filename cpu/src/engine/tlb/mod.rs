@@ -24,11 +24,14 @@ pub use entry::{BANKS, Entry, INVALID, PAGE_MASK, PAGE_SHIFT, SLOW, TLB_BITS, in
 pub use physical::{Frame, Frames, LARGE_SHIFT};
 
 /// The TLB of one processor.
+#[repr(C)]
 pub struct Tlb<P: Architecture> {
-    entries: Box<[Entry]>,
-    sizes: Sizes,
     /// Context number in force, in tag position.
     context: u64,
+    /// Epoch and context in one word of which bits 1:0 are clear.
+    key: u64,
+    entries: Box<[Entry]>,
+    sizes: Sizes,
     contexts: HashMap<P::Space, u64>,
     current: Option<P::Space>,
     next: u64,
@@ -36,12 +39,10 @@ pub struct Tlb<P: Architecture> {
     directories: Directories<P>,
     /// Advances when anything is flushed.
     epoch: u64,
-    /// Epoch and context in one word of which bits 1:0 are clear.
-    key: u64,
     /// Fills, for statistics.
-    pub fills: u64,
+    pub(crate) fills: u64,
     /// Whole flushes, for statistics.
-    pub flushes: u64,
+    pub(crate) flushes: u64,
 }
 
 impl<P: Architecture> Default for Tlb<P> {

@@ -36,70 +36,70 @@ pub struct Cpu {
     /// Registers shared with KVM.
     pub rb: RegisterBlock,
     /// Arithmetic flags.
-    pub lf: LazyFlags,
+    pub(crate) lf: LazyFlags,
     /// RFLAGS without the arithmetic flags (bit 1 always set).
-    pub rflags: u64,
+    pub(crate) rflags: u64,
     /// RIP of the next instruction, valid between blocks.
-    pub rip: u64,
-    /// Bases used by fast (64-bit) effective addresses: ES, CS, SS, DS read 0 in 64-bit mode; FS, GS their base.
-    pub ea_base: [u64; 8],
-    /// MMU index of data accesses now: 0 supervisor with SMAP enforced, 1 supervisor without, 2 user, 3 user with
-    /// alignment checks (never cached, so every access takes the slow path that checks).
-    pub mmu: usize,
+    pub(crate) rip: u64,
     /// The engine's part.
     pub engine: Engine<Cpu>,
+    /// Bases used by fast (64-bit) effective addresses: ES, CS, SS, DS read 0 in 64-bit mode; FS, GS their base.
+    pub(crate) ea_base: [u64; 8],
+    /// MMU index of data accesses now: 0 supervisor with SMAP enforced, 1 supervisor without, 2 user, 3 user with
+    /// alignment checks (never cached, so every access takes the slow path that checks).
+    pub(crate) mmu: usize,
     /// Current privilege level.
-    pub cpl: u8,
+    pub(crate) cpl: u8,
     /// Bytes of the code segment's default operand size: 2, 4, or 8 for 64-bit code.
-    pub code_size: u8,
+    pub(crate) code_size: u8,
     /// Exception of [`Stop::Fault`] and [`Stop::Trap`].
     pub exception: Exception,
     /// Exit of [`Stop::Exit`] and [`Stop::ExitAfter`].
-    pub exit: Exit,
+    pub(crate) exit: Exit,
     /// ES, CS, SS, DS, FS, GS.
-    pub seg: [Segment; 6],
+    pub(crate) seg: [Segment; 6],
     /// LDTR.
-    pub ldtr: Segment,
+    pub(crate) ldtr: Segment,
     /// TR.
-    pub tr: Segment,
+    pub(crate) tr: Segment,
     /// GDTR.
-    pub gdtr: TableRegister,
+    pub(crate) gdtr: TableRegister,
     /// IDTR.
-    pub idtr: TableRegister,
+    pub(crate) idtr: TableRegister,
     /// CR0.
-    pub cr0: u64,
+    pub(crate) cr0: u64,
     /// CR2.
-    pub cr2: u64,
+    pub(crate) cr2: u64,
     /// CR3.
-    pub cr3: u64,
+    pub(crate) cr3: u64,
     /// CR4.
-    pub cr4: u64,
+    pub(crate) cr4: u64,
     /// EFER.
-    pub efer: u64,
+    pub(crate) efer: u64,
     /// DR6.
-    pub dr6: u64,
+    pub(crate) dr6: u64,
     /// DR7.
-    pub dr7: u64,
+    pub(crate) dr7: u64,
     /// Other MSRs.
-    pub msr: Msrs,
+    pub(crate) msr: Msrs,
     /// VMCB control fields.
-    pub ctl: Control,
+    pub(crate) ctl: Control,
     /// Interrupt shadow is in force for the next instruction.
-    pub shadow: bool,
+    pub(crate) shadow: bool,
     /// NMIs are blocked until IRET.
     pub nmi_blocked: bool,
     /// The event being delivered through the IDT, in EVENTINJ format, for EXITINTINFO; 0 when none.
-    pub delivering: u64,
+    pub(crate) delivering: u64,
     /// Data breakpoints that the running instruction hit (DR6 bits).
-    pub debug_hits: u64,
+    pub(crate) debug_hits: u64,
     /// Bookkeeping of system instructions.
-    pub sys: SystemState,
+    pub(crate) sys: SystemState,
     /// Host state: NEXT_RIP is saved on instruction intercepts.
     pub next_rip_enabled: bool,
     /// Protection keys of the pages that the TLB has ever been filled with (a bit each).
-    pub keys: u16,
+    pub(crate) keys: u16,
     /// Number of this processor in its machine.
-    pub index: u32,
+    pub(crate) index: u32,
 }
 
 impl Cpu {
