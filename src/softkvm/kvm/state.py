@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from softkvm import _softcpu, abi
@@ -111,60 +112,72 @@ class VmState:
             logger.info(message, *args)
 
 
+@dataclass(eq=False, repr=False, slots=True, weakref_slot=True)
 class VcpuState:
-    """One virtual processor: its requests, the page shared with userspace, what it waits for, counters."""
+    """One virtual processor: its requests, the page shared with userspace, what it waits for, counters.
+
+    Every exit takes dozens of these, so each has its slot. Subclasses, plugins among them, may add what they like.
+    """
 
     vm: VmState
+    vcpu_id: int
+    cpu: _softcpu.Cpu
+    closed: bool = field(default=False, init=False)
 
-    def __init__(self, vm: VmState, vcpu_id: int, cpu: _softcpu.Cpu) -> None:
-        self.vm = vm
-        self.vcpu_id = vcpu_id
-        self.cpu = cpu
-        self.closed = False
+    # The pages shared with userspace
+    shared_fd: int = field(init=False)
+    _close_shared_fd: Callable[[], object] = field(init=False)
+    _mapping: mmap.mmap = field(init=False)
+    _shared: memoryview = field(init=False)
+    run_b: memoryview = field(init=False)
+    run_d: memoryview = field(init=False)
+    run_q: memoryview = field(init=False)
 
-        # The pages shared with userspace
-        self.shared_fd = _sealed_memfd(f"kvm-vcpu:{vcpu_id}", VCPU_MMAP_SIZE)
+    # Execution
+    request_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    requests: int = field(default=0, init=False)
+    mode: int = field(default=OUTSIDE_GUEST_MODE, init=False)
+    running: bool = field(default=False, init=False)
+    #: The signals blocked during KVM_RUN (bit n - 1 for signal n); None: those of the thread.
+    signal_mask: int | None = field(default=None, init=False)
+    mp_state: int = field(default=abi.KVM_MP_STATE_RUNNABLE, init=False)
+    task_work: list[Callable[[], None]] = field(default_factory=list, init=False)
+    #: How long the vCPU waits awake when it halts, and whether it does so now (:mod:`.halt_poll`).
+    halt_poll_ns: int = field(default=0, init=False)
+    halt_polling: bool = field(default=False, init=False)
+
+    # Exits to userspace
+    #: Called with the vCPU at the next KVM_RUN; returns 1 to go on, 0 for another exit.
+    complete_userspace_io: Callable[[Any], int] | None = field(default=None, init=False)
+    pio_bus: IoBus = field(init=False)
+    mmio_bus: IoBus = field(init=False)
+    #: Frame of the last MMIO access and the memory slots it was found under.
+    mmio_gfn: int = field(default=-1, init=False)
+    mmio_slots: Memslots | None = field(default=None, init=False)
+
+    # Statistics
+    exit_counts: dict[int, int] = field(default_factory=dict, init=False)
+    stat_mmio_exits: int = field(default=0, init=False)
+    stat_halt_exits: int = field(default=0, init=False)
+    stat_halt_wakeup: int = field(default=0, init=False)
+    stat_halt_attempted_poll: int = field(default=0, init=False)
+    stat_halt_successful_poll: int = field(default=0, init=False)
+    stat_halt_poll_success_ns: int = field(default=0, init=False)
+    stat_halt_poll_fail_ns: int = field(default=0, init=False)
+    stat_halt_wait_ns: int = field(default=0, init=False)
+    stat_pf_taken: int = field(default=0, init=False)
+    stat_tlb_flush: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.shared_fd = _sealed_memfd(f"kvm-vcpu:{self.vcpu_id}", VCPU_MMAP_SIZE)
         self._close_shared_fd = weakref.finalize(self, os.close, self.shared_fd)
         self._mapping = mmap.mmap(self.shared_fd, VCPU_MMAP_SIZE)
         self._shared = memoryview(self._mapping)
         self.run_b = self._shared
         self.run_d = self._shared.cast("I")
         self.run_q = self._shared.cast("Q")
-
-        # Execution
-        self.request_lock = threading.Lock()
-        self.requests = 0
-        self.mode = OUTSIDE_GUEST_MODE
-        self.running = False
-        #: The signals blocked during KVM_RUN (bit n - 1 for signal n); None: those of the thread.
-        self.signal_mask: int | None = None
-        self.mp_state = abi.KVM_MP_STATE_RUNNABLE
-        self.task_work: list[Callable[[], None]] = []
-        #: How long the vCPU waits awake when it halts, and whether it does so now (:mod:`.halt_poll`).
-        self.halt_poll_ns = 0
-        self.halt_polling = False
-
-        # Exits to userspace
-        #: Called with the vCPU at the next KVM_RUN; returns 1 to go on, 0 for another exit.
-        self.complete_userspace_io: Callable[[Any], int] | None = None
-        self.pio_bus = vm.pio_bus
-        self.mmio_bus = vm.mmio_bus
-        #: Frame of the last MMIO access and the memory slots it was found under.
-        self.mmio_gfn = -1
-        self.mmio_slots: Memslots | None = None
-
-        # Statistics
-        self.exit_counts: dict[int, int] = {}
-        self.stat_mmio_exits = 0
-        self.stat_halt_exits = 0
-        self.stat_halt_wakeup = 0
-        self.stat_halt_attempted_poll = 0
-        self.stat_halt_successful_poll = 0
-        self.stat_halt_poll_success_ns = 0
-        self.stat_halt_poll_fail_ns = 0
-        self.stat_halt_wait_ns = 0
-        self.stat_pf_taken = 0
-        self.stat_tlb_flush = 0
+        self.pio_bus = self.vm.pio_bus
+        self.mmio_bus = self.vm.mmio_bus
 
     def close_shared_fd(self) -> None:
         """Close the descriptor of the shared pages; who has mapped them keeps them."""

@@ -79,7 +79,15 @@ class Vcpu(VcpuState, Closing):
                     return
             if self.run_b[IMMEDIATE_EXIT_B]:
                 raise InterruptedError(errno.EINTR, "immediate_exit is set")
-            self._vcpu_run()
+            while True:
+                if self.mp_state != _RUNNABLE:
+                    self.arch_block()
+                    if self.mp_state != _RUNNABLE:
+                        continue
+                if self.requests and not self._handle_requests():
+                    return
+                if not self.arch_enter_guest():
+                    return
         except InterruptedError as reason:
             interrupted = reason
         finally:
@@ -89,18 +97,6 @@ class Vcpu(VcpuState, Closing):
             cpu.end_run()
         if interrupted is not None:
             raise interrupted
-
-    def _vcpu_run(self) -> None:
-        """Run until there is an exit for userspace."""
-        while True:
-            if self.mp_state != _RUNNABLE:
-                self.arch_block()
-                if self.mp_state != _RUNNABLE:
-                    continue
-            if self.requests and not self._handle_requests():
-                return
-            if not self.arch_enter_guest():
-                return
 
     # --- requests ------------------------------------------------------------------------------------
 

@@ -96,12 +96,12 @@ def skip_pio(vcpu: Vcpu) -> int:
 
 def _load_accumulator(vcpu: Vcpu, size: int, value: int) -> None:
     """Put what IN read into AL, AX or EAX (the upper half cleared in the last case)."""
-    if size == 4:
-        vcpu.gpr[0] = value
-    elif size == 1:
-        vcpu.gpr[0] = vcpu.gpr[0] & ~0xFF | value
+    if size == 1:
+        vcpu.rb[0] = value
+    elif size == 2:
+        vcpu.rw[0] = value
     else:
-        vcpu.gpr[0] = vcpu.gpr[0] & ~0xFFFF | value
+        vcpu.gpr[0] = value
 
 
 def complete_fast_pio_in(vcpu: Vcpu) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
@@ -148,6 +148,7 @@ class ClockState:
     tsc_khz: int = TSC_KHZ
     tsc_adjust: int = 0
     pvclock_set_guest_stopped: bool = False
+    steal_enabled: bool = False
     last_steal: int = 0
     steal_checked_ns: int = 0
 
@@ -183,28 +184,64 @@ class Statistics:
     stat_req_event: int = 0
 
 
-class VcpuState(
-    state.VcpuState, ControlState, EventState, DebugState, ClockState, ParavirtState, PortIoState, Statistics
-):
-    """What a virtual processor of x86 has beside what every one has."""
+class ProcessorState:
+    """What a vCPU is made of: views of the VMCB and of the processor's registers, and its parts."""
 
-    GROUPS: ClassVar = (ControlState, EventState, DebugState, ClockState, ParavirtState, PortIoState, Statistics)
-
-    vm: VmState
-    q: memoryview
-    d: memoryview
-    w: memoryview
+    #: The run page, with names.
+    _kvm_run: abi.kvm_run
+    #: The VMCB's bytes, words, doublewords and quadwords (:mod:`.svm.vmcb` has the places).
     b: memoryview
+    w: memoryview
+    d: memoryview
+    q: memoryview
+    vmcb: V.Vmcb
+    #: The processor's register block, in the same way.
+    rb: memoryview
+    rw: memoryview
+    rd: memoryview
+    rq: memoryview
+    gpr: memoryview
+    effective_db: memoryview
+    msrpm: _softcpu.Page
+    permission_map: memoryview
+    nrips: bool
+    msr_values: dict[int, int]
+    msr_filter: MsrFilter | None
     exception: QueuedException
     cpuid: CpuidTable
     emulator: Emulator
+    chips: KernelIrqchip | None
+    #: Userspace has the PIC, so it asks for interrupt windows: without in-kernel chips, or with the APICs alone.
+    pic_in_userspace: bool
     apic: Lapic | None
     pv_eoi: PvEoi | None
+
+
+_GROUPS: Final = (ControlState, EventState, DebugState, ClockState, ParavirtState, PortIoState, Statistics)
+
+
+class VcpuState(
+    state.VcpuState,
+    ProcessorState,
+    ControlState,
+    EventState,
+    DebugState,
+    ClockState,
+    ParavirtState,
+    PortIoState,
+    Statistics,
+):
+    """What a virtual processor of x86 has beside what every one has."""
+
+    # Only one of a class's bases may have slots, so the groups' are made here.
+    __slots__ = tuple(name for group in (ProcessorState, *_GROUPS) for name in group.__annotations__)
+
+    vm: VmState
 
     def __init__(self, vm: VmState, vcpu_id: int) -> None:
         machine = vm.machine
         super().__init__(vm, vcpu_id, _softcpu.Cpu(machine, vcpu_id))
-        for group in self.GROUPS:
+        for group in _GROUPS:
             group.__init__(self)
         self.maxphyaddr = vm.maxphyaddr
         self.tsc_khz = vm.default_tsc_khz
@@ -226,10 +263,9 @@ class VcpuState(
         self.permission_map = memoryview(self.msrpm).cast("B")
         self.permission_map[:] = b"\xff" * len(self.permission_map)
 
-        self.msr_values: dict[int, int] = {}
-        self.msr_filter: MsrFilter | None = None
+        self.msr_values = {}
+        self.msr_filter = None
         self.chips = vm.chips
-        #: Userspace has the PIC, so it asks for interrupt windows: without in-kernel chips, or with the APICs alone.
         self.pic_in_userspace = self.chips is None or vm.split_irqchip
 
     # --- registers ---------------------------------------------------------------------------------

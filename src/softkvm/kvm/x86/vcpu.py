@@ -8,7 +8,6 @@ import logging
 from typing import Final
 
 from softkvm import abi
-from softkvm.abi import MSR_KVM_STEAL_TIME
 from softkvm.abi.run_page import (
     APIC_BASE_Q,
     CR8_Q,
@@ -60,6 +59,8 @@ _SERVED_WHILE_BLOCKED: Final = KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_RE
 class Vcpu(VcpuState, vcpu.Vcpu):
     """A virtual processor that can run; its ioctls are in :mod:`softkvm.kvm.x86.vcpu_ioctls`."""
 
+    __slots__ = ("_loop",)
+
     def __init__(self, vm: VmState, vcpu_id: int) -> None:
         super().__init__(vm, vcpu_id)
         self.mcg_cap = msrs.MCG_CAP
@@ -103,7 +104,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self._take_cr8()
         if self.pic_in_userspace and self.run_b[REQUEST_INTERRUPT_WINDOW_B]:
             self.make_request(KVM_REQ_EVENT)
-        if MSR_KVM_STEAL_TIME in self.msr_values:
+        if self.steal_enabled:
             steal_time.check(self)
 
     def arch_run_end(self) -> None:

@@ -57,12 +57,23 @@ def test_time_is_looked_at_by_every_kvm_run_that_comes_after_a_while(monkeypatch
     tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
     tiny.protected_mode().load(b"\xe6\x10" * 10 + b"\xf4")  # out 0x10, al
     seen = []
-    for step_ns in (0, 100_000, 20, 99_979, 1, 1_000_000):
+    for step_ns in (0, 1_000_000, 20, 999_979, 1, 10_000_000):
         stolen += 10
         now += step_ns
         assert tiny.run() == abi.KVM_EXIT_IO
         seen.append(int.from_bytes(tiny.memory.read(DATA, 8), "little"))
     assert seen == [10, 20, 20, 20, 50, 60]
+    tiny.close()
+
+
+def test_nothing_is_written_after_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Tiny()
+    monkeypatch.setattr(steal_time, "run_delay_ns", lambda: 1000)
+    tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
+    tiny.vcpu.vcpu_reset(True)
+    steal_time.check(tiny.vcpu)
+    steal_time.record(tiny.vcpu)
+    assert tiny.memory.read(DATA, 12) == bytes(12)
     tiny.close()
 
 

@@ -157,6 +157,7 @@ def reset(vcpu: Vcpu) -> None:
     """RESET or INIT: nothing may be written to what the next guest uses for something else."""
     for msr in _RESET_MSRS:
         vcpu.msr_values.pop(msr, None)
+    vcpu.steal_enabled = False
     if vcpu.pv_eoi is not None:
         vcpu.pv_eoi.reset()
 
@@ -249,9 +250,7 @@ def _write_async_pf_ack(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if _feature_denied(vcpu, abi.KVM_FEATURE_STEAL_TIME, host) or data & abi.KVM_STEAL_RESERVED_MASK:
         return False
-    vcpu.msr_values[index] = data
-    if data & abi.KVM_MSR_ENABLED:
-        steal_time.enable(vcpu, host=host)
+    steal_time.set_msr(vcpu, data, host=host)
     return True
 
 
