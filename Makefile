@@ -80,10 +80,10 @@ test-python: build $(BIN)/.dev
 
 test: lint test-rust test-python
 
-# Some minutes. `make test` compares less, and goes on where a processor that is not known yet differs.
+# Ten minutes. `make test` compares less, and goes on where a processor that is not known yet differs.
 DIFF_CASES ?= 50000
 differential:
-	SOFTCPU_DIFF_STRICT=1 SOFTCPU_DIFF_CASES=$(DIFF_CASES) $(CARGO) test --release -p softcpu --no-fail-fast \
+	SOFTCPU_DIFF_STRICT=1 SOFTCPU_DIFF_CASES=$(DIFF_CASES) SOFTCPU_DIFF_ENCODINGS=all $(CARGO) test --release -p softcpu --no-fail-fast \
 	  --test differential --test float_native --test simd_native --test x87_sequences -- --nocapture
 
 # Half an hour and more: lines of the modules that everything rests on are broken, and the tests have to notice.

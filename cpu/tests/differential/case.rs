@@ -94,14 +94,13 @@ impl Outcome {
         Outcome { state: State::ZERO, vector: u64::MAX, error: 0, address: 0, data: [0; DATA_SIZE] };
 }
 
-impl Outcome {
+impl State {
     /// Forgets the contents of empty x87 registers.
     pub fn settle(&mut self) {
-        let s = &mut self.state;
         for i in 0..8 {
-            let physical = ((s.fsw as usize >> 11) + i) & 7;
-            if s.tags >> physical & 1 == 0 {
-                s.st[i] = [0; 2];
+            let physical = ((self.fsw as usize >> 11) + i) & 7;
+            if self.tags >> physical & 1 == 0 {
+                self.st[i] = [0; 2];
             }
         }
     }
@@ -180,7 +179,7 @@ const NAMES: [&str; 16] = [
 ];
 
 /// The fields in which `s` differs from `from`.
-fn fields(s: &State, from: &State) -> String {
+pub fn fields(s: &State, from: &State) -> String {
     let mut out = String::new();
     let mut put = |name: &str, a: u128, b: u128| {
         if a != b {

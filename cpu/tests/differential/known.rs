@@ -97,6 +97,7 @@ pub struct Difference {
 const PAGE_FAULT: u64 = 14;
 const GENERAL_PROTECTION: u64 = 13;
 const STACK: u64 = 12;
+const UNDEFINED: u64 = 6;
 
 const OF: u64 = 1 << 11;
 const MISALIGNED_MASK: u32 = 1 << 17;
@@ -276,6 +277,39 @@ pub const DIFFERENCES: &[Difference] = &[
             soft.vector == GENERAL_PROTECTION && processor.state.mxcsr & MISALIGNED_MASK != 0
         },
         mask: Mask::All,
+    },
+    Difference {
+        name: "LOCK before VERW is ignored",
+        manual: "APM vol. 3, 1.2.5: #UD",
+        on: &[Amd19h],
+        when: When::SoftStopped,
+        what: |l| {
+            let opcode = &l.bytes[l.prefixes().len()..];
+            let verw = |modrm: &u8| *modrm < 0xc0 && modrm >> 3 & 7 == 5;
+            has(l, &[0xf0]) && opcode.starts_with(&[0x0f, 0x00]) && opcode.get(2).is_some_and(verw)
+        },
+        shows: |soft, _| soft.vector == UNDEFINED,
+        mask: Mask::All,
+    },
+    Difference {
+        name: "MASKMOVQ and MASKMOVDQU fault for bytes that the mask selects alone",
+        manual: "APM vol. 5 and SDM vol. 2, MASKMOVQ: up to the implementation",
+        on: INTEL,
+        when: When::SoftStopped,
+        what: |l| matches!(mnemonic(l), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu),
+        shows: |soft, processor| {
+            soft.vector == PAGE_FAULT && (processor.vector, processor.address) != (soft.vector, soft.address)
+        },
+        mask: Mask::All,
+    },
+    Difference {
+        name: "a faulting MASKMOVQ has set TOP and tags",
+        manual: "APM vol. 5, 1.3.3: silent about faults",
+        on: AMD,
+        when: When::Stopped,
+        what: |l| mnemonic(l) == Mnemonic::Maskmovq,
+        shows: always,
+        mask: Mask::X87,
     },
     Difference {
         name: "a faulting REPE or REPNE leaves the flags as they were before",

@@ -10,20 +10,25 @@
 //! ```
 //!
 //! `SOFTCPU_DIFF_SAVE` appends what the host's processor does with each case that differs, as a golden vector; put it
-//! into `tests/vectors/` once softcpu is right.
+//! into `tests/vectors/` once softcpu is right. `encodings` goes through all encodings, one instruction each.
 
 mod case;
 #[path = "../common/flat.rs"]
 mod common;
 mod known;
+mod probe;
 #[path = "../common/processor.rs"]
 mod processor;
 mod soft;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod encodings;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod generate;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod native;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod prober;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod select;
 

@@ -8,6 +8,7 @@ use crate::case::{
     CODE, Case, DATA, DATA_SIZE, END, LIMIT16, OFFSET16, Outcome, SEGMENT16, State, WRITABLE, fill,
 };
 use crate::common::{Flat, put_segment};
+use crate::probe::{Answer, Probe, digest, template};
 
 /// Guest-physical pages: four of tables, one of code, the data.
 const TABLES: usize = 0x4000;
@@ -30,6 +31,7 @@ type Segment = (u16, u16, u64, u32);
 /// Flat user data.
 const FLAT: Segment = (0x2b, 0xcf3, 0, u32::MAX);
 
+#[derive(Clone, Copy)]
 struct Mode {
     cr0: u64,
     cr4: u64,
@@ -46,6 +48,10 @@ pub struct Soft {
     cpu: Box<Cpu>,
     ram: usize,
     vmcb: usize,
+    /// The memory is set up for [`Soft::probe`].
+    probing: bool,
+    /// The mode of probes.
+    probed: Mode,
 }
 
 impl Soft {
@@ -75,15 +81,11 @@ impl Soft {
         for n in [4, 5] {
             put_segment(v, n, FLAT.0, FLAT.1, FLAT.2, FLAT.3);
         }
-        Soft { cpu, ram, vmcb }
+        Soft { cpu, ram, vmcb, probing: false, probed: PAGED }
     }
 
     pub fn run(&mut self, case: &Case) -> Box<Outcome> {
-        let (code_segment, data_segment) = match case.bits {
-            64 => ((0x33, 0xafb, 0, u32::MAX), FLAT),
-            32 => ((0x23, 0xcfb, 0, u32::MAX), FLAT),
-            _ => ((7, 0xfb, CODE - OFFSET16, LIMIT16), (0xf, 0xf3, SEGMENT16, LIMIT16)),
-        };
+        let (code_segment, data_segment) = segments(case.bits);
         self.run_in(case, PAGED, code_segment, data_segment)
     }
 
@@ -102,18 +104,63 @@ impl Soft {
         code_segment: Segment,
         data_segment: Segment,
     ) -> Box<Outcome> {
-        // SAFETY: a mapped page.
-        let v = unsafe { Vmcb::new(self.vmcb) };
         // SAFETY: inside the mapping; nothing else refers to it while no processor runs.
-        let (code, data) = unsafe {
-            (
-                std::slice::from_raw_parts_mut((self.ram + CODE_PAGE) as *mut u8, 4096),
-                std::slice::from_raw_parts_mut((self.ram + DATA_PAGES) as *mut u8, DATA_SIZE),
-            )
-        };
+        let (code, data) = unsafe { self.memory() };
+        self.probing = false;
         code.fill(END);
         code[..case.length].copy_from_slice(case.code());
         fill(case.seed, data);
+        let mut out = Box::new(Outcome::EMPTY);
+        (out.vector, out.error, out.address) =
+            self.execute(&case.state, &mut out.state, mode, code_segment, data_segment);
+        out.data.copy_from_slice(data);
+        out.state.settle();
+        out
+    }
+
+    /// Sets bits of CR4 for probes.
+    pub fn enable(&mut self, cr4: u64) {
+        self.probed.cr4 |= cr4;
+    }
+
+    /// Runs one instruction at the end of the code page.
+    pub fn probe(&mut self, probe: &Probe) -> Answer {
+        // SAFETY: as in `run_in`.
+        let (code, data) = unsafe { self.memory() };
+        if !self.probing {
+            self.probing = true;
+            code.fill(END);
+            data.copy_from_slice(template());
+        }
+        probe.place(code);
+        let (code_segment, data_segment) = segments(probe.bits);
+        let mut answer = Answer::EMPTY;
+        (answer.vector, answer.error, answer.address) =
+            self.execute(&probe.state(), &mut answer.state, self.probed, code_segment, data_segment);
+        answer.memory = digest(data);
+        answer.settled()
+    }
+
+    /// The code page and the data.
+    ///
+    /// # Safety
+    /// No processor may run while they are used.
+    unsafe fn memory(&self) -> (&'static mut [u8; 4096], &'static mut [u8; DATA_SIZE]) {
+        // SAFETY: inside the mapping, which stays.
+        unsafe { (&mut *((self.ram + CODE_PAGE) as *mut _), &mut *((self.ram + DATA_PAGES) as *mut _)) }
+    }
+
+    /// Runs to the exception that ends it; vector, error code and CR2.
+    fn execute(
+        &mut self,
+        from: &State,
+        s: &mut State,
+        mode: Mode,
+        code_segment: Segment,
+        data_segment: Segment,
+    ) -> (u64, u64, u64) {
+        // SAFETY: a mapped page.
+        let v = unsafe { Vmcb::new(self.vmcb) };
         v.set(save::CR0, mode.cr0);
         v.set(save::CR4, mode.cr4);
         v.set(save::EFER, mode.efer);
@@ -124,22 +171,22 @@ impl Soft {
         for n in [0, 2, 3] {
             put_segment(v, n, selector, attrib, base, limit);
         }
-        v.set(save::RIP, case.state.rip);
-        v.set(save::RFLAGS, case.state.rflags);
-        v.set(save::RSP, case.state.gpr[4]);
-        v.set(save::RAX, case.state.gpr[0]);
+        v.set(save::RIP, from.rip);
+        v.set(save::RFLAGS, from.rflags);
+        v.set(save::RSP, from.gpr[4]);
+        v.set(save::RAX, from.gpr[0]);
         let rb = &mut self.cpu.rb;
-        rb.gpr[..16].copy_from_slice(&case.state.gpr);
-        rb.fcw = case.state.fcw;
-        rb.fsw = case.state.fsw;
-        rb.mxcsr = case.state.mxcsr;
-        let top = (case.state.fsw >> 11 & 7) as usize;
+        rb.gpr[..16].copy_from_slice(&from.gpr);
+        rb.fcw = from.fcw;
+        rb.fsw = from.fsw;
+        rb.mxcsr = from.mxcsr;
+        let top = (from.fsw >> 11 & 7) as usize;
         rb.ftw = 0;
         for i in 0..8 {
             let physical = (top + i) & 7;
-            let [mantissa, se] = case.state.st[i];
+            let [mantissa, se] = from.st[i];
             rb.st[physical] = [mantissa, se];
-            let tag = if case.state.tags >> physical & 1 == 0 {
+            let tag = if from.tags >> physical & 1 == 0 {
                 3
             } else if mantissa == 0 && se & 0x7fff == 0 {
                 1
@@ -151,20 +198,13 @@ impl Soft {
             rb.ftw |= tag << (2 * physical);
         }
         for i in 0..16 {
-            rb.ymm[i][..2].copy_from_slice(&case.state.xmm[i]);
+            rb.ymm[i][..2].copy_from_slice(&from.xmm[i]);
         }
         let exit = self.cpu.vmrun(self.vmcb).expect("a good VMCB");
-        let mut out = Box::new(Outcome::EMPTY);
-        out.data.copy_from_slice(data);
-        out.vector = exit.wrapping_sub(EXCP0);
-        if matches!(out.vector, 8 | 10..=14 | 17) {
-            out.error = v.get(control::EXITINFO1);
-        }
-        if out.vector == 14 {
-            out.address = v.get(control::EXITINFO2);
-        }
+        let vector = exit.wrapping_sub(EXCP0);
+        let error = if matches!(vector, 8 | 10..=14 | 17) { v.get(control::EXITINFO1) } else { 0 };
+        let address = if vector == 14 { v.get(control::EXITINFO2) } else { 0 };
         let rb = &self.cpu.rb;
-        let s: &mut State = &mut out.state;
         s.gpr.copy_from_slice(&rb.gpr[..16]);
         s.gpr[4] = v.get(save::RSP);
         s.gpr[0] = v.get(save::RAX);
@@ -180,7 +220,15 @@ impl Soft {
         for i in 0..16 {
             s.xmm[i].copy_from_slice(&rb.ymm[i][..2]);
         }
-        out.settle();
-        out
+        (vector, error, address)
+    }
+}
+
+/// Code and data segments of 64, 32 or 16-bit code.
+fn segments(bits: u32) -> (Segment, Segment) {
+    match bits {
+        64 => ((0x33, 0xafb, 0, u32::MAX), FLAT),
+        32 => ((0x23, 0xcfb, 0, u32::MAX), FLAT),
+        _ => ((7, 0xfb, CODE - OFFSET16, LIMIT16), (0xf, 0xf3, SEGMENT16, LIMIT16)),
     }
 }

@@ -210,14 +210,12 @@ fn emms(cpu: &mut Cpu, _: &Op) -> Res {
     Ok(())
 }
 
-/// Writes the bytes of `data` whose mask byte has its top bit set to the implicit operand at rDI; all or nothing.
+/// Writes the bytes of `data` whose mask byte has its top bit set to the implicit operand at rDI; all or nothing. Faults
+/// are those of the whole operand, whatever the mask says (APM vol. 5, MASKMOVQ: they may be).
 fn store_masked(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Res {
     let linear = cpu.lin(op, data.len(), Access::Write)?;
     let selected = |i: &usize| mask[*i] & 0x80 != 0;
-    let (Some(first), Some(last)) = ((0..data.len()).find(selected), (0..data.len()).rfind(selected)) else {
-        return Ok(());
-    };
-    cpu.probe_write(op.seg, linear.wrapping_add(first as u64), last - first + 1)?;
+    cpu.probe_write(op.seg, linear, data.len())?;
     for i in (0..data.len()).filter(selected) {
         cpu.store_at::<u8>(op.seg, linear.wrapping_add(i as u64), data[i])?;
     }

@@ -224,13 +224,22 @@ struct Frame {
     release: u64,
 }
 
-/// Returns in protected mode, to the same or an outer privilege level.
+/// Returns in protected mode, to the same or an outer privilege level. All of the frame is read before any of it is
+/// looked at (APM vol. 3, RETF and IRET).
 fn far_return(cpu: &mut Cpu, f: Frame) -> Res {
+    let error = error_selector(f.cs);
+    let rpl = f.cs as u8 & 3;
+    let outer = rpl != cpu.cpl;
+    let width = f.width as u64;
+    let outer_stack = if outer || (f.flags.is_some() && cpu.code_size == 8) {
+        let ss = cpu.peek_item((f.items + 1) * width + f.release, f.width)? as u16;
+        Some((cpu.peek_item(f.items * width + f.release, f.width)?, ss))
+    } else {
+        None
+    };
     if is_null(f.cs) {
         return Err(cpu.gp(0));
     }
-    let error = error_selector(f.cs);
-    let rpl = f.cs as u8 & 3;
     let d = cpu.descriptor(f.cs, vector::GP, 0)?;
     let level = if d.is_conforming() { d.dpl() <= rpl } else { d.dpl() == rpl };
     if rpl < cpu.cpl || !cpu.runnable(d) || !level {
@@ -239,12 +248,8 @@ fn far_return(cpu: &mut Cpu, f: Frame) -> Res {
     if !d.present() {
         return Err(cpu.fault(vector::NP, Some(error)));
     }
-    let outer = rpl != cpu.cpl;
-    let width = f.width as u64;
     let mut stack = None;
-    if outer || (f.flags.is_some() && cpu.code_size == 8) {
-        let sp = cpu.peek_item(f.items * width + f.release, f.width)?;
-        let ss = cpu.peek_item((f.items + 1) * width + f.release, f.width)? as u16;
+    if let Some((sp, ss)) = outer_stack {
         let to64 = cpu.long_mode() && d.attrib() & attrib::L != 0;
         let segment = if is_null(ss) && to64 && rpl != 3 && ss as u8 & 3 == rpl {
             null_stack(rpl)

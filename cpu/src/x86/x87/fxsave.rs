@@ -10,6 +10,8 @@ pub const MXCSR_MASK: u32 = 0xffff;
 /// MXCSR after RESET.
 pub const MXCSR_RESET: u32 = 0x1f80;
 
+/// Bytes of the legacy area.
+const LEGACY_SIZE: usize = 512;
 /// Offsets in the legacy area.
 pub const MXCSR_AT: usize = 24;
 /// The x87 registers, 16 bytes each.
@@ -107,7 +109,7 @@ impl Cpu {
         Ok(linear)
     }
 
-    /// Linear address of a save area of `size` bytes: segment checks, then #GP(0) unless it is on `align` bytes. Where
+    /// Linear address of a save area of `size` bytes: #GP(0) unless it is on `align` bytes, then segment checks. Where
     /// alignment is checked, processors raise #AC(0) for one that isn't even on 4.
     pub(super) fn save_area(
         &mut self,
@@ -116,11 +118,11 @@ impl Cpu {
         align: u64,
         access: Access,
     ) -> Result<u64, Stop> {
-        let linear = self.aligned_operand(op, size, 4, access)?;
-        if linear & (align - 1) != 0 {
+        let place = self.ea(op).wrapping_add(self.seg[op.seg as usize % 6].base);
+        if place & (align - 1) != 0 && (self.mmu != 3 || place & 3 == 0) {
             return Err(self.gp(0));
         }
-        Ok(linear)
+        self.aligned_operand(op, size, 4, access)
     }
 
     /// Whether FXSAVE and FXRSTOR leave the XMM registers out (EFER.FFXSR, 64-bit mode, CPL 0).
@@ -132,7 +134,9 @@ impl Cpu {
 /// FXSAVE; `WIDE` is FXSAVE64. Bytes that hold no register are left as they are.
 pub fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.x87_available()?;
-    let linear = cpu.save_area(op, 512, 16, Access::Write)?;
+    let linear = cpu.save_area(op, LEGACY_SIZE, 16, Access::Write)?;
+    // The last byte is looked at first, although nothing is written there.
+    cpu.probe_write(op.seg, linear.wrapping_add(LEGACY_SIZE as u64 - 1), 1)?;
     let mut area = [0; XMM_AT + 256];
     area[..24].copy_from_slice(&cpu.legacy_head(WIDE));
     area[MXCSR_AT..MXCSR_AT + 4].copy_from_slice(&cpu.rb.mxcsr.to_le_bytes());
@@ -146,7 +150,8 @@ pub fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
 /// FXRSTOR; `WIDE` is FXRSTOR64. #GP(0) for reserved bits of MXCSR.
 pub fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.x87_available()?;
-    let linear = cpu.save_area(op, 512, 16, Access::Read)?;
+    let linear = cpu.save_area(op, LEGACY_SIZE, 16, Access::Read)?;
+    cpu.read_bytes(cpu.mmu, op.seg, linear.wrapping_add(LEGACY_SIZE as u64 - 1), &mut [0])?;
     let mut area = [0; XMM_AT + 256];
     cpu.read_bytes(cpu.mmu, op.seg, linear, &mut area)?;
     let mxcsr = mxcsr_of(&area);
