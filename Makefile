@@ -74,6 +74,8 @@ lint: build $(BIN)/.dev
 test-rust:
 	$(CARGO) test --release --workspace --no-run
 	$(CARGO) test --release --workspace --quiet
+	$(CARGO) test --profile checked -p softcpu --no-run
+	$(CARGO) test --profile checked -p softcpu --quiet
 
 test-python: build $(BIN)/.dev
 	$(BIN)/pytest $(PYTEST_ARGS)
