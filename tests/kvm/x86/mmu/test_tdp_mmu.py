@@ -8,8 +8,16 @@ import random
 import pytest
 
 from softkvm import _softcpu, abi
-from softkvm.kvm.memory.memslots import MemorySlot
-from softkvm.kvm.x86.mmu.spte import PT_DIRTY_MASK, PT_PRESENT_MASK, PT_WRITABLE_MASK, SPTE_PFN_MASK
+from softkvm.kvm.memory.memslots import MemorySlot, Memslots
+from softkvm.kvm.x86.mmu.spte import (
+    MMIO_SPTE_GEN_LOW_SHIFT,
+    PT_DIRTY_MASK,
+    PT_PAGE_SIZE_MASK,
+    PT_PRESENT_MASK,
+    PT_WRITABLE_MASK,
+    SPTE_PFN_MASK,
+    is_mmio_spte,
+)
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, TdpMmu, TdpTable
 
 HVA = 0x7F00_0000_0000
@@ -86,17 +94,146 @@ def test_writes_to_readonly_slots_are_emulated(mmu: TdpMmu) -> None:
 
 
 def test_a_leaf_goes_below_where_small_mappings_are(mmu: TdpMmu) -> None:
-    mmu.set_mmio_spte(9, generation=1)
-    slot = _slot(0, PAGES_2M)
-    mmu.map_gfn(slot, 3, write=False)
+    logged = _slot(0, PAGES_2M, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
+    logged.dirty_bitmap = bytearray(logged.dirty_bitmap_bytes)
+    mmu.map_gfn(logged, 9, write=False)
+    mmu.map_gfn(_slot(0, PAGES_2M), 3, write=False)
     assert mmu.get_spte(3)[1] == 1
 
 
 def test_mmio_entries_are_believed_in_their_generation_only(mmu: TdpMmu) -> None:
-    mmu.set_mmio_spte(0xFEE00, generation=4)
+    mmu.set_mmio_spte(0xFEE00, Memslots(4))
     assert mmu.lookup_mmio(0xFEE00, 4)
     assert not mmu.lookup_mmio(0xFEE00, 5)
-    assert not mmu.lookup_mmio(0xFEE01, 4)
+    mmu.set_mmio_spte(0xFEE00, Memslots(5))
+    assert mmu.lookup_mmio(0xFEE00, 5)
+
+
+def _memslots(*slots: MemorySlot) -> Memslots:
+    result = Memslots()
+    for slot in slots:
+        result = result.replaced(None, slot)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("gfn", "level", "last"),
+    [
+        (2, 1, 2),  # a slot is in the same 2 MiB: in the page after it, even
+        (PAGES_2M - 1, 1, PAGES_2M - 1),
+        (PAGES_2M, 2, 2 * PAGES_2M - 1),
+        (PAGES_1G - 1, 2, PAGES_1G - 1),
+        (PAGES_1G + 12345, 3, 2 * PAGES_1G - 1),
+        (512 * PAGES_1G, 4, (1 << 28) - 1),
+        ((1 << 36) - 1, 4, (1 << 36) - 1),
+    ],
+)
+def test_an_mmio_entry_is_for_the_largest_range_without_a_slot(mmu: TdpMmu, gfn: int, level: int, last: int) -> None:
+    slots = _memslots(_slot(1, 1), _slot(3, 1, HVA + 0x10_0000))
+    mmu.set_mmio_spte(gfn, slots)
+    assert mmu.get_spte(gfn)[1] == level
+    assert mmu.lookup_mmio(last, slots.generation)
+    assert not mmu.lookup_mmio(1, slots.generation)
+    assert not mmu.lookup_mmio(last + 1 & (1 << 36) - 1, slots.generation)
+    assert mmu.tables == 5 - level
+
+
+def test_looking_at_all_of_an_empty_address_space_makes_no_tables(mmu: TdpMmu) -> None:
+    slots = _memslots(_slot(0, 256), _slot(0xFFF00, 256, HVA + 0x100_0000))
+    faults = 0
+    for gfn in range(256, 1 << 36, 97 * PAGES_2M + 1):
+        if slots.gfn_to_memslot(gfn) is None and not mmu.lookup_mmio(gfn, slots.generation):
+            mmu.set_mmio_spte(gfn, slots)
+            faults += 1
+    assert mmu.tables <= 1 + 3 * 2  # no more than the slots' own may need
+    # An entry for each of the root, and for the ones of two tables on the way to each slot at most.
+    assert faults <= 512 + 2 * 2 * 512
+
+
+def test_no_table_is_left_where_a_slot_has_been(mmu: TdpMmu) -> None:
+    """A device's memory that moves from address to address, which a guest reads around."""
+    slots = _memslots(_slot(0, 256))
+    for n in range(1, 60):
+        bar = MemorySlot(1, n * (PAGES_1G + PAGES_2M) + 16, 16, 0, HVA + 0x100_0000)
+        slots = slots.replaced(None, bar)
+        mmu.zap_range(bar.base_gfn, bar.end_gfn)
+        mmu.map_gfn(bar, bar.base_gfn, write=True)
+        mmu.set_mmio_spte(bar.end_gfn, slots)
+        mmu.set_mmio_spte(bar.base_gfn - 1, slots)
+        assert mmu.tables == 4
+        slots = slots.replaced(bar, None)
+        assert mmu.zap_range(bar.base_gfn, bar.end_gfn)
+        mmu.free_zapped()
+        assert (mmu.tables, mmu.pages) == (1, [0, 0, 0, 0])
+
+
+def _check(mmu: TdpMmu, slots: Memslots) -> None:
+    """Every table but the root meets a slot; every count is what the tables' memory says."""
+    leaves = [0, 0, 0, 0]
+    tables = list(mmu.root.subtables())
+    for table in tables:
+        end = table.gfn + (1 << 9 * table.level)
+        assert table is mmu.root or next(slots.meeting(table.gfn, end), None) is not None
+        present = [entry for entry in table.q.tolist() if entry & PT_PRESENT_MASK]
+        own = [entry for entry in present if table.level == 1 or entry & PT_PAGE_SIZE_MASK]
+        assert (len(own), len(present) - len(own)) == (table.leaves, len(table.children))
+        if own:
+            leaves[table.level] += len(own)
+        for index, entry in enumerate(table.q.tolist()):
+            if is_mmio_spte(entry) and mmu.mmio_generation_matches(entry, slots.generation):
+                first = table.gfn + (index << 9 * (table.level - 1))
+                assert next(slots.meeting(first, first + (1 << 9 * (table.level - 1))), None) is None
+    assert (mmu.pages, mmu.tables) == (leaves, len(tables))
+
+
+def test_whatever_comes_and_goes_every_table_has_a_slot() -> None:
+    rng = random.Random(11)
+    mmu = TdpMmu(_softcpu.Machine())
+    slots = Memslots()
+    places = [0, PAGES_2M, 3 * PAGES_1G, 3 * PAGES_1G + 5 * PAGES_2M, 600 * PAGES_1G, 700 * PAGES_1G]
+    for step in range(1500):
+        which = rng.randrange(len(places))
+        old = slots.by_id(which)
+        action = rng.choice(("slot", "map", "map", "mmio", "mmio", "split", "zap"))
+        base = places[which] + rng.randrange(64)
+        if action == "slot":
+            size = rng.choice((1, 7, 64, PAGES_2M - 64))
+            new = MemorySlot(which, base, size, 0, HVA + (which << 30) + (base << 12)) if old is None else None
+            changed = old or new
+            assert changed is not None
+            slots = slots.replaced(old, new)
+            mmu.zap_range(changed.base_gfn, changed.end_gfn)
+        elif action == "map" and old is not None:
+            mmu.map_gfn(old, rng.randrange(old.base_gfn, old.end_gfn), write=True)
+        elif action == "mmio":
+            gfn = rng.choice((base, base + PAGES_2M * rng.randrange(400), rng.randrange(1 << 36)))
+            if slots.gfn_to_memslot(gfn) is None:
+                mmu.set_mmio_spte(gfn, slots)
+                assert mmu.lookup_mmio(gfn, slots.generation)
+        elif action == "split":
+            mmu.split_huge_pages(base, base + 512)
+        elif action == "zap":
+            mmu.zap_range(base, base + rng.choice((1, 600, PAGES_1G)))
+        if rng.random() < 0.3:
+            mmu.free_zapped()
+        if step % 10 == 0:
+            _check(mmu, slots)
+    for slot in list(slots):
+        slots = slots.replaced(slot, None)
+        mmu.zap_range(slot.base_gfn, slot.end_gfn)
+    assert (mmu.tables, mmu.pages) == (1, [0, 0, 0, 0])
+
+
+def test_the_generation_of_an_mmio_entry_is_not_taken_for_a_dirty_bit(mmu: TdpMmu) -> None:
+    generation = (PT_DIRTY_MASK | PT_PAGE_SIZE_MASK) >> MMIO_SPTE_GEN_LOW_SHIFT
+    slots = Memslots(generation - 1).replaced(None, _slot(4, 1))
+    mmu.map_gfn(next(iter(slots)), 4, write=True)
+    mmu.set_mmio_spte(5, slots)
+    mmu.set_mmio_spte(PAGES_2M, slots)
+    mmu.zap_all()
+    dirty: list[tuple[int, int]] = []
+    mmu.free_zapped(lambda gfn, count: dirty.append((gfn, count)))
+    assert dirty == []
 
 
 def test_a_look_up_that_meets_a_zap_finds_nothing(mmu: TdpMmu) -> None:
@@ -110,9 +247,9 @@ def test_a_look_up_that_meets_a_zap_finds_nothing(mmu: TdpMmu) -> None:
             mmu.free_zapped()
             return child
 
-    mmu.set_mmio_spte(0xFEE00, 4)
+    mmu.set_mmio_spte(0xFEE00, _memslots(_slot(0xFEE01, 1)))
     mmu.root.children = ZappedBelow(mmu.root.children)
-    assert not mmu.lookup_mmio(0xFEE00, 4)
+    assert not mmu.lookup_mmio(0xFEE00, 1)
 
 
 def test_splitting_keeps_every_translation(mmu: TdpMmu) -> None:

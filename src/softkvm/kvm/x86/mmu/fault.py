@@ -35,5 +35,5 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
             vcpu.stat_pf_taken += 1
             return vm.mmu.map_gfn(slot, gfn, write=bool(error & PFERR_WRITE))
         if vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
-            vm.mmu.set_mmio_spte(gfn, slots.generation)
+            vm.mmu.set_mmio_spte(gfn, slots)
     return RET_PF_EMULATE

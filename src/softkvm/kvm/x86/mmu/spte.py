@@ -4,14 +4,14 @@
 The nested tables are in the long-mode format of APM vol. 2, 5.3; all guest accesses are user accesses to
 them (15.25.5), so every entry has U set. Bits 52 to 62 and 9 to 11 are ignored by the processor.
 
-**MMIO SPTEs** cache "there is no memory slot here". They are not-present entries, which the processor
-reports as a nested page fault, and carry a tag of their own::
+**MMIO SPTEs** cache "there is no memory slot here", in a table of any level. They are not-present entries, which the
+processor reports as a nested page fault, and carry a tag of their own::
 
     63 | 62  | 61 ..... 52 | 51 ... 12 | 11 | 10 ... 3 | 2    1 | 0
     0  | tag | gen (high)  | gfn       | 0  | gen (low)| access | P = 0
 
-``access`` is an explicit mask of what the guest's translation allowed, and ``gen`` the memory slots'
-generation that the entry was made under: an entry of another generation says nothing.
+``gfn`` is the first frame that the entry is for, ``access`` an explicit mask of what the guest's translation allowed,
+and ``gen`` the memory slots' generation that the entry was made under: an entry of another generation says nothing.
 """
 
 from __future__ import annotations

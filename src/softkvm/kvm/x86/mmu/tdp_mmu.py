@@ -5,6 +5,10 @@ Tables are ordinary pages of the machine. Each :class:`TdpTable` mirrors the str
 to which child) so that a walk costs a few dictionary look-ups; the entries themselves live in the page alone,
 because the processor sets accessed and dirty bits there.
 
+What a guest does cannot make them many: every table but the root covers a frame of some memory slot. Where there is no
+slot one entry says so for the largest range that has none (:meth:`TdpMmu.set_mmio_spte`), and a table whose last leaf
+goes with its slot is given back (:meth:`TdpMmu.zap_range`).
+
 Locking: every method but :meth:`TdpMmu.lookup_mmio` is called with ``mmu_lock`` held. Entries that the processor may
 be using are changed with the machine's atomic helpers only.
 """
@@ -45,7 +49,7 @@ from softkvm.kvm.x86.mmu.spte import (
 
 if TYPE_CHECKING:
     from softkvm._softcpu import Machine, Page
-    from softkvm.kvm.memory.memslots import MemorySlot
+    from softkvm.kvm.memory.memslots import MemorySlot, Memslots
 
 _INDEX_MASK: Final = SPTES_PER_PAGE - 1
 
@@ -59,7 +63,7 @@ RET_PF_SPURIOUS: Final = 3
 class TdpTable:
     """One page of nested page-table entries."""
 
-    __slots__ = ("address", "children", "gfn", "level", "page", "q")
+    __slots__ = ("address", "children", "gfn", "leaves", "level", "page", "q")
 
     def __init__(self, page: Page, level: int, gfn: int) -> None:
         self.page = page
@@ -69,6 +73,8 @@ class TdpTable:
         #: First guest frame that the table covers.
         self.gfn = gfn
         self.children: dict[int, TdpTable] = {}
+        #: How many of the entries are present leaves.
+        self.leaves = 0
 
     def subtables(self) -> Iterator[TdpTable]:
         """Yield this table and every table below it."""
@@ -198,6 +204,7 @@ class TdpMmu:
         self._machine.pte_store(table.address + ((gfn >> ((level - 1) * 9)) & _INDEX_MASK) * 8, spte)
         if not present:
             self.pages[level] += 1
+            table.leaves += 1
         return RET_PF_FIXED
 
     def _host_page(self, slot: MemorySlot, gfn: int, level: int) -> tuple[int, int]:
@@ -207,11 +214,21 @@ class TdpMmu:
             return hva, READ_WRITE
         return hva, self._host.access(hva, pages_per_hpage(level) << PAGE_SHIFT)
 
-    def set_mmio_spte(self, gfn: int, generation: int, access: int = ACC_ALL) -> None:
-        """Remember that ``gfn`` has no memory slot under ``generation``."""
-        table = self._descend(gfn, PG_LEVEL_4K)
+    def set_mmio_spte(self, gfn: int, slots: Memslots, access: int = ACC_ALL) -> None:
+        """Remember that there is no memory slot at ``gfn``, nor in the largest range around it that one entry is for.
+
+        A guest that looks at all of its empty address space gets an entry for each hole, and no tables.
+        """
+        _, level = self.get_spte(gfn)
+        while level > PG_LEVEL_4K:
+            first = gfn_round_for_level(gfn, level)
+            if next(slots.meeting(first, first + pages_per_hpage(level)), None) is None:
+                break
+            level -= 1
+        shift = (level - 1) * 9
         self._machine.pte_store(
-            table.address + (gfn & _INDEX_MASK) * 8, make_mmio_spte(gfn, generation & MMIO_SPTE_GEN_MASK, access)
+            self._descend(gfn, level).address + (gfn >> shift & _INDEX_MASK) * 8,
+            make_mmio_spte(gfn_round_for_level(gfn, level), slots.generation & MMIO_SPTE_GEN_MASK, access),
         )
 
     # --- zapping -----------------------------------------------------------------------------------
@@ -228,12 +245,18 @@ class TdpMmu:
         for sub in table.subtables():
             self._free_later.append(sub)
             self.tables -= 1
-            for entry in sub.q.tolist():
-                if entry & PT_PRESENT_MASK and (sub.level == PG_LEVEL_4K or entry & PT_PAGE_SIZE_MASK):
-                    self.pages[sub.level] -= 1
+            self.pages[sub.level] -= sub.leaves
+
+    def _unlink(self, table: TdpTable, index: int) -> None:
+        """Take the child at ``index`` out of ``table``."""
+        self._machine.pte_exchange(table.address + index * 8, 0)
+        self._drop(table.children.pop(index))
 
     def zap_range(self, start: int, end: int) -> bool:
-        """Remove every mapping of the guest frames [start, end); True if a TLB flush is needed."""
+        """Remove every mapping of the guest frames [start, end); True if a TLB flush is needed.
+
+        Tables that map nothing any more go, too.
+        """
         return self._zap(self.root, start, end)
 
     def _zap(self, table: TdpTable, start: int, end: int) -> bool:
@@ -244,17 +267,17 @@ class TdpMmu:
             child = table.children.get(index)
             first = table.gfn + (index << shift)
             if child is not None:
-                if start <= first and first + (1 << shift) <= end:
-                    self._machine.pte_exchange(table.address + index * 8, 0)
-                    del table.children[index]
-                    self._drop(child)
-                    flush = True
-                else:
+                whole = start <= first and first + (1 << shift) <= end
+                if not whole:
                     flush |= self._zap(child, start, end)
+                if whole or not (child.leaves or child.children):
+                    self._unlink(table, index)
+                    flush = True
             elif q[index]:
                 old = self._machine.pte_exchange(table.address + index * 8, 0)
                 if old & PT_PRESENT_MASK:
                     self.pages[table.level] -= 1
+                    table.leaves -= 1
                     flush = True
                     if old & PT_DIRTY_MASK:
                         self._dirty_later.append((first, 1 << shift))
@@ -287,7 +310,8 @@ class TdpMmu:
         while bits:
             index = (bits & -bits).bit_length() - 1
             bits &= bits - 1
-            if table.level == PG_LEVEL_4K or table.q[index] & PT_PAGE_SIZE_MASK:
+            entry = table.q[index]  # the generation of an MMIO SPTE may have the same bits
+            if entry & PT_PRESENT_MASK and (table.level == PG_LEVEL_4K or entry & PT_PAGE_SIZE_MASK):
                 mark_dirty(table.gfn + (index << shift), 1 << shift)
 
     def has_zapped_tables(self) -> bool:
@@ -311,6 +335,8 @@ class TdpMmu:
             huge = found
         self.pages[table.level] -= 1
         self.pages[child.level] += SPTES_PER_PAGE
+        table.leaves -= 1
+        child.leaves = SPTES_PER_PAGE
 
     def split_huge_pages(self, start: int, end: int) -> bool:
         """Replace every large leaf that meets [start, end) by 4 KiB leaves; True if a flush is needed."""
@@ -384,9 +410,7 @@ class TdpMmu:
         doomed: list[tuple[TdpTable, int]] = []
         self._collapsible(self.root, slot, doomed)
         for table, index in doomed:
-            child = table.children.pop(index)
-            self._machine.pte_exchange(table.address + index * 8, 0)
-            self._drop(child)
+            self._unlink(table, index)
             flush = True
         return flush
 

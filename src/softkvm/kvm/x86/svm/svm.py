@@ -413,7 +413,7 @@ def next_rip(vcpu: Vcpu) -> int | None:
         return q[NEXT_RIP]
     length = vcpu.emulator.instruction_length()
     if not length:
-        log.warning("vcpu %d: cannot skip the instruction at rip %#x", vcpu.vcpu_id, q[RIP])
+        vcpu.vm.log_limited(log, "vcpu%d: cannot skip the instruction at rip %#x", vcpu.vcpu_id, q[RIP])
         return None
     rip = q[RIP] + length
     return rip if vcpu.is_64bit_code() else rip & 0xFFFF_FFFF
