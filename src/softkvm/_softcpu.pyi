@@ -5,6 +5,8 @@ Physical addresses are host virtual addresses (*hva*). Guest state lives in the 
 appendix B) and in the register block (:attr:`Cpu.registers`).
 """
 
+from typing import Final
+
 from typing_extensions import Buffer
 
 class Page(Buffer):
@@ -118,6 +120,9 @@ class Instruction:
     def op_size(self, index: int) -> int: ...
     def op_access(self, index: int) -> str: ...
     def immediate(self, index: int) -> int: ...
+
+REGISTER_OFFSETS: Final[dict[str, int]]
+"""Where the fields of the register block (:attr:`Cpu.registers`) begin, in bytes; their names are the crate's."""
 
 def clock_ns() -> int: ...
 def rdtsc() -> int: ...

@@ -7,7 +7,11 @@ mod processor;
 mod signals;
 mod timer;
 
+use core::mem::offset_of;
+use std::collections::BTreeMap;
+
 use pyo3::prelude::*;
+use softcpu::x86::state::RegisterBlock;
 
 /// The physical clock in nanoseconds (CLOCK_MONOTONIC).
 #[pyfunction]
@@ -51,6 +55,14 @@ fn exit_name(code: u64) -> &'static str {
     softcpu::x86::system::exitcode::name(code)
 }
 
+/// Where a register's field of the register block begins, in bytes.
+fn register_offsets() -> BTreeMap<&'static str, usize> {
+    macro_rules! offsets {
+        ($($field:ident)*) => { BTreeMap::from([$((stringify!($field), offset_of!(RegisterBlock, $field))),*]) };
+    }
+    offsets!(gpr dr xcr0 pkru mxcsr tsc_aux fcw fsw ftw fop fip fdp fcs fds st ymm)
+}
+
 /// In a child that has been forked there is one thread, and no other's work goes on.
 extern "C" fn after_fork() {
     softcpu::mem::forked();
@@ -66,6 +78,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<machine::Page>()?;
     m.add_class::<processor::PyCpu>()?;
     m.add_class::<decode::PyInstruction>()?;
+    m.add("REGISTER_OFFSETS", register_offsets())?;
     m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
     m.add_function(wrap_pyfunction!(sched_yield, m)?)?;

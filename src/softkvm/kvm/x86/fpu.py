@@ -15,23 +15,25 @@ from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86.exceptions import X86Exception
+from softkvm.kvm.x86.register_block import (
+    FCS_W,
+    FCW_W,
+    FDP_Q,
+    FDS_W,
+    FIP_Q,
+    FOP_W,
+    FPU_B,
+    FPU_END_B,
+    FSW_W,
+    FTW_W,
+    MXCSR_D,
+    PKRU_D,
+    st_b,
+    ymm_b,
+)
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
-
-# Byte offsets in the register block
-FCW: Final = 0x100
-FSW: Final = 0x102
-FTW: Final = 0x104
-FOP: Final = 0x106
-FIP: Final = 0x108
-FDP: Final = 0x110
-FCS: Final = 0x118
-FDS: Final = 0x11A
-_ST: Final = 0x180
-_YMM: Final = 0x200
-_PKRU: Final = 0xF0
-MXCSR: Final = 0xF4
 
 _FSW_ES: Final = 1 << 7
 _FSW_TOP: Final = 7 << 11
@@ -46,17 +48,17 @@ _YMM_OFFSET: Final = 576
 
 def reset(vcpu: Vcpu) -> None:
     """Load the state after RESET: FCW 0040h, everything empty and zero (APM vol. 2, table 14-1)."""
-    vcpu.rb[FCW:0x400] = bytes(0x400 - FCW)
-    vcpu.rw[FCW >> 1] = 0x40
-    vcpu.rw[FTW >> 1] = 0x5555
-    vcpu.rd[MXCSR >> 2] = MXCSR_DEFAULT
-    vcpu.rd[_PKRU >> 2] = 0
+    vcpu.rb[FPU_B:FPU_END_B] = bytes(FPU_END_B - FPU_B)
+    vcpu.rw[FCW_W] = 0x40
+    vcpu.rw[FTW_W] = 0x5555
+    vcpu.rd[MXCSR_D] = MXCSR_DEFAULT
+    vcpu.rd[PKRU_D] = 0
     vcpu.xcr0 = cr.XFEATURE_FP
 
 
 def check_pending(vcpu: Vcpu) -> None:
     """Raise the #MF that an earlier x87 instruction left pending (FSW.ES; APM vol. 1, 6.8.4)."""
-    if vcpu.rw[FSW >> 1] & _FSW_ES:
+    if vcpu.rw[FSW_W] & _FSW_ES:
         raise X86Exception(abi.MF_VECTOR)
 
 
@@ -67,23 +69,23 @@ _FCW_FIXED: Final = 0x40
 
 def set_control_word(vcpu: Vcpu, value: int) -> None:
     """Load the control word; which exceptions are pending follows from its masks (APM vol. 1, 6.2.2)."""
-    vcpu.rw[FCW >> 1] = value & _FCW_WRITABLE | _FCW_FIXED
-    status = vcpu.rw[FSW >> 1] & ~(_FSW_ES | _FSW_B)
+    vcpu.rw[FCW_W] = value & _FCW_WRITABLE | _FCW_FIXED
+    status = vcpu.rw[FSW_W] & ~(_FSW_ES | _FSW_B)
     unmasked = status & ~value & 0x3F
-    vcpu.rw[FSW >> 1] = status | (_FSW_ES | _FSW_B if unmasked else 0)
+    vcpu.rw[FSW_W] = status | (_FSW_ES | _FSW_B if unmasked else 0)
 
 
 def initialize(vcpu: Vcpu) -> None:
     """What FNINIT does: control word 037Fh, everything empty, no exception."""
-    vcpu.rw[FCW >> 1], vcpu.rw[FSW >> 1], vcpu.rw[FTW >> 1], vcpu.rw[FOP >> 1] = 0x37F, 0, 0xFFFF, 0
-    vcpu.rq[FIP >> 3] = vcpu.rq[FDP >> 3] = 0
-    vcpu.rw[FCS >> 1] = vcpu.rw[FDS >> 1] = 0
+    vcpu.rw[FCW_W], vcpu.rw[FSW_W], vcpu.rw[FTW_W], vcpu.rw[FOP_W] = 0x37F, 0, 0xFFFF, 0
+    vcpu.rq[FIP_Q] = vcpu.rq[FDP_Q] = 0
+    vcpu.rw[FCS_W] = vcpu.rw[FDS_W] = 0
 
 
 def enter_mmx(vcpu: Vcpu) -> None:
     """What every MMX instruction but EMMS does to the x87 state: all tags valid, TOP zero (APM vol. 2, 11.4)."""
-    vcpu.rw[FSW >> 1] &= ~_FSW_TOP & 0xFFFF
-    vcpu.rw[FTW >> 1] = 0
+    vcpu.rw[FSW_W] &= ~_FSW_TOP & 0xFFFF
+    vcpu.rw[FTW_W] = 0
 
 
 def abridge_tags(ftw: int) -> int:
@@ -114,38 +116,38 @@ def get_fpu(vcpu: Vcpu) -> abi.kvm_fpu:
     """KVM_GET_FPU."""
     rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
     fpu = abi.kvm_fpu()
-    fpu.fcw = rw[FCW >> 1]
-    fpu.fsw = rw[FSW >> 1]
-    fpu.ftwx = abridge_tags(rw[FTW >> 1])
-    fpu.last_opcode = rw[FOP >> 1]
-    fpu.last_ip = rq[FIP >> 3]
-    fpu.last_dp = rq[FDP >> 3]
+    fpu.fcw = rw[FCW_W]
+    fpu.fsw = rw[FSW_W]
+    fpu.ftwx = abridge_tags(rw[FTW_W])
+    fpu.last_opcode = rw[FOP_W]
+    fpu.last_ip = rq[FIP_Q]
+    fpu.last_dp = rq[FDP_Q]
     top = fpu.fsw >> 11 & 7
     for i in range(8):
-        at = _ST + (top + i & 7) * 16
+        at = st_b(top + i & 7)
         fpu.fpr[i][:10] = list(rb[at : at + 10])
     for i in range(16):
-        at = _YMM + i * 32
+        at = ymm_b(i)
         fpu.xmm[i][:] = list(rb[at : at + 16])
-    fpu.mxcsr = vcpu.rd[MXCSR >> 2]
+    fpu.mxcsr = vcpu.rd[MXCSR_D]
     return fpu
 
 
 def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
     """KVM_SET_FPU. As in the kernel, ``mxcsr`` is not loaded: KVM_SET_XSAVE does that."""
     rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
-    rw[FCW >> 1] = fpu.fcw
-    rw[FSW >> 1] = fpu.fsw
-    rw[FOP >> 1] = fpu.last_opcode
-    rq[FIP >> 3] = fpu.last_ip
-    rq[FDP >> 3] = fpu.last_dp
+    rw[FCW_W] = fpu.fcw
+    rw[FSW_W] = fpu.fsw
+    rw[FOP_W] = fpu.last_opcode
+    rq[FIP_Q] = fpu.last_ip
+    rq[FDP_Q] = fpu.last_dp
     top = fpu.fsw >> 11 & 7
     for i in range(8):
-        at = _ST + (top + i & 7) * 16
+        at = st_b(top + i & 7)
         rb[at : at + 16] = bytes(fpu.fpr[i][:10]) + bytes(6)
-    rw[FTW >> 1] = expand_tags(fpu.ftwx, [bytes(rb[_ST + n * 16 : _ST + n * 16 + 10]) for n in range(8)])
+    rw[FTW_W] = expand_tags(fpu.ftwx, [bytes(rb[st_b(n) : st_b(n) + 10]) for n in range(8)])
     for i in range(16):
-        at = _YMM + i * 32
+        at = ymm_b(i)
         rb[at : at + 16] = bytes(fpu.xmm[i])
 
 
@@ -174,7 +176,7 @@ def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
     if vcpu.cpuid.supported_xcr0 & cr.XFEATURE_YMM:
         features |= cr.XFEATURE_YMM
         for i in range(16):
-            at = _YMM + i * 32 + 16
+            at = ymm_b(i) + 16
             area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] = vcpu.rb[at : at + 16]
     pkru = _pkru_offset(vcpu)
     if pkru:
@@ -209,16 +211,16 @@ def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
         for i in range(16):
             fpu.xmm[i][:] = list(area[160 + i * 16 : 176 + i * 16])
     set_fpu(vcpu, fpu)
-    vcpu.rd[MXCSR >> 2] = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
+    vcpu.rd[MXCSR_D] = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
     for i in range(16):
-        at = _YMM + i * 32 + 16
+        at = ymm_b(i) + 16
         high = area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] if features & cr.XFEATURE_YMM else bytes(16)
         vcpu.rb[at : at + 16] = high
     pkru = _pkru_offset(vcpu)
     if pkru and features & cr.XFEATURE_PKRU:
         (value,) = struct.unpack_from("<I", area, pkru)
         if value != vcpu.pkru:
-            vcpu.rd[_PKRU >> 2] = value
+            vcpu.rd[PKRU_D] = value
             vcpu.flush_tlb_guest()  # the silicon folds the keys' rights into its translations
 
 

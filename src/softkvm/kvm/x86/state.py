@@ -17,6 +17,7 @@ from softkvm.abi.x86 import run_page as x86_run_page
 from softkvm.kvm import state
 from softkvm.kvm.x86.exceptions import DR7_FIXED_1, DR7_GD
 from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
+from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
 from softkvm.kvm.x86.svm import vmcb as V
 
@@ -256,7 +257,7 @@ class VcpuState(
         self.rd = block.cast("I")
         self.rq = block.cast("Q")
         self.gpr = self.rq[:16]
-        self.effective_db = self.rq[0xC0 >> 3 : (0xC0 >> 3) + 4]
+        self.effective_db = self.rq[DR_Q : DR_Q + 4]
         self.vmcb = V.Vmcb(machine.alloc_page())
         self.b, self.w, self.d, self.q = self.vmcb.b, self.vmcb.w, self.vmcb.d, self.vmcb.q
         self.msrpm = machine.alloc_page(2)
@@ -283,25 +284,25 @@ class VcpuState(
     @property
     def xcr0(self) -> int:
         """XCR0."""
-        return self.rq[0xE0 >> 3]
+        return self.rq[XCR0_Q]
 
     @xcr0.setter
     def xcr0(self, value: int) -> None:
-        self.rq[0xE0 >> 3] = value
+        self.rq[XCR0_Q] = value
 
     @property
     def pkru(self) -> int:
         """PKRU."""
-        return self.rd[0xF0 >> 2]
+        return self.rd[PKRU_D]
 
     @property
     def tsc_aux(self) -> int:
         """TSC_AUX."""
-        return self.rq[0xF8 >> 3]
+        return self.rq[TSC_AUX_Q]
 
     @tsc_aux.setter
     def tsc_aux(self, value: int) -> None:
-        self.rq[0xF8 >> 3] = value
+        self.rq[TSC_AUX_Q] = value
 
     @property
     def db(self) -> memoryview | list[int]:

@@ -21,6 +21,7 @@ from softkvm.kvm.x86 import io
 from softkvm.kvm.x86.emulate.operands import IMM, MEM, MMX, REG, SEG, XMM, Insn, Operand
 from softkvm.kvm.x86.exceptions import Unhandleable, X86Exception, gp
 from softkvm.kvm.x86.mmu.paging import PFERR_IMPLICIT, PFERR_USER, PFERR_WRITE, is_canonical, walk
+from softkvm.kvm.x86.register_block import st_b, ymm_b
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
@@ -250,10 +251,10 @@ class Access:
         if kind == SEG:
             return self.vcpu.w[op.index >> 1]
         if kind == XMM:
-            offset = 0x200 + op.index * 32
+            offset = ymm_b(op.index)
             return int.from_bytes(self.vcpu.rb[offset : offset + 16], "little")
         if kind == MMX:
-            return self.vcpu.rq[(0x180 + op.index * 16) >> 3]
+            return self.vcpu.rq[st_b(op.index) >> 3]
         raise Unhandleable
 
     def write(self, op: Operand, value: int, old: int | None = None) -> None:
@@ -275,12 +276,12 @@ class Access:
             else:
                 self.write_linear(address, data)
         elif kind == XMM:
-            offset = 0x200 + op.index * 32
+            offset = ymm_b(op.index)
             self.vcpu.rb[offset : offset + 16] = (value & (1 << 128) - 1).to_bytes(16, "little")
         elif kind == MMX:
-            at = (0x180 + op.index * 16) >> 3
-            self.vcpu.rq[at] = value & _U64
-            self.vcpu.rw[(0x180 + op.index * 16 + 8) >> 1] = 0xFFFF
+            at = st_b(op.index)
+            self.vcpu.rq[at >> 3] = value & _U64
+            self.vcpu.rw[at + 8 >> 1] = 0xFFFF
         else:
             raise Unhandleable
 

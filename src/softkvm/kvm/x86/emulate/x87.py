@@ -11,6 +11,7 @@ from softkvm.kvm.x86 import fpu
 from softkvm.kvm.x86.emulate.emulator import Emulator, handler
 from softkvm.kvm.x86.emulate.operands import Insn
 from softkvm.kvm.x86.exceptions import X86Exception, gp
+from softkvm.kvm.x86.register_block import FCS_W, FCW_W, FDS_W, FOP_W, FSW_W, MXCSR_D
 
 _AREA_SIZE: Final = 512
 _XMM: Final = 160
@@ -40,14 +41,14 @@ def check_sse(e: Emulator) -> None:
 def fnstcw(e: Emulator, i: Insn) -> None:
     """Store the control word."""
     _available(e)
-    e.write(i.ops[0], e.vcpu.rw[fpu.FCW >> 1])
+    e.write(i.ops[0], e.vcpu.rw[FCW_W])
 
 
 @handler("fnstsw")
 def fnstsw(e: Emulator, i: Insn) -> None:
     """Store the status word, in memory or AX."""
     _available(e)
-    e.write(i.ops[0], e.vcpu.rw[fpu.FSW >> 1])
+    e.write(i.ops[0], e.vcpu.rw[FSW_W])
 
 
 @handler("fldcw")
@@ -69,7 +70,7 @@ def fninit(e: Emulator, i: Insn) -> None:
 def fnclex(e: Emulator, i: Insn) -> None:
     """Clear exception flags, the summary, and the stack fault."""
     _available(e)
-    e.vcpu.rw[fpu.FSW >> 1] &= 0x7F00
+    e.vcpu.rw[FSW_W] &= 0x7F00
 
 
 # --- MXCSR -------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def fnclex(e: Emulator, i: Insn) -> None:
 def stmxcsr(e: Emulator, i: Insn) -> None:
     """Store MXCSR."""
     check_sse(e)
-    e.write(i.ops[0], e.vcpu.rd[fpu.MXCSR >> 2])
+    e.write(i.ops[0], e.vcpu.rd[MXCSR_D])
 
 
 @handler("ldmxcsr")
@@ -89,7 +90,7 @@ def ldmxcsr(e: Emulator, i: Insn) -> None:
     value = e.read(i.ops[0])
     if value & ~fpu.MXCSR_MASK:
         raise gp()
-    e.vcpu.rd[fpu.MXCSR >> 2] = value
+    e.vcpu.rd[MXCSR_D] = value
 
 
 # --- the legacy area ---------------------------------------------------------------------------
@@ -116,8 +117,8 @@ def fxsave(e: Emulator, i: Insn) -> None:
     state = fpu.get_fpu(vcpu)
     ip, dp = state.last_ip, state.last_dp
     if i.mnemonic == "fxsave":
-        ip = ip & 0xFFFF_FFFF | vcpu.rw[fpu.FCS >> 1] << 32
-        dp = dp & 0xFFFF_FFFF | vcpu.rw[fpu.FDS >> 1] << 32
+        ip = ip & 0xFFFF_FFFF | vcpu.rw[FCS_W] << 32
+        dp = dp & 0xFFFF_FFFF | vcpu.rw[FDS_W] << 32
     head = _HEAD.pack(
         state.fcw, state.fsw, state.ftwx, 0, state.last_opcode & 0x7FF, ip, dp, state.mxcsr, fpu.MXCSR_MASK
     )
@@ -144,7 +145,7 @@ def fxrstor(e: Emulator, i: Insn) -> None:
     for n in range(_xmm_count(e)):
         state.xmm[n][:] = list(area[_XMM + 16 * n : _XMM + 16 * n + 16])
     fpu.set_fpu(vcpu, state)
-    vcpu.rw[fpu.FOP >> 1] = fop & 0x7FF
-    vcpu.rw[fpu.FCS >> 1], vcpu.rw[fpu.FDS >> 1] = fcs, fds
+    vcpu.rw[FOP_W] = fop & 0x7FF
+    vcpu.rw[FCS_W], vcpu.rw[FDS_W] = fcs, fds
     fpu.set_control_word(vcpu, fcw)
-    vcpu.rd[fpu.MXCSR >> 2] = mxcsr
+    vcpu.rd[MXCSR_D] = mxcsr
