@@ -27,8 +27,6 @@ class Params:
     force_emulation_prefix: bool = False
     #: Largest nested leaf: 1 = 4 KiB, 2 = 2 MiB, 3 = 1 GiB.
     max_huge_page_level: int = 3
-    #: Split large leaves at once when dirty logging starts, instead of at the next write.
-    eager_page_split: bool = True
     #: Cache MMIO in nested page-table entries.
     enable_mmio_caching: bool = True
     #: Answer the VMware backdoor ports.

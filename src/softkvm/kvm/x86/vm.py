@@ -79,7 +79,7 @@ class Vm(VmState, vm.Vm):
                 raise kvm_error(errno.EEXIST, "the irqchip exists")
             if self.vcpus:
                 raise kvm_error(errno.EINVAL, "vCPUs exist: the irqchip has to come first")
-            chips = KernelIrqchip(_softcpu.clock_ns)
+            chips = KernelIrqchip(_softcpu.clock_ns, min_timer_period_us=self.params.min_timer_period_us)
             self.apply_options(chips)
             chips.attach(self.pio_bus, self.mmio_bus)
             self.chips = chips
@@ -95,7 +95,13 @@ class Vm(VmState, vm.Vm):
                 raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most {KVM_MAX_IRQ_ROUTES} IOAPIC pins")
             if self.chips is not None or self.vcpus:
                 raise kvm_error(errno.EEXIST, "an irqchip or vCPUs exist: the irqchip has to come first")
-            chips = KernelIrqchip(_softcpu.clock_ns, split=True, reserved_pins=pins, eoi_exit=self._ioapic_eoi_exit)
+            chips = KernelIrqchip(
+                _softcpu.clock_ns,
+                split=True,
+                reserved_pins=pins,
+                eoi_exit=self._ioapic_eoi_exit,
+                min_timer_period_us=self.params.min_timer_period_us,
+            )
             self.apply_options(chips)
             self.chips = chips
             self.split_irqchip = True

@@ -355,3 +355,12 @@ def test_any_state_is_survived(bench: PitBench) -> None:
         for value in (0, 0xFF, 0x36, 0xC2):
             bench.pit.io_write(port, 1, value)
             bench.pit.io_read(port, 1)
+
+
+def test_the_shortest_period_is_the_module_parameters() -> None:
+    queue = HrtimerQueue(FakeClock())
+    pit = Pit(queue, lambda level: 1, min_timer_period_us=5000)
+    pit.io_write(CONTROL, 1, 0x34)
+    pit.io_write(0x40, 1, 1)
+    pit.io_write(0x40, 1, 0)
+    assert queue.next_deadline_ns() - queue.clock() >= 5_000_000

@@ -4,6 +4,9 @@
 import pytest
 from tests.support.interrupts import Board, FakeVcpu
 
+from softkvm import abi
+from softkvm.kvm import Kvm, Params
+
 LVTT, TMICT, TMCCT, TDCR = 0x320, 0x380, 0x390, 0x3E0
 ONE_SHOT, PERIODIC, TSC_DEADLINE = 0 << 17, 1 << 17, 2 << 17
 MASKED = 1 << 16
@@ -236,3 +239,19 @@ def test_disabling_the_apic_stops_the_timer(bench: TimerBench) -> None:
     bench.start(PERIODIC, 1_000_000)
     bench.lapic.set_base(0xFEE00100)
     assert bench.vcpu.timer_ns == 0
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_shortest_period_is_the_module_parameters(split: bool) -> None:
+    with Kvm(Params(min_timer_period_us=50)) as kvm, kvm.create_vm() as vm:
+        if split:
+            vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, 24)
+        else:
+            vm.create_irqchip()
+        vm.create_vcpu(0)
+        assert vm.chips is not None
+        (lapic,) = vm.chips.apic_map.lapics
+        lapic.mmio_write(0xF0, 4, 0x1FF)
+        for offset, value in ((LVTT, PERIODIC | VECTOR), (TDCR, DIVIDE_BY_1), (TMICT, 1)):
+            lapic.mmio_write(offset, 4, value)
+        assert lapic.timer.period_ns == 50_000

@@ -38,6 +38,7 @@ class ApicMap:
         self.lint0_reenabled = True  # KVM_X86_QUIRK_LINT0_REENABLED
         self.mmio_hole = True  # KVM_X86_QUIRK_LAPIC_MMIO_HOLE
         self.bus_cycle_ns = 1  # KVM_CAP_X86_APIC_BUS_CYCLES_NS
+        self.min_timer_period_us = 200  # the module parameter
         self.vector_hashing = True
         self.bsp_vcpu_id = 0  # KVM_SET_BOOT_CPU_ID
         self._lock = threading.Lock()

@@ -12,7 +12,6 @@ from typing import Final
 from softkvm.abi import KVM_PIT_FLAGS_HPET_LEGACY, KVM_PIT_FLAGS_SPEAKER_DATA_ON, kvm_pit_state2
 from softkvm.kvm.x86.irqchip.hrtimer import Hrtimer, HrtimerQueue
 from softkvm.kvm.x86.irqchip.i8254_channel import KVM_PIT_FREQ, NSEC_PER_SEC, PitChannel
-from softkvm.kvm.x86.irqchip.lapic_timer import MIN_TIMER_PERIOD_US
 
 PIT_RANGE: Final = (0x40, 4)
 SPEAKER_PORT: Final = 0x61
@@ -21,7 +20,6 @@ _CONTROL_PORT: Final = 0x43
 _READ_BACK: Final = 3  # in the control word, in place of a counter's number
 _ONE_SHOT_MODES: Final = (0, 1, 4)
 _PERIODIC_MODES: Final = (2, 3)
-_MIN_PERIODIC_COUNT: Final = -(-MIN_TIMER_PERIOD_US * KVM_PIT_FREQ // 1_000_000)
 _REFRESH_SHIFT: Final = 14  # the refresh bit of port 61h turns every 2**14 ns
 
 
@@ -38,7 +36,9 @@ class Pit:
         timers: HrtimerQueue,
         set_irq: Callable[[int], int],
         nmi_watchdog: Callable[[], None] | None = None,
+        min_timer_period_us: int = 200,
     ) -> None:
+        self._min_periodic_count = -(-min_timer_period_us * KVM_PIT_FREQ // 1_000_000)
         self._clock = timers.clock
         self._set_irq = set_irq
         self._nmi_watchdog = nmi_watchdog
@@ -70,7 +70,7 @@ class Pit:
         if self.flags & KVM_PIT_FLAGS_HPET_LEGACY:
             return  # the HPET drives the line
         if channel.mode in _PERIODIC_MODES:
-            self._period_count = max(channel.count, _MIN_PERIODIC_COUNT)
+            self._period_count = max(channel.count, self._min_periodic_count)
             self._timer.start(self._tick_ns(self._period_count))
         elif channel.mode in _ONE_SHOT_MODES:
             self._timer.start(self._tick_ns(channel.count))

@@ -71,9 +71,11 @@ class KernelIrqchip:
         split: bool = False,
         reserved_pins: int = 24,
         eoi_exit: Callable[[int, int], None] | None = None,
+        min_timer_period_us: int = 200,
         thread: bool = True,
     ) -> None:
         self.apic_map = apic_map or ApicMap()
+        self.apic_map.min_timer_period_us = min_timer_period_us
         self.timers = HrtimerQueue(clock)
         self._thread = HrtimerThread(self.timers) if thread else None
         self.pic: Pic | None = None
@@ -103,7 +105,7 @@ class KernelIrqchip:
             raise kvm_error(errno.EEXIST, "the PIT exists")
         if self.pic is None or self.ioapic is None:
             raise kvm_error(errno.ENOENT, "there is no in-kernel PIC and IOAPIC")
-        pit = self.pit = Pit(self.timers, self._pit_irq, self._nmi_watchdog)
+        pit = self.pit = Pit(self.timers, self._pit_irq, self._nmi_watchdog, self.apic_map.min_timer_period_us)
         self.routing.add_ack_notifier(PIT_GSI, pit.irq_acked)
         self.routing.add_mask_notifier(PIT_GSI, pit.irq_masked)
         pio_bus.add(*PIT_RANGE, pit)

@@ -83,7 +83,9 @@ class Lapic:
         self.clock: Clock = clock or default_clock()
         self.page = memoryview(bytearray(LAPIC_MMIO_LENGTH) if page is None else page)
         self.regs = self.page.cast("I")  # regs[offset >> 2]
-        self.timer: LapicTimer = LapicTimer(vcpu, self.clock, apic_map.bus_cycle_ns)
+        self.timer: LapicTimer = LapicTimer(
+            vcpu, self.clock, apic_map.bus_cycle_ns, apic_map.min_timer_period_us * 1000
+        )
         self.irr = 0
         self.isr = 0
         self.tmr = 0

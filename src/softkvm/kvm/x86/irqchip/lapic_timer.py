@@ -15,9 +15,6 @@ from softkvm.kvm.x86.irqchip.apicdef import (
 )
 from softkvm.kvm.x86.irqchip.seams import ApicVcpu, Clock
 
-MIN_TIMER_PERIOD_US = 200
-"""Shortest period of a periodic timer, as KVM's module parameter ``min_timer_period_us``."""
-
 _S64_MAX = (1 << 63) - 1
 
 
@@ -30,16 +27,18 @@ class LapicTimer:
         "bus_cycle_ns",
         "deadline_ns",
         "divisor",
+        "min_period_ns",
         "mode",
         "period_ns",
         "tmict",
         "tscdeadline",
     )
 
-    def __init__(self, vcpu: ApicVcpu, clock: Clock, bus_cycle_ns: int = 1) -> None:
+    def __init__(self, vcpu: ApicVcpu, clock: Clock, bus_cycle_ns: int = 1, min_period_ns: int = 0) -> None:
         self._vcpu = vcpu
         self._clock = clock
         self.bus_cycle_ns = bus_cycle_ns
+        self.min_period_ns = min_period_ns  # of a periodic timer
         self.mode = APIC_LVT_TIMER_ONESHOT
         self.divisor = 2
         self.tmict = 0
@@ -65,8 +64,8 @@ class LapicTimer:
 
     def _update_period(self) -> None:
         period = self.tmict * self.divisor * self.bus_cycle_ns
-        if self.mode == APIC_LVT_TIMER_PERIODIC and 0 < period < MIN_TIMER_PERIOD_US * 1000:
-            period = MIN_TIMER_PERIOD_US * 1000
+        if self.mode == APIC_LVT_TIMER_PERIODIC and 0 < period < self.min_period_ns:
+            period = self.min_period_ns
         self.period_ns = period
 
     def set_mode(self, lvtt: int) -> None:
