@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import common
-from softkvm.vmm.guest import GuestUnavailable, TerminalProgress, prepare
+from softkvm.progress import TerminalProgress
+from softkvm.vmm.guest import GuestUnavailable, prepare
 
 MILESTONES = {"kernel_s": r"Linux version \S+", "init_s": "softkvm: init reached"}
 FIGURES = (*MILESTONES, "power_off_s", "cpu_s")

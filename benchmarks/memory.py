@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from benchmarks import common
-from softkvm.vmm.guest import GuestUnavailable, TerminalProgress, prepare
+from softkvm.progress import TerminalProgress
+from softkvm.vmm.guest import GuestUnavailable, prepare
 
 MEMORY_MIB = 256
 AIM_MIB = 80.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import softkvm
+from softkvm.progress import StatusLine, TerminalProgress
 from softkvm.vmm.console import Console, ConsoleError
-from softkvm.vmm.guest import Guest, GuestUnavailable, TerminalProgress, demo_kernel, prepare
+from softkvm.vmm.guest import Guest, GuestUnavailable, demo_kernel, prepare
 from softkvm.vmm.guest.initramfs import INIT_REACHED, PROMPT
 from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.memory import MIB
@@ -30,31 +30,23 @@ COMMAND_TIMEOUT_S = 60.0
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
-class LastLine:
-    """Shows the guest's last console line in one line of the terminal; nothing where that is no terminal."""
+class LastLine(StatusLine):
+    """Shows the last whole line of the guest's console."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stdout.isatty()
+        super().__init__(sys.stdout)
         self._line = b""
-        self.enabled = True
 
     def __call__(self, data: bytes) -> None:
         """Take output of the guest."""
-        if not self._terminal or not self.enabled:
-            return
         *whole, self._line = (self._line + data).split(b"\n")
         if whole:
-            text = _CONTROL.sub("", whole[-1].decode("utf-8", "replace"))
-            width = shutil.get_terminal_size().columns - 1
-            sys.stdout.write(f"\r\x1b[K{text[:width]}")
-            sys.stdout.flush()
+            self.show(_CONTROL.sub("", whole[-1].decode("utf-8", "replace")))
 
-    def clear(self) -> None:
-        """Leave an empty line."""
-        self.enabled = False
-        if self._terminal:
-            sys.stdout.write("\r\x1b[K")
-            sys.stdout.flush()
+    def stop(self) -> None:
+        """Leave an empty line, for good."""
+        self.clear()
+        self.shown = False
 
 
 def run_linux(guest: Guest) -> None:
@@ -76,7 +68,7 @@ def run_linux(guest: Guest) -> None:
         machine.start()
         try:
             console.expect(re.escape(PROMPT) + r"\S*# ", BOOT_TIMEOUT_S)
-            last_line.clear()
+            last_line.stop()
             for command in COMMANDS:
                 console.send(command + "\n")
                 echo = re.escape(command) + r"\r\n"
@@ -87,7 +79,7 @@ def run_linux(guest: Guest) -> None:
         except ConsoleError as error:
             machine.end(Outcome(End.STOPPED, "the demonstration failed"))
             machine.wait()
-            last_line.clear()
+            last_line.stop()
             sys.exit(f"demo: {error}\ndemo: {machine.outcome}")
         outcome = machine.wait(COMMAND_TIMEOUT_S)
         stats = machine.stats()

@@ -19,10 +19,10 @@ BELOW: dict[str, set[str]] = {
     "api": {"abi"},
     "kvm": {"abi", "closing", "threads"},
     "devkvm": {"abi", "api", "closing", "threads"},
-    "vmm": {"abi", "api", "closing", "threads"},
+    "vmm": {"abi", "api", "closing", "progress", "threads"},
     "unittests": {"abi", "api", "vmm", "qemu"},
     "bench": {"abi", "api", "vmm", "unittests", "qemu"},
-    "cli": {"abi", "api", "vmm", "unittests", "bench", "qemu", "kvm", "plugin"},
+    "cli": {"abi", "api", "vmm", "unittests", "bench", "qemu", "kvm", "plugin", "progress"},
 }
 
 #: Modules that every architecture shares, by prefix; an ``__init__`` only puts the parts together.

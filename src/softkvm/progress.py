@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the preparation of a guest shows what it does."""
+"""How long work shows on a terminal what it does: steps with bars, or one line that changes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ class NoProgress:
 
     def close(self) -> None:
         """Nothing."""
+
+
+class StatusLine:
+    """One line of a terminal whose text changes; nothing on anything else."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out if out is not None else sys.stderr
+        self.shown = self._out.isatty()
+
+    def show(self, text: str) -> None:
+        """Put *text*, as much of it as fits, in the place of what was there."""
+        if self.shown:
+            self._out.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
+            self._out.flush()
+
+    def clear(self) -> None:
+        """Take the line away."""
+        self.show("")
 
 
 class TerminalProgress:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tests.support.guests import missing
 
-from softkvm.vmm.guest import GuestUnavailable, NoProgress, cache_directory
+from softkvm.progress import NoProgress
+from softkvm.vmm.guest import GuestUnavailable, cache_directory
 from softkvm.vmm.guest.apt import Apt
 from softkvm.vmm.guest.cpio import CpioWriter
 from softkvm.vmm.guest.deb import DebError, read_files

@@ -13,7 +13,8 @@ from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, Softkv
 from softkvm.bench.vmexit import Figure, Kind, Report
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, file_name, seconds
-from softkvm.cli.output import STDOUT, OutputFile, ProgressLine, say, warn
+from softkvm.cli.output import STDOUT, OutputFile, say, warn
+from softkvm.progress import StatusLine
 from softkvm.unittests.config import SuiteError
 from softkvm.unittests.runner import DEVICES
 
@@ -102,7 +103,7 @@ def _run(args: Namespace) -> int:
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
     file = OutputFile("--json", args.json) if args.json else None
     directory = None if args.directory is None else Path(args.directory)
-    line = ProgressLine()
+    line = StatusLine()
 
     def progress(done: int, total: int, what: str) -> None:
         line.show(f"[{done}/{total}] {what}")

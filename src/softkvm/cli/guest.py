@@ -8,7 +8,8 @@ from argparse import ArgumentParser, Namespace
 
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.output import say
-from softkvm.vmm.guest import Guest, GuestUnavailable, NoProgress, TerminalProgress, cache_directory, cached, prepare
+from softkvm.progress import NoProgress, TerminalProgress
+from softkvm.vmm.guest import Guest, GuestUnavailable, cache_directory, cached, prepare
 
 EPILOG = """\
 The guest is Debian's cloud kernel and busybox with a small init of ours. Both come from the system's package

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import io
 import os
-import shutil
 import signal
 import stat
 import sys
@@ -65,23 +64,6 @@ def stdout_error(error: OSError) -> CommandError:
     if isinstance(error, BrokenPipeError):
         return ReaderGone()
     return CommandError(f"standard output: {error.strerror}", EXIT_ERROR)
-
-
-class ProgressLine:
-    """A line of progress on standard error, if that is a terminal."""
-
-    def __init__(self) -> None:
-        self.shown = os.isatty(2)
-
-    def show(self, text: str) -> None:
-        """Put *text*, as much of it as fits, in the place of what was there."""
-        if self.shown:
-            sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
-            sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Take the line away."""
-        self.show("")
 
 
 class OutputFile:

@@ -24,12 +24,13 @@ from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import count, file_name, seconds
 from softkvm.cli.output import OutputFile, warn
 from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
+from softkvm.progress import TerminalProgress
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline, Image
 from softkvm.vmm.boot.loaders import Kind, recognize
 from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.errors import ImageError, LoadTimeout, MachineError
-from softkvm.vmm.guest import GuestUnavailable, TerminalProgress, demo_kernel, prepare
+from softkvm.vmm.guest import GuestUnavailable, demo_kernel, prepare
 from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
 from softkvm.vmm.memory import GIB, KIB, MIB, PAGE_SIZE
 from softkvm.vmm.outcome import End, Outcome

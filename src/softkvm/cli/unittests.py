@@ -12,7 +12,8 @@ from pathlib import Path
 import softkvm
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, factor, file_name, seconds
-from softkvm.cli.output import STDOUT, OutputFile, ProgressLine, say
+from softkvm.cli.output import STDOUT, OutputFile, say
+from softkvm.progress import StatusLine
 from softkvm.unittests import config, reports
 from softkvm.unittests.config import Entry, SuiteError
 from softkvm.unittests.result import Result, Status
@@ -153,7 +154,7 @@ class _Printer:
         self._verbose = verbose
         self._quiet = quiet
         self._colours = os.isatty(1) and "NO_COLOR" not in os.environ
-        self._progress = ProgressLine()
+        self._progress = StatusLine()
         self._counts: Counter[Status] = Counter()
         self._over = 0
 

@@ -13,11 +13,7 @@ and loses its write. So a PC's ISA bus does it (IBM PC AT Technical Reference, "
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
-
-SetIrq = Callable[[int], None]
-"""Sets the level (0 or 1) of the interrupt line that a device was given."""
 
 
 class Device(Protocol):
@@ -28,16 +24,6 @@ class Device(Protocol):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Store the *size* bytes of *value* at *offset* of the device's range."""
-
-
-class Savable(Protocol):
-    """A device whose state can be kept and brought back."""
-
-    def save(self) -> dict[str, Any]:
-        """Return the device's state as plain values."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over a state that :meth:`save` returned."""
 
 
 class Range(NamedTuple):

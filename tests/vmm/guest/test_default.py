@@ -16,7 +16,8 @@ from typing import NoReturn
 import pytest
 from tests.support.debs import package, tar
 
-from softkvm.vmm.guest import GuestUnavailable, NoProgress, apt, cache_directory, cached, default, initramfs, prepare
+from softkvm.progress import NoProgress
+from softkvm.vmm.guest import GuestUnavailable, apt, cache_directory, cached, default, initramfs, prepare
 
 KERNEL_DEB = "linux-image-6.1.0-9-cloud-amd64_6.1_amd64.deb"
 BUSYBOX_DEB = "busybox-static_1.35_amd64.deb"

@@ -4,14 +4,10 @@
 from softkvm.vmm.guest.default import Guest, cache_directory, cached, prepare
 from softkvm.vmm.guest.demo import demo_kernel
 from softkvm.vmm.guest.errors import GuestUnavailable
-from softkvm.vmm.guest.progress import NoProgress, Progress, TerminalProgress
 
 __all__ = [
     "Guest",
     "GuestUnavailable",
-    "NoProgress",
-    "Progress",
-    "TerminalProgress",
     "cache_directory",
     "cached",
     "demo_kernel",

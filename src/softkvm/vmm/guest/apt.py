@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from softkvm.progress import Progress
 from softkvm.vmm.guest.errors import GuestUnavailable
-from softkvm.vmm.guest.progress import Progress
 
 STALL_S: Final = 120.0
 """How long apt-get may report no progress."""

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from softkvm.progress import NoProgress, Progress
 from softkvm.vmm.guest import initramfs
 from softkvm.vmm.guest.apt import Apt, Package
 from softkvm.vmm.guest.deb import DebError, read_files
 from softkvm.vmm.guest.errors import GuestUnavailable
-from softkvm.vmm.guest.progress import NoProgress, Progress
 
 KERNEL_PACKAGES: Final = ("linux-image-cloud-amd64", "linux-image-amd64", "linux-image-virtual")
 """Where the kernel comes from: the first of these that the package sources know."""
