@@ -19,7 +19,10 @@ class Page(Buffer):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Machine:
-    """The physical machine: memory regions and the processors that may reach them."""
+    """The physical machine: memory regions and the processors that may reach them.
+
+    Accesses raise ``ValueError`` outside of regions, and ``OSError`` (EFAULT) where registered memory is not there.
+    """
 
     def __init__(self) -> None: ...
     def add_region(self, hva: int, size: int) -> None:
@@ -52,6 +55,9 @@ class Cpu:
     def __init__(self, machine: Machine, index: int) -> None: ...
     def vmrun(self, vmcb: int) -> int:
         """VMLOAD, VMRUN, VMSAVE; returns EXITCODE (APM vol. 2, appendix C).
+
+        Guest memory that is not there when it is accessed is a machine check: VMEXIT_EXCP18 with its address in
+        EXITINFO2, before the instruction that found out.
 
         With what a hypervisor's entry code puts around them: RAX and RSP are in the register block like the others,
         before and after, and go to the VMCB and back; TLB_CONTROL is 0 afterwards.

@@ -9,7 +9,8 @@ use pyo3::exceptions::{PyBufferError, PyMemoryError, PyOSError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use softcpu::mem::{Machine, PAGE_SIZE, RegionError, host_read, host_write};
+use softcpu::mem::remote::AccessError;
+use softcpu::mem::{Machine, PAGE_SIZE, RegionError};
 
 /// The physical machine: memory regions and processors.
 #[pyclass(frozen, name = "Machine", module = "softkvm._softcpu")]
@@ -40,29 +41,27 @@ pub fn own(machine: &Arc<Machine>) -> PyResult<&Arc<Machine>> {
     Ok(machine)
 }
 
+fn access_error(e: AccessError, address: usize, size: usize) -> PyErr {
+    match e {
+        AccessError::Unregistered => PyValueError::new_err(format!(
+            "{address:#x}+{size:#x} is not inside a registered region, or not aligned"
+        )),
+        AccessError::Lost(lost) => {
+            let message = format!("registered memory at {:#x} is not there, or not for that", lost.address);
+            PyOSError::new_err((libc::EFAULT, message))
+        }
+    }
+}
+
 impl PyMachine {
-    /// The page-table entry at `address`.
-    fn entry(&self, address: usize) -> PyResult<&AtomicU64> {
-        self.entries(address, 1).map(|e| &e[0])
+    fn words<R>(&self, address: usize, count: usize, f: impl FnOnce(&[AtomicU64]) -> R) -> PyResult<R> {
+        // SAFETY: the functions below do arithmetic on the words, into memory that is there already.
+        let done = unsafe { own(&self.inner)?.words(address, count, f) };
+        done.map_err(|e| access_error(e, address, count.saturating_mul(8)))
     }
 
-    fn entries(&self, address: usize, count: usize) -> PyResult<&[AtomicU64]> {
-        let bytes = count.saturating_mul(8);
-        if address % 8 != 0 || !own(&self.inner)?.regions().contains(address, bytes) {
-            return Err(PyValueError::new_err(format!(
-                "page-table entry {address:#x} (count {count}): expected an 8-byte aligned address of registered memory"
-            )));
-        }
-        // SAFETY: registered memory is mapped; AtomicU64 has the layout of u64 and allows concurrent writers.
-        Ok(unsafe { std::slice::from_raw_parts(address as *const AtomicU64, count) })
-    }
-
-    fn range(&self, hva: usize, size: usize) -> PyResult<()> {
-        if own(&self.inner)?.regions().contains(hva, size) {
-            Ok(())
-        } else {
-            Err(PyValueError::new_err(format!("{hva:#x}+{size:#x} is not inside a registered region")))
-        }
+    fn word<R>(&self, address: usize, f: impl FnOnce(&AtomicU64) -> R) -> PyResult<R> {
+        self.words(address, 1, |words| f(&words[0]))
     }
 }
 
@@ -94,34 +93,27 @@ impl PyMachine {
     }
 
     fn pte_load(&self, address: usize) -> PyResult<u64> {
-        Ok(self.entry(address)?.load(Ordering::SeqCst))
+        self.word(address, |e| e.load(Ordering::SeqCst))
     }
 
     fn pte_store(&self, address: usize, value: u64) -> PyResult<()> {
-        self.entry(address)?.store(value, Ordering::SeqCst);
-        Ok(())
+        self.word(address, |e| e.store(value, Ordering::SeqCst))
     }
 
     fn pte_exchange(&self, address: usize, value: u64) -> PyResult<u64> {
-        Ok(self.entry(address)?.swap(value, Ordering::SeqCst))
+        self.word(address, |e| e.swap(value, Ordering::SeqCst))
     }
 
     fn pte_compare_exchange(&self, address: usize, expected: u64, value: u64) -> PyResult<u64> {
-        let e = self.entry(address)?;
-        let found = || e.compare_exchange(expected, value, Ordering::SeqCst, Ordering::SeqCst);
-        Ok(match self.inner.with_host_access(found) {
-            Ok(v) | Err(v) => v,
+        self.word(address, |e| {
+            match e.compare_exchange(expected, value, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(v) | Err(v) => v,
+            }
         })
     }
 
     fn pte_clear_bits(&self, address: usize, count: usize, mask: u64) -> PyResult<usize> {
-        let entries = self.entries(address, count)?;
-        Ok(entries
-            .iter()
-            .filter(|e| {
-                e.load(Ordering::Relaxed) & mask != 0 && e.fetch_and(!mask, Ordering::SeqCst) & mask != 0
-            })
-            .count())
+        self.words(address, count, |entries| entries.iter().filter(|e| take_bits(e, mask)).count())
     }
 
     fn pte_test_and_clear<'py>(
@@ -131,32 +123,28 @@ impl PyMachine {
         count: usize,
         mask: u64,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let entries = self.entries(address, count)?;
-        let mut bitmap = vec![0u8; count.div_ceil(8)];
-        for (i, e) in entries.iter().enumerate() {
-            if e.load(Ordering::Relaxed) & mask != 0 && e.fetch_and(!mask, Ordering::SeqCst) & mask != 0 {
-                bitmap[i / 8] |= 1 << (i % 8);
-            }
-        }
-        Ok(PyBytes::new(py, &bitmap))
-    }
-
-    fn read<'py>(&self, py: Python<'py>, hva: usize, size: usize) -> PyResult<Bound<'py, PyBytes>> {
-        self.range(hva, size)?;
-        PyBytes::new_with(py, size, |out| {
-            // SAFETY: registered, so mapped; others may write at the same time, which copies some mix of bytes.
-            unsafe { host_read(hva as *const u8, out) };
-            Ok(())
+        PyBytes::new_with(py, count.div_ceil(8), |bitmap| {
+            self.words(address, count, |entries| {
+                for (i, _) in entries.iter().enumerate().filter(|(_, e)| take_bits(e, mask)) {
+                    bitmap[i / 8] |= 1 << (i % 8);
+                }
+            })
         })
     }
 
-    fn write(&self, hva: usize, data: &[u8]) -> PyResult<()> {
-        self.range(hva, data.len())?;
-        // SAFETY: as in `read`.
-        self.inner.with_host_access(|| unsafe { host_write(data, hva as *mut u8) });
-        self.inner.notify_write(hva, data.len());
-        Ok(())
+    fn read<'py>(&self, py: Python<'py>, hva: usize, size: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let machine = own(&self.inner)?;
+        PyBytes::new_with(py, size, |out| machine.read(hva, out).map_err(|e| access_error(e, hva, size)))
     }
+
+    fn write(&self, hva: usize, data: &[u8]) -> PyResult<()> {
+        own(&self.inner)?.write(hva, data).map_err(|e| access_error(e, hva, data.len()))
+    }
+}
+
+/// Clears bits of an entry; whether any was set.
+fn take_bits(entry: &AtomicU64, mask: u64) -> bool {
+    entry.load(Ordering::Relaxed) & mask != 0 && entry.fetch_and(!mask, Ordering::SeqCst) & mask != 0
 }
 
 /// Zeroed pages of the machine's own.

@@ -5,6 +5,7 @@ use super::architecture::Operands;
 use super::block::Block;
 use super::op::{LINK_NONE, LINK_RETURN, Op};
 use super::processor::Processor;
+use super::state::Engine;
 use super::tlb::PAGE_SHIFT;
 
 /// Last cache line of a block that is asked for when it is entered: the lines before and it hold its first five ops.
@@ -73,15 +74,31 @@ pub(super) fn chain_far<P: Processor>(cpu: &mut P, op: *const Op<P>) -> *const O
             let next = (*block).links[(engine.link & 1) as usize];
             if !next.is_null() && (*next).host == host { next } else { core::ptr::null_mut() }
         };
-        if next.is_null() || ((*next).stamp != engine.stamp && !engine.check(next)) {
+        if next.is_null() {
+            return core::ptr::null();
+        }
+        let retired = retired(block, op);
+        if (*next).stamp != engine.stamp && !check_between(engine, next, retired) {
             return core::ptr::null();
         }
         if engine.link == LINK_RETURN {
             engine.returns.learn(next);
         }
-        engine.instructions += retired(block, op);
+        engine.instructions += retired;
         pass_to(cpu, next)
     }
+}
+
+/// Compares a block with memory, which may be lost, when `retired` instructions of the running one have retired, and it
+/// is over.
+#[inline]
+fn check_between<P: Processor>(engine: &mut Engine<P>, next: *mut Block<P>, retired: u64) -> bool {
+    engine.instructions += retired;
+    engine.executing = false;
+    let same = engine.check(next);
+    engine.executing = true;
+    engine.instructions -= retired;
+    same
 }
 
 /// Instructions of the block that have retired when `op` has.

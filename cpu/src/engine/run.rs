@@ -9,6 +9,7 @@ use super::chain::retired;
 use super::fetch::{lookup, next_block};
 use super::op::{LINK_NONE, Stop};
 use super::processor::{Exited, Processor};
+use crate::mem::lost::{self, Lost};
 use crate::mem::{Shared, pending};
 
 /// Calls `f` with the processor in the guest: it has caught up with its machine, and until `f` returns the machine waits
@@ -41,6 +42,42 @@ pub fn begin<P: Processor>(cpu: &mut P) {
     engine.single = false;
     engine.stop_op = core::ptr::null();
     engine.block = core::ptr::null_mut();
+}
+
+/// Calls `f`, which runs guest code or accesses guest memory, on the processor. If memory is lost meanwhile
+/// ([`crate::mem::lost`]), all stays as it is between two instructions, or before the one that found out, which is at the
+/// program counter then; an event that was being delivered has not arrived.
+pub fn guarded<P: Processor>(cpu: &mut P, f: impl FnOnce(&mut P)) -> Result<(), Lost> {
+    cpu.engine_mut().executing = false;
+    let regions = &raw const cpu.engine().regions;
+    // SAFETY: the engine has its regions at any time; only `catch_up` changes them, which touches no guest memory.
+    let covers = |address: usize| unsafe { (*regions).find(address).is_some() };
+    // SAFETY: no function of the processor has something to drop while it touches guest memory.
+    let done = unsafe { lost::guarded(&covers, || f(cpu)) };
+    if let Err(lost) = done
+        && cpu.engine().executing
+    {
+        let engine = cpu.engine_mut();
+        engine.executing = false;
+        if lost.of != 0 {
+            // The op of a fast half.
+            engine.stop_op = lost.of as *const _;
+        }
+        not_retired(cpu);
+    }
+    done
+}
+
+/// The op at which the run stopped has not retired: those before it have, and the next instruction is its own.
+#[inline(always)]
+fn not_retired<P: Processor>(cpu: &mut P) {
+    let engine = cpu.engine_mut();
+    // SAFETY: the op at which the run stopped belongs to the block that ran last.
+    let (index, op) =
+        unsafe { (engine.stop_op.offset_from(Block::first(engine.block)) as u64, &*engine.stop_op) };
+    let at = op.next() as u64 - op.length() as u64;
+    engine.instructions += index;
+    cpu.set_pc(cpu.block_pc().wrapping_add(at));
 }
 
 /// Runs until the guest is left; why is in the processor.
@@ -98,21 +135,18 @@ fn enter<P: Processor>(cpu: &mut P, b: *mut Block<P>) -> Stop {
     // SAFETY: `b` is a live block; its ops end with one that stops.
     let stop = unsafe {
         let first = Block::first(b);
+        engine.stop_op = first;
+        engine.executing = true;
         ((*first).f)(cpu, first)
     };
-    let (block, op) = (cpu.engine().block, cpu.engine().stop_op);
+    cpu.engine_mut().executing = false;
     match stop {
         Stop::EndBlock | Stop::Exit0 | Stop::Exit1 | Stop::Return | Stop::Trap | Stop::ExitAfter => {
+            let engine = cpu.engine_mut();
             // SAFETY: the op at which the run stopped belongs to the block that ran last.
-            cpu.engine_mut().instructions += unsafe { retired(block, op) };
+            engine.instructions += unsafe { retired(engine.block, engine.stop_op) };
         }
-        Stop::Fault | Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Slow => {
-            // SAFETY: as above.
-            let (index, op) = unsafe { (op.offset_from(Block::first(block)) as u64, &*op) };
-            cpu.engine_mut().instructions += index;
-            let at = op.next() as u64 - op.length() as u64;
-            cpu.set_pc(cpu.block_pc().wrapping_add(at));
-        }
+        Stop::Fault | Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Slow => not_retired(cpu),
     }
     stop
 }

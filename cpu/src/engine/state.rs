@@ -10,6 +10,7 @@ use super::op::{LINK_NONE, Op};
 use super::returns::Returns;
 use super::tlb::{Entry, Tlb, index};
 use crate::int::Int;
+use crate::mem::lost::{load_for, load128_for, store_for, store128_for};
 use crate::mem::{Machine, RegionTable, Shared};
 
 /// What running ops takes, beside the architecture's own registers.
@@ -28,8 +29,10 @@ pub struct Engine<P: Architecture> {
     pub(crate) single: bool,
     /// The running block, to notice writes into itself and to chain from it.
     pub(crate) block: *mut Block<P>,
-    /// The op at which the last run stopped.
+    /// The op that runs now, if [`Engine::executing`]; or at which the last run stopped.
     pub(crate) stop_op: *const Op<P>,
+    /// The ops of [`Engine::block`] run: what stops half-way stops at [`Engine::stop_op`].
+    pub(super) executing: bool,
     /// Retired instructions.
     pub(crate) instructions: u64,
     /// The run loop gets a look before the next block when so many instructions have retired.
@@ -70,6 +73,7 @@ impl<P: Architecture> Engine<P> {
             single: false,
             block: core::ptr::null_mut(),
             stop_op: core::ptr::null(),
+            executing: false,
             instructions: 0,
             chain_limit: 0,
             stamp: 0,
@@ -134,16 +138,58 @@ impl<P: Architecture> Engine<P> {
         self.bank = self.tlb.bank(bank);
     }
 
-    /// Host address of a data access that needs nothing but a translation in the TLB; None: take the slow path.
+    /// What to add to a linear address for the host's, if an access to `bytes` bytes there needs nothing but a
+    /// translation in the TLB; None: take the slow path.
     #[inline(always)]
-    pub fn hit<T: Int>(&self, linear: u64, access: Access) -> Option<*mut T> {
+    pub(crate) fn addend(&self, linear: u64, bytes: usize, access: Access) -> Option<u64> {
         // SAFETY: `bank` points to the first entry of a whole bank (see `set_bank`), `index` stays inside.
         let e = unsafe { &*self.bank.add(index(linear)) };
         let tag = if access == Access::Write { e.write } else { e.read };
         // A filled entry maps its whole page to registered memory; the tag is that of the last byte's page, the entry
         // that of the first's: they agree only if both bytes are in it.
-        (tag == self.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)))
-            .then(|| e.addend.wrapping_add(linear) as *mut T)
+        (tag == self.tlb.tag(linear.wrapping_add(bytes as u64 - 1))).then_some(e.addend)
+    }
+
+    /// Host address of a data access that needs nothing but a translation in the TLB; None: take the slow path. For
+    /// complete functions of ops, as memory that is lost finds [`Engine::stop_op`] noted.
+    #[inline(always)]
+    pub fn hit<T: Int>(&self, linear: u64, access: Access) -> Option<*mut T> {
+        debug_assert!(!self.executing || !self.stop_op.is_null(), "an access of an op that is not known");
+        self.addend(linear, T::BYTES, access).map(|addend| addend.wrapping_add(linear) as *mut T)
+    }
+
+    /// A load for the op by a fast half; None if it needs more than a translation in the TLB.
+    #[inline(always)]
+    pub fn load<T: Int>(&self, op: &Op<P>, linear: u64) -> Option<T> {
+        let addend = self.addend(linear, T::BYTES, Access::Read)?;
+        // SAFETY: memory that the TLB maps is registered, and its loss is expected.
+        Some(unsafe { load_for(op, addend, linear) })
+    }
+
+    /// A store, as [`Engine::load`].
+    #[inline(always)]
+    pub fn store<T: Int>(&mut self, op: &Op<P>, linear: u64, v: T) -> Option<()> {
+        let addend = self.addend(linear, T::BYTES, Access::Write)?;
+        // SAFETY: as above, and writable.
+        unsafe { store_for(op, addend, linear, v) };
+        Some(())
+    }
+
+    /// A load of 16 bytes, as [`Engine::load`].
+    #[inline(always)]
+    pub fn load128(&self, op: &Op<P>, linear: u64) -> Option<[u64; 2]> {
+        let addend = self.addend(linear, 16, Access::Read)?;
+        // SAFETY: as above.
+        Some(unsafe { load128_for(op, addend, linear) })
+    }
+
+    /// A store of 16 bytes, as [`Engine::load`].
+    #[inline(always)]
+    pub fn store128(&mut self, op: &Op<P>, linear: u64, v: [u64; 2]) -> Option<()> {
+        let addend = self.addend(linear, 16, Access::Write)?;
+        // SAFETY: as above.
+        unsafe { store128_for(op, addend, linear, v) };
+        Some(())
     }
 
     /// The op at which the last run stopped, if it stopped at one.

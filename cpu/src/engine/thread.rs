@@ -4,6 +4,11 @@
 //! [`handler`] and its kin wrap an instruction's function so that, on `Ok`, it calls the next op's handler as its last
 //! act, and at a block's linked exit the next block's first ([`super::chain`]). The compiler turns that into a jump, so
 //! blocks run without a dispatch loop; should it not (debug builds), the depth is bounded by [`super::block::CHAIN`].
+//! For that a wrapper has nothing on its own stack: what an instruction needs there is on that of a function apart.
+//!
+//! An op may be left at any access to guest memory ([`super::run::guarded`]), which has to know it: complete functions
+//! run with the op noted in [`Engine::stop_op`](super::state::Engine::stop_op), fast halves name it with the access
+//! ([`Engine::load`](super::state::Engine::load) and its kin), and [`handler_registers`] is for what makes none.
 
 use super::chain::{chain, chain_far};
 use super::op::{Handler, LINK_NONE, LINK_RETURN, Op, Res, Stop};
@@ -19,6 +24,16 @@ where
 {
     let _ = core::mem::ManuallyDrop::new(f);
     thread::<P, F>
+}
+
+/// As [`handler`], for a function that touches no guest memory.
+pub const fn handler_registers<P, F>(f: F) -> Handler<P>
+where
+    P: Processor,
+    F: Fn(&mut P, &Op<P>) -> Res + Copy + 'static,
+{
+    let _ = core::mem::ManuallyDrop::new(f);
+    thread_registers::<P, F>
 }
 
 /// The function that a handler has been made of, by its type alone: as it captures nothing, it has no size.
@@ -38,9 +53,9 @@ where
     P: Processor,
     F: Fn(&mut P, &Op<P>) -> Res + Copy + 'static,
 {
-    let f = function::<F>();
+    cpu.engine_mut().stop_op = op;
     // SAFETY: the caller passes a pointer into a live block.
-    match f(cpu, unsafe { &*op }) {
+    match apart::<P, F>(cpu, unsafe { &*op }) {
         // SAFETY: an op that returns Ok is not the block's last, so op + 1 is in the block too.
         Ok(()) => unsafe {
             let next = op.add(1);
@@ -48,6 +63,47 @@ where
         },
         // SAFETY: the caller passed a live block's op.
         Err(stop) => unsafe { leave(cpu, op, stop) },
+    }
+}
+
+/// Runs `F` on a stack frame of its own.
+#[inline(never)]
+fn apart<P, F>(cpu: &mut P, op: &Op<P>) -> Res
+where
+    P: Processor,
+    F: Fn(&mut P, &Op<P>) -> Res + Copy + 'static,
+{
+    function::<F>()(cpu, op)
+}
+
+/// [`thread`] for what touches no guest memory, with `F` in place.
+///
+/// # Safety
+/// See [`Handler`].
+unsafe fn thread_registers<P, F>(cpu: &mut P, op: *const Op<P>) -> Stop
+where
+    P: Processor,
+    F: Fn(&mut P, &Op<P>) -> Res + Copy + 'static,
+{
+    let f = function::<F>();
+    unnoted(cpu);
+    // SAFETY: as in `thread`.
+    match f(cpu, unsafe { &*op }) {
+        // SAFETY: as in `thread`.
+        Ok(()) => unsafe {
+            let next = op.add(1);
+            ((*next).f)(cpu, next)
+        },
+        // SAFETY: the caller passed a live block's op.
+        Err(stop) => unsafe { leave(cpu, op, stop) },
+    }
+}
+
+/// For checks: accesses that do not name their op are wrong now.
+#[inline(always)]
+fn unnoted<P: Processor>(cpu: &mut P) {
+    if cfg!(debug_assertions) {
+        cpu.engine_mut().stop_op = core::ptr::null();
     }
 }
 
@@ -95,6 +151,7 @@ where
     C: Fn(&mut P, &Op<P>) -> Res + Copy + 'static,
 {
     let f = function::<F>();
+    unnoted(cpu);
     // SAFETY: as in `thread`.
     unsafe {
         let branch = op.add(1);
@@ -144,6 +201,7 @@ where
     F: Fn(&mut P, &Op<P>) -> Res + Copy + 'static,
 {
     let fast = function::<Q>();
+    unnoted(cpu);
     // SAFETY: as in `thread`.
     unsafe {
         if fast(cpu, &*op) {
@@ -193,6 +251,7 @@ where
     C: Fn(&mut P, &Op<P>) -> Res + Copy + 'static,
 {
     let f = function::<F>();
+    unnoted(cpu);
     // SAFETY: as in `thread`.
     unsafe {
         match f(cpu, &*op) {

@@ -14,6 +14,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
+use super::lost::{Lost, guarded};
 use super::{Machine, Shared, pending, signal};
 
 /// How often the others are looked at before the host's processor is given away: they may wait for it.
@@ -53,13 +54,16 @@ impl Drop for Wanted<'_> {
 impl Machine {
     /// Runs `f` on the thread of the running processor `me`, within an instruction that has changed nothing yet, while
     /// no other processor is within one. `f` must not wait for anybody.
+    ///
+    /// # Safety
+    /// If `f` touches memory that is lost, it is left in the middle: it has nothing to drop then ([`super::lost`]).
     #[cold]
-    pub fn lock_bus<R>(&self, me: &Arc<Shared>, f: impl FnOnce() -> R) -> R {
+    pub unsafe fn lock_bus<R>(&self, me: &Arc<Shared>, f: impl FnOnce() -> R) -> Result<R, Lost> {
         // Whoever has the bus need not wait for this processor, which waits for the bus.
-        let _bus = self.go_on(me);
+        let bus = self.go_on(me);
         self.bus.wanted.store(true, Ordering::SeqCst);
-        let _wanted = Wanted(&self.bus);
-        let others = self.cpus();
+        let wanted = Wanted(&self.bus);
+        let (others, regions) = (self.cpus(), self.regions());
         signal(&others, Some(me), pending::BUS);
         for other in others.iter().filter(|s| !Arc::ptr_eq(s, me)) {
             let mut looks = 0;
@@ -72,8 +76,11 @@ impl Machine {
                 }
             }
         }
-        let _host = self.bus.host.write().unwrap_or_else(|e| e.into_inner());
-        f()
+        let host = self.bus.host.write().unwrap_or_else(|e| e.into_inner());
+        // SAFETY: given; the regions of this snapshot don't change.
+        let done = unsafe { guarded(&|address| regions.find(address).is_some(), f) };
+        drop((host, wanted, bus));
+        done
     }
 
     /// Takes the bus to have the processor `me`, which stands or is about to, execute again.
@@ -117,6 +124,11 @@ mod tests {
 
     /// Long enough for a thread that may run to do so, most of the time.
     const A_WHILE: Duration = Duration::from_millis(2);
+
+    fn lock_bus(machine: &Machine, me: &Arc<Shared>, f: impl FnOnce()) {
+        // SAFETY: these functions touch no memory that could be lost.
+        unsafe { machine.lock_bus(me, f) }.unwrap();
+    }
 
     fn processor(machine: &Machine) -> Arc<Shared> {
         let shared = Arc::new(Shared::new());
@@ -162,7 +174,7 @@ mod tests {
             while look().iter().zip(before).any(|(now, then)| *now == then) {
                 std::thread::yield_now();
             }
-            machine.lock_bus(&me, || {
+            lock_bus(&machine, &me, || {
                 let before = look();
                 std::thread::sleep(A_WHILE);
                 assert_eq!(look(), before);
@@ -191,13 +203,13 @@ mod tests {
                     me.start();
                     for _ in 0..ROUNDS {
                         machine.enter_bus(&me);
-                        machine.lock_bus(&me, add);
+                        lock_bus(machine, &me, add);
                     }
                     me.stop();
                 });
             }
             // And a thread that is no processor's.
-            s.spawn(|| (0..ROUNDS).for_each(|_| machine.with_host_access(add)));
+            s.spawn(|| (0..ROUNDS).for_each(|_| machine.bus.with_host_access(add)));
         });
         assert_eq!(count.load(Ordering::SeqCst), 4 * ROUNDS);
     }
@@ -211,7 +223,7 @@ mod tests {
         other.start();
         std::thread::scope(|s| {
             machine.stand(&me, || {
-                machine.lock_bus(&other, || {
+                lock_bus(&machine, &other, || {
                     s.spawn(|| {
                         machine.yield_bus(&me);
                         went_on.store(true, Ordering::SeqCst);

@@ -181,6 +181,25 @@ pub unsafe fn host_fill(to: *mut u8, byte: u8, bytes: usize) {
     core::hint::black_box(to);
 }
 
+/// Writes a byte of guest memory as it is, so that it is known to be there for writing.
+///
+/// # Safety
+/// `p` must be mapped and writable, or its loss be expected.
+#[inline]
+pub unsafe fn host_touch(p: *mut u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: given. The compiler's own atomic OR with 0 would only read.
+    unsafe {
+        core::arch::asm!("lock or byte ptr [{p}], 0", p = in(reg) p, options(nostack));
+    }
+    #[cfg(any(not(target_arch = "x86_64"), miri))]
+    // SAFETY: given.
+    unsafe {
+        let v = host_load(p);
+        host_cas(p, v, v);
+    }
+}
+
 /// How often something is tried that other processors may spoil, before it is done while they stand
 /// ([`super::Machine::lock_bus`]).
 pub const PATIENCE: u32 = 1000;

@@ -6,15 +6,19 @@
 //! processor to check its decoded code against memory again (see `engine::block`).
 
 mod bus;
+mod forks;
 mod futex;
 mod host;
+pub mod lost;
 mod pool;
 mod region;
+pub mod remote;
 mod shared;
 
+pub use forks::forked;
 pub use host::{
     PATIENCE, host_cas, host_equal, host_fill, host_load, host_load128, host_move, host_read, host_store,
-    host_store128, host_write, is_atomic,
+    host_store128, host_touch, host_write, is_atomic,
 };
 pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_mask};
 pub use shared::{Shared, Wake, pending};
@@ -23,6 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
 use bus::Bus;
+use forks::forks;
 use pool::Pool;
 use region::Owner;
 
@@ -36,16 +41,8 @@ pub struct Machine {
     generation: AtomicU64,
     pool: Mutex<Pool>,
     bus: Bus,
-    /// [`FORKS`] when the machine was made.
+    /// [`forks`] when the machine was made.
     forks: u64,
-}
-
-/// How often this process, and those that it was forked from, have been forked into what it is now.
-static FORKS: AtomicU64 = AtomicU64::new(0);
-
-/// Tells that this is a child that has just been forked: its machines are those of its parent. Async-signal-safe.
-pub fn forked() {
-    FORKS.fetch_add(1, Ordering::SeqCst);
 }
 
 /// All machines of the process: one's pages must not lie where another's user has its memory, or may have it later.
@@ -63,7 +60,7 @@ fn machines() -> MutexGuard<'static, Vec<Weak<Machine>>> {
 impl Machine {
     /// A machine with no memory and no processors.
     pub fn new() -> Arc<Machine> {
-        let machine = Arc::new(Machine { forks: FORKS.load(Ordering::SeqCst), ..Machine::default() });
+        let machine = Arc::new(Machine { forks: forks(), ..Machine::default() });
         let mut all = machines();
         all.retain(|m| m.strong_count() != 0);
         all.push(Arc::downgrade(&machine));
@@ -74,7 +71,7 @@ impl Machine {
     /// written here, and its locks be held: the threads that would change that are not in this process. Nothing can be
     /// done with it but to drop it.
     pub fn inherited(&self) -> bool {
-        self.forks != FORKS.load(Ordering::SeqCst)
+        self.forks != forks()
     }
 
     /// The regions as they are now.
@@ -220,18 +217,6 @@ impl Machine {
                 || !s.running.load(Ordering::SeqCst)
                 || s.synced.load(Ordering::SeqCst) >= generation
         })
-    }
-
-    /// Runs `f`, which writes memory on a thread that is no processor's, while no processor has the bus.
-    pub fn with_host_access<R>(&self, f: impl FnOnce() -> R) -> R {
-        self.bus.with_host_access(f)
-    }
-
-    /// The host wrote `size` bytes at `hva` (a device, KVM): cached code there is checked again before it runs.
-    pub fn notify_write(&self, hva: usize, size: usize) {
-        if self.regions().take_code(hva, size) {
-            self.signal(None, pending::CODE_CHANGED);
-        }
     }
 }
 

@@ -6,7 +6,7 @@ use iced_x86::{DecoderError, FlowControl, Instruction};
 use super::decode::{amend, decoder};
 use super::families::translate;
 use super::int::fuse;
-use super::op::{Op, Res, handler};
+use super::op::{Op, Res, handler_registers};
 use super::state::Cpu;
 use super::translate::Context;
 use crate::engine::architecture::Architecture;
@@ -45,7 +45,7 @@ impl processor::Decoder<Cpu> for BlockDecoder {
                 if bytes.len() - draft.at() < Cpu::MAX_INSTRUCTION {
                     return true;
                 }
-                op.f = handler(too_long);
+                op.f = handler_registers(too_long);
                 op.len = 1;
                 op.next = cx.offset + 1;
             }

@@ -3,7 +3,7 @@
 
 use super::flags::rf;
 use super::op::Stop;
-use super::state::{Cpu, Exception, Exit, attention, vector};
+use super::state::{Cpu, Exception, Exit, Held, attention, vector};
 use super::system::exitcode;
 use crate::engine::processor::Exited;
 use crate::engine::run::run_one;
@@ -86,18 +86,16 @@ impl Cpu {
                 return self.deliver_exception(Exception { vector: vector::DB, error: None, address: hits });
             }
         }
+        self.sys.held = Held { shadow, resume };
         self.rflags &= !rf::RF;
         self.debug_hits = 0;
         self.sys.no_step = false;
         let deferred = self.sys.deferred_hits;
         let stop = run_one(self);
         match stop {
-            Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Fault => {
-                // Not retired: what held for it holds still (the delivery of a fault ends it).
-                self.rflags |= resume;
-                self.shadow |= shadow;
-            }
-            _ => {}
+            // The delivery of a fault ends it.
+            Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Fault => self.hold_on(),
+            _ => self.sys.held = Held::default(),
         }
         // Traps come after every iteration of a repeated instruction too.
         if !matches!(stop, Stop::EndBlock | Stop::Restart) {
@@ -125,6 +123,13 @@ impl Cpu {
             return self.deliver_exception(Exception { vector: vector::DB, error: None, address: hits });
         }
         Ok(())
+    }
+
+    /// What held for an instruction that has not retired holds for it still.
+    pub(super) fn hold_on(&mut self) {
+        let held = core::mem::take(&mut self.sys.held);
+        self.rflags |= held.resume;
+        self.shadow |= held.shadow;
     }
 
     /// Called for each data access while breakpoints are armed.

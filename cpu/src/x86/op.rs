@@ -5,7 +5,7 @@ use crate::engine::architecture;
 use crate::x86::state::Cpu;
 
 pub use crate::engine::op::{LINK_NONE, LINK_RETURN, Res, Stop};
-pub use crate::engine::thread::{handler, handler_fast, handler_fused, handler_pair};
+pub use crate::engine::thread::{handler, handler_fast, handler_fused, handler_pair, handler_registers};
 
 /// One decoded instruction.
 pub type Op = crate::engine::op::Op<Cpu>;

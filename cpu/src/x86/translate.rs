@@ -3,7 +3,7 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::op::{Op, Operands, Res, SLOT_IP, SLOT_ZERO, flag, handler};
+use super::op::{Op, Operands, Res, SLOT_IP, SLOT_ZERO, flag, handler_registers};
 use super::state::{Cpu, sreg};
 
 /// What a family's translator gets beside the instruction.
@@ -52,7 +52,7 @@ pub(super) fn common(i: &Instruction, cx: &Context) -> Op {
         asize: cx.code_size,
         ..Operands::NONE
     };
-    let mut op = Op::new(handler(undefined), operands);
+    let mut op = Op::new(handler_registers(undefined), operands);
     if cx.code_size == 8 {
         op.flags |= flag::CODE64;
     }

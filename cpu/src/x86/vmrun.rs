@@ -50,9 +50,16 @@ impl Cpu {
         run::begin(self);
         self.delivering = 0;
         vmcb.set(control::EVENTINJ, 0u64);
-        if event >> 31 & 1 == 0 || self.inject(event, vmcb.get(control::NRIP)).is_ok() {
-            self.delivering = 0;
-            run::run(self);
+        let next_rip = vmcb.get(control::NRIP);
+        let ran = run::guarded(self, |cpu| {
+            if event >> 31 & 1 == 0 || cpu.inject(event, next_rip).is_ok() {
+                cpu.delivering = 0;
+                run::run(cpu);
+            }
+        });
+        if let Err(lost) = ran {
+            self.hold_on();
+            self.machine_check(lost);
         }
         self.save_guest(&vmcb);
         Ok(self.exit.code)

@@ -8,6 +8,7 @@ mod exceptions;
 mod fused;
 mod fuzz;
 mod intercepts;
+mod lost;
 mod paging;
 mod returns;
 mod stepping;

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -94,6 +95,10 @@ class VmState:
 
         self._log_window_start = 0.0
         self._log_count = 0
+
+    @abstractmethod
+    def host_unmapped(self, hva: int, size: int) -> None:
+        """Tell that the process's memory at ``hva`` is another or none now."""
 
     def make_all_cpus_request(self, request: int) -> None:
         """Set a request in every vCPU and kick those that run; doesn't wait."""

@@ -6,15 +6,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
-from tests.support.tiny import MIB, Tiny
+from tests.support.tiny import CODE, MIB, Tiny
 
 from softkvm import abi
-from softkvm.kvm.memory.guest_memory import read_guest, write_guest
+from softkvm.kvm.memory.guest_memory import cmpxchg_guest, read_guest, write_guest
 
 PAGE = 4096
 GPA = 16 * MIB
@@ -153,3 +155,59 @@ def test_memory_may_go_away_while_a_guest_uses_it(guest: Guest) -> None:
         guest.vcpu.kick()
         thread.join()
     assert errors == [errno.EFAULT]
+
+
+def test_memory_that_goes_away_untold_is_efault_and_no_signal(guest: Guest) -> None:
+    for page in range(4):
+        guest.store(page, page)
+    unmap(guest.hva(1), PAGE)
+    remap(guest.hva(2), PAGE, mmap.PROT_READ)
+    for attempt in (lambda: guest.fetch(1), lambda: guest.store(1), lambda: guest.store(2)):
+        for _ in range(2):
+            with pytest.raises(OSError) as caught:
+                attempt()
+            assert caught.value.errno == errno.EFAULT
+            # The access is still to be done, and is done when there is memory.
+            assert guest.vcpu.get_regs().rip == CODE
+    assert (guest.fetch(0), guest.fetch(2), guest.fetch(3)) == (0, 0, 3)
+    remap(guest.hva(1), PAGE)
+    assert guest.fetch(1) == 0
+    guest.store(1, 0x77)
+    assert ctypes.c_uint8.from_address(guest.hva(1)).value == 0x77
+
+
+def test_a_file_that_is_cut_short_is_efault_in_the_guest_and_in_kvm(guest: Guest) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(SIZE)
+        memory = mmap.mmap(file.fileno(), SIZE)
+        guest.tiny.slot(2, 2 * GPA, SIZE, ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        memory[PAGE] = 7
+        guest.tiny.load(b"\x8a\x03\x8a\x43\x01\xf4", rbx=2 * GPA + PAGE)  # mov al, [ebx]; mov al, [ebx + 1]; hlt
+        assert guest.tiny.run_to_halt().rax & 0xFF == 0
+        file.truncate(PAGE)
+        guest.tiny.load(b"\x8a\x03\xf4", rbx=2 * GPA + PAGE)
+        for _ in range(2):
+            with pytest.raises(OSError) as caught:
+                guest.vcpu.run()
+            assert caught.value.errno == errno.EFAULT
+        assert read_guest(guest.vm, 2 * GPA + PAGE, 4) is None
+        assert not write_guest(guest.vm, 2 * GPA + PAGE, b"1")
+        assert cmpxchg_guest(guest.vm, 2 * GPA + PAGE, b"\0", b"\1") is None
+        file.truncate(SIZE)
+        assert guest.tiny.run_to_halt().rax & 0xFF == 0
+        assert read_guest(guest.vm, 2 * GPA + PAGE, 4) == bytes(4)
+        guest.tiny.slot(2, 2 * GPA, 0, 0)
+
+
+def test_code_page_tables_and_stacks_may_go_away_too(guest: Guest) -> None:
+    guest.tiny.slot(2, 2 * GPA, SIZE, guest.address)
+    remap(guest.hva(0), SIZE)
+    ctypes.memmove(guest.hva(0), b"\x50\xeb\xfd", 3)  # push eax; jmp back
+    for page, place in ((0, 0), (1, 0)):
+        guest.tiny.load(b"\xf4", rip=2 * GPA, rsp=2 * GPA + 2 * PAGE)
+        guest.vcpu.call_soon(partial(unmap, guest.hva(page), PAGE))
+        with pytest.raises(OSError) as caught:
+            guest.vcpu.run()
+        assert (caught.value.errno, guest.vcpu.get_regs().rip - 2 * GPA) == (errno.EFAULT, place)
+        remap(guest.hva(page), PAGE)
+        ctypes.memmove(guest.hva(0), b"\x50\xeb\xfd", 3)

@@ -2,7 +2,7 @@
 //! Accesses of any size and alignment, page by page; nothing is changed when one faults.
 
 use super::Access;
-use crate::mem::{host_load, host_read, host_store, host_write};
+use crate::mem::{host_load, host_read, host_store, host_touch, host_write};
 use crate::x86::op::{Res, Stop};
 use crate::x86::state::{Cpu, sreg, vector};
 
@@ -119,7 +119,8 @@ impl Cpu {
         Ok(())
     }
 
-    /// Makes sure that a following write of the same bytes neither faults nor asks for [`Stop::SelfModify`].
+    /// Makes sure that a following write of the same bytes neither faults nor asks for [`Stop::SelfModify`], and if memory
+    /// is lost, has not begun.
     pub fn prepare_write(&mut self, seg: u8, linear: u64, size: usize) -> Res {
         let mmu = self.check_alignment(self.mmu, linear, size)?;
         let linear = self.wrap(linear);
@@ -131,6 +132,9 @@ impl Cpu {
             let second = self.wrap(linear.wrapping_add(first as u64));
             let b = self.translate(mmu, seg, second, size - first, Access::Write)?;
             self.engine.before_code_write(b, size - first)?;
+            // Memory must not be lost between the two halves of a write that is not the same when done again.
+            // SAFETY: as in `read_bytes`.
+            unsafe { host_touch(b as *mut u8) };
         }
         Ok(())
     }

@@ -3,13 +3,21 @@
 
 use super::Access;
 use crate::mem::{PATIENCE, host_cas, host_load, host_store, is_atomic};
-use crate::x86::flags::Int;
-use crate::x86::op::{Op, Res};
+use crate::x86::flags::{Int, LazyFlags};
+use crate::x86::op::{Op, Res, Stop};
 use crate::x86::state::Cpu;
 
 impl Cpu {
-    /// Reads the memory operand, applies `f`, writes the result back; not atomic. `f` may change flags and registers:
-    /// by then the write cannot fault.
+    /// What `f` returns, and the flags that hold when that has been stored: memory may be lost until then.
+    #[inline(always)]
+    pub(in crate::x86) fn before_store<T: Int>(&mut self, f: impl FnOnce(&mut Cpu) -> T) -> (T, LazyFlags) {
+        let before = self.lf;
+        let new = f(self);
+        (new, core::mem::replace(&mut self.lf, before))
+    }
+
+    /// Reads the memory operand, applies `f`, writes the result back; not atomic. `f` may change flags, which hold when
+    /// the write is done, and nothing else.
     #[inline(always)]
     pub fn modify<T: Int>(&mut self, op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
         let linear = self.lin(op, T::BYTES, Access::Write)?;
@@ -22,8 +30,10 @@ impl Cpu {
         match self.engine.hit::<T>(linear, Access::Write) {
             // SAFETY: `hit` gives mapped memory; `f` doesn't unmap it.
             Some(p) => unsafe {
-                let new = f(self, host_load(p));
+                let old = host_load(p);
+                let (new, flags) = self.before_store(|cpu| f(cpu, old));
                 host_store(p, new);
+                self.lf = flags;
                 Ok(())
             },
             None => self.modify_slow(seg, linear, f),
@@ -35,8 +45,10 @@ impl Cpu {
     fn modify_slow<T: Int>(&mut self, seg: u8, linear: u64, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
         self.prepare_write(seg, linear, T::BYTES)?;
         let old = self.load_bank::<T>(if self.mmu == 3 { 2 } else { self.mmu }, seg, linear)?;
-        let new = f(self, old);
-        self.store_bank(if self.mmu == 3 { 2 } else { self.mmu }, seg, linear, new)
+        let (new, flags) = self.before_store(|cpu| f(cpu, old));
+        self.store_bank(if self.mmu == 3 { 2 } else { self.mmu }, seg, linear, new)?;
+        self.lf = flags;
+        Ok(())
     }
 
     /// As [`Cpu::modify`], atomic towards other processors (LOCK). `f` may be called several times.
@@ -75,10 +87,11 @@ impl Cpu {
         // SAFETY: given.
         let mut old = unsafe { host_load(p) };
         for _ in 0..PATIENCE {
-            let new = f(self, old);
+            let (new, flags) = self.before_store(|cpu| f(cpu, old));
             // SAFETY: given.
             let found = unsafe { host_cas(p, old, new) };
             if found == old {
+                self.lf = flags;
                 return true;
             }
             old = found;
@@ -104,11 +117,28 @@ impl Cpu {
                 return Ok(());
             }
         }
+        // SAFETY: an instruction has nothing to drop.
+        unsafe {
+            self.with_bus(|cpu| {
+                let old = cpu.load_bank::<T>(mmu, seg, linear)?;
+                let (new, flags) = cpu.before_store(|cpu| f(cpu, old));
+                cpu.store_bank(mmu, seg, linear, new)?;
+                cpu.lf = flags;
+                Ok(())
+            })
+        }?
+    }
+
+    /// Calls `f` while no other processor executes anything ([`Machine::lock_bus`]).
+    ///
+    /// # Safety
+    /// `f` has nothing to drop while it touches guest memory.
+    ///
+    /// [`Machine::lock_bus`]: crate::mem::Machine::lock_bus
+    #[cold]
+    pub unsafe fn with_bus<R>(&mut self, f: impl FnOnce(&mut Cpu) -> R) -> Result<R, Stop> {
         let (machine, shared) = (self.engine.machine.clone(), self.engine.shared.clone());
-        machine.lock_bus(&shared, || {
-            let old = self.load_bank::<T>(mmu, seg, linear)?;
-            let new = f(self, old);
-            self.store_bank(mmu, seg, linear, new)
-        })
+        // SAFETY: given.
+        unsafe { machine.lock_bus(&shared, || f(self)) }.map_err(|lost| self.machine_check(lost))
     }
 }

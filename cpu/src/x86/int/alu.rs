@@ -7,7 +7,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::operand::{Ea, Place, memory, place, reg, size, sized, sized_word, two};
 use crate::x86::access::Access;
 use crate::x86::flags::{Int, LazyFlags};
-use crate::x86::op::{Handler, Op, Res, flag, handler};
+use crate::x86::op::{Handler, Op, Res, Stop, flag, handler, handler_registers};
 use crate::x86::state::{Cpu, reg as r};
 
 /// An operation on two values that sets flags.
@@ -129,12 +129,7 @@ pub(super) fn mem_imm<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 
 #[inline(always)]
 fn locked<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Res {
-    // The closure may run again when another processor got in between: each time from the flags of before.
-    let before = cpu.lf;
-    cpu.modify_locked::<T>(op, |cpu, a| {
-        cpu.lf = before;
-        A::run(&mut cpu.lf, a, b)
-    })
+    cpu.modify_locked::<T>(op, |cpu, a| A::run(&mut cpu.lf, a, b))
 }
 
 fn locked_reg<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
@@ -168,13 +163,13 @@ fn binary<A: Binary>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     let lock = A::WRITES && op.has(flag::LOCK);
     Some(match (d, s) {
         (Place::Reg, Place::Reg) if op.dst == op.src => match i.mnemonic() {
-            Mnemonic::Xor | Mnemonic::Sub => sized!(n, |T| handler(zero::<T>)),
-            Mnemonic::Test => sized!(n, |T| handler(test_self::<false, T>)),
-            Mnemonic::And | Mnemonic::Or => sized!(n, |T| handler(test_self::<true, T>)),
-            _ => sized!(n, |T| handler(reg_reg::<A, T>)),
+            Mnemonic::Xor | Mnemonic::Sub => sized!(n, |T| handler_registers(zero::<T>)),
+            Mnemonic::Test => sized!(n, |T| handler_registers(test_self::<false, T>)),
+            Mnemonic::And | Mnemonic::Or => sized!(n, |T| handler_registers(test_self::<true, T>)),
+            _ => sized!(n, |T| handler_registers(reg_reg::<A, T>)),
         },
-        (Place::Reg, Place::Reg) => sized!(n, |T| handler(reg_reg::<A, T>)),
-        (Place::Reg, Place::Imm) => sized!(n, |T| handler(reg_imm::<A, T>)),
+        (Place::Reg, Place::Reg) => sized!(n, |T| handler_registers(reg_reg::<A, T>)),
+        (Place::Reg, Place::Imm) => sized!(n, |T| handler_registers(reg_imm::<A, T>)),
         (Place::Reg, Place::Mem) => sized!(n, |T| memory!(op, |E| reg_mem::<A, E, T>)),
         (Place::Mem, Place::Reg) if lock => sized!(n, |T| handler(locked_reg::<A, T>)),
         (Place::Mem, Place::Imm) if lock => sized!(n, |T| handler(locked_imm::<A, T>)),
@@ -235,11 +230,7 @@ fn unary_mem<A: Unary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 fn unary_locked<A: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let before = cpu.lf;
-    cpu.modify_locked::<T>(op, |cpu, a| {
-        cpu.lf = before;
-        A::run(&mut cpu.lf, a)
-    })
+    cpu.modify_locked::<T>(op, |cpu, a| A::run(&mut cpu.lf, a))
 }
 
 fn unary<A: Unary>(i: &Instruction, op: &mut Op) -> Option<Handler> {
@@ -247,7 +238,7 @@ fn unary<A: Unary>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match place(i, 0)? {
         Place::Reg => {
             op.dst = reg(i, 0);
-            sized!(n, |T| handler(unary_reg::<A, T>))
+            sized!(n, |T| handler_registers(unary_reg::<A, T>))
         }
         _ if op.has(flag::LOCK) => sized!(n, |T| handler(unary_locked::<A, T>)),
         _ => sized!(n, |T| memory!(op, |E| unary_mem::<A, E, T>)),
@@ -283,7 +274,7 @@ fn xadd_mem<const LOCK: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 fn xadd(i: &Instruction, op: &mut Op) -> Option<Handler> {
     let (d, _, n) = two(i, op)?;
     Some(match d {
-        Place::Reg => sized!(n, |T| handler(xadd_reg::<T>)),
+        Place::Reg => sized!(n, |T| handler_registers(xadd_reg::<T>)),
         _ if op.has(flag::LOCK) => sized!(n, |T| handler(xadd_mem::<true, T>)),
         _ => sized!(n, |T| handler(xadd_mem::<false, T>)),
     })
@@ -323,7 +314,7 @@ fn cmpxchg_mem<const LOCK: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 fn cmpxchg(i: &Instruction, op: &mut Op) -> Option<Handler> {
     let (d, _, n) = two(i, op)?;
     Some(match d {
-        Place::Reg => sized!(n, |T| handler(cmpxchg_reg::<T>)),
+        Place::Reg => sized!(n, |T| handler_registers(cmpxchg_reg::<T>)),
         _ if op.has(flag::LOCK) => sized!(n, |T| handler(cmpxchg_mem::<true, T>)),
         _ => sized!(n, |T| handler(cmpxchg_mem::<false, T>)),
     })
@@ -367,7 +358,7 @@ fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Res {
     let expected = [g[r::RAX], g[r::RDX]];
     let new = [g[r::RBX], g[r::RCX]];
     // SAFETY: translate gives the host address of 16 bytes (aligned, so in one page) of registered memory.
-    let found = unsafe { cas128(cpu, p, expected, new) };
+    let found = unsafe { cas128(cpu, p, expected, new) }?;
     cpu.engine.after_code_write(p as usize, 16);
     cpu.lf.set_zf(found == expected);
     if found != expected {
@@ -382,7 +373,7 @@ fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Res {
 ///
 /// # Safety
 /// `p` must be aligned to 16 bytes, mapped and writable.
-unsafe fn cas128(cpu: &Cpu, p: *mut u64, expected: [u64; 2], new: [u64; 2]) -> [u64; 2] {
+unsafe fn cas128(cpu: &mut Cpu, p: *mut u64, expected: [u64; 2], new: [u64; 2]) -> Result<[u64; 2], Stop> {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("cmpxchg16b") {
         let (mut low, mut high) = (expected[0], expected[1]);
@@ -399,16 +390,18 @@ unsafe fn cas128(cpu: &Cpu, p: *mut u64, expected: [u64; 2], new: [u64; 2]) -> [
                 inout("rdx") high,
             );
         }
-        return [low, high];
+        return Ok([low, high]);
     }
     // SAFETY: given.
-    cpu.engine.machine.lock_bus(&cpu.engine.shared, || unsafe {
-        let found = crate::mem::host_load128(p);
-        if found == expected {
-            crate::mem::host_store128(p, new);
-        }
-        found
-    })
+    unsafe {
+        cpu.with_bus(|_| {
+            let found = crate::mem::host_load128(p);
+            if found == expected {
+                crate::mem::host_store128(p, new);
+            }
+            found
+        })
+    }
 }
 
 // ---- ADCX, ADOX ------------------------------------------------------------------------------------------------
@@ -442,7 +435,7 @@ fn adx_mem<const OVERFLOW: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 fn adx<const OVERFLOW: bool>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     let (_, s, n) = two(i, op)?;
     Some(match s {
-        Place::Reg => sized_word!(n, |T| handler(adx_reg::<OVERFLOW, T>)),
+        Place::Reg => sized_word!(n, |T| handler_registers(adx_reg::<OVERFLOW, T>)),
         _ => sized_word!(n, |T| handler(adx_mem::<OVERFLOW, T>)),
     })
 }

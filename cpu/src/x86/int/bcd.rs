@@ -4,7 +4,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::x86::flags::rf;
-use crate::x86::op::{Handler, Op, Res, handler};
+use crate::x86::op::{Handler, Op, Res, handler_registers};
 use crate::x86::state::{Cpu, vector};
 
 /// Writes the flags of a byte result with the given carries; OF, undefined, is cleared.
@@ -84,19 +84,19 @@ fn salc(cpu: &mut Cpu, _: &Op) -> Res {
 /// Translates this module's instructions.
 pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match i.mnemonic() {
-        Mnemonic::Aaa => handler(aa::<false>),
-        Mnemonic::Aas => handler(aa::<true>),
-        Mnemonic::Daa => handler(da::<false>),
-        Mnemonic::Das => handler(da::<true>),
+        Mnemonic::Aaa => handler_registers(aa::<false>),
+        Mnemonic::Aas => handler_registers(aa::<true>),
+        Mnemonic::Daa => handler_registers(da::<false>),
+        Mnemonic::Das => handler_registers(da::<true>),
         Mnemonic::Aam => {
             op.imm = i.immediate8() as u64;
-            handler(aam)
+            handler_registers(aam)
         }
         Mnemonic::Aad => {
             op.imm = i.immediate8() as u64;
-            handler(aad)
+            handler_registers(aad)
         }
-        Mnemonic::Salc => handler(salc),
+        Mnemonic::Salc => handler_registers(salc),
         _ => return None,
     })
 }

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::operand::{Place, sized_word, two};
 use crate::x86::access::Access;
 use crate::x86::flags::{Int, LazyFlags};
-use crate::x86::op::{Handler, Op, Res, flag, handler};
+use crate::x86::op::{Handler, Op, Res, flag, handler, handler_registers};
 use crate::x86::state::Cpu;
 
 // ---- BT, BTS, BTR, BTC -----------------------------------------------------------------------------------------
@@ -89,8 +89,8 @@ fn bt_at<const KIND: u8, T: Int>(cpu: &mut Cpu, op: &Op, linear: u64, bit: u32) 
 
 fn bit_test<const KIND: u8>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match two(i, op)? {
-        (Place::Reg, Place::Reg, n) => sized_word!(n, |T| handler(bt_reg_reg::<KIND, T>)),
-        (Place::Reg, _, n) => sized_word!(n, |T| handler(bt_reg_imm::<KIND, T>)),
+        (Place::Reg, Place::Reg, n) => sized_word!(n, |T| handler_registers(bt_reg_reg::<KIND, T>)),
+        (Place::Reg, _, n) => sized_word!(n, |T| handler_registers(bt_reg_imm::<KIND, T>)),
         (_, Place::Reg, n) => sized_word!(n, |T| handler(bt_mem_reg::<KIND, T>)),
         (_, _, n) => sized_word!(n, |T| handler(bt_mem_imm::<KIND, T>)),
     })
@@ -172,7 +172,7 @@ fn scan_mem<S: Scan, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 
 fn scan<S: Scan>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match two(i, op)? {
-        (_, Place::Reg, n) => sized_word!(n, |T| handler(scan_reg::<S, T>)),
+        (_, Place::Reg, n) => sized_word!(n, |T| handler_registers(scan_reg::<S, T>)),
         (_, _, n) => sized_word!(n, |T| handler(scan_mem::<S, T>)),
     })
 }

@@ -7,7 +7,7 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
 
 use super::operand::{reg, size};
 use crate::x86::flags::{Int, LazyFlags};
-use crate::x86::op::{Handler, Op, Res, handler};
+use crate::x86::op::{Handler, Op, Res, handler, handler_registers};
 use crate::x86::state::{Cpu, reg as r};
 use crate::x86::translate::Context;
 
@@ -203,7 +203,7 @@ fn vex<V: Vex>(i: &Instruction, op: &mut Op, long: bool, rm: u32, v: u32) -> Han
     }
     if i.op_kind(rm) == OpKind::Register {
         op.src = reg(i, rm);
-        wide!(long, size(i, 0), |LONG, T| handler(vex_reg::<V, LONG, T>))
+        wide!(long, size(i, 0), |LONG, T| handler_registers(vex_reg::<V, LONG, T>))
     } else {
         wide!(long, size(i, 0), |LONG, T| handler(vex_mem::<V, LONG, T>))
     }
@@ -232,7 +232,7 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
             op.imm = i.immediate8() as u64;
             if i.op1_kind() == OpKind::Register {
                 op.src = reg(i, 1);
-                wide!(long, size(i, 0), |LONG, T| handler(rorx_reg::<LONG, T>))
+                wide!(long, size(i, 0), |LONG, T| handler_registers(rorx_reg::<LONG, T>))
             } else {
                 wide!(long, size(i, 0), |LONG, T| handler(rorx_mem::<LONG, T>))
             }
@@ -242,7 +242,7 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
             op.aux = reg(i, 1);
             if i.op2_kind() == OpKind::Register {
                 op.src = reg(i, 2);
-                wide!(long, size(i, 0), |LONG, T| handler(mulx_reg::<LONG, T>))
+                wide!(long, size(i, 0), |LONG, T| handler_registers(mulx_reg::<LONG, T>))
             } else {
                 wide!(long, size(i, 0), |LONG, T| handler(mulx_mem::<LONG, T>))
             }

@@ -10,7 +10,7 @@ use super::operand::{Any, Ea, conditional, memory, reg, sized_word};
 use super::stack::{Fast, Legacy, Long, Stack, stacked};
 use crate::engine::chain::{note_call, take_return};
 use crate::x86::flags::Int;
-use crate::x86::op::{Handler, LINK_NONE, LINK_RETURN, Op, Res, Stop, handler};
+use crate::x86::op::{Handler, LINK_NONE, LINK_RETURN, Op, Res, Stop, handler, handler_registers};
 use crate::x86::state::{Cpu, reg as r, sreg};
 use crate::x86::translate::Context;
 
@@ -70,7 +70,7 @@ fn call<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = cpu.rb.gpr[17].wrapping_add(op.imm);
     let target = checked_by::<S, T>(cpu, target)?;
     let next = cpu.next_ip(op);
-    S::push::<T>(cpu, T::from_u64(next))?;
+    S::push::<T>(cpu, op, T::from_u64(next))?;
     if S::LONG && T::BITS == 64 {
         note_call(cpu, next);
     }
@@ -89,7 +89,7 @@ fn go<const CALL: bool, S: Stack, T: Int>(cpu: &mut Cpu, op: &Op, target: T) -> 
     let target = checked_by::<S, T>(cpu, target.to_u64())?;
     if CALL {
         let next = cpu.next_ip(op);
-        S::push::<T>(cpu, T::from_u64(next))?;
+        S::push::<T>(cpu, op, T::from_u64(next))?;
         if S::LONG && T::BITS == 64 {
             note_call(cpu, next);
         }
@@ -109,7 +109,7 @@ fn indirect_mem<const CALL: bool, S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &O
 
 /// RET, with `imm` bytes more to release.
 fn ret<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let target = S::top::<T>(cpu)?;
+    let target = S::top::<T>(cpu, op)?;
     if S::LONG && T::BITS == 64 && take_return(cpu, target.to_u64()) {
         S::release(cpu, T::BYTES as u64 + op.imm);
         return Err(cpu.jump(target.to_u64(), LINK_RETURN));
@@ -240,10 +240,10 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
     let n = width(i);
     if i.is_jcc_short_or_near() {
         let cc = (i.condition_code() as u8).checked_sub(1)?;
-        return Some(conditional!(cc, |CC| moded!(long, n, |LONG, T| handler(jcc::<CC, LONG, T>))));
+        return Some(conditional!(cc, |CC| moded!(long, n, |LONG, T| handler_registers(jcc::<CC, LONG, T>))));
     }
     if i.is_jmp_short_or_near() {
-        return Some(moded!(long, n, |LONG, T| handler(jmp::<LONG, T>)));
+        return Some(moded!(long, n, |LONG, T| handler_registers(jmp::<LONG, T>)));
     }
     if i.is_call_near() {
         return Some(sized_word!(n, |T| stacked!(long, |S| call::<S, T>)));
@@ -266,7 +266,7 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
         }
         Mnemonic::Loop => {
             let c = counter_size(i.code())?;
-            Some(moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<2, LONG, C, T>))))
+            Some(moded!(long, n, |LONG, T| sized_word!(c, |C| handler_registers(loop_::<2, LONG, C, T>))))
         }
         Mnemonic::Loope | Mnemonic::Loopne => {
             let c = counter_size(i.code())?;
@@ -274,14 +274,14 @@ pub fn translate(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> 
             let until_not_equal =
                 i.has_repe_prefix() || i.mnemonic() == Mnemonic::Loope && !i.has_repne_prefix();
             Some(if until_not_equal {
-                moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<1, LONG, C, T>)))
+                moded!(long, n, |LONG, T| sized_word!(c, |C| handler_registers(loop_::<1, LONG, C, T>)))
             } else {
-                moded!(long, n, |LONG, T| sized_word!(c, |C| handler(loop_::<0, LONG, C, T>)))
+                moded!(long, n, |LONG, T| sized_word!(c, |C| handler_registers(loop_::<0, LONG, C, T>)))
             })
         }
         Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz => {
             let c = counter_size(i.code())?;
-            Some(moded!(long, n, |LONG, T| sized_word!(c, |C| handler(jrcxz::<LONG, C, T>))))
+            Some(moded!(long, n, |LONG, T| sized_word!(c, |C| handler_registers(jrcxz::<LONG, C, T>))))
         }
         _ => None,
     }

@@ -9,7 +9,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::operand::{reg, size, sized_word};
 use crate::x86::flags::{Int, rf};
-use crate::x86::op::{Handler, Op, Res, handler};
+use crate::x86::op::{Handler, Op, Res, handler, handler_registers};
 use crate::x86::state::Cpu;
 use crate::x86::translate::undefined;
 
@@ -117,15 +117,15 @@ pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
         | Mnemonic::Bndmk
         | Mnemonic::Bndmov
         | Mnemonic::Bndldx
-        | Mnemonic::Bndstx => handler(nop),
-        Mnemonic::Clc => handler(carry::<false>),
-        Mnemonic::Stc => handler(carry::<true>),
-        Mnemonic::Cmc => handler(cmc),
-        Mnemonic::Cld => handler(direction::<false>),
-        Mnemonic::Std => handler(direction::<true>),
-        Mnemonic::Mfence | Mnemonic::Lfence | Mnemonic::Sfence => handler(memory_fence),
+        | Mnemonic::Bndstx => handler_registers(nop),
+        Mnemonic::Clc => handler_registers(carry::<false>),
+        Mnemonic::Stc => handler_registers(carry::<true>),
+        Mnemonic::Cmc => handler_registers(cmc),
+        Mnemonic::Cld => handler_registers(direction::<false>),
+        Mnemonic::Std => handler_registers(direction::<true>),
+        Mnemonic::Mfence | Mnemonic::Lfence | Mnemonic::Sfence => handler_registers(memory_fence),
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => handler(flush_line),
-        Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 => handler(undefined),
+        Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 => handler_registers(undefined),
         Mnemonic::Rdrand | Mnemonic::Rdseed => {
             op.dst = reg(i, 0);
             sized_word!(size(i, 0), |T| handler(rdrand::<T>))

@@ -9,7 +9,7 @@ use super::operand::{
 };
 use crate::x86::access::Access;
 use crate::x86::flags::{Int, rf};
-use crate::x86::op::{Handler, Op, Res, SLOT_ZERO, handler};
+use crate::x86::op::{Handler, Op, Res, SLOT_ZERO, handler, handler_registers};
 use crate::x86::state::{Cpu, reg as r};
 
 // ---- MOV -------------------------------------------------------------------------------------------------------
@@ -66,8 +66,8 @@ fn wide_offset(i: &Instruction, op: &Op) -> bool {
 fn mov(i: &Instruction, op: &mut Op) -> Option<Handler> {
     let (d, s, n) = two(i, op)?;
     Some(match (d, s) {
-        (Place::Reg, Place::Reg) => sized!(n, |T| handler(mov_reg_reg::<T>)),
-        (Place::Reg, Place::Imm) => sized!(n, |T| handler(mov_reg_imm::<T>)),
+        (Place::Reg, Place::Reg) => sized!(n, |T| handler_registers(mov_reg_reg::<T>)),
+        (Place::Reg, Place::Imm) => sized!(n, |T| handler_registers(mov_reg_imm::<T>)),
         (Place::Reg, Place::Mem) if wide_offset(i, op) => {
             op.imm = i.memory_displacement64();
             sized!(n, |T| handler(mov_load_offset::<T>))
@@ -107,7 +107,7 @@ fn extending<const SIGNED: bool>(i: &Instruction, op: &mut Op) -> Option<Handler
     macro_rules! pick {
         ($s:ty) => {
             match s {
-                Place::Reg => sized_word!(n, |D| handler(extend_reg::<SIGNED, $s, D>)),
+                Place::Reg => sized_word!(n, |D| handler_registers(extend_reg::<SIGNED, $s, D>)),
                 _ => sized_word!(n, |D| memory!(op, |E| extend_mem::<SIGNED, E, $s, D>)),
             }
         };
@@ -145,7 +145,7 @@ fn xchg_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 fn xchg(i: &Instruction, op: &mut Op) -> Option<Handler> {
     let (d, s, n) = two(i, op)?;
     Some(match (d, s) {
-        (Place::Reg, Place::Reg) => sized!(n, |T| handler(xchg_reg::<T>)),
+        (Place::Reg, Place::Reg) => sized!(n, |T| handler_registers(xchg_reg::<T>)),
         (Place::Mem, Place::Reg) => sized!(n, |T| handler(xchg_mem::<T>)),
         (Place::Reg, Place::Mem) => {
             op.src = op.dst;
@@ -179,11 +179,11 @@ fn lea(i: &Instruction, op: &mut Op) -> Option<Handler> {
     let (_, _, n) = two(i, op)?;
     // Truncating the result truncates the address too.
     Some(if n > op.asize as usize {
-        sized_word!(n, |T| handler(lea_any::<T>))
+        sized_word!(n, |T| handler_registers(lea_any::<T>))
     } else if op.index == SLOT_ZERO {
-        sized_word!(n, |T| handler(lea_base::<T>))
+        sized_word!(n, |T| handler_registers(lea_base::<T>))
     } else {
-        sized_word!(n, |T| handler(lea_index::<T>))
+        sized_word!(n, |T| handler_registers(lea_index::<T>))
     })
 }
 
@@ -208,7 +208,7 @@ fn cmov_mem<const CC: u8, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 fn cmov(i: &Instruction, op: &mut Op, cc: u8) -> Option<Handler> {
     let (_, s, n) = two(i, op)?;
     Some(match s {
-        Place::Reg => conditional!(cc, |CC| sized_word!(n, |T| handler(cmov_reg::<CC, T>))),
+        Place::Reg => conditional!(cc, |CC| sized_word!(n, |T| handler_registers(cmov_reg::<CC, T>))),
         _ => conditional!(cc, |CC| sized_word!(n, |T| memory_small!(op, |E| cmov_mem::<CC, E, T>))),
     })
 }
@@ -228,7 +228,7 @@ fn setcc(i: &Instruction, op: &mut Op, cc: u8) -> Option<Handler> {
     Some(match place(i, 0)? {
         Place::Reg => {
             op.dst = reg(i, 0);
-            conditional!(cc, |CC| handler(setcc_reg::<CC>))
+            conditional!(cc, |CC| handler_registers(setcc_reg::<CC>))
         }
         _ => conditional!(cc, |CC| memory_small!(op, |E| setcc_mem::<CC, E>)),
     })
@@ -370,17 +370,17 @@ pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
         Mnemonic::Movbe => return movbe(i, op),
         Mnemonic::Bswap => {
             op.dst = reg(i, 0);
-            sized_word!(size(i, 0), |T| handler(bswap::<T>))
+            sized_word!(size(i, 0), |T| handler_registers(bswap::<T>))
         }
-        Mnemonic::Cbw => handler(extend_accumulator::<u8, u16>),
-        Mnemonic::Cwde => handler(extend_accumulator::<u16, u32>),
-        Mnemonic::Cdqe => handler(extend_accumulator::<u32, u64>),
-        Mnemonic::Cwd => handler(sign_to_rdx::<u16>),
-        Mnemonic::Cdq => handler(sign_to_rdx::<u32>),
-        Mnemonic::Cqo => handler(sign_to_rdx::<u64>),
+        Mnemonic::Cbw => handler_registers(extend_accumulator::<u8, u16>),
+        Mnemonic::Cwde => handler_registers(extend_accumulator::<u16, u32>),
+        Mnemonic::Cdqe => handler_registers(extend_accumulator::<u32, u64>),
+        Mnemonic::Cwd => handler_registers(sign_to_rdx::<u16>),
+        Mnemonic::Cdq => handler_registers(sign_to_rdx::<u32>),
+        Mnemonic::Cqo => handler_registers(sign_to_rdx::<u64>),
         Mnemonic::Xlatb if i.op0_kind() == OpKind::Memory => handler(xlat),
-        Mnemonic::Lahf => handler(lahf),
-        Mnemonic::Sahf => handler(sahf),
+        Mnemonic::Lahf => handler_registers(lahf),
+        Mnemonic::Sahf => handler_registers(sahf),
         m => {
             if let Some(cc) = cmov_condition(m) {
                 return cmov(i, op, cc);

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::operand::{Ea, Place, memory, memory_small, place, reg, size, sized, sized_word, two};
 use crate::x86::flags::Int;
-use crate::x86::op::{Handler, Op, Res, handler};
+use crate::x86::op::{Handler, Op, Res, handler, handler_registers};
 use crate::x86::state::{Cpu, reg as r, vector};
 
 const RAX: u8 = r::RAX as u8 * 8;
@@ -160,14 +160,14 @@ fn one(i: &Instruction, op: &mut Op) -> Option<(Place, usize)> {
 
 fn multiplying<const SIGNED: bool>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match one(i, op)? {
-        (Place::Reg, n) => sized!(n, |T| handler(mul_reg::<SIGNED, T>)),
+        (Place::Reg, n) => sized!(n, |T| handler_registers(mul_reg::<SIGNED, T>)),
         (_, n) => sized!(n, |T| memory_small!(op, |E| mul_mem::<SIGNED, E, T>)),
     })
 }
 
 fn dividing<const SIGNED: bool>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match one(i, op)? {
-        (Place::Reg, n) => sized!(n, |T| handler(div_reg::<SIGNED, T>)),
+        (Place::Reg, n) => sized!(n, |T| handler_registers(div_reg::<SIGNED, T>)),
         (_, n) => sized!(n, |T| handler(div_mem::<SIGNED, T>)),
     })
 }
@@ -183,8 +183,8 @@ pub fn translate(i: &Instruction, op: &mut Op) -> Option<Handler> {
                 op.imm = i.immediate(2);
             }
             Some(match (s, i.op_count()) {
-                (Place::Reg, 2) => sized_word!(n, |T| handler(imul_reg::<T>)),
-                (Place::Reg, _) => sized_word!(n, |T| handler(imul_reg_imm::<T>)),
+                (Place::Reg, 2) => sized_word!(n, |T| handler_registers(imul_reg::<T>)),
+                (Place::Reg, _) => sized_word!(n, |T| handler_registers(imul_reg_imm::<T>)),
                 (_, 2) => sized_word!(n, |T| memory_small!(op, |E| imul_mem::<E, T>)),
                 _ => sized_word!(n, |T| memory_small!(op, |E| imul_mem_imm::<E, T>)),
             })

@@ -3,7 +3,7 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use crate::mem::{host_load, host_store};
+use crate::mem::lost::{load_for, store_for};
 use crate::x86::access::Access;
 use crate::x86::flags::Int;
 use crate::x86::op::{Op, Res, SLOT_ZERO, Stop, flag};
@@ -44,6 +44,19 @@ impl Ea for Any {
     }
 }
 
+#[inline(always)]
+fn modify_fast<T: Int>(cpu: &mut Cpu, op: &Op, linear: u64, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
+    let Some(addend) = cpu.engine.addend(linear, T::BYTES, Access::Write) else { return Err(Stop::Slow) };
+    // SAFETY: memory that the TLB maps is registered, writable, and its loss is expected.
+    unsafe {
+        let old = load_for(op, addend, linear);
+        let (new, flags) = cpu.before_store(|cpu| f(cpu, old));
+        store_for(op, addend, linear, new);
+        cpu.lf = flags;
+    }
+    Ok(())
+}
+
 macro_rules! fast {
     ($($(#[$doc:meta])* $name:ident |$cpu:ident, $op:ident| $linear:expr;)*) => {$(
         $(#[$doc])*
@@ -52,31 +65,17 @@ macro_rules! fast {
         impl Ea for $name {
             #[inline(always)]
             fn load<T: Int>($cpu: &mut Cpu, $op: &Op) -> Result<T, Stop> {
-                match $cpu.engine.hit::<T>($linear, Access::Read) {
-                    // SAFETY: `hit` gives mapped memory.
-                    Some(p) => Ok(unsafe { host_load(p) }),
-                    None => Err(Stop::Slow),
-                }
+                $cpu.engine.load($op, $linear).ok_or(Stop::Slow)
             }
             #[inline(always)]
             fn store<T: Int>($cpu: &mut Cpu, $op: &Op, v: T) -> Res {
-                match $cpu.engine.hit::<T>($linear, Access::Write) {
-                    // SAFETY: `hit` gives mapped, writable memory.
-                    Some(p) => Ok(unsafe { host_store(p, v) }),
-                    None => Err(Stop::Slow),
-                }
+                let linear = $linear;
+                $cpu.engine.store($op, linear, v).ok_or(Stop::Slow)
             }
             #[inline(always)]
             fn modify<T: Int>($cpu: &mut Cpu, $op: &Op, f: impl FnOnce(&mut Cpu, T) -> T) -> Res {
-                match $cpu.engine.hit::<T>($linear, Access::Write) {
-                    // SAFETY: `hit` gives mapped, writable memory; `f` doesn't unmap it.
-                    Some(p) => unsafe {
-                        let v = f($cpu, host_load(p));
-                        host_store(p, v);
-                        Ok(())
-                    },
-                    None => Err(Stop::Slow),
-                }
+                let linear = $linear;
+                modify_fast($cpu, $op, linear, f)
             }
         }
     )*};

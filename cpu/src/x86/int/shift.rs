@@ -7,7 +7,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::operand::{Ea, Place, memory, place, reg, size, sized, sized_word};
 use crate::x86::flags::{Int, LazyFlags};
-use crate::x86::op::{Handler, Op, Res, handler};
+use crate::x86::op::{Handler, Op, Res, handler, handler_registers};
 use crate::x86::state::{Cpu, reg as r};
 
 /// A shift or rotate by a count that is masked and not zero.
@@ -161,14 +161,14 @@ fn shift<S: Shift>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     }
     if i.op_kind(1) == OpKind::Register {
         return Some(match d {
-            Place::Reg => sized!(n, |T| handler(reg_cl::<S, T>)),
+            Place::Reg => sized!(n, |T| handler_registers(reg_cl::<S, T>)),
             _ => sized!(n, |T| memory!(op, |E| mem_cl::<S, E, T>)),
         });
     }
     op.imm = i.immediate8() as u64 & if n == 8 { 63 } else { 31 };
     Some(match (d, op.imm) {
-        (Place::Reg, 0) => sized!(n, |T| handler(reg_zero::<T>)),
-        (Place::Reg, _) => sized!(n, |T| handler(reg_imm::<S, T>)),
+        (Place::Reg, 0) => sized!(n, |T| handler_registers(reg_zero::<T>)),
+        (Place::Reg, _) => sized!(n, |T| handler_registers(reg_imm::<S, T>)),
         (_, 0) => sized!(n, |T| handler(mem_zero::<T>)),
         _ => sized!(n, |T| memory!(op, |E| mem_imm::<S, E, T>)),
     })
@@ -230,7 +230,7 @@ fn double<const LEFT: bool>(i: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match place(i, 0)? {
         Place::Reg => {
             op.dst = reg(i, 0);
-            sized_word!(n, |T| handler(double_reg::<LEFT, T>))
+            sized_word!(n, |T| handler_registers(double_reg::<LEFT, T>))
         }
         _ => sized_word!(n, |T| handler(double_mem::<LEFT, T>)),
     })

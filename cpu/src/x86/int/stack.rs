@@ -4,7 +4,6 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::operand::{Any, Ea, Place, memory, place, reg, sized_word};
-use crate::mem::{host_load, host_store};
 use crate::x86::access::Access;
 use crate::x86::flags::Int;
 use crate::x86::op::{Handler, Op, Res, Stop, handler};
@@ -13,14 +12,19 @@ use crate::x86::translate::Context;
 
 const SS: u8 = sreg::SS as u8;
 
-/// How the stack is accessed; chosen once, at translation.
+/// How the stack is accessed for an op; chosen once, at translation.
 pub trait Stack: Copy + 'static {
     /// 64-bit code.
     const LONG: bool;
     /// Pushes.
-    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res;
+    fn push<T: Int>(cpu: &mut Cpu, op: &Op, v: T) -> Res;
+    /// Reads where a stack pointer leads.
+    fn at<T: Int>(cpu: &mut Cpu, op: &Op, sp: u64) -> Result<T, Stop>;
     /// Reads the top.
-    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop>;
+    #[inline(always)]
+    fn top<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<T, Stop> {
+        Self::at(cpu, op, cpu.rb.gpr[r::RSP])
+    }
     /// Moves the stack pointer up by `n` bytes.
     fn release(cpu: &mut Cpu, n: u64);
 }
@@ -38,23 +42,15 @@ pub struct Legacy;
 impl Stack for Fast {
     const LONG: bool = true;
     #[inline(always)]
-    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res {
+    fn push<T: Int>(cpu: &mut Cpu, op: &Op, v: T) -> Res {
         let sp = cpu.rb.gpr[r::RSP].wrapping_sub(T::BYTES as u64);
-        match cpu.engine.hit::<T>(sp, Access::Write) {
-            // SAFETY: `hit` gives mapped, writable memory.
-            Some(p) => unsafe { host_store(p, v) },
-            None => return Err(Stop::Slow),
-        }
+        cpu.engine.store(op, sp, v).ok_or(Stop::Slow)?;
         cpu.rb.gpr[r::RSP] = sp;
         Ok(())
     }
     #[inline(always)]
-    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
-        match cpu.engine.hit::<T>(cpu.rb.gpr[r::RSP], Access::Read) {
-            // SAFETY: `hit` gives mapped memory.
-            Some(p) => Ok(unsafe { host_load(p) }),
-            None => Err(Stop::Slow),
-        }
+    fn at<T: Int>(cpu: &mut Cpu, op: &Op, sp: u64) -> Result<T, Stop> {
+        cpu.engine.load(op, sp).ok_or(Stop::Slow)
     }
     #[inline(always)]
     fn release(cpu: &mut Cpu, n: u64) {
@@ -65,15 +61,14 @@ impl Stack for Fast {
 impl Stack for Long {
     const LONG: bool = true;
     #[inline(always)]
-    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res {
+    fn push<T: Int>(cpu: &mut Cpu, _: &Op, v: T) -> Res {
         let sp = cpu.rb.gpr[r::RSP].wrapping_sub(T::BYTES as u64);
         cpu.store_at(SS, sp, v)?;
         cpu.rb.gpr[r::RSP] = sp;
         Ok(())
     }
     #[inline(always)]
-    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
-        let sp = cpu.rb.gpr[r::RSP];
+    fn at<T: Int>(cpu: &mut Cpu, _: &Op, sp: u64) -> Result<T, Stop> {
         cpu.load_at(SS, sp)
     }
     #[inline(always)]
@@ -85,12 +80,13 @@ impl Stack for Long {
 impl Stack for Legacy {
     const LONG: bool = false;
     #[inline(always)]
-    fn push<T: Int>(cpu: &mut Cpu, v: T) -> Res {
+    fn push<T: Int>(cpu: &mut Cpu, _: &Op, v: T) -> Res {
         cpu.push(v)
     }
     #[inline(always)]
-    fn top<T: Int>(cpu: &mut Cpu) -> Result<T, Stop> {
-        cpu.peek(0)
+    fn at<T: Int>(cpu: &mut Cpu, _: &Op, sp: u64) -> Result<T, Stop> {
+        let linear = cpu.stack_lin(sp, T::BYTES, Access::Read)?;
+        cpu.load_at(SS, linear)
     }
     #[inline(always)]
     fn release(cpu: &mut Cpu, n: u64) {
@@ -123,20 +119,20 @@ pub(super) use stacked;
 
 fn push_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.src);
-    S::push::<T>(cpu, v)
+    S::push::<T>(cpu, op, v)
 }
 
 fn push_imm<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    S::push::<T>(cpu, T::from_u64(op.imm))
+    S::push::<T>(cpu, op, T::from_u64(op.imm))
 }
 
 fn push_mem<S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = E::load::<T>(cpu, op)?;
-    S::push::<T>(cpu, v)
+    S::push::<T>(cpu, op, v)
 }
 
 fn pop_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
-    let v = S::top::<T>(cpu)?;
+    let v = S::top::<T>(cpu, op)?;
     S::release(cpu, T::BYTES as u64);
     cpu.set_reg(op.dst, v);
     Ok(())
@@ -145,13 +141,15 @@ fn pop_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 /// The destination's address is computed with the stack pointer of after the pop.
 fn pop_mem<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let before = cpu.rb.gpr[r::RSP];
-    let v = S::top::<T>(cpu)?;
+    let v = S::top::<T>(cpu, op)?;
     S::release(cpu, T::BYTES as u64);
-    let done = cpu.store(op, v);
-    if done.is_err() {
-        cpu.rb.gpr[r::RSP] = before;
-    }
-    done
+    let after = cpu.rb.gpr[r::RSP];
+    let linear = cpu.lin(op, T::BYTES, Access::Write);
+    // Nothing has changed yet when the store fails.
+    cpu.rb.gpr[r::RSP] = before;
+    cpu.store_at(op.seg, linear?, v)?;
+    cpu.rb.gpr[r::RSP] = after;
+    Ok(())
 }
 
 /// Operand bytes of a push or pop.
@@ -254,25 +252,17 @@ fn enter<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 /// LEAVE: the frame is read before anything changes.
-fn leave<S: Stack, T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
-    let before = cpu.rb.gpr[r::RSP];
+fn leave<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let bp = cpu.rb.gpr[r::RBP];
+    let v = S::at::<T>(cpu, op, bp)?;
     if S::LONG {
         cpu.rb.gpr[r::RSP] = bp;
     } else {
         cpu.set_sp(bp);
     }
-    match S::top::<T>(cpu) {
-        Ok(v) => {
-            S::release(cpu, T::BYTES as u64);
-            cpu.set_reg(r::RBP as u8 * 8, v);
-            Ok(())
-        }
-        Err(stop) => {
-            cpu.rb.gpr[r::RSP] = before;
-            Err(stop)
-        }
-    }
+    S::release(cpu, T::BYTES as u64);
+    cpu.set_reg(r::RBP as u8 * 8, v);
+    Ok(())
 }
 
 /// Translates this module's instructions.

@@ -102,7 +102,7 @@ impl Cpu {
                 done => return done,
             }
         }
-        let (machine, shared) = (self.engine.machine.clone(), self.engine.shared.clone());
-        machine.lock_bus(&shared, || self.walk_guest(bank, linear, access))
+        // SAFETY: a walk has nothing to drop.
+        unsafe { self.with_bus(|cpu| cpu.walk_guest(bank, linear, access)) }?
     }
 }

@@ -5,7 +5,6 @@ use super::super::flags::Int;
 use super::super::op::{Op, SLOT_ZERO, flag};
 use super::super::state::{Cpu, cr0, cr4, sreg};
 use super::vector::V;
-use crate::mem::{host_load, host_load128, host_store, host_store128};
 
 /// Whether the linear address is base plus displacement: 64-bit code and addresses, no index, no FS or GS.
 pub fn is_simple(op: &Op) -> bool {
@@ -32,49 +31,26 @@ impl Cpu {
     /// The memory operand, if it is in the TLB and within a page.
     #[inline(always)]
     pub fn quick_load<T: Int, const SIMPLE: bool>(&self, op: &Op) -> Option<T> {
-        let linear = self.quick_lin::<SIMPLE>(op)?;
-        let e = self.engine.tlb.entry(self.mmu, linear);
-        (e.read == self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1))).then(|| {
-            // SAFETY: as in `Cpu::load_bank`.
-            unsafe { host_load(e.addend.wrapping_add(linear) as *const T) }
-        })
+        self.engine.load(op, self.quick_lin::<SIMPLE>(op)?)
     }
 
     /// Stores the memory operand, if it is in the TLB and within a page.
     #[inline(always)]
     pub fn quick_store<T: Int, const SIMPLE: bool>(&mut self, op: &Op, v: T) -> bool {
-        let Some(linear) = self.quick_lin::<SIMPLE>(op) else { return false };
-        let e = self.engine.tlb.entry(self.mmu, linear);
-        if e.write != self.engine.tlb.tag(linear.wrapping_add(T::BYTES as u64 - 1)) {
-            return false;
-        }
-        // SAFETY: as in `Cpu::load_bank`.
-        unsafe { host_store(e.addend.wrapping_add(linear) as *mut T, v) };
-        true
+        self.quick_lin::<SIMPLE>(op).and_then(|linear| self.engine.store(op, linear, v)).is_some()
     }
 
     /// The 16-byte memory operand, if it is in the TLB, within a page and aligned where it must be.
     #[inline(always)]
     pub fn quick_load128<const ALIGNED: bool, const SIMPLE: bool>(&self, op: &Op) -> Option<V> {
         let linear = self.quick_lin::<SIMPLE>(op)?;
-        let e = self.engine.tlb.entry(self.mmu, linear);
-        let hit = e.read == self.engine.tlb.tag(linear.wrapping_add(15)) && !(ALIGNED && linear & 15 != 0);
-        hit.then(|| {
-            // SAFETY: as in `Cpu::load_bank`.
-            unsafe { host_load128(e.addend.wrapping_add(linear) as *const u64) }
-        })
+        if ALIGNED && linear & 15 != 0 { None } else { self.engine.load128(op, linear) }
     }
 
     /// Stores 16 bytes, if the operand is in the TLB, within a page and aligned where it must be.
     #[inline(always)]
     pub fn quick_store128<const ALIGNED: bool, const SIMPLE: bool>(&mut self, op: &Op, v: V) -> bool {
         let Some(linear) = self.quick_lin::<SIMPLE>(op) else { return false };
-        let e = self.engine.tlb.entry(self.mmu, linear);
-        if e.write != self.engine.tlb.tag(linear.wrapping_add(15)) || ALIGNED && linear & 15 != 0 {
-            return false;
-        }
-        // SAFETY: as in `Cpu::load_bank`.
-        unsafe { host_store128(e.addend.wrapping_add(linear) as *mut u64, v) };
-        true
+        !(ALIGNED && linear & 15 != 0) && self.engine.store128(op, linear, v).is_some()
     }
 }

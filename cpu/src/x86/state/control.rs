@@ -71,4 +71,15 @@ pub struct SystemState {
     pub pause_last: u64,
     /// MONITOR has run and MWAIT has not.
     pub monitor_armed: bool,
+    /// What the instruction that runs by itself goes on with if it doesn't retire.
+    pub held: Held,
+}
+
+/// State that ends with the next instruction.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Held {
+    /// The interrupt shadow was in force.
+    pub shadow: bool,
+    /// RFLAGS.RF, in place.
+    pub resume: u64,
 }

@@ -8,12 +8,13 @@ use super::system::exitcode;
 use crate::engine::op::Stop;
 use crate::engine::state::Engine;
 use crate::mem::Machine;
+use crate::mem::lost::Lost;
 
 mod control;
 mod numbers;
 mod registers;
 
-pub use control::{Control, Exception, Exit, SystemState};
+pub use control::{Control, Exception, Exit, Held, SystemState};
 pub use numbers::{cr0, cr4, efer, reg, sreg, vector};
 pub use registers::{Msrs, RegisterBlock, Segment, TableRegister};
 
@@ -296,6 +297,18 @@ impl Cpu {
     pub fn vmexit(&mut self, code: u64, info1: u64, info2: u64) -> Stop {
         self.exit = Exit { code, info1, info2 };
         Stop::Exit
+    }
+    /// Memory that is lost is an address without anything behind it, of which real processors get a machine check. It
+    /// is not the guest's to handle: #VMEXIT if machine checks are intercepted, with the physical address, which MCi_ADDR
+    /// has on real processors, in EXITINFO2; else shutdown. The instruction has not retired.
+    #[cold]
+    pub fn machine_check(&mut self, lost: Lost) -> Stop {
+        let code = exitcode::EXCP0 + vector::MC as u64;
+        if self.intercepted(code) {
+            self.vmexit(code, 0, lost.address as u64)
+        } else {
+            self.vmexit(exitcode::SHUTDOWN, 0, 0)
+        }
     }
     /// Whether the intercept that leaves with exit code `code` is set.
     #[inline(always)]

@@ -188,9 +188,8 @@ impl Cpu {
         let p = host as *mut u8;
         // SAFETY: `translate` gives the host address of registered memory.
         if !unsafe { self.exchange(p, &mut |_, b| f(b)) } {
-            let (machine, shared) = (self.engine.machine.clone(), self.engine.shared.clone());
             // SAFETY: as above.
-            machine.lock_bus(&shared, || unsafe { host_store(p, f(host_load(p))) });
+            unsafe { self.with_bus(|_| host_store(p, f(host_load(p)))) }?;
         }
         self.engine.after_code_write(host, 1);
         Ok(())

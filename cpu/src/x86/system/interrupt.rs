@@ -220,9 +220,9 @@ impl Cpu {
     /// One attempt: `Ok` when the handler is about to run; `Err(Stop::Fault)` with `self.exception`; `Err(Stop::Exit)`.
     fn attempt(&mut self, e: &Event) -> Res {
         // Whatever block ran, it is over: a frame pushed onto its code is noticed by the next look-up.
-        let block = core::mem::replace(&mut self.engine.block, core::ptr::null_mut());
+        let single = core::mem::replace(&mut self.engine.single, true);
         let done = self.transfer(e);
-        self.engine.block = block;
+        self.engine.single = single;
         done
     }
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from softkvm.kvm.memory.host_mappings import READ, READ_WRITE
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from softkvm._softcpu import Machine
     from softkvm.kvm.memory.host_mappings import HostMappings
     from softkvm.kvm.memory.memslots import MemorySlot, Memslots
+
+
+#: What an access raises when the slot went away meanwhile, or the memory behind it.
+_GONE: Final = (ValueError, OSError)
 
 
 class HasMemory(Protocol):
@@ -58,7 +62,7 @@ def _read_page(vm: HasMemory, gpa: int, size: int) -> bytes | None:
         return None
     try:
         return vm.machine.read(hva, size)
-    except ValueError:  # the slot went away meanwhile
+    except _GONE:
         return None
 
 
@@ -82,7 +86,7 @@ def write_guest(vm: HasMemory, gpa: int, data: bytes) -> bool:
             return False
         try:
             vm.machine.write(gpa + slot.hva_offset, data[offset : offset + chunk])
-        except ValueError:
+        except _GONE:
             return False
         _mark_page_dirty(vm, gpa >> PAGE_SHIFT)
         gpa += chunk
@@ -115,5 +119,5 @@ def cmpxchg_guest(vm: HasMemory, gpa: int, expected: bytes, new: bytes) -> bytes
                 _mark_page_dirty(vm, gpa >> PAGE_SHIFT)
                 return expected
             current = found
-    except ValueError:
+    except _GONE:
         return None

@@ -6,12 +6,14 @@ A handler returns 1 to enter the guest again and 0 to leave for userspace.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
+from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import io, reset
 from softkvm.kvm.x86.emulate import system as emulate_system
@@ -291,8 +293,13 @@ def ac_interception(vcpu: Vcpu) -> int:
 
 
 def mc_interception(vcpu: Vcpu) -> int:
-    """#MC: the silicon raises none."""
-    return 1
+    """#MC: memory that was mapped for the guest has been taken away; EFAULT, as where the kernel gets no pages.
+
+    The next KVM_RUN looks again what is there.
+    """
+    hva = vcpu.q[EXIT_INFO_2]
+    vcpu.vm.host_unmapped(hva, 1)
+    raise kvm_error(errno.EFAULT, f"guest memory at {hva:#x} is not there, or not for writing")
 
 
 def gp_interception(vcpu: Vcpu) -> int:

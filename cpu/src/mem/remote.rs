@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A machine's memory as threads use it that are no processor's: KVM, devices.
+
+use std::sync::atomic::AtomicU64;
+
+use super::Machine;
+use super::host::{host_read, host_write};
+use super::lost::{Lost, guarded};
+use super::region::{PAGE_SIZE, RegionTable};
+use super::shared::pending;
+
+/// Why memory was not accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessError {
+    /// Not inside of a region, or not aligned.
+    Unregistered,
+    /// It is registered, and not there (any more), or not for writing.
+    Lost(Lost),
+}
+
+impl From<Lost> for AccessError {
+    fn from(lost: Lost) -> AccessError {
+        AccessError::Lost(lost)
+    }
+}
+
+impl Machine {
+    /// Calls `f`, which touches `size` bytes at `address`, if they are registered. No processor has the bus meanwhile.
+    fn access<R>(&self, address: usize, size: usize, f: impl FnOnce() -> R) -> Result<R, AccessError> {
+        let regions: &RegionTable = &self.regions();
+        if !regions.contains(address, size) {
+            return Err(AccessError::Unregistered);
+        }
+        let covers = |lost: usize| lost.wrapping_sub(address & !(PAGE_SIZE - 1)) < size + PAGE_SIZE;
+        // SAFETY: the functions below have nothing to drop; what `covers` looks at does not change.
+        Ok(self.bus.with_host_access(|| unsafe { guarded(&covers, f) })?)
+    }
+
+    /// Copies memory out; while others write there the bytes may be old and new ones.
+    pub fn read(&self, address: usize, out: &mut [u8]) -> Result<(), AccessError> {
+        // SAFETY: registered memory is mapped, or its loss is expected.
+        self.access(address, out.len(), || unsafe { host_read(address as *const u8, out) })
+    }
+
+    /// Copies bytes into memory.
+    pub fn write(&self, address: usize, bytes: &[u8]) -> Result<(), AccessError> {
+        // SAFETY: as above.
+        self.access(address, bytes.len(), || unsafe { host_write(bytes, address as *mut u8) })?;
+        self.notify_write(address, bytes.len());
+        Ok(())
+    }
+
+    /// Calls `f` with `count` words at `address`, a multiple of 8: entries of page tables. `f` must not have anything to
+    /// drop while it looks at them.
+    ///
+    /// # Safety
+    /// `f` is left in the middle if the memory is lost: what it has on the stack then needs no drop.
+    pub unsafe fn words<R>(
+        &self,
+        address: usize,
+        count: usize,
+        f: impl FnOnce(&[AtomicU64]) -> R,
+    ) -> Result<R, AccessError> {
+        if address % 8 != 0 {
+            return Err(AccessError::Unregistered);
+        }
+        let words = address as *const AtomicU64;
+        // SAFETY: registered memory is mapped, or its loss is expected; AtomicU64 has the layout of u64 and allows
+        // concurrent writers.
+        self.access(address, count.saturating_mul(8), || {
+            f(unsafe { core::slice::from_raw_parts(words, count) })
+        })
+    }
+
+    /// The host wrote `size` bytes at `address` (a device, KVM): cached code there is checked again before it runs.
+    pub fn notify_write(&self, address: usize, size: usize) {
+        if self.regions().take_code(address, size) {
+            self.signal(None, pending::CODE_CHANGED);
+        }
+    }
+}
