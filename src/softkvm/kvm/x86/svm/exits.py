@@ -102,12 +102,8 @@ def npf_interception(vcpu: Vcpu) -> int:
     gpa, error = q[EXIT_INFO_2], q[EXIT_INFO_1]
     if page_fault(vcpu, gpa, error) != RET_PF_EMULATE:
         return 1
-    return _mmio(vcpu, gpa, error)
-
-
-def _mmio(vcpu: Vcpu, gpa: int, error: int) -> int:
-    """Emulate an access to a guest-physical address without memory, or a write to read-only memory."""
-    if vcpu.q[EXIT_INT_INFO] & EVTINJ_VALID:
+    # There is no memory, or it is a write to read-only memory.
+    if q[EXIT_INT_INFO] & EVTINJ_VALID:
         return _event_vectoring_error(vcpu)
     if error & V.PFERR_GUEST_PAGE and not error & PFERR_GUEST_FINAL:
         gpa = -1  # the walk of the guest's tables faulted: this isn't the operand's address
