@@ -5,9 +5,12 @@ Physical addresses are host virtual addresses (*hva*). Guest state lives in the 
 appendix B) and in the register block (:attr:`Cpu.registers`).
 """
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from typing_extensions import Buffer
+
+_R = TypeVar("_R")
 
 class Page(Buffer):
     """Zeroed pages of the machine's own, in a row; supports the buffer protocol."""
@@ -68,10 +71,16 @@ class Cpu:
         Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run in
         ``end_run``. Python handlers whose signals came before run now; what one raises is raised, and no run has
         begun. With ``mask`` (bit n - 1 for signal n) just those signals are blocked during the run; others that the
-        thread had blocked interrupt it and pend again behind it. EBUSY if another thread's run is under way.
+        thread had blocked interrupt it and pend again behind it. Waits for another thread's run or :meth:`request`, in
+        which Python handlers run, too; EBUSY if the thread itself is in one.
         """
     def end_run(self) -> None:
         """End the run, send what :meth:`kick_at_entry` has collected, and raise the signals that came meanwhile."""
+    def request(self, function: Callable[..., _R], *args: object, **named: object) -> _R:
+        """Call ``function`` as :func:`uninterrupted` does while no other thread runs the processor or is in a request.
+
+        Waits for those; Python handlers run meanwhile. In a run or request of the thread's own it is just a call.
+        """
     def interrupt(self) -> None:
         """End the run, or the next one, by a kick that stays until it is taken."""
     interrupted: bool
@@ -139,6 +148,12 @@ def watch_signal(signal: int) -> None:
     """Tell that a handler has been installed for ``signal``: from now on it is known to :meth:`Cpu.begin_run`.
 
     Handlers that nobody tells of are found within 20 ms, when a run begins.
+    """
+
+def uninterrupted(function: Callable[..., _R], *args: object, **named: object) -> _R:
+    """Call ``function`` while signals to the thread wait as in a run: handlers run before and behind it.
+
+    What a Python handler raises then is raised in the place of the result.
     """
 
 def decode(code: bytes, bitness: int, ip: int) -> Instruction: ...

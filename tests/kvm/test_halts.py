@@ -54,6 +54,10 @@ class Halting:
     def halted(self, times: int) -> None:
         until(lambda: self.stats()["halt_exits"] == times)
 
+    def nmi(self) -> None:
+        """Send an NMI as an MSI: KVM_NMI would wait for the end of KVM_RUN."""
+        assert self.tiny.vm.signal_msi(abi.kvm_msi(address_lo=0xFEE0_0000, data=4 << 8)) == 1
+
     def stats(self) -> dict[str, int]:
         return self.vcpu.stats()
 
@@ -68,10 +72,10 @@ def test_a_halted_vcpu_waits_awake_once_halts_have_been_short() -> None:
     with Halting(Params(halt_poll_ns=60 * second, halt_poll_ns_grow_start=60 * second)) as guest:
         guest.halted(1)
         assert guest.stats()["halt_attempted_poll"] == 0, "the first halt has no past"
-        guest.vcpu.nmi()
+        guest.nmi()
         guest.halted(2)
         until(lambda: guest.vcpu.halt_polling)
-        guest.vcpu.nmi()
+        guest.nmi()
         guest.halted(3)
         stats = guest.stats()
         assert (stats["halt_attempted_poll"], stats["halt_successful_poll"]) == (1, 1)
@@ -83,10 +87,10 @@ def test_a_halted_vcpu_waits_awake_once_halts_have_been_short() -> None:
 def test_a_wait_that_was_in_vain_ends_asleep() -> None:
     with Halting(Params(halt_poll_ns=60_000 * MS, halt_poll_ns_grow_start=MS)) as guest:
         guest.halted(1)
-        guest.vcpu.nmi()
+        guest.nmi()
         guest.halted(2)
         until(lambda: guest.stats()["halt_poll_fail_ns"] >= MS)
-        guest.vcpu.nmi()
+        guest.nmi()
         guest.halted(3)
         assert guest.stats()["halt_successful_poll"] == 0
         assert guest.stats()["halt_wait_ns"] > 0
@@ -101,7 +105,7 @@ def test_without_a_limit_nobody_waits_awake(limit: int | None) -> None:
     with guest:
         for halts in range(1, 4):
             guest.halted(halts)
-            guest.vcpu.nmi()
+            guest.nmi()
         assert guest.stats()["halt_attempted_poll"] == 0
 
 

@@ -4,6 +4,7 @@
 mod decode;
 mod machine;
 mod processor;
+mod request;
 mod signals;
 mod timer;
 
@@ -83,6 +84,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
     m.add_function(wrap_pyfunction!(sched_yield, m)?)?;
     m.add_function(wrap_pyfunction!(watch_signal, m)?)?;
+    m.add_function(wrap_pyfunction!(request::uninterrupted, m)?)?;
     m.add_function(wrap_pyfunction!(cpuid, m)?)?;
     m.add_function(wrap_pyfunction!(exit_name, m)?)?;
     m.add_function(wrap_pyfunction!(decode::decode, m)?)?;

@@ -10,12 +10,14 @@ use std::sync::{Arc, Mutex};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 use softcpu::clock::clock_ns;
 use softcpu::engine::state::Engine;
 use softcpu::mem::{Machine, Shared, Wake};
 use softcpu::x86::state::Cpu;
 
 use crate::machine::{PyMachine, own};
+use crate::request;
 use crate::signals::{self, Runner};
 use crate::timer;
 
@@ -138,7 +140,7 @@ impl PyCpu {
         let mut cpu = Cpu::new(machine.clone(), index);
         let registers = (&raw mut cpu.rb).cast::<u8>();
         let shared = cpu.engine.shared().clone();
-        let runner = Runner::new(&shared);
+        let runner = Runner::new(Some(&shared));
         Ok(PyCpu {
             inner: UnsafeCell::new(cpu),
             registers,
@@ -178,12 +180,17 @@ impl PyCpu {
 
     #[pyo3(signature = (mask = None))]
     fn begin_run(&self, py: Python<'_>, mask: Option<u64>) -> PyResult<bool> {
-        if !self.runner.begin(mask) {
-            return Err(PyOSError::new_err((
-                libc::EBUSY,
-                "Device or resource busy: another thread runs the vCPU",
-            )));
+        if !self.runner.try_lock() {
+            if self.runner.held() {
+                return Err(PyOSError::new_err((
+                    libc::EBUSY,
+                    "Device or resource busy: the thread is in a request to the vCPU",
+                )));
+            }
+            request::lock(py, self.runner)?;
         }
+        self.runner.begin();
+        self.runner.begin_run(mask);
         // What has come before is handled before.
         if let Err(raised) = py.check_signals() {
             self.runner.end();
@@ -196,6 +203,16 @@ impl PyCpu {
         self.send_held();
         // What was raised again is handled before the caller goes on.
         if self.runner.end() { py.check_signals() } else { Ok(()) }
+    }
+
+    #[pyo3(signature = (function, *args, **named))]
+    fn request<'py>(
+        &self,
+        function: &Bound<'py, PyAny>,
+        args: &Bound<'py, PyTuple>,
+        named: Option<&Bound<'py, PyDict>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        request::within(self.runner, || function.call(args, named), function.py())
     }
 
     fn interrupt(&self) {

@@ -6,6 +6,9 @@
 //! puts a signal off while its thread is in a run, kicks the processor, and lets the run's end raise the signal again
 //! with all that came with it. On a thread that is in no run the handler is called as if ours were not there.
 //!
+//! The kernel does every other request like that, too. So a thread that is in one holds a [`Runner`]: the vCPU's, which
+//! is its mutex at the same time, or one of the thread's own.
+//!
 //! Which handlers a process has, the kernel tells nobody. Python's are reported as they are installed
 //! ([`watch_signal`]); for those of other languages [`watch`] looks now and then.
 //!
@@ -19,7 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, 
 
 use libc::{c_int, c_void, siginfo_t, sigset_t, ucontext_t};
 use softcpu::clock::clock_ns;
-use softcpu::mem::Shared;
+use softcpu::mem::{Shared, futex};
 
 /// How old a look at the handlers may be when a run begins.
 const WATCH_NS: u64 = 20_000_000;
@@ -35,12 +38,21 @@ const INTERRUPTED: u32 = 1;
 /// A signal came in this run.
 const SIGNALLED: u32 = 2;
 
-/// Who runs a processor, and what came for him meanwhile.
+/// Who is in a request, a processor's run for one, and what came for him meanwhile.
 pub struct Runner {
     next: AtomicPtr<Runner>,
     used: AtomicBool,
-    /// `pthread_self` of the thread in a run, 0 for none.
+    /// `pthread_self` of the thread in a request whose signals are put off, 0 for none.
     thread: AtomicUsize,
+    /// The same, from before until after that: a lock, so that what follows is one thread's at a time.
+    owner: AtomicUsize,
+    /// How many threads wait for the lock, on `turn`, which every release changes while there are any. One that was
+    /// woken and found it taken once more is the `heir`: the next release is to him (the kernel's mutexes do so, too).
+    waiters: AtomicU32,
+    turn: AtomicU32,
+    heir: AtomicUsize,
+    /// The request is a run of the processor.
+    running: AtomicBool,
     wanted: AtomicU32,
     /// The processor; a reference counted for as long as the runner is used, and until it is used again.
     shared: AtomicPtr<Shared>,
@@ -52,8 +64,7 @@ pub struct Runner {
     mask: Cell<Option<sigset_t>>,
 }
 
-// SAFETY: `infos` and `mask` are touched by the run's own thread only, in its handlers and outside of them, and an
-// entry of `infos` by a handler only while its bit of `put_off` is clear.
+// SAFETY: `infos` and `mask` are touched by the owner only, in its handlers and outside of them, and an entry of `infos` by a handler only while its bit of `put_off` is clear.
 unsafe impl Sync for Runner {}
 
 /// All runners there have been.
@@ -71,14 +82,19 @@ fn current_thread() -> usize {
 }
 
 impl Runner {
-    /// A runner for a processor.
-    pub fn new(shared: &Arc<Shared>) -> &'static Runner {
+    /// A runner for a processor, or for a thread's other requests.
+    pub fn new(shared: Option<&Arc<Shared>>) -> &'static Runner {
         let free = |r: &&Runner| !r.used.swap(true, Ordering::SeqCst);
         let runner = runners().find(free).unwrap_or_else(|| {
             let new = Box::leak(Box::new(Runner {
                 next: AtomicPtr::default(),
                 used: AtomicBool::new(true),
                 thread: AtomicUsize::default(),
+                owner: AtomicUsize::default(),
+                waiters: AtomicU32::default(),
+                turn: AtomicU32::default(),
+                heir: AtomicUsize::default(),
+                running: AtomicBool::default(),
                 wanted: AtomicU32::default(),
                 shared: AtomicPtr::default(),
                 put_off: AtomicU64::default(),
@@ -96,7 +112,8 @@ impl Runner {
             }
         });
         runner.wanted.store(0, Ordering::SeqCst);
-        let old = runner.shared.swap(Arc::into_raw(shared.clone()).cast_mut(), Ordering::SeqCst);
+        let new = shared.map_or(core::ptr::null(), |shared| Arc::into_raw(shared.clone()));
+        let old = runner.shared.swap(new.cast_mut(), Ordering::SeqCst);
         if !old.is_null() {
             // SAFETY: it came from `into_raw`, and its processor is gone.
             drop(unsafe { Arc::from_raw(old) });
@@ -135,39 +152,95 @@ impl Runner {
 
     /// A signal's handler has run on this thread, if that is in a run.
     pub fn signalled(&self) {
-        if self.thread.load(Ordering::SeqCst) != current_thread() {
+        if self.thread.load(Ordering::SeqCst) != current_thread() || !self.running.load(Ordering::SeqCst) {
             return;
         }
         self.wanted.fetch_or(SIGNALLED, Ordering::SeqCst);
         self.kick();
     }
 
-    /// Begins a run on this thread, with signals blocked as `mask` says if there is one. False: another thread's is
-    /// under way.
-    pub fn begin(&self, mask: Option<u64>) -> bool {
-        if self.thread.compare_exchange(0, current_thread(), Ordering::SeqCst, Ordering::SeqCst).is_err() {
-            return false;
+    /// Whether this thread is in it.
+    pub fn held(&self) -> bool {
+        self.owner.load(Ordering::SeqCst) == current_thread()
+    }
+
+    /// Takes it for this thread, unless another has it.
+    pub fn try_lock(&self) -> bool {
+        self.owner.compare_exchange(0, current_thread(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Takes it, or waits until it can be had; false if a signal came first.
+    pub fn lock(&self) -> bool {
+        let me = current_thread();
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        let (mut woken, mut heir) = (false, false);
+        let mut locked = loop {
+            let turn = self.turn.load(Ordering::SeqCst);
+            if self.held() || self.try_lock() {
+                break true;
+            }
+            if woken && !heir {
+                heir = self.heir.compare_exchange(0, me, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+            }
+            match futex::wait(&self.turn, turn, None) {
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => break false,
+                _ => woken = true,
+            }
+        };
+        if heir && self.heir.compare_exchange(me, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+            // It was, or is just being, handed over.
+            while !self.held() {
+                std::hint::spin_loop();
+            }
+            locked = true;
         }
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
+        locked
+    }
+
+    fn unlock(&self) {
+        if self.waiters.load(Ordering::SeqCst) == 0 {
+            self.owner.store(0, Ordering::SeqCst);
+            if self.waiters.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+        } else {
+            self.owner.store(self.heir.swap(0, Ordering::SeqCst), Ordering::SeqCst);
+        }
+        self.turn.fetch_add(1, Ordering::SeqCst);
+        futex::wake(&self.turn);
+    }
+
+    /// Begins a request of the thread that has it.
+    pub fn begin(&self) {
+        self.thread.store(current_thread(), Ordering::SeqCst);
+    }
+
+    /// Makes the request a run, with signals blocked as `mask` says if there is one.
+    pub fn begin_run(&self, mask: Option<u64>) {
+        self.running.store(true, Ordering::SeqCst);
         if now_about_ns().saturating_sub(LAST_WATCH.load(Ordering::SeqCst)) >= WATCH_NS {
             watch();
         }
         if let Some(mask) = mask {
             self.change_mask(mask);
         }
-        true
     }
 
-    /// Ends the run of this thread, and raises again what was put off; whether there was something.
+    /// Ends the request, or run, and raises again what was put off; whether there was something. Another thread may
+    /// have it then.
     pub fn end(&self) -> bool {
         if let Some(mask) = self.mask.take() {
             set_mask(libc::SIG_SETMASK, &mask);
         }
         self.thread.store(0, Ordering::SeqCst);
+        self.running.store(false, Ordering::SeqCst);
         self.wanted.fetch_and(!SIGNALLED, Ordering::SeqCst);
         let signals = self.put_off.swap(0, Ordering::SeqCst);
         if signals != 0 {
             self.raise(signals);
         }
+        self.unlock();
         signals != 0
     }
 
@@ -461,11 +534,14 @@ pub fn spawn_quiet(name: &str, main: impl FnOnce() + Send + 'static) -> io::Resu
     spawned.map(drop)
 }
 
-/// A forked child has one thread, which is in no run of its own.
+/// A forked child has one thread, which is in no request of its own.
 pub fn after_fork() {
     LOOKING.store(false, Ordering::SeqCst);
     for runner in runners() {
         runner.thread.store(0, Ordering::SeqCst);
+        runner.owner.store(0, Ordering::SeqCst);
+        runner.waiters.store(0, Ordering::SeqCst);
+        runner.heir.store(0, Ordering::SeqCst);
         runner.put_off.store(0, Ordering::SeqCst);
     }
 }

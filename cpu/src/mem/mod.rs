@@ -7,7 +7,7 @@
 
 mod bus;
 mod forks;
-mod futex;
+pub mod futex;
 mod host;
 pub mod lost;
 mod pool;

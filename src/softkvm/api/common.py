@@ -99,7 +99,10 @@ class Vm(Closeable, Protocol):
 
 
 class Vcpu(Closeable, Protocol):
-    """A virtual processor. The thread that calls :meth:`run` is its thread."""
+    """A virtual processor. The thread that calls :meth:`run` is its thread.
+
+    Requests of other threads wait until :meth:`run` has ended (``vcpu->mutex``): :meth:`kick` first.
+    """
 
     @property
     def kvm_run(self) -> abi.kvm_run_page:

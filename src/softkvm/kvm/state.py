@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
+from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memory.host_mappings import HostMappings
 from softkvm.kvm.memory.memslots import Memslots
@@ -223,6 +224,7 @@ class VcpuState:
         if self.cpu.interrupted:
             self.make_request(KVM_REQ_SIGNAL)
 
+    @uninterrupted
     def call_soon(self, work: Callable[[], None]) -> None:
         """Run ``work`` on the vCPU's own thread before it enters the guest again (task work)."""
         with self.request_lock:

@@ -16,6 +16,7 @@ from softkvm.abi.run_page import EXIT_REASON_D, IMMEDIATE_EXIT_B
 from softkvm.closing import Closing
 from softkvm.kvm import halt_poll
 from softkvm.kvm.errors import kvm_error, refuse_requests
+from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import BLOCKING, OUTSIDE_GUEST_MODE, VcpuState
 
@@ -194,6 +195,7 @@ class Vcpu(VcpuState, Closing):
             raise kvm_error(errno.EINVAL, f"sigset of {len(sigset)} bytes, expected 8")
         self.signal_mask = None if sigset is None else int.from_bytes(sigset, "little")
 
+    @uninterrupted
     def close(self) -> None:
         """Give the vCPU back; the VM keeps its number taken, as KVM does. Requests are EBADF from now on."""
         if not self.closed:

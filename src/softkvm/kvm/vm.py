@@ -17,6 +17,7 @@ from softkvm.closing import Closing
 from softkvm.kvm import vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_requests
+from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.memory import dirty_log
 from softkvm.kvm.memory.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
@@ -145,12 +146,14 @@ class Vm(VmState, Closing):
             if flush or self.mmu.has_zapped_tables():
                 self.finish_zap(old)
 
+    @uninterrupted
     def zap_gfn_range(self, gfn: int, count: int) -> None:
         """Forget the nested mappings of some guest frames, as an MMU notifier does; they fault in again."""
         with self.mmu_lock:
             if self.mmu.zap_range(gfn, gfn + count):
                 self.finish_zap()
 
+    @uninterrupted
     def host_unmapped(self, hva: int, size: int) -> None:
         """Tell that the process's memory at ``hva`` is, or is about to be, another or none (an MMU notifier).
 
@@ -273,6 +276,7 @@ class Vm(VmState, Closing):
         """Counters with the names of KVM's binary statistics."""
         return vm_stats(self)
 
+    @uninterrupted
     def close(self) -> None:
         """End the VM: every KVM_RUN returns, the chips' timers stop, memory is let go, requests are EBADF."""
         if self.inherited:

@@ -9,6 +9,7 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.ioctl import serve, with_mutex
 from softkvm.kvm.x86 import debug as debugging
 from softkvm.kvm.x86 import events as pending
 from softkvm.kvm.x86 import fpu as fpu_state
@@ -284,3 +285,4 @@ class VcpuIoctls(Vcpu):
 
 
 abi.check_requests(VcpuIoctls, abi.requests_of(abi.File.VCPU))
+serve(VcpuIoctls, abi.requests_of(abi.File.VCPU), with_mutex, but=("run",))

@@ -11,6 +11,7 @@ from softkvm import _softcpu, abi
 from softkvm.kvm import vm
 from softkvm.kvm.capabilities import KVM_MAX_IRQ_ROUTES
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.ioctl import serve, uninterrupted
 from softkvm.kvm.irq.irqchip import Irqchip
 from softkvm.kvm.params import Params
 from softkvm.kvm.x86 import vm_caps
@@ -217,3 +218,4 @@ class Vm(VmState, vm.Vm):
 
 
 abi.check_requests(Vm, abi.requests_of(abi.File.VM), but=("irq_line",))
+serve(Vm, abi.requests_of(abi.File.VM), uninterrupted)

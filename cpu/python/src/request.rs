@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Requests of the KVM API: one thread at a time is in those to a vCPU, and no handler of a signal runs in the middle.
+//!
+//! Both as it is with the kernel's, which are system calls that a signal's handler waits for, and take `vcpu->mutex`.
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
+
+use crate::signals::Runner;
+
+/// A thread's runner for what is no vCPU's; it goes to another thread behind this one's end.
+struct Own(&'static Runner);
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+thread_local!(static OWN: Own = Own(Runner::new(None)));
+
+/// Takes a runner that another thread has; handlers of signals run meanwhile, and what Python's raise ends the wait.
+#[cold]
+pub fn lock(py: Python<'_>, runner: &Runner) -> PyResult<()> {
+    while !py.detach(|| runner.lock()) {
+        py.check_signals()?;
+    }
+    Ok(())
+}
+
+/// Does a request. Python's handlers whose signals came before run before, and the others behind it.
+pub fn within<'py>(
+    runner: &Runner,
+    function: impl FnOnce() -> PyResult<Bound<'py, PyAny>>,
+    py: Python<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
+    if runner.held() {
+        return function();
+    }
+    if !runner.try_lock() {
+        lock(py, runner)?;
+    }
+    runner.begin();
+    let result = py.check_signals().and_then(|()| function());
+    if runner.end()
+        && let Err(raised) = py.check_signals()
+    {
+        if let Err(error) = result {
+            raised.value(py).setattr("__context__", error.into_value(py))?;
+        }
+        return Err(raised);
+    }
+    result
+}
+
+/// Calls a function that no handler of a signal interrupts.
+#[pyfunction]
+#[pyo3(signature = (function, *args, **named))]
+pub fn uninterrupted<'py>(
+    function: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    named: Option<&Bound<'py, PyDict>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let runner = OWN.with(|own| own.0);
+    within(runner, || function.call(args, named), function.py())
+}
