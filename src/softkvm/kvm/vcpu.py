@@ -67,10 +67,11 @@ class Vcpu(VcpuState, Closing):
         in the middle of an exit. They run in ``end_run``, before EINTR is raised, for which they are the reason.
         """
         cpu = self.cpu
-        if cpu.begin_run(self.signal_mask):
-            self.make_request(KVM_REQ_SIGNAL)
         interrupted = None
+        signalled = cpu.begin_run(self.signal_mask)
         try:
+            if signalled:
+                self.make_request(KVM_REQ_SIGNAL)
             self.running = True
             self.arch_run_begin()
             complete = self.complete_userspace_io
@@ -92,10 +93,12 @@ class Vcpu(VcpuState, Closing):
         except InterruptedError as reason:
             interrupted = reason
         finally:
-            self.mode = OUTSIDE_GUEST_MODE
-            self.running = False
-            self.arch_run_end()
-            cpu.end_run()
+            try:
+                self.mode = OUTSIDE_GUEST_MODE
+                self.running = False
+                self.arch_run_end()
+            finally:
+                cpu.end_run()
         if interrupted is not None:
             raise interrupted
 
