@@ -6,9 +6,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
+from tests.support.forks import in_child
 from tests.support.threads import running, until
 from tests.support.tiny import CODE, DATA, IDT, MIB, STACK, Memory, Tiny
 
@@ -655,3 +658,25 @@ def test_misc_enable_switches_mwait_in_cpuid_once_the_quirk_is_off(tiny: Tiny) -
     assert has_mwait()
     assert tiny.vcpu.set_msrs({misc_enable: 1}) == 1
     assert not has_mwait()
+
+
+# --- the thread's stack ------------------------------------------------------------------------
+
+
+def _a_long_run_on_a_small_stack() -> None:
+    """2000 times FSINCOS, of which each used to take some of the stack that came back with the last."""
+    tiny = Tiny().protected_mode()
+    loop = b"\xd9\xfb\xdd\xd8" * 30  # fsincos; fstp st(0)
+    code = b"\xdb\xe3\xd9\xee\xbb" + struct.pack("<I", 100)  # fninit; fldz; mov ebx, 100
+    tiny.load(code + loop + b"\x4b\x0f\x85" + struct.pack("<i", -len(loop) - 7) + b"\xf4")  # dec ebx; jnz; hlt
+    registers: list[abi.kvm_regs] = []
+    threading.stack_size(128 << 10)
+    thread = threading.Thread(target=lambda: registers.append(tiny.run_to_halt()))
+    thread.start()
+    thread.join()
+    assert [r.rbx for r in registers] == [0]
+    tiny.close()
+
+
+def test_a_long_run_of_slow_instructions_takes_a_small_stack_only() -> None:
+    in_child(_a_long_run_on_a_small_stack)

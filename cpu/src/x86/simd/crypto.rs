@@ -55,12 +55,14 @@ fn crc<T: Int>(form: Form) -> Handler {
 pub fn translate(i: &Instruction, form: Form) -> Option<Handler> {
     use Code::*;
     Some(match i.code() {
-        Aesenc_xmm_xmmm128 => form.x2::<M128>(aesenc),
-        Aesenclast_xmm_xmmm128 => form.x2::<M128>(aesenclast),
-        Aesdec_xmm_xmmm128 => form.x2::<M128>(aesdec),
-        Aesdeclast_xmm_xmmm128 => form.x2::<M128>(aesdeclast),
-        Aesimc_xmm_xmmm128 => form.x1::<M128>(aesimc),
-        Aeskeygenassist_xmm_xmmm128_imm8 => form.x1i::<M128>(aeskeygenassist),
+        Aesenc_xmm_xmmm128 => form.x2_apart::<M128>(aesenc),
+        Aesenclast_xmm_xmmm128 => form.x2_apart::<M128>(aesenclast),
+        Aesdec_xmm_xmmm128 => form.x2_apart::<M128>(aesdec),
+        Aesdeclast_xmm_xmmm128 => form.x2_apart::<M128>(aesdeclast),
+        Aesimc_xmm_xmmm128 => form.x2_apart::<M128>(|_, b| aesimc(b)),
+        Aeskeygenassist_xmm_xmmm128_imm8 => {
+            form.sse_apart::<M128>(|cpu, op, b| cpu.set_xmm(op.dst, aeskeygenassist(b, op.imm as u8)))
+        }
         Pclmulqdq_xmm_xmmm128_imm8 => form.x2i::<M128>(pclmulqdq),
         Sha1rnds4_xmm_xmmm128_imm8 => form.x2i::<U128>(sha1rnds4),
         Sha1nexte_xmm_xmmm128 => form.x2::<U128>(sha1nexte),

@@ -229,6 +229,32 @@ impl Form {
         )
     }
 
+    /// As [`Form::sse`], for what is more than a few instructions of the host: on a stack frame of its own, so that the
+    /// handler can go on to the next one from where it was called.
+    #[inline(always)]
+    pub fn sse_apart<const SIZE: u32>(self, f: impl Fn(&mut Cpu, &Op, V) + Copy + 'static) -> Handler {
+        if self.mem {
+            handler(move |cpu: &mut Cpu, op: &Op| {
+                cpu.sse_ready()?;
+                let b = memory::<SIZE>(cpu, op)?;
+                f(cpu, op, b);
+                Ok(())
+            })
+        } else {
+            handler(move |cpu: &mut Cpu, op: &Op| {
+                cpu.sse_ready()?;
+                let b = cpu.xmm(op.src);
+                f(cpu, op, b);
+                Ok(())
+            })
+        }
+    }
+
+    /// [`Form::x2`] on a stack frame of its own.
+    pub fn x2_apart<const SIZE: u32>(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
+        self.sse_apart::<SIZE>(move |cpu, op, b| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), b)))
+    }
+
     /// `dst = f(dst, src)`.
     pub fn x2<const SIZE: u32>(self, f: impl Fn(V, V) -> V + Copy + 'static) -> Handler {
         self.sse::<SIZE>(move |cpu, op, b| cpu.set_xmm(op.dst, f(cpu.xmm(op.dst), b)))

@@ -65,7 +65,8 @@ macro_rules! hardware_compare {
 // The floating-point instruction runs under the host's MXCSR. Its sticky flags may hold older ones too, whoever raised
 // them; as long as all of them are set in the guest's MXCSR already, the instruction changed nothing there. Otherwise
 // the portable code finds out, and clears the host's flags. The asm may change MXCSR's flags: it doesn't say
-// `preserves_flags`.
+// `preserves_flags`. It has MXCSR on the stack, below what the compiler has there (it doesn't say `nostack`): a variable
+// of which the address is known would keep the handler from jumping to the next one.
 
 /// A floating-point instruction of the host, as `|a, b, mxcsr| -> Option<result>`; None if its flags would change MXCSR
 /// or MXCSR's controls are not the default ones. With `imm`: an immediate operand.
@@ -75,12 +76,12 @@ macro_rules! hardware {
         |a: $crate::x86::simd::vector::V, b: $crate::x86::simd::vector::V, mxcsr: u32| {
             let mut r = $crate::x86::simd::native::host::m(a);
             let b = $crate::x86::simd::native::host::m(b);
-            let mut csr = 0u32;
-            // SAFETY: a baseline instruction (or one found) on registers; STMXCSR writes `csr`.
+            let csr: u32;
+            // SAFETY: a baseline instruction (or one found) on registers; what is below the stack is free.
             unsafe {
                 core::arch::asm!(
-                    concat!($insn, " {r}, {b}" $(, ", ", $imm)?), "stmxcsr [{c}]",
-                    r = inout(xmm_reg) r, b = in(xmm_reg) b, c = in(reg) &raw mut csr, options(nostack));
+                    concat!($insn, " {r}, {b}" $(, ", ", $imm)?), "stmxcsr [rsp - 8]", "mov {c:e}, [rsp - 8]",
+                    r = inout(xmm_reg) r, b = in(xmm_reg) b, c = out(reg) csr);
             }
             $crate::x86::simd::native::host::unchanged(csr, mxcsr)
                 .then(|| $crate::x86::simd::native::host::v(r))
@@ -94,19 +95,19 @@ macro_rules! hardware_to_general {
     ($insn:literal, $t:ty) => {
         |b: $crate::x86::simd::vector::V, mxcsr: u32| {
             let b = $crate::x86::simd::native::host::m(b);
-            let mut csr = 0u32;
+            let csr: u32;
             let r: $t;
             // SAFETY: as in `hardware`.
             unsafe {
                 if size_of::<$t>() == 8 {
                     let r64: u64;
-                    core::arch::asm!(concat!($insn, " {r:r}, {b}"), "stmxcsr [{c}]",
-                        r = out(reg) r64, b = in(xmm_reg) b, c = in(reg) &raw mut csr, options(nostack));
+                    core::arch::asm!(concat!($insn, " {r:r}, {b}"), "stmxcsr [rsp - 8]", "mov {c:e}, [rsp - 8]",
+                        r = out(reg) r64, b = in(xmm_reg) b, c = out(reg) csr);
                     r = r64 as $t;
                 } else {
                     let r32: u32;
-                    core::arch::asm!(concat!($insn, " {r:e}, {b}"), "stmxcsr [{c}]",
-                        r = out(reg) r32, b = in(xmm_reg) b, c = in(reg) &raw mut csr, options(nostack));
+                    core::arch::asm!(concat!($insn, " {r:e}, {b}"), "stmxcsr [rsp - 8]", "mov {c:e}, [rsp - 8]",
+                        r = out(reg) r32, b = in(xmm_reg) b, c = out(reg) csr);
                     r = r32 as $t;
                 }
             }
@@ -121,15 +122,15 @@ macro_rules! hardware_from_general {
     ($insn:literal, $t:ty) => {
         |a: $crate::x86::simd::vector::V, v: $t, mxcsr: u32| {
             let mut r = $crate::x86::simd::native::host::m(a);
-            let mut csr = 0u32;
+            let csr: u32;
             // SAFETY: as in `hardware`.
             unsafe {
                 if size_of::<$t>() == 8 {
-                    core::arch::asm!(concat!($insn, " {r}, {v:r}"), "stmxcsr [{c}]",
-                        r = inout(xmm_reg) r, v = in(reg) v as u64, c = in(reg) &raw mut csr, options(nostack));
+                    core::arch::asm!(concat!($insn, " {r}, {v:r}"), "stmxcsr [rsp - 8]", "mov {c:e}, [rsp - 8]",
+                        r = inout(xmm_reg) r, v = in(reg) v as u64, c = out(reg) csr);
                 } else {
-                    core::arch::asm!(concat!($insn, " {r}, {v:e}"), "stmxcsr [{c}]",
-                        r = inout(xmm_reg) r, v = in(reg) v as u32, c = in(reg) &raw mut csr, options(nostack));
+                    core::arch::asm!(concat!($insn, " {r}, {v:e}"), "stmxcsr [rsp - 8]", "mov {c:e}, [rsp - 8]",
+                        r = inout(xmm_reg) r, v = in(reg) v as u32, c = out(reg) csr);
                 }
             }
             $crate::x86::simd::native::host::unchanged(csr, mxcsr)
@@ -144,14 +145,13 @@ macro_rules! hardware_compare {
     ($insn:literal) => {
         |a: $crate::x86::simd::vector::V, b: $crate::x86::simd::vector::V, mxcsr: u32| {
             let (a, b) = ($crate::x86::simd::native::host::m(a), $crate::x86::simd::native::host::m(b));
-            let (mut csr, z, p, c): (u32, u8, u8, u8);
-            csr = 0;
+            let (csr, z, p, c): (u32, u8, u8, u8);
             // SAFETY: as in `hardware`.
             unsafe {
                 core::arch::asm!(
-                    concat!($insn, " {a}, {b}"), "stmxcsr [{m}]", "sete {z}", "setp {p}", "setb {c}",
-                    a = in(xmm_reg) a, b = in(xmm_reg) b, m = in(reg) &raw mut csr,
-                    z = out(reg_byte) z, p = out(reg_byte) p, c = out(reg_byte) c, options(nostack));
+                    concat!($insn, " {a}, {b}"), "stmxcsr [rsp - 8]", "mov {m:e}, [rsp - 8]", "sete {z}", "setp {p}", "setb {c}",
+                    a = in(xmm_reg) a, b = in(xmm_reg) b, m = out(reg) csr,
+                    z = out(reg_byte) z, p = out(reg_byte) p, c = out(reg_byte) c);
             }
             $crate::x86::simd::native::host::unchanged(csr, mxcsr).then_some((z != 0, p != 0, c != 0))
         }

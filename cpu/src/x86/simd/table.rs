@@ -229,7 +229,7 @@ fn later(i: &Instruction, form: Form) -> Option<Handler> {
         Phsubw_xmm_xmmm128 => form.x2::<M128>(phsubw),
         Pmaddubsw_xmm_xmmm128 => form.x2::<M128>(pmaddubsw),
         Pmulhrsw_xmm_xmmm128 => form.x2::<M128>(pmulhrsw),
-        Pshufb_xmm_xmmm128 => form.x2::<M128>(pshufb),
+        Pshufb_xmm_xmmm128 => form.x2_apart::<M128>(pshufb),
         Psignb_xmm_xmmm128 => form.x2::<M128>(psignb),
         Psignd_xmm_xmmm128 => form.x2::<M128>(psignd),
         Psignw_xmm_xmmm128 => form.x2::<M128>(psignw),
@@ -240,7 +240,10 @@ fn later(i: &Instruction, form: Form) -> Option<Handler> {
         Pblendvb_xmm_xmmm128 => form.x3::<M128>(pblendvb),
         Blendvps_xmm_xmmm128 => form.x3::<M128>(blendvps),
         Blendvpd_xmm_xmmm128 => form.x3::<M128>(blendvpd),
-        Mpsadbw_xmm_xmmm128_imm8 => form.x2i::<M128>(mpsadbw),
+        Mpsadbw_xmm_xmmm128_imm8 => form.sse_apart::<M128>(|cpu, op, b| {
+            let a = cpu.xmm(op.dst);
+            cpu.set_xmm(op.dst, mpsadbw(a, b, op.imm as u8));
+        }),
         Phminposuw_xmm_xmmm128 => form.x1::<M128>(phminposuw),
         Ptest_xmm_xmmm128 => form.x2_flags(ptest),
         _ => return None,
