@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod canonical;
 mod exceptions;
 mod fused;
 mod fuzz;

@@ -248,6 +248,71 @@ fn writing_cr3_cr0_and_cr4_drops_translations() {
     assert_eq!(g.memory.read::<u32>(DATA), 1);
 }
 
+/// Other nested tables for the same memory, in which DATA's frame is the one behind it.
+fn other_root(g: &Guest) -> u64 {
+    let pages = g.memory.machine.alloc_pages(5).unwrap();
+    for n in 0..5 * 512 {
+        let entry = g.memory.get_host(g.memory.nested + 8 * n);
+        let table = entry.wrapping_sub(g.memory.nested as u64) < 5 << 12;
+        let moved = entry.wrapping_sub(g.memory.nested as u64).wrapping_add(pages as u64);
+        g.memory.put_host(pages + 8 * n, if table { moved } else { entry });
+    }
+    let leaf = g.memory.nested_leaf(DATA) - g.memory.nested + pages;
+    g.memory.put_host(leaf, g.memory.get_host(g.memory.nested_leaf(DATA + 0x1000)));
+    pages as u64
+}
+
+#[test]
+fn nothing_of_the_old_nested_tables_is_used_under_new_ones() {
+    // TLB_CONTROL, and whether the guest gets another ASID (APM vol. 2, 15.16): one of them there has to be.
+    for (control, new_asid) in [(0u8, true), (1, false), (3, false), (7, false), (1, true), (3, true)] {
+        let mut g = Guest::long(|a| {
+            a.mov(rbx, qword_ptr(DATA)).unwrap();
+            a.mov(rcx, qword_ptr(DATA + 0x2000)).unwrap(); // the same frame by another page
+            a.vmmcall().unwrap();
+        });
+        g.memory.write::<u64>(g.memory.leaf(DATA + 0x2000), DATA | 7);
+        g.memory.write::<u64>(DATA, 111);
+        g.memory.write::<u64>(DATA + 0x1000, 222);
+        let roots = [g.get::<u64>(control::N_CR3), other_root(&g)];
+        let asid = g.get::<u32>(control::ASID);
+        // There and back again: what is known of the first root is not believed, either.
+        for (turn, expected) in [111u64, 222, 111, 222].into_iter().enumerate() {
+            g.set(save::RIP, CODE);
+            g.set(control::N_CR3, roots[turn % 2]);
+            if turn > 0 {
+                g.set(control::TLB_CONTROL, control);
+            }
+            if new_asid {
+                g.set(control::ASID, asid + turn as u32);
+            }
+            g.expect_exit(exitcode::VMMCALL);
+            let got = (g.cpu.rb.gpr[3], g.cpu.rb.gpr[1]);
+            assert_eq!(got, (expected, expected), "TLB_CONTROL {control}, new ASID {new_asid}, turn {turn}");
+        }
+    }
+}
+
+#[test]
+fn a_page_not_looked_at_before_is_translated_by_the_nested_tables_of_now() {
+    // The guest's translations stay in force without a flush, but no more of the old tables comes to them.
+    let mut g = Guest::long(|a| {
+        a.mov(rbx, qword_ptr(rsi)).unwrap();
+        a.vmmcall().unwrap();
+    });
+    g.memory.write::<u64>(g.memory.leaf(DATA + 0x2000), DATA | 7);
+    g.memory.write::<u64>(DATA, 111);
+    g.memory.write::<u64>(DATA + 0x1000, 222);
+    let root = other_root(&g);
+    for (root, at, expected) in [(g.get(control::N_CR3), DATA, 111), (root, DATA + 0x2000, 222)] {
+        g.set(save::RIP, CODE);
+        g.set(control::N_CR3, root);
+        g.cpu.rb.gpr[6] = at;
+        g.expect_exit(exitcode::VMMCALL);
+        assert_eq!(g.cpu.rb.gpr[3], expected);
+    }
+}
+
 #[test]
 fn pcids_keep_their_translations_apart() {
     let mut g = Guest::long(|a| {

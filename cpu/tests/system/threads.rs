@@ -73,6 +73,91 @@ fn code_written_by_the_host_takes_effect_at_the_next_vmrun_or_notification() {
     assert_eq!(g.rax(), 2);
 }
 
+/// A jump of which the last three bytes lie in the page behind DATA's, and nothing else does. It goes to a function that
+/// returns 1; with [`OTHER`] in that page to one that returns 2, with 10h in its second byte to one that returns 3.
+const CROSSING: u64 = DATA + 0xffe;
+const SECOND: u64 = DATA + 0x1000;
+const OTHER: u8 = 0xf2;
+
+fn put_crossing(memory: &Memory) {
+    memory.write_bytes(CROSSING, &[0xe9, 0x00, 0xf1, 0xff, 0xff]);
+    for (at, value) in [(0x103, 1), (0x203, 2), (0x113, 3)] {
+        memory.write_bytes(DATA + at, &function(value));
+    }
+}
+
+#[test]
+fn a_block_across_pages_is_compared_in_both() {
+    // The host writes one page or the other between two VMRUNs.
+    for (at, byte, expected) in [(SECOND, OTHER, 2), (CROSSING + 1, 0x10, 3)] {
+        let mut g = Guest::long(|a| {
+            let mut again = a.create_label();
+            a.mov(rbx, CROSSING).unwrap();
+            a.set_label(&mut again).unwrap();
+            a.call(rbx).unwrap();
+            a.cpuid().unwrap();
+            a.jmp(again).unwrap();
+        });
+        g.intercept(exit::CPUID);
+        put_crossing(&g.memory);
+        for (turn, value) in [1, 1, expected].into_iter().enumerate() {
+            if turn == 2 {
+                g.memory.write::<u8>(at, byte);
+            }
+            g.expect_exit(exit::CPUID);
+            assert_eq!(g.rax(), value);
+            let back = g.rip() + 2;
+            g.set(save::RIP, back);
+        }
+    }
+}
+
+#[test]
+fn a_store_into_the_second_page_of_a_block_is_noticed() {
+    // By the page's own address and by another one, which has been written before the code was there.
+    for alias in [SECOND, DATA + 0x5000] {
+        let mut g = Guest::long(|a| {
+            a.mov(word_ptr(alias + 0x100), 1).unwrap();
+            a.mov(rbx, CROSSING).unwrap();
+            a.call(rbx).unwrap();
+            a.call(rbx).unwrap();
+            a.mov(esi, eax).unwrap();
+            a.mov(byte_ptr(alias), OTHER as u32).unwrap();
+            a.call(rbx).unwrap();
+            a.hlt().unwrap();
+        });
+        put_crossing(&g.memory);
+        g.memory.write::<u64>(g.memory.leaf(DATA + 0x5000), SECOND | 7);
+        g.expect_exit(exit::HLT);
+        assert_eq!((g.cpu.rb.gpr[6], g.rax()), (1, 2));
+    }
+}
+
+#[test]
+fn the_second_page_of_a_block_is_the_one_that_is_mapped_now() {
+    let other = DATA + 0x5000;
+    let mut g = Guest::long(|a| {
+        a.mov(rbx, CROSSING).unwrap();
+        a.call(rbx).unwrap();
+        a.call(rbx).unwrap();
+        a.mov(esi, eax).unwrap();
+        a.mov(rcx, other | 7).unwrap();
+        a.mov(qword_ptr(PT + (SECOND >> 12) * 8), rcx).unwrap();
+        a.invlpg(byte_ptr(SECOND)).unwrap();
+        a.call(rbx).unwrap();
+        a.mov(edi, eax).unwrap();
+        // And it may be none at all.
+        a.mov(qword_ptr(PT + (SECOND >> 12) * 8), 0).unwrap();
+        a.invlpg(byte_ptr(SECOND)).unwrap();
+        a.call(rbx).unwrap();
+    });
+    put_crossing(&g.memory);
+    g.memory.write_bytes(other, &[OTHER, 0xff, 0xff]);
+    g.expect(14, Some(0x10), CROSSING);
+    assert_eq!(g.get::<u64>(save::CR2), SECOND);
+    assert_eq!((g.cpu.rb.gpr[6], g.cpu.rb.gpr[7]), (1, 2));
+}
+
 #[test]
 fn code_written_by_another_processor_is_noticed() {
     let memory = Memory::new();
