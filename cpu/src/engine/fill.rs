@@ -58,6 +58,7 @@ impl<P: Architecture> Engine<P> {
     }
 
     /// Enters what a walk has found for the page of `linear`; the host address of `linear`.
+    #[inline]
     pub fn fill(&mut self, bank: usize, linear: u64, mapping: Mapping, watched: bool) -> usize {
         let want = self.tlb.tag(linear);
         let addend = mapping.host.wrapping_sub(linear & PAGE_MASK);

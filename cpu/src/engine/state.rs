@@ -51,8 +51,9 @@ pub struct Engine<P: Architecture> {
     pub(crate) machine: Arc<Machine>,
     /// Snapshot of the machine's regions.
     pub(crate) regions: Arc<RegionTable>,
-    /// Index of the region that the last look-up found.
+    /// Index of the region that the last look-up found; of a nested table, the last look-up of one.
     pub(crate) region_guess: usize,
+    table_guess: usize,
 }
 
 // SAFETY: the pointers lead to what the engine itself owns, which moves with it: `bank` into the TLB's box; `block`,
@@ -84,6 +85,7 @@ impl<P: Architecture> Engine<P> {
             regions: machine.regions(),
             machine,
             region_guess: 0,
+            table_guess: 0,
         }
     }
 
@@ -130,6 +132,16 @@ impl<P: Architecture> Engine<P> {
     #[inline(always)]
     pub fn needs_attention(&self) -> bool {
         (self.shared.pending.load(Ordering::Relaxed) | self.attention) != 0
+    }
+
+    /// Whether `size` bytes at a host address lie in one region.
+    pub(crate) fn in_memory(&mut self, host: usize, size: usize) -> bool {
+        self.regions.contains_near(host, size, &mut self.region_guess)
+    }
+
+    /// Whether a nested table's entry at a host address lies in memory.
+    pub(crate) fn table_in_memory(&mut self, host: usize) -> bool {
+        self.regions.contains_near(host, 8, &mut self.table_guess)
     }
 
     /// Makes data accesses go by a bank of the TLB.

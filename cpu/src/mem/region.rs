@@ -210,20 +210,35 @@ impl RegionTable {
         region.pages.get((address - region.base) / PAGE_SIZE)
     }
 
-    /// [`RegionTable::page`] with a guess which region holds it, which the answer corrects.
+    /// The base and size of the region that holds `address`, with a guess which it is, which the answer corrects.
+    #[inline]
+    fn bounds_near(&self, address: usize, guess: &mut usize) -> Option<(usize, usize)> {
+        let guessed = self.runs.get(*guess / RUN).and_then(|run| run.bounds.get(*guess % RUN));
+        match guessed {
+            Some(&(base, size)) if address.wrapping_sub(base) < size => Some((base, size)),
+            _ => {
+                *guess = self.index(address)?;
+                Some(self.runs[*guess / RUN].bounds[*guess % RUN])
+            }
+        }
+    }
+
+    /// [`RegionTable::page`] with a guess.
     #[inline]
     pub fn page_near(&self, address: usize, guess: &mut usize) -> Option<&PageInfo> {
-        let bounds = self.runs.get(*guess / RUN).and_then(|run| run.bounds.get(*guess % RUN));
-        if bounds.is_none_or(|&(base, size)| address.wrapping_sub(base) >= size) {
-            *guess = self.index(address)?;
-        }
-        let region = self.region(*guess);
-        region.pages.get((address - region.base) / PAGE_SIZE)
+        let (base, _) = self.bounds_near(address, guess)?;
+        self.region(*guess).pages.get((address - base) / PAGE_SIZE)
     }
 
     /// Whether `size` bytes at `address` lie in one region.
     pub fn contains(&self, address: usize, size: usize) -> bool {
         self.find(address).is_some_and(|region| size <= region.size - (address - region.base))
+    }
+
+    /// [`RegionTable::contains`] with a guess.
+    #[inline]
+    pub fn contains_near(&self, address: usize, size: usize, guess: &mut usize) -> bool {
+        self.bounds_near(address, guess).is_some_and(|(base, length)| size <= length - (address - base))
     }
 
     /// Forgets that the chunks touched by `size` bytes at `address` hold code; returns whether any did.

@@ -52,6 +52,7 @@ struct Leaf {
 
 impl Cpu {
     /// Walks the guest's page tables for one access.
+    #[inline(always)]
     pub(super) fn walk_guest(&mut self, bank: usize, linear: u64, access: Access) -> Result<Guest, Failure> {
         if self.cr0 & cr0::PG == 0 {
             return Ok(Guest { gpa: linear & PAGE_MASK, read: true, write: true, exec: true, size: 12 });

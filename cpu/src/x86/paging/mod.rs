@@ -95,14 +95,24 @@ impl Cpu {
     }
 
     /// Walks the guest's tables; if other processors keep changing them under the walk, in the end while they stand.
+    #[inline(always)]
     fn walk_patiently(&mut self, bank: usize, linear: u64, access: Access) -> Result<Guest, Failure> {
-        for _ in 0..PATIENCE {
-            match self.walk_guest(bank, linear, access) {
+        match self.walk_guest(bank, linear, access) {
+            Err(Failure::Again) => self.walk_again(bank, linear, access),
+            done => done,
+        }
+    }
+
+    #[cold]
+    fn walk_again(&mut self, bank: usize, linear: u64, access: Access) -> Result<Guest, Failure> {
+        let walk = |cpu: &mut Cpu| cpu.walk_guest(bank, linear, access);
+        for _ in 1..PATIENCE {
+            match walk(self) {
                 Err(Failure::Again) => {}
                 done => return done,
             }
         }
         // SAFETY: a walk has nothing to drop.
-        unsafe { self.with_bus(|cpu| cpu.walk_guest(bank, linear, access)) }?
+        unsafe { self.with_bus(walk) }?
     }
 }

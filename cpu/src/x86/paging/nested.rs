@@ -51,7 +51,7 @@ impl Cpu {
             loop {
                 let shift = 12 + 9 * (level - 1);
                 let at = table + ((gpa >> shift) & 0x1ff) * 8;
-                if !self.engine.regions.contains(at as usize, 8) {
+                if !self.engine.table_in_memory(at as usize) {
                     return Err(self.npf(gpa, error::P | error::RSV, write, fetch, origin));
                 }
                 // SAFETY: the entry lies in registered memory and is 8-byte aligned.
@@ -79,12 +79,12 @@ impl Cpu {
                     }
                     let size_mask = (1u64 << shift) - 1;
                     let host = (e & ADDRESS & !size_mask) | (gpa & size_mask & PAGE_MASK);
-                    if !self.engine.regions.contains(host as usize, 4096) {
+                    if !self.engine.in_memory(host as usize, 4096) {
                         return Err(self.npf(gpa, error::P | error::RSV, write, fetch, origin));
                     }
                     let dirty = (e | need) & pte::D != 0;
                     let large = shift >= LARGE_SHIFT
-                        && self.engine.regions.contains((host & !LARGE_MASK) as usize, 1 << LARGE_SHIFT);
+                        && self.engine.in_memory((host & !LARGE_MASK) as usize, 1 << LARGE_SHIFT);
                     return Ok(Frame { host, write: rights & pte::W != 0 && dirty, exec: !nx, large });
                 }
                 if e & pte::A == 0
