@@ -20,7 +20,7 @@ from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_re
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.memory import dirty_log
-from softkvm.kvm.memory.memslots import MemoryChange, MemorySlot, Memslots, classify_change, new_slot
+from softkvm.kvm.memory.memslots import DirtyReport, MemoryChange, MemorySlot, Memslots, classify_change, new_slot
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import IN_GUEST_MODE, VmState
@@ -190,8 +190,19 @@ class Vm(VmState, Closing):
         self.mmu.free_zapped(mark_dirty if logged else None)
 
     def get_dirty_log(self, slot: int) -> bytes:
-        """KVM_GET_DIRTY_LOG."""
-        return dirty_log.get_dirty_log(self, slot)
+        """KVM_GET_DIRTY_LOG.
+
+        Whatever a signal's handler raises, no bit is lost: the interpreter runs handlers behind calls, not between the
+        mark and the return.
+        """
+        report = self._report_dirty_log(slot)
+        report.delivered = True
+        return report.log
+
+    @uninterrupted
+    def _report_dirty_log(self, slot: int) -> DirtyReport:
+        assert abi.KVM_GET_DIRTY_LOG.argument is not None
+        return dirty_log.get_dirty_log(self, *abi.KVM_GET_DIRTY_LOG.argument.accept(("slot",), (slot,)))
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
         """KVM_CLEAR_DIRTY_LOG."""

@@ -16,7 +16,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
 
 if TYPE_CHECKING:
-    from softkvm.kvm.memory.memslots import MemorySlot
+    from softkvm.kvm.memory.memslots import DirtyReport, MemorySlot
     from softkvm.kvm.vm import Vm
 
 #: Pages whose dirty bits are collected under one hold of ``mmu_lock``.
@@ -53,17 +53,17 @@ def sync_dirty_log(vm: Vm, slot: MemorySlot) -> None:
         vm.flush_remote_tlbs()
 
 
-def get_dirty_log(vm: Vm, slot_id: int) -> bytes:
+def get_dirty_log(vm: Vm, slot_id: int) -> DirtyReport:
     """Return the slot's dirty bitmap, LSB first, in whole 64-bit words, and clear it.
 
+    It comes once more unless the report is marked as delivered.
     With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 the bits stay until KVM_CLEAR_DIRTY_LOG.
     """
     with vm.slots_lock:
         slot = _logged_slot(vm, slot_id)
         sync_dirty_log(vm, slot)
         keep = bool(vm.manual_dirty_log_protect & abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
-        bits = slot.exchange_dirty_bits(0, 0 if keep else None)
-        return bits.to_bytes(slot.dirty_bitmap_bytes, "little")
+        return slot.report_dirty_pages(keep=keep)
 
 
 def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitmap: bytes) -> None:

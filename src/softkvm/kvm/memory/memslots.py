@@ -43,11 +43,22 @@ class MemoryChange(Enum):
     NOTHING = auto()
 
 
+class DirtyReport:
+    """What a KVM_GET_DIRTY_LOG takes out of a slot's bitmap; ``delivered`` once the caller has it for certain."""
+
+    __slots__ = ("delivered", "log")
+
+    def __init__(self, log: bytes) -> None:
+        self.log = log
+        self.delivered = False
+
+
 class MemorySlot:
     """One slot: guest frames ``base_gfn`` .. ``end_gfn`` backed by host memory at ``userspace_addr``."""
 
     __slots__ = (
         "_dirty_lock",
+        "_reports",
         "base_gfn",
         "dirty_bitmap",
         "end_gfn",
@@ -76,6 +87,7 @@ class MemorySlot:
         #: Keeps the memory mapped: a view of the object that owns it.
         self.held: memoryview | None = None
         self._dirty_lock = threading.Lock()
+        self._reports: list[DirtyReport] = []
 
     def _max_level(self) -> int:
         """Return the largest leaf level at which guest and host addresses are equally aligned."""
@@ -125,6 +137,28 @@ class MemorySlot:
             kept = 0 if clear is None else bits & ~clear
             bitmap[start:stop] = kept.to_bytes(stop - start, "little")
         return bits
+
+    def report_dirty_pages(self, *, keep: bool) -> DirtyReport:
+        """Return the dirty bitmap, which is cleared unless it is to be kept.
+
+        What was taken out for others and is not delivered is in it once more: an exception may have come in between.
+        """
+        bitmap = self.dirty_bitmap
+        assert bitmap is not None
+        with self._dirty_lock:
+            pending = [report for report in self._reports if not report.delivered]
+            if pending:
+                bits = int.from_bytes(bitmap, "little")
+                for report in pending:
+                    bits |= int.from_bytes(report.log, "little")
+                bitmap[:] = bits.to_bytes(len(bitmap), "little")
+            report = DirtyReport(bytes(bitmap))
+            if keep:
+                self._reports = []
+            else:
+                self._reports = [report]
+                bitmap[:] = bytes(len(bitmap))
+        return report
 
 
 class _Chunk:
@@ -306,6 +340,7 @@ def new_slot(mem: kvm_userspace_memory_region, old: MemorySlot | None, *, initia
         if old is not None and old.dirty_bitmap is not None:
             slot.dirty_bitmap = old.dirty_bitmap
             slot._dirty_lock = old._dirty_lock  # somebody may still be marking pages through the old slot
+            slot._reports = old._reports
         elif initially_dirty:
             slot.dirty_bitmap = bytearray(((1 << slot.npages) - 1).to_bytes(slot.dirty_bitmap_bytes, "little"))
         else:

@@ -217,5 +217,5 @@ class Vm(VmState, vm.Vm):
         kvmclock.set_clock(self, clock)
 
 
-abi.check_requests(Vm, abi.requests_of(abi.File.VM), but=("irq_line",))
-serve(Vm, abi.requests_of(abi.File.VM), uninterrupted)
+abi.check_requests(Vm, abi.requests_of(abi.File.VM), but=("irq_line", "get_dirty_log"))
+serve(Vm, abi.requests_of(abi.File.VM), uninterrupted, but=("get_dirty_log",))
