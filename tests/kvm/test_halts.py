@@ -115,10 +115,10 @@ def test_the_wait_grows_and_shrinks_as_documented() -> None:
     tiny = Tiny(params=params)
     vcpu = tiny.vcpu
     waits = []
-    for halt_ns in (30_000, 30_000, 30_000, 20_000, 36_000, 36_000, 36_000):
+    for halt_ns in (30_000, 30_000, 35_000, 30_000, 20_000, 36_000, 36_000, 36_000):
         halt_poll.adapt(vcpu, halt_ns)
         waits.append(vcpu.halt_poll_ns)
-    assert waits == [10_000, 20_000, 35_000, 35_000, 17_500, 0, 0]
+    assert waits == [10_000, 20_000, 20_000, 35_000, 35_000, 17_500, 0, 0]
     params.halt_poll_ns_shrink = 0
     vcpu.halt_poll_ns = 35_000
     halt_poll.adapt(vcpu, 36_000)

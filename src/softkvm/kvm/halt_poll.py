@@ -51,7 +51,7 @@ def adapt(vcpu: Vcpu, halt_ns: int) -> None:
         pass  # the wait was long enough
     elif halt_ns > limit:
         vcpu.halt_poll_ns = shrunk(params, ns)
-    elif ns < limit:
+    elif halt_ns < limit and ns < limit:
         vcpu.halt_poll_ns = min(grown(params, ns), limit)
 
 

@@ -12,7 +12,7 @@ from tests.support.tiny import MIB, Memory, Tiny
 
 from softkvm import abi
 from softkvm.kvm import Vm
-from softkvm.kvm.memory import guest_memory
+from softkvm.kvm.memory import dirty_log, guest_memory
 from softkvm.kvm.memory.guest_memory import cmpxchg_guest, write_guest
 
 GPA = 16 * MIB
@@ -71,6 +71,16 @@ def test_exactly_the_pages_written_since_the_last_log_are_in_it(tiny: Tiny) -> N
     assert _dirty(tiny) == set()
     _store(tiny, GPA + 12 * 4096, 4096, 1)
     assert _dirty(tiny) == {12}
+
+
+def test_a_log_that_is_collected_in_several_pieces_is_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dirty_log, "_BATCH_PAGES", 256)
+    _log(tiny, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    written = (0, 255, 256, 511, 600, SIZE // 4096 - 1)
+    for page in written:
+        _store(tiny, GPA + page * 4096, 4096, 1)
+    assert _dirty(tiny) == set(written)
+    assert _dirty(tiny) == set()
 
 
 def test_what_kvm_itself_writes_is_logged_too(tiny: Tiny) -> None:

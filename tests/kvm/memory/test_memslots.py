@@ -112,6 +112,24 @@ def test_several_slots_may_name_the_same_host_memory(tiny: Tiny, memory: Memory)
         tiny.vm.machine.read(hva, 8)
 
 
+def test_a_slot_that_is_deleted_gives_all_of_its_memory_back(tiny: Tiny, memory: Memory) -> None:
+    hva, half = memory.address, memory.size // 2
+    assert _errno(tiny, slot=1, hva=hva + half, size=half) is None
+    assert _errno(tiny, slot=2, hva=hva, size=2 * half, gpa=32 * MIB) is None
+    assert _errno(tiny, slot=1, size=0) is None
+    for at in (hva, hva + half):
+        tiny.vm.machine.read(at, half)
+    assert _errno(tiny, slot=2, size=0) is None
+    for at in range(hva, hva + 2 * half, 4096):
+        with pytest.raises(ValueError):
+            tiny.vm.machine.read(at, 1)
+
+
+def test_a_vm_says_how_much_memory_it_has(tiny: Tiny, memory: Memory) -> None:
+    assert _errno(tiny, slot=1, hva=memory.address, size=MIB) is None
+    assert "1 vCPUs, 3072 KiB of memory" in repr(tiny.vm)
+
+
 def test_a_guest_loses_sight_of_a_deleted_slot(tiny: Tiny, memory: Memory) -> None:
     tiny.protected_mode()
     memory.write(0, b"\x42")

@@ -149,6 +149,15 @@ def test_events_come_back(chips: Tiny) -> None:
     assert (after.nmi.pending, after.nmi.masked) == (1, 1)
 
 
+def test_an_init_that_waits_comes_back(chips: Tiny) -> None:
+    for latched in (1, 0):
+        events = chips.vcpu.get_vcpu_events()
+        events.flags = abi.KVM_VCPUEVENT_VALID_SMM
+        events.smi.latched_init = latched
+        chips.vcpu.set_vcpu_events(events)
+        assert chips.vcpu.get_vcpu_events().smi.latched_init == latched
+
+
 @pytest.mark.parametrize(("nr", "flags"), [(2, 0), (32, 0), (13, 1 << 20)])
 def test_events_that_cannot_be_are_refused(tiny: Tiny, nr: int, flags: int) -> None:
     events = tiny.vcpu.get_vcpu_events()

@@ -152,6 +152,9 @@ def test_memory_size_bytes() -> None:
     cmos = Cmos(ram_below_4g=3 << 30, ram_above_4g=5 << 30)
     assert get(cmos, 0x15) | get(cmos, 0x16) << 8 == 640
     assert get(cmos, 0x17) | get(cmos, 0x18) << 8 == 0xFFFF
+    small = Cmos(ram_below_4g=24 << 20)
+    for low, high in ((0x17, 0x18), (0x30, 0x31)):  # KiB above the first MiB, in two places
+        assert get(small, low) | get(small, high) << 8 == 23 << 10
     assert (get(cmos, 0x34) | get(cmos, 0x35) << 8) << 16 == (3 << 30) - (16 << 20)
     assert (get(cmos, 0x5B) | get(cmos, 0x5C) << 8 | get(cmos, 0x5D) << 16) << 16 == 5 << 30
 

@@ -228,3 +228,10 @@ def test_the_trap_bit_of_a_tss_is_a_debug_exception_of_the_new_task(tiny: Tiny) 
     assert regs.rip == TARGET + 0x41
     assert struct.unpack("<I", tiny.memory.read(regs.rsp, 4)) == (TARGET,)
     assert tiny.vcpu.get_debugregs().dr6 & 1 << 15
+
+
+def test_the_reserved_bits_beside_the_trap_bit_say_nothing(tiny: Tiny) -> None:
+    _gates(tiny, db=TARGET + 0x40)
+    tiny.memory.write(NEW_TSS + 0x64, b"\xfe\xff")
+    tiny.load(b"\xea" + struct.pack("<IH", 0, NEW_SELECTOR))
+    assert tiny.run_to_halt().rip == TARGET + 1

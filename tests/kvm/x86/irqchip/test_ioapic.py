@@ -207,12 +207,14 @@ def test_line_that_nobody_lowers_is_slowed_down(bench: IoApicBench) -> None:
     bench.route(0x41 | LEVEL)
     bench.line(1)
     served = 0
-    while bench.take() == 0x41:
-        bench.lapic.eoi()
-        served += 1
-        assert served <= IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT
-    assert served == IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT
-    bench.advance(10_000_000)
+    for _ in range(2):  # as many each time
+        while bench.take() == 0x41:
+            bench.lapic.eoi()
+            served += 1
+            assert served <= IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT
+        assert served == IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT
+        bench.advance(10_000_000)
+        served = 0
     assert bench.take() == 0x41
 
 
