@@ -23,7 +23,7 @@ pub use host::{
 pub use region::{PAGE_SIZE, PageInfo, Region, RegionError, RegionTable, chunk_mask};
 pub use shared::{Shared, Wake, pending};
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
 use bus::Bus;
@@ -45,16 +45,44 @@ pub struct Machine {
     forks: u64,
 }
 
-/// All machines of the process: one's pages must not lie where another's user has its memory, or may have it later.
-static MACHINES: Mutex<Vec<Weak<Machine>>> = Mutex::new(Vec::new());
-
-/// Those that this process has made.
-fn own(all: &[Weak<Machine>]) -> impl Iterator<Item = Arc<Machine>> {
-    all.iter().filter_map(Weak::upgrade).filter(|m| !m.inherited())
+/// Machines, with the process that has made them (its [`forks`]).
+struct Machines {
+    all: Mutex<Vec<Weak<Machine>>>,
+    forks: u64,
 }
 
+/// All machines of the process: one's pages must not lie where another's user has its memory, or may have it later.
+/// A forked child makes a list of its own at its first: the lock of its parent's may be held by a thread that is not in
+/// it, and the parent's machines are nothing to it. Lists are never freed.
+static MACHINES: AtomicPtr<Machines> = AtomicPtr::new(core::ptr::null_mut());
+
 fn machines() -> MutexGuard<'static, Vec<Weak<Machine>>> {
-    MACHINES.lock().unwrap_or_else(|e| e.into_inner())
+    let forks = forks();
+    let mut known = MACHINES.load(Ordering::SeqCst);
+    loop {
+        // SAFETY: null, or a list, and those are never freed.
+        match unsafe { known.as_ref() } {
+            Some(machines) if machines.forks == forks => {
+                return machines.all.lock().unwrap_or_else(|e| e.into_inner());
+            }
+            _ => {
+                let new = Box::into_raw(Box::new(Machines { all: Mutex::default(), forks }));
+                match MACHINES.compare_exchange(known, new, Ordering::SeqCst, Ordering::SeqCst) {
+                    Ok(_) => known = new,
+                    Err(other) => {
+                        // SAFETY: nobody else has seen it.
+                        drop(unsafe { Box::from_raw(new) });
+                        known = other;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Those of a list that are still there.
+fn living(all: &[Weak<Machine>]) -> impl Iterator<Item = Arc<Machine>> {
+    all.iter().filter_map(Weak::upgrade)
 }
 
 impl Machine {
@@ -107,7 +135,7 @@ impl Machine {
     pub unsafe fn add_region(&self, hva: usize, size: usize) -> Result<(), RegionError> {
         let region = Region::new(hva, size, Owner::User)?;
         let all = machines();
-        if own(&all).any(|m| m.regions().meets_own(hva, size)) {
+        if living(&all).any(|m| m.regions().meets_own(hva, size)) {
             return Err(RegionError::Overlap);
         }
         self.put_region(region)
@@ -132,7 +160,7 @@ impl Machine {
         let size = Pool::chunk_size(count).ok_or(RegionError::NoMemory)?;
         let all = machines();
         let chunk = pool::map(size, |base, size| {
-            let tables = own(&all).map(|m| m.regions());
+            let tables = living(&all).map(|m| m.regions());
             tables.into_iter().find_map(|t| t.meets(base, size).map(|r| (r.base(), r.end())))
         })?;
         self.put_region(Region::new(chunk.base(), chunk.size(), Owner::Machine)?)?;
