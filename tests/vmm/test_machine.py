@@ -121,6 +121,24 @@ def test_first_end_counts(make: MakeMachine) -> None:
     assert machine.wait() == Outcome(End.STOPPED, "first")
 
 
+def test_a_handler_of_a_signal_may_end_a_machine_that_is_just_being_ended(make: MakeMachine) -> None:
+    machine = make(SPIN)
+    machine.start()
+    kick = machine.vcpus[0].vcpu.kick
+
+    def interrupted() -> None:  # in the middle of end(), on its thread: as a handler would
+        machine.vcpus[0].vcpu.kick = kick  # type: ignore[method-assign]
+        machine.end(Outcome(End.STOPPED))
+        kick()
+
+    machine.vcpus[0].vcpu.kick = interrupted  # type: ignore[method-assign]
+    ender = threading.Thread(target=machine.end, args=(Outcome(End.RESET),), daemon=True)
+    ender.start()
+    ender.join(20)
+    assert not ender.is_alive()
+    assert machine.wait().end is End.RESET
+
+
 def test_closing_a_running_machine_stops_it(make: MakeMachine) -> None:
     machine = make(SPIN, vcpus=2)
     machine.start()

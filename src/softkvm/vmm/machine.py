@@ -88,7 +88,7 @@ class Machine(Closing):
         self.ended_ns = 0
         self.standstill = Standstill(self.ended)
         self._halt_watch: HaltWatch | None = None
-        self._end_lock = threading.Lock()
+        self._end_lock = threading.RLock()  # a signal's handler ends a machine, too: in the middle of its end or close
         self._closed = False
         self._inherited = False
         tell_after_fork(self)
