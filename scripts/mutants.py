@@ -229,7 +229,7 @@ def document(result: dict[str, Any], command: str) -> str:
         "run has led to are not in its figures.",
         "",
         f"`{command}`, {today}, Python {platform.python_version()}: "
-        f"{result['noticed']} of {result['mutants']} noticed.",
+        f"{result['noticed']} of {result['mutants']} noticed; {result['drawn']} were drawn.",
         "",
         "| module | mutants | noticed |",
         "|---|---:|---:|",
@@ -309,6 +309,7 @@ def main() -> int:
         print(f"\n{survivor['module']}:{survivor['line']} {survivor['operator']}")
         print(f"  - {survivor['before']}\n  + {survivor['after']}")
     print(f"\n{result['noticed']} of {result['mutants']} noticed")
+    result["drawn"] = len(rust) + len(drawn)
     if options.write:
         chosen = "".join(f" {module}" for module in options.modules)
         command = (

@@ -55,7 +55,8 @@ def test_of_the_crate_those_count_that_compiled() -> None:
 
 def test_the_page_says_how_it_was_made_and_what_survived() -> None:
     survivor = Mutant("kvm/vm.py", "AddNot", 9, "if a:", "if not a:", "code")
-    page = document(report([(survivor, False)]), "scripts/mutants.py --count 1")
+    page = document(report([(survivor, False)]) | {"drawn": 5}, "scripts/mutants.py --count 1")
     assert "`scripts/mutants.py --count 1`" in page
+    assert "0 of 1 noticed; 5 were drawn" in page
     assert "| `kvm/vm.py` | 1 | 0 |" in page
     assert "`if a:` became `if not a:`" in page

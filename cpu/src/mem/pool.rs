@@ -5,6 +5,8 @@
 //! A chunk lies where no machine's user has its memory: a user may name addresses where nothing is mapped yet, and what
 //! the host put there would be its guest's to write.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::region::{PAGE_SIZE, RegionError};
 
 /// Pages of a chunk, unless more are wanted in a row.
@@ -151,9 +153,20 @@ impl Chunk {
 }
 
 /// The pages.
+///
+/// A guest decides how many tables there are and in which order they go, so neither to take a page nor to give one back
+/// may look at all chunks.
 #[derive(Default)]
 pub(super) struct Pool {
-    chunks: Vec<Chunk>,
+    /// By address.
+    chunks: BTreeMap<usize, Chunk>,
+    /// The addresses of those that have a free page.
+    open: BTreeSet<usize>,
+    /// Free pages of all chunks.
+    free: usize,
+    /// Chunks that have been asked for pages, for statistics.
+    #[cfg(test)]
+    looks: usize,
 }
 
 impl Pool {
@@ -164,7 +177,21 @@ impl Pool {
 
     /// `count` zeroed pages in a row, if a chunk has them.
     pub(super) fn take(&mut self, count: usize) -> Option<usize> {
-        self.chunks.iter_mut().find_map(|c| c.take(count))
+        for at in &self.open {
+            #[cfg(test)]
+            {
+                self.looks += 1;
+            }
+            let chunk = self.chunks.get_mut(at)?;
+            if let Some(address) = chunk.take(count) {
+                self.free -= count;
+                if chunk.free == 0 {
+                    self.open.remove(&chunk.memory.base);
+                }
+                return Some(address);
+            }
+        }
+        None
     }
 
     /// Adds a chunk.
@@ -175,17 +202,28 @@ impl Pool {
         if pages % 64 != 0 {
             used[words - 1] = u64::MAX << (pages % 64);
         }
-        self.chunks.push(Chunk { memory, used, stale: vec![0; words], free: pages, first: 0 });
+        let base = memory.base;
+        self.chunks.insert(base, Chunk { memory, used, stale: vec![0; words], free: pages, first: 0 });
+        self.open.insert(base);
+        self.free += pages;
     }
 
-    /// Takes pages back. A chunk that is not used any more is returned, unless it is the only one with room.
+    /// Takes pages back. A chunk that is not used any more is returned, unless the others have little room.
     pub(super) fn give(&mut self, address: usize, count: usize) -> Option<Mapping> {
-        let at = self.chunks.iter().position(|c| address.wrapping_sub(c.memory.base) < c.memory.size)?;
-        let chunk = &mut self.chunks[at];
-        chunk.give((address - chunk.memory.base) / PAGE_SIZE, count);
-        let unused = chunk.free == chunk.pages();
-        let room = self.chunks.iter().enumerate().any(|(n, c)| n != at && c.free >= CHUNK_PAGES / 4);
-        (unused && room).then(|| self.chunks.swap_remove(at).memory)
+        let (&base, chunk) = self.chunks.range_mut(..=address).next_back()?;
+        if address - base >= chunk.memory.size {
+            return None;
+        }
+        chunk.give((address - base) / PAGE_SIZE, count);
+        self.open.insert(base);
+        self.free += count;
+        let room = self.free - chunk.free;
+        if chunk.free < chunk.pages() || room < CHUNK_PAGES / 4 {
+            return None;
+        }
+        self.free = room;
+        self.open.remove(&base);
+        self.chunks.remove(&base).map(|chunk| chunk.memory)
     }
 }
 
@@ -249,6 +287,35 @@ mod tests {
         assert_eq!(count(), 1);
         assert_eq!(machine.alloc_pages(usize::MAX / PAGE_SIZE), Err(RegionError::NoMemory));
         assert_eq!(machine.alloc_pages(0), Err(RegionError::NoMemory));
+    }
+
+    #[test]
+    fn a_page_comes_and_goes_without_a_look_at_all_chunks() {
+        const PAGES: usize = CHUNK_PAGES * 20;
+        let machine = Machine::new();
+        let mut pages: Vec<usize> = (0..PAGES).map(|_| machine.alloc_pages(1).unwrap()).collect();
+        assert!(machine.pool().looks <= PAGES + 20, "{} looks", machine.pool().looks);
+        assert!(machine.pool().open.is_empty());
+        // Any order: a multiplier prime to the count visits each once.
+        for n in 0..PAGES {
+            let page = n * 7919 % PAGES;
+            machine.free_pages(pages[page], 1);
+            if n % 3 == 0 {
+                pages[page] = machine.alloc_pages(1).unwrap();
+            } else {
+                pages[page] = 0;
+            }
+            let pool = machine.pool();
+            if n % 500 == 0 {
+                assert_eq!(pool.free, pool.chunks.values().map(|c| c.free).sum::<usize>());
+                assert!(pool.chunks.iter().all(|(at, c)| pool.open.contains(at) == (c.free > 0)));
+            }
+        }
+        assert!(machine.pool().looks <= 2 * PAGES, "{} looks", machine.pool().looks);
+        pages.retain(|page| *page != 0);
+        pages.iter().for_each(|page| machine.free_pages(*page, 1));
+        let pool = machine.pool();
+        assert_eq!((pool.chunks.len(), pool.open.len(), pool.free), (1, 1, CHUNK_PAGES));
     }
 
     #[test]

@@ -53,6 +53,24 @@ fn an_instruction_that_overwrites_the_next_one() {
 }
 
 #[test]
+fn a_store_that_begins_before_the_block_it_is_in_changes_what_follows() {
+    const AT: u64 = CODE + 0x100;
+    let mut g = Guest::long(|a| {
+        a.movups(xmm0, xmmword_ptr(DATA)).unwrap();
+        a.jmp(AT).unwrap();
+    });
+    // MOVUPS [AT-4], XMM0; MOV AL, 1; HLT. The store puts the same there, but for MOV AL, 2.
+    let mut code = vec![0x0f, 0x11, 0x04, 0x25];
+    code.extend((AT as u32 - 4).to_le_bytes());
+    code.extend([0xb0, 1, 0xf4, 0x90]);
+    g.memory.write_bytes(AT, &code);
+    g.memory.write_bytes(DATA + 4, &code);
+    g.memory.write::<u8>(DATA + 4 + 9, 2);
+    g.expect_exit(exit::HLT);
+    assert_eq!(g.rax() & 0xff, 2);
+}
+
+#[test]
 fn code_written_by_the_host_takes_effect_at_the_next_vmrun_or_notification() {
     let mut g = Guest::long(|a| {
         let mut again = a.create_label();
