@@ -52,9 +52,11 @@ NOTES: Final = (
     "There are no MMU notifiers on the software side: `softkvm.kvm.Vm.host_unmapped` has to be told what the kernel "
     "finds out by itself. KVM_SET_USER_MEMORY_REGION takes the object that owns the memory "
     "and holds it, so an mmap object is not unmapped under a slot (its close() raises BufferError, on both sides). "
-    "Memory that is unmapped or moved past Python (munmap or mremap of libc, mmap over it), or that nobody was told to "
-    "hold, ends the process with SIGSEGV when the guest uses it. Memory that is not mapped when the guest first "
-    "touches it is EFAULT of KVM_RUN.",
+    "Memory that is not there when the guest touches it, because it was never mapped, or unmapped or protected past "
+    "Python (munmap of libc, a file cut short), is EFAULT of KVM_RUN, as on a kernel. A place of a slot where nothing "
+    "is mapped is kept free: memory comes there by MAP_FIXED only (a wish gets another place, MAP_FIXED_NOREPLACE is "
+    "EEXIST). Memory that is unmapped under a slot without `host_unmapped`, and whose place is given to something else "
+    "before any guest touches it, is not noticed: the guest reaches what is there then.",
     "The device tried here does not report KVM_CAP_INTR_SHADOW, although KVM_GET_VCPU_EVENTS has the shadow, nor "
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A signal whose handler a library of another language installed (Python's are known at once) may not end KVM_RUN"

@@ -36,6 +36,8 @@ class Machine:
         """
     def remove_region(self, hva: int) -> None:
         """Forget a region; returns once no processor can reach it any more."""
+    def fill_holes(self, hva: int) -> None:
+        """Have nothing be mapped in holes of the region that holds ``hva`` but what names the place (``MAP_FIXED``)."""
     def alloc_page(self, count: int = 1) -> Page:
         """Zeroed pages of the machine's own, apart from all regions; ``MemoryError`` if the host has none."""
     def notify_write(self, hva: int, size: int) -> None:

@@ -82,6 +82,11 @@ impl PyMachine {
         py.detach(|| machine.remove_region(hva)).map_err(|e| region_error(e, hva, 0))
     }
 
+    fn fill_holes(&self, hva: usize) -> PyResult<()> {
+        own(&self.inner)?.fill_holes(hva);
+        Ok(())
+    }
+
     #[pyo3(signature = (count = 1))]
     fn alloc_page(&self, count: usize) -> PyResult<Page> {
         Page::new(own(&self.inner)?.clone(), count)

@@ -8,6 +8,7 @@
 mod bus;
 mod forks;
 pub mod futex;
+mod holes;
 mod host;
 pub mod lost;
 mod pool;
@@ -57,13 +58,17 @@ struct Machines {
 static MACHINES: AtomicPtr<Machines> = AtomicPtr::new(core::ptr::null_mut());
 
 fn machines() -> MutexGuard<'static, Vec<Weak<Machine>>> {
+    list().all.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn list() -> &'static Machines {
     let forks = forks();
     let mut known = MACHINES.load(Ordering::SeqCst);
     loop {
         // SAFETY: null, or a list, and those are never freed.
         match unsafe { known.as_ref() } {
             Some(machines) if machines.forks == forks => {
-                return machines.all.lock().unwrap_or_else(|e| e.into_inner());
+                return machines;
             }
             _ => {
                 let new = Box::into_raw(Box::new(Machines { all: Mutex::default(), forks }));
@@ -88,7 +93,9 @@ fn living(all: &[Weak<Machine>]) -> impl Iterator<Item = Arc<Machine>> {
 impl Machine {
     /// A machine with no memory and no processors.
     pub fn new() -> Arc<Machine> {
-        let machine = Arc::new(Machine { forks: forks(), ..Machine::default() });
+        let mut machine = Machine::default();
+        machine.forks = forks();
+        let machine = Arc::new(machine);
         let mut all = machines();
         all.retain(|m| m.strong_count() != 0);
         all.push(Arc::downgrade(&machine));
@@ -128,22 +135,40 @@ impl Machine {
         Ok(())
     }
 
-    /// Makes `size` bytes of host memory at `hva` usable; refuses pages of this or any other machine's own.
+    /// Makes `size` bytes of host memory at `hva` usable; refuses pages of this or any other machine's own. Where nothing
+    /// is mapped yet, nothing will be that does not name the address ([`holes`]).
     ///
     /// # Safety
-    /// The memory must stay mapped, readable and writable until the region is removed.
+    /// What is mapped there is the guests' until the region is removed.
     pub unsafe fn add_region(&self, hva: usize, size: usize) -> Result<(), RegionError> {
         let region = Region::new(hva, size, Owner::User)?;
         let all = machines();
         if living(&all).any(|m| m.regions().meets_own(hva, size)) {
             return Err(RegionError::Overlap);
         }
-        self.put_region(region)
+        self.put_region(region)?;
+        self.fill_holes(hva);
+        Ok(())
+    }
+
+    /// Has nothing be mapped any more in holes of the region that holds `address`, of whose user it has turned out that
+    /// its memory is gone, but what names the place.
+    pub fn fill_holes(&self, address: usize) {
+        if let Some(region) = self.regions().find(address)
+            && holes::fill(region.base(), region.end() - region.base())
+        {
+            region.filled.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Takes a region away; returns when no running processor can reach it any more.
     pub fn remove_region(&self, hva: usize) -> Result<(), RegionError> {
-        self.take_region(hva, Owner::User)
+        let regions = self.regions();
+        self.take_region(hva, Owner::User)?;
+        if let Some(region) = regions.find(hva) {
+            free_holes(&machines(), region);
+        }
+        Ok(())
     }
 
     fn pool(&self) -> MutexGuard<'_, Pool> {
@@ -245,6 +270,32 @@ impl Machine {
                 || !s.running.load(Ordering::SeqCst)
                 || s.synced.load(Ordering::SeqCst) >= generation
         })
+    }
+}
+
+/// Frees the holes that a region had which is gone. Those that others name are theirs to free.
+fn free_holes(all: &[Weak<Machine>], region: &Region) {
+    if !region.filled.load(Ordering::Relaxed) {
+        return;
+    }
+    let tables: Vec<_> = living(all).map(|m| m.regions()).collect();
+    holes::free(region.base(), region.end() - region.base(), |base, size| {
+        let other = tables.iter().filter_map(|t| t.meets(base, size)).min_by_key(|r| r.base())?;
+        other.filled.store(true, Ordering::Relaxed);
+        Some((other.base(), other.end()))
+    });
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // The last one to let go may be somebody who looks through all machines: then the holes stay filled.
+        if self.inherited() {
+            return;
+        }
+        let Ok(all) = list().all.try_lock() else { return };
+        for region in self.regions().users() {
+            free_holes(&all, region);
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! Registered host memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Bytes of a base page.
 pub const PAGE_SIZE: usize = 4096;
@@ -42,6 +42,8 @@ pub struct Region {
     size: usize,
     owner: Owner,
     pages: Box<[PageInfo]>,
+    /// It has, or had, holes that are filled ([`super::holes`]).
+    pub(super) filled: AtomicBool,
 }
 
 impl Region {
@@ -56,7 +58,7 @@ impl Region {
             return Err(RegionError::Unaligned);
         }
         let pages = page_infos(size / PAGE_SIZE).ok_or(RegionError::NoMemory)?;
-        Ok(Region { base, size, owner, pages })
+        Ok(Region { base, size, owner, pages, filled: AtomicBool::new(false) })
     }
 
     /// First address.
@@ -152,6 +154,11 @@ impl RegionTable {
     /// The first region that meets `size` bytes at `base`.
     pub fn meets(&self, base: usize, size: usize) -> Option<&Region> {
         self.from(base).next().filter(|r| r.base < base.saturating_add(size))
+    }
+
+    /// The machine's user's regions.
+    pub(super) fn users(&self) -> impl Iterator<Item = &Region> {
+        self.from(0).filter(|r| r.owner == Owner::User)
     }
 
     /// The same among the machine's own.

@@ -211,3 +211,63 @@ def test_code_page_tables_and_stacks_may_go_away_too(guest: Guest) -> None:
         assert (caught.value.errno, guest.vcpu.get_regs().rip - 2 * GPA) == (errno.EFAULT, place)
         remap(guest.hva(page), PAGE)
         ctypes.memmove(guest.hva(0), b"\x50\xeb\xfd", 3)
+
+
+def anywhere(near: int, size: int) -> int:
+    """Map memory where the host likes, best of all near there."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    at = _libc.mmap(ctypes.c_void_p(near), ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert at
+    return int(at)
+
+
+def test_a_hole_under_a_slot_is_nobodys_who_does_not_name_it(guest: Guest) -> None:
+    guest.tiny.slot(1, GPA, 0, 0)
+    unmap(guest.hva(8), 8 * PAGE)
+    guest.tiny.slot(1, GPA, SIZE, guest.address)
+    taken = [anywhere(guest.hva(8 + n), PAGE) for n in range(8)]
+    assert all(at + PAGE <= guest.address or at >= guest.address + SIZE for at in taken)
+    for page in (8, 15):
+        with pytest.raises(OSError) as caught:
+            guest.store(page)
+        assert caught.value.errno == errno.EFAULT
+        assert read_guest(guest.vm, GPA + page * PAGE, 1) is None
+    guest.store(7, 7)
+    remap(guest.hva(8), PAGE)
+    guest.store(8, 8)
+    assert ctypes.c_uint8.from_address(guest.hva(8)).value == 8
+    # Without the slot the host may give it to anybody, but for what is the client's.
+    guest.tiny.slot(1, GPA, 0, 0)
+    free = anywhere(guest.hva(9), 7 * PAGE)
+    assert free == guest.hva(9)
+    assert ctypes.c_uint8.from_address(guest.hva(8)).value == 8
+    for at in taken:
+        unmap(at, PAGE)
+
+
+def test_a_hole_that_a_guest_has_come_upon_is_nobodys_either(guest: Guest) -> None:
+    guest.store(3)
+    for page in (3, 1000):  # touched before, and not
+        unmap(guest.hva(page), 4 * PAGE)
+        guest.vm.host_mappings.forget()
+        with pytest.raises(OSError) as caught:
+            guest.fetch(page)
+        assert caught.value.errno == errno.EFAULT
+        at = anywhere(guest.hva(page + 1), PAGE)
+        assert at != guest.hva(page + 1)
+        unmap(at, PAGE)
+
+
+def test_a_vm_that_is_closed_leaves_no_hole_behind() -> None:
+    guest = Guest()
+    guest.tiny.slot(1, GPA, 0, 0)
+    unmap(guest.hva(8), 8 * PAGE)
+    guest.tiny.slot(1, GPA, SIZE, guest.address)
+    guest.tiny.slot(2, 2 * GPA, SIZE, guest.address)  # the same memory again
+    guest.tiny.slot(1, GPA, 0, 0)
+    at = anywhere(guest.hva(8), 8 * PAGE)
+    assert at != guest.hva(8)
+    unmap(at, 8 * PAGE)
+    guest.tiny.close()
+    assert anywhere(guest.hva(8), 8 * PAGE) == guest.hva(8)
+    guest.close()

@@ -18,8 +18,9 @@ READ_WRITE: Final = 2
 class HostMappings:
     """The process's mappings, read from /proc/self/maps when an address is not among the known ones.
 
-    Memory that is unmapped after the guest has touched it is not noticed, unless ``Vm.host_unmapped`` is told: there
-    are no MMU notifiers. That is why a slot holds its memory's owner, if it is told who that is.
+    Memory that is unmapped after the guest has touched it is noticed when the guest touches it again and nothing else
+    has its place, or when ``Vm.host_unmapped`` is told: there are no MMU notifiers. That is why a slot holds its
+    memory's owner, if it is told who that is.
     """
 
     __slots__ = ("_map",)

@@ -198,6 +198,7 @@ class TdpMmu:
             level = PG_LEVEL_4K
             hva, access = self._host_page(slot, gfn, level)
         if access == NO_ACCESS or (write and access != READ_WRITE):
+            self._machine.fill_holes(hva)
             raise kvm_error(errno.EFAULT, f"gpa={gfn << PAGE_SHIFT:#x}: no host memory at userspace_addr={hva:#x}")
         table = self._descend(gfn, level)
         spte = make_spte(hva, level, writable=access == READ_WRITE and not slot.readonly)

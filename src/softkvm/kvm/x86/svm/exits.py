@@ -291,10 +291,11 @@ def ac_interception(vcpu: Vcpu) -> int:
 def mc_interception(vcpu: Vcpu) -> int:
     """#MC: memory that was mapped for the guest has been taken away; EFAULT, as where the kernel gets no pages.
 
-    The next KVM_RUN looks again what is there.
+    The next KVM_RUN looks again what is there. That is nothing until somebody maps something at this very address.
     """
     hva = vcpu.q[EXIT_INFO_2]
     vcpu.vm.host_unmapped(hva, 1)
+    vcpu.vm.machine.fill_holes(hva)
     raise kvm_error(errno.EFAULT, f"guest memory at {hva:#x} is not there, or not for writing")
 
 
