@@ -141,14 +141,21 @@ impl Machine {
     /// # Safety
     /// What is mapped there is the guests' until the region is removed.
     pub unsafe fn add_region(&self, hva: usize, size: usize) -> Result<(), RegionError> {
-        let region = Region::new(hva, size, Owner::User)?;
+        Region::check(hva, size)?;
         let all = machines();
         if living(&all).any(|m| m.regions().meets_own(hva, size)) {
             return Err(RegionError::Overlap);
         }
-        self.put_region(region)?;
-        self.fill_holes(hva);
-        Ok(())
+        // First of all: what is known of the region's pages must not come to lie in its holes.
+        let filled = holes::fill(hva, size);
+        let done = Region::new(hva, size, Owner::User).and_then(|region| {
+            region.filled.store(filled, Ordering::Relaxed);
+            self.put_region(region)
+        });
+        if done.is_err() && filled {
+            free_holes(&all, hva, size);
+        }
+        done
     }
 
     /// Has nothing be mapped any more in holes of the region that holds `address`, of whose user it has turned out that
@@ -165,8 +172,10 @@ impl Machine {
     pub fn remove_region(&self, hva: usize) -> Result<(), RegionError> {
         let regions = self.regions();
         self.take_region(hva, Owner::User)?;
-        if let Some(region) = regions.find(hva) {
-            free_holes(&machines(), region);
+        if let Some(region) = regions.find(hva)
+            && region.filled.load(Ordering::Relaxed)
+        {
+            free_holes(&machines(), region.base(), region.end() - region.base());
         }
         Ok(())
     }
@@ -273,13 +282,10 @@ impl Machine {
     }
 }
 
-/// Frees the holes that a region had which is gone. Those that others name are theirs to free.
-fn free_holes(all: &[Weak<Machine>], region: &Region) {
-    if !region.filled.load(Ordering::Relaxed) {
-        return;
-    }
+/// Frees the holes of a region that is gone. Those that others name are theirs to free.
+fn free_holes(all: &[Weak<Machine>], base: usize, size: usize) {
     let tables: Vec<_> = living(all).map(|m| m.regions()).collect();
-    holes::free(region.base(), region.end() - region.base(), |base, size| {
+    holes::free(base, size, |base, size| {
         let other = tables.iter().filter_map(|t| t.meets(base, size)).min_by_key(|r| r.base())?;
         other.filled.store(true, Ordering::Relaxed);
         Some((other.base(), other.end()))
@@ -293,8 +299,8 @@ impl Drop for Machine {
             return;
         }
         let Ok(all) = list().all.try_lock() else { return };
-        for region in self.regions().users() {
-            free_holes(&all, region);
+        for region in self.regions().users().filter(|r| r.filled.load(Ordering::Relaxed)) {
+            free_holes(&all, region.base(), region.end() - region.base());
         }
     }
 }

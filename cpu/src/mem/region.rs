@@ -47,8 +47,8 @@ pub struct Region {
 }
 
 impl Region {
-    /// Checks alignment and makes the page table of a region.
-    pub(super) fn new(base: usize, size: usize, owner: Owner) -> Result<Region, RegionError> {
+    /// Checks a region's place.
+    pub(super) fn check(base: usize, size: usize) -> Result<(), RegionError> {
         if base == 0
             || base % PAGE_SIZE != 0
             || size == 0
@@ -57,6 +57,12 @@ impl Region {
         {
             return Err(RegionError::Unaligned);
         }
+        Ok(())
+    }
+
+    /// Checks alignment and makes the page table of a region.
+    pub(super) fn new(base: usize, size: usize, owner: Owner) -> Result<Region, RegionError> {
+        Region::check(base, size)?;
         let pages = page_infos(size / PAGE_SIZE).ok_or(RegionError::NoMemory)?;
         Ok(Region { base, size, owner, pages, filled: AtomicBool::new(false) })
     }
