@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from softkvm import _softcpu, abi
 
-if TYPE_CHECKING:
-    from softkvm.kvm.state import VcpuState
-
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class HasCpu(Protocol):
+    """A vCPU, as far as it matters here."""
+
+    cpu: _softcpu.Cpu
 
 
 def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
@@ -42,7 +45,7 @@ def with_mutex(method: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(method)
-    def request(self: VcpuState, *args: Any, **named: Any) -> Any:
+    def request(self: HasCpu, *args: Any, **named: Any) -> Any:
         return self.cpu.request(method, self, *args, **named)
 
     return request
