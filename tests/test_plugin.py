@@ -80,3 +80,17 @@ def test_file_that_is_no_plugin_is_one_line_and_status_2(tmp_path: Path, text: s
     assert done.returncode == 2
     assert done.stderr.startswith(f"softkvm: --plugin {path}: {said}"), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_handler_that_raises_says_where(tmp_path: Path) -> None:
+    plugin = tmp_path / "raises.py"
+    plugin.write_text(
+        "from softkvm.kvm.x86.svm import vmcb\n"
+        "def softkvm_plugin(policy):\n"
+        "    def handler(vcpu):\n"
+        "        raise ValueError('boo')\n"
+        "    policy.exit_handlers[vmcb.EXIT_IOIO] = handler\n"
+    )
+    done = run(tmp_path, POWER_OFF, "--plugin", plugin)
+    assert done.returncode == 1
+    assert done.stderr == "softkvm: internal error: vCPU 0: ValueError: boo (raises.py:4)\n"

@@ -7,9 +7,11 @@ table of handlers, a handler for I/O asks the bus for the range, the range's dev
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -62,7 +64,9 @@ class VcpuThread:
             self.loop()
         except Exception as error:  # a thread's exception must end the machine, not vanish
             self.machine.failure = error
-            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: {type(error).__name__}: {error}"))
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{os.path.basename(at.filename)}:{at.lineno}"
+            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: {type(error).__name__}: {error} ({where})"))
         finally:
             self.cpu_time_ns = time.thread_time_ns()
 
