@@ -9,13 +9,12 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
 
 import pytest
 from tests.support.machines import KVMS
 
 from softkvm import abi, api
+from softkvm.closing import Closing
 
 PAGE = 4096
 MEMORY_SIZE = 1 << 20
@@ -33,7 +32,7 @@ class Hang(AssertionError):
     """A guest that did not leave KVM_RUN in time."""
 
 
-class Guest:
+class Guest(Closing):
     """A VM with one megabyte of memory at 0 and one vCPU or more, ready for code at CODE."""
 
     def __init__(self, kvm: api.Kvm, *, irqchip: bool = False, pit: bool = False, vcpus: int = 1) -> None:
@@ -154,14 +153,6 @@ class Guest:
         for vcpu in self.vcpus:
             vcpu.close()
         self.vm.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -19,6 +18,7 @@ from typing import NoReturn
 import softkvm
 from softkvm.cli import EXIT_ERROR, EXIT_USAGE, Command, CommandError
 from softkvm.cli.output import one_line, stdout_error, warn
+from softkvm.vmm.errors import unexpected
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
@@ -78,11 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if sys.flags.dev_mode:
                 raise
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            text = (
-                f"internal error: {type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
-            )
-            status = _say_why(text, EXIT_ERROR)
+            status = _say_why(f"internal error: {unexpected(error)}", EXIT_ERROR)
         return _flush(status)
 
 

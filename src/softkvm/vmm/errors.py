@@ -3,6 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+
+
+def unexpected(error: BaseException) -> str:
+    """Return what an exception that nobody expected says of itself, and where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+
 
 class MachineError(Exception):
     """A machine cannot be built or started as asked."""

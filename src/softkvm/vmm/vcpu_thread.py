@@ -7,11 +7,9 @@ table of handlers, a handler for I/O asks the bus for the range, the range's dev
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -28,6 +26,7 @@ from softkvm.abi.run_page import (
     MMIO_PHYS_ADDR_Q,
 )
 from softkvm.vmm.bus import CACHE_ENTRIES
+from softkvm.vmm.errors import unexpected
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import REASONS, ExitStats
 
@@ -64,9 +63,7 @@ class VcpuThread:
             self.loop()
         except Exception as error:  # a thread's exception must end the machine, not vanish
             self.machine.failure = error
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{os.path.basename(at.filename)}:{at.lineno}"
-            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: {type(error).__name__}: {error} ({where})"))
+            self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: {unexpected(error)}"))
         finally:
             self.cpu_time_ns = time.thread_time_ns()
 
