@@ -61,9 +61,9 @@ NOTES: Final = (
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A signal whose handler a library of another language installed (Python's are known at once) may not end KVM_RUN"
     " on the software side until the next KVM_RUN that begins 20 ms later or more; one in HLT it ends always.",
-    "Requests to a vCPU whose KVM_RUN is under way on another thread wait for its end on the device. On the software "
-    "side a second KVM_RUN is EBUSY, and the others see or change the state as it is at that moment: kick the vCPU "
-    "first.",
+    "Requests to a vCPU whose KVM_RUN is under way on another thread wait for its end on both sides, a second KVM_RUN "
+    "among them: kick the vCPU first. On the software side a request of KVM_RUN's own thread (an exit handler, task "
+    "work) is done at once, and only a KVM_RUN there is EBUSY.",
     "Closing a VM ends it on the software side: KVM_RUN of its vCPUs is EIO from then on. On the device it lives on "
     "until its vCPUs are closed, too.",
     "HWCR.TscFreqSel is set in a new vCPU on the software side (its TSC does count at one frequency, and Linux asks), "
