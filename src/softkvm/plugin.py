@@ -18,6 +18,7 @@ from softkvm.kvm import Kvm, Params, Vm
 from softkvm.kvm.x86.msrs import MSRS, Msr
 from softkvm.kvm.x86.paravirt.hypercalls import HYPERCALLS, Hypercall
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
+from softkvm.vmm.errors import unexpected
 
 ENTRY_POINT = "softkvm_plugin"
 
@@ -59,16 +60,16 @@ def load(path: str | os.PathLike[str], policy: Policy) -> None:
     name = os.fspath(path)
     try:
         entry = runpy.run_path(name).get(ENTRY_POINT)
-    except OSError as error:
-        raise PluginError(f"{name}: {error.strerror or error}") from None
     except Exception as error:
-        raise PluginError(f"{name}: {type(error).__name__}: {error}") from error
+        if isinstance(error, OSError) and error.filename == os.path.abspath(name):
+            raise PluginError(f"{name}: {error.strerror or error}") from None
+        raise PluginError(f"{name}: {unexpected(error)}") from error
     if not callable(entry) or not _takes_one(entry):
         raise PluginError(f"{name}: has no function {ENTRY_POINT}(policy)")
     try:
         entry(policy)
     except Exception as error:
-        raise PluginError(f"{name}: {ENTRY_POINT}: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{name}: {ENTRY_POINT}: {unexpected(error)}") from error
 
 
 def _takes_one(function: Any) -> bool:

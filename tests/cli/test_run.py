@@ -153,14 +153,58 @@ def test_console_that_is_full_ends_the_machine(tmp_path: Path, where: str) -> No
             [*RUN, "--timeout", "30", "--kernel", kernel, "--console", console],
             stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, check=False, timeout=60,
         )  # fmt: skip
-    assert done.stderr == b"softkvm: internal error: console: No space left on device\n"
+    name = {"stdout": "standard output", "file": "--console file:/dev/full"}[where]
+    assert done.stderr.decode() == f"softkvm: {name}: No space left on device\n"
     assert done.returncode == 1
 
 
 def test_lost_last_words_are_no_success(tmp_path: Path) -> None:
     done = run("--console", "file:/dev/full", "--kernel", flat(tmp_path, printing(b"x") + POWER_OFF))
     assert done.returncode == 1
-    assert "console: No space left" in done.stderr
+    assert done.stderr == "softkvm: --console file:/dev/full: No space left on device\n"
+
+
+@pytest.mark.parametrize("together", ["pipe", "file", "file opened twice", "terminal", "stderr as a file"])
+@pytest.mark.parametrize("ended", [b"$ ", b"$ \r\n", b""])
+def test_closing_line_begins_a_line_where_the_guest_writes_too(tmp_path: Path, together: str, ended: bytes) -> None:
+    kernel = flat(tmp_path, printing(ended) + RESET)
+    log, again, master = tmp_path / "log", -1, -1
+    if together in ("pipe", "stderr as a file"):
+        master, sink = os.pipe()
+    elif together == "terminal":
+        master, sink = os.openpty()
+    else:
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        again = os.open(log, os.O_WRONLY | os.O_APPEND)
+    console = "file:/dev/stderr" if together == "stderr as a file" else "stdio"
+    done = subprocess.run(
+        [*RUN, "--timeout", "30", "--console", console, "--kernel", kernel],
+        stdin=subprocess.DEVNULL, stdout=sink, stderr=again if together == "file opened twice" else sink, timeout=60,
+    )  # fmt: skip
+    text = log.read_bytes() if master < 0 else os.read(master, 4096)
+    for fd in (sink, again, master):
+        if fd >= 0:
+            os.close(fd)
+    assert done.returncode == 6
+    begun = {b"$ ": b"$ \n", b"$ \r\n": b"$ \r\n", b"": b""}[ended]
+    expected = begun + b"softkvm: reset: keyboard controller\n"
+    assert text.replace(b"\r", b"") == expected.replace(b"\r", b"")  # a terminal adds its own
+
+
+def test_output_of_a_guest_alone_gets_no_line_end(tmp_path: Path) -> None:
+    done = run("--timeout", "30", "--kernel", flat(tmp_path, printing(b"$ ") + RESET))
+    assert (done.stdout, done.stderr) == ("$ ", "softkvm: reset: keyboard controller\n")
+    off = subprocess.run(
+        [*RUN, "--timeout", "30", "--kernel", flat(tmp_path, printing(b"$ ") + POWER_OFF)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+    )  # fmt: skip
+    assert off.stdout == "$ "
+
+
+def test_statistics_on_standard_output_begin_a_line(tmp_path: Path) -> None:
+    done = run("--timeout", "30", "--stats", "-", "--kernel", flat(tmp_path, printing(b"$ ") + POWER_OFF))
+    assert done.stdout.startswith("$ \n{\n")
+    assert json.loads(done.stdout.removeprefix("$ \n"))["end"] == "power-off"
 
 
 def test_reader_of_the_console_that_is_gone_ends_the_machine(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import NoReturn
 import softkvm
 from softkvm.cli import EXIT_ERROR, EXIT_USAGE, Command, CommandError
 from softkvm.cli.output import one_line, stdout_error, warn
-from softkvm.vmm.errors import unexpected
+from softkvm.vmm.errors import show_traceback, unexpected
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as exit:  # of argparse
             status = exit.code if isinstance(exit.code, int) else EXIT_USAGE
         except Exception as error:
-            if sys.flags.dev_mode:
-                raise
+            show_traceback(error)
             status = _say_why(f"internal error: {unexpected(error)}", EXIT_ERROR)
         return _flush(status)
 

@@ -12,6 +12,7 @@ import stat
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from softkvm.cli import EXIT_ERROR, CommandError
@@ -32,12 +33,49 @@ class ReaderGone(CommandError):
         super().__init__("", 128 + signal.SIGPIPE)
 
 
-def say(text: str) -> None:
-    """Print *text* and a line end on standard output; CommandError if that does not take it."""
+_partial: list[os.stat_result] = []
+"""The file whose last line a guest left without its end."""
+
+
+def left_partial_line(where: int | str) -> None:
+    """Note that a guest's output to *where* does not end with a line end: the next line of ours there begins with one.
+
+    *where* is a descriptor or a path.
+    """
+    with contextlib.suppress(OSError):
+        _partial[:] = [os.stat(where)]
+
+
+def begin_line(fd: int) -> None:
+    """End the line that a guest began, if *fd* leads to the same file or terminal as its output did."""
+    if not _partial or not os.path.samestat(_partial[0], os.fstat(fd)):
+        return
+    _partial.clear()
+    with contextlib.suppress(OSError), contextlib.closing(Writer(fd)) as writer:
+        writer.write(b"\n", _NOW)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print *text* and *end* on standard output; CommandError if that does not take it."""
+    begin_line(1)
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except OSError as error:
         raise stdout_error(error) from None
+
+
+def say_printed(function: Callable[[], object]) -> None:
+    """Call *function*, which is not ours, and say what it prints."""
+    printed = io.BytesIO()
+    try:
+        with contextlib.redirect_stdout(
+            io.TextIOWrapper(printed, "utf-8", "surrogateescape", write_through=True)
+        ) as out:
+            function()
+    finally:
+        if text := printed.getvalue().decode("utf-8", "surrogateescape"):
+            say(text, end="")
+        out.detach()
 
 
 def warn(text: str) -> None:
@@ -50,6 +88,7 @@ def warn(text: str) -> None:
             sys.stderr.write(line)
             return
         sys.stderr.flush()
+        begin_line(fd)
         with contextlib.closing(Writer(fd)) as writer:
             writer.write(line.encode(sys.stderr.encoding, "backslashreplace"), _NOW)
 

@@ -22,14 +22,14 @@ from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import count, file_name, seconds
-from softkvm.cli.output import OutputFile, warn
+from softkvm.cli.output import OutputFile, say_printed, warn
 from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
 from softkvm.progress import TerminalProgress
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline, Image
 from softkvm.vmm.boot.loaders import Kind, recognize
 from softkvm.vmm.boot.placement import Module
-from softkvm.vmm.errors import ImageError, LoadTimeout, MachineError
+from softkvm.vmm.errors import ImageError, LoadTimeout, MachineError, show_traceback
 from softkvm.vmm.guest import GuestUnavailable, demo_kernel, prepare
 from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
 from softkvm.vmm.memory import GIB, KIB, MIB, PAGE_SIZE
@@ -209,6 +209,8 @@ def _load_plugins(kvm: api.Kvm, files: Sequence[str]) -> Policy | None:
         try:
             plugin.load(file, policy)
         except plugin.PluginError as error:
+            if error.__cause__ is not None:
+                show_traceback(error.__cause__)
             raise CommandError(f"--plugin {error}") from None
     return policy
 
@@ -395,7 +397,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
                 machine.end(Outcome(End.STOPPED, "nobody reads the console"))
                 raise
             except OSError as error:
-                failed.append(Outcome(End.ERROR, f"console: {error.strerror}"))
+                failed.append(Outcome(End.ERROR, f"{console.name}: {error.strerror}"))
                 machine.end(failed[0])
                 raise
             finally:
@@ -417,6 +419,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         except MachineError as error:
             raise CommandError(_name_file(error, image)) from None
         except (OSError, MemoryError) as error:
+            show_traceback(error)
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
         files.close()
         panic.attach(machine)
@@ -434,9 +437,9 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             outcome = failed[0]
         status = 128 + caught[0] if caught else EXIT_STATUS[outcome.end]
         if outcome.end is not End.POWER_OFF:
-            warn(str(outcome))
+            warn(outcome.detail if outcome in failed else str(outcome))
         for report in policy.at_end if policy is not None else ():
-            report()
+            say_printed(report)
         if stats_file is not None:
             stats = _collect(machine, image, loaded.command_line, accel, outcome, status, watcher)
             stats_file.write(json.dumps(stats, indent=2) + "\n")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from softkvm.cli import EXIT_ERROR, CommandError
-from softkvm.cli.output import warn
+from softkvm.cli.output import begin_line, left_partial_line, warn
 from softkvm.cli.streams import InputLine, Writer, open_writer, reading
 
 ESCAPE = 0x01  # Ctrl-A
@@ -82,6 +82,10 @@ def terminal_kind() -> str | None:
 class ConsoleEnd(Protocol):
     """One of the choices of ``--console``."""
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
     def output(self, data: bytes) -> None:
         """Show output of the guest."""
 
@@ -97,6 +101,8 @@ class ConsoleEnd(Protocol):
 class NoConsole:
     """``none``: output is dropped, there is no input."""
 
+    name = "--console none"
+
     def output(self, data: bytes) -> None:
         """Drop it."""
 
@@ -108,6 +114,8 @@ class NoConsole:
 
 class StdioConsole:
     """``stdio``: standard input and output; raw and with escape keys if they are a terminal."""
+
+    name = "standard output"
 
     def __init__(self) -> None:
         self._writer = Writer(1)
@@ -121,15 +129,16 @@ class StdioConsole:
 
     @contextlib.contextmanager
     def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
-        """Read standard input; leave the terminal's cursor at the beginning of a line."""
+        """Read standard input; leave a terminal's cursor at the beginning of a line."""
         self._ended = ended
         try:
             with self._keys(line, end) if os.isatty(0) else reading(0, line.feed, line.wait_for_room):
                 yield
         finally:
-            if self._last != b"\n" and os.isatty(1):
-                with contextlib.suppress(OSError):
-                    self._writer.write(b"\n", ended)
+            if self._last != b"\n":
+                left_partial_line(1)
+                if os.isatty(1):
+                    begin_line(1)
 
     @contextlib.contextmanager
     def _keys(self, line: InputLine, end: Callable[[], Any]) -> Iterator[None]:
@@ -148,6 +157,8 @@ class StdioConsole:
 
 class PtyConsole:
     """``pty``: a new pseudo-terminal; output that nobody reads is dropped."""
+
+    name = "--console pty"
 
     def __init__(self) -> None:
         try:
@@ -174,21 +185,29 @@ class FileConsole:
     """``file:PATH``: output goes to a file, there is no input."""
 
     def __init__(self, path: str) -> None:
+        self.name = f"--console file:{path}"
         try:
             self._writer = open_writer(path)
         except OSError as error:
-            raise CommandError(f"--console file:{path}: {error.strerror}") from None
+            raise CommandError(f"{self.name}: {error.strerror}") from None
+        self._path = path
         self._ended: threading.Event | None = None
+        self._last = b"\n"
 
     def output(self, data: bytes) -> None:
         """Write it to the file."""
+        self._last = data[-1:]
         self._writer.write(data, self._ended)
 
     @contextlib.contextmanager
     def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
         """No input."""
         self._ended = ended
-        yield
+        try:
+            yield
+        finally:
+            if self._last != b"\n":
+                left_partial_line(self._path)
 
 
 STDIO = "stdio"

@@ -17,6 +17,7 @@ from pathlib import Path
 from softkvm.unittests.config import Entry, SuiteError
 from softkvm.unittests.result import Result, Status, read_log
 from softkvm.unittests.runner import DEFAULT_TIMEOUT_S, Settings, run_entry, timeout_of
+from softkvm.vmm.errors import show_traceback, unexpected
 
 GRACE_S = 20.0
 """How long after its time limit a process may take to report before it is killed."""
@@ -86,7 +87,8 @@ def _main(pipe: Connection, run: RunEntry, directory: Path, entry: Entry, settin
     except SuiteError as error:
         result = Result(entry.name, Status.FAIL, str(error), file=entry.file)
     except Exception as error:
-        result = Result(entry.name, Status.FAIL, f"internal error: {type(error).__name__}: {error}", file=entry.file)
+        show_traceback(error)
+        result = Result(entry.name, Status.FAIL, f"internal error: {unexpected(error)}", file=entry.file)
     pipe.send(result)
     pipe.close()
 

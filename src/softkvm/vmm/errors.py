@@ -3,14 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import traceback
 
 
 def unexpected(error: BaseException) -> str:
     """Return what an exception that nobody expected says of itself, and where it was raised."""
+    if isinstance(error, SyntaxError):  # its text has the place
+        return f"{type(error).__name__}: {error}"
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+
+
+def show_traceback(error: BaseException) -> None:
+    """Write how *error* came about to standard error, in Python's development mode (``-X dev``) only."""
+    if not sys.flags.dev_mode:
+        return
+    text = "".join(traceback.format_exception(error))
+    if sys.stderr.isatty():  # which may be raw, a machine's console
+        text = text.replace("\n", "\r\n")
+    with contextlib.suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 class MachineError(Exception):

@@ -26,7 +26,7 @@ from softkvm.abi.run_page import (
     MMIO_PHYS_ADDR_Q,
 )
 from softkvm.vmm.bus import CACHE_ENTRIES
-from softkvm.vmm.errors import unexpected
+from softkvm.vmm.errors import show_traceback, unexpected
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import REASONS, ExitStats
 
@@ -63,6 +63,7 @@ class VcpuThread:
             self.loop()
         except Exception as error:  # a thread's exception must end the machine, not vanish
             self.machine.failure = error
+            show_traceback(error)
             self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: {unexpected(error)}"))
         finally:
             self.cpu_time_ns = time.thread_time_ns()
