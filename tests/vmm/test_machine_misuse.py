@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.support.machines import open_soft
 
 from softkvm import abi, api
+from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.memory import MIB
@@ -70,6 +72,13 @@ def test_calls_at_the_wrong_time_are_one_line(kvm: api.Kvm) -> None:
         with pytest.raises(StateError, match="is closed"):
             call()
     assert machine.wait().end.value == "power-off"  # what is known stays known
+
+
+def test_machine_is_loaded_as_its_board_is() -> None:
+    assert inspect.signature(Machine.load) == inspect.signature(Pc.load)
+    documentation = inspect.getdoc(Machine.load) or ""
+    assert documentation.startswith(inspect.getdoc(Pc.load) or "nothing")
+    assert documentation.endswith("StateError if the machine is closed or has been started.")
 
 
 def test_things_say_what_they_are(kvm: api.Kvm) -> None:

@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from softkvm import abi, api
 from softkvm.closing import Closing
 from softkvm.threads import inherited_error, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
-from softkvm.vmm.boot import bzimage
-from softkvm.vmm.boot.image import Deadline, Image, Source
-from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.halt_watch import HaltWatch
@@ -24,6 +22,8 @@ from softkvm.vmm.memory import MIB
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.standstill import Standstill
 from softkvm.vmm.vcpu_thread import VcpuThread
+
+_P = ParamSpec("_P")
 
 MAX_VCPUS = 16
 MIN_MEMORY = 32 * MIB
@@ -62,6 +62,19 @@ class Config:
             raise ConfigError(
                 f"memory of {self.memory_size // MIB} MiB: expected {MIN_MEMORY // MIB} MiB to {MAX_MEMORY >> 40} TiB"
             )
+
+
+def _as_board(
+    method: Callable[Concatenate[Pc, _P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Machine, _P], None]]:
+    """Give a machine's method the signature and the documentation of the board's *method* that it calls."""
+
+    def decorate(own: Callable[..., None]) -> Callable[Concatenate[Machine, _P], None]:
+        own.__doc__ = f"{inspect.getdoc(method)}\n\n{own.__doc__}"
+        own.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+        return own
+
+    return decorate
 
 
 class Machine(Closing):
@@ -143,28 +156,11 @@ class Machine(Closing):
 
     # -- life
 
-    def load(
-        self,
-        kernel: Source | Image,
-        initrd: Source | Image | None = None,
-        command_line: str = "",
-        *,
-        modules: Sequence[Module] = (),
-        raw: bool = False,
-        entry: bzimage.Entry | None = None,
-        deadline: Deadline | None = None,
-    ) -> None:
-        """Load *kernel*: a Linux kernel, an ELF file with a PVH note, a Multiboot image or, if *raw*, flat code.
-
-        *kernel* and *initrd* are contents, or paths of files that hold them; a Multiboot or ELF kernel may be
-        compressed with gzip. *initrd* is the first of *modules*; Linux gets them as one RAM disk. *entry* chooses
-        among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
-        fit, LoadTimeout if *deadline* passes.
-        """
+    @_as_board(Pc.load)
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        """StateError if the machine is closed or has been started."""
         self._expect(started=False)
-        if not isinstance(command_line, str):
-            raise TypeError(f"command_line={command_line!r}: expected a str")
-        self.board.load(kernel, initrd, command_line, modules=modules, raw=raw, entry=entry, deadline=deadline)
+        self.board.load(*args, **kwargs)
 
     def after_fork(self) -> None:
         """In a child the machine is its parent's: it can be closed."""

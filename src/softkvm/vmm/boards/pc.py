@@ -210,6 +210,8 @@ class Pc(Board):
         among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
         fit, LoadTimeout if *deadline* passes.
         """
+        if not isinstance(command_line, str):
+            raise TypeError(f"command_line={command_line!r}: expected a str")
         vcpu = self.machine.vcpus[0].vcpu
         if "\0" in command_line:
             raise ImageError("command line holds a NUL character")
