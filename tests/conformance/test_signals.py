@@ -102,9 +102,9 @@ def interrupted(guest: Guest) -> None:
 def test_a_signal_ends_kvm_run_and_its_handler_has_run_then(make: Callable[..., Guest], code: str) -> None:
     guest = make(irqchip=code == HALT)
     guest.real(code)
-    with handler(signal.SIGALRM, lambda: None) as seen, once_running(guest, to_the_process(signal.SIGALRM)):
+    with handler(signal.SIGUSR2, lambda: None) as seen, once_running(guest, to_the_process(signal.SIGUSR2)):
         interrupted(guest)
-        assert seen == [signal.SIGALRM]
+        assert seen == [signal.SIGUSR2]
 
 
 @pytest.mark.parametrize("code", [SPIN, HALT])
@@ -195,11 +195,11 @@ def test_a_signal_that_only_kvm_run_unblocks_ends_it_and_stays_pending(make: Cal
 
 def test_a_signal_that_kvm_run_blocks_waits_for_its_end(guest: Guest) -> None:
     guest.real(SPIN)
-    guest.cpu.set_signal_mask(mask(signal.SIGALRM, signal.SIGKILL, signal.SIGSTOP))
-    with handler(signal.SIGALRM, lambda: None) as seen:
+    guest.cpu.set_signal_mask(mask(signal.SIGUSR2, signal.SIGKILL, signal.SIGSTOP))
+    with handler(signal.SIGUSR2, lambda: None) as seen:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         counts: list[int] = []
-        send = to_this_thread(signal.SIGALRM)  # another might take what is for the process
+        send = to_this_thread(signal.SIGUSR2)  # another might take what is for the process
 
         def send_then_kick() -> None:
             send()
@@ -210,13 +210,13 @@ def test_a_signal_that_kvm_run_blocks_waits_for_its_end(guest: Guest) -> None:
         with once_running(guest, send_then_kick):
             interrupted(guest)
         assert counts == [0]
-        assert seen == [signal.SIGALRM]
+        assert seen == [signal.SIGUSR2]
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     guest.cpu.set_signal_mask(None)
     guest.real(SPIN)
-    with handler(signal.SIGALRM, lambda: None) as seen, once_running(guest, to_the_process(signal.SIGALRM)):
+    with handler(signal.SIGUSR2, lambda: None) as seen, once_running(guest, to_the_process(signal.SIGUSR2)):
         interrupted(guest)
-        assert seen == [signal.SIGALRM]
+        assert seen == [signal.SIGUSR2]
 
 
 def test_a_signal_set_has_the_kernels_size(guest: Guest) -> None:

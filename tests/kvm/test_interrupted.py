@@ -13,9 +13,12 @@ from functools import partial
 from typing import TypeVar
 
 import pytest
+from tests.support.timeouts import OWN_ALARM
 from tests.support.tiny import CODE, MIB, Memory, Tiny
 
 from softkvm import abi
+
+pytestmark = OWN_ALARM
 
 T = TypeVar("T")
 GPA = 16 * MIB

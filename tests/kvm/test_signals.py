@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
+from tests.support.timeouts import OWN_ALARM
 from tests.support.tiny import Tiny
 
 from softkvm import abi
@@ -32,10 +33,9 @@ def tiny() -> Iterator[Tiny]:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """Put back the handlers that tests change."""
-    numbers = (signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, old in zip(numbers, before, strict=True):
         signal.signal(number, old)
 
@@ -66,6 +66,7 @@ NAME = "test_handlers_in_a_storm_of_signals_never_run_in_the_middle_of_an_exit"
 HERE = (NAME, f"{NAME}.<locals>.handle")  # the next signal may interrupt the handler
 
 
+@OWN_ALARM
 def test_handlers_in_a_storm_of_signals_never_run_in_the_middle_of_an_exit(tiny: Tiny) -> None:
     class Storm(Exception):
         pass
@@ -81,20 +82,23 @@ def test_handlers_in_a_storm_of_signals_never_run_in_the_middle_of_an_exit(tiny:
 
     # Port 0x21 is the PIC's mask: each OUT is an exit that KVM handles in Python.
     tiny.load(bytes.fromhex("b9a00f 31c0 e621 40 49 75fa f4"), rax=0)  # mov cx, 4000; xor ax, ax; out; inc ax; ...
-    signal.signal(signal.SIGALRM, handle)
+    before = signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
     storms = 0
-    while tiny.vcpu.mp_state != abi.KVM_MP_STATE_HALTED:
-        try:
-            inside = True
-            tiny.vcpu.run()
-        except Storm:
-            storms += 1
-        except InterruptedError:
-            pass
-        finally:
-            inside = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        while tiny.vcpu.mp_state != abi.KVM_MP_STATE_HALTED:
+            try:
+                inside = True
+                tiny.vcpu.run()
+            except Storm:
+                storms += 1
+            except InterruptedError:
+                pass
+            finally:
+                inside = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert storms
     assert places <= {general.Vcpu.run.__qualname__, *HERE}
     assert tiny.vcpu.get_regs().rax == 4000

@@ -122,20 +122,22 @@ def give_up(*_: object) -> NoReturn:
 
 
 def test_a_handler_of_a_signal_may_end_the_wait(tiny: Tiny) -> None:
-    before = signal.signal(signal.SIGALRM, give_up)
+    before = signal.signal(signal.SIGUSR1, give_up)
     tiny.load(SPIN)
     try:
         with running(tiny.vcpu) as other:
             until(lambda: tiny.vcpu.mode == IN_GUEST_MODE)
             for request in (tiny.vcpu.get_regs, tiny.vcpu.run):
-                signal.setitimer(signal.ITIMER_REAL, 0.02)
+                soon = threading.Timer(0.02, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
                 with pytest.raises(GivenUp):
+                    soon.start()
                     request()
+                soon.join()
             assert other.thread.is_alive()
             tiny.vcpu.kick()
             assert isinstance(other.wait(), InterruptedError)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGUSR1, before)
     assert tiny.vcpu.get_regs().rip == CODE  # nobody has the mutex
 
 
