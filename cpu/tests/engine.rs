@@ -3,6 +3,7 @@
 //! between the reading of code and the decision that it is still there comes there each time, not once in a while.
 
 use std::cell::Cell;
+use std::sync::Arc;
 
 use softcpu::engine::architecture::{Architecture, OPERANDS_BYTES, Operands};
 use softcpu::engine::draft::Draft;
@@ -24,6 +25,9 @@ thread_local! {
 /// A processor with an accumulator. An instruction is a code and a constant, a byte each.
 struct Toy {
     engine: Engine<Toy>,
+    machine: Arc<Machine>,
+    /// Whether a decoding found the machine's processors caught up with it.
+    caught_up: Cell<bool>,
     memory: usize,
     pc: u64,
     block_pc: u64,
@@ -179,7 +183,16 @@ impl Toy {
     fn new(code: &[u8]) -> Box<Toy> {
         let machine = Machine::new();
         let memory = machine.alloc_pages(1).unwrap();
-        let cpu = Box::new(Toy { engine: Engine::new(machine), memory, pc: 0, block_pc: 0, sum: 0 });
+        let engine = Engine::new(machine.clone());
+        let cpu = Box::new(Toy {
+            engine,
+            machine,
+            caught_up: Cell::new(false),
+            memory,
+            pc: 0,
+            block_pc: 0,
+            sum: 0,
+        });
         // Zeros behind it, which go on, are never come to.
         code.iter().enumerate().for_each(|(n, byte)| cpu.put(n, *byte));
         cpu
@@ -252,4 +265,37 @@ fn a_kick_ends_code_that_is_always_overtaken() {
     });
     assert_eq!(decoded, 7);
     assert_eq!(cpu.sum, (1..=7).sum::<u64>());
+}
+
+/// Has code decoded once more, behind the first mark of its page.
+fn look_behind_the_first_mark(cpu: &Toy, decoding: u32) {
+    if decoding == 1 {
+        cpu.put(1, 5);
+    } else {
+        cpu.caught_up.set(cpu.machine.caught_up(cpu.machine.generation(), None));
+    }
+}
+
+#[test]
+fn a_processor_need_not_catch_up_with_its_own_first_mark_of_a_page() {
+    let mut cpu = Toy::new(&[ADD, 1, LEAVE, 6, AGAIN, 0]);
+    let before = cpu.machine.generation();
+    assert_eq!(cpu.run(look_behind_the_first_mark), 2);
+    assert_eq!(cpu.machine.generation(), before + 1, "others have to");
+    assert!(cpu.caught_up.get());
+}
+
+#[test]
+fn a_processors_own_mark_does_not_hide_what_else_it_has_to_catch_up_with() {
+    let mut cpu = Toy::new(&[ADD, 1, LEAVE, 6, AGAIN, 0]);
+    let before = cpu.machine.generation();
+    let decoded = cpu.run(|cpu, decoding| {
+        if decoding == 1 {
+            // Not signalled: else it would catch up before its next block.
+            cpu.machine.advance(Some(cpu.engine.shared()));
+        }
+        look_behind_the_first_mark(cpu, decoding);
+    });
+    assert_eq!((decoded, cpu.machine.generation()), (2, before + 2));
+    assert!(!cpu.caught_up.get());
 }

@@ -109,6 +109,38 @@ def test_without_a_limit_nobody_waits_awake(limit: int | None) -> None:
         assert guest.stats()["halt_attempted_poll"] == 0
 
 
+@pytest.mark.parametrize(
+    # virt/kvm/kvm_main.c, kvm_vcpu_halt: the poll is from the beginning to its end, sleep from there on, and what the
+    # next poll is adapted to is both.
+    ("clock", "reasons", "stats", "halt_ns"),
+    [
+        pytest.param([1007, 1025, 1032], [True], (1, 18, 0, 0), 25, id="woken while it polls"),
+        pytest.param([1007, 11_007, 11_020, 21_111], [False, True], (0, 0, 10_013, 10_091), 20_104, id="woken asleep"),
+    ],
+)
+def test_the_times_of_a_halt_add_up(
+    monkeypatch: pytest.MonkeyPatch,
+    clock: list[int],
+    reasons: list[bool],
+    stats: tuple[int, int, int, int],
+    halt_ns: int,
+) -> None:
+    tiny = Tiny(params=Params(halt_poll_ns=10_000))
+    adapted: list[int] = []
+    monkeypatch.setattr("softkvm._softcpu.clock_ns", iter(clock).__next__)
+    monkeypatch.setattr(type(tiny.vcpu), "arch_check_block", lambda _: reasons.pop(0))
+    monkeypatch.setattr(halt_poll, "adapt", lambda _, ns: adapted.append(ns))
+    tiny.vcpu.halt_poll_ns = 10_000
+    tiny.vcpu.halt_and_wait()
+    found = tiny.vcpu.stats()
+    names = ("halt_successful_poll", "halt_poll_success_ns", "halt_poll_fail_ns", "halt_wait_ns")
+    assert tuple(found[name] for name in names) == stats
+    assert found["halt_attempted_poll"] == 1
+    assert adapted == [halt_ns]
+    monkeypatch.undo()
+    tiny.close()
+
+
 def test_the_wait_grows_and_shrinks_as_documented() -> None:
     # Documentation/virt/kvm/halt-polling.rst
     params = Params(halt_poll_ns=35_000, halt_poll_ns_grow=2, halt_poll_ns_grow_start=10_000, halt_poll_ns_shrink=2)

@@ -131,23 +131,26 @@ fn a_block_across_pages_is_compared_in_both() {
 }
 
 #[test]
-fn a_store_into_the_second_page_of_a_block_is_noticed() {
-    // By the page's own address and by another one, which has been written before the code was there.
-    for alias in [SECOND, DATA + 0x5000] {
-        let mut g = Guest::long(|a| {
-            a.mov(word_ptr(alias + 0x100), 1).unwrap();
-            a.mov(rbx, CROSSING).unwrap();
-            a.call(rbx).unwrap();
-            a.call(rbx).unwrap();
-            a.mov(esi, eax).unwrap();
-            a.mov(byte_ptr(alias), OTHER as u32).unwrap();
-            a.call(rbx).unwrap();
-            a.hlt().unwrap();
-        });
-        put_crossing(&g.memory);
-        g.memory.write::<u64>(g.memory.leaf(DATA + 0x5000), SECOND | 7);
-        g.expect_exit(exit::HLT);
-        assert_eq!((g.cpu.rb.gpr[6], g.rax()), (1, 2));
+fn a_store_into_either_page_of_a_block_is_noticed() {
+    for (at, byte, expected) in [(SECOND, OTHER, 2), (CROSSING + 1, 0x10, 3)] {
+        // By the page's own address and by another one, which has been written before the code was there.
+        let page = at & !0xfff;
+        for alias in [page, DATA + 0x5000] {
+            let mut g = Guest::long(|a| {
+                a.mov(word_ptr(alias + 0x800), 1).unwrap();
+                a.mov(rbx, CROSSING).unwrap();
+                a.call(rbx).unwrap();
+                a.call(rbx).unwrap();
+                a.mov(esi, eax).unwrap();
+                a.mov(byte_ptr(alias + at % 4096), byte as u32).unwrap();
+                a.call(rbx).unwrap();
+                a.hlt().unwrap();
+            });
+            put_crossing(&g.memory);
+            g.memory.write::<u64>(g.memory.leaf(DATA + 0x5000), page | 7);
+            g.expect_exit(exit::HLT);
+            assert_eq!((g.cpu.rb.gpr[6], g.rax()), (1, expected), "{at:#x} by {alias:#x}");
+        }
     }
 }
 
