@@ -19,7 +19,7 @@ pub fn in_guest<P: Processor, R>(cpu: &mut P, f: impl FnOnce(&mut P) -> R) -> R 
     shared.start();
     let _running = Running(&shared);
     let engine = cpu.engine_mut();
-    engine.machine.enter_bus(&shared);
+    engine.machine.bus().enter(&shared);
     if shared.synced.load(Ordering::SeqCst) != engine.machine.generation() {
         engine.catch_up();
     }
@@ -162,7 +162,7 @@ fn attend<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
         engine.catch_up();
     }
     if p & pending::BUS != 0 {
-        engine.machine.yield_bus(&engine.shared);
+        engine.machine.bus().give_way(&engine.shared);
     }
     if p & pending::CODE_CHANGED != 0 {
         engine.shared.pending.fetch_and(!pending::CODE_CHANGED, Ordering::SeqCst);

@@ -15,19 +15,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use super::lost::{Lost, guarded};
-use super::{Machine, Shared, pending, signal};
+use super::processors::Processors;
+use super::region::RegionTable;
+use super::shared::{Shared, pending, signal};
 
 /// How often the others are looked at before the host's processor is given away: they may wait for it.
 const SPINS: u32 = 200;
 
-/// The bus of a machine.
+/// The bus of a machine, with the processors at it.
 #[derive(Default)]
-pub(super) struct Bus {
+pub struct Bus {
+    pub(super) processors: Processors,
     lock: Mutex<()>,
     /// Somebody wants all processors to stand, or has them.
     wanted: AtomicBool,
     /// Held for reading by threads of the host that write memory by way of the machine.
     host: RwLock<()>,
+}
+
+/// Lets the others go on, however the work ends.
+struct Wanted<'a>(&'a Bus);
+
+impl Drop for Wanted<'_> {
+    fn drop(&mut self) {
+        self.0.wanted.store(false, Ordering::SeqCst);
+    }
 }
 
 impl Bus {
@@ -40,30 +52,25 @@ impl Bus {
         let _shared = self.host.read().unwrap_or_else(|e| e.into_inner());
         f()
     }
-}
 
-/// Lets the others go on, however the work ends.
-struct Wanted<'a>(&'a Bus);
-
-impl Drop for Wanted<'_> {
-    fn drop(&mut self) {
-        self.0.wanted.store(false, Ordering::SeqCst);
-    }
-}
-
-impl Machine {
     /// Runs `f` on the thread of the running processor `me`, within an instruction that has changed nothing yet, while
-    /// no other processor is within one. `f` must not wait for anybody.
+    /// no other processor is within one. `f` must not wait for anybody. `regions` are those that the processor goes by,
+    /// of which one may be gone from the machine's.
     ///
     /// # Safety
     /// If `f` touches memory that is lost, it is left in the middle: it has nothing to drop then ([`super::lost`]).
     #[cold]
-    pub unsafe fn lock_bus<R>(&self, me: &Arc<Shared>, f: impl FnOnce() -> R) -> Result<R, Lost> {
+    pub unsafe fn lock<R>(
+        &self,
+        me: &Arc<Shared>,
+        regions: &RegionTable,
+        f: impl FnOnce() -> R,
+    ) -> Result<R, Lost> {
         // Whoever has the bus need not wait for this processor, which waits for the bus.
         let bus = self.go_on(me);
-        self.bus.wanted.store(true, Ordering::SeqCst);
-        let wanted = Wanted(&self.bus);
-        let (others, regions) = (self.cpus(), self.regions());
+        self.wanted.store(true, Ordering::SeqCst);
+        let wanted = Wanted(self);
+        let others = self.processors.now();
         signal(&others, Some(me), pending::BUS);
         for other in others.iter().filter(|s| !Arc::ptr_eq(s, me)) {
             let mut looks = 0;
@@ -76,8 +83,9 @@ impl Machine {
                 }
             }
         }
-        let host = self.bus.host.write().unwrap_or_else(|e| e.into_inner());
-        // SAFETY: given; the regions of this snapshot don't change.
+        let host = self.host.write().unwrap_or_else(|e| e.into_inner());
+        // SAFETY: given; a table of regions doesn't change. What the guards around this one expect, this one does: were one of
+        // them to return, the bus would be nobody's for ever.
         let done = unsafe { guarded(&|address| regions.find(address).is_some(), f) };
         drop((host, wanted, bus));
         done
@@ -86,23 +94,23 @@ impl Machine {
     /// Takes the bus to have the processor `me`, which stands or is about to, execute again.
     fn go_on(&self, me: &Shared) -> MutexGuard<'_, ()> {
         me.standing.store(true, Ordering::SeqCst);
-        let bus = self.bus.take();
+        let bus = self.take();
         me.standing.store(false, Ordering::SeqCst);
         bus
     }
 
     /// Between two instructions of the running processor `me`: lets whoever wants the bus have it.
     #[cold]
-    pub fn yield_bus(&self, me: &Shared) {
+    pub fn give_way(&self, me: &Shared) {
         me.pending.fetch_and(!pending::BUS, Ordering::SeqCst);
         drop(self.go_on(me));
     }
 
     /// Before the first instruction of the processor `me`, which is marked as running.
     #[inline]
-    pub fn enter_bus(&self, me: &Shared) {
-        if self.bus.wanted.load(Ordering::SeqCst) {
-            self.yield_bus(me);
+    pub fn enter(&self, me: &Shared) {
+        if self.wanted.load(Ordering::SeqCst) {
+            self.give_way(me);
         }
     }
 
@@ -110,7 +118,7 @@ impl Machine {
     pub fn stand<R>(&self, me: &Shared, f: impl FnOnce() -> R) -> R {
         me.standing.store(true, Ordering::SeqCst);
         let result = f();
-        self.yield_bus(me);
+        self.give_way(me);
         result
     }
 }
@@ -120,6 +128,7 @@ mod tests {
     use std::sync::atomic::AtomicU64;
     use std::time::Duration;
 
+    use super::super::Machine;
     use super::*;
 
     /// Long enough for a thread that may run to do so, most of the time.
@@ -127,7 +136,7 @@ mod tests {
 
     fn lock_bus(machine: &Machine, me: &Arc<Shared>, f: impl FnOnce()) {
         // SAFETY: these functions touch no memory that could be lost.
-        unsafe { machine.lock_bus(me, f) }.unwrap();
+        unsafe { machine.bus.lock(me, &machine.regions(), f) }.unwrap();
     }
 
     fn processor(machine: &Machine) -> Arc<Shared> {
@@ -150,12 +159,12 @@ mod tests {
                 let work = || (0..20_000).for_each(|_| core::hint::spin_loop());
                 while done.upgrade().is_some() {
                     me.start();
-                    machine.enter_bus(&me);
+                    machine.bus.enter(&me);
                     for _ in 0..instructions {
                         work();
                         steps[(instructions == 1) as usize].fetch_add(1, Ordering::SeqCst);
                         if me.pending.load(Ordering::SeqCst) & pending::BUS != 0 {
-                            machine.yield_bus(&me);
+                            machine.bus.give_way(&me);
                         }
                         if done.upgrade().is_none() {
                             break;
@@ -202,7 +211,7 @@ mod tests {
                 s.spawn(move || {
                     me.start();
                     for _ in 0..ROUNDS {
-                        machine.enter_bus(&me);
+                        machine.bus.enter(&me);
                         lock_bus(machine, &me, add);
                     }
                     me.stop();
@@ -222,10 +231,10 @@ mod tests {
         me.start();
         other.start();
         std::thread::scope(|s| {
-            machine.stand(&me, || {
+            machine.bus.stand(&me, || {
                 lock_bus(&machine, &other, || {
                     s.spawn(|| {
-                        machine.yield_bus(&me);
+                        machine.bus.give_way(&me);
                         went_on.store(true, Ordering::SeqCst);
                     });
                     std::thread::sleep(A_WHILE);
@@ -234,5 +243,32 @@ mod tests {
             });
         });
         assert!(went_on.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    #[cfg(all(target_arch = "x86_64", target_os = "linux", not(miri)))]
+    fn memory_that_is_lost_on_its_way_out_of_the_machine_leaves_the_bus_to_others() {
+        use super::super::region::PAGE_SIZE;
+        let machine = Machine::new();
+        let me = processor(&machine);
+        // SAFETY: a new mapping, which nobody has access to.
+        let page = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            libc::mmap(core::ptr::null_mut(), PAGE_SIZE, libc::PROT_NONE, flags, -1, 0)
+        };
+        assert_ne!(page, libc::MAP_FAILED);
+        // SAFETY: it is for the guests alone.
+        unsafe { machine.add_region(page as usize, PAGE_SIZE) }.unwrap();
+        // The processor goes by this table until it catches up, which it can't within an instruction.
+        let regions = machine.regions();
+        machine.remove_region(page as usize).unwrap();
+        me.start();
+        let work = || unsafe { machine.bus.lock(&me, &regions, || page.cast::<u8>().read_volatile()) };
+        // SAFETY: around it is what guards a run of the processor.
+        let done = unsafe { guarded(&|address| regions.find(address).is_some(), work) };
+        assert!(matches!(done, Ok(Err(lost)) if lost.address == page as usize), "{done:?}");
+        assert!(!machine.bus.wanted.load(Ordering::SeqCst) && machine.bus.lock.try_lock().is_ok());
+        // SAFETY: the mapping from above.
+        unsafe { libc::munmap(page, PAGE_SIZE) };
     }
 }

@@ -201,7 +201,7 @@ pub unsafe fn host_touch(p: *mut u8) {
 }
 
 /// How often something is tried that other processors may spoil, before it is done while they stand
-/// ([`super::Machine::lock_bus`]).
+/// ([`super::Bus::lock`]).
 pub const PATIENCE: u32 = 1000;
 
 /// Bytes that an x86 host's locked instruction has to itself without stopping the others.

@@ -12,10 +12,12 @@ mod holes;
 mod host;
 pub mod lost;
 mod pool;
+mod processors;
 mod region;
 pub mod remote;
 mod shared;
 
+pub use bus::Bus;
 pub use forks::forked;
 pub use host::{
     PATIENCE, host_cas, host_equal, host_fill, host_load, host_load128, host_move, host_read, host_store,
@@ -27,17 +29,15 @@ pub use shared::{Shared, Wake, pending};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
-use bus::Bus;
 use forks::forks;
 use pool::Pool;
 use region::Owner;
+use shared::signal;
 
 /// Memory regions and processors; usually one per virtual machine.
 #[derive(Default)]
 pub struct Machine {
     table: RwLock<Arc<RegionTable>>,
-    /// A snapshot, as the regions are: who waits for processors must not keep them from anything.
-    cpus: Mutex<Arc<Vec<Arc<Shared>>>>,
     /// Counts the events that every processor must catch up with (code pages armed, regions removed).
     generation: AtomicU64,
     pool: Mutex<Pool>,
@@ -215,10 +215,15 @@ impl Machine {
         }
     }
 
+    /// The bus.
+    #[inline(always)]
+    pub fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
     /// Adds a processor's shared part.
     pub fn attach(&self, shared: Arc<Shared>) {
-        let mut cpus = self.lock_cpus();
-        *cpus = Arc::new(cpus.iter().cloned().chain([shared]).collect());
+        self.bus.processors.add(shared);
     }
 
     /// Removes a processor's shared part.
@@ -226,17 +231,7 @@ impl Machine {
         if self.inherited() {
             return;
         }
-        let mut cpus = self.lock_cpus();
-        *cpus = Arc::new(cpus.iter().filter(|s| !Arc::ptr_eq(s, shared)).cloned().collect());
-    }
-
-    fn lock_cpus(&self) -> MutexGuard<'_, Arc<Vec<Arc<Shared>>>> {
-        self.cpus.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    /// The processors as they are now.
-    fn cpus(&self) -> Arc<Vec<Arc<Shared>>> {
-        self.lock_cpus().clone()
+        self.bus.processors.remove(shared);
     }
 
     /// The newest generation.
@@ -246,7 +241,7 @@ impl Machine {
 
     /// Starts a new generation and asks every processor but `me` to catch up with it.
     pub fn advance(&self, me: Option<&Arc<Shared>>) -> u64 {
-        self.advance_locked(&self.lock_cpus(), me)
+        self.advance_locked(&self.bus.processors.lock(), me)
     }
 
     fn advance_locked(&self, cpus: &[Arc<Shared>], me: Option<&Arc<Shared>>) -> u64 {
@@ -259,7 +254,7 @@ impl Machine {
     /// marks, and whether these are its first. Whoever finds chunks marked comes here, too: the processor that marked
     /// them may not have come to its new generation yet.
     pub fn mark_code(&self, page: &PageInfo, chunks: u64, me: &Arc<Shared>) -> (u64, bool) {
-        let cpus = self.lock_cpus();
+        let cpus = self.bus.processors.lock();
         if page.code.fetch_or(chunks, Ordering::SeqCst) == 0 {
             (self.advance_locked(&cpus, Some(me)), true)
         } else {
@@ -269,16 +264,12 @@ impl Machine {
 
     /// Sets pending bits of every processor but `me`.
     pub fn signal(&self, me: Option<&Arc<Shared>>, bits: u32) {
-        signal(&self.lock_cpus(), me, bits);
+        self.bus.processors.signal(me, bits);
     }
 
     /// Whether every running processor but `me` has caught up with `generation`.
     pub fn caught_up(&self, generation: u64, me: Option<&Arc<Shared>>) -> bool {
-        self.lock_cpus().iter().all(|s| {
-            me.is_some_and(|m| Arc::ptr_eq(m, s))
-                || !s.running.load(Ordering::SeqCst)
-                || s.synced.load(Ordering::SeqCst) >= generation
-        })
+        self.bus.processors.caught_up(generation, me)
     }
 }
 
@@ -301,14 +292,6 @@ impl Drop for Machine {
         let Ok(all) = list().all.try_lock() else { return };
         for region in self.regions().users().filter(|r| r.filled.load(Ordering::Relaxed)) {
             free_holes(&all, region.base(), region.end() - region.base());
-        }
-    }
-}
-
-fn signal(cpus: &[Arc<Shared>], me: Option<&Arc<Shared>>, bits: u32) {
-    for shared in cpus {
-        if me.is_none_or(|m| !Arc::ptr_eq(m, shared)) {
-            shared.pending.fetch_or(bits, Ordering::SeqCst);
         }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What of a processor other threads touch.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use super::futex;
@@ -72,7 +73,7 @@ impl Shared {
         self.pending.fetch_and(!pending::KICK, Ordering::SeqCst) & pending::KICK != 0
     }
 
-    /// The processor is in a guest from now on; then it may have to wait for the bus ([`super::Machine::enter_bus`]).
+    /// The processor is in a guest from now on; then it may have to wait for the bus ([`super::Bus::enter`]).
     pub fn start(&self) {
         self.running.store(true, Ordering::SeqCst);
     }
@@ -120,5 +121,14 @@ impl Shared {
         };
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         wake
+    }
+}
+
+/// Sets pending bits of each of these processors but `me`.
+pub(super) fn signal(processors: &[Arc<Shared>], me: Option<&Arc<Shared>>, bits: u32) {
+    for shared in processors {
+        if me.is_none_or(|m| !Arc::ptr_eq(m, shared)) {
+            shared.pending.fetch_or(bits, Ordering::SeqCst);
+        }
     }
 }

@@ -129,16 +129,18 @@ impl Cpu {
         }?
     }
 
-    /// Calls `f` while no other processor executes anything ([`Machine::lock_bus`]).
+    /// Calls `f` while no other processor executes anything ([`Bus::lock`]).
     ///
     /// # Safety
     /// `f` has nothing to drop while it touches guest memory.
     ///
-    /// [`Machine::lock_bus`]: crate::mem::Machine::lock_bus
+    /// [`Bus::lock`]: crate::mem::Bus::lock
     #[cold]
     pub unsafe fn with_bus<R>(&mut self, f: impl FnOnce(&mut Cpu) -> R) -> Result<R, Stop> {
-        let (machine, shared) = (self.engine.machine.clone(), self.engine.shared.clone());
+        let engine = &self.engine;
+        let (machine, shared, regions) =
+            (engine.machine.clone(), engine.shared.clone(), engine.regions.clone());
         // SAFETY: given.
-        unsafe { machine.lock_bus(&shared, || f(self)) }.map_err(|lost| self.machine_check(lost))
+        unsafe { machine.bus().lock(&shared, &regions, || f(self)) }.map_err(|lost| self.machine_check(lost))
     }
 }

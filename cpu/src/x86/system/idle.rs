@@ -50,7 +50,7 @@ pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
     if !virtual_interrupt {
         let (machine, shared) = (&cpu.engine.machine, &cpu.engine.shared);
         // Only a kick wakes the thread: look for the rest now and then.
-        machine.stand(shared, || {
+        machine.bus().stand(shared, || {
             while shared.wait_for(u32::MAX, Some(clock_ns() + LOOK_AGAIN_NS)) != Wake::Event {}
         });
         if !shared.kicked() {
