@@ -78,7 +78,7 @@ def test_a_disarmed_timer_kicks_nobody(cpu: Cpu) -> None:
 def test_kicks_for_others_go_out_when_the_sender_leaves_the_interpreter() -> None:
     machine = Machine()
     sender, other, third = (Cpu(machine, n) for n in range(3))
-    for leave in (lambda: sender.wait(0), lambda: sender.poll(0), sender.end_run):
+    for leave in (lambda: sender.wait(0), lambda: sender.poll(0), lambda: sender.run(lambda _: None)):
         sender.kick_at_entry(other)
         sender.kick_at_entry(third)
         assert not other.clear_kick()

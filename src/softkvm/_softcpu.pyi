@@ -67,17 +67,17 @@ class Cpu:
         With what a hypervisor's entry code puts around them: RAX and RSP are in the register block like the others,
         before and after, and go to the VMCB and back; TLB_CONTROL is 0 afterwards.
         """
-    def begin_run(self, mask: int | None = None) -> bool:
-        """The calling thread runs the processor until :meth:`end_run`; returns :attr:`interrupted`.
+    def run(self, function: Callable[[bool], object], mask: int | None = None) -> None:
+        """Call ``function`` as the one that runs the processor on this thread; it is told :attr:`interrupted`.
 
-        Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run in
-        ``end_run``. Python handlers whose signals came before run now; what one raises is raised, and no run has
-        begun. With ``mask`` (bit n - 1 for signal n) just those signals are blocked during the run; others that the
-        thread had blocked interrupt it and pend again behind it. Waits for another thread's run or :meth:`request`, in
-        which Python handlers run, too; EBUSY if the thread itself is in one.
+        Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run behind
+        it, before what the function raises is raised. Python handlers whose signals came before run now; what one
+        raises is raised, and no run has begun. With ``mask`` (bit n - 1 for signal n) just those signals are blocked
+        during the run; others that the thread had blocked interrupt it and pend again behind it. Waits for another
+        thread's run or :meth:`request`, in which Python handlers run, too; EBUSY if the thread itself is in one.
+        In the end what :meth:`kick_at_entry` has collected is sent, and the next run is anybody's, however this one
+        has ended.
         """
-    def end_run(self) -> None:
-        """End the run, send what :meth:`kick_at_entry` has collected, and raise the signals that came meanwhile."""
     def request(self, function: Callable[..., _R], *args: object, **named: object) -> _R:
         """Call ``function`` as :func:`uninterrupted` does while no other thread runs the processor or is in a request.
 
@@ -146,10 +146,11 @@ def rdtsc() -> int: ...
 def sched_yield() -> int:
     """Let another thread have the host's processor, and the interpreter's lock with it; returns for how many ns."""
 
-def watch_signal(signal: int) -> None:
-    """Tell that a handler has been installed for ``signal``: from now on it is known to :meth:`Cpu.begin_run`.
+def watch_signal(signal: int, main_thread: int) -> None:
+    """Tell that Python has a handler for ``signal``: from now on it is known to :meth:`Cpu.run`.
 
-    Handlers that nobody tells of are found within 20 ms, when a run begins.
+    ``main_thread`` is the identifier of the thread that runs it. A signal that another thread has caught waits for the
+    end of that one's run or request, too. Handlers that nobody tells of are found within 20 ms, when a run begins.
     """
 
 def uninterrupted(function: Callable[..., _R], *args: object, **named: object) -> _R:

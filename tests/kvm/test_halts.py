@@ -202,6 +202,6 @@ def test_a_kick_for_another_is_held_back_only_while_its_sender_is_in_kvm_run(in_
     sender.running = in_kvm_run
     halted.vcpu_kick(sender)
     assert halted.cpu.clear_kick() is not in_kvm_run
-    sender.cpu.end_run()
+    sender.cpu.run(lambda _: None)
     assert halted.cpu.clear_kick() is in_kvm_run
     tiny.close()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import ctypes
 import os
 import signal
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import pytest
@@ -66,8 +68,34 @@ NAME = "test_handlers_in_a_storm_of_signals_never_run_in_the_middle_of_an_exit"
 HERE = (NAME, f"{NAME}.<locals>.handle")  # the next signal may interrupt the handler
 
 
+@contextlib.contextmanager
+def signals_by_a_timer() -> Iterator[None]:
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextlib.contextmanager
+def signals_that_another_thread_catches() -> Iterator[None]:
+    """The interpreter's handler runs there, and Python's on the main thread."""
+    done = threading.Event()
+
+    def storm() -> None:
+        while not done.wait(0.002):
+            signal.pthread_kill(threading.get_ident(), signal.SIGALRM)
+
+    thread = threading.Thread(target=storm)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
 @OWN_ALARM
-def test_handlers_in_a_storm_of_signals_never_run_in_the_middle_of_an_exit(tiny: Tiny) -> None:
+@pytest.mark.parametrize("storm", [signals_by_a_timer, signals_that_another_thread_catches])
+def test_handlers_in_a_storm_of_signals_never_run_in_the_middle_of_an_exit(
+    tiny: Tiny, storm: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
     class Storm(Exception):
         pass
 
@@ -83,25 +111,56 @@ def test_handlers_in_a_storm_of_signals_never_run_in_the_middle_of_an_exit(tiny:
     # Port 0x21 is the PIC's mask: each OUT is an exit that KVM handles in Python.
     tiny.load(bytes.fromhex("b9a00f 31c0 e621 40 49 75fa f4"), rax=0)  # mov cx, 4000; xor ax, ax; out; inc ax; ...
     before = signal.signal(signal.SIGALRM, handle)
-    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
     storms = 0
     try:
-        while tiny.vcpu.mp_state != abi.KVM_MP_STATE_HALTED:
-            try:
-                inside = True
-                tiny.vcpu.run()
-            except Storm:
-                storms += 1
-            except InterruptedError:
-                pass
-            finally:
-                inside = False
+        with storm():
+            while tiny.vcpu.mp_state != abi.KVM_MP_STATE_HALTED:
+                try:
+                    inside = True
+                    tiny.vcpu.run()
+                except Storm:
+                    storms += 1
+                except InterruptedError:
+                    pass
+                finally:
+                    inside = False
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert storms
     assert places <= {general.Vcpu.run.__qualname__, *HERE}
     assert tiny.vcpu.get_regs().rax == 4000
+
+
+def test_a_signal_that_another_thread_catches_ends_the_main_threads_kvm_run(tiny: Tiny) -> None:
+    seen: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    entered = threading.Event()
+
+    def catch() -> None:
+        assert entered.wait(20)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=catch)
+    thread.start()
+    tiny.vcpu.call_soon(entered.set)
+    spin(tiny)
+    assert seen == [signal.SIGUSR1]
+    thread.join()
+
+
+def test_the_vcpu_is_free_for_others_whatever_interrupts_kvm_run(tiny: Tiny) -> None:
+    tiny.vcpu.call_soon(_thread.interrupt_main)  # no signal: nothing holds its handler back
+    tiny.load(SPIN)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.vcpu.run()
+    registers: list[abi.kvm_regs] = []
+    other = threading.Thread(target=lambda: registers.append(tiny.vcpu.get_regs()), daemon=True)
+    other.start()
+    other.join(20)
+    assert registers
+    with pytest.raises(KeyboardInterrupt):
+        tiny.vcpu.call_soon(_thread.interrupt_main)
+        tiny.vcpu.run()
 
 
 def test_a_handler_may_kick_whatever_it_has_interrupted(tiny: Tiny) -> None:

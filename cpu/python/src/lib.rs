@@ -37,10 +37,10 @@ fn sched_yield(py: Python<'_>) -> u64 {
     })
 }
 
-/// A handler was installed for `signal`.
+/// Python has a handler for `signal`, which runs on its main thread.
 #[pyfunction]
-fn watch_signal(signal: i32) {
-    signals::watch_signal(signal);
+fn watch_signal(signal: i32, main_thread: usize) {
+    signals::watch_python_signal(signal, main_thread);
 }
 
 /// (eax, ebx, ecx, edx) of the silicon's own CPUID leaf.

@@ -7,7 +7,7 @@ use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -178,31 +178,14 @@ impl PyCpu {
         })
     }
 
-    #[pyo3(signature = (mask = None))]
-    fn begin_run(&self, py: Python<'_>, mask: Option<u64>) -> PyResult<bool> {
-        if !self.runner.try_lock() {
-            if self.runner.held() {
-                return Err(PyOSError::new_err((
-                    libc::EBUSY,
-                    "Device or resource busy: the thread is in a request to the vCPU",
-                )));
-            }
-            request::lock(py, self.runner)?;
-        }
-        self.runner.begin();
-        self.runner.begin_run(mask);
-        // What has come before is handled before.
-        if let Err(raised) = py.check_signals() {
-            self.runner.end();
-            return Err(raised);
-        }
-        Ok(self.runner.interrupted())
-    }
-
-    fn end_run(&self, py: Python<'_>) -> PyResult<()> {
-        self.send_held();
-        // What was raised again is handled before the caller goes on.
-        if self.runner.end() { py.check_signals() } else { Ok(()) }
+    #[pyo3(signature = (function, mask = None, /))]
+    fn run(&self, function: &Bound<'_, PyAny>, mask: Option<u64>) -> PyResult<()> {
+        let run = |interrupted: bool| {
+            let result = function.call1((interrupted,));
+            self.send_held();
+            result
+        };
+        request::run(self.runner, mask, run, function.py()).map(drop)
     }
 
     #[pyo3(signature = (function, *args, **named))]

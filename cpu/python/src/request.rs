@@ -3,6 +3,7 @@
 //!
 //! Both as it is with the kernel's, which are system calls that a signal's handler waits for, and take `vcpu->mutex`.
 
+use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -21,7 +22,7 @@ thread_local!(static OWN: Own = Own(Runner::new(None)));
 
 /// Takes a runner that another thread has; handlers of signals run meanwhile, and what Python's raise ends the wait.
 #[cold]
-pub fn lock(py: Python<'_>, runner: &Runner) -> PyResult<()> {
+fn lock(py: Python<'_>, runner: &Runner) -> PyResult<()> {
     while !py.detach(|| runner.lock()) {
         py.check_signals()?;
     }
@@ -42,6 +43,35 @@ pub fn within<'py>(
     }
     runner.begin();
     let result = py.check_signals().and_then(|()| function());
+    end(runner, result, py)
+}
+
+/// [`within`] for a run of the processor; the function is told whether it is to end at once.
+pub fn run<'py>(
+    runner: &Runner,
+    mask: Option<u64>,
+    function: impl FnOnce(bool) -> PyResult<Bound<'py, PyAny>>,
+    py: Python<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
+    if !runner.try_lock() {
+        if runner.held() {
+            let message = "Device or resource busy: the thread is in a request to the vCPU";
+            return Err(PyOSError::new_err((libc::EBUSY, message)));
+        }
+        lock(py, runner)?;
+    }
+    runner.begin();
+    runner.begin_run(mask);
+    let result = py.check_signals().and_then(|()| function(runner.interrupted()));
+    end(runner, result, py)
+}
+
+/// Ends a request; what a handler raises that has waited for it is raised in the place of its result.
+fn end<'py>(
+    runner: &Runner,
+    result: PyResult<Bound<'py, PyAny>>,
+    py: Python<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
     if runner.end()
         && let Err(raised) = py.check_signals()
     {

@@ -9,6 +9,10 @@
 //! The kernel does every other request like that, too. So a thread that is in one holds a [`Runner`]: the vCPU's, which
 //! is its mutex at the same time, or one of the thread's own.
 //!
+//! Python's handlers are two: the interpreter's in C marks the signal, on whatever thread the kernel has chosen, and its
+//! main thread calls the one in Python soon after, in the middle of anything. So one that another thread has caught is
+//! handed to the request that the main thread is in, whose end marks it ([`hand_to_main`]).
+//!
 //! Which handlers a process has, the kernel tells nobody. Python's are reported as they are installed
 //! ([`watch_signal`]); for those of other languages [`watch`] looks now and then.
 //!
@@ -60,6 +64,8 @@ pub struct Runner {
     put_off: AtomicU64,
     since: AtomicU64,
     infos: [UnsafeCell<MaybeUninit<siginfo_t>>; END - 1],
+    /// Signals for Python that other threads have caught (bits as in `put_off`).
+    handed: AtomicU64,
     /// The thread's own mask, while the run has another.
     mask: Cell<Option<sigset_t>>,
 }
@@ -100,6 +106,7 @@ impl Runner {
                 put_off: AtomicU64::default(),
                 since: AtomicU64::default(),
                 infos: [const { UnsafeCell::new(MaybeUninit::uninit()) }; END - 1],
+                handed: AtomicU64::default(),
                 mask: Cell::new(None),
             }));
             let mut first = RUNNERS.load(Ordering::Acquire);
@@ -152,11 +159,16 @@ impl Runner {
 
     /// A signal's handler has run on this thread, if that is in a run.
     pub fn signalled(&self) {
-        if self.thread.load(Ordering::SeqCst) != current_thread() || !self.running.load(Ordering::SeqCst) {
-            return;
+        if self.thread.load(Ordering::SeqCst) == current_thread() {
+            self.end_run_early();
         }
-        self.wanted.fetch_or(SIGNALLED, Ordering::SeqCst);
-        self.kick();
+    }
+
+    fn end_run_early(&self) {
+        if self.running.load(Ordering::SeqCst) {
+            self.wanted.fetch_or(SIGNALLED, Ordering::SeqCst);
+            self.kick();
+        }
     }
 
     /// Whether this thread is in it.
@@ -213,7 +225,12 @@ impl Runner {
 
     /// Begins a request of the thread that has it.
     pub fn begin(&self) {
-        self.thread.store(current_thread(), Ordering::SeqCst);
+        let me = current_thread();
+        self.thread.store(me, Ordering::SeqCst);
+        // A handler that has not seen this marks its signal first, for Python to look before the request.
+        while MARKING.load(Ordering::SeqCst) != 0 && MAIN.load(Ordering::SeqCst) == me {
+            std::thread::yield_now();
+        }
     }
 
     /// Makes the request a run, with signals blocked as `mask` says if there is one.
@@ -240,8 +257,12 @@ impl Runner {
         if signals != 0 {
             self.raise(signals);
         }
+        let handed = self.handed.swap(0, Ordering::SeqCst);
+        if handed != 0 {
+            members(handed).for_each(mark_for_python);
+        }
         self.unlock();
-        signals != 0
+        signals | handed != 0
     }
 
     #[cold]
@@ -362,6 +383,7 @@ fn call_previous(level: usize, signal: c_int, info: *mut siginfo_t, context: *mu
     match handler {
         libc::SIG_IGN => {}
         libc::SIG_DFL => default_action(signal),
+        _ if is_for_main(handler) => mark_for_python(signal),
         // SAFETY: a handler that somebody has installed for this signal, called as its flags say.
         _ => unsafe {
             if previous.flags.load(Ordering::SeqCst) & libc::SA_SIGINFO != 0 {
@@ -371,6 +393,46 @@ fn call_previous(level: usize, signal: c_int, info: *mut siginfo_t, context: *mu
             }
         },
     }
+}
+
+/// The interpreter's handler, which only needs the signal's number, and its main thread's `pthread_self`; 0: not known.
+static PYTHON: AtomicUsize = AtomicUsize::new(0);
+static MAIN: AtomicUsize = AtomicUsize::new(0);
+/// How many threads are in [`mark_for_python`].
+static MARKING: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether a handler is the interpreter's, and this is not the thread on which it calls Python's.
+fn is_for_main(handler: usize) -> bool {
+    handler == PYTHON.load(Ordering::SeqCst) && current_thread() != MAIN.load(Ordering::SeqCst)
+}
+
+/// Lets the interpreter know of a signal, now or when its main thread's request ends.
+fn mark_for_python(signal: c_int) {
+    MARKING.fetch_add(1, Ordering::SeqCst);
+    if !hand_to_main(signal) {
+        // SAFETY: CPython's handler, which takes the number alone.
+        unsafe { core::mem::transmute::<usize, extern "C" fn(c_int)>(PYTHON.load(Ordering::SeqCst))(signal) };
+    }
+    MARKING.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// Leaves a signal to the request that Python's main thread is in; false: it is in none.
+fn hand_to_main(signal: c_int) -> bool {
+    let main = MAIN.load(Ordering::SeqCst);
+    let bit = 1u64 << (signal - 1);
+    runners().any(|runner| {
+        let within = || runner.thread.load(Ordering::SeqCst) == main;
+        if !within() {
+            return false;
+        }
+        runner.handed.fetch_or(bit, Ordering::SeqCst);
+        if within() {
+            runner.end_run_early();
+            return true;
+        }
+        // Its end has seen the bit, or does not any more.
+        runner.handed.fetch_and(!bit, Ordering::SeqCst) & bit == 0
+    })
 }
 
 /// What the kernel does with a signal that has no handler.
@@ -420,6 +482,20 @@ pub fn watch_signal(signal: c_int) {
     }
 }
 
+/// [`watch_signal`] for one whose handler Python has just installed; its handlers run on the thread `main`.
+pub fn watch_python_signal(signal: c_int, main: usize) {
+    let Some(action) = action_of(signal) else { return };
+    let handler = match own_level(&action) {
+        Some(level) => PREVIOUS[level][signal as usize].handler.load(Ordering::SeqCst),
+        None => action.sa_sigaction,
+    };
+    if handler > libc::SIG_IGN {
+        PYTHON.store(handler, Ordering::SeqCst);
+        MAIN.store(main, Ordering::SeqCst);
+    }
+    watch_signal(signal);
+}
+
 /// Puts ours before whatever a signal does, unless it is ignored; whether it is there.
 fn catch(signal: c_int) -> bool {
     match action_of(signal) {
@@ -430,7 +506,12 @@ fn catch(signal: c_int) -> bool {
 }
 
 fn is_ours(action: &libc::sigaction) -> bool {
-    OURS.iter().any(|&ours| ours as usize == action.sa_sigaction)
+    own_level(action).is_some()
+}
+
+/// The level of ours, if it is `action`'s handler.
+fn own_level(action: &libc::sigaction) -> Option<usize> {
+    OURS.iter().position(|&ours| ours as usize == action.sa_sigaction)
 }
 
 fn action_of(signal: c_int) -> Option<libc::sigaction> {
@@ -537,11 +618,14 @@ pub fn spawn_quiet(name: &str, main: impl FnOnce() + Send + 'static) -> io::Resu
 /// A forked child has one thread, which is in no request of its own.
 pub fn after_fork() {
     LOOKING.store(false, Ordering::SeqCst);
+    MARKING.store(0, Ordering::SeqCst);
+    MAIN.store(current_thread(), Ordering::SeqCst);
     for runner in runners() {
         runner.thread.store(0, Ordering::SeqCst);
         runner.owner.store(0, Ordering::SeqCst);
         runner.waiters.store(0, Ordering::SeqCst);
         runner.heir.store(0, Ordering::SeqCst);
         runner.put_off.store(0, Ordering::SeqCst);
+        runner.handed.store(0, Ordering::SeqCst);
     }
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import signal
+import threading
 from typing import Any
 
 from softkvm import _softcpu
@@ -17,14 +19,24 @@ from softkvm import _softcpu
 
 @functools.cache
 def watch_python_handlers() -> None:
-    """Let the binding know of Python's handlers when they are installed, from now on."""
+    """Let the binding know of Python's handlers: those there are, and others when they are installed."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            watch(number)
     builtin = importlib.import_module("_signal")
     install = builtin.signal
 
     @functools.wraps(install)
-    def signal(signalnum: int, handler: Any, /) -> Any:
+    def watched(signalnum: int, handler: Any, /) -> Any:
         before = install(signalnum, handler)
-        _softcpu.watch_signal(signalnum)
+        watch(signalnum)
         return before
 
-    builtin.signal = signal  # type: ignore[attr-defined]
+    builtin.signal = watched  # type: ignore[attr-defined]
+
+
+def watch(number: int) -> None:
+    """Let the binding know that Python has a handler for a signal."""
+    main = threading.main_thread().ident
+    if main is not None:
+        _softcpu.watch_signal(number, main)

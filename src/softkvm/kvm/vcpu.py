@@ -63,12 +63,12 @@ class Vcpu(VcpuState, Closing):
     def run(self) -> None:
         """KVM_RUN.
 
-        Between ``begin_run`` and ``end_run`` no handler of a signal runs on this thread, so no exception of one's comes
-        in the middle of an exit. They run in ``end_run``, before EINTR is raised, for which they are the reason.
+        No handler of a signal runs on this thread meanwhile, so no exception of one's comes in the middle of an exit.
+        They run behind it, before EINTR is raised, for which they are the reason.
         """
-        cpu = self.cpu
-        interrupted = None
-        signalled = cpu.begin_run(self.signal_mask)
+        self.cpu.run(self._run, self.signal_mask)
+
+    def _run(self, signalled: bool) -> None:
         try:
             if signalled:
                 self.make_request(KVM_REQ_SIGNAL)
@@ -90,17 +90,10 @@ class Vcpu(VcpuState, Closing):
                     return
                 if not self.arch_enter_guest():
                     return
-        except InterruptedError as reason:
-            interrupted = reason
         finally:
-            try:
-                self.mode = OUTSIDE_GUEST_MODE
-                self.running = False
-                self.arch_run_end()
-            finally:
-                cpu.end_run()
-        if interrupted is not None:
-            raise interrupted
+            self.mode = OUTSIDE_GUEST_MODE
+            self.running = False
+            self.arch_run_end()
 
     # --- requests ------------------------------------------------------------------------------------
 
