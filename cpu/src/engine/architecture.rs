@@ -5,7 +5,7 @@ use core::hash::Hash;
 
 /// The types of an architecture. Its processor is the type that handlers get.
 pub trait Architecture: Sized + 'static {
-    /// What an op carries for its handler: at most [`OPERANDS_BYTES`].
+    /// What an op carries for its handler: it fills the op, so it takes 17 to [`OPERANDS_BYTES`] bytes.
     type Operands: Operands;
     /// What translations belong to, a number for the guest and one for its address space: x86's (ASID, PCID), arm64's
     /// (VMID, ASID).
@@ -18,8 +18,11 @@ pub trait Architecture: Sized + 'static {
     const TABLE_SHIFT: u32;
 }
 
-/// Room for an op's operands.
-pub const OPERANDS_BYTES: usize = 24;
+/// An op: two of them make a cache line.
+pub const OP_BYTES: usize = 32;
+
+/// Room for an op's operands, beside the address of its handler.
+pub const OPERANDS_BYTES: usize = OP_BYTES - size_of::<usize>();
 
 /// The part of an op's operands that the engine looks at.
 pub trait Operands: Copy {

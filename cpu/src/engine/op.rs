@@ -9,7 +9,7 @@
 
 use core::ops::{Deref, DerefMut};
 
-use super::architecture::{Architecture, OPERANDS_BYTES};
+use super::architecture::{Architecture, OP_BYTES};
 
 /// Why a run of ops stopped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,7 +56,7 @@ pub const LINK_RETURN: u8 = 3;
 /// The pointer must point into a block's op array that ends with an op whose handler never returns `Ok`.
 pub type Handler<P> = unsafe fn(&mut P, *const Op<P>) -> Stop;
 
-/// One decoded instruction, 32 bytes. The architecture's handlers see nothing in it but its operands.
+/// One decoded instruction, in [`OP_BYTES`] bytes. The architecture's handlers see nothing in it but its operands.
 #[repr(C)]
 pub struct Op<P: Architecture> {
     /// The threaded handler.
@@ -69,7 +69,12 @@ impl<P: Architecture> Op<P> {
     /// An op of its two parts.
     #[inline(always)]
     pub fn new(f: Handler<P>, operands: P::Operands) -> Self {
-        const { assert!(size_of::<P::Operands>() <= OPERANDS_BYTES && align_of::<P::Operands>() <= 8) };
+        const {
+            assert!(
+                size_of::<Self>() == OP_BYTES,
+                "operands take 17 to OPERANDS_BYTES bytes, aligned to 8 at most"
+            )
+        };
         Op { f, operands }
     }
 }
