@@ -69,6 +69,15 @@ def test_hlt_may_stay_in_the_guest(make: Callable[..., Guest]) -> None:
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_DISABLE_EXITS, 2))
 
 
+def test_pause_may_stay_in_the_guest(make: Callable[..., Guest]) -> None:
+    guest = make(vcpus=0)
+    bits = supported(guest, abi.KVM_CAP_X86_DISABLE_EXITS)
+    assert bits & abi.KVM_X86_DISABLE_EXITS_PAUSE
+    guest.vm.enable_cap(abi.KVM_CAP_X86_DISABLE_EXITS, abi.KVM_X86_DISABLE_EXITS_PAUSE)
+    guest.vm.create_vcpu(0).close()
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_DISABLE_EXITS, abi.KVM_X86_DISABLE_EXITS_PAUSE))
+
+
 def test_unknown_quirks_are_einval(guest: Guest) -> None:
     bits = supported(guest, abi.KVM_CAP_DISABLE_QUIRKS2)
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, 1 << 40))

@@ -178,8 +178,17 @@ def test_nobody_waits_awake_when_other_vcpus_want_the_hosts_processors() -> None
         (Params(pause_filter_count=100, pause_filter_count_grow=0), 0, 20_000 // 101),
         # 101 + 151 + 151 + ...
         (Params(pause_filter_count=100, pause_filter_count_max=150), 0, 1 + (20_000 - 101) // 151),
+        # a factor that is no less than the count is added: 101 + 201 + 301 + ... + 1901 of 20000
+        (Params(pause_filter_count=100, pause_filter_count_grow=100), 0, 19),
+        (Params(pause_filter_count=100, pause_filter_count_grow=1), 0, 20_000 // 101),
         # the host's processor is wanted: the lock's holder may be waiting for it
         (Params(pause_filter_count=100), 1_000_000, 20_000 // 101),
+        # from one PAUSE to the next there are three instructions
+        (Params(pause_filter_count=100, pause_filter_count_grow=0, pause_filter_thresh=3), 0, 20_000 // 101),
+        (Params(pause_filter_count=100, pause_filter_count_grow=0, pause_filter_thresh=2), 0, 0),
+        # kvm_amd's svm_vm_init(): without one of the two there is no intercept
+        (Params(pause_filter_count=100, pause_filter_thresh=0), 0, 0),
+        (Params(pause_filter_count=0), 0, 0),
     ],
 )
 def test_a_guest_that_spins_leaves_ever_more_rarely_unless_others_want_the_processor(
@@ -189,7 +198,36 @@ def test_a_guest_that_spins_leaves_ever_more_rarely_unless_others_want_the_proce
     tiny = Tiny(params=params).real_mode()
     tiny.load(b"\xf3\x90\x49\x75\xfb\xf4", rcx=20_000)  # pause; dec cx; jnz; hlt
     assert tiny.run_to_halt().rip == CODE + 6
-    assert tiny.vcpu.exit_counts[V.EXIT_PAUSE] == exits
+    assert tiny.vcpu.exit_counts.get(V.EXIT_PAUSE, 0) == exits
+    tiny.close()
+
+
+def test_the_pause_filter_is_set_up_as_kvm_amd_does() -> None:
+    # Linux, arch/x86/kvm/x86.h: KVM_DEFAULT_PLE_GAP, KVM_SVM_DEFAULT_PLE_WINDOW and its maximum, USHRT_MAX
+    tiny = Tiny()
+    assert (tiny.vcpu.w[V.PAUSE_FILTER_COUNT], tiny.vcpu.w[V.PAUSE_FILTER_THRESH]) == (3000, 128)
+    assert tiny.vcpu.d[V.INTERCEPT_WORD3] & V.PAUSE
+    params = tiny.vm.params
+    assert (params.pause_filter_count_grow, params.pause_filter_count_shrink) == (2, 0)
+    assert params.pause_filter_count_max == 0xFFFF
+    tiny.close()
+
+
+@pytest.mark.parametrize(
+    ("shrink", "before", "after"), [(0, 900, 100), (1, 900, 900), (4, 900, 225), (4, 300, 100), (100, 900, 800)]
+)
+def test_the_pause_filter_shrinks_as_kvm_does(shrink: int, before: int, after: int) -> None:
+    tiny = Tiny(params=Params(pause_filter_count=100, pause_filter_count_shrink=shrink))
+    tiny.vcpu.w[V.PAUSE_FILTER_COUNT] = before
+    tiny.vcpu.arch_slept()
+    assert tiny.vcpu.w[V.PAUSE_FILTER_COUNT] == after
+    tiny.close()
+
+
+def test_pause_that_stays_in_the_guest_is_not_counted() -> None:
+    tiny = Tiny(params=Params(pause_filter_count=100, pause_filter_thresh=0)).real_mode()
+    tiny.vcpu.arch_slept()
+    assert tiny.vcpu.w[V.PAUSE_FILTER_COUNT] == 0
     tiny.close()
 
 

@@ -204,6 +204,15 @@ impl<P: Architecture> Engine<P> {
         Some(())
     }
 
+    /// Instructions that have retired before `op`, which runs.
+    #[inline]
+    pub fn instructions_before(&self, op: &Op<P>) -> u64 {
+        // SAFETY: `block` is the running block.
+        let first = unsafe { Block::first(self.block) };
+        let bytes = core::ptr::from_ref(op).addr().wrapping_sub(first.addr());
+        self.instructions + (bytes / size_of::<Op<P>>()) as u64
+    }
+
     /// The op at which the last run stopped, if it stopped at one.
     pub fn stopped_op(&self) -> Option<&Op<P>> {
         // SAFETY: set by the run that just stopped; its block is alive.

@@ -369,24 +369,17 @@ fn the_pause_filter_counts() {
     assert_eq!(g.cpu.rb.gpr[3], 11);
 }
 
-/// Pauses, the time in between by the guest's own clock: more than any threshold (a tick is a nanosecond).
-fn pauses_far_apart(a: &mut CodeAssembler) {
+/// 20 PAUSEs, 103 instructions from one to the next.
+fn pauses_apart(a: &mut CodeAssembler) {
     let (mut again, mut wait) = (a.create_label(), a.create_label());
-    let now = |a: &mut CodeAssembler| {
-        a.rdtsc().unwrap();
-        a.shl(rdx, 32).unwrap();
-        a.or(rax, rdx).unwrap();
-    };
     a.mov(ecx, 20).unwrap();
     a.set_label(&mut again).unwrap();
-    now(a);
-    a.mov(rbx, rax).unwrap();
-    a.set_label(&mut wait).unwrap();
-    now(a);
-    a.sub(rax, rbx).unwrap();
-    a.cmp(rax, 0x1_0000).unwrap();
-    a.jbe(wait).unwrap();
     a.pause().unwrap();
+    a.mov(eax, 49).unwrap();
+    a.set_label(&mut wait).unwrap();
+    a.dec(eax).unwrap();
+    a.jnz(wait).unwrap();
+    a.nop().unwrap();
     a.dec(ecx).unwrap();
     a.jnz(again).unwrap();
     a.hlt().unwrap();
@@ -394,34 +387,34 @@ fn pauses_far_apart(a: &mut CodeAssembler) {
 
 #[test]
 fn pauses_further_apart_than_the_threshold_do_not_add_up() {
-    // APM vol. 2, 15.14.4: the counter starts anew.
-    let mut g = Guest::long(pauses_far_apart);
-    g.intercept(exit::PAUSE);
-    g.set(control::PAUSE_COUNT, 1u16);
-    g.set(control::PAUSE_THRESHOLD, 0xffffu16);
-    g.expect_exit(exit::HLT);
-    let mut g = Guest::long(pauses_far_apart);
-    g.intercept(exit::PAUSE);
-    g.set(control::PAUSE_COUNT, 1u16);
-    g.expect_exit(exit::PAUSE);
-    assert_eq!(g.cpu.rb.gpr[1], 19);
+    // APM vol. 2, 15.14.4: the counter starts anew if more than that has passed; without a threshold, never.
+    for (threshold, left) in [(1, None), (102, None), (103, Some(17)), (0xffff, Some(17)), (0, Some(17))] {
+        let mut g = Guest::long(pauses_apart);
+        g.intercept(exit::PAUSE);
+        g.set(control::PAUSE_COUNT, 3u16);
+        g.set(control::PAUSE_THRESHOLD, threshold as u16);
+        g.expect_exit(if left.is_some() { exit::PAUSE } else { exit::HLT });
+        assert_eq!(g.cpu.rb.gpr[1], left.unwrap_or(0), "{threshold}");
+    }
 }
 
 #[test]
-fn pauses_within_the_threshold_add_up() {
-    let mut g = Guest::long(|a| {
-        let mut again = a.create_label();
-        a.mov(ecx, 1_000_000).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.pause().unwrap();
-        a.dec(ecx).unwrap();
-        a.jnz(again).unwrap();
-        a.hlt().unwrap();
-    });
-    g.intercept(exit::PAUSE);
-    g.set(control::PAUSE_COUNT, 3u16);
-    g.set(control::PAUSE_THRESHOLD, 0xffffu16);
-    g.expect_exit(exit::PAUSE);
+fn pauses_of_one_block_are_told_apart() {
+    for (threshold, code) in [(2u16, exit::HLT), (3, exit::PAUSE)] {
+        let mut g = Guest::long(|a| {
+            for _ in 0..5 {
+                a.pause().unwrap();
+                a.nop().unwrap();
+                a.inc(ebx).unwrap();
+            }
+            a.hlt().unwrap();
+        });
+        g.intercept(exit::PAUSE);
+        g.set(control::PAUSE_COUNT, 3u16);
+        g.set(control::PAUSE_THRESHOLD, threshold);
+        g.expect_exit(code);
+        assert_eq!(g.cpu.rb.gpr[3], if code == exit::HLT { 5 } else { 3 });
+    }
 }
 
 #[test]

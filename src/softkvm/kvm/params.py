@@ -12,12 +12,17 @@ class Params:
 
     #: Advance RIP by the VMCB's NEXT_RIP; otherwise by the decoded length of the instruction.
     nrips: bool = True
-    #: Retired PAUSEs before VMEXIT_PAUSE; 0 switches the intercept off.
+    #: PAUSEs that retire before VMEXIT_PAUSE; 0: PAUSE stays in the guest.
     pause_filter_count: int = 3000
-    #: Factor by which that number grows with each such exit, up to the maximum; 0 or 1: it stays.
+    #: Cycles, for the silicon instructions, since the last PAUSE after which that number starts anew; 0: PAUSE stays in
+    #: the guest.
+    pause_filter_thresh: int = 128
+    #: Factor by which the number grows with each such exit, up to the maximum; 0: it is ``pause_filter_count`` again.
+    #: One that is not less than ``pause_filter_count`` is added instead.
     pause_filter_count_grow: int = 2
     pause_filter_count_max: int = 0xFFFF
-    #: Divisor by which it shrinks when the vCPU has slept; 0 or 1: back to ``pause_filter_count``.
+    #: Divisor by which it shrinks when the vCPU has slept, to ``pause_filter_count`` at least; 0: to that at once. One
+    #: that is not less than ``pause_filter_count`` is taken off instead.
     pause_filter_count_shrink: int = 0
     #: Unknown MSRs read as zero and ignore writes instead of raising #GP.
     ignore_msrs: bool = False

@@ -54,7 +54,7 @@ pub struct Control {
     pub nested_cr3: u64,
     /// Pause filter count and threshold.
     pub pause_count: u16,
-    /// Pause filter threshold (cycles).
+    /// Pause filter threshold in cycles, which are instructions.
     pub pause_threshold: u16,
 }
 
@@ -67,7 +67,7 @@ pub struct SystemState {
     pub deferred_hits: u64,
     /// PAUSEs left before the pause filter exits.
     pub pause_left: u16,
-    /// Physical TSC of the last PAUSE.
+    /// Instructions that had retired at the last PAUSE.
     pub pause_last: u64,
     /// MONITOR has run and MWAIT has not.
     pub monitor_armed: bool,

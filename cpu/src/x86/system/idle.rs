@@ -61,11 +61,12 @@ pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
     Err(cpu.end_block(op))
 }
 
-/// PAUSE, with the pause filter (APM vol. 2, 15.14.4).
-pub(super) fn pause(cpu: &mut Cpu, _: &Op) -> Res {
+/// PAUSE, with the pause filter (APM vol. 2, 15.14.4). A cycle of this processor is an instruction: what spins is told
+/// from what doesn't by what the guest does, not by how fast the host is.
+pub(super) fn pause(cpu: &mut Cpu, op: &Op) -> Res {
     if cpu.intercepted(exitcode::PAUSE) {
         if cpu.ctl.pause_threshold != 0 {
-            let now = clock_ns();
+            let now = cpu.engine.instructions_before(op);
             if now.wrapping_sub(cpu.sys.pause_last) > cpu.ctl.pause_threshold as u64 {
                 cpu.sys.pause_left = cpu.ctl.pause_count;
             }

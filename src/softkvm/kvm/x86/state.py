@@ -64,6 +64,7 @@ class VmState(state.VmState):
         self.triple_fault_event = False
         self.exit_on_emulation_error = False
         self.disable_hlt_exits = False
+        self.pause_in_guest = not (params.pause_filter_count and params.pause_filter_thresh)
         self.user_space_msr_mask = 0
         self.msr_filter: MsrFilter | None = None
         self.guest_can_read_msr_platform_info = True

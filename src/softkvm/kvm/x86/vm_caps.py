@@ -54,6 +54,7 @@ def _disable_exits(vm: Vm, value: int) -> None:
     if vm.vcpus or value & ~abi.KVM_X86_DISABLE_VALID_EXITS:
         raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected known exits, before the first vCPU")
     vm.disable_hlt_exits |= bool(value & abi.KVM_X86_DISABLE_EXITS_HLT)
+    vm.pause_in_guest |= bool(value & abi.KVM_X86_DISABLE_EXITS_PAUSE)
 
 
 def _exception_payload(vm: Vm, value: int) -> None:

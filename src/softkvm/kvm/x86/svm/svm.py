@@ -164,8 +164,9 @@ def init_vmcb(vcpu: Vcpu) -> None:
     q[V.DR6] = 0xFFFF_0FF0
     q[V.DR7] = 0x400
     q[V.DBGCTL] = 0
-    if params.pause_filter_count:
+    if not vcpu.vm.pause_in_guest:
         w[V.PAUSE_FILTER_COUNT] = params.pause_filter_count
+        w[V.PAUSE_FILTER_THRESH] = params.pause_filter_thresh
         d[V.INTERCEPT_WORD3] |= V.PAUSE
     if vcpu.vm.disable_hlt_exits:
         d[V.INTERCEPT_WORD3] &= ~V.HLT
@@ -242,18 +243,18 @@ def set_instruction_intercepts(vcpu: Vcpu) -> None:
 def grow_ple_window(vcpu: Vcpu) -> None:
     """After VMEXIT_PAUSE: let the guest spin longer before the next one, as leaving did not help it."""
     params = vcpu.vm.params
-    count = vcpu.w[V.PAUSE_FILTER_COUNT]
-    grown = count * params.pause_filter_count_grow if params.pause_filter_count_grow > 1 else count
-    vcpu.w[V.PAUSE_FILTER_COUNT] = max(count, min(grown, params.pause_filter_count_max, 0xFFFF))
+    by, base, count = params.pause_filter_count_grow, params.pause_filter_count, vcpu.w[V.PAUSE_FILTER_COUNT]
+    if not vcpu.vm.pause_in_guest:
+        grown = min(count * by if by < base else count + by, params.pause_filter_count_max)
+        vcpu.w[V.PAUSE_FILTER_COUNT] = grown if by else base
 
 
 def shrink_ple_window(vcpu: Vcpu) -> None:
     """The vCPU's thread had lost the host's processor: from here on the guest waits for something else."""
     params = vcpu.vm.params
-    shrunk = (
-        vcpu.w[V.PAUSE_FILTER_COUNT] // params.pause_filter_count_shrink if params.pause_filter_count_shrink > 1 else 0
-    )
-    vcpu.w[V.PAUSE_FILTER_COUNT] = max(shrunk, params.pause_filter_count)
+    by, base, count = params.pause_filter_count_shrink, params.pause_filter_count, vcpu.w[V.PAUSE_FILTER_COUNT]
+    if not vcpu.vm.pause_in_guest:
+        vcpu.w[V.PAUSE_FILTER_COUNT] = max(count // by if by < base else count - by, base) if by else base
 
 
 def recalc_msr_intercepts(vcpu: Vcpu) -> None:
