@@ -268,13 +268,13 @@ pub const DIFFERENCES: &[Difference] = &[
         mask: Mask::All,
     },
     Difference {
-        name: "MXCSR bit 17 masks alignment checks",
-        manual: "APM vol. 2, 11.3.1: with MisAlignSse (CPUID Fn8000_0001_ECX), which softcpu doesn't have",
-        on: AMD,
-        when: When::SoftStopped,
+        name: "MXCSR bit 17 is reserved",
+        manual: "SDM vol. 1, 10.2.3; APM vol. 2, 11.3.1: with MisAlignSse (CPUID Fn8000_0001_ECX) it masks #GP",
+        on: INTEL,
+        when: When::Stopped,
         what: |l| matches!(mnemonic(l), Mnemonic::Ldmxcsr | Mnemonic::Fxrstor | Mnemonic::Fxrstor64),
         shows: |soft, processor| {
-            soft.vector == GENERAL_PROTECTION && processor.state.mxcsr & MISALIGNED_MASK != 0
+            processor.vector == GENERAL_PROTECTION && soft.state.mxcsr & MISALIGNED_MASK != 0
         },
         mask: Mask::All,
     },

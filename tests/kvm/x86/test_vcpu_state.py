@@ -97,6 +97,24 @@ def test_fpu_registers_are_relative_to_the_top_of_the_stack(tiny: Tiny) -> None:
     assert bytes(again) == bytes(fpu)
 
 
+def test_misaligned_exception_mask_is_there_and_kept(tiny: Tiny) -> None:
+    """MisAlignSse (APM vol. 3, E.4.2, Fn8000_0001_ECX) is MXCSR.MM, which MXCSR_MASK shows (APM vol. 2, 11.3.1)."""
+    extended = next(entry for entry in tiny.kvm.get_supported_cpuid() if entry.function == 0x8000_0001)
+    assert extended.ecx >> 7 & 1
+    area = bytearray(bytes(tiny.vcpu.get_xsave()))
+    assert struct.unpack_from("<II", area, 24) == (0x1F80, 0x2_FFFF)
+    struct.pack_into("<I", area, 24, 0x2_1F80)
+    area[512] |= 2  # XSTATE_BV: SSE
+    tiny.vcpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area))
+    assert tiny.vcpu.get_fpu().mxcsr == 0x2_1F80
+    tiny.protected_mode().load(b"\x0f\xae\x1d" + DATA.to_bytes(4, "little") + b"\xf4")  # stmxcsr [DATA]; hlt
+    sregs = tiny.vcpu.get_sregs()
+    sregs.cr4 |= 1 << 9  # OSFXSR
+    tiny.vcpu.set_sregs(sregs)
+    tiny.run_to_halt()
+    assert tiny.memory.read(DATA, 4) == (0x2_1F80).to_bytes(4, "little")
+
+
 def test_fpu_and_xsave_show_the_same_state(tiny: Tiny) -> None:
     rng = random.Random(1)
     fpu = abi.kvm_fpu(fcw=0x27F, fsw=0x3800, ftwx=0xA5, last_opcode=0x123, last_ip=0x1000, last_dp=0x2000)

@@ -12,6 +12,7 @@ mod operand;
 mod stack;
 
 pub use crate::engine::architecture::Access;
+pub use operand::Align;
 
 /// MMU index of implicit supervisor accesses (descriptor tables, TSS): never subject to AC, always to SMAP.
 pub const SYSTEM: usize = 0;

@@ -1,13 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Loads and stores of an op's memory operand.
 
-use super::Access;
+use crate::engine::architecture::Access;
 use crate::mem::{host_load128, host_store128};
 use crate::x86::flags::Int;
 use crate::x86::op::{Op, Res, Stop};
-use crate::x86::state::Cpu;
+use crate::x86::state::{Cpu, mxcsr, vector};
+
+/// What a 16-byte operand that isn't on 16 bytes raises. Where it isn't #GP(0), it is #AC(0) if alignment is checked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Align {
+    /// #GP(0) always: moves that demand it.
+    Always,
+    /// #GP(0) unless MXCSR.MM: operands of anything else that computes with vectors (APM vol. 1, 4.2.2 and 4.3.2).
+    Masked,
+    /// Nothing.
+    Any,
+}
 
 impl Cpu {
+    /// Raises what a 16-byte operand does that isn't on 16 bytes.
+    #[inline(never)]
+    fn misaligned(&mut self, align: Align) -> Res {
+        if align == Align::Always || align == Align::Masked && self.rb.mxcsr & mxcsr::MM == 0 {
+            return Err(self.gp(0));
+        }
+        if self.mmu == 3 { Err(self.fault(vector::AC, Some(0))) } else { Ok(()) }
+    }
+
     /// Loads the memory operand.
     #[inline(always)]
     pub fn load<T: Int>(&mut self, op: &Op) -> Result<T, Stop> {
@@ -22,12 +42,12 @@ impl Cpu {
         self.store_at(op.seg, linear, v)
     }
 
-    /// Loads a 16-byte memory operand as (low, high); `aligned` raises #GP(0) when it isn't on 16 bytes.
+    /// Loads a 16-byte memory operand as (low, high).
     #[inline(always)]
-    pub fn load128(&mut self, op: &Op, aligned: bool) -> Result<[u64; 2], Stop> {
+    pub fn load128(&mut self, op: &Op, align: Align) -> Result<[u64; 2], Stop> {
         let linear = self.lin(op, 16, Access::Read)?;
-        if aligned && linear & 15 != 0 {
-            return Err(self.gp(0));
+        if linear & 15 != 0 {
+            self.misaligned(align)?;
         }
         let e = self.engine.tlb.entry(self.mmu, linear);
         if e.read == self.engine.tlb.tag(linear.wrapping_add(15)) {
@@ -43,10 +63,10 @@ impl Cpu {
 
     /// Stores a 16-byte memory operand.
     #[inline(always)]
-    pub fn store128(&mut self, op: &Op, v: [u64; 2], aligned: bool) -> Res {
+    pub fn store128(&mut self, op: &Op, v: [u64; 2], align: Align) -> Res {
         let linear = self.lin(op, 16, Access::Write)?;
-        if aligned && linear & 15 != 0 {
-            return Err(self.gp(0));
+        if linear & 15 != 0 {
+            self.misaligned(align)?;
         }
         let e = self.engine.tlb.entry(self.mmu, linear);
         if e.write == self.engine.tlb.tag(linear.wrapping_add(15)) {

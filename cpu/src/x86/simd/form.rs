@@ -4,18 +4,21 @@
 //!
 //! An adaptor's name tells its operands: `x` = XMM, `m` = MMX, `g` = general register, each followed by the number of
 //! vector operands the function sees, then `i` for an immediate and `f` for a floating-point environment. `SIZE` is how
-//! a memory source is read: [`M128`] aligned, [`U128`] any alignment, or 8, 4, 2 bytes zero-extended.
+//! a memory source is read: [`M128`] aligned unless MXCSR.MM, [`A128`] aligned, [`U128`] any alignment, or 8, 4, 2 bytes zero-extended.
 
 use iced_x86::{Instruction, OpKind};
 
+use super::super::access::Align;
 use super::super::op::{Handler, Op, Res, Stop, handler, handler_fast};
 use super::super::state::{Cpu, cr0, cr4};
 use super::super::translate::gpr;
 use super::quick::is_simple;
 use super::vector::V;
 
-/// 16 bytes, #GP(0) unless aligned.
+/// 16 bytes, #GP(0) unless aligned or MXCSR.MM.
 pub const M128: u32 = 16;
+/// 16 bytes, #GP(0) unless aligned: moves.
+pub const A128: u32 = 18;
 /// 16 bytes, any alignment.
 pub const U128: u32 = 17;
 
@@ -93,8 +96,9 @@ impl Cpu {
 #[inline(always)]
 pub fn memory<const SIZE: u32>(cpu: &mut Cpu, op: &Op) -> Result<V, Stop> {
     Ok(match SIZE {
-        M128 => cpu.load128(op, true)?,
-        U128 => cpu.load128(op, false)?,
+        M128 => cpu.load128(op, Align::Masked)?,
+        A128 => cpu.load128(op, Align::Always)?,
+        U128 => cpu.load128(op, Align::Any)?,
         8 => [cpu.load::<u64>(op)?, 0],
         4 => [cpu.load::<u32>(op)? as u64, 0],
         2 => [cpu.load::<u16>(op)? as u64, 0],
@@ -129,7 +133,7 @@ pub struct Form {
 #[inline(always)]
 pub fn quick_memory<const SIZE: u32, const SIMPLE: bool>(cpu: &mut Cpu, op: &Op) -> Option<V> {
     match SIZE {
-        M128 => cpu.quick_load128::<true, SIMPLE>(op),
+        M128 | A128 => cpu.quick_load128::<true, SIMPLE>(op),
         U128 => cpu.quick_load128::<false, SIMPLE>(op),
         8 => cpu.quick_load::<u64, SIMPLE>(op).map(|v| [v, 0]),
         4 => cpu.quick_load::<u32, SIMPLE>(op).map(|v| [v as u64, 0]),

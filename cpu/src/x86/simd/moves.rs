@@ -4,11 +4,12 @@
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::super::access::Access;
+use super::super::access::Align;
 use super::super::flags::Int;
 use super::super::op::{Handler, Op, Res, SLOT_ZERO, flag, handler, handler_fast};
 use super::super::state::{Cpu, reg};
 use super::super::translate::segment;
-use super::form::{Form, M128, U128};
+use super::form::{A128, Form, M128, U128};
 use super::integer::{movmskpd, movmskps, pmovmskb};
 use super::shuffle::{extract, insert, insertps, movshdup, movsldup};
 use super::vector::{V, split, with_low32, with_low64};
@@ -18,7 +19,7 @@ fn store128<const ALIGNED: bool>(form: Form) -> Handler {
     fn slow<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Res {
         cpu.sse_ready()?;
         let v = cpu.xmm(op.src);
-        cpu.store128(op, v, ALIGNED)
+        cpu.store128(op, v, if ALIGNED { Align::Always } else { Align::Any })
     }
     #[inline(always)]
     fn fast<const ALIGNED: bool, const SIMPLE: bool>(cpu: &mut Cpu, op: &Op) -> bool {
@@ -269,7 +270,7 @@ pub fn translate(i: &Instruction, op: &mut Op, form: Form) -> Option<Handler> {
     use Code::*;
     Some(match i.code() {
         Movaps_xmm_xmmm128 | Movapd_xmm_xmmm128 | Movdqa_xmm_xmmm128 | Movntdqa_xmm_m128 => {
-            form.load::<M128>()
+            form.load::<A128>()
         }
         Movups_xmm_xmmm128 | Movupd_xmm_xmmm128 | Movdqu_xmm_xmmm128 | Lddqu_xmm_m128 => form.load::<U128>(),
         Movaps_xmmm128_xmm | Movapd_xmmm128_xmm | Movdqa_xmmm128_xmm | Movntps_m128_xmm

@@ -15,7 +15,7 @@ mod numbers;
 mod registers;
 
 pub use control::{Control, Exception, Exit, Held, SystemState};
-pub use numbers::{cr0, cr4, efer, reg, sreg, vector};
+pub use numbers::{cr0, cr4, efer, mxcsr, reg, sreg, vector};
 pub use registers::{Msrs, RegisterBlock, Segment, TableRegister};
 
 /// Reasons, local to the processor, to look closer before the next block; bits of [`Engine::attention`].

@@ -99,3 +99,9 @@ pub mod efer {
     pub const LMSLE: u64 = 1 << 13;
     pub const FFXSR: u64 = 1 << 14;
 }
+
+/// MXCSR bits.
+pub mod mxcsr {
+    /// Misaligned exception mask.
+    pub const MM: u32 = 1 << 17;
+}

@@ -3,6 +3,7 @@
 
 use super::debug::{dr6, dr7};
 use super::exitcode;
+use crate::x86::access::Align;
 use crate::x86::op::{Op, Res, Stop, flag};
 use crate::x86::paging::PHYS_BITS;
 use crate::x86::state::{Cpu, Exception, cr0, cr4, efer, reg, vector};
@@ -333,7 +334,7 @@ pub(super) fn invpcid(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.privileged()?;
     cpu.intercept(exitcode::INVPCID)?;
     let kind = if op.has(flag::CODE64) { cpu.reg::<u64>(op.dst) } else { cpu.reg::<u32>(op.dst) as u64 };
-    let [pcid, linear] = cpu.load128(op, false)?;
+    let [pcid, linear] = cpu.load128(op, Align::Any)?;
     let without = cpu.cr4 & cr4::PCIDE == 0 && pcid & 0xfff != 0;
     let bad = kind > 3 || pcid >> 12 != 0 || (kind < 2 && without) || (kind == 0 && !cpu.canonical(linear));
     if bad {

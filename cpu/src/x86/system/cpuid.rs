@@ -35,8 +35,8 @@ const LEAF7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 10, 18, 19, 20, 23, 24, 29]);
 const LEAF7_ECX: u32 = bits(&[2, 3, 22]);
 /// Fn0000_0007_EDX_x0: FSRM.
 const LEAF7_EDX: u32 = bits(&[4]);
-/// Fn8000_0001_ECX: LAHF SVM AltMovCr8 ABM 3DNowPrefetch.
-const EXT1_ECX: u32 = bits(&[0, 2, 4, 5, 8]);
+/// Fn8000_0001_ECX: LAHF SVM AltMovCr8 ABM MisAlignSse 3DNowPrefetch.
+const EXT1_ECX: u32 = bits(&[0, 2, 4, 5, 7, 8]);
 /// Fn8000_0001_EDX: the common ones and SYSCALL NX MmxExt Page1GB RDTSCP LM.
 const EXT1_EDX: u32 = COMMON_EDX | bits(&[11, 20, 22, 26, 27, 29]);
 /// Fn8000_0008_EBX: RstrFpErrPtrs WBNOINVD.

@@ -3,10 +3,10 @@
 
 use super::super::access::Access;
 use super::super::op::{Op, Res, Stop};
-use super::super::state::{Cpu, cr0, cr4, efer, vector};
+use super::super::state::{Cpu, cr0, cr4, efer, mxcsr, vector};
 
-/// MXCSR bits that may be written (MXCSR_MASK): DAZ is there, MM is not.
-pub const MXCSR_MASK: u32 = 0xffff;
+/// MXCSR bits that may be written (MXCSR_MASK): DAZ is there, and MM.
+pub const MXCSR_MASK: u32 = 0xffff | mxcsr::MM;
 /// MXCSR after RESET.
 pub const MXCSR_RESET: u32 = 0x1f80;
 

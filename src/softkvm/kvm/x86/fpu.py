@@ -40,7 +40,7 @@ _FSW_TOP: Final = 7 << 11
 _FSW_B: Final = 1 << 15
 
 MXCSR_DEFAULT: Final = 0x1F80
-MXCSR_MASK: Final = 0xFFFF
+MXCSR_MASK: Final = 0x2_FFFF  # MM is there: the silicon has MisAlignSse
 _XSTATE_BV: Final = 512
 _XCOMP_BV: Final = 520
 _YMM_OFFSET: Final = 576
