@@ -8,6 +8,7 @@ what it has read (:attr:`Emulator.reads`). Nothing of the guest's state has chan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
@@ -81,6 +82,8 @@ class Emulator(Access):
         #: Set by a handler that leaves for userspace by itself.
         self.exit_to_userspace = False
         self._pio_request = (0, 0, 0)
+        #: RIP of the instruction that waits for userspace's data.
+        self._waiting_rip = 0
         #: The VMCB's count of fetched bytes and the bytes, and the instructions they decoded to in 64-bit code.
         self.assist = vcpu.b[V.INSN_LEN : V.INSN_BYTES + 15]
         self._assisted: dict[bytes, Insn] = {}
@@ -187,7 +190,7 @@ class Emulator(Access):
             except PioNeeded as needed_port:
                 self._pio_request = (needed_port.port, needed_port.size, needed_port.count)
                 io.exit_io(vcpu, abi.KVM_EXIT_IO_IN, needed_port.size, needed_port.port, needed_port.count)
-                vcpu.complete_userspace_io = self._complete_pio_in
+                self._wait(self._complete_pio_in)
                 return 0
             except X86Exception as exception:
                 inject_emulated_exception(vcpu, exception)
@@ -247,13 +250,27 @@ class Emulator(Access):
 
     # --- userspace completions ---------------------------------------------------------------------
 
+    def _wait(self, completion: Callable[[Vcpu], int]) -> None:
+        """Leave for userspace to have the instruction completed with its data."""
+        self._waiting_rip = self.vcpu.q[V.RIP]
+        self.vcpu.complete_userspace_io = completion
+
+    def _resume(self) -> None:
+        """The instruction that was decoded is what is completed: a RIP that userspace has set meanwhile is lost.
+
+        As with the kernel's, whose emulator writes back the RIP of its own that it had before the exit. Other registers
+        are taken as they are (``emulate_regs_need_sync_from_vcpu``).
+        """
+        self.vcpu.q[V.RIP] = self._waiting_rip
+
     def _exit_read(self) -> None:
         self.vcpu.stat_mmio_exits += 1
         gpa, size = self._fragments[0]
         exit_mmio(self.vcpu, gpa, size, 0, 0)
-        self.vcpu.complete_userspace_io = self._complete_read
+        self._wait(self._complete_read)
 
     def _complete_read(self, vcpu: Vcpu) -> int:
+        self._resume()
         _, size = self._fragments.pop(0)
         parts = self._parts
         parts[parts.index(None)] = bytes(self.vcpu.run_b[run_page.MMIO_DATA_B : run_page.MMIO_DATA_B + size])
@@ -282,6 +299,7 @@ class Emulator(Access):
         return svm.do_singlestep(vcpu) if self._stepped else 1
 
     def _complete_pio_in(self, vcpu: Vcpu) -> int:
+        self._resume()
         _, size, count = self._pio_request
         self.pio_data = bytes(self.vcpu.run_b[run_page.PIO_DATA_OFFSET : run_page.PIO_DATA_OFFSET + size * count])
         assert self.insn is not None
@@ -337,7 +355,7 @@ class Emulator(Access):
         vcpu.stat_mmio_exits += 1
         exit_mmio(vcpu, gpa, size, 0, 0)
         self.insn = insn
-        vcpu.complete_userspace_io = self._complete_load
+        self._wait(self._complete_load)
         return 0
 
     def _load(self, operand: Operand, value: int) -> None:
@@ -349,6 +367,7 @@ class Emulator(Access):
             self.gpr[index] = self.gpr[index] & ~mask | (value << operand.shift & mask)
 
     def _complete_load(self, vcpu: Vcpu) -> int:
+        self._resume()
         insn = self.insn
         assert insn is not None and insn.mmio is not None
         _, size, operand = insn.mmio
