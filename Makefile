@@ -8,13 +8,14 @@ CARGO  ?= cargo
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: all venv build guests wheel demo test lint test-rust test-python differential mutants bench clean help
+.PHONY: all venv build guests wheel demo test lint test-rust test-python sanitize differential mutants bench clean help
 all: build
 
 help:
 	@echo 'make demo    build, fetch the default guest, boot it, run commands in it'
 	@echo 'make test    lint, types, Rust tests, Python tests, whole boots'
 	@echo 'make differential  the software CPU against this processor, longer, and strict on any'
+	@echo 'make sanitize the memory of the crate under AddressSanitizer, ThreadSanitizer and Miri'
 	@echo 'make mutants break lines and count what the tests notice'
 	@echo 'make bench   the figures of docs/performance.md, QEMU beside them where installed'
 	@echo 'make wheel   one abi3 wheel in dist/'
@@ -87,6 +88,28 @@ DIFF_CASES ?= 50000
 differential:
 	SOFTCPU_DIFF_STRICT=1 SOFTCPU_DIFF_CASES=$(DIFF_CASES) SOFTCPU_DIFF_ENCODINGS=all $(CARGO) test --release -p softcpu --no-fail-fast \
 	  --test differential --test float_native --test simd_native --test x87_sequences -- --nocapture
+
+# Ten minutes, most of which goes into builds of their own (CONTRIBUTING.md says what each sees). The sanitizers' faults are
+# the guards' to handle. Guest memory, to which all accesses go by `mem::host`, is shared by design.
+NIGHTLY   ?= nightly
+HOST       = $(shell rustc -vV | sed -n "s|host: ||p")
+SANITIZED := --profile checked -p softcpu --quiet
+sanitize: export RUSTC_BOOTSTRAP := 1
+sanitize: export ASAN_OPTIONS := handle_segv=0:handle_sigbus=0
+sanitize: export TSAN_OPTIONS := handle_segv=0:handle_sigbus=0:suppressions=$(abspath cpu/tests/tsan.txt)
+sanitize: export MIRIFLAGS := -Zmiri-disable-isolation -Zmiri-permissive-provenance -Zmiri-ignore-leaks
+sanitize:
+	@command -v rustup >/dev/null || { echo 'the checkers are parts of toolchains that rustup knows' >&2; exit 1; }
+	rustup component add rust-src
+	rustup component add miri rust-src --toolchain $(NIGHTLY)
+	RUSTFLAGS='-Zsanitizer=address --cfg softcpu_asan' \
+	  $(CARGO) test --target-dir target/asan --target $(HOST) $(SANITIZED) --lib --test engine --test system
+	RUSTFLAGS='-Zsanitizer=thread' \
+	  $(CARGO) test -Zbuild-std --target-dir target/tsan --target $(HOST) $(SANITIZED) --lib --test engine
+	RUSTFLAGS='-Zsanitizer=thread' \
+	  $(CARGO) test -Zbuild-std --target-dir target/tsan --target $(HOST) $(SANITIZED) --test system threads::
+	$(CARGO) +$(NIGHTLY) miri test --target-dir target/miri -p softcpu --lib -- mem::bus mem::region
+	$(CARGO) +$(NIGHTLY) miri test --target-dir target/miri -p softcpu --test engine
 
 # Up to half an hour: lines of the modules that everything rests on are broken, and the tests have to notice. A sample,
 # the same for the same code, and what comes of it is docs/mutants.md.

@@ -148,7 +148,8 @@ const fn empty<P>() -> Slot<P> {
 
 /// All blocks of one processor.
 pub struct BlockCache<P> {
-    arena: Vec<Box<[Line]>>,
+    /// Chunks that never grow. Vectors, of which a pointer is to be had without a reference to all of the chunk.
+    arena: Vec<Vec<Line>>,
     used: usize,
     /// Open addressing; a null pointer ends a search, a key of 0 is a dead block's.
     table: Vec<Slot<P>>,
@@ -222,7 +223,7 @@ impl<P> BlockCache<P> {
         let size = size.next_multiple_of(LINE);
         debug_assert!(size <= CHUNK_BYTES);
         if self.used + size > CHUNK_BYTES {
-            self.arena.push(vec![Line([0; LINE]); CHUNK_BYTES / LINE].into_boxed_slice());
+            self.arena.push(vec![Line([0; LINE]); CHUNK_BYTES / LINE]);
             self.used = 0;
         }
         let chunk = self.arena.len() - 1;

@@ -102,10 +102,9 @@ impl<P: Architecture> Engine<P> {
     pub(super) fn check(&mut self, b: *mut Block<P>) -> bool {
         self.blocks.checks += 1;
         // SAFETY: a live block, not otherwise borrowed.
-        let block = unsafe { &mut *b };
-        let settled = self.arm(block);
+        let settled = self.arm(unsafe { &mut *b });
         // SAFETY: as above.
-        let code = unsafe { Block::code(b) };
+        let (block, code) = unsafe { (&*b, Block::code(b)) };
         let (first, second) = code.split_at(block.len as usize);
         // SAFETY: the block's pages are registered memory (translated just now or by the link's check). An answer that a
         // racing write makes wrong is corrected by the next stamp.
@@ -114,7 +113,8 @@ impl<P: Architecture> Engine<P> {
                 && (block.tail == 0 || host_equal(second, block.host2 as *const u8))
         };
         if same && settled {
-            block.stamp = self.stamp;
+            // SAFETY: as above.
+            unsafe { (*b).stamp = self.stamp };
         }
         same
     }

@@ -156,7 +156,7 @@ mod tests {
             let (me, machine, done, steps) =
                 (processor(&machine), machine.clone(), Arc::downgrade(&done), steps.clone());
             std::thread::spawn(move || {
-                let work = || (0..20_000).for_each(|_| core::hint::spin_loop());
+                let work = || (0..if cfg!(miri) { 2 } else { 20_000 }).for_each(|_| core::hint::spin_loop());
                 while done.upgrade().is_some() {
                     me.start();
                     machine.bus.enter(&me);
@@ -178,7 +178,7 @@ mod tests {
         let me = processor(&machine);
         me.start();
         let look = || [0, 1].map(|n: usize| steps[n].load(Ordering::SeqCst));
-        for _ in 0..50 {
+        for _ in 0..if cfg!(miri) { 3 } else { 50 } {
             let before = look();
             while look().iter().zip(before).any(|(now, then)| *now == then) {
                 std::thread::yield_now();
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn whoever_wants_the_bus_at_the_same_time_gets_it_in_turn() {
-        const ROUNDS: u64 = 1000;
+        const ROUNDS: u64 = if cfg!(miri) { 10 } else { 1000 };
         let machine = Machine::new();
         let count = AtomicU64::new(0);
         let add = || {

@@ -40,7 +40,7 @@ impl Mapping {
             return None;
         }
         // The few pages of a small guest need not be 2 MiB.
-        #[cfg(target_os = "linux")]
+        #[cfg(all(target_os = "linux", not(miri)))]
         // SAFETY: advice about the mapping just made.
         unsafe {
             libc::madvise(p, size, libc::MADV_NOHUGEPAGE)

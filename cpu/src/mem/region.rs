@@ -93,7 +93,7 @@ fn page_infos(count: usize) -> Option<Box<[PageInfo]>> {
 }
 
 /// The most regions of a [`Run`], a power of two.
-const RUN: usize = 256;
+const RUN: usize = if cfg!(miri) { 8 } else { 256 };
 
 /// Neighbouring regions, sorted by address.
 #[derive(Default)]
@@ -327,6 +327,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it allocates what nobody has")]
     fn a_region_takes_memory_for_the_pages_that_are_looked_at() {
         let resident = || {
             let statm = std::fs::read_to_string("/proc/self/statm").unwrap();

@@ -87,6 +87,15 @@ unsafe extern "C" {
 pub unsafe fn go_on_leaving(context: *mut c_void, guard: *mut usize) {
     // SAFETY: given.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    #[cfg(softcpu_asan)]
+    {
+        unsafe extern "C" {
+            fn __asan_unpoison_memory_region(start: usize, size: usize);
+        }
+        let from = registers[libc::REG_RSP as usize] as usize;
+        // SAFETY: what the calls that are left have on the stack, which the sanitizer thinks is theirs still.
+        unsafe { __asan_unpoison_memory_region(from, (*guard).saturating_sub(from)) };
+    }
     registers[libc::REG_RIP as usize] = leave_guarded as *const () as i64;
     registers[libc::REG_RDI as usize] = guard as i64;
 }
