@@ -464,12 +464,16 @@ fn a_kick_ends_an_endless_loop() {
     let mut g = Guest::long(|a| {
         let mut again = a.create_label();
         a.set_label(&mut again).unwrap();
+        a.inc(dword_ptr(DATA)).unwrap();
         a.jmp(again).unwrap();
     });
+    let memory = g.memory.clone();
     let shared = g.cpu.engine.shared().clone();
     std::thread::scope(|s| {
         s.spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
+            while memory.read::<u32>(DATA) < 1000 {
+                std::thread::yield_now();
+            }
             shared.kick();
         });
         g.expect_exit(exit::INTR);
