@@ -68,6 +68,11 @@ NOTES: Final = (
     "until its vCPUs are closed, too.",
     "HWCR.TscFreqSel is set in a new vCPU on the software side (its TSC does count at one frequency, and Linux asks), "
     "and clear on the device.",
+    "Whoever maps `Vcpu.shared_fd` finds the ring of coalesced MMIO there, one page for the VM, from "
+    "`softkvm.kvm.Vcpu.shared_fd_mapped` on, which the kernel's mmap() needs not; otherwise from the next "
+    "KVM_REGISTER_COALESCED_MMIO or the vCPU's first KVM_RUN on. Until every vCPU whose descriptor was asked for has "
+    "run or is told of, writes to zones are exits. The ring takes 169 writes wherever it begins, as from Linux 6.12 "
+    "on; when it fills up in the middle of REP OUTS the rest is an exit, where the kernel drops it.",
     "KVM_SET_TSC_KHZ takes the silicon's frequency only (within 250 ppm): it has no TSC scaling.",
 )
 

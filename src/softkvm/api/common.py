@@ -97,6 +97,17 @@ class Vm(Closeable, Protocol):
         KVM_IOEVENTFD_FLAG_DATAMATCH is added to *flags* when *datamatch* is given.
         """
 
+    def register_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
+        """KVM_REGISTER_COALESCED_MMIO: collect the guest's writes to a range of MMIO, or of ports, in a ring.
+
+        The ring, :class:`softkvm.abi.kvm_coalesced_mmio_ring` and its entries, is the page
+        KVM_COALESCED_MMIO_PAGE_OFFSET of every vCPU's :attr:`Vcpu.shared`, the same in all. A write that it has no
+        room for is an exit.
+        """
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
+        """KVM_UNREGISTER_COALESCED_MMIO: forget the zones that hold all of the range, if there are any."""
+
 
 class Vcpu(Closeable, Protocol):
     """A virtual processor. The thread that calls :meth:`run` is its thread.

@@ -8,7 +8,6 @@ and wake the vCPU second, so that no wake-up is lost.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import mmap
 import os
@@ -22,10 +21,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
+from softkvm.kvm.coalesced_mmio import RING_OFFSET, CoalescedRing
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.io_bus import IoBus
+from softkvm.kvm.memfd import map_over, mapping_address, sealed_memfd
 from softkvm.kvm.memory.host_mappings import HostMappings
 from softkvm.kvm.memory.memslots import Memslots
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.memory.regions import HostRegions
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK
 from softkvm.kvm.signals import watch_python_handlers
@@ -39,22 +41,10 @@ IN_GUEST_MODE: Final = 1
 BLOCKING: Final = 2
 
 #: The run page, the page of port data, and the page of coalesced MMIO.
-VCPU_MMAP_SIZE: Final = 3 * 4096
+VCPU_MMAP_SIZE: Final = 3 * PAGE_SIZE
 
 _LOG_BURST: Final = 10
 _LOG_INTERVAL_S: Final = 5.0
-
-
-def _sealed_memfd(name: str, size: int) -> int:
-    """Return a file in memory that can be mapped by others, and not cut off under those who have."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 class VmState:
@@ -80,6 +70,7 @@ class VmState:
         # Devices in KVM
         self.pio_bus = IoBus()
         self.mmio_bus = IoBus()
+        self.coalesced = CoalescedRing()
 
         # vCPUs. The list is replaced, never changed: readers take no lock.
         self.lock = threading.RLock()
@@ -131,7 +122,7 @@ class VcpuState:
     closed: bool = field(default=False, init=False)
 
     # The pages shared with userspace
-    shared_fd: int = field(init=False)
+    _shared_fd: int = field(init=False)
     _close_shared_fd: Callable[[], object] = field(init=False)
     _mapping: mmap.mmap = field(init=False)
     _shared: memoryview = field(init=False)
@@ -175,9 +166,10 @@ class VcpuState:
     stat_tlb_flush: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.shared_fd = _sealed_memfd(f"kvm-vcpu:{self.vcpu_id}", VCPU_MMAP_SIZE)
-        self._close_shared_fd = weakref.finalize(self, os.close, self.shared_fd)
-        self._mapping = mmap.mmap(self.shared_fd, VCPU_MMAP_SIZE)
+        self._shared_fd = sealed_memfd(f"kvm-vcpu:{self.vcpu_id}", VCPU_MMAP_SIZE)
+        self._close_shared_fd = weakref.finalize(self, os.close, self._shared_fd)
+        self._mapping = mmap.mmap(self._shared_fd, VCPU_MMAP_SIZE)
+        map_over(mapping_address(self._mapping) + RING_OFFSET, PAGE_SIZE, self.vm.coalesced.fd)
         self._shared = memoryview(self._mapping)
         self.run_b = self._shared
         self.run_d = self._shared.cast("I")
@@ -185,9 +177,31 @@ class VcpuState:
         self.pio_bus = self.vm.pio_bus
         self.mmio_bus = self.vm.mmio_bus
 
+    @property
+    def shared_fd(self) -> int:
+        """The descriptor of the shared pages, for mmap() by others; -1 once the vCPU is closed.
+
+        The ring of coalesced writes is another file's page: see :meth:`shared_fd_mapped`.
+        """
+        if self._shared_fd >= 0:
+            self.vm.coalesced.watch(self, self._shared_fd)
+        return self._shared_fd
+
+    @uninterrupted
+    def shared_fd_mapped(
+        self, address: int, size: int, offset: int = 0, protection: int = mmap.PROT_READ | mmap.PROT_WRITE
+    ) -> None:
+        """Tell that mmap() of :attr:`shared_fd` has given ``address``: what is not in the file is mapped over that.
+
+        No ioctl: the device's mmap() does it by itself. That is the ring of coalesced MMIO, which is one page for the
+        whole VM. Who doesn't tell has it from the next KVM_REGISTER_COALESCED_MMIO or the vCPU's first KVM_RUN on,
+        whichever comes last, if the mapping is there by then.
+        """
+        self.vm.coalesced.mapped(self, address, size, offset, protection)
+
     def close_shared_fd(self) -> None:
         """Close the descriptor of the shared pages; who has mapped them keeps them."""
-        self.shared_fd = -1
+        self._shared_fd = -1
         self._close_shared_fd()
 
     # --- requests ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_requests
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.eventfd import Eventfds
+from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memory import dirty_log
 from softkvm.kvm.memory.memslots import DirtyReport, MemoryChange, MemorySlot, Memslots, classify_change, new_slot
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
@@ -269,6 +270,26 @@ class Vm(VmState, Closing):
         """KVM_IOEVENTFD."""
         self.eventfds.ioeventfd(fd, addr, len, datamatch, flags)
 
+    # --- coalesced MMIO ------------------------------------------------------------------------------
+
+    def register_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
+        """KVM_REGISTER_COALESCED_MMIO: EINVAL for a ``pio`` that is neither 0 nor 1, ENOSPC for too many zones."""
+        bus = self._bus(pio)
+        with self.slots_lock:
+            self.check_open()
+            self.coalesced.register(bus, addr, size, pio)
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
+        """KVM_UNREGISTER_COALESCED_MMIO: every zone that holds the range; EINVAL for a bad ``pio``."""
+        bus = self._bus(pio)
+        with self.slots_lock:
+            self.coalesced.unregister(bus, addr, size)
+
+    def _bus(self, pio: int) -> IoBus:
+        if pio not in (0, 1):
+            raise kvm_error(errno.EINVAL, f"pio={pio}, expected 0 or 1")
+        return self.pio_bus if pio else self.mmio_bus
+
     # --- capabilities --------------------------------------------------------------------------------
 
     def check_extension(self, cap: int) -> int:
@@ -303,6 +324,7 @@ class Vm(VmState, Closing):
             vcpu.cpu.set_timer(0)
         self.eventfds.close()
         self.arch_destroy()
+        self.coalesced.close_fd()
         self._drop_memory()
 
     def check_open(self) -> None:
@@ -325,6 +347,7 @@ class Vm(VmState, Closing):
             self.closed = True
             refuse_requests(self, abi.File.VM)
             self.eventfds.close_inherited()
+            self.coalesced.close_fd()
             for slot in self.memslots:
                 slot.release()
 

@@ -300,7 +300,7 @@ class Eventfds:
             if any(new.collides(other) for other in self._ioeventfds):
                 raise kvm_error(errno.EEXIST, f"addr={addr:#x} len={length} has an eventfd already")
             self._ioeventfds.append(new)
-            bus.add(addr, length or 8, new)
+            bus.add(addr, length or 8, new, counts=False)
 
     def _remove(self, described: Ioeventfd) -> None:
         for entry in self._ioeventfds:

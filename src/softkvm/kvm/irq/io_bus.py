@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Buses of in-kernel devices: port I/O, MMIO and fast MMIO (``struct kvm_io_bus`` of the kernel).
 
-The device's methods get the access's address, so one object may sit at several places. There is no limit of their
-number: the kernel's (NR_IOBUS_DEVS) leaves out ioeventfds, the only ones that userspace has many of.
+The device's methods get the access's address, so one object may sit at several places. The kernel's limit of their
+number (NR_IOBUS_DEVS) leaves out ioeventfds: what userspace has many of beside these are zones of coalesced writes.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 from bisect import bisect_right
 from typing import Final, Protocol
 
+from softkvm.kvm.errors import kvm_error
+
 #: Look-ups remembered per bus; addresses come from the guest, so the memo is bounded.
 _MEMO_ENTRIES: Final = 4096
+
+#: The most ranges of a bus that count.
+NR_IOBUS_DEVS: Final = 1000
 
 
 class IoDevice(Protocol):
@@ -30,7 +36,7 @@ class _Table:
 
     __slots__ = ("memo", "ranges", "starts")
 
-    def __init__(self, ranges: list[tuple[int, int, IoDevice]]) -> None:
+    def __init__(self, ranges: list[tuple[int, int, IoDevice, bool]]) -> None:
         self.ranges = ranges
         self.starts = [r[0] for r in ranges]
         self.memo: dict[int, tuple[IoDevice, ...]] = {}
@@ -42,7 +48,7 @@ class _Table:
         if found is None:
             found = tuple(
                 device
-                for start, end, device in self.ranges[: bisect_right(self.starts, address)]
+                for start, end, device, _ in self.ranges[: bisect_right(self.starts, address)]
                 if start <= address and address + size <= end
             )
             if len(self.memo) < _MEMO_ENTRIES:
@@ -60,10 +66,13 @@ class IoBus:
         self.table = _Table([])
         self._lock = threading.Lock()
 
-    def add(self, start: int, length: int, device: IoDevice) -> None:
-        """Register ``device`` for [start, start + length)."""
+    def add(self, start: int, length: int, device: IoDevice, *, counts: bool = True) -> None:
+        """Register ``device`` for [start, start + length); ENOSPC for one too many of those that count."""
         with self._lock:
-            self.table = _Table(sorted([*self.table.ranges, (start, start + length, device)], key=lambda r: r[0]))
+            ranges = self.table.ranges
+            if counts and sum(r[3] for r in ranges) >= NR_IOBUS_DEVS:
+                raise kvm_error(errno.ENOSPC, f"expected at most {NR_IOBUS_DEVS} ranges on a bus")
+            self.table = _Table(sorted([*ranges, (start, start + length, device, counts)], key=lambda r: r[0]))
 
     def remove(self, device: IoDevice, start: int | None = None) -> None:
         """Unregister ``device`` everywhere, or only the range that begins at ``start``."""

@@ -242,10 +242,10 @@ def outs(e: Emulator, i: Insn) -> None:
     count = 1 if e.q[V.RFLAGS] & DF else _batch(e, i, RSI, size)
     data = e.read_linear(_source_address(e, i, size * count), size * count)
     bus = e.vcpu.pio_bus
-    if bus.devices(port, size):
-        for at in range(0, len(data), size):
-            bus.write(port, size, int.from_bytes(data[at : at + size], "little"))
-    else:
-        e.pio_out = (port, size, data)
+    done = 0
+    while done < len(data) and bus.write(port, size, int.from_bytes(data[done : done + size], "little")):
+        done += size
+    if done < len(data):  # the rest is nobody's in the kernel: there is none, or a ring of coalesced writes is full
+        e.pio_out = (port, size, data[done:])
     _advance(e, i, RSI, size * count)
     _finish(e, i, count)
