@@ -21,3 +21,4 @@ pub mod run;
 pub mod state;
 pub mod thread;
 pub mod tlb;
+mod zeroed;

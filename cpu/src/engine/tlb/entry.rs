@@ -12,10 +12,12 @@ pub const PAGE_SHIFT: u32 = 12;
 pub const PAGE_MASK: u64 = !((1 << PAGE_SHIFT) - 1);
 /// In a tag: take the slow path.
 pub const SLOW: u64 = 1 << CONTEXT_BITS;
-/// A tag that no access matches.
-pub const INVALID: u64 = u64::MAX;
+/// A tag that no access matches: contexts are counted from [`FIRST_CONTEXT`]. Zero, so that what a TLB never used takes
+/// no memory of the host's.
+pub const INVALID: u64 = 0;
 pub(super) const CONTEXT_BITS: u32 = 11;
-pub(super) const CONTEXTS: u64 = (1 << CONTEXT_BITS) - 1;
+pub(super) const FIRST_CONTEXT: u64 = 1;
+pub(super) const CONTEXTS: u64 = 1 << CONTEXT_BITS;
 
 /// One translation, for reads, writes and instruction fetch.
 #[derive(Clone, Copy)]

@@ -15,8 +15,9 @@ mod sizes;
 use std::collections::HashMap;
 
 use super::architecture::Architecture;
+use super::zeroed::Zeroed;
 use directory::Directories;
-use entry::{CONTEXT_BITS, CONTEXTS, EMPTY, TLB_SIZE};
+use entry::{CONTEXT_BITS, CONTEXTS, EMPTY, FIRST_CONTEXT, TLB_SIZE};
 use sizes::Sizes;
 
 pub use directory::Directory;
@@ -30,7 +31,7 @@ pub struct Tlb<P: Architecture> {
     context: u64,
     /// Epoch and context in one word of which bits 1:0 are clear.
     key: u64,
-    entries: Box<[Entry]>,
+    entries: Zeroed<Entry>,
     sizes: Sizes,
     contexts: HashMap<P::Space, u64>,
     current: Option<P::Space>,
@@ -48,12 +49,13 @@ pub struct Tlb<P: Architecture> {
 impl<P: Architecture> Default for Tlb<P> {
     fn default() -> Self {
         Tlb {
-            entries: vec![EMPTY; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
+            // SAFETY: EMPTY is all zeros.
+            entries: unsafe { Zeroed::new(TLB_SIZE * (BANKS + 1)) },
             sizes: Sizes::default(),
-            context: 0,
+            context: FIRST_CONTEXT,
             contexts: HashMap::new(),
             current: None,
-            next: 0,
+            next: FIRST_CONTEXT,
             frames: Frames::default(),
             directories: Directories::default(),
             epoch: 1,
@@ -155,7 +157,7 @@ impl<P: Architecture> Tlb<P> {
         if self.next >= CONTEXTS {
             self.clear_entries();
             self.contexts.clear();
-            self.next = 0;
+            self.next = FIRST_CONTEXT;
         }
         let c = self.next;
         self.next += 1;
@@ -179,7 +181,10 @@ impl<P: Architecture> Tlb<P> {
 
     /// Empties every bank.
     fn clear_entries(&mut self) {
-        self.entries.fill(EMPTY);
+        // Only what was filled: the rest need not become memory of the host's.
+        for e in self.entries.iter_mut().filter(|e| e.read | e.write | e.exec != INVALID) {
+            *e = EMPTY;
+        }
         self.sizes.clear();
     }
 
@@ -188,7 +193,7 @@ impl<P: Architecture> Tlb<P> {
         self.clear_entries();
         self.flush_frames();
         self.contexts.clear();
-        self.next = 0;
+        self.next = FIRST_CONTEXT;
         self.flushes += 1;
         self.context = self.new_context();
         self.renew_key();
@@ -230,20 +235,19 @@ impl<P: Architecture> Tlb<P> {
             *self.entry_mut(bank, linear) = EMPTY;
         }
         let Some((first, count)) = self.sizes.around(linear) else { return };
-        const BASE: u8 = PAGE_SHIFT as u8;
         for bank in 0..BANKS {
             let at = (bank << TLB_BITS) + first;
             let sizes = self.sizes.range(at, count);
             // Eight sizes at a time: most are the base page's.
             for (sizes, entries) in sizes.chunks_exact_mut(8).zip(self.entries[at..].chunks_exact_mut(8)) {
-                if sizes == [BASE; 8] {
+                if sizes == [0; 8] {
                     continue;
                 }
                 for (size, e) in sizes.iter_mut().zip(entries) {
                     let tag = if e.read != INVALID { e.read } else { e.exec };
-                    if *size > BASE && (tag == INVALID || (tag ^ linear) >> *size == 0) {
+                    if *size > 0 && (tag == INVALID || (tag ^ linear) >> (PAGE_SHIFT as u8 + *size) == 0) {
                         *e = EMPTY;
-                        *size = BASE;
+                        *size = 0;
                     }
                 }
             }
@@ -261,7 +265,7 @@ impl<P: Architecture> Tlb<P> {
 
     /// Forgets every writable translation.
     pub fn protect_all(&mut self) {
-        for e in self.entries.iter_mut() {
+        for e in self.entries.iter_mut().filter(|e| e.write != INVALID) {
             e.write = INVALID;
         }
     }

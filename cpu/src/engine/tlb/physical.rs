@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Caches of nested translations: from guest-physical pages to host memory.
 
-use super::entry::{INVALID, PAGE_MASK, PAGE_SHIFT};
+use super::entry::{PAGE_MASK, PAGE_SHIFT};
 
 /// log2 of the bytes that one large entry covers.
 pub const LARGE_SHIFT: u32 = 21;
@@ -22,9 +22,11 @@ pub struct Frame {
     pub large: bool,
 }
 
-/// A guest-physical page or piece | 1 when writable | 2 when executable, or [`INVALID`]; and its host address.
+/// A guest-physical page or piece | 1 when writable | 2 when executable | [`PRESENT`]; and its host address.
 type Slot = (u64, u64);
-const EMPTY: Slot = (INVALID, 0);
+const PRESENT: u64 = 4;
+/// All zeros: memory of the host's only once it is filled.
+const EMPTY: Slot = (0, 0);
 
 /// Both caches, of one nested root.
 pub struct Frames {
@@ -62,17 +64,17 @@ impl Frames {
             large,
         };
         let (slot, host) = self.pieces[piece_slot(gpa)];
-        if slot & PAGE_MASK == gpa & !LARGE_MASK && slot != INVALID && allowed(slot) {
+        if slot & PAGE_MASK == gpa & !LARGE_MASK && slot & PRESENT != 0 && allowed(slot) {
             return Some(frame(slot, host | (gpa & LARGE_MASK & PAGE_MASK), true));
         }
         let (slot, host) = self.pages[page_slot(gpa)];
-        let found = slot & PAGE_MASK == gpa & PAGE_MASK && slot != INVALID && allowed(slot);
+        let found = slot & PAGE_MASK == gpa & PAGE_MASK && slot & PRESENT != 0 && allowed(slot);
         found.then(|| frame(slot, host, false))
     }
 
     /// Remembers the translation of the page of `gpa`, or of the piece around it.
     pub fn remember(&mut self, gpa: u64, frame: Frame) {
-        let rights = frame.write as u64 | (frame.exec as u64) << 1;
+        let rights = frame.write as u64 | (frame.exec as u64) << 1 | PRESENT;
         if frame.large {
             self.pieces[piece_slot(gpa)] = (gpa & !LARGE_MASK | rights, frame.host & !LARGE_MASK);
         } else {

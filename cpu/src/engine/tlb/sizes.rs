@@ -10,7 +10,7 @@ const WINDOWS: usize = 4096;
 const GIANT_SHIFT: u32 = 30;
 
 pub(super) struct Sizes {
-    /// log2 of the page size behind each entry, [`PAGE_SHIFT`] for empty ones.
+    /// log2 of the page size behind each entry, less [`PAGE_SHIFT`]; 0 for empty ones.
     of: Box<[u8]>,
     /// Where entries of large pages may be, since the last whole flush: bit (linear >> 22) & 4095 for pages of up to
     /// 4 MiB.
@@ -27,7 +27,7 @@ fn window(linear: u64) -> usize {
 impl Default for Sizes {
     fn default() -> Self {
         Sizes {
-            of: vec![PAGE_SHIFT as u8; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
+            of: vec![0; TLB_SIZE * (BANKS + 1)].into_boxed_slice(),
             large: Box::new([0; WINDOWS / 64]),
             giant: 0,
         }
@@ -36,13 +36,13 @@ impl Default for Sizes {
 
 impl Sizes {
     pub(super) fn clear(&mut self) {
-        self.of.fill(PAGE_SHIFT as u8);
+        self.of.iter_mut().filter(|size| **size != 0).for_each(|size| *size = 0);
         self.large.fill(0);
         self.giant = 0;
     }
 
     pub(super) fn note(&mut self, bank: usize, linear: u64, size: u8) {
-        self.of[(bank << TLB_BITS) + index(linear)] = size;
+        self.of[(bank << TLB_BITS) + index(linear)] = size - PAGE_SHIFT as u8;
         if size as u32 > WINDOW_SHIFT {
             self.giant |= 1 << (linear >> GIANT_SHIFT & 63);
         } else if size as u32 > PAGE_SHIFT {
@@ -63,7 +63,7 @@ impl Sizes {
         }
     }
 
-    /// The sizes behind some entries, counted through all banks.
+    /// The sizes behind some entries, less [`PAGE_SHIFT`], counted through all banks.
     pub(super) fn range(&mut self, first: usize, count: usize) -> &mut [u8] {
         &mut self.of[first..first + count]
     }
