@@ -42,7 +42,7 @@ class Vm(common.Vm, Protocol):
     """
 
     def create_vcpu(self, id: int) -> Vcpu:
-        """KVM_CREATE_VCPU: *id* is the APIC id."""
+        """KVM_CREATE_VCPU: *id* is the APIC id; EINVAL if KVM_CAP_MAX_VCPU_ID says that none is so high."""
 
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2."""
@@ -61,6 +61,18 @@ class Vm(common.Vm, Protocol):
 
     def set_pit2(self, state: abi.kvm_pit_state2) -> None:
         """KVM_SET_PIT2."""
+
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """KVM_SET_NR_MMU_PAGES: how many pages shadow page tables may take; EINVAL below 64.
+
+        Nested page tables, those of the two-dimensional MMU, don't count.
+        """
+
+    def get_nr_mmu_pages(self) -> int:
+        """KVM_GET_NR_MMU_PAGES: the limit; a fiftieth of the slots' pages unless userspace has set one.
+
+        ENOTTY since Linux 6.3: the result is a C int, which is too short for the number.
+        """
 
     def set_tss_addr(self, address: int) -> None:
         """KVM_SET_TSS_ADDR: three pages for VMX's real mode."""

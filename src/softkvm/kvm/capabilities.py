@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from softkvm import abi
 from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
 
-KVM_MAX_VCPUS: Final = 255
-KVM_MAX_VCPU_IDS: Final = 255
-KVM_SOFT_MAX_VCPUS: Final = 16
+#: As Linux is configured by default (CONFIG_KVM_MAX_NR_VCPUS), and its highest id plus one (KVM_VCPU_ID_RATIO).
+KVM_MAX_VCPUS: Final = 1024
+KVM_MAX_VCPU_IDS: Final = 4 * KVM_MAX_VCPUS
 #: Routes of one VM, and so the most pins that userspace's interrupt controllers can have.
 KVM_MAX_IRQ_ROUTES: Final = 4096
 
 GENERAL_CAPABILITIES: Final[dict[int, int]] = {
     abi.KVM_CAP_IRQCHIP: 1,
     abi.KVM_CAP_USER_MEMORY: 1,
-    abi.KVM_CAP_NR_VCPUS: KVM_SOFT_MAX_VCPUS,
+    abi.KVM_CAP_NR_VCPUS: min(os.sysconf("SC_NPROCESSORS_ONLN"), KVM_MAX_VCPUS),  # recommended: one a processor
     abi.KVM_CAP_MAX_VCPUS: KVM_MAX_VCPUS,
     abi.KVM_CAP_MAX_VCPU_ID: KVM_MAX_VCPU_IDS,
     abi.KVM_CAP_NR_MEMSLOTS: KVM_USER_MEM_SLOTS,

@@ -168,7 +168,8 @@ class VcpuState:
     def __post_init__(self) -> None:
         self._shared_fd = sealed_memfd(f"kvm-vcpu:{self.vcpu_id}", VCPU_MMAP_SIZE)
         self._close_shared_fd = weakref.finalize(self, os.close, self._shared_fd)
-        self._mapping = mmap.mmap(self._shared_fd, VCPU_MMAP_SIZE)
+        self._mapping = mmap.mmap(-1, VCPU_MMAP_SIZE)  # of the file it would hold another descriptor
+        map_over(mapping_address(self._mapping), VCPU_MMAP_SIZE, self._shared_fd)
         map_over(mapping_address(self._mapping) + RING_OFFSET, PAGE_SIZE, self.vm.coalesced.fd)
         self._shared = memoryview(self._mapping)
         self.run_b = self._shared

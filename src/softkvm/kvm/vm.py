@@ -47,6 +47,10 @@ class Vm(VmState, Closing):
     # --- what an architecture provides ---------------------------------------------------------------
 
     @abstractmethod
+    def arch_vcpu_precreate(self, vcpu_id: int) -> None:
+        """Check, with the VM's lock held, that the architecture lets such a vCPU be; EINVAL otherwise."""
+
+    @abstractmethod
     def arch_create_vcpu(self, vcpu_id: int) -> Vcpu:
         """Return a new vCPU, with the VM's lock held."""
 
@@ -237,8 +241,11 @@ class Vm(VmState, Closing):
         """KVM_CREATE_VCPU: EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
         with self.lock, enomem():
             self.check_open()
-            if not 0 <= id < KVM_MAX_VCPU_IDS or len(self.vcpus) >= KVM_MAX_VCPUS:
+            if not 0 <= id < KVM_MAX_VCPU_IDS:
                 raise kvm_error(errno.EINVAL, f"id={id}, expected below {KVM_MAX_VCPU_IDS}")
+            if len(self.vcpus) >= KVM_MAX_VCPUS:
+                raise kvm_error(errno.EINVAL, f"{KVM_MAX_VCPUS} vCPUs exist: there can't be more")
+            self.arch_vcpu_precreate(id)
             if id in self.vcpu_by_id:
                 raise kvm_error(errno.EEXIST, f"id={id} exists")
             vcpu = self.arch_create_vcpu(id)

@@ -159,8 +159,8 @@ KVM_GET_SUPPORTED_HV_CPUID = IOWR(0xC1, kvm_cpuid2, SYSTEM | VCPU)
 
 # --- a VM ------------------------------------------------------------------------------------------------
 
-KVM_SET_NR_MMU_PAGES = IO(0x44, VM)
-KVM_GET_NR_MMU_PAGES = IO(0x45, VM)
+KVM_SET_NR_MMU_PAGES = IO(0x44, VM, Number)
+KVM_GET_NR_MMU_PAGES = IO(0x45, VM, Value)
 KVM_SET_TSS_ADDR = IO(0x47, VM, Number)
 KVM_SET_IDENTITY_MAP_ADDR = IOW(0x48, c_uint64, VM, Takes)
 KVM_GET_IRQCHIP = IOWR(0x62, kvm_irqchip, VM, fields("chip_id", gives="*"))

@@ -10,6 +10,7 @@ from softkvm.kvm.capabilities import GENERAL_CAPABILITIES
 
 CAPABILITIES: Final[dict[int, int]] = GENERAL_CAPABILITIES | {
     abi.KVM_CAP_HLT: 1,
+    abi.KVM_CAP_MMU_SHADOW_CACHE_CONTROL: 1,
     abi.KVM_CAP_SET_TSS_ADDR: 1,
     abi.KVM_CAP_EXT_CPUID: 1,
     abi.KVM_CAP_EXT_EMUL_CPUID: 1,

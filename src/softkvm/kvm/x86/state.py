@@ -58,6 +58,10 @@ class VmState(state.VmState):
         self.bsp_vcpu_id = 0
         self.x2apic_api = 0
 
+        # Limits, 0 while userspace has set none
+        self.max_vcpu_ids = 0
+        self.requested_mmu_pages = 0
+
         # Options (KVM_ENABLE_CAP)
         self.quirks_disabled = 0
         self.exception_payload_enabled = False

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from softkvm import _softcpu, abi
 from softkvm.kvm import vm
-from softkvm.kvm.capabilities import KVM_MAX_IRQ_ROUTES
+from softkvm.kvm.capabilities import KVM_MAX_IRQ_ROUTES, KVM_MAX_VCPU_IDS
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.ioctl import serve, uninterrupted
 from softkvm.kvm.irq.irqchip import Irqchip
@@ -28,6 +30,10 @@ from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.tsc import TscSynchronizer
 from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
 
+#: Limits of what shadow page tables may take.
+KVM_MIN_ALLOC_MMU_PAGES: Final = 64
+KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO: Final = 50
+
 
 class Vm(VmState, vm.Vm):
     """One virtual machine of x86 (implements :class:`softkvm.api.Vm`)."""
@@ -38,6 +44,12 @@ class Vm(VmState, vm.Vm):
         self.tsc = TscSynchronizer()
 
     # --- what virtual machines of all architectures ask for ------------------------------------------
+
+    def arch_vcpu_precreate(self, vcpu_id: int) -> None:
+        """EINVAL for an id that KVM_CAP_MAX_VCPU_ID excludes; without one, every id may be from now on."""
+        self.max_vcpu_ids = self.max_vcpu_ids or KVM_MAX_VCPU_IDS
+        if vcpu_id >= self.max_vcpu_ids:
+            raise kvm_error(errno.EINVAL, f"id={vcpu_id}, expected below {self.max_vcpu_ids} (KVM_CAP_MAX_VCPU_ID)")
 
     def arch_create_vcpu(self, vcpu_id: int) -> VcpuIoctls:
         """A vCPU whose APIC id is ``vcpu_id``."""
@@ -188,6 +200,20 @@ class Vm(VmState, vm.Vm):
             self.msr_filter = msr_filter
             for vcpu in self.vcpus:
                 vcpu.call_soon(partial(svm.set_msr_filter, vcpu, msr_filter))
+
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """KVM_SET_NR_MMU_PAGES: kept, and without effect: there are nested page tables only, which don't count."""
+        if pages < KVM_MIN_ALLOC_MMU_PAGES:
+            raise kvm_error(errno.EINVAL, f"pages={pages}, expected at least {KVM_MIN_ALLOC_MMU_PAGES}")
+        self.requested_mmu_pages = pages
+
+    def get_nr_mmu_pages(self) -> int:
+        """KVM_GET_NR_MMU_PAGES, as a C int."""
+        pages = self.requested_mmu_pages
+        if not pages and self.memslots.generation:  # the first slot sets the limit
+            slot_pages = sum(slot.npages for slot in self.memslots)
+            pages = max(slot_pages // KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO, KVM_MIN_ALLOC_MMU_PAGES)
+        return ctypes.c_int(pages).value
 
     def set_tss_addr(self, address: int) -> None:
         """KVM_SET_TSS_ADDR: checked and otherwise without effect, as on AMD processors."""

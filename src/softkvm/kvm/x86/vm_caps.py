@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.capabilities import CAPABILITIES
 
@@ -28,6 +29,15 @@ def enable_cap(vm: Vm, cap: int, value: int) -> None:
     if enable is None:
         raise kvm_error(errno.EINVAL, f"cap={cap}, expected one that can be enabled on a VM")
     enable(vm, value)
+
+
+def _max_vcpu_id(vm: Vm, value: int) -> None:
+    if value > KVM_MAX_VCPU_IDS:
+        raise kvm_error(errno.EINVAL, f"args[0]={value}, expected at most {KVM_MAX_VCPU_IDS}")
+    with vm.lock:
+        if vm.max_vcpu_ids not in (0, value):
+            raise kvm_error(errno.EINVAL, f"args[0]={value}, and it is {vm.max_vcpu_ids} already")
+        vm.max_vcpu_ids = value
 
 
 def _disable_quirks(vm: Vm, value: int) -> None:
@@ -91,6 +101,7 @@ def _apic_bus_cycles(vm: Vm, value: int) -> None:
 
 
 _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
+    abi.KVM_CAP_MAX_VCPU_ID: _max_vcpu_id,
     abi.KVM_CAP_DISABLE_QUIRKS: _disable_quirks,
     abi.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks2,
     abi.KVM_CAP_SPLIT_IRQCHIP: lambda vm, value: vm.create_split_irqchip(value),
