@@ -23,7 +23,7 @@ help:
 
 # A stamp per step: what has been made of these files is made again only when one of them is newer.
 EXTENSION := $(wildcard src/softkvm/_softcpu*.so)
-CRATE     := Cargo.toml pyproject.toml $(shell find cpu/src cpu/python -type f) cpu/Cargo.toml
+CRATE     := Cargo.toml pyproject.toml $(shell find client cpu/src cpu/python -type f) cpu/Cargo.toml
 # Environments have absolute paths in them: one that has been moved or copied is made anew.
 MOVED     := $(filter-out $(abspath $(VENV)),$(shell cat $(BIN)/.ready 2>/dev/null))
 ifneq ($(MOVED),)

@@ -162,3 +162,20 @@ def uninterrupted(function: Callable[..., _R], *args: object, **named: object) -
 def decode(code: bytes, bitness: int, ip: int) -> Instruction: ...
 def exit_name(code: int) -> str: ...
 def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]: ...
+def read_memory(address: int, size: int) -> bytes:
+    """Return a copy of the process's memory; EFAULT if it is not there."""
+
+def write_memory(address: int, data: Buffer) -> None:
+    """Put bytes into the process's memory; EFAULT if it is not there, or must not be written."""
+
+def client_file(object: object, fd: int, cloexec: bool) -> int:
+    """Return a new descriptor of the memfd ``fd`` that is a client's, on which requests are methods of ``object``.
+
+    ``ioctl(request, argument)``; ``run()`` for KVM_RUN and ``refresh()`` before it is read, if it has them; and
+    ``release()`` when nobody has it open or mapped any more.
+    """
+
+def client_core(
+    open_system: Callable[[int], int], unmapping: Callable[[int, int], None], at_exit: Callable[[], None]
+) -> int:
+    """Return the address of the functions that a client's side calls (``softkvm_client::Core``)."""

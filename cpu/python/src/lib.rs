@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Python binding of softcpu: `softkvm._softcpu`. Types and documentation are in `_softcpu.pyi`.
 
+mod client;
 mod decode;
 mod machine;
 mod processor;
@@ -87,6 +88,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(request::uninterrupted, m)?)?;
     m.add_function(wrap_pyfunction!(cpuid, m)?)?;
     m.add_function(wrap_pyfunction!(exit_name, m)?)?;
+    client::add_to(m)?;
     m.add_function(wrap_pyfunction!(decode::decode, m)?)?;
     Ok(())
 }

@@ -3,6 +3,8 @@
 //!
 //! Both as it is with the kernel's, which are system calls that a signal's handler waits for, and take `vcpu->mutex`.
 
+use std::sync::OnceLock;
+
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -19,6 +21,14 @@ impl Drop for Own {
 }
 
 thread_local!(static OWN: Own = Own(Runner::new(None)));
+
+/// The runner of threads that are about to end, and have their own no more.
+static LAST: OnceLock<&'static Runner> = OnceLock::new();
+
+/// The calling thread's own runner.
+pub fn own() -> &'static Runner {
+    OWN.try_with(|own| own.0).unwrap_or_else(|_| LAST.get_or_init(|| Runner::new(None)))
+}
 
 /// Takes a runner that another thread has; handlers of signals run meanwhile, and what Python's raise ends the wait.
 #[cold]
@@ -62,6 +72,10 @@ pub fn run<'py>(
     }
     runner.begin();
     runner.begin_run(mask);
+    if own().waiting() {
+        // It has come to the request that this run is in, just before.
+        runner.signalled();
+    }
     let result = py.check_signals().and_then(|()| function(runner.interrupted()));
     end(runner, result, py)
 }
@@ -91,6 +105,5 @@ pub fn uninterrupted<'py>(
     args: &Bound<'py, PyTuple>,
     named: Option<&Bound<'py, PyDict>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let runner = OWN.with(|own| own.0);
-    within(runner, || function.call(args, named), function.py())
+    within(own(), || function.call(args, named), function.py())
 }

@@ -171,6 +171,11 @@ impl Runner {
         }
     }
 
+    /// Whether there are signals that wait for its end.
+    pub fn waiting(&self) -> bool {
+        self.put_off.load(Ordering::SeqCst) != 0
+    }
+
     /// Whether this thread is in it.
     pub fn held(&self) -> bool {
         self.owner.load(Ordering::SeqCst) == current_thread()
@@ -254,25 +259,30 @@ impl Runner {
         self.running.store(false, Ordering::SeqCst);
         self.wanted.fetch_and(!SIGNALLED, Ordering::SeqCst);
         let signals = self.put_off.swap(0, Ordering::SeqCst);
-        if signals != 0 {
-            self.raise(signals);
-        }
         let handed = self.handed.swap(0, Ordering::SeqCst);
-        if handed != 0 {
-            members(handed).for_each(mark_for_python);
+        if signals | handed == 0 {
+            self.unlock();
+            return false;
         }
-        self.unlock();
-        signals | handed != 0
+        self.end_with(signals, handed);
+        true
     }
 
+    /// Nothing is held any more when handlers run: one may jump out of here.
     #[cold]
-    fn raise(&self, signals: u64) {
-        // SAFETY: system calls about the calling thread. A thread may give itself any siginfo, and those whose bit was
-        // set are filled in.
+    fn end_with(&self, signals: u64, handed: u64) {
+        // SAFETY: those whose bit was set are filled in.
+        let info = |signal: c_int| unsafe { *self.infos[signal as usize - 1].get() };
+        let mut infos = [MaybeUninit::uninit(); END - 1];
+        for signal in members(signals) {
+            infos[signal as usize - 1] = info(signal);
+        }
+        self.unlock();
+        // SAFETY: system calls about the calling thread, which may give itself any siginfo.
         unsafe {
             let (process, thread) = (libc::getpid(), libc::syscall(libc::SYS_gettid));
             for signal in members(signals) {
-                let info = (*self.infos[signal as usize - 1].get()).as_ptr();
+                let info = infos[signal as usize - 1].as_ptr();
                 libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, signal, info);
             }
         }
@@ -280,6 +290,7 @@ impl Runner {
         if queued != 0 {
             set_mask(libc::SIG_UNBLOCK, &set_of(queued));
         }
+        members(handed).for_each(mark_for_python);
     }
 
     /// Blocks what KVM_SET_SIGNAL_MASK says, and nothing else: what it leaves open and the thread had blocked comes to

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request's third argument is: how a method's arguments become it, and how it becomes the method's result.
 
+And the other way round, for who serves requests of a client: how the argument in the client's memory becomes the
+method's arguments (:meth:`Argument.take`), and how the method's result gets there (:meth:`Argument.give`).
+
 The API's methods take and return structures and plain Python values; an ioctl takes a number or the address of a
 structure, some of them with an array behind. An :class:`Argument` says which, so that nothing else has to know a
 request's layout, nor what its arguments may be. The row of a request (:mod:`softkvm.abi.requests`) names its structure
@@ -16,7 +19,7 @@ import ctypes
 import errno
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from softkvm.abi import checks
 from softkvm.abi._layout import flexible
@@ -25,8 +28,21 @@ from softkvm.abi.checks import kvm_error
 #: The most elements that a table is grown to when the kernel says E2BIG.
 _MOST_ENTRIES = 1 << 16
 
+#: The size of a signal set in the kernel's own interface.
+_SIGSET_BYTES = 8
+
 _U32 = checks.limits(ctypes.c_uint32)
 _U64 = _ULONG = checks.limits(ctypes.c_uint64)
+
+
+class Memory(Protocol):
+    """A client's memory; both methods raise OSError with EFAULT where it is not readable, or writable."""
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return a copy of ``size`` bytes at ``address``."""
+
+    def write(self, address: int, data: Any) -> None:
+        """Put bytes, or a structure, to ``address``."""
 
 
 class Argument:
@@ -57,6 +73,22 @@ class Argument:
         """Return a larger argument after E2BIG, None where that doesn't help."""
         return None
 
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """Return the method's arguments for an ioctl's third argument ``value``, mostly an address in ``memory``.
+
+        Raises OSError: EFAULT, and what the kernel says of a header before it looks at anything else.
+        """
+        return ()
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """Put the method's result to where the client has it; return what ioctl() returns."""
+        return 0
+
+
+def read_structure(memory: Memory, structure: Any, address: int) -> Any:
+    """Return a copy of a structure, or of a number's type, in a client's memory."""
+    return structure.from_buffer_copy(memory.read(address, ctypes.sizeof(structure)))
+
 
 Nothing = Argument
 
@@ -67,6 +99,10 @@ class Value(Argument):
     def unpack(self, packed: Any, value: int) -> Any:
         """The request's own result."""
         return value
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """The method's result."""
+        return int(result)
 
 
 class Number(Argument):
@@ -79,6 +115,10 @@ class Number(Argument):
     def pack(self, number: int = 0) -> int:
         """The number itself."""
         return number
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The number itself."""
+        return (value,)
 
 
 class NumberValue(Number, Value):
@@ -99,6 +139,11 @@ class Takes(Argument):
         """The caller's own structure, or the number in memory."""
         return given if isinstance(given, ctypes.Structure) else self.structure(given)
 
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """A copy of the structure; the number itself."""
+        given = read_structure(memory, self.structure, value)
+        return (given if isinstance(given, ctypes.Structure) else given.value,)
+
 
 class TakesValue(Takes, Value):
     """The address of a structure that the request reads; the method returns what ioctl() does."""
@@ -114,6 +159,11 @@ class Gives(Argument):
     def unpack(self, packed: Any, value: int) -> Any:
         """The filled structure; the number itself."""
         return packed if isinstance(packed, ctypes.Structure) else packed.value
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """The structure, or the number."""
+        memory.write(value, result if isinstance(result, ctypes.Structure) else self.structure(result))
+        return 0
 
 
 class _Fields(Argument):
@@ -138,6 +188,18 @@ class _Fields(Argument):
             return None
         return packed if self.gives == "*" else getattr(packed, self.gives)
 
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        given = read_structure(memory, self.structure, value)
+        return [getattr(given, name) for name in self.names]
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        if self.gives == "*":
+            memory.write(value, result)
+        elif self.gives:
+            at = getattr(self.structure, self.gives).offset
+            memory.write(value + at, checks.field_type(self.structure, self.gives)(result))
+        return 0
+
 
 def fields(*names: str, gives: str = "", structure: Any = None) -> Callable[[Any], Argument]:
     """Return the argument whose fields ``names`` are the method's arguments, in this order; the rest is zero.
@@ -151,11 +213,34 @@ def fields(*names: str, gives: str = "", structure: Any = None) -> Callable[[Any
 class _Table(Argument):
     """A header that counts its entries in the field ``count``, and the entries behind it, named ``entries``."""
 
-    def __init__(self, structure: Any, entry: Any, count: str, entries: str) -> None:
+    def __init__(
+        self,
+        structure: Any,
+        entry: Any,
+        count: str,
+        entries: str,
+        most: tuple[int, int] = (_MOST_ENTRIES, errno.E2BIG),
+        tells: bool = False,
+    ) -> None:
         super().__init__(structure)
         self.entry = entry
         self.count = count
         self.entries = entries
+        self.most = most
+        self.tells = tells
+
+    def read_rows(self, memory: Memory, address: int) -> Sequence[Any]:
+        """Return copies of a table's entries in a client's memory."""
+        header = read_structure(memory, self.structure, address)
+        length = getattr(header, self.count)
+        most, error = self.most
+        if length > most:
+            raise kvm_error(error, f"{self.count}={length}, expected at most {most}")
+        if getattr(header, "flags", 0):
+            raise kvm_error(errno.EINVAL, f"flags={header.flags:#x}, expected 0")
+        size = ctypes.sizeof(self.entry)
+        data = memory.read(address + ctypes.sizeof(self.structure), length * size) if length else b""
+        return [self.entry.from_buffer_copy(data, n * size) for n in range(length)]
 
     def table(self, length: int) -> Any:
         """Return an empty table of ``length`` entries."""
@@ -173,6 +258,9 @@ class _TakesTable(_Table):
         table = self.table(len(rows))
         getattr(table, self.entries)[:] = rows
         return table
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        return (self.read_rows(memory, value),)
 
 
 class _GivesTable(_Table):
@@ -193,15 +281,35 @@ class _GivesTable(_Table):
             return [self.entry.from_buffer_copy(row) for row in rows]
         return list(rows)
 
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        header = read_structure(memory, self.structure, value)
+        room = getattr(header, self.count)
+        setattr(header, self.count, len(result))
+        fits = len(result) <= room
+        if fits or self.tells:
+            memory.write(value, header)
+        if not fits:
+            raise kvm_error(errno.E2BIG, f"{self.count}={room}, expected {len(result)}")
+        memory.write(value + ctypes.sizeof(self.structure), (self.entry * len(result))(*result))
+        return 0
 
-def takes_table(entry: Any, count: str, entries: str = "entries") -> Callable[[Any], Argument]:
-    """Return the argument of a method that takes a sequence: a header that counts it, and its elements behind."""
-    return partial(_TakesTable, entry=entry, count=count, entries=entries)
+
+def takes_table(
+    entry: Any, count: str, entries: str = "entries", *, most: tuple[int, int] = (_MOST_ENTRIES, errno.E2BIG)
+) -> Callable[[Any], Argument]:
+    """Return the argument of a method that takes a sequence: a header that counts it, and its elements behind.
+
+    ``most`` is how many there may be, and the errno for more.
+    """
+    return partial(_TakesTable, entry=entry, count=count, entries=entries, most=most)
 
 
-def gives_table(entry: Any, count: str, entries: str = "entries") -> Callable[[Any], Argument]:
-    """Return the argument of a method that returns a list; E2BIG asks for more room."""
-    return partial(_GivesTable, entry=entry, count=count, entries=entries)
+def gives_table(entry: Any, count: str, entries: str = "entries", *, tells: bool = False) -> Callable[[Any], Argument]:
+    """Return the argument of a method that returns a list; E2BIG asks for more room.
+
+    ``tells``: the count is put into the header then, too.
+    """
+    return partial(_GivesTable, entry=entry, count=count, entries=entries, tells=tells)
 
 
 class Capability(Argument):
@@ -221,6 +329,13 @@ class Capability(Argument):
         structure.args[: len(args)] = args
         return structure
 
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The capability and all of its arguments; EINVAL for flags."""
+        given = read_structure(memory, self.structure, value)
+        if given.flags:
+            raise kvm_error(errno.EINVAL, f"flags={given.flags:#x}, expected 0")
+        return given.cap, *given.args
+
 
 class SignalMask(Argument):
     """KVM_SET_SIGNAL_MASK: the bytes of a signal set behind their number, or nothing."""
@@ -236,6 +351,15 @@ class SignalMask(Argument):
         mask = flexible(self.structure, ctypes.c_uint8, len(sigset), "sigset")(len=len(sigset))
         mask.sigset[:] = sigset
         return mask
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The bytes of the set, None for a null pointer; EINVAL for a set of another size than the kernel's."""
+        if not value:
+            return (None,)
+        mask = read_structure(memory, self.structure, value)
+        if mask.len != _SIGSET_BYTES:
+            raise kvm_error(errno.EINVAL, f"sigset of {mask.len} bytes, expected {_SIGSET_BYTES}")
+        return (memory.read(value + ctypes.sizeof(self.structure), mask.len),)
 
 
 def bitmap(given: bytes, size: int, most: int | None = None) -> Any:

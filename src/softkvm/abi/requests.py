@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from softkvm.abi.arguments import (
     Argument,
     Capability,
     Gives,
+    Memory,
     Nothing,
     NumberValue,
     SignalMask,
@@ -32,6 +34,7 @@ from softkvm.abi.arguments import (
     bitmap,
     fields,
     keep,
+    read_structure,
     takes_table,
 )
 from softkvm.abi.capabilities import kvm_enable_cap
@@ -139,6 +142,12 @@ class ClearDirtyLog(Argument):
         keep(log, bits)
         return log
 
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The three numbers, and the bitmap that the structure points to."""
+        log = read_structure(memory, self.structure, value)
+        bits = memory.read(log.dirty_bitmap, dirty_bitmap_bytes(log.num_pages))
+        return log.slot, log.first_page, log.num_pages, bits
+
 
 class GetDirtyLog(Takes):
     """KVM_GET_DIRTY_LOG: the method takes the slot, and knows how much memory its bitmap needs."""
@@ -146,6 +155,15 @@ class GetDirtyLog(Takes):
     def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
         """A number of 32 bits."""
         return (checks.number(names[0], args[0], *checks.limits(ctypes.c_uint32)),)
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The slot."""
+        return (read_structure(memory, self.structure, value).slot,)
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """The bitmap, to where the structure points."""
+        memory.write(read_structure(memory, self.structure, value).dirty_bitmap, result)
+        return 0
 
 
 class IoEventfd(Argument):
@@ -164,6 +182,12 @@ class IoEventfd(Argument):
         if datamatch is not None:
             flags |= KVM_IOEVENTFD_FLAG_DATAMATCH
         return self.structure(datamatch=datamatch or 0, addr=addr, len=length, fd=fd, flags=flags)
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The fields; no ``datamatch`` without its flag."""
+        given = read_structure(memory, self.structure, value)
+        datamatch = given.datamatch if given.flags & KVM_IOEVENTFD_FLAG_DATAMATCH else None
+        return given.fd, given.addr, given.len, datamatch, given.flags
 
 
 # --- the system ------------------------------------------------------------------------------------------
@@ -184,7 +208,9 @@ KVM_CREATE_IRQCHIP = IO(0x60, VM, Nothing)
 KVM_IRQ_LINE = IOW(0x61, kvm_irq_level, VM, fields("irq", "level"))
 KVM_REGISTER_COALESCED_MMIO = IOW(0x67, kvm_coalesced_mmio_zone, VM, fields("addr", "size", "pio"))
 KVM_UNREGISTER_COALESCED_MMIO = IOW(0x68, kvm_coalesced_mmio_zone, VM, fields("addr", "size", "pio"))
-KVM_SET_GSI_ROUTING = IOW(0x6A, kvm_irq_routing, VM, takes_table(kvm_irq_routing_entry, "nr"))
+KVM_SET_GSI_ROUTING = IOW(
+    0x6A, kvm_irq_routing, VM, takes_table(kvm_irq_routing_entry, "nr", most=(4096, errno.EINVAL))
+)
 KVM_IRQFD = IOW(0x76, kvm_irqfd, VM, fields("fd", "gsi", "flags", "resamplefd"))
 KVM_IOEVENTFD = IOW(0x79, kvm_ioeventfd, VM, IoEventfd)
 KVM_SIGNAL_MSI = IOW(0xA5, kvm_msi, VM, TakesValue)

@@ -15,6 +15,7 @@ from softkvm.abi._layout import flexible
 from softkvm.abi.arguments import (
     Argument,
     Gives,
+    Memory,
     Nothing,
     Number,
     Takes,
@@ -23,6 +24,7 @@ from softkvm.abi.arguments import (
     fields,
     gives_table,
     keep,
+    read_structure,
     takes_table,
 )
 from softkvm.abi.checks import kvm_error
@@ -95,6 +97,18 @@ class GetMsrs(Argument):
         """The values of the first ``value`` MSRs."""
         return [entry.data for entry in packed.entries[:value]]
 
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The indices."""
+        return ([entry.index for entry in read_msrs(memory, value)],)
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """The values, beside their indices; how many there are."""
+        entries = read_msrs(memory, value)
+        for entry, data in zip(entries, result, strict=False):
+            entry.data = data
+        memory.write(value + ctypes.sizeof(kvm_msrs), (kvm_msr_entry * len(result))(*entries[: len(result)]))
+        return len(result)
+
 
 class SetMsrs(Value):
     """KVM_SET_MSRS: values by index, or pairs; the method returns how many were set."""
@@ -116,6 +130,22 @@ class SetMsrs(Value):
             entry.index = index
             entry.data = data
         return table
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """Pairs."""
+        return ([(entry.index, entry.data) for entry in read_msrs(memory, value)],)
+
+
+#: KVM_GET_MSRS and KVM_SET_MSRS take fewer than so many (``MAX_IO_MSRS``).
+_MAX_IO_MSRS = 256
+
+
+def read_msrs(memory: Memory, address: int) -> Sequence[kvm_msr_entry]:
+    """Return copies of the entries of a ``kvm_msrs`` in a client's memory."""
+    count = read_structure(memory, kvm_msrs, address).nmsrs
+    if count >= _MAX_IO_MSRS:
+        raise kvm_error(errno.E2BIG, f"nmsrs={count}, expected at most {_MAX_IO_MSRS - 1}")
+    return read_structure(memory, kvm_msr_entry * count, address + ctypes.sizeof(kvm_msrs)) if count else ()
 
 
 class MsrFilter(Argument):
@@ -146,13 +176,26 @@ class MsrFilter(Argument):
         keep(msr_filter, *bitmaps)
         return msr_filter
 
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The flags, and the ranges that have MSRs."""
+        given = read_structure(memory, self.structure, value)
+        ranges = []
+        for part in given.ranges:
+            if not part.nmsrs:
+                continue
+            size = msr_bitmap_bytes(part.nmsrs)
+            if size > KVM_MSR_FILTER_MAX_BITMAP_SIZE:
+                raise kvm_error(errno.EINVAL, f"nmsrs={part.nmsrs}, expected {8 * KVM_MSR_FILTER_MAX_BITMAP_SIZE} bits")
+            ranges.append(MsrFilterRange(part.flags, part.base, part.nmsrs, memory.read(part.bitmap, size)))
+        return given.flags, ranges
+
 
 # --- the system ------------------------------------------------------------------------------------------
 
-KVM_GET_MSR_INDEX_LIST = IOWR(0x02, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices"))
+KVM_GET_MSR_INDEX_LIST = IOWR(0x02, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices", tells=True))
 KVM_GET_SUPPORTED_CPUID = IOWR(0x05, kvm_cpuid2, SYSTEM, gives_table(kvm_cpuid_entry2, "nent"))
 KVM_GET_EMULATED_CPUID = IOWR(0x09, kvm_cpuid2, SYSTEM, gives_table(kvm_cpuid_entry2, "nent"))
-KVM_GET_MSR_FEATURE_INDEX_LIST = IOWR(0x0A, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices"))
+KVM_GET_MSR_FEATURE_INDEX_LIST = IOWR(0x0A, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices", tells=True))
 KVM_X86_GET_MCE_CAP_SUPPORTED = IOR(0x9D, c_uint64, SYSTEM, Gives)
 KVM_GET_MSRS = IOWR(0x88, kvm_msrs, SYSTEM | VCPU, GetMsrs)
 KVM_GET_SUPPORTED_HV_CPUID = IOWR(0xC1, kvm_cpuid2, SYSTEM | VCPU)
@@ -194,7 +237,7 @@ KVM_GET_FPU = IOR(0x8C, kvm_fpu, VCPU, Gives)
 KVM_SET_FPU = IOW(0x8D, kvm_fpu, VCPU, Takes)
 KVM_GET_LAPIC = IOR(0x8E, kvm_lapic_state, VCPU, Gives)
 KVM_SET_LAPIC = IOW(0x8F, kvm_lapic_state, VCPU, Takes)
-KVM_SET_CPUID2 = IOW(0x90, kvm_cpuid2, VCPU, takes_table(kvm_cpuid_entry2, "nent"))
+KVM_SET_CPUID2 = IOW(0x90, kvm_cpuid2, VCPU, takes_table(kvm_cpuid_entry2, "nent", most=(256, errno.E2BIG)))
 KVM_GET_CPUID2 = IOWR(0x91, kvm_cpuid2, VCPU, gives_table(kvm_cpuid_entry2, "nent"))
 KVM_TPR_ACCESS_REPORTING = IOWR(0x92, kvm_tpr_access_ctl, VCPU)
 KVM_SET_VAPIC_ADDR = IOW(0x93, kvm_vapic_addr, VCPU)

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Descriptors: requests on them, and those that may be the KVM's.
+//!
+//! Which file a descriptor is of, the KVM knows by its inode. What is kept here is only whether to ask: a descriptor that
+//! was marked and is closed may have been the last one. One that came by ways not seen here (over a socket) is found by
+//! the next look at all files.
+
+use core::ffi::{c_int, c_uint, c_ulong, c_void};
+use core::sync::atomic::{AtomicU8, Ordering};
+
+use crate::python::{self, core};
+use crate::real;
+use crate::real::set_errno;
+
+const MOST: usize = 1 << 16;
+
+static MARKED: [AtomicU8; MOST] = [const { AtomicU8::new(0) }; MOST];
+
+fn of(fd: c_int) -> Option<&'static AtomicU8> {
+    MARKED.get(usize::try_from(fd).ok()?)
+}
+
+/// The KVM has made a descriptor.
+pub extern "C" fn mark(fd: c_int) {
+    if let Some(marked) = of(fd) {
+        marked.store(1, Ordering::Relaxed);
+    }
+}
+
+fn is_marked(fd: c_int) -> bool {
+    core().is_some() && of(fd).is_some_and(|marked| marked.load(Ordering::Relaxed) != 0)
+}
+
+/// Takes the mark away; whether it was there.
+fn unmark(fd: c_int) -> bool {
+    core().is_some() && of(fd).is_some_and(|marked| marked.swap(0, Ordering::Relaxed) != 0)
+}
+
+fn collect() {
+    if let Some(core) = core() {
+        (core.collect)();
+    }
+}
+
+/// Marks a copy of a marked descriptor.
+fn copied(from: c_int, to: c_int) -> c_int {
+    if to >= 0 && is_marked(from) {
+        mark(to);
+    }
+    to
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int {
+    if request & 0xFF00 == 0xAE00
+        && let Some(result) = python::ioctl(fd, request as c_uint, argument)
+    {
+        if result < 0 {
+            set_errno(-result as c_int);
+            return -1;
+        }
+        return result as c_int;
+    }
+    real!(ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn close(fd: c_int) -> c_int {
+    let ours = unmark(fd);
+    let result = real!(close(fd: c_int) -> c_int);
+    if ours {
+        collect();
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    const CLOSE_RANGE_CLOEXEC: c_int = 4;
+    let result = real!(close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int);
+    if result == 0 && flags & CLOSE_RANGE_CLOEXEC == 0 && core().is_some() {
+        let last = last.min(MOST as c_uint - 1);
+        let marked = (first..=last).filter(|&fd| unmark(fd as c_int)).count();
+        if marked != 0 {
+            collect();
+        }
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
+    copied(fd, real!(dup(fd: c_int) -> c_int))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
+    let closes = fd != to && unmark(to);
+    let result = copied(fd, real!(dup2(fd: c_int, to: c_int) -> c_int));
+    if closes {
+        collect();
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+    let closes = fd != to && unmark(to);
+    let result = copied(fd, real!(dup3(fd: c_int, to: c_int, flags: c_int) -> c_int));
+    if closes {
+        collect();
+    }
+    result
+}
+
+fn is_copy(command: c_int) -> bool {
+    matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
+    let result = real!(fcntl(fd: c_int, command: c_int, argument: c_ulong) -> c_int);
+    if is_copy(command) { copied(fd, result) } else { result }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
+    let result = real!(fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int);
+    if is_copy(command) { copied(fd, result) } else { result }
+}
+
+// ---- reading: the files of KVM_GET_STATS_FD hold what counts now -----------------------------------------------------
+
+fn refresh(fd: c_int) {
+    if is_marked(fd)
+        && let Some(core) = core()
+    {
+        (core.refresh)(fd);
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, size: usize) -> isize {
+    refresh(fd);
+    real!(read(fd: c_int, buffer: *mut c_void, size: usize) -> isize)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
+    refresh(fd);
+    real!(pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
+    refresh(fd);
+    real!(pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
+}

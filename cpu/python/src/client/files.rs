@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Descriptors that the client has of the KVM's files, and how long those live.
+//!
+//! Such a descriptor is one of a memfd: `mmap()`, `dup()`, `poll()`, passing it over a socket and the like need no help.
+//! It is known by its inode. The client's open file description holds a lock of its own kind (`F_OFD_SETLK`) as long as
+//! it is there, which is as long as any descriptor, message under way or mapping refers to it, in any process. So a
+//! second description of the file, ours, tells whether the client still has it open.
+
+use std::ffi::c_int;
+use std::mem::zeroed;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use pyo3::prelude::*;
+
+use super::{result_of, threads};
+
+/// A file that the client has open.
+pub struct File {
+    identity: (u64, u64),
+    /// Our description of it.
+    ours: OwnedFd,
+    pub ioctl: Py<PyAny>,
+    pub run: Option<Py<PyAny>>,
+    pub refresh: Option<Py<PyAny>>,
+    release: Py<PyAny>,
+}
+
+/// Where our descriptors begin, if the process may have so many: out of the way of what a client closes by the range.
+const HIGH: c_int = 700;
+
+static FILES: RwLock<Vec<Arc<File>>> = RwLock::new(Vec::new());
+static MARK: AtomicUsize = AtomicUsize::new(0);
+static COLLECTING: Mutex<()> = Mutex::new(());
+
+pub extern "C" fn watch_descriptors(mark: extern "C" fn(c_int)) {
+    MARK.store(mark as usize, Ordering::SeqCst);
+}
+
+fn identity(fd: c_int) -> Option<(u64, u64)> {
+    // SAFETY: fills the structure in.
+    unsafe {
+        let mut stat: libc::stat = zeroed();
+        (libc::fstat(fd, &mut stat) == 0).then_some((stat.st_dev, stat.st_ino))
+    }
+}
+
+/// The file of a descriptor.
+pub fn find(fd: c_int) -> Option<Arc<File>> {
+    let identity = identity(fd)?;
+    let files = FILES.read().unwrap_or_else(|e| e.into_inner());
+    files.iter().find(|file| file.identity == identity).cloned()
+}
+
+fn lock(operation: c_int, fd: c_int) -> Option<libc::flock> {
+    // SAFETY: a request of the whole file, which is filled in.
+    unsafe {
+        let mut lock: libc::flock = zeroed();
+        lock.l_type = libc::F_WRLCK as libc::c_short;
+        (libc::fcntl(fd, operation, &mut lock) == 0).then_some(lock)
+    }
+}
+
+/// Whether the client's description is still there.
+fn is_open(file: &File) -> bool {
+    lock(libc::F_OFD_GETLK, file.ours.as_raw_fd())
+        .is_some_and(|lock| lock.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+fn os_error() -> PyErr {
+    std::io::Error::last_os_error().into()
+}
+
+/// Makes the client's descriptor of a memfd; requests on it are `ioctl(request, argument)` and, if it has one, `run()`
+/// of `object`, which is told by `release()` that nobody has it open any more.
+#[pyfunction]
+pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, cloexec: bool) -> PyResult<c_int> {
+    let optional = |name: &str| object.getattr_opt(name).map(|found| found.map(Bound::unbind));
+    let path = std::ffi::CString::new(format!("/proc/self/fd/{fd}"))?;
+    let flags = libc::O_RDWR | if cloexec { libc::O_CLOEXEC } else { 0 };
+    // SAFETY: system calls; the descriptors are ours until they are handed over.
+    let (ours, theirs) = unsafe {
+        let mut ours = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, HIGH);
+        if ours < 0 {
+            ours = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
+        }
+        if ours < 0 {
+            return Err(os_error());
+        }
+        let ours = OwnedFd::from_raw_fd(ours);
+        let theirs = libc::open(path.as_ptr(), flags);
+        if theirs < 0 {
+            return Err(os_error());
+        }
+        (ours, theirs)
+    };
+    let identity = identity(theirs).ok_or_else(os_error)?;
+    if lock(libc::F_OFD_SETLK, theirs).is_none() {
+        return Err(os_error());
+    }
+    let attribute = |name: &str| object.getattr(name).map(Bound::unbind);
+    let file = File {
+        identity,
+        ours,
+        ioctl: attribute("ioctl")?,
+        run: optional("run")?,
+        refresh: optional("refresh")?,
+        release: attribute("release")?,
+    };
+    FILES.write().unwrap_or_else(|e| e.into_inner()).push(Arc::new(file));
+    let mark = MARK.load(Ordering::SeqCst);
+    if mark != 0 {
+        // SAFETY: what `watch_descriptors` got.
+        unsafe { core::mem::transmute::<usize, extern "C" fn(c_int)>(mark)(theirs) };
+    }
+    Ok(theirs)
+}
+
+/// Gives back the files that the client has no more.
+pub extern "C" fn collect() {
+    let gone: Vec<Arc<File>> = {
+        let _one = COLLECTING.lock().unwrap_or_else(|e| e.into_inner());
+        let files = FILES.read().unwrap_or_else(|e| e.into_inner()).clone();
+        let gone: Vec<_> = files.into_iter().filter(|file| !is_open(file)).collect();
+        if !gone.is_empty() {
+            FILES
+                .write()
+                .unwrap_or_else(|e| e.into_inner())
+                .retain(|file| !gone.iter().any(|g| Arc::ptr_eq(file, g)));
+        }
+        gone
+    };
+    if gone.is_empty() {
+        return;
+    }
+    threads::request(|py| {
+        for file in gone {
+            result_of(py, file.release.bind(py).call0());
+        }
+    });
+}

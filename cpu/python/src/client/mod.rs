@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//! KVM in the process of a client that knows of none of this: its descriptors, its threads and its memory.
+//!
+//! The client's side calls the functions of [`softkvm_client::Core`], from any thread, with the client's signal mask and
+//! the client's handlers. A request is done like a system call: no handler runs in its middle, it is no cancellation
+//! point, and the interpreter's lock is held only where Python runs.
+
+mod files;
+mod memory;
+mod threads;
+
+use std::ffi::{c_int, c_long, c_uint, c_ulong};
+use std::sync::OnceLock;
+
+use pyo3::exceptions::PyOSError;
+use pyo3::prelude::*;
+use softkvm_client::{Core, NOT_OURS};
+
+use crate::signals;
+
+/// The functions in Python that the client's side needs.
+struct World {
+    open_system: Py<PyAny>,
+    unmapping: Py<PyAny>,
+    at_exit: Py<PyAny>,
+}
+
+static WORLD: OnceLock<World> = OnceLock::new();
+
+static CORE: Core = Core {
+    open,
+    ioctl,
+    collect: files::collect,
+    refresh,
+    unmapping,
+    handler_changed,
+    at_exit,
+    watch_descriptors: files::watch_descriptors,
+};
+
+const KVM_RUN: c_uint = 0xAE80;
+
+/// The errno of what Python has raised; whatever is no OSError is a fault of ours, and said to be one.
+fn errno_of(py: Python<'_>, error: PyErr) -> c_int {
+    if error.is_instance_of::<PyOSError>(py)
+        && let Ok(Some(number)) = error.value(py).getattr("errno").and_then(|e| e.extract::<Option<c_int>>())
+    {
+        return number;
+    }
+    error.print(py);
+    libc::EIO
+}
+
+fn result_of<'py>(py: Python<'py>, result: PyResult<Bound<'py, PyAny>>) -> c_long {
+    match result.and_then(|value| if value.is_none() { Ok(0) } else { value.extract::<c_long>() }) {
+        Ok(value) => value,
+        Err(error) => -c_long::from(errno_of(py, error)),
+    }
+}
+
+extern "C" fn open(flags: c_int) -> c_int {
+    let Some(world) = WORLD.get() else { return -libc::ENOENT };
+    threads::request(|py| result_of(py, world.open_system.bind(py).call1((flags & libc::O_CLOEXEC,))))
+        as c_int
+}
+
+extern "C" fn ioctl(fd: c_int, request: c_uint, argument: c_ulong) -> c_long {
+    let Some(file) = files::find(fd) else { return NOT_OURS };
+    threads::request(|py| match &file.run {
+        Some(run) if request == KVM_RUN => result_of(py, run.bind(py).call0()),
+        _ => result_of(py, file.ioctl.bind(py).call1((request, argument))),
+    })
+}
+
+extern "C" fn refresh(fd: c_int) {
+    let Some(file) = files::find(fd) else { return };
+    if let Some(refresh) = &file.refresh {
+        threads::request(|py| result_of(py, refresh.bind(py).call0()));
+    }
+}
+
+extern "C" fn unmapping(address: usize, size: usize) {
+    if let Some(world) = WORLD.get() {
+        threads::request(|py| result_of(py, world.unmapping.bind(py).call1((address, size))));
+    }
+}
+
+extern "C" fn handler_changed(signal: c_int) {
+    signals::watch_signal(signal);
+}
+
+extern "C" fn at_exit() {
+    if let Some(world) = WORLD.get() {
+        threads::request(|py| result_of(py, world.at_exit.bind(py).call0()));
+    }
+}
+
+/// The address of the functions for the client's side, which call these.
+#[pyfunction]
+fn client_core(open_system: Py<PyAny>, unmapping: Py<PyAny>, at_exit: Py<PyAny>) -> usize {
+    if WORLD.set(World { open_system, unmapping, at_exit }).is_ok() {
+        threads::follow_forks();
+    }
+    &raw const CORE as usize
+}
+
+pub fn add_to(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(client_core, m)?)?;
+    m.add_function(wrap_pyfunction!(files::client_file, m)?)?;
+    m.add_function(wrap_pyfunction!(memory::read_memory, m)?)?;
+    m.add_function(wrap_pyfunction!(memory::write_memory, m)?)
+}

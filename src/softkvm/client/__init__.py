@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unmodified KVM clients on KVM in Python, in their own process (``softkvm exec``).
+
+=================================  ====================================================================================
+:mod:`~softkvm.client.launch`      starts a client with the preloaded library, in the launcher's process
+``client/preload`` (Rust)          stands before the C library's functions in the client; loads the interpreter
+:mod:`~softkvm.client.world`       what the interpreter in the client's process begins with
+``cpu/python/src/client`` (Rust)   descriptors, threads and memory of the client
+:mod:`~softkvm.client.files`       the files behind the descriptors, with the kernel's lifetimes
+:mod:`~softkvm.client.dispatch`    a request by its number: the table of requests says the rest
+:mod:`~softkvm.client.trace`       what the client has asked, and got
+=================================  ====================================================================================
+"""

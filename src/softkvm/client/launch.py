@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a client whose ``/dev/kvm`` is KVM in Python."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PRELOAD = Path(__file__).parent / "libsoftkvm_preload.so"
+
+
+class LaunchError(Exception):
+    """Why a client cannot be started, in one line."""
+
+
+def python_library() -> Path:
+    """Return this interpreter as a shared library."""
+    names = {name for key in ("INSTSONAME", "LDLIBRARY") if (name := sysconfig.get_config_var(key)) and ".so" in name}
+    names |= {f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"}
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    places = [sysconfig.get_config_var("LIBDIR") or "", f"{sys.base_prefix}/lib", f"/usr/lib/{multiarch}", "/usr/lib64"]
+    for place in places:
+        for name in names:
+            path = Path(place, name)
+            if path.exists():
+                return path
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
+    raise LaunchError(f"this Python has no {name}.so to load into a client: apt-get install {name}")
+
+
+def world_script(path: Sequence[str]) -> str:
+    """Return what the interpreter in the client runs; its variable ``core`` is what the client's side needs."""
+    return f"import sys\nsys.path[:] = {list(path)!r}\nfrom softkvm.client.world import core\n"
+
+
+def environment(before: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a client that is to be started with ``before``."""
+    if not PRELOAD.exists():
+        raise LaunchError(f"{PRELOAD.name} is not built")
+    preloaded = [str(PRELOAD), *before.get("LD_PRELOAD", "").split()]
+    path = [str(Path(entry).absolute()) for entry in sys.path]
+    return {
+        **before,
+        "LD_PRELOAD": " ".join(preloaded),
+        "SOFTKVM_LIBPYTHON": str(python_library()),
+        "SOFTKVM_PYTHON": sys.executable,
+        "SOFTKVM_WORLD": world_script(path),
+    }
+
+
+def execute(command: Sequence[str]) -> None:
+    """Become the client; raises OSError, or LaunchError, if that cannot be."""
+    os.execvpe(command[0], list(command), environment(os.environ))
