@@ -87,6 +87,25 @@ def test_a_ring_that_userspace_has_broken_takes_nothing(tiny: Tiny) -> None:
     assert write_a_port(tiny, 0) == abi.KVM_EXIT_HLT
 
 
+def test_what_a_string_output_has_no_room_for_is_an_exit(tiny: Tiny) -> None:
+    tiny.memory.write(CODE, bytes.fromhex("ba0005 be0020 b90400 f36e f4"))  # ...; mov si, 0x2000; mov cx, 4; rep outsb
+    tiny.memory.write(0x2000, b"abcd")
+    vcpu = tiny.vcpus[0]
+    sregs = vcpu.get_sregs()
+    sregs.cs.base = sregs.cs.selector = 0
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(abi.kvm_regs(rip=CODE, rflags=2))
+    ring = vcpu.shared[RING : RING + PAGE].cast("I")
+    ring[0], ring[1] = 5, 3  # room for one
+    vcpu.run()
+    io = vcpu.kvm_run.io
+    assert (vcpu.kvm_run.exit_reason, io.port, io.size, io.count) == (abi.KVM_EXIT_IO, PORT, 1, 3)
+    assert bytes(vcpu.shared[io.data_offset : io.data_offset + 3]) == b"bcd"
+    assert ring[1] == 4
+    vcpu.run()
+    assert (vcpu.kvm_run.exit_reason, vcpu.get_regs().rcx) == (abi.KVM_EXIT_HLT, 0)
+
+
 def test_the_rings_descriptor_is_given_back(tiny: Tiny) -> None:
     fd = tiny.vm.coalesced.fd
     tiny.close()

@@ -94,6 +94,9 @@ def test_a_wait_that_was_in_vain_ends_asleep() -> None:
         guest.halted(3)
         assert guest.stats()["halt_successful_poll"] == 0
         assert guest.stats()["halt_wait_ns"] > 0
+        assert sum(guest.vcpu.stat_halt_poll_fail_hist) == guest.stats()["halt_attempted_poll"] == 1
+        assert sum(guest.vcpu.stat_halt_wait_hist) == 2
+        assert sum(guest.vcpu.stat_halt_poll_success_hist) == 0
 
 
 @pytest.mark.parametrize("limit", [0, None])

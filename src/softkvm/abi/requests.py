@@ -218,7 +218,7 @@ KVM_CREATE_DEVICE = IOWR(0xE0, kvm_create_device, VM)
 KVM_CLEAR_DIRTY_LOG = IOWR(0xC0, kvm_clear_dirty_log, VM, ClearDirtyLog)
 KVM_RESET_DIRTY_RINGS = IO(0xC7, VM)
 KVM_ENABLE_CAP = IOW(0xA3, kvm_enable_cap, VM | VCPU, Capability)
-KVM_GET_STATS_FD = IO(0xCE, VM | VCPU)
+KVM_GET_STATS_FD = IO(0xCE, VM | VCPU, Value)
 
 # --- a vCPU ----------------------------------------------------------------------------------------------
 

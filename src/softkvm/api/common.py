@@ -108,6 +108,12 @@ class Vm(Closeable, Protocol):
     def unregister_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
         """KVM_UNREGISTER_COALESCED_MMIO: forget the zones that hold all of the range, if there are any."""
 
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: a descriptor of the VM's statistics, to be read with os.pread() and closed by the caller.
+
+        The file begins with a :class:`softkvm.abi.kvm_stats_header`.
+        """
+
 
 class Vcpu(Closeable, Protocol):
     """A virtual processor. The thread that calls :meth:`run` is its thread.
@@ -156,6 +162,9 @@ class Vcpu(Closeable, Protocol):
 
     def enable_cap(self, cap: int, *args: int) -> None:
         """KVM_ENABLE_CAP on a vCPU."""
+
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: a descriptor of the vCPU's statistics, as :meth:`Vm.get_stats_fd` is of the VM's."""
 
     def set_signal_mask(self, sigset: bytes | None) -> None:
         """KVM_SET_SIGNAL_MASK: the signals blocked during :meth:`run`; None: those that the thread has blocked.

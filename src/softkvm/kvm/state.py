@@ -43,8 +43,15 @@ BLOCKING: Final = 2
 #: The run page, the page of port data, and the page of coalesced MMIO.
 VCPU_MMAP_SIZE: Final = 3 * PAGE_SIZE
 
+#: Buckets of the histograms of halts.
+HALT_POLL_HIST_COUNT: Final = 32
+
 _LOG_BURST: Final = 10
 _LOG_INTERVAL_S: Final = 5.0
+
+
+def _histogram() -> list[int]:
+    return [0] * HALT_POLL_HIST_COUNT
 
 
 class VmState:
@@ -84,6 +91,9 @@ class VmState:
         # Statistics
         self.stat_remote_tlb_flush = 0
         self.stat_remote_tlb_flush_requests = 0
+
+        #: What its statistics call it: the process that made it.
+        self.stats_id = f"kvm-{os.getpid()}"
 
         self._log_window_start = 0.0
         self._log_count = 0
@@ -162,6 +172,10 @@ class VcpuState:
     stat_halt_poll_success_ns: int = field(default=0, init=False)
     stat_halt_poll_fail_ns: int = field(default=0, init=False)
     stat_halt_wait_ns: int = field(default=0, init=False)
+    stat_halt_poll_success_hist: list[int] = field(default_factory=_histogram, init=False)
+    stat_halt_poll_fail_hist: list[int] = field(default_factory=_histogram, init=False)
+    stat_halt_wait_hist: list[int] = field(default_factory=_histogram, init=False)
+    stat_signal_exits: int = field(default=0, init=False)
     stat_pf_taken: int = field(default=0, init=False)
     stat_tlb_flush: int = field(default=0, init=False)
 

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from typing import Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.abi.run_page import EXIT_REASON_D, IMMEDIATE_EXIT_B
 from softkvm.closing import Closing
-from softkvm.kvm import halt_poll
+from softkvm.kvm import halt_poll, stats_file
 from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import BLOCKING, OUTSIDE_GUEST_MODE, VcpuState
 
+if TYPE_CHECKING:
+    from softkvm.kvm.stats import Statistic
+
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
 #: The requests that :meth:`Vcpu.handle_general_requests` acts on.
 GENERAL_REQUESTS: Final = KVM_REQ_TASK_WORK | KVM_REQ_SIGNAL | KVM_REQ_VM_DEAD
+
+
+def log_hist_update(histogram: list[int], ns: int) -> None:
+    """Count a time in a logarithmic histogram."""
+    histogram[min(ns.bit_length(), len(histogram) - 1)] += 1
 
 
 class Vcpu(VcpuState, Closing):
@@ -53,6 +62,11 @@ class Vcpu(VcpuState, Closing):
     @abstractmethod
     def arch_check_block(self) -> bool:
         """Tell whether a blocked vCPU has a reason to go on: something to do, or an event that makes it runnable."""
+
+    @property
+    @abstractmethod
+    def arch_stats(self) -> Sequence[Statistic]:
+        """The statistics that the architecture's vCPUs have."""
 
     @abstractmethod
     def arch_slept(self) -> None:
@@ -113,6 +127,7 @@ class Vcpu(VcpuState, Closing):
         self.take_request(KVM_REQ_SIGNAL)
         if self.cpu.take_interrupt():
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_INTR
+            self.stat_signal_exits += 1
             raise InterruptedError(errno.EINTR, "kicked, or a signal came")
         if self.requests & KVM_REQ_VM_DEAD:
             raise kvm_error(errno.EIO, "the VM is dead")
@@ -169,13 +184,16 @@ class Vcpu(VcpuState, Closing):
             if woken:
                 self.stat_halt_successful_poll += 1
                 self.stat_halt_poll_success_ns += polled_ns
+                log_hist_update(self.stat_halt_poll_success_hist, polled_ns)
             else:
                 self.stat_halt_poll_fail_ns += polled_ns
+                log_hist_update(self.stat_halt_poll_fail_hist, polled_ns)
         if not woken:
             self.block()
         end = _softcpu.clock_ns()
         if not woken:
             self.stat_halt_wait_ns += end - asleep
+            log_hist_update(self.stat_halt_wait_hist, end - asleep)
         halt_poll.adapt(self, end - start)
 
     # --- the file ------------------------------------------------------------------------------------
@@ -190,6 +208,18 @@ class Vcpu(VcpuState, Closing):
         if sigset is not None and len(sigset) != 8:
             raise kvm_error(errno.EINVAL, f"sigset of {len(sigset)} bytes, expected 8")
         self.signal_mask = None if sigset is None else int.from_bytes(sigset, "little")
+
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: the values are those of now; :meth:`refresh_stats_fd` brings them up to date."""
+        return stats_file.create(f"{self.vm.stats_id}/vcpu-{self.vcpu_id}", self.arch_stats, self)
+
+    @uninterrupted
+    def refresh_stats_fd(self, fd: int) -> None:
+        """Write the values of now into the file of a :meth:`get_stats_fd`, before somebody reads it.
+
+        No ioctl: a read of the kernel's file has them by itself. It may be called beside KVM_RUN, as reads may.
+        """
+        stats_file.refresh(fd, self.arch_stats, self)
 
     @uninterrupted
     def close(self) -> None:

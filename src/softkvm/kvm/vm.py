@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm import abi
 from softkvm.abi import checks
 from softkvm.closing import Closing
-from softkvm.kvm import vm_caps
+from softkvm.kvm import stats_file, vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_requests
 from softkvm.kvm.ioctl import uninterrupted
@@ -25,7 +25,7 @@ from softkvm.kvm.memory.memslots import DirtyReport, MemoryChange, MemorySlot, M
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import IN_GUEST_MODE, VmState
-from softkvm.kvm.stats import vm_stats
+from softkvm.kvm.stats import VM_STATS, scalars
 from softkvm.threads import tell_after_fork
 
 if TYPE_CHECKING:
@@ -313,7 +313,19 @@ class Vm(VmState, Closing):
 
     def stats(self) -> dict[str, int]:
         """Counters with the names of KVM's binary statistics."""
-        return vm_stats(self)
+        return scalars(VM_STATS, self)
+
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: the values are those of now; :meth:`refresh_stats_fd` brings them up to date."""
+        return stats_file.create(self.stats_id, VM_STATS, self)
+
+    @uninterrupted
+    def refresh_stats_fd(self, fd: int) -> None:
+        """Write the values of now into the file of a :meth:`get_stats_fd`, before somebody reads it.
+
+        No ioctl: a read of the kernel's file has them by itself.
+        """
+        stats_file.refresh(fd, VM_STATS, self)
 
     @uninterrupted
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.ioctl import serve, with_mutex
+from softkvm.kvm.stats import Statistic
 from softkvm.kvm.x86 import debug as debugging
 from softkvm.kvm.x86 import events as pending
 from softkvm.kvm.x86 import fpu as fpu_state
@@ -23,7 +24,7 @@ from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.paging import walk
 from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
-from softkvm.kvm.x86.stats import vcpu_stats
+from softkvm.kvm.x86.stats import VCPU_STATS, vcpu_stats
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.vcpu import Vcpu
@@ -278,6 +279,11 @@ class VcpuIoctls(Vcpu):
             self.pv_cpuid_enforce = bool(args and args[0])
             return
         raise kvm_error(errno.EINVAL, f"cap={cap}, expected KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
+
+    @property
+    def arch_stats(self) -> Sequence[Statistic]:
+        """The table of :mod:`.stats`."""
+        return VCPU_STATS
 
     def stats(self) -> dict[str, int]:
         """Counters with the names of KVM's binary statistics, and the exits by reason."""
