@@ -308,6 +308,13 @@ def _in_service(guest: Guest) -> bool:
         return chips.run() == abi.KVM_EXIT_IO and chips.cpu.get_lapic().regs[0x120] == 2  # ISR, vectors 0x40 to 0x5f
 
 
+def _tpr_reports(guest: Guest) -> bool:
+    with Guest(guest.kvm, irqchip=True) as chips:
+        chips.cpu.tpr_access_reporting(1)
+        chips.long("bf8000e0fe 8b07 e6e9")  # mov edi, 0xfee00080; mov eax, [rdi]; out 0xe9, al
+        return chips.run() == abi.KVM_EXIT_TPR_ACCESS
+
+
 ABILITIES: dict[str, Callable[[Guest], bool]] = {
     "paging outside long mode": _paging_outside_long_mode,
     "SSE at privilege level 0": _supervisor_sse,
@@ -315,6 +322,7 @@ ABILITIES: dict[str, Callable[[Guest], bool]] = {
     "exceptions in long mode": _long_mode_exception,
     "interrupts in real mode": _real_mode_interrupts,
     "interrupts in service until their EOI": _in_service,
+    "requests between emulated instructions": _tpr_reports,
     "hardware breakpoints": _hardware_breakpoints,
     "watchpoints": _watchpoints,
     "a second NMI in real mode": _nmi_after_iret,

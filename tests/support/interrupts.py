@@ -50,6 +50,9 @@ class FakeVcpu:
     def inject_smi(self) -> None:
         self.calls.append("smi")
 
+    def report_tpr_access(self, *, write: bool) -> None:
+        self.calls.append("tpr write" if write else "tpr read")
+
     def apic_base_changed(self) -> None:
         self.calls.append("base")
 

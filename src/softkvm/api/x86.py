@@ -165,6 +165,19 @@ class Vcpu(common.Vcpu, Protocol):
     def set_lapic(self, lapic: abi.kvm_lapic_state) -> None:
         """KVM_SET_LAPIC."""
 
+    def tpr_access_reporting(self, enabled: int, flags: int = 0) -> None:
+        """KVM_TPR_ACCESS_REPORTING: KVM_EXIT_TPR_ACCESS after each instruction that reads or writes the APIC's TPR.
+
+        Writes by way of CR8 don't count. EINVAL for *flags*.
+        """
+
+    def set_vapic_addr(self, vapic_addr: int) -> None:
+        """KVM_SET_VAPIC_ADDR: where the guest has its TPR in memory, with what it needs to know to use it; 0: nowhere.
+
+        Byte 0 is the TPR, taken over after each exit; byte 1 the priority class of the interrupt in service, byte 3 the
+        highest requested vector. EINVAL without an in-kernel local APIC, or for an address without memory.
+        """
+
     def get_vcpu_events(self) -> abi.kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""
 

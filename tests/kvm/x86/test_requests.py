@@ -155,6 +155,18 @@ def _eoi_is_userspaces(tiny: Tiny) -> None:
     assert _port(tiny) == 0x11
 
 
+def _access_tpr(tiny: Tiny) -> None:
+    """As an instruction's access does; userspace's of the x2APIC register, too."""
+    assert tiny.vcpu.apic is not None
+    tiny.vcpu.tpr_access_reporting(1)
+    tiny.vcpu.apic.mmio_read(0x80, 4)
+
+
+def _access_is_reported(tiny: Tiny) -> None:
+    assert _run(tiny) == abi.KVM_EXIT_TPR_ACCESS
+    assert _port(tiny) == 0x11
+
+
 _CASES = {
     "KVM_REQ_TLB_FLUSH": _Case(_move_window, _window_is_new),
     "KVM_REQ_VM_DEAD": _Case(lambda tiny: tiny.vcpu.make_request(general.KVM_REQ_VM_DEAD), _dies),
@@ -168,6 +180,7 @@ _CASES = {
     "KVM_REQ_SIGNAL": _Case(lambda tiny: tiny.vcpu.kick(), _is_interrupted_once),
     "KVM_REQ_TASK_WORK": _Case(lambda tiny: tiny.vcpu.call_soon(lambda: _done.append(1)), _work_is_done),
     "KVM_REQ_IOAPIC_EOI_EXIT": _Case(_eoi, _eoi_is_userspaces),
+    "KVM_REQ_REPORT_TPR_ACCESS": _Case(_access_tpr, _access_is_reported),
 }
 
 
@@ -193,11 +206,22 @@ def test_a_kick_takes_no_other_request_with_it(tiny: Tiny, name: str) -> None:
     _CASES[name].check(tiny)
 
 
-@pytest.mark.parametrize("name", _CASES.keys() - {"KVM_REQ_TRIPLE_FAULT", "KVM_REQ_SIGNAL", "KVM_REQ_VM_DEAD"})
+_ENDS = {"KVM_REQ_TRIPLE_FAULT", "KVM_REQ_SIGNAL", "KVM_REQ_VM_DEAD"}
+
+
+@pytest.mark.parametrize("name", _CASES.keys() - _ENDS - {"KVM_REQ_REPORT_TPR_ACCESS"})
 def test_an_exit_for_userspace_takes_no_other_request_with_it(tiny: Tiny, name: str) -> None:
     _CASES[name].ask(tiny)
     tiny.vcpu.make_request(requests.KVM_REQ_TRIPLE_FAULT)
     _shuts_down(tiny)
+    _CASES[name].check(tiny)
+
+
+@pytest.mark.parametrize("name", _CASES.keys() - {"KVM_REQ_SIGNAL", "KVM_REQ_VM_DEAD", "KVM_REQ_REPORT_TPR_ACCESS"})
+def test_a_report_of_a_tpr_access_takes_no_other_request_with_it(tiny: Tiny, name: str) -> None:
+    _CASES[name].ask(tiny)
+    _access_tpr(tiny)
+    assert _run(tiny) == abi.KVM_EXIT_TPR_ACCESS
     _CASES[name].check(tiny)
 
 
@@ -219,6 +243,8 @@ def test_a_request_that_ends_no_halt_is_not_lost_by_one(tiny: Tiny, name: str) -
         _shuts_down(tiny)
     elif name == "KVM_REQ_IOAPIC_EOI_EXIT":
         assert _run(tiny) == abi.KVM_EXIT_IOAPIC_EOI
+    elif name == "KVM_REQ_REPORT_TPR_ACCESS":
+        assert _run(tiny) == abi.KVM_EXIT_TPR_ACCESS
     _handler_runs(tiny)
     if name == "KVM_REQ_CLOCK_UPDATE":
         assert 1000 * _SECOND_NS <= _clock_ns(tiny) < 2000 * _SECOND_NS

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What x86 adds to the places of :mod:`softkvm.abi.run_page`: its MSR and debug exits."""
+"""What x86 adds to the places of :mod:`softkvm.abi.run_page`: its MSR, debug and TPR exits."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from softkvm.abi.run import kvm_run_msr
+from softkvm.abi.run import kvm_run_msr, kvm_run_tpr_access
 from softkvm.abi.run_page import EXIT, index
 from softkvm.abi.x86.processor import kvm_debug_exit_arch
 
@@ -20,3 +20,6 @@ DEBUG_EXCEPTION_D: Final = index(kvm_debug_exit_arch, "exception", 4, EXIT)
 DEBUG_PC_Q: Final = index(kvm_debug_exit_arch, "pc", 8, EXIT)
 DEBUG_DR6_Q: Final = index(kvm_debug_exit_arch, "dr6", 8, EXIT)
 DEBUG_DR7_Q: Final = index(kvm_debug_exit_arch, "dr7", 8, EXIT)
+
+TPR_RIP_Q: Final = index(kvm_run_tpr_access, "rip", 8, EXIT)
+TPR_IS_WRITE_D: Final = index(kvm_run_tpr_access, "is_write", 4, EXIT)

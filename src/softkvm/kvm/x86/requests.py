@@ -19,3 +19,5 @@ KVM_REQ_STEAL_UPDATE: Final = 1 << _BASE + 3
 KVM_REQ_NMI: Final = 1 << _BASE + 4
 #: The guest ended an interrupt of an IOAPIC that userspace has.
 KVM_REQ_IOAPIC_EOI_EXIT: Final = 1 << _BASE + 5
+#: An instruction has accessed the APIC's task priority, and userspace wants to know: KVM_EXIT_TPR_ACCESS.
+KVM_REQ_REPORT_TPR_ACCESS: Final = 1 << _BASE + 6

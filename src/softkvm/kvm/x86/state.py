@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
     from softkvm.kvm.x86.msr_filter import MsrFilter
     from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
+    from softkvm.kvm.x86.paravirt.vapic import Vapic
     from softkvm.kvm.x86.tsc import TscSynchronizer
 
 MSR_IA32_APICBASE = 0x1B
@@ -221,6 +222,7 @@ class ProcessorState:
     pic_in_userspace: bool
     apic: Lapic | None
     pv_eoi: PvEoi | None
+    vapic: Vapic | None
 
 
 _GROUPS: Final = (ControlState, EventState, DebugState, ClockState, ParavirtState, PortIoState, Statistics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from functools import partial
 from typing import Final
 
 from softkvm import abi
@@ -20,6 +21,7 @@ from softkvm.abi.run_page import (
     READY_FOR_INTERRUPT_INJECTION_B,
     REQUEST_INTERRUPT_WINDOW_B,
 )
+from softkvm.abi.x86.run_page import TPR_IS_WRITE_D, TPR_RIP_Q
 from softkvm.kvm import vcpu
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
@@ -30,14 +32,17 @@ from softkvm.kvm.x86 import events, msrs, reset, tsc
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException
+from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_CHECK_VAPIC, KVM_APIC_PV_EOI_PENDING
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.paravirt import kvmclock, steal_time
 from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
+from softkvm.kvm.x86.paravirt.vapic import Vapic
 from softkvm.kvm.x86.requests import (
     KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
     KVM_REQ_IOAPIC_EOI_EXIT,
     KVM_REQ_NMI,
+    KVM_REQ_REPORT_TPR_ACCESS,
     KVM_REQ_STEAL_UPDATE,
     KVM_REQ_TRIPLE_FAULT,
 )
@@ -54,6 +59,8 @@ _HALTED: Final = abi.KVM_MP_STATE_HALTED
 _UNINITIALIZED: Final = abi.KVM_MP_STATE_UNINITIALIZED
 #: What is done although the vCPU stays halted, beside GENERAL_REQUESTS. All others wait until it is runnable.
 _SERVED_WHILE_BLOCKED: Final = KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_STEAL_UPDATE
+#: What is still to be done after KVM_EXIT_TPR_ACCESS.
+_BEHIND_TPR_ACCESS: Final = ~(KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_REPORT_TPR_ACCESS)
 
 
 class Vcpu(VcpuState, vcpu.Vcpu):
@@ -69,14 +76,12 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         self.emulator = Emulator(self)
         self.apic = None
         self.pv_eoi = None
+        self.vapic = None
         svm.set_msr_filter(self, vm.msr_filter)
         if self.chips is not None:
             self.apic = Lapic(self, self.chips.apic_map)
-            self.pv_eoi = PvEoi(
-                self.apic,
-                lambda gpa, size: read_guest(vm, gpa, size),
-                lambda gpa, data: write_guest(vm, gpa, data),
-            )
+            self.pv_eoi = PvEoi(self.apic, partial(read_guest, vm), partial(write_guest, vm))
+            self.vapic = Vapic(self.apic, partial(read_guest, vm), partial(write_guest, vm))
         self.vcpu_reset(False)
         if self.apic is not None and not self.is_bsp():
             self.mp_state = _UNINITIALIZED
@@ -90,7 +95,6 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.exit_counts,
             EXIT_HANDLERS,
             self.apic,
-            self.pv_eoi,
             self.pic_in_userspace,
         )
 
@@ -155,7 +159,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def arch_enter_guest(self) -> bool:
         """Run the guest and handle its exits; the loop that everything else waits for."""
-        vmrun, address, q, b, counts, handlers, apic, pv_eoi, pic_in_userspace = self._loop
+        vmrun, address, q, b, counts, handlers, apic, pic_in_userspace = self._loop
         while True:  # not "while runnable": the interpreter (3.11) speeds up loops by their unconditional jump only
             if self.mp_state != _RUNNABLE:
                 return True
@@ -171,10 +175,11 @@ class Vcpu(VcpuState, vcpu.Vcpu):
                 continue
             code = vmrun(address)
             self.mode = OUTSIDE_GUEST_MODE
-            if apic is not None and apic.regs[0x20] >> 4 != b[V_TPR] & 0xF:
-                apic.set_cr8(b[V_TPR] & 0xF)
-            if pv_eoi is not None and pv_eoi.pending:
-                pv_eoi.sync_from_guest()
+            if apic is not None:
+                if apic.regs[0x20] >> 4 != b[V_TPR] & 0xF:
+                    apic.set_cr8(b[V_TPR] & 0xF)
+                if apic.attention:
+                    self._sync_from_guest(apic)
             if self.injecting or q[EXIT_INT_INFO] & EVTINJ_VALID:
                 svm.complete_interrupts(self)
             if self.awaiting_iret_completion:
@@ -192,6 +197,15 @@ class Vcpu(VcpuState, vcpu.Vcpu):
                 return False
             if pic_in_userspace and self._userspace_irqchip_exit():
                 return False
+
+    def _sync_from_guest(self, apic: Lapic) -> None:
+        """After an exit: the EOI and the TPR that the guest may have left in its memory."""
+        if apic.attention & KVM_APIC_PV_EOI_PENDING:
+            assert self.pv_eoi is not None
+            self.pv_eoi.sync_from_guest()
+        if apic.attention & KVM_APIC_CHECK_VAPIC:
+            assert self.vapic is not None
+            self.vapic.sync_from_guest()
 
     def _check_iret_completion(self) -> None:
         """After an exit behind an intercepted IRET: NMIs are unmasked once it is done."""
@@ -243,6 +257,10 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
             kvmclock.update_guest_time(self)
+        if requests & KVM_REQ_REPORT_TPR_ACCESS:
+            self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_TPR_ACCESS
+            self.make_request(requests & _BEHIND_TPR_ACCESS)
+            return False
         if requests & KVM_REQ_STEAL_UPDATE:
             steal_time.record(self)
         if requests & KVM_REQ_TRIPLE_FAULT:
@@ -279,6 +297,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self._update_cr8_intercept(apic)
             if self.pv_eoi is not None and self.pv_eoi.msr:
                 self.pv_eoi.sync_to_guest()
+            if self.vapic is not None and apic.attention & KVM_APIC_CHECK_VAPIC:
+                self.vapic.sync_to_guest()
         if self.pic_in_userspace and self.run_b[REQUEST_INTERRUPT_WINDOW_B]:
             if self._accepts_external_interrupt() and not self.ready_for_interrupt_injection():
                 svm.enable_irq_window(self)
@@ -367,6 +387,12 @@ class Vcpu(VcpuState, vcpu.Vcpu):
     def inject_smi(self) -> None:
         """There is no system management mode: an SMI is dropped, with a note in the log."""
         self.vm.log_limited(log, "vcpu%d: an SMI was dropped: there is no system management mode", self.vcpu_id)
+
+    def report_tpr_access(self, *, write: bool) -> None:
+        """Have KVM_RUN end behind this instruction, with its address."""
+        self.run_q[TPR_RIP_Q] = self.q[V.RIP]
+        self.run_d[TPR_IS_WRITE_D] = write
+        self.make_request(KVM_REQ_REPORT_TPR_ACCESS)
 
     def apic_base_changed(self) -> None:
         """CPUID.APIC follows the APIC's enable bit."""

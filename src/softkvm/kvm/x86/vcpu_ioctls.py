@@ -155,6 +155,20 @@ class VcpuIoctls(Vcpu):
         self._lapic().set_state(bytes(lapic))
         self.make_request(KVM_REQ_EVENT)
 
+    def tpr_access_reporting(self, enabled: int, flags: int = 0) -> None:
+        """KVM_TPR_ACCESS_REPORTING; without effect where userspace has the local APIC."""
+        if flags:
+            raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected 0")
+        if self.apic is not None:
+            self.apic.tpr_access_reporting = bool(enabled)
+
+    def set_vapic_addr(self, vapic_addr: int) -> None:
+        """KVM_SET_VAPIC_ADDR."""
+        self._lapic()
+        assert self.vapic is not None
+        if not self.vapic.set_address(vapic_addr):
+            raise kvm_error(errno.EINVAL, f"vapic_addr={vapic_addr:#x}, where the guest has no memory")
+
     def get_mp_state(self) -> abi.kvm_mp_state:
         """KVM_GET_MP_STATE, with a pending INIT or start-up IPI taken; a running vCPU takes it by itself."""
         if self.apic is not None and not self.running:

@@ -129,3 +129,7 @@ APIC_TIMER_DIVISORS: Final = {
 # Bits of Lapic.pending_events
 KVM_APIC_INIT: Final = 0
 KVM_APIC_SIPI: Final = 1
+
+# Bits of Lapic.attention
+KVM_APIC_CHECK_VAPIC: Final = 1 << 0
+KVM_APIC_PV_EOI_PENDING: Final = 1 << 1

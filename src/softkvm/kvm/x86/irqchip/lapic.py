@@ -93,6 +93,8 @@ class Lapic:
         self.pending_esr = 0
         self.pending_events = 0  # 1 << KVM_APIC_INIT, 1 << KVM_APIC_SIPI
         self.sipi_vector = 0
+        self.attention = 0  # what has to be looked at in the guest's memory after an exit
+        self.tpr_access_reporting = False  # KVM_TPR_ACCESS_REPORTING
         self.arb_prio = 0
         self.apic_base = 0
         self.base_address = APIC_DEFAULT_PHYS_BASE
@@ -149,7 +151,7 @@ class Lapic:
             self.irr = self.isr = self.tmr = self.pending_esr = 0
             if not init_event:
                 self.pending_events = 0
-        self.ppr = self.arb_prio = 0
+        self.ppr = self.arb_prio = self.attention = 0
         self.apic_map.changed()
 
     # IA32_APIC_BASE and the modes
@@ -215,6 +217,11 @@ class Lapic:
     def tpr(self) -> int:
         """The task-priority register."""
         return self.regs[APIC_TASKPRI >> 2]
+
+    def report_tpr_access(self, *, write: bool) -> None:
+        """An instruction accesses the task-priority register: userspace may want to know."""
+        if self.tpr_access_reporting:
+            self.vcpu.report_tpr_access(write=write)
 
     def set_tpr(self, value: int) -> None:
         """Write the task-priority register; the processor's own copy (V_TPR) follows before the next instruction."""

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 _APIC_RRR = 0xC0  # remote read, of the processors up to 1997: reads 0
 _U32 = 0xFFFFFFFF
-_STORED = (APIC_ID, APIC_LVR, APIC_TASKPRI, APIC_LDR, APIC_SPIV, APIC_ESR, APIC_TDCR, APIC_DFR, APIC_ICR, APIC_ICR2)
+_STORED = (APIC_ID, APIC_LVR, APIC_LDR, APIC_SPIV, APIC_ESR, APIC_TDCR, APIC_DFR, APIC_ICR, APIC_ICR2)
 _XAPIC_ONLY = (APIC_ARBPRI, _APIC_RRR, APIC_DFR, APIC_ICR2)
 
 
@@ -81,7 +81,13 @@ def _read_arbpri(apic: Lapic) -> int:
     return max(tpr & 0xF0, in_service, requested)
 
 
+def _read_tpr(apic: Lapic) -> int:
+    apic.report_tpr_access(write=False)
+    return apic.tpr
+
+
 _READ: dict[int, Callable[[Lapic], int]] = {
+    APIC_TASKPRI: _read_tpr,
     APIC_ARBPRI: _read_arbpri,
     APIC_PROCPRI: lambda apic: apic.ppr,
     _APIC_RRR: lambda apic: 0,
@@ -136,6 +142,11 @@ def spiv_mask(apic: Lapic) -> int:
     return 0x3FF | directed
 
 
+def _write_tpr(apic: Lapic, value: int) -> None:
+    apic.report_tpr_access(write=True)
+    apic.set_tpr(value)
+
+
 def _write_ldr(apic: Lapic, value: int) -> None:
     apic.regs[APIC_LDR >> 2] = value & 0xFF000000
     apic.apic_map.changed()
@@ -188,7 +199,7 @@ def _self_ipi(apic: Lapic, value: int) -> None:
 
 _WRITE: dict[int, Callable[[Lapic, int], None]] = {
     APIC_ID: lambda apic, value: apic.set_xapic_id(value >> 24),
-    APIC_TASKPRI: lambda apic, value: apic.set_tpr(value),
+    APIC_TASKPRI: _write_tpr,
     APIC_EOI: lambda apic, value: apic.eoi(),
     APIC_LDR: _write_ldr,
     APIC_DFR: _write_dfr,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from softkvm.abi import KVM_PV_EOI_DISABLED, KVM_PV_EOI_ENABLED
+from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_PV_EOI_PENDING
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 
 _KVM_MSR_ENABLED: Final = 1
@@ -22,7 +23,7 @@ WriteGuest = Callable[[int, bytes], bool]
 class PvEoi:
     """One vCPU's paravirtual EOI; its thread only. *read_guest* and *write_guest* access guest-physical memory."""
 
-    __slots__ = ("_gpa", "_lapic", "_read_guest", "_write_guest", "msr", "pending")
+    __slots__ = ("_gpa", "_lapic", "_read_guest", "_write_guest", "msr")
 
     def __init__(self, lapic: Lapic, read_guest: ReadGuest, write_guest: WriteGuest) -> None:
         self._lapic = lapic
@@ -30,7 +31,18 @@ class PvEoi:
         self._write_guest = write_guest
         self._gpa = 0
         self.msr = 0
-        self.pending = False  # the guest may end the interrupt in service in its memory
+
+    @property
+    def pending(self) -> bool:
+        """The guest may end the interrupt in service in its memory."""
+        return bool(self._lapic.attention & KVM_APIC_PV_EOI_PENDING)
+
+    @pending.setter
+    def pending(self, pending: bool) -> None:
+        if pending:
+            self._lapic.attention |= KVM_APIC_PV_EOI_PENDING
+        else:
+            self._lapic.attention &= ~KVM_APIC_PV_EOI_PENDING
 
     def set_msr(self, value: int) -> bool:
         """Write MSR_KVM_PV_EOI_EN: a 4-byte aligned address, and bit 0 to enable.
