@@ -22,7 +22,8 @@ BELOW: dict[str, set[str]] = {
     "vmm": {"abi", "api", "closing", "progress", "threads"},
     "unittests": {"abi", "api", "vmm", "qemu"},
     "bench": {"abi", "api", "vmm", "unittests", "qemu"},
-    "cli": {"abi", "api", "vmm", "unittests", "bench", "qemu", "kvm", "plugin", "progress"},
+    "client": {"abi", "kvm", "plugin", "threads"},
+    "cli": {"abi", "api", "vmm", "unittests", "bench", "client", "qemu", "kvm", "plugin", "progress"},
 }
 
 #: Modules that every architecture shares, by prefix; an ``__init__`` only puts the parts together.

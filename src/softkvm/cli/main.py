@@ -22,6 +22,7 @@ from softkvm.vmm.errors import show_traceback, unexpected
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
+    "exec": ("softkvm.cli.exec", "run an unmodified KVM client: QEMU, kvmtool, Firecracker, your own"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
     "bench": ("softkvm.cli.bench", "measure what exits cost, QEMU beside it"),

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from softkvm import _softcpu, abi
+from softkvm.abi.arguments import Argument
 from softkvm.abi.checks import kvm_error
 
 
@@ -25,35 +26,50 @@ MEMORY = ClientMemory()
 class Service(NamedTuple):
     """How a request is served."""
 
-    name: str
     method: str
-    request: abi.Request
+    argument: Argument
 
 
 @cache
 def services(file: abi.File) -> dict[int, Service]:
     """Return the requests on a kind of file, by number; those without an argument are not served."""
     return {
-        int(request): Service(name, abi.method_name(name), request)
+        int(request): Service(abi.method_name(name), request.argument)
         for name, request in abi.requests_of(file).items()
         if request.argument is not None
     }
 
 
-def serve(object: Any, file: abi.File, number: int, value: int) -> tuple[Service, Any, int]:
+class Done(NamedTuple):
+    """What has come of a request: the method's result, and what ioctl() returns."""
+
+    result: Any
+    value: int
+
+
+def serve(object: Any, file: abi.File, number: int, value: int) -> Done:
     """Do the request ``number`` with the ioctl's third argument ``value``.
 
-    Returns how it is served, the method's result, and what ioctl() returns. Raises OSError: ENOTTY for a request that
-    the table, or the object, has not; EFAULT; the method's.
+    Raises OSError: ENOTTY for a request that the table, or the object, has not; EFAULT; the method's.
     """
     service = services(file).get(number)
     method: Callable[..., Any] | None = None if service is None else getattr(object, service.method, None)
     if service is None or method is None:
-        raise kvm_error(errno.ENOTTY, f"{request_name(number)} on a {(file.name or '').lower()} file")
-    argument = service.request.argument
-    assert argument is not None
+        raise kvm_error(errno.ENOTTY, f"no such request of a {(file.name or '').lower()} file")
+    argument = service.argument
     result = method(*argument.take(MEMORY, value))
-    return service, result, argument.give(MEMORY, value, result)
+    return Done(result, argument.give(MEMORY, value, result))
+
+
+def arguments(file: abi.File, number: int, value: int) -> Sequence[Any]:
+    """Return the arguments that the client has given; none if they cannot be read."""
+    service = services(file).get(number)
+    if service is None:
+        return (value,) if value else ()
+    try:
+        return service.argument.take(MEMORY, value)
+    except OSError:
+        return (value,)
 
 
 @cache

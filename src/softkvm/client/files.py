@@ -7,21 +7,29 @@ client's open file description is gone (``cpu/python/src/client/files.rs``), whi
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from softkvm import _softcpu, abi
 from softkvm.client import dispatch
+from softkvm.client.trace import Recorder
+
+_numbers = itertools.count()
 
 
 class File:
-    """An open file of the KVM API; the class is the system's."""
+    """An open file of the KVM API."""
 
-    kind = abi.File.SYSTEM
+    kind: abi.File
+    name: str
 
-    def __init__(self, object: Any) -> None:
+    def __init__(self, object: Any, recorder: Recorder | None) -> None:
         self.object = object
-        self.name = self.kind.name or ""
+        self.recorder = recorder
+        if recorder is not None:
+            self.ioctl = self.recorded_ioctl  # type: ignore[method-assign]
 
     def open(self, fd: int, *, cloexec: bool = True) -> int:
         """Make the client's descriptor of a memfd, ``fd``."""
@@ -29,7 +37,35 @@ class File:
 
     def ioctl(self, request: int, argument: int) -> int:
         """Do a request; raises OSError."""
-        return dispatch.serve(self.object, self.kind, request, argument)[2]
+        make = self.makers.get(request)
+        if make is not None:
+            value: int = make(self, argument)
+            return value
+        return dispatch.serve(self.object, self.kind, request, argument).value
+
+    #: What requests for new files do; the others are the table's.
+    makers: dict[int, Any] = {}
+
+    def recorded_ioctl(self, request: int, argument: int) -> int:
+        """Do a request and note it."""
+        recorder = self.recorder
+        assert recorder is not None
+        name = dispatch.request_name(request)
+        args: Sequence[Any] = ()
+        try:
+            make = self.makers.get(request)
+            if make is not None:
+                args = (argument,)
+                value: int = make(self, argument)
+                recorder.done(self.name, name, args, value)
+                return value
+            args = dispatch.arguments(self.kind, request, argument)
+            done = dispatch.serve(self.object, self.kind, request, argument)
+        except OSError as error:
+            recorder.failed(self.name, name, args, error)
+            raise
+        recorder.done(self.name, name, args, done.value, done.result)
+        return done.value
 
     def release(self) -> None:
         """The client has closed it."""
@@ -48,11 +84,14 @@ def open_memfd(file: File, name: str, *, cloexec: bool = True) -> int:
 class SystemFile(File):
     """``/dev/kvm``."""
 
-    def ioctl(self, request: int, argument: int) -> int:
-        """KVM_CREATE_VM makes a file; the others are the table's."""
-        if request == abi.KVM_CREATE_VM:
-            return open_memfd(VmFile(self.object.create_vm(argument)), "kvm-vm")
-        return super().ioctl(request, argument)
+    kind = abi.File.SYSTEM
+    name = "kvm"
+
+    def create_vm(self, argument: int) -> int:
+        """KVM_CREATE_VM."""
+        return open_memfd(VmFile(self.object.create_vm(argument), self.recorder), "kvm-vm")
+
+    makers = {abi.KVM_CREATE_VM: create_vm}
 
 
 class VmFile(File):
@@ -60,17 +99,18 @@ class VmFile(File):
 
     kind = abi.File.VM
 
-    def __init__(self, vm: Any) -> None:
-        super().__init__(vm)
+    def __init__(self, vm: Any, recorder: Recorder | None) -> None:
+        super().__init__(vm, recorder)
+        self.name = f"vm{next(_numbers)}"
         self._users = 1
 
-    def ioctl(self, request: int, argument: int) -> int:
-        """KVM_CREATE_VCPU makes a file; the others are the table's."""
-        if request == abi.KVM_CREATE_VCPU:
-            vcpu = self.object.create_vcpu(argument)
-            self._users += 1
-            return VcpuFile(vcpu, self).open(vcpu.shared_fd)
-        return super().ioctl(request, argument)
+    def create_vcpu(self, argument: int) -> int:
+        """KVM_CREATE_VCPU."""
+        vcpu = self.object.create_vcpu(argument)
+        self._users += 1
+        return VcpuFile(vcpu, self).open(vcpu.shared_fd)
+
+    makers = {abi.KVM_CREATE_VCPU: create_vcpu}
 
     def release(self) -> None:
         """One of those who need the VM is gone."""
@@ -85,9 +125,21 @@ class VcpuFile(File):
     kind = abi.File.VCPU
 
     def __init__(self, vcpu: Any, vm: VmFile) -> None:
-        super().__init__(vcpu)
+        super().__init__(vcpu, vm.recorder)
+        self.name = f"vcpu{vcpu.vcpu_id}"
         self._vm = vm
-        self.run = vcpu.run
+        self.run = vcpu.run if self.recorder is None else self.recorded_run
+
+    def recorded_run(self) -> None:
+        """KVM_RUN, noted."""
+        recorder = self.recorder
+        assert recorder is not None
+        try:
+            self.object.run()
+        except OSError as error:
+            recorder.failed(self.name, "KVM_RUN", (), error)
+            raise
+        recorder.done(self.name, "KVM_RUN", (), 0, run=self.object.kvm_run)
 
     def release(self) -> None:
         """The vCPU goes, and the VM may."""

@@ -8,6 +8,9 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from softkvm.client.settings import Settings
 
 PRELOAD = Path(__file__).parent / "libsoftkvm_preload.so"
 
@@ -31,12 +34,16 @@ def python_library() -> Path:
     raise LaunchError(f"this Python has no {name}.so to load into a client: apt-get install {name}")
 
 
-def world_script(path: Sequence[str]) -> str:
+def world_script(path: Sequence[str], settings: Settings) -> str:
     """Return what the interpreter in the client runs; its variable ``core`` is what the client's side needs."""
-    return f"import sys\nsys.path[:] = {list(path)!r}\nfrom softkvm.client.world import core\n"
+    return f"""import sys
+sys.path[:] = {list(path)!r}
+from softkvm.client.world import start
+core = start({settings.as_dict()!r})
+"""
 
 
-def environment(before: Mapping[str, str]) -> dict[str, str]:
+def environment(before: Mapping[str, str], settings: Settings) -> dict[str, str]:
     """Return the environment of a client that is to be started with ``before``."""
     if not PRELOAD.exists():
         raise LaunchError(f"{PRELOAD.name} is not built")
@@ -47,10 +54,10 @@ def environment(before: Mapping[str, str]) -> dict[str, str]:
         "LD_PRELOAD": " ".join(preloaded),
         "SOFTKVM_LIBPYTHON": str(python_library()),
         "SOFTKVM_PYTHON": sys.executable,
-        "SOFTKVM_WORLD": world_script(path),
+        "SOFTKVM_WORLD": world_script(path, settings),
     }
 
 
-def execute(command: Sequence[str]) -> None:
+def execute(command: Sequence[str], settings: Settings) -> NoReturn:
     """Become the client; raises OSError, or LaunchError, if that cannot be."""
-    os.execvpe(command[0], list(command), environment(os.environ))
+    os.execvpe(command[0], list(command), environment(os.environ, settings))

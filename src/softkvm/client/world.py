@@ -3,23 +3,49 @@
 
 from __future__ import annotations
 
-import softkvm
+from typing import Any
+
 from softkvm import _softcpu
 from softkvm.client.files import SystemFile, open_memfd
+from softkvm.client.settings import Settings
+from softkvm.client.trace import Recorder
+from softkvm.kvm import Kvm
 
 
-def open_system(cloexec: int) -> int:
-    """Open ``/dev/kvm``; returns the client's descriptor."""
-    return open_memfd(SystemFile(softkvm.open()), "kvm", cloexec=bool(cloexec))
+class World:
+    """The KVM of a client's process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.recorder = Recorder(settings) if settings.trace or settings.stats else None
+
+    def open_kvm(self) -> Kvm:
+        """Open a KVM as the settings want it."""
+        kvm = Kvm()
+        for name, text in self.settings.params.items():
+            kvm.params.assign(name, text)
+        if self.settings.plugins:
+            from softkvm import plugin
+
+            policy = plugin.Policy(kvm)
+            for file in self.settings.plugins:
+                plugin.load(file, policy)
+        return kvm
+
+    def open_system(self, cloexec: int) -> int:
+        """Open ``/dev/kvm``; returns the client's descriptor."""
+        return open_memfd(SystemFile(self.open_kvm(), self.recorder), "kvm", cloexec=bool(cloexec))
+
+    def unmapping(self, address: int, size: int) -> None:
+        """Memory of the client's is about to go."""
+
+    def at_exit(self) -> None:
+        """The client's process is about to end."""
+        if self.recorder is not None:
+            self.recorder.close()
 
 
-def unmapping(address: int, size: int) -> None:
-    """Memory of the client's is about to go."""
-
-
-def at_exit() -> None:
-    """The client's process is about to end."""
-
-
-#: The address of what the preloaded library calls.
-core = _softcpu.client_core(open_system, unmapping, at_exit)
+def start(settings: dict[str, Any]) -> int:
+    """Make the world; returns the address of what the client's side calls."""
+    world = World(Settings(**settings))
+    return _softcpu.client_core(world.open_system, world.unmapping, world.at_exit)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+#: How a module parameter that is yes or no is spelled.
+ON = ("1", "Y", "y")
+OFF = ("0", "N", "n")
 
 
 @dataclass(slots=True)
@@ -46,3 +50,24 @@ class Params:
     halt_poll_ns_shrink: int = 2
     #: Smallest period of an in-kernel timer, in microseconds.
     min_timer_period_us: int = 200
+
+    def parse(self, name: str, text: str) -> bool | int | str:
+        """Return the value that *text* means for a parameter; ValueError if it means none, or there is no such one."""
+        if name not in {field.name for field in fields(self)}:
+            known = ", ".join(sorted(field.name for field in fields(self)))
+            raise ValueError(f"{name}={text}: no such parameter; there are {known}")
+        current = getattr(self, name)
+        if isinstance(current, bool):
+            if text not in ON + OFF:
+                raise ValueError(f"{name}={text}: expected Y or N")
+            return text in ON
+        if isinstance(current, int):
+            try:
+                return int(text, 0)
+            except ValueError:
+                raise ValueError(f"{name}={text}: expected a number") from None
+        return text
+
+    def assign(self, name: str, text: str) -> None:
+        """Set a parameter as a line of ``/etc/modprobe.d`` does; ValueError as :meth:`parse` raises it."""
+        setattr(self, name, self.parse(name, text))

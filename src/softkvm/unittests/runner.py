@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ TIMEOUT_SCALE = {"soft": 3.0, "kvm": 1.0}
 """The suite's limits are made for processors; the software CPU gets this much more time."""
 DEVICES = {"soft": softkvm.SOFT, "kvm": "/dev/kvm"}
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_ON, _OFF = ("Y", "y", "1"), ("N", "n", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +180,10 @@ def set_params(kvm: api.Kvm, values: Mapping[str, str]) -> None:
     for name, value in values.items():
         if params is None:
             raise SuiteError(f"{name}={value}: only the software KVM takes parameters; /dev/kvm's are the host's")
-        if not hasattr(params, name):
-            known = ", ".join(sorted(field.name for field in fields(params)))
-            raise SuiteError(f"{name}={value}: no such parameter; there are {known}")
-        setattr(params, name, _parameter(name, getattr(params, name), value))
+        try:
+            params.assign(name, value)
+        except ValueError as error:
+            raise SuiteError(str(error)) from None
 
 
 def _check_host(entry: Entry, settings: Settings, kvm: api.Kvm, notes: list[str]) -> str:
@@ -214,7 +213,10 @@ def _check_soft(path: str, value: str, params: Any, notes: list[str]) -> str:
     if module in ("kvm", "kvm_amd") and name:
         if not hasattr(params, name):
             return f"this KVM has no parameter {name}, expected {value}"
-        wanted = _parameter(name, getattr(params, name), value)
+        try:
+            wanted = params.parse(name, value)
+        except ValueError as error:
+            raise SuiteError(str(error)) from None
         if getattr(params, name) != wanted:
             setattr(params, name, wanted)
             notes.append(f"{name}={value}")
@@ -223,20 +225,6 @@ def _check_soft(path: str, value: str, params: Any, notes: list[str]) -> str:
         return f"needs an Intel processor ({name}={value})"
     notes.append(f"{path}={value} taken as given: it is about the host's hardware")
     return ""
-
-
-def _parameter(name: str, current: object, value: str) -> object:
-    """Return *value* as the type that the parameter *name* has; SuiteError if it is none."""
-    if isinstance(current, bool):
-        if value not in _ON + _OFF:
-            raise SuiteError(f"{name}={value}: expected Y or N")
-        return value in _ON
-    if isinstance(current, int):
-        try:
-            return int(value, 0)
-        except ValueError:
-            raise SuiteError(f"{name}={value}: expected a number") from None
-    return value
 
 
 # -- the run

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``softkvm exec``: run an unmodified KVM client whose ``/dev/kvm`` is KVM in Python."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from softkvm.cli import EXIT_ERROR, Command, CommandError
+from softkvm.cli.arguments import file_name
+
+NOT_EXECUTABLE, NOT_FOUND = 126, 127
+"""Exit statuses as the shell's, for a client that cannot be started."""
+
+EPILOG = """\
+The client and what it starts find /dev/kvm whether the host has one or not. It is KVM in Python on the software CPU,
+in the client's own process. Nothing is printed unless asked for; exit status and signals are the client's.
+
+exit status: the client's; 126 if it cannot be executed, 127 if it is not there, 1 or 2 for an error of softkvm's
+
+examples:
+  softkvm exec -- qemu-system-x86_64 -accel kvm -m 512 -nographic -kernel vmlinuz -append console=ttyS0
+  softkvm exec --trace trace.txt -- ./my-vmm
+  softkvm exec --params nrips=0,halt_poll_ns=50000 --plugin policy.py -- lkvm run -k vmlinuz
+"""
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--params", metavar="NAME=VALUE,…", action="append", default=[], help="module parameters of kvm and kvm_amd")
+    add("--plugin", metavar="FILE.py", type=file_name, action="append", default=[], help="change KVM's policy")
+    add("--trace", metavar="FILE", type=file_name, help="write every request (JSON lines: FILE.json)")
+    add("--stats", metavar="FILE", type=file_name, help="write counts at the end (JSON: FILE.json)")
+    add("client", metavar="CMD", nargs=argparse.REMAINDER, help="the client and its arguments")
+
+
+def parameters(texts: Sequence[str]) -> dict[str, str]:
+    """Return the parameters that ``--params`` names, checked against those there are."""
+    from softkvm.kvm.params import Params
+
+    known = Params()
+    pairs = {}
+    for text in ",".join(texts).split(",") if texts else ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise CommandError(f"--params {text}: expected NAME=VALUE")
+        try:
+            known.assign(name, value)
+        except ValueError as error:
+            raise CommandError(f"--params {error}") from None
+        pairs[name] = value
+    return pairs
+
+
+def _run(args: Namespace) -> int:
+    from softkvm.client.launch import LaunchError, execute
+    from softkvm.client.settings import Settings
+
+    client = args.client[1:] if args.client[:1] == ["--"] else args.client
+    if not client:
+        raise CommandError("expected CMD, the client to run; `softkvm exec --help` explains")
+    for option, path in (("--trace", args.trace), ("--stats", args.stats)):
+        _check_writable(option, path)
+    for path in args.plugin:
+        if not os.path.exists(path):
+            raise CommandError(f"--plugin {path}: {os.strerror(2)}")
+    absolute = [os.path.abspath(path) for path in args.plugin]
+    trace, stats = (os.path.abspath(path) if path else "" for path in (args.trace, args.stats))
+    settings = Settings(parameters(args.params), absolute, trace, stats)
+    try:
+        execute(client, settings)
+    except LaunchError as error:
+        raise CommandError(str(error), EXIT_ERROR) from None
+    except FileNotFoundError as error:
+        raise CommandError(f"{client[0]}: {error.strerror}", NOT_FOUND) from None
+    except OSError as error:
+        raise CommandError(f"{client[0]}: {error.strerror}", NOT_EXECUTABLE) from None
+
+
+def _check_writable(option: str, path: str | None) -> None:
+    """Begin the file anew, or say why it cannot be written."""
+    if path:
+        try:
+            open(path, "w").close()
+        except OSError as error:
+            raise CommandError(f"{option} {path}: {error.strerror}") from None
+
+
+command = Command(
+    _add_arguments,
+    _run,
+    description="Run an unmodified KVM client on KVM in Python.",
+    epilog=EPILOG,
+)
