@@ -62,6 +62,18 @@ def test_a_pit_needs_an_irqchip_and_comes_once(make: Callable[..., Guest]) -> No
     refused(errno.ENOENT, make(vcpus=0).vm.create_pit2)
     guest = make(irqchip=True, pit=True, vcpus=0)
     refused(errno.EEXIST, guest.vm.create_pit2)
+    refused(errno.EEXIST, guest.vm.create_pit)
+    refused(errno.ENOENT, make(vcpus=0).vm.create_pit)
+
+
+def test_the_first_pit_request_has_a_speaker_port(make: Callable[..., Guest]) -> None:
+    guest = make(irqchip=True, vcpus=0)
+    guest.vm.create_pit()
+    with guest.vm.create_vcpu(0) as vcpu:
+        vcpu.set_cpuid2(guest.kvm.get_supported_cpuid())
+        guest.real("e461 e6e9", vcpu=vcpu)  # in al, 0x61; out 0xe9, al
+        assert guest.run(vcpu) == abi.KVM_EXIT_IO
+        assert (vcpu.kvm_run.io.port, vcpu.kvm_run.io.direction) == (0xE9, abi.KVM_EXIT_IO_OUT)
 
 
 def test_requests_without_chips_are_enxio(guest: Guest) -> None:
@@ -72,6 +84,8 @@ def test_requests_without_chips_are_enxio(guest: Guest) -> None:
     refused(errno.ENXIO, lambda: vm.set_irqchip(abi.kvm_irqchip()))
     refused(errno.ENXIO, vm.get_pit2)
     refused(errno.ENXIO, lambda: vm.set_pit2(abi.kvm_pit_state2()))
+    refused(errno.ENXIO, vm.get_pit)
+    refused(errno.ENXIO, lambda: vm.set_pit(abi.kvm_pit_state()))
     refused(errno.ENXIO, lambda: vm.reinject_control(1))
     refused(errno.EINVAL, lambda: guest.cpu.get_lapic())
     refused(errno.EINVAL, lambda: guest.cpu.set_lapic(abi.kvm_lapic_state()))
@@ -125,6 +139,19 @@ def test_lapic_state_round_trips(chips: Guest) -> None:
     for offset in (APIC_SPIV, 0x320, APIC_TPR, 0x3E0):
         assert got[offset : offset + 4] == bytes(state.regs[offset : offset + 4]), hex(offset)
     assert chips.cpu.get_sregs().cr8 == 4
+
+
+def test_the_pits_channels_round_trip_without_its_flags(chips: Guest) -> None:
+    flagged = chips.vm.get_pit2()
+    flagged.flags = abi.KVM_PIT_FLAGS_HPET_LEGACY
+    chips.vm.set_pit2(flagged)
+    state = chips.vm.get_pit()
+    channel = state.channels[2]
+    channel.count, channel.mode, channel.rw_mode, channel.gate = 0x4321, 3, 3, 1
+    chips.vm.set_pit(state)
+    for channel in (chips.vm.get_pit().channels[2], chips.vm.get_pit2().channels[2]):
+        assert (channel.count, channel.mode, channel.rw_mode) == (0x4321, 3, 3)
+    assert chips.vm.get_pit2().flags & abi.KVM_PIT_FLAGS_HPET_LEGACY
 
 
 def test_pit_state_round_trips(chips: Guest) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State in and out (KVM API 4.11 to 4.15, 4.22, 4.23, 4.31 to 4.34, 4.42 to 4.45, 4.131)."""
 
+import ctypes
 import errno
 import struct
 from collections.abc import Callable
@@ -219,6 +220,16 @@ def test_xsave_shows_the_same_state_as_fpu(guest: Guest) -> None:
     assert struct.unpack_from("<I", got, 24) == (0x1F80,)
     assert got[160 + 48 : 160 + 64] == bytes(range(16))
     assert struct.unpack_from("<Q", got, 512)[0] & 3 == 3
+
+
+def test_the_second_request_for_xsave_state_gives_the_same(guest: Guest) -> None:
+    assert guest.vm.check_extension(abi.KVM_CAP_XSAVE2) >= ctypes.sizeof(abi.kvm_xsave)
+    area = bytearray(bytes(guest.cpu.get_xsave()))
+    area[160:176] = b"0123456789abcdef"
+    struct.pack_into("<Q", area, 512, 3)
+    guest.cpu.set_xsave(abi.kvm_xsave.from_buffer_copy(area))
+    assert bytes(guest.cpu.get_xsave2()) == bytes(guest.cpu.get_xsave())
+    assert bytes(guest.cpu.get_xsave2())[160:176] == b"0123456789abcdef"
 
 
 def test_xsave_round_trips(guest: Guest) -> None:

@@ -163,6 +163,16 @@ def test_more_than_256_cpuid_entries_are_e2big(guest: Guest) -> None:
     assert guest.cpu.get_cpuid2(), "the table from before is still there"
 
 
+def test_leaves_without_subleaves_may_be_set_in_the_old_way(guest: Guest) -> None:
+    leaves = [(0, 0xD, 1, 2, 3), (2, 1, 2, 3, 4), (0x4000_0000, 4, 5, 6, 7)]
+    names = ("function", "eax", "ebx", "ecx", "edx")
+    guest.cpu.set_cpuid([abi.kvm_cpuid_entry(**dict(zip(names, leaf, strict=True))) for leaf in leaves])
+    got = [tuple(getattr(e, name) for name in ("index", "flags", *names)) for e in guest.cpu.get_cpuid2()]
+    assert [row[:4] for row in got] == [(0, 0, leaf[0], leaf[1]) for leaf in leaves]
+    assert got[2][2:] == leaves[2]
+    refused(errno.E2BIG, lambda: guest.cpu.set_cpuid([abi.kvm_cpuid_entry()] * 257))
+
+
 def test_cpuid_of_49_address_bits_is_refused(guest: Guest) -> None:
     entries = guest.kvm.get_supported_cpuid()
     for entry in entries:

@@ -315,6 +315,11 @@ def _tpr_reports(guest: Guest) -> bool:
         return chips.run() == abi.KVM_EXIT_TPR_ACCESS
 
 
+def _tsc_offsets(guest: Guest) -> bool:
+    guest.cpu.set_device_attr(abi.KVM_VCPU_TSC_CTRL, abi.KVM_VCPU_TSC_OFFSET, 12345)
+    return guest.cpu.get_device_attr(abi.KVM_VCPU_TSC_CTRL, abi.KVM_VCPU_TSC_OFFSET) == 12345
+
+
 ABILITIES: dict[str, Callable[[Guest], bool]] = {
     "paging outside long mode": _paging_outside_long_mode,
     "SSE at privilege level 0": _supervisor_sse,
@@ -323,6 +328,7 @@ ABILITIES: dict[str, Callable[[Guest], bool]] = {
     "interrupts in real mode": _real_mode_interrupts,
     "interrupts in service until their EOI": _in_service,
     "requests between emulated instructions": _tpr_reports,
+    "TSC offsets": _tsc_offsets,
     "hardware breakpoints": _hardware_breakpoints,
     "watchpoints": _watchpoints,
     "a second NMI in real mode": _nmi_after_iret,

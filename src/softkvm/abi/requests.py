@@ -75,8 +75,7 @@ class File(enum.Flag):
     DEVICE = enum.auto()
 
 
-SYSTEM, VM, VCPU = File.SYSTEM, File.VM, File.VCPU
-ANY = File.SYSTEM | File.VM | File.VCPU | File.DEVICE
+SYSTEM, VM, VCPU, DEVICE = File.SYSTEM, File.VM, File.VCPU, File.DEVICE
 
 
 class Request(int):
@@ -190,6 +189,53 @@ class IoEventfd(Argument):
         return given.fd, given.addr, given.len, datamatch, given.flags
 
 
+class GetDeviceAttr(Argument):
+    """KVM_GET_DEVICE_ATTR: ``(group, attr)``; the value, a number of 64 bits, goes to an address in the structure."""
+
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Numbers of their fields' sizes."""
+        types = (ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64)
+        return [checks.number(n, arg, *checks.limits(t)) for n, arg, t in zip(names, args, types, strict=False)]
+
+    def pack(self, group: int, attr: int, value: int = 0) -> Any:
+        """The structure with the value's address."""
+        number = ctypes.c_uint64(value)
+        packed = self.structure(group=group, attr=attr, addr=ctypes.addressof(number))
+        keep(packed, number)
+        return packed
+
+    def unpack(self, packed: Any, value: int) -> Any:
+        """The value."""
+        return packed.kept[0].value
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """Which attribute."""
+        given = read_structure(memory, self.structure, value)
+        return given.group, given.attr
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """The value to its address."""
+        memory.write(read_structure(memory, self.structure, value).addr, ctypes.c_uint64(result))
+        return 0
+
+
+class SetDeviceAttr(GetDeviceAttr):
+    """KVM_SET_DEVICE_ATTR: ``(group, attr, value)``; the value, a number of 64 bits, is at an address."""
+
+    def unpack(self, packed: Any, value: int) -> Any:
+        """Nothing."""
+        return None
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """Which attribute, and the value."""
+        given = read_structure(memory, self.structure, value)
+        return given.group, given.attr, read_structure(memory, ctypes.c_uint64, given.addr).value
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """Nothing."""
+        return 0
+
+
 # --- the system ------------------------------------------------------------------------------------------
 
 KVM_GET_API_VERSION = IO(0x00, SYSTEM, Value)
@@ -232,11 +278,12 @@ KVM_GET_ONE_REG = IOW(0xAB, kvm_one_reg, VCPU)
 KVM_SET_ONE_REG = IOW(0xAC, kvm_one_reg, VCPU)
 KVM_GET_REG_LIST = IOWR(0xB0, kvm_reg_list, VCPU)
 
-# --- attributes of any file ----------------------------------------------------------------------
+# --- attributes ----------------------------------------------------------------------
 
-KVM_SET_DEVICE_ATTR = IOW(0xE1, kvm_device_attr, ANY)
-KVM_GET_DEVICE_ATTR = IOW(0xE2, kvm_device_attr, ANY)
-KVM_HAS_DEVICE_ATTR = IOW(0xE3, kvm_device_attr, ANY)
+# The system has nothing to set, and x86's VMs have no attributes.
+KVM_SET_DEVICE_ATTR = IOW(0xE1, kvm_device_attr, VCPU | DEVICE, SetDeviceAttr)
+KVM_GET_DEVICE_ATTR = IOW(0xE2, kvm_device_attr, SYSTEM | VCPU | DEVICE, GetDeviceAttr)
+KVM_HAS_DEVICE_ATTR = IOW(0xE3, kvm_device_attr, SYSTEM | VCPU | DEVICE, fields("group", "attr"))
 
 #: The requests of every architecture, by name.
 REQUESTS = requests_in(globals())

@@ -41,6 +41,12 @@ class Kvm(Closeable, Protocol):
     def create_vm(self, type: int = 0) -> Vm:
         """KVM_CREATE_VM."""
 
+    def get_device_attr(self, group: int, attr: int) -> int:
+        """KVM_GET_DEVICE_ATTR on the system: a number of 64 bits. ENXIO for an unknown attribute."""
+
+    def has_device_attr(self, group: int, attr: int) -> None:
+        """KVM_HAS_DEVICE_ATTR on the system: ENXIO for an unknown attribute."""
+
     def get_vcpu_mmap_size(self) -> int:
         """KVM_GET_VCPU_MMAP_SIZE: bytes of :attr:`Vcpu.shared`."""
 
@@ -156,6 +162,15 @@ class Vcpu(Closeable, Protocol):
 
     def interrupt(self, irq: int) -> None:
         """KVM_INTERRUPT: queue an external interrupt; only without in-kernel chips."""
+
+    def set_device_attr(self, group: int, attr: int, value: int) -> None:
+        """KVM_SET_DEVICE_ATTR on a vCPU: *value* is a number of 64 bits. ENXIO for an unknown attribute."""
+
+    def get_device_attr(self, group: int, attr: int) -> int:
+        """KVM_GET_DEVICE_ATTR on a vCPU: a number of 64 bits. ENXIO for an unknown attribute."""
+
+    def has_device_attr(self, group: int, attr: int) -> None:
+        """KVM_HAS_DEVICE_ATTR on a vCPU: ENXIO for an unknown attribute."""
 
     def translate(self, linear_address: int) -> abi.kvm_translation:
         """KVM_TRANSLATE."""

@@ -47,6 +47,9 @@ class Vm(common.Vm, Protocol):
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2."""
 
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT: create_pit2 with KVM_PIT_SPEAKER_DUMMY."""
+
     def irq_line_status(self, irq: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS: irq_line that tells: > 0 delivered, 0 coalesced, < 0 ignored."""
 
@@ -55,6 +58,12 @@ class Vm(common.Vm, Protocol):
 
     def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
         """KVM_SET_IRQCHIP."""
+
+    def get_pit(self) -> abi.kvm_pit_state:
+        """KVM_GET_PIT: get_pit2 without the flags."""
+
+    def set_pit(self, state: abi.kvm_pit_state) -> None:
+        """KVM_SET_PIT: set_pit2 with the flags as they are."""
 
     def get_pit2(self) -> abi.kvm_pit_state2:
         """KVM_GET_PIT2."""
@@ -134,6 +143,9 @@ class Vcpu(common.Vcpu, Protocol):
     def get_xsave(self) -> abi.kvm_xsave:
         """KVM_GET_XSAVE."""
 
+    def get_xsave2(self) -> abi.kvm_xsave:
+        """KVM_GET_XSAVE2: as get_xsave; on a device, what the structure has no room for (AMX) is cut off."""
+
     def set_xsave(self, xsave: abi.kvm_xsave) -> None:
         """KVM_SET_XSAVE."""
 
@@ -189,6 +201,9 @@ class Vcpu(common.Vcpu, Protocol):
 
     def set_debugregs(self, debugregs: abi.kvm_debugregs) -> None:
         """KVM_SET_DEBUGREGS."""
+
+    def set_cpuid(self, entries: Sequence[abi.kvm_cpuid_entry]) -> None:
+        """KVM_SET_CPUID: set_cpuid2 for leaves without subleaves."""
 
     def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2."""

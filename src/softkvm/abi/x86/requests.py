@@ -56,6 +56,7 @@ from softkvm.abi.x86.processor import (
     kvm_clock_data,
     kvm_cpuid,
     kvm_cpuid2,
+    kvm_cpuid_entry,
     kvm_cpuid_entry2,
     kvm_debugregs,
     kvm_fpu,
@@ -190,6 +191,21 @@ class MsrFilter(Argument):
         return given.flags, ranges
 
 
+class GivesXsave(Gives):
+    """KVM_GET_XSAVE2: as many bytes as KVM_CAP_XSAVE2 says, 4096 unless the process has asked for more state (AMX)."""
+
+    #: Room for every component that there is, so that the kernel never writes beyond it.
+    _MOST = 1 << 16
+
+    def pack(self) -> Any:
+        """Room for the largest area."""
+        return (ctypes.c_uint8 * self._MOST)()
+
+    def unpack(self, packed: Any, value: int) -> Any:
+        """The structure, which has all components but AMX's."""
+        return self.structure.from_buffer_copy(packed)
+
+
 # --- the system ------------------------------------------------------------------------------------------
 
 KVM_GET_MSR_INDEX_LIST = IOWR(0x02, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices", tells=True))
@@ -208,9 +224,9 @@ KVM_SET_TSS_ADDR = IO(0x47, VM, Number)
 KVM_SET_IDENTITY_MAP_ADDR = IOW(0x48, c_uint64, VM, Takes)
 KVM_GET_IRQCHIP = IOWR(0x62, kvm_irqchip, VM, fields("chip_id", gives="*"))
 KVM_SET_IRQCHIP = IOR(0x63, kvm_irqchip, VM, Takes)
-KVM_CREATE_PIT = IO(0x64, VM)
-KVM_GET_PIT = IOWR(0x65, kvm_pit_state, VM)
-KVM_SET_PIT = IOR(0x66, kvm_pit_state, VM)
+KVM_CREATE_PIT = IO(0x64, VM, Nothing)
+KVM_GET_PIT = IOWR(0x65, kvm_pit_state, VM, Gives)
+KVM_SET_PIT = IOR(0x66, kvm_pit_state, VM, Takes)
 KVM_IRQ_LINE_STATUS = IOWR(0x67, kvm_irq_level, VM, fields("irq", "level", gives="status"))
 KVM_REINJECT_CONTROL = IO(0x71, VM, fields("pit_reinject", structure=kvm_reinject_control))
 KVM_CREATE_PIT2 = IOW(0x77, kvm_pit_config, VM, fields("flags"))
@@ -232,7 +248,7 @@ KVM_SET_REGS = IOW(0x82, kvm_regs, VCPU, Takes)
 KVM_GET_SREGS = IOR(0x83, kvm_sregs, VCPU, Gives)
 KVM_SET_SREGS = IOW(0x84, kvm_sregs, VCPU, Takes)
 KVM_SET_MSRS = IOW(0x89, kvm_msrs, VCPU, SetMsrs)
-KVM_SET_CPUID = IOW(0x8A, kvm_cpuid, VCPU)
+KVM_SET_CPUID = IOW(0x8A, kvm_cpuid, VCPU, takes_table(kvm_cpuid_entry, "nent", most=(256, errno.E2BIG)))
 KVM_GET_FPU = IOR(0x8C, kvm_fpu, VCPU, Gives)
 KVM_SET_FPU = IOW(0x8D, kvm_fpu, VCPU, Takes)
 KVM_GET_LAPIC = IOR(0x8E, kvm_lapic_state, VCPU, Gives)
@@ -259,7 +275,7 @@ KVM_GET_NESTED_STATE = IOWR(0xBE, kvm_nested_state, VCPU)
 KVM_SET_NESTED_STATE = IOW(0xBF, kvm_nested_state, VCPU)
 KVM_GET_SREGS2 = IOR(0xCC, kvm_sregs2, VCPU, Gives)
 KVM_SET_SREGS2 = IOW(0xCD, kvm_sregs2, VCPU, Takes)
-KVM_GET_XSAVE2 = IOR(0xCF, kvm_xsave, VCPU)
+KVM_GET_XSAVE2 = IOR(0xCF, kvm_xsave, VCPU, GivesXsave)
 
 #: The requests that x86 adds, by name.
 X86_REQUESTS = requests_in(globals())

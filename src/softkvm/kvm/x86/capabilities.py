@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Final
 
 from softkvm import abi
@@ -46,7 +47,10 @@ CAPABILITIES: Final[dict[int, int]] = GENERAL_CAPABILITIES | {
         | abi.KVM_GUESTDBG_BLOCKIRQ
     ),
     abi.KVM_CAP_XSAVE: 1,
+    abi.KVM_CAP_XSAVE2: ctypes.sizeof(abi.kvm_xsave),
     abi.KVM_CAP_XCRS: 1,
+    abi.KVM_CAP_SYS_ATTRIBUTES: 1,
+    abi.KVM_CAP_VCPU_ATTRIBUTES: 1,
     abi.KVM_CAP_GET_TSC_KHZ: 1,
     abi.KVM_CAP_TSC_DEADLINE_TIMER: 1,
     abi.KVM_CAP_SPLIT_IRQCHIP: 1,

@@ -57,6 +57,16 @@ class Kvm(system.Kvm):
         """KVM_GET_MSR_FEATURE_INDEX_LIST."""
         return list(msrs.FEATURE_MSRS)
 
+    def has_device_attr(self, group: int, attr: int) -> None:
+        """KVM_HAS_DEVICE_ATTR: KVM_X86_XCOMP_GUEST_SUPP is all there is."""
+        if (group, attr) != (0, abi.KVM_X86_XCOMP_GUEST_SUPP):
+            raise kvm_error(errno.ENXIO, f"group={group} attr={attr}, expected KVM_X86_XCOMP_GUEST_SUPP")
+
+    def get_device_attr(self, group: int, attr: int) -> int:
+        """KVM_GET_DEVICE_ATTR: KVM_X86_XCOMP_GUEST_SUPP, the XSAVE components that guests may have."""
+        self.has_device_attr(group, attr)
+        return cpuid.supported_xcr0()
+
     def x86_get_mce_cap_supported(self) -> int:
         """KVM_X86_GET_MCE_CAP_SUPPORTED."""
         return mce.SUPPORTED_MCE_CAP

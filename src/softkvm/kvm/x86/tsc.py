@@ -56,6 +56,17 @@ class TscSynchronizer:
             self._offset = offset
             return offset
 
+    def write_offset(self, offset: int) -> int:
+        """Note that userspace has given a vCPU this offset (KVM_VCPU_TSC_OFFSET), and return it.
+
+        As if the counter's value of this moment had been written: writes of nearly the same value mean this one.
+        """
+        with self._lock:
+            self._written_ns = _softcpu.clock_ns()
+            self._value = _softcpu.rdtsc() + offset & _U64
+            self._offset = offset
+            return offset
+
 
 def offset_signed(vcpu: Vcpu) -> int:
     """Return a vCPU's TSC offset as a signed number."""

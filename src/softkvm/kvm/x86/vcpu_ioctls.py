@@ -14,7 +14,7 @@ from softkvm.kvm.stats import Statistic
 from softkvm.kvm.x86 import debug as debugging
 from softkvm.kvm.x86 import events as pending
 from softkvm.kvm.x86 import fpu as fpu_state
-from softkvm.kvm.x86 import mce
+from softkvm.kvm.x86 import mce, tsc
 from softkvm.kvm.x86 import msrs as msr_access
 from softkvm.kvm.x86 import regs as registers
 from softkvm.kvm.x86.cpuid import check_entry_count
@@ -97,6 +97,10 @@ class VcpuIoctls(Vcpu):
 
     def get_xsave(self) -> abi.kvm_xsave:
         """KVM_GET_XSAVE."""
+        return fpu_state.get_xsave(self)
+
+    def get_xsave2(self) -> abi.kvm_xsave:
+        """KVM_GET_XSAVE2: the silicon has no components beyond those of the structure."""
         return fpu_state.get_xsave(self)
 
     def set_xsave(self, xsave: abi.kvm_xsave) -> None:
@@ -206,6 +210,11 @@ class VcpuIoctls(Vcpu):
         """KVM_SET_DEBUGREGS."""
         debugging.set_debugregs(self, debugregs)
 
+    def set_cpuid(self, entries: Sequence[abi.kvm_cpuid_entry]) -> None:
+        """KVM_SET_CPUID: as set_cpuid2, of leaves that don't look at ECX."""
+        names = ("function", "eax", "ebx", "ecx", "edx")
+        self.set_cpuid2([abi.kvm_cpuid_entry2(**{name: getattr(e, name) for name in names}) for e in entries])
+
     def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2: E2BIG for too many entries; EINVAL once the vCPU has run, unless nothing changes."""
         check_entry_count(entries)
@@ -282,6 +291,21 @@ class VcpuIoctls(Vcpu):
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
         return self.tsc_khz
+
+    def has_device_attr(self, group: int, attr: int) -> None:
+        """KVM_HAS_DEVICE_ATTR: KVM_VCPU_TSC_OFFSET of KVM_VCPU_TSC_CTRL is all there is."""
+        if (group, attr) != (abi.KVM_VCPU_TSC_CTRL, abi.KVM_VCPU_TSC_OFFSET):
+            raise kvm_error(errno.ENXIO, f"group={group} attr={attr}, expected KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET")
+
+    def get_device_attr(self, group: int, attr: int) -> int:
+        """KVM_GET_DEVICE_ATTR: KVM_VCPU_TSC_OFFSET, what is added to the host's TSC, modulo 2**64."""
+        self.has_device_attr(group, attr)
+        return self.tsc_offset
+
+    def set_device_attr(self, group: int, attr: int, value: int) -> None:
+        """KVM_SET_DEVICE_ATTR: KVM_VCPU_TSC_OFFSET; new vCPUs get the same."""
+        self.has_device_attr(group, attr)
+        tsc.set_offset(self, self.vm.tsc.write_offset(value))
 
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL."""

@@ -143,6 +143,10 @@ class Vm(VmState, vm.Vm):
                 raise kvm_error(errno.ENOENT, "there is no in-kernel irqchip")
             self.chips.create_pit(flags, self.pio_bus)
 
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT."""
+        self.create_pit2(abi.KVM_PIT_SPEAKER_DUMMY)
+
     def kernel_irqchip(self) -> KernelIrqchip:
         """Return the in-kernel chips; ENXIO without."""
         if self.chips is None:
@@ -166,6 +170,14 @@ class Vm(VmState, vm.Vm):
     def set_irqchip(self, chip: abi.kvm_irqchip) -> None:
         """KVM_SET_IRQCHIP."""
         self.kernel_irqchip().set_irqchip(chip)
+
+    def get_pit(self) -> abi.kvm_pit_state:
+        """KVM_GET_PIT."""
+        return abi.kvm_pit_state(channels=self._pit().get_state().channels)
+
+    def set_pit(self, state: abi.kvm_pit_state) -> None:
+        """KVM_SET_PIT."""
+        self._pit().set_channels(state)
 
     def get_pit2(self) -> abi.kvm_pit_state2:
         """KVM_GET_PIT2."""

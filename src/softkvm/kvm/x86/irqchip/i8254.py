@@ -7,9 +7,16 @@ Counters don't count: what they hold is computed from the time since they were l
 
 import threading
 from collections.abc import Callable
+from ctypes import Array
 from typing import Final
 
-from softkvm.abi import KVM_PIT_FLAGS_HPET_LEGACY, KVM_PIT_FLAGS_SPEAKER_DATA_ON, kvm_pit_state2
+from softkvm.abi import (
+    KVM_PIT_FLAGS_HPET_LEGACY,
+    KVM_PIT_FLAGS_SPEAKER_DATA_ON,
+    kvm_pit_channel_state,
+    kvm_pit_state,
+    kvm_pit_state2,
+)
 from softkvm.kvm.x86.irqchip.hrtimer import Hrtimer, HrtimerQueue
 from softkvm.kvm.x86.irqchip.i8254_channel import KVM_PIT_FREQ, NSEC_PER_SEC, PitChannel
 
@@ -195,6 +202,14 @@ class Pit:
         with self._lock:
             self.flags = state.flags & KVM_PIT_FLAGS_HPET_LEGACY
             self.speaker_data_on = 1 if state.flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON else 0
-            for number, channel in enumerate(self.channels):
-                channel.set_state(state.channels[number])
-            self._start_timer()
+            self._load_channels(state.channels)
+
+    def set_channels(self, state: kvm_pit_state) -> None:
+        """Load the channels alone as KVM_SET_PIT does: all counts start anew."""
+        with self._lock:
+            self._load_channels(state.channels)
+
+    def _load_channels(self, channels: Array[kvm_pit_channel_state]) -> None:
+        for number, channel in enumerate(self.channels):
+            channel.set_state(channels[number])
+        self._start_timer()
