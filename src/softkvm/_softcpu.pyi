@@ -67,8 +67,13 @@ class Cpu:
         With what a hypervisor's entry code puts around them: RAX and RSP are in the register block like the others,
         before and after, and go to the VMCB and back; TLB_CONTROL is 0 afterwards.
         """
-    def run(self, function: Callable[[bool], object], mask: int | None = None) -> None:
-        """Call ``function`` as the one that runs the processor on this thread; it is told :attr:`interrupted`.
+    def watch(self, words: Buffer) -> None:
+        """Have :meth:`run` look at 64-bit words, and keep them; ``ValueError`` if it does so already."""
+    def run(self, function: Callable[[int], object], mask: int | None = None) -> None:
+        """Call ``function`` as the one that runs the processor on this thread.
+
+        It is told :data:`RUN_INTERRUPTED` if :attr:`interrupted`, and :data:`RUN_WATCHED` if a word of :meth:`watch`
+        isn't 0.
 
         Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run behind
         it, before what the function raises is raised. Python handlers whose signals came before run now; what one
@@ -137,6 +142,9 @@ class Instruction:
     def op_size(self, index: int) -> int: ...
     def op_access(self, index: int) -> str: ...
     def immediate(self, index: int) -> int: ...
+
+RUN_INTERRUPTED: Final[int]
+RUN_WATCHED: Final[int]
 
 REGISTER_OFFSETS: Final[dict[str, int]]
 """Where the fields of the register block (:attr:`Cpu.registers`) begin, in bytes; their names are the crate's."""

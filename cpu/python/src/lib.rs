@@ -81,6 +81,8 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<processor::PyCpu>()?;
     m.add_class::<decode::PyInstruction>()?;
     m.add("REGISTER_OFFSETS", register_offsets())?;
+    m.add("RUN_INTERRUPTED", processor::RUN_INTERRUPTED)?;
+    m.add("RUN_WATCHED", processor::RUN_WATCHED)?;
     m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
     m.add_function(wrap_pyfunction!(sched_yield, m)?)?;

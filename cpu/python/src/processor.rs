@@ -5,8 +5,9 @@ use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -37,7 +38,13 @@ pub struct PyCpu {
     /// Processors to kick at the next entry, and whether there are any.
     held: Mutex<Vec<Arc<Shared>>>,
     holding: AtomicBool,
+    /// What [`PyCpu::run`] looks at when it begins.
+    watched: OnceLock<PyBuffer<u64>>,
 }
+
+/// What the function of [`PyCpu::run`] is told.
+pub const RUN_INTERRUPTED: u32 = 1;
+pub const RUN_WATCHED: u32 = 2;
 
 // SAFETY: `inner` is only reached through `exclusive`, which hands it to one thread at a time; `registers` points into
 // the boxed Cpu and is only turned into a Python buffer.
@@ -61,6 +68,15 @@ impl PyCpu {
         let _busy = Busy(&self.busy);
         // SAFETY: `busy` was false, so nobody else has a reference.
         Ok(f(unsafe { &mut *self.inner.get() }))
+    }
+
+    /// Whether a watched word isn't 0.
+    fn watches(&self) -> bool {
+        self.watched.get().is_some_and(|words| {
+            let first = words.buf_ptr().cast::<AtomicU64>();
+            // SAFETY: the buffer keeps its memory, whose items are aligned words; others may write them meanwhile.
+            (0..words.item_count()).any(|n| unsafe { &*first.add(n) }.load(Ordering::Relaxed) != 0)
+        })
     }
 
     /// Sends the kicks that were held back.
@@ -151,6 +167,7 @@ impl PyCpu {
             deadline: AtomicU64::new(0),
             held: Mutex::default(),
             holding: AtomicBool::new(false),
+            watched: OnceLock::new(),
         })
     }
 
@@ -181,11 +198,20 @@ impl PyCpu {
     #[pyo3(signature = (function, mask = None, /))]
     fn run(&self, function: &Bound<'_, PyAny>, mask: Option<u64>) -> PyResult<()> {
         let run = |interrupted: bool| {
-            let result = function.call1((interrupted,));
+            let told =
+                if interrupted { RUN_INTERRUPTED } else { 0 } | if self.watches() { RUN_WATCHED } else { 0 };
+            let result = function.call1((told,));
             self.send_held();
             result
         };
         request::run(self.runner, mask, run, function.py()).map(drop)
+    }
+
+    fn watch(&self, words: PyBuffer<u64>) -> PyResult<()> {
+        if !words.is_c_contiguous() {
+            return Err(PyValueError::new_err("expected words in a row"));
+        }
+        self.watched.set(words).map_err(|_| PyValueError::new_err("there are watched words already"))
     }
 
     #[pyo3(signature = (function, *args, **named))]

@@ -156,6 +156,8 @@ class VcpuState:
     # Exits to userspace
     #: Called with the vCPU at the next KVM_RUN; returns 1 to go on, 0 for another exit.
     complete_userspace_io: Callable[[Any], int] | None = field(default=None, init=False)
+    #: Userspace wants registers stored in the run page or taken from it (kvm_valid_regs, kvm_dirty_regs).
+    syncs_regs: bool = field(default=False, init=False)
     pio_bus: IoBus = field(init=False)
     mmio_bus: IoBus = field(init=False)
     #: Frame of the last MMIO access and the memory slots it was found under.

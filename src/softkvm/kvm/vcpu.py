@@ -82,10 +82,12 @@ class Vcpu(VcpuState, Closing):
         """
         self.cpu.run(self._run, self.signal_mask)
 
-    def _run(self, signalled: bool) -> None:
+    def _run(self, told: int) -> None:
         try:
-            if signalled:
-                self.make_request(KVM_REQ_SIGNAL)
+            if told:
+                if told & _softcpu.RUN_INTERRUPTED:
+                    self.make_request(KVM_REQ_SIGNAL)
+                self.syncs_regs = bool(told & _softcpu.RUN_WATCHED)
             self.running = True
             self.arch_run_begin()
             complete = self.complete_userspace_io

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What x86 adds to the places of :mod:`softkvm.abi.run_page`: its MSR, debug and TPR exits."""
+"""What x86 adds to the places of :mod:`softkvm.abi.run_page`: its MSR, debug and TPR exits, and registers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final
 from softkvm.abi.run import kvm_run_msr, kvm_run_tpr_access
 from softkvm.abi.run_page import EXIT, index
 from softkvm.abi.x86.processor import kvm_debug_exit_arch
+from softkvm.abi.x86.run import kvm_run
 
 #: kvm_run.msr: the error and seven bytes of padding in one element.
 MSR_ERROR_Q: Final = index(kvm_run_msr, "error", 8, EXIT)
@@ -23,3 +24,7 @@ DEBUG_DR7_Q: Final = index(kvm_debug_exit_arch, "dr7", 8, EXIT)
 
 TPR_RIP_Q: Final = index(kvm_run_tpr_access, "rip", 8, EXIT)
 TPR_IS_WRITE_D: Final = index(kvm_run_tpr_access, "is_write", 4, EXIT)
+
+#: Which registers are to be stored in the page, and which are to be taken from it.
+KVM_VALID_REGS_Q: Final = index(kvm_run, "kvm_valid_regs", 8)
+KVM_DIRTY_REGS_Q: Final = index(kvm_run, "kvm_dirty_regs", 8)

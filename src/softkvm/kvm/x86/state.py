@@ -256,6 +256,7 @@ class VcpuState(
         self.nrips = vm.params.nrips
         self.cpu.next_rip = self.nrips
         self._kvm_run = abi.kvm_run.from_buffer(self._mapping)
+        self.cpu.watch(self.run_q[x86_run_page.KVM_VALID_REGS_Q : x86_run_page.KVM_DIRTY_REGS_Q + 1])
 
         # Register block and VMCB (layouts: softkvm._softcpu, AMD APM vol. 2 appendix B)
         block = memoryview(self.cpu.registers).cast("B")

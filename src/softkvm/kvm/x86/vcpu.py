@@ -28,7 +28,7 @@ from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH
 from softkvm.kvm.state import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import events, msrs, reset, tsc
+from softkvm.kvm.x86 import events, msrs, reset, sync_regs, tsc
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException
@@ -104,7 +104,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         """Wait for a start-up IPI; take what userspace says of the task priority and of interrupt windows."""
         if self.mp_state == _UNINITIALIZED:
             self._wait_for_sipi()
-        elif self.apic is None:
+        if self.syncs_regs:
+            sync_regs.take(self)
+        if self.apic is None:
             self._take_cr8()
         if self.pic_in_userspace and self.run_b[REQUEST_INTERRUPT_WINDOW_B]:
             self.make_request(KVM_REQ_EVENT)
@@ -113,6 +115,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def arch_run_end(self) -> None:
         """RFLAGS.IF, CR8, IA32_APIC_BASE, and whether an interrupt would be taken (``post_kvm_run_save``)."""
+        if self.syncs_regs:
+            self.syncs_regs = False
+            sync_regs.store(self)
         apic = self.apic
         run_q = self.run_q
         self.run_b[IF_FLAG_B] = self.q[RFLAGS] >> 9 & 1
