@@ -24,8 +24,11 @@ pub struct Core {
     pub unmapping: extern "C" fn(address: usize, size: usize),
     /// A handler has been installed for a signal.
     pub handler_changed: extern "C" fn(signal: c_int),
+    /// What the processor that KVM runs on answers to CPUID: EAX, EBX, ECX, EDX.
+    pub cpuid: extern "C" fn(leaf: u32, subleaf: u32, values: &mut [u32; 4]),
     /// The process is about to end.
     pub at_exit: extern "C" fn(),
-    /// Has `mark` called for every descriptor that the KVM makes for the client.
-    pub watch_descriptors: extern "C" fn(mark: extern "C" fn(fd: c_int)),
+    /// The client's side is ready: `mark` is to be called for every descriptor that the KVM makes for the client.
+    /// CPUID has been replaced in `cpuid_sites` places.
+    pub start: extern "C" fn(mark: extern "C" fn(fd: c_int), cpuid_sites: usize),
 }

@@ -183,6 +183,9 @@ def client_file(object: object, fd: int, cloexec: bool) -> int:
     ``release()`` when nobody has it open or mapped any more.
     """
 
+def client_cpuid_sites() -> int:
+    """Return in how many places of the client's code CPUID was replaced, to be answered as the silicon does."""
+
 def client_core(
     open_system: Callable[[int], int], unmapping: Callable[[int, int], None], at_exit: Callable[[], None]
 ) -> int:

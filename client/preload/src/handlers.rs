@@ -12,6 +12,11 @@ fn changed(signal: c_int, installed: bool) {
     }
 }
 
+/// The C library's sigaction().
+pub fn real_sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int {
+    real!(sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int)
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sigaction(
     signal: c_int,
@@ -26,6 +31,15 @@ pub unsafe extern "C" fn sigaction(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
+    if signal == libc::SIGILL {
+        // SAFETY: zeros are a sigaction with an empty mask.
+        let mut action: libc::sigaction = unsafe { core::mem::zeroed() };
+        let mut old = action;
+        action.sa_sigaction = handler;
+        if crate::cpuid::client_action(&action, &mut old).is_some() {
+            return old.sa_sigaction;
+        }
+    }
     let before = real!(signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t);
     changed(signal, before != libc::SIG_ERR);
     before

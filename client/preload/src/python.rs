@@ -11,7 +11,7 @@ use std::sync::Mutex;
 
 use softkvm_client::Core;
 
-use crate::descriptors;
+use crate::{cpuid, descriptors};
 
 static CORE: AtomicPtr<Core> = AtomicPtr::new(core::ptr::null_mut());
 static LOADING: Mutex<bool> = Mutex::new(false);
@@ -36,7 +36,7 @@ pub fn load() -> Option<&'static Core> {
     drop(quiet);
     match loaded {
         Ok(core) => {
-            (core.watch_descriptors)(descriptors::mark);
+            (core.start)(descriptors::mark, cpuid::replaced());
             CORE.store(core::ptr::from_ref(core).cast_mut(), Ordering::Release);
         }
         Err(why) => {

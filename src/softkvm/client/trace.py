@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
-from softkvm import abi
+from softkvm import _softcpu, abi
 from softkvm.client.settings import Settings
 
 _SHOWN: Final = 12
@@ -147,6 +147,7 @@ class Recorder:
     def statistics(self) -> dict[str, Any]:
         """Return what was counted."""
         return {
+            "cpuid_sites": _softcpu.client_cpuid_sites(),
             "requests": [
                 {"file": file, "request": request, "count": count}
                 for (file, request), count in self.requests.most_common()
@@ -170,6 +171,7 @@ class Recorder:
                 json.dump(statistics, out, indent=2)
                 out.write("\n")
                 return
+            print(f"{statistics['cpuid_sites']:12} places in the client's code where CPUID is answered", file=out)
             for row in statistics["requests"]:
                 print(f"{row['count']:12} {row['file']:6} {row['request']}", file=out)
             for row in statistics["errors"]:

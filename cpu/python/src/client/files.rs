@@ -34,8 +34,17 @@ static FILES: RwLock<Vec<Arc<File>>> = RwLock::new(Vec::new());
 static MARK: AtomicUsize = AtomicUsize::new(0);
 static COLLECTING: Mutex<()> = Mutex::new(());
 
-pub extern "C" fn watch_descriptors(mark: extern "C" fn(c_int)) {
+static CPUID_SITES: AtomicUsize = AtomicUsize::new(0);
+
+pub extern "C" fn start(mark: extern "C" fn(c_int), cpuid_sites: usize) {
     MARK.store(mark as usize, Ordering::SeqCst);
+    CPUID_SITES.store(cpuid_sites, Ordering::SeqCst);
+}
+
+/// In how many places of the client CPUID is answered.
+#[pyfunction]
+pub fn client_cpuid_sites() -> usize {
+    CPUID_SITES.load(Ordering::SeqCst)
 }
 
 fn identity(fd: c_int) -> Option<(u64, u64)> {
@@ -111,7 +120,7 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, cloexec: bool) -> PyRes
     FILES.write().unwrap_or_else(|e| e.into_inner()).push(Arc::new(file));
     let mark = MARK.load(Ordering::SeqCst);
     if mark != 0 {
-        // SAFETY: what `watch_descriptors` got.
+        // SAFETY: what `start` got.
         unsafe { core::mem::transmute::<usize, extern "C" fn(c_int)>(mark)(theirs) };
     }
     Ok(theirs)

@@ -34,8 +34,9 @@ static CORE: Core = Core {
     refresh,
     unmapping,
     handler_changed,
+    cpuid,
     at_exit,
-    watch_descriptors: files::watch_descriptors,
+    start: files::start,
 };
 
 const KVM_RUN: c_uint = 0xAE80;
@@ -89,6 +90,10 @@ extern "C" fn handler_changed(signal: c_int) {
     signals::watch_signal(signal);
 }
 
+extern "C" fn cpuid(leaf: u32, subleaf: u32, values: &mut [u32; 4]) {
+    *values = softcpu::x86::system::cpuid::cpuid(leaf, subleaf);
+}
+
 extern "C" fn at_exit() {
     if let Some(world) = WORLD.get() {
         threads::request(|py| result_of(py, world.at_exit.bind(py).call0()));
@@ -107,6 +112,7 @@ fn client_core(open_system: Py<PyAny>, unmapping: Py<PyAny>, at_exit: Py<PyAny>)
 pub fn add_to(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(client_core, m)?)?;
     m.add_function(wrap_pyfunction!(files::client_file, m)?)?;
+    m.add_function(wrap_pyfunction!(files::client_cpuid_sites, m)?)?;
     m.add_function(wrap_pyfunction!(memory::read_memory, m)?)?;
     m.add_function(wrap_pyfunction!(memory::write_memory, m)?)
 }
