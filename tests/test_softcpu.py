@@ -10,6 +10,7 @@ import threading
 import pytest
 from tests.support.threads import beside
 
+from softkvm import _softcpu
 from softkvm._softcpu import Cpu, Machine, clock_ns
 
 MS = 1_000_000
@@ -138,3 +139,25 @@ for thread in threads:
 def test_a_view_taken_while_a_page_is_given_back_keeps_it() -> None:
     ended = subprocess.run([sys.executable, "-c", _FREEING], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_run_is_told_of_words_that_are_watched() -> None:
+    cpu = Cpu(Machine(), 0)
+    told: list[int] = []
+    words = memoryview(bytearray(24)).cast("Q")
+    cpu.run(told.append)
+    cpu.watch(words[1:])
+    cpu.run(told.append)
+    words[0] = 1
+    cpu.run(told.append)
+    words[2] = 1 << 63
+    cpu.run(told.append)
+    cpu.interrupt()
+    cpu.run(told.append)
+    both = _softcpu.RUN_WATCHED | _softcpu.RUN_INTERRUPTED
+    assert told == [0, 0, 0, _softcpu.RUN_WATCHED, both]
+    with pytest.raises(ValueError, match="already"):
+        cpu.watch(words)
+    for bad in (words[::2], memoryview(bytearray(8))):
+        with pytest.raises((ValueError, BufferError)):
+            Cpu(Machine(), 0).watch(bad)

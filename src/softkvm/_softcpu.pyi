@@ -36,6 +36,11 @@ class Machine:
         """
     def remove_region(self, hva: int) -> None:
         """Forget a region; returns once no processor can reach it any more."""
+    def has_region(self, hva: int, size: int) -> bool:
+        """Tell whether a region holds a byte of the range; False in a child."""
+    has_region_function: tuple[int, int]
+    """:meth:`has_region` for C: the address of an ``int f(void *, size_t hva, size_t size)``, and its first argument;
+    async-signal-safe, takes no lock. To be called while the object is there."""
     def fill_holes(self, hva: int) -> None:
         """Have nothing be mapped in holes of the region that holds ``hva`` but what names the place (``MAP_FIXED``)."""
     def alloc_page(self, count: int = 1) -> Page:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `Machine` and `Page`.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -16,6 +16,15 @@ use softcpu::mem::{Machine, PAGE_SIZE, RegionError};
 #[pyclass(frozen, name = "Machine", module = "softkvm._softcpu")]
 pub struct PyMachine {
     pub inner: Arc<Machine>,
+}
+
+/// [`Machine::has_region`] for C.
+///
+/// # Safety
+/// `machine` is what `Machine.has_region_function` gave for a machine that is still there.
+unsafe extern "C" fn has_region(machine: *const c_void, hva: usize, size: usize) -> c_int {
+    // SAFETY: given.
+    c_int::from(unsafe { &*machine.cast::<Machine>() }.has_region(hva, size))
 }
 
 fn region_error(e: RegionError, hva: usize, size: usize) -> PyErr {
@@ -80,6 +89,15 @@ impl PyMachine {
     fn remove_region(&self, py: Python<'_>, hva: usize) -> PyResult<()> {
         let machine = own(&self.inner)?;
         py.detach(|| machine.remove_region(hva)).map_err(|e| region_error(e, hva, 0))
+    }
+
+    fn has_region(&self, hva: usize, size: usize) -> bool {
+        self.inner.has_region(hva, size)
+    }
+
+    #[getter]
+    fn has_region_function(&self) -> (usize, usize) {
+        (has_region as *const () as usize, Arc::as_ptr(&self.inner) as usize)
     }
 
     fn fill_holes(&self, hva: usize) -> PyResult<()> {

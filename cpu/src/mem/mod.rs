@@ -13,6 +13,7 @@ mod host;
 pub mod lost;
 mod pool;
 mod processors;
+mod published;
 mod region;
 pub mod remote;
 mod shared;
@@ -31,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
 use forks::forks;
 use pool::Pool;
+use published::Published;
 use region::Owner;
 use shared::signal;
 
@@ -38,6 +40,8 @@ use shared::signal;
 #[derive(Default)]
 pub struct Machine {
     table: RwLock<Arc<RegionTable>>,
+    /// The same, for those who may not wait.
+    published: Published,
     /// Counts the events that every processor must catch up with (code pages armed, regions removed).
     generation: AtomicU64,
     pool: Mutex<Pool>,
@@ -114,10 +118,17 @@ impl Machine {
         self.table.read().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
+    /// Whether some of `size` bytes at `hva` is of a region that [`Machine::add_region`] has made usable; not in a child.
+    /// Takes no lock, and may be asked in a signal's handler.
+    pub fn has_region(&self, hva: usize, size: usize) -> bool {
+        !self.inherited() && self.published.look(|table| table.meets_user(hva, size)).unwrap_or(false)
+    }
+
     fn put_region(&self, region: Region) -> Result<(), RegionError> {
         {
             let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
             *table = Arc::new(table.with(region)?);
+            self.published.publish(&table);
         }
         self.advance(None);
         Ok(())
@@ -127,6 +138,7 @@ impl Machine {
         {
             let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
             *table = Arc::new(table.without(hva, owner)?);
+            self.published.publish(&table);
         }
         let generation = self.advance(None);
         while !self.caught_up(generation, None) {

@@ -167,6 +167,12 @@ impl RegionTable {
         self.from(0).filter(|r| r.owner == Owner::User)
     }
 
+    /// Whether one of the machine's user's regions meets `size` bytes at `base`.
+    pub(super) fn meets_user(&self, base: usize, size: usize) -> bool {
+        let end = base.saturating_add(size);
+        size != 0 && self.from(base).take_while(|r| r.base < end).any(|r| r.owner == Owner::User)
+    }
+
     /// The same among the machine's own.
     pub(super) fn meets_own(&self, base: usize, size: usize) -> bool {
         self.from(base).take_while(|r| r.base < base.saturating_add(size)).any(|r| r.owner == Owner::Machine)

@@ -118,12 +118,12 @@ class Vm(VmState, Closing):
 
     def _map_host(self, slot: MemorySlot) -> None:
         try:
-            self.regions.get(slot.userspace_addr, slot.npages << 12)
+            self.regions.get(slot.userspace_addr, slot.npages << PAGE_SHIFT, slot.id)
         except ValueError as problem:
             raise kvm_error(errno.EINVAL, f"userspace_addr={slot.userspace_addr:#x}: {problem}") from None
 
     def _unmap_host(self, slot: MemorySlot) -> None:
-        self.regions.put(slot.userspace_addr, slot.npages << 12)
+        self.regions.put(slot.userspace_addr, slot.npages << PAGE_SHIFT, slot.id)
         slot.release()
 
     def _drop_memory(self) -> None:
@@ -163,15 +163,24 @@ class Vm(VmState, Closing):
         """Tell that the process's memory at ``hva`` is, or is about to be, another or none (an MMU notifier).
 
         No ioctl: the kernel learns this by itself (``kvm_mmu_notifier_invalidate_range_start``). When this returns no
-        translation to a page of the range is in use; a guest that touches one again gets what the process has there
-        then, and KVM_RUN is EFAULT if that is nothing. To unmap memory that a guest may be using, hold ``mmu_lock``
-        around this and munmap(): nothing is mapped anew meanwhile.
+        translation to a page of the range is in use, nor code that was decoded there: each VMRUN compares that with
+        memory. A guest that touches a page again gets what the process has there then, and KVM_RUN is EFAULT if that
+        is nothing. To unmap memory that a guest may be using, hold ``mmu_lock`` around this and munmap(): nothing is
+        mapped anew meanwhile.
+
+        Ranges that no slot has cost next to nothing. Native code can tell them without the interpreter
+        (``machine.has_region_function``).
         """
         first, end = hva & -PAGE_SIZE, hva + size
+        users = self.regions.users(first, end)
+        if not users:
+            return
         with self.mmu_lock:
             self.host_mappings.forget()
             flush = False
-            for slot in self.memslots:
+            for slot in (self.memslots.by_id(number) for number in users):
+                if slot is None:
+                    continue
                 start = max(first, slot.userspace_addr) - slot.hva_offset
                 stop = min(end, slot.userspace_addr + (slot.npages << PAGE_SHIFT)) - slot.hva_offset
                 if start < stop:

@@ -271,3 +271,79 @@ def test_a_vm_that_is_closed_leaves_no_hole_behind() -> None:
     guest.tiny.close()
     assert anywhere(guest.hva(8), 8 * PAGE) == guest.hva(8)
     guest.close()
+
+
+COUNT_UP, COUNT_DOWN = b"\x40\xf4", b"\x48\xf4"  # inc eax; hlt, and dec eax; hlt
+
+
+@pytest.mark.parametrize("log", [0, abi.KVM_MEM_LOG_DIRTY_PAGES])
+def test_code_that_was_decoded_goes_with_its_memory(guest: Guest, log: int) -> None:
+    guest.tiny.slot(1, GPA, SIZE, guest.address, log)
+    for code, result in ((COUNT_UP, 11), (COUNT_DOWN, 9), (COUNT_UP, 11)):
+        with guest.vm.mmu_lock:
+            guest.vm.host_unmapped(guest.hva(3), PAGE)
+            unmap(guest.hva(3), PAGE)
+            remap(guest.hva(3), PAGE)
+            ctypes.memmove(guest.hva(3), code, len(code))
+        for _ in range(3):
+            guest.tiny.load(b"\xf4", rip=GPA + 3 * PAGE, rax=10)
+            assert guest.tiny.run_to_halt().rax == result
+
+
+def test_code_that_runs_meanwhile_goes_with_its_memory(guest: Guest) -> None:
+    """A vCPU that never leaves goes on in what has come in the place of its code."""
+    ctypes.memmove(guest.hva(3), b"\xeb\xfe", 2)  # jmp to itself
+    guest.tiny.load(b"\xf4", rip=GPA + 3 * PAGE, rax=10)
+    entered = threading.Event()
+    guest.vcpu.call_soon(entered.set)
+    thread = threading.Thread(target=guest.vcpu.run)
+    thread.start()
+    try:
+        assert entered.wait(20)
+        end = time.monotonic() + 20
+        while not guest.vcpu.cpu.instructions:
+            assert time.monotonic() < end
+        with guest.vm.mmu_lock:
+            guest.vm.host_unmapped(guest.hva(3), PAGE)
+            remap(guest.hva(3), PAGE)
+            ctypes.memmove(guest.hva(3), COUNT_UP, 2)
+        thread.join(20)
+        assert not thread.is_alive()
+        assert guest.vcpu.get_regs().rax == 11
+    finally:
+        guest.vcpu.kick()
+        thread.join()
+
+
+def test_ranges_that_no_slot_has_are_known_without_a_lock(guest: Guest) -> None:
+    address, argument = guest.vm.machine.has_region_function
+    has_region = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(address)
+    for start, size, expected in (
+        (guest.address - PAGE, PAGE, 0),
+        (guest.address - PAGE, PAGE + 1, 1),
+        (guest.address + SIZE - 1, 1, 1),
+        (guest.address + SIZE, PAGE, 0),
+        (guest.address + PAGE, 0, 0),
+        (0, (1 << 64) - 1, 1),
+    ):
+        assert has_region(argument, start, size) == expected
+        assert guest.vm.machine.has_region(start, size) == bool(expected)
+    guest.tiny.slot(1, GPA, 0, 0)
+    assert has_region(argument, guest.address, SIZE) == 0
+    guest.tiny.close()
+    assert has_region(argument, 0, (1 << 64) - 1) == 0
+
+
+def test_of_many_slots_only_those_concerned_are_looked_at(guest: Guest) -> None:
+    guest.tiny.slot(1, GPA, 0, 0)
+    count = SIZE // (2 * PAGE)
+    for n in range(count):
+        guest.tiny.slot(1 + n, GPA + n * 2 * PAGE, PAGE, guest.hva(2 * n))
+    assert guest.vm.regions.users(guest.hva(20), guest.hva(20) + 3 * PAGE) == {11, 12}
+    assert guest.vm.regions.users(guest.hva(21), guest.hva(22)) == set()
+    guest.store(20, 5)
+    remap(guest.hva(20), PAGE)
+    guest.vm.host_unmapped(guest.hva(20), PAGE)
+    assert guest.fetch(20) == 0
+    for n in range(count):
+        guest.tiny.slot(1 + n, 0, 0, 0)

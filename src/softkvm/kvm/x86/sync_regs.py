@@ -13,7 +13,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import events, regs
 
 if TYPE_CHECKING:
-    from softkvm.kvm.x86.vcpu import Vcpu
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 #: For each bit, in the order that they are taken in: the field of ``kvm_sync_regs``, its getter and setter.
 _SETS: Final[tuple[tuple[int, str, Callable[[Any], Any], Callable[[Any, Any], None]], ...]] = (
