@@ -9,12 +9,13 @@
 use std::ffi::c_int;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use pyo3::prelude::*;
 
 use super::{result_of, threads};
+use crate::request;
 
 /// A file that the client has open.
 pub struct File {
@@ -32,6 +33,7 @@ const HIGH: c_int = 700;
 
 static FILES: RwLock<Vec<Arc<File>>> = RwLock::new(Vec::new());
 static MARK: AtomicUsize = AtomicUsize::new(0);
+static POSTPONED: AtomicBool = AtomicBool::new(false);
 static COLLECTING: Mutex<()> = Mutex::new(());
 
 static CPUID_SITES: AtomicUsize = AtomicUsize::new(0);
@@ -81,6 +83,13 @@ fn os_error() -> PyErr {
     std::io::Error::last_os_error().into()
 }
 
+/// Does what [`collect`] has put off.
+pub fn collect_postponed() {
+    if POSTPONED.load(Ordering::Relaxed) && POSTPONED.swap(false, Ordering::SeqCst) {
+        collect();
+    }
+}
+
 /// Makes the client's descriptor of a memfd; requests on it are `ioctl(request, argument)` and, if it has one, `run()`
 /// of `object`, which is told by `release()` that nobody has it open any more.
 #[pyfunction]
@@ -126,8 +135,13 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, cloexec: bool) -> PyRes
     Ok(theirs)
 }
 
-/// Gives back the files that the client has no more.
+/// Gives back the files that the client has no more; behind the request that this thread is in, if it is in one: then it
+/// is Python that has closed something, and who knows what it holds.
 pub extern "C" fn collect() {
+    if request::own().held() {
+        POSTPONED.store(true, Ordering::SeqCst);
+        return;
+    }
     let gone: Vec<Arc<File>> = {
         let _one = COLLECTING.lock().unwrap_or_else(|e| e.into_inner());
         let files = FILES.read().unwrap_or_else(|e| e.into_inner()).clone();

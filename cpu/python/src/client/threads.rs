@@ -3,11 +3,11 @@
 
 use std::cell::Cell;
 use std::ffi::c_int;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
 
+use super::files;
 use crate::request;
 
 unsafe extern "C" {
@@ -20,7 +20,8 @@ struct State(Cell<bool>);
 
 impl Drop for State {
     fn drop(&mut self) {
-        if self.0.get() && !INHERITED.load(Ordering::Relaxed) {
+        // SAFETY: asks; a thread of Python's own has given its state up already.
+        if self.0.get() && unsafe { !ffi::PyGILState_GetThisThreadState().is_null() } {
             // SAFETY: the second one gives back what `keep` has taken; this thread is not in Python.
             unsafe {
                 ffi::PyGILState_Ensure();
@@ -33,9 +34,6 @@ impl Drop for State {
 
 thread_local!(static STATE: State = const { State(Cell::new(false)) });
 
-/// The interpreter cannot be used in this forked child.
-static INHERITED: AtomicBool = AtomicBool::new(false);
-
 /// Lets the thread keep its state when it leaves Python: to make one costs more than a request.
 fn keep() {
     let _ = STATE.try_with(|state| {
@@ -47,6 +45,22 @@ fn keep() {
             }
         }
     });
+}
+
+/// Calls a function with the interpreter's lock. It may be that a request of this thread has it, or had it and has given
+/// it up for the call that has led here.
+fn attached<R>(function: impl FnOnce(Python<'_>) -> R) -> R {
+    struct Attached(ffi::PyGILState_STATE);
+    impl Drop for Attached {
+        fn drop(&mut self) {
+            // SAFETY: of the call below.
+            unsafe { ffi::PyGILState_Release(self.0) };
+        }
+    }
+    // SAFETY: the interpreter is there for as long as the process.
+    let _attached = Attached(unsafe { ffi::PyGILState_Ensure() });
+    // SAFETY: the thread has the lock.
+    function(unsafe { Python::assume_attached() })
 }
 
 /// Does a request: not cancelled half-way, handlers of signals behind it, when the interpreter's lock is free again. A
@@ -63,11 +77,12 @@ pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> R {
         runner.begin();
     }
     keep();
-    let result = Python::attach(function);
+    let result = attached(function);
     unsafe { pthread_setcancelstate(cancel, core::ptr::null_mut()) };
     unsafe { *errno = before };
     if outermost {
         runner.end();
+        files::collect_postponed();
     }
     result
 }
