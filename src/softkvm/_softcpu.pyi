@@ -184,8 +184,8 @@ def write_memory(address: int, data: Buffer) -> None:
 def client_file(object: object, fd: int, cloexec: bool) -> int:
     """Return a new descriptor of the memfd ``fd`` that is a client's, on which requests are methods of ``object``.
 
-    ``ioctl(request, argument)``; ``run()`` for KVM_RUN and ``refresh()`` before it is read, if it has them; and
-    ``release()`` when nobody has it open or mapped any more.
+    ``ioctl(request, argument)``; ``release()`` when nobody has it open or mapped any more; and, if it has them,
+    ``run()`` for KVM_RUN, ``refresh()`` before it is read, ``mapped(address, size, offset, protection)`` behind mmap().
     """
 
 def client_cpuid_sites() -> int:

@@ -27,7 +27,7 @@ pub extern "C" fn mark(fd: c_int) {
     }
 }
 
-fn is_marked(fd: c_int) -> bool {
+pub fn is_marked(fd: c_int) -> bool {
     core().is_some() && of(fd).is_some_and(|marked| marked.load(Ordering::Relaxed) != 0)
 }
 

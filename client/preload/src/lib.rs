@@ -14,5 +14,6 @@ mod cpuid;
 mod descriptors;
 mod files;
 mod handlers;
+mod memory;
 mod python;
 mod real;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -92,6 +93,8 @@ class Vcpu(Descriptor):
             if "kvm_run" in vars(self):
                 del self.kvm_run
                 self.shared.release()
+                with contextlib.suppress(BufferError):  # somebody has a view of his own
+                    self._map.close()
 
     def stats(self) -> dict[str, int]:
         """KVM_GET_STATS_FD: the kernel's counters for this vCPU, by the kernel's names."""

@@ -25,6 +25,7 @@ pub struct File {
     pub ioctl: Py<PyAny>,
     pub run: Option<Py<PyAny>>,
     pub refresh: Option<Py<PyAny>>,
+    pub mapped: Option<Py<PyAny>>,
     release: Py<PyAny>,
 }
 
@@ -124,6 +125,7 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, cloexec: bool) -> PyRes
         ioctl: attribute("ioctl")?,
         run: optional("run")?,
         refresh: optional("refresh")?,
+        mapped: optional("mapped")?,
         release: attribute("release")?,
     };
     FILES.write().unwrap_or_else(|e| e.into_inner()).push(Arc::new(file));

@@ -32,6 +32,7 @@ static CORE: Core = Core {
     ioctl,
     collect: files::collect,
     refresh,
+    mapped,
     unmapping,
     handler_changed,
     cpuid,
@@ -77,6 +78,13 @@ extern "C" fn refresh(fd: c_int) {
     let Some(file) = files::find(fd) else { return };
     if let Some(refresh) = &file.refresh {
         threads::request(|py| result_of(py, refresh.bind(py).call0()));
+    }
+}
+
+extern "C" fn mapped(fd: c_int, address: usize, size: usize, offset: usize, protection: c_int) {
+    let Some(file) = files::find(fd) else { return };
+    if let Some(mapped) = &file.mapped {
+        threads::request(|py| result_of(py, mapped.bind(py).call1((address, size, offset, protection))));
     }
 }
 
