@@ -16,6 +16,7 @@ from softkvm.kvm.x86.features import (
     ECX,
     EDX,
     X86_FEATURE_APIC,
+    X86_FEATURE_ARCH_CAPABILITIES,
     X86_FEATURE_HYPERVISOR,
     X86_FEATURE_MWAIT,
     X86_FEATURE_OSPKE,
@@ -28,7 +29,7 @@ from softkvm.kvm.x86.features import (
     Feature,
 )
 from softkvm.kvm.x86.irqchip.apicdef import MSR_IA32_APICBASE_ENABLE
-from softkvm.kvm.x86.msrs import MISC_ENABLE_MWAIT, MSR_IA32_MISC_ENABLE
+from softkvm.kvm.x86.msr_index import MISC_ENABLE_MWAIT, MSR_IA32_MISC_ENABLE
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -86,6 +87,7 @@ def _supported_leaf(function: int, index: int) -> Leaf:
     elif function == 0x7 and index == 0:
         ebx |= X86_FEATURE_TSC_ADJUST.mask  # kept by KVM
         ecx &= ~_OSPKE
+        edx |= X86_FEATURE_ARCH_CAPABILITIES.mask  # kept by KVM
     elif function in (0xA, 0xF, 0x10, 0x8000_000A):
         return _ZERO  # no PMU, no resource control, no nested SVM
     elif function == 0x8000_0001:

@@ -25,7 +25,9 @@ class Feature(NamedTuple):
         return 1 << self.bit
 
 
+X86_FEATURE_XMM3: Final = Feature(0x1, 0, ECX, 0)  # SSE3
 X86_FEATURE_MWAIT: Final = Feature(0x1, 0, ECX, 3)  # MONITOR, too
+X86_FEATURE_PDCM: Final = Feature(0x1, 0, ECX, 15)
 X86_FEATURE_PCID: Final = Feature(0x1, 0, ECX, 17)
 X86_FEATURE_X2APIC: Final = Feature(0x1, 0, ECX, 21)
 X86_FEATURE_TSC_DEADLINE_TIMER: Final = Feature(0x1, 0, ECX, 24)
@@ -45,9 +47,14 @@ X86_FEATURE_OSPKE: Final = Feature(0x7, 0, ECX, 4)
 X86_FEATURE_LA57: Final = Feature(0x7, 0, ECX, 16)
 X86_FEATURE_RDPID: Final = Feature(0x7, 0, ECX, 22)
 
+X86_FEATURE_ARCH_CAPABILITIES: Final = Feature(0x7, 0, EDX, 29)
+X86_FEATURE_XSAVES: Final = Feature(0xD, 1, EAX, 3)
+
 X86_FEATURE_SVM: Final = Feature(0x8000_0001, 0, ECX, 2)
+X86_FEATURE_OSVW: Final = Feature(0x8000_0001, 0, ECX, 9)
 X86_FEATURE_SYSCALL: Final = Feature(0x8000_0001, 0, EDX, 11)
 X86_FEATURE_NX: Final = Feature(0x8000_0001, 0, EDX, 20)
 X86_FEATURE_GBPAGES: Final = Feature(0x8000_0001, 0, EDX, 26)
 X86_FEATURE_RDTSCP: Final = Feature(0x8000_0001, 0, EDX, 27)
 X86_FEATURE_LM: Final = Feature(0x8000_0001, 0, EDX, 29)
+X86_FEATURE_VIRT_SSBD: Final = Feature(0x8000_0008, 0, EBX, 25)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.exceptions import queue_exception
-from softkvm.kvm.x86.msrs import (
+from softkvm.kvm.x86.msr_index import (
     KVM_MAX_MCE_BANKS,
     MCG_CTL_P,
     MSR_IA32_MC0_CTL,

@@ -77,7 +77,7 @@ class Kvm(system.Kvm):
             raise kvm_error(errno.E2BIG, f"nmsrs={len(indices)}, expected fewer than 256")
         values = []
         for index in indices:
-            value = msrs.FEATURE_MSRS.get(index)
+            value = msrs.FEATURE_MSRS.get(index, 0 if self.params.ignore_msrs else None)
             if value is None:
                 break
             values.append(value)

@@ -28,12 +28,13 @@ from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH
 from softkvm.kvm.state import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import events, msrs, reset, sync_regs, tsc
+from softkvm.kvm.x86 import events, reset, sync_regs, tsc
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException
 from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_CHECK_VAPIC, KVM_APIC_PV_EOI_PENDING
 from softkvm.kvm.x86.irqchip.lapic import Lapic
+from softkvm.kvm.x86.msr_index import MCG_CAP
 from softkvm.kvm.x86.paravirt import kvmclock, steal_time
 from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
 from softkvm.kvm.x86.paravirt.vapic import Vapic
@@ -70,7 +71,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def __init__(self, vm: VmState, vcpu_id: int) -> None:
         super().__init__(vm, vcpu_id)
-        self.mcg_cap = msrs.MCG_CAP
+        self.mcg_cap = MCG_CAP
         self.exception = QueuedException()
         self.cpuid = CpuidTable()
         self.emulator = Emulator(self)

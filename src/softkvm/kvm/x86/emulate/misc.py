@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from softkvm import abi
-from softkvm.kvm.x86 import msrs
+from softkvm.kvm.x86 import msr_index, msrs
 from softkvm.kvm.x86.emulate.alu import signed
 from softkvm.kvm.x86.emulate.emulator import Emulator, handler
 from softkvm.kvm.x86.emulate.operands import REG, Insn, Operand
@@ -138,8 +138,8 @@ def sysenter(e: Emulator, i: Insn) -> None:
     mask = (1 << 64) - 1 if long_mode else _U32
     _flat(e, cs, cs + 8, 0, code64=long_mode)
     e.set_flags(abi.X86_EFLAGS_VM | abi.X86_EFLAGS_IF | abi.X86_EFLAGS_RF, 0)
-    e.gpr[_RSP] = _msr(e, msrs.MSR_IA32_SYSENTER_ESP) & mask
-    _go(e, _msr(e, msrs.MSR_IA32_SYSENTER_EIP) & mask)
+    e.gpr[_RSP] = _msr(e, msr_index.MSR_IA32_SYSENTER_ESP) & mask
+    _go(e, _msr(e, msr_index.MSR_IA32_SYSENTER_EIP) & mask)
 
 
 @handler("sysexit", "sysexitq")

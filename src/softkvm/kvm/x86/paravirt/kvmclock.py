@@ -166,7 +166,7 @@ def reset(vcpu: Vcpu) -> None:
 
 
 def _feature_denied(vcpu: Vcpu, feature: int, host: bool) -> bool:
-    """Tell whether KVM_CAP_ENFORCE_PV_FEATURE_CPUID forbids the guest the access."""
+    """Tell whether KVM_CAP_ENFORCE_PV_FEATURE_CPUID forbids the guest the access; userspace saves and restores all."""
     return not host and vcpu.pv_cpuid_enforce and not vcpu.cpuid.kvm_features >> feature & 1
 
 
@@ -229,11 +229,12 @@ def _write_async_pf_en(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if vcpu.apic is None:
         return not data
     vcpu.msr_values[index] = data
-    return True
+    on = abi.KVM_ASYNC_PF_ENABLED | abi.KVM_ASYNC_PF_DELIVERY_AS_INT
+    return data & on != on or read_guest(vcpu.vm, data & ~0x3F, 8) is not None
 
 
 def _write_async_pf_int(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host) or data >> 8:
+    if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host) or data >> 8 or vcpu.apic is None:
         return False
     vcpu.msr_values[index] = data
     return True

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of model-specific registers, and their bits (arch/x86/include/asm/msr-index.h; APM vol. 2, appendix A)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MSR_IA32_P5_MC_ADDR: Final = 0x0
+MSR_IA32_P5_MC_TYPE: Final = 0x1
+MSR_IA32_TSC: Final = 0x10
+MSR_IA32_PLATFORM_ID: Final = 0x17
+MSR_IA32_APICBASE: Final = 0x1B
+MSR_IA32_EBL_CR_POWERON: Final = 0x2A
+MSR_EBC_FREQUENCY_ID: Final = 0x2C
+MSR_IA32_FEATURE_CONTROL: Final = 0x3A
+MSR_IA32_TSC_ADJUST: Final = 0x3B
+MSR_SMI_COUNT: Final = 0x34
+MSR_IA32_SPEC_CTRL: Final = 0x48
+MSR_IA32_PRED_CMD: Final = 0x49
+MSR_IA32_UCODE_WRITE: Final = 0x79
+MSR_IA32_UCODE_REV: Final = 0x8B
+MSR_PLATFORM_INFO: Final = 0xCE
+MSR_MTRRCAP: Final = 0xFE
+MSR_IA32_ARCH_CAPABILITIES: Final = 0x10A
+MSR_IA32_BBL_CR_CTL3: Final = 0x11E
+MSR_IA32_SYSENTER_CS: Final = 0x174
+MSR_IA32_SYSENTER_ESP: Final = 0x175
+MSR_IA32_SYSENTER_EIP: Final = 0x176
+MSR_IA32_MCG_CAP: Final = 0x179
+MSR_IA32_MCG_STATUS: Final = 0x17A
+MSR_IA32_MCG_CTL: Final = 0x17B
+MSR_MISC_FEATURES_ENABLES: Final = 0x140
+MSR_IA32_PERF_STATUS: Final = 0x198
+MSR_IA32_PERF_CTL: Final = 0x199
+MSR_IA32_MISC_ENABLE: Final = 0x1A0
+MSR_IA32_DEBUGCTL: Final = 0x1D9
+MSR_IA32_POWER_CTL: Final = 0x1FC
+MSR_MTRR_PHYS_BASE0: Final = 0x200
+MSR_IA32_CR_PAT: Final = 0x277
+MSR_IA32_MC0_CTL2: Final = 0x280
+MSR_MTRR_DEF_TYPE: Final = 0x2FF
+MSR_IA32_PERF_CAPABILITIES: Final = 0x345
+MSR_IA32_MC0_CTL: Final = 0x400
+MSR_IA32_TSC_DEADLINE: Final = 0x6E0
+MSR_X2APIC: Final = 0x800
+MSR_IA32_XSS: Final = 0xDA0
+MSR_EFER: Final = 0xC000_0080
+MSR_STAR: Final = 0xC000_0081
+MSR_LSTAR: Final = 0xC000_0082
+MSR_CSTAR: Final = 0xC000_0083
+MSR_SYSCALL_MASK: Final = 0xC000_0084
+MSR_FS_BASE: Final = 0xC000_0100
+MSR_GS_BASE: Final = 0xC000_0101
+MSR_KERNEL_GS_BASE: Final = 0xC000_0102
+MSR_TSC_AUX: Final = 0xC000_0103
+MSR_AMD64_TSC_RATIO: Final = 0xC000_0104
+MSR_AMD64_SYSCFG: Final = 0xC001_0010
+MSR_K7_HWCR: Final = 0xC001_0015
+MSR_K7_CLK_CTL: Final = 0xC001_001B
+MSR_AMD64_NB_CFG: Final = 0xC001_001F
+MSR_AMD64_PATCH_LOADER: Final = 0xC001_0020
+MSR_K8_INT_PENDING_MSG: Final = 0xC001_0055
+MSR_FAM10H_MMIO_CONF_BASE: Final = 0xC001_0058
+MSR_K8_TSEG_ADDR: Final = 0xC001_0112
+MSR_K8_TSEG_MASK: Final = 0xC001_0113
+MSR_VM_CR: Final = 0xC001_0114
+MSR_VM_IGNNE: Final = 0xC001_0115
+MSR_VM_HSAVE_PA: Final = 0xC001_0117
+MSR_AMD64_VIRT_SPEC_CTRL: Final = 0xC001_011F
+MSR_AMD64_OSVW_ID_LENGTH: Final = 0xC001_0140
+MSR_AMD64_OSVW_STATUS: Final = 0xC001_0141
+MSR_F15H_IC_CFG: Final = 0xC001_1021
+MSR_AMD64_DC_CFG: Final = 0xC001_1022
+MSR_AMD64_TW_CFG: Final = 0xC001_1023
+MSR_AMD64_DE_CFG: Final = 0xC001_1029
+MSR_AMD64_BU_CFG2: Final = 0xC001_102A
+MSR_F15H_EX_CFG: Final = 0xC001_102C
+
+KVM_MAX_MCE_BANKS: Final = 32
+MCG_CTL_P: Final = 1 << 8
+#: Until KVM_X86_SETUP_MCE: banks only.
+MCG_CAP: Final = KVM_MAX_MCE_BANKS
+UCODE_REV: Final = 0x0100_0065  # AMD's patch level is in the lower half
+DE_CFG_LFENCE_SERIALIZE: Final = 1 << 1
+TSC_RATIO_DEFAULT: Final = 1 << 32
+VIRT_SPEC_CTRL_SSBD: Final = 1 << 2
+MISC_ENABLE_EMON: Final = 1 << 7  # read-only, writes of it are dropped
+MISC_ENABLE_PMU_READ_ONLY: Final = 1 << 11 | 1 << 12  # no branch trace store, no precise event sampling
+MISC_ENABLE_MWAIT: Final = 1 << 18
+#: What the silicon, which doesn't speculate, cannot be attacked by (SDM vol. 4, table 2-2, IA32_ARCH_CAPABILITIES).
+ARCH_CAPABILITIES: Final = (
+    1 << 0  # RDCL_NO
+    | 1 << 3  # SKIP_L1DFL_VMENTRY
+    | 1 << 4  # SSB_NO
+    | 1 << 5  # MDS_NO
+    | 1 << 6  # IF_PSCHANGE_MC_NO
+    | 1 << 26  # GDS_NO
+    | 1 << 27  # RFDS_NO
+    | 1 << 62  # ITS_NO
+)
+PLATFORM_INFO_CPUID_FAULT: Final = 1 << 31
+MISC_FEATURES_ENABLES_CPUID_FAULT: Final = 1 << 0
+HWCR_TSC_FREQ_SEL: Final = 1 << 24  # the TSC counts at the P0 frequency
+
+#: LBR, BTF, and the performance monitoring pins (APM vol. 2, 13.1.1.6).
+DEBUGCTL_VALID: Final = 0x3F
