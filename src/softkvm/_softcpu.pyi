@@ -93,6 +93,8 @@ class Cpu:
 
         Waits for those; Python handlers run meanwhile. In a run or request of the thread's own it is just a call.
         """
+    held: bool
+    """Whether the calling thread is in a :meth:`run` or :meth:`request`."""
     def interrupt(self) -> None:
         """End the run, or the next one, by a kick that stays until it is taken."""
     interrupted: bool

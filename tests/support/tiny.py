@@ -45,12 +45,20 @@ class Tiny:
     """One VM with memory at 0 and one vCPU."""
 
     def __init__(
-        self, size: int = 2 * MIB, *, irqchip: bool = False, params: Params | None = None, vcpus: int = 1
+        self,
+        size: int = 2 * MIB,
+        *,
+        irqchip: bool = False,
+        params: Params | None = None,
+        vcpus: int = 1,
+        dirty_ring: int = 0,
     ) -> None:
         self.kvm = Kvm(params) if params is not None else cast(Kvm, softkvm.open())
         self.vm: Vm = self.kvm.create_vm()
         if irqchip:
             self.vm.create_irqchip()
+        if dirty_ring:
+            self.vm.enable_cap(abi.KVM_CAP_DIRTY_LOG_RING, dirty_ring)
         self.memory = Memory(size)
         self.slot(0, 0, size, self.memory.address)
         self.vcpus: list[Vcpu] = []

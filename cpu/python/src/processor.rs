@@ -224,6 +224,11 @@ impl PyCpu {
         request::within(self.runner, || function.call(args, named), function.py())
     }
 
+    #[getter]
+    fn held(&self) -> bool {
+        self.runner.held()
+    }
+
     fn interrupt(&self) {
         self.runner.interrupt();
     }

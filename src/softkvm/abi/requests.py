@@ -262,7 +262,7 @@ KVM_IOEVENTFD = IOW(0x79, kvm_ioeventfd, VM, IoEventfd)
 KVM_SIGNAL_MSI = IOW(0xA5, kvm_msi, VM, TakesValue)
 KVM_CREATE_DEVICE = IOWR(0xE0, kvm_create_device, VM)
 KVM_CLEAR_DIRTY_LOG = IOWR(0xC0, kvm_clear_dirty_log, VM, ClearDirtyLog)
-KVM_RESET_DIRTY_RINGS = IO(0xC7, VM)
+KVM_RESET_DIRTY_RINGS = IO(0xC7, VM, Value)
 KVM_ENABLE_CAP = IOW(0xA3, kvm_enable_cap, VM | VCPU, Capability)
 KVM_GET_STATS_FD = IO(0xCE, VM | VCPU, Value)
 

@@ -91,6 +91,13 @@ class Vm(Closeable, Protocol):
         if the slot has no log; EFAULT if *bitmap* is shorter than *num_pages* in whole 64-bit words.
         """
 
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS: watch those pages again that userspace has collected from the vCPUs' rings; how many.
+
+        A ring (KVM_CAP_DIRTY_LOG_RING) is mapped from :attr:`Vcpu.shared_fd`, at page KVM_DIRTY_LOG_PAGE_OFFSET; its
+        entries are :class:`softkvm.abi.kvm_dirty_gfn`. EINVAL without rings.
+        """
+
     def enable_cap(self, cap: int, *args: int) -> None:
         """KVM_ENABLE_CAP on a VM."""
 

@@ -7,6 +7,7 @@ import os
 from typing import Final
 
 from softkvm import abi
+from softkvm.kvm.memory.dirty_ring import KVM_DIRTY_RING_MAX_BYTES
 from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
 
 #: As Linux is configured by default (CONFIG_KVM_MAX_NR_VCPUS), and its highest id plus one (KVM_VCPU_ID_RATIO).
@@ -38,6 +39,8 @@ GENERAL_CAPABILITIES: Final[dict[int, int]] = {
     abi.KVM_CAP_ENABLE_CAP_VM: 1,
     abi.KVM_CAP_CHECK_EXTENSION_VM: 1,
     abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: (abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | abi.KVM_DIRTY_LOG_INITIALLY_SET),
+    abi.KVM_CAP_DIRTY_LOG_RING: KVM_DIRTY_RING_MAX_BYTES,
+    abi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: KVM_DIRTY_RING_MAX_BYTES,
     abi.KVM_CAP_HALT_POLL: 1,
     abi.KVM_CAP_IRQFD: 1,
     abi.KVM_CAP_IRQFD_RESAMPLE: 1,

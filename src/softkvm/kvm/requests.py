@@ -16,5 +16,7 @@ KVM_REQ_VM_DEAD: Final = 1 << 1
 KVM_REQ_SIGNAL: Final = 1 << 2
 #: Code was called for on the vCPU's own thread (``vcpu.call_soon``).
 KVM_REQ_TASK_WORK: Final = 1 << 3
+#: The vCPU's ring of dirty pages is nearly full: KVM_RUN ends until userspace has had it reset.
+KVM_REQ_DIRTY_RING_SOFT_FULL: Final = 1 << 4
 
 KVM_REQUEST_ARCH_BASE: Final = 8

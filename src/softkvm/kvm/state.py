@@ -25,6 +25,8 @@ from softkvm.kvm.coalesced_mmio import RING_OFFSET, CoalescedRing
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memfd import map_over, mapping_address, sealed_memfd
+from softkvm.kvm.memory.dirty_ring import RING_OFFSET as DIRTY_RING_OFFSET
+from softkvm.kvm.memory.dirty_ring import DirtyRing
 from softkvm.kvm.memory.host_mappings import HostMappings
 from softkvm.kvm.memory.memslots import Memslots
 from softkvm.kvm.memory.pages import PAGE_SIZE
@@ -73,6 +75,7 @@ class VmState:
         self.regions = HostRegions(self.machine)
         self.host_mappings = HostMappings()
         self.manual_dirty_log_protect = 0
+        self.dirty_ring_size = 0  # KVM_CAP_DIRTY_LOG_RING: bytes of each vCPU's ring; 0: bitmaps
 
         # Devices in KVM
         self.pio_bus = IoBus()
@@ -97,6 +100,10 @@ class VmState:
 
         self._log_window_start = 0.0
         self._log_count = 0
+
+    def running_vcpu(self) -> VcpuState | None:
+        """Return the vCPU that the calling thread runs, or is in a request of (``kvm_get_running_vcpu``)."""
+        return next((vcpu for vcpu in self.vcpus if vcpu.cpu.held), None)
 
     @abstractmethod
     def host_unmapped(self, hva: int, size: int) -> None:
@@ -136,6 +143,7 @@ class VcpuState:
     _close_shared_fd: Callable[[], object] = field(init=False)
     _mapping: mmap.mmap = field(init=False)
     _shared: memoryview = field(init=False)
+    dirty_ring: DirtyRing | None = field(init=False)
     run_b: memoryview = field(init=False)
     run_d: memoryview = field(init=False)
     run_q: memoryview = field(init=False)
@@ -182,12 +190,15 @@ class VcpuState:
     stat_tlb_flush: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._shared_fd = sealed_memfd(f"kvm-vcpu:{self.vcpu_id}", VCPU_MMAP_SIZE)
+        ring_size = self.vm.dirty_ring_size
+        size = DIRTY_RING_OFFSET + ring_size if ring_size else VCPU_MMAP_SIZE
+        self._shared_fd = sealed_memfd(f"kvm-vcpu:{self.vcpu_id}", size)
         self._close_shared_fd = weakref.finalize(self, os.close, self._shared_fd)
         self._mapping = mmap.mmap(-1, VCPU_MMAP_SIZE)  # of the file it would hold another descriptor
         map_over(mapping_address(self._mapping), VCPU_MMAP_SIZE, self._shared_fd)
         map_over(mapping_address(self._mapping) + RING_OFFSET, PAGE_SIZE, self.vm.coalesced.fd)
         self._shared = memoryview(self._mapping)
+        self.dirty_ring = DirtyRing(self._shared_fd, ring_size) if ring_size else None
         self.run_b = self._shared
         self.run_d = self._shared.cast("I")
         self.run_q = self._shared.cast("Q")

@@ -18,7 +18,12 @@ from softkvm.closing import Closing
 from softkvm.kvm import halt_poll, stats_file
 from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.ioctl import uninterrupted
-from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK, KVM_REQ_VM_DEAD
+from softkvm.kvm.requests import (
+    KVM_REQ_DIRTY_RING_SOFT_FULL,
+    KVM_REQ_SIGNAL,
+    KVM_REQ_TASK_WORK,
+    KVM_REQ_VM_DEAD,
+)
 from softkvm.kvm.state import BLOCKING, OUTSIDE_GUEST_MODE, VcpuState
 
 if TYPE_CHECKING:
@@ -117,10 +122,21 @@ class Vcpu(VcpuState, Closing):
         """Act on the requests (``vcpu_enter_guest``); False to leave for userspace."""
         if self.requests & GENERAL_REQUESTS:
             self.handle_general_requests()
+        if self.requests & KVM_REQ_DIRTY_RING_SOFT_FULL and self._dirty_ring_full():
+            return False
         with self.request_lock:
             requests = self.requests & ~GENERAL_REQUESTS
             self.requests &= GENERAL_REQUESTS
         return self.arch_handle_requests(requests)
+
+    def _dirty_ring_full(self) -> bool:
+        """Tell whether KVM_RUN ends because nobody has reset the ring of dirty pages; it is asked for again then."""
+        self.take_request(KVM_REQ_DIRTY_RING_SOFT_FULL)
+        if self.dirty_ring is None or not self.dirty_ring.soft_full():
+            return False
+        self.make_request(KVM_REQ_DIRTY_RING_SOFT_FULL)
+        self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_DIRTY_RING_FULL
+        return True
 
     def handle_general_requests(self) -> None:
         """Act on those requests that end a wait, or KVM_RUN: task work, signals, the VM's end. All others stay."""

@@ -20,7 +20,7 @@ from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_re
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.irq.io_bus import IoBus
-from softkvm.kvm.memory import dirty_log
+from softkvm.kvm.memory import dirty_log, dirty_ring
 from softkvm.kvm.memory.memslots import DirtyReport, MemoryChange, MemorySlot, Memslots, classify_change, new_slot
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
@@ -99,7 +99,8 @@ class Vm(VmState, Closing):
         new = None
         if change is not MemoryChange.DELETE:
             initially_dirty = bool(self.manual_dirty_log_protect & abi.KVM_DIRTY_LOG_INITIALLY_SET)
-            new = new_slot(region, old, initially_dirty=initially_dirty)
+            rings = bool(self.dirty_ring_size)
+            new = new_slot(region, old, initially_dirty=initially_dirty, rings=rings)
         if change is MemoryChange.CREATE:
             assert new is not None
             self._map_host(new)
@@ -221,6 +222,10 @@ class Vm(VmState, Closing):
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
         """KVM_CLEAR_DIRTY_LOG."""
         dirty_log.clear_dirty_log(self, slot, first_page, num_pages, bitmap)
+
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS."""
+        return dirty_ring.reset(self)
 
     # --- requests to all vCPUs ---------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.memory.dirty_ring import check_size
 
 if TYPE_CHECKING:
     from softkvm.kvm.state import VmState as Vm
@@ -30,6 +31,14 @@ def _manual_dirty_log_protect(vm: Vm, value: int) -> None:
     vm.manual_dirty_log_protect = value
 
 
+def _dirty_log_ring(vm: Vm, value: int) -> None:
+    check_size(value)
+    with vm.lock:
+        if vm.dirty_ring_size or vm.vcpus:
+            raise kvm_error(errno.EINVAL, "rings of dirty pages come once, and before the first vCPU")
+        vm.dirty_ring_size = value
+
+
 def _halt_poll(vm: Vm, value: int) -> None:
     if value >> 32:
         raise kvm_error(errno.EINVAL, f"args[0]={value}, expected nanoseconds in 32 bits")
@@ -39,4 +48,6 @@ def _halt_poll(vm: Vm, value: int) -> None:
 _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: _manual_dirty_log_protect,
     abi.KVM_CAP_HALT_POLL: _halt_poll,
+    abi.KVM_CAP_DIRTY_LOG_RING: _dirty_log_ring,
+    abi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: _dirty_log_ring,
 }

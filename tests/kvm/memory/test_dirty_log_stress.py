@@ -8,11 +8,13 @@ from its copy without being in the log was written after the log was taken, so t
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import sizeof
 from dataclasses import dataclass, field
 
 import pytest
@@ -30,6 +32,10 @@ CODE = 0x1000
 #: Where processor n counts its rounds of stores.
 COUNTS = 0x6000
 TABLES = 0x40000
+
+#: A ring's bytes: so few that it is full now and then.
+RING = 4096
+ENTRY = sizeof(abi.kvm_dirty_gfn)
 
 #: At least so many rounds, and more until the time is over.
 ROUNDS = 8
@@ -80,13 +86,17 @@ class Log:
         self.copy[:] = self.memory.view
         self.must.clear()
 
-    def take(self) -> None:
-        """Take the log, copy its pages, and look at the others."""
+    def dirty(self) -> set[int]:
+        """Take the log."""
         bitmap = self.tiny.vm.get_dirty_log(SLOT)
         if self.clear:
             self.tiny.vm.clear_dirty_log(SLOT, 0, PAGES, bitmap)
         bits = int.from_bytes(bitmap, "little")
-        dirty = {page for page in range(PAGES) if bits >> page & 1}
+        return {page for page in range(PAGES) if bits >> page & 1}
+
+    def take(self) -> None:
+        """Take the log, copy its pages, and look at the others."""
+        dirty = self.dirty()
         assert self.must <= dirty, f"written, and not in the log: pages {sorted(self.must - dirty)}"
         self.logged += len(dirty)
         for page in dirty:
@@ -99,13 +109,43 @@ class Log:
         return self.memory.view[part] != self.copy[part]
 
 
+class RingLog(Log):
+    """The same by the processors' rings."""
+
+    rings: list[mmap.mmap]
+    next: list[int]
+
+    def open(self) -> None:
+        """Map the rings."""
+        offset = abi.KVM_DIRTY_LOG_PAGE_OFFSET * PAGE
+        self.rings = [mmap.mmap(vcpu.shared_fd, RING, offset=offset) for vcpu in self.tiny.vcpus]
+        self.next = [0] * len(self.rings)
+
+    def dirty(self) -> set[int]:
+        pages = set()
+        for number, ring in enumerate(self.rings):
+            while True:
+                entry = abi.kvm_dirty_gfn.from_buffer(ring, self.next[number] * ENTRY % RING)
+                if entry.flags != abi.KVM_DIRTY_GFN_F_DIRTY:
+                    break
+                assert entry.slot == SLOT
+                pages.add(entry.offset)
+                entry.flags = abi.KVM_DIRTY_GFN_F_RESET
+                self.next[number] += 1
+        self.tiny.vm.reset_dirty_rings()
+        return pages
+
+
 @contextmanager
 def storing(tiny: Tiny) -> Iterator[None]:
     """Let all processors run."""
 
     def run(number: int) -> None:
         with pytest.raises(InterruptedError):
-            tiny.vcpus[number].run()
+            while True:  # a ring that is full ends a run
+                tiny.vcpus[number].run()
+                assert tiny.vcpus[number].kvm_run.exit_reason == abi.KVM_EXIT_DIRTY_RING_FULL
+                time.sleep(0.0005)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(VCPUS)]
     for thread in threads:
@@ -124,9 +164,9 @@ def stores(tiny: Tiny) -> int:
     return sum(struct.unpack_from(f"<{VCPUS}I", tiny.memory.view, COUNTS))
 
 
-def guest(paging: bool) -> tuple[Tiny, Memory]:
+def guest(paging: bool, dirty_ring: int = 0) -> tuple[Tiny, Memory]:
     """A guest that is about to store, in 32-bit mode; with *paging* page tables of 4 KiB pages in the slot, too."""
-    tiny = Tiny(vcpus=VCPUS)
+    tiny = Tiny(vcpus=VCPUS, dirty_ring=dirty_ring)
     memory = Memory(SIZE)
     tiny.slot(SLOT, GPA, SIZE, memory.address)
     tiny.memory.write(CODE, GUEST)
@@ -156,7 +196,19 @@ def test_no_write_is_missing_from_the_log(paging: bool, clear: bool) -> None:
     tiny, memory = guest(paging)
     if clear:
         tiny.vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
-    log = Log(tiny, memory, clear)
+    check(Log(tiny, memory, clear))
+
+
+@pytest.mark.parametrize("paging", [False, True])
+def test_no_write_is_missing_from_the_rings(paging: bool) -> None:
+    log = RingLog(*guest(paging, RING), clear=False)
+    log.open()
+    check(log)
+
+
+def check(log: Log) -> None:
+    """Let the guest store, and take the log again and again."""
+    tiny, memory = log.tiny, log.memory
     try:
         with storing(tiny):
             log.start()

@@ -29,8 +29,15 @@ def _check_slot_id(slot_id: int) -> None:
         raise kvm_error(errno.EINVAL, f"slot={slot_id:#x}, expected below {KVM_USER_MEM_SLOTS}")
 
 
+def _check_no_rings(vm: Vm) -> None:
+    """ENXIO if dirty pages go into rings."""
+    if vm.dirty_ring_size:
+        raise kvm_error(errno.ENXIO, "KVM_CAP_DIRTY_LOG_RING is enabled: there are no bitmaps")
+
+
 def _logged_slot(vm: Vm, slot_id: int) -> MemorySlot:
-    """Return the slot: EINVAL for a number that no slot has, ENOENT if it is not being logged."""
+    """Return the slot: ENXIO with rings, EINVAL for a number that no slot has, ENOENT if it is not being logged."""
+    _check_no_rings(vm)
     _check_slot_id(slot_id)
     slot = vm.memslots.by_id(slot_id & 0xFFFF)
     if slot is None or slot.dirty_bitmap is None:
@@ -73,6 +80,7 @@ def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitma
     ``bitmap`` is shorter than the range.
     """
     with vm.slots_lock:
+        _check_no_rings(vm)
         _check_slot_id(slot_id)
         if first_page & 63:
             raise kvm_error(errno.EINVAL, f"first_page={first_page}, expected a multiple of 64")
@@ -98,10 +106,13 @@ def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitma
 
 
 def start_logging(vm: Vm, slot: MemorySlot) -> None:
-    """Prepare a slot whose KVM_MEM_LOG_DIRTY_PAGES has just been set: 4 KiB leaves with dirty clear."""
+    """Prepare a slot whose KVM_MEM_LOG_DIRTY_PAGES has just been set: 4 KiB leaves with dirty clear, or protected."""
     with vm.mmu_lock:
         flush = vm.mmu.split_huge_pages(slot.base_gfn, slot.end_gfn)
-        flush |= vm.mmu.clear_dirty(slot.base_gfn, slot.end_gfn)
+        if vm.dirty_ring_size:
+            flush |= vm.mmu.write_protect(slot.base_gfn, slot.end_gfn)
+        else:
+            flush |= vm.mmu.clear_dirty(slot.base_gfn, slot.end_gfn)
         if flush:
             vm.flush_remote_tlbs()
             vm.mmu.free_zapped()

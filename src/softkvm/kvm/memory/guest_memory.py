@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
+from softkvm.kvm.memory import dirty_ring
 from softkvm.kvm.memory.host_mappings import READ, READ_WRITE
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 _GONE: Final = (ValueError, OSError)
 
 
-class HasMemory(Protocol):
+class HasMemory(dirty_ring.HasRings, Protocol):
     """What holds memory slots: the VM."""
 
     machine: Machine
     memslots: Memslots
     host_mappings: HostMappings
+    dirty_ring_size: int
 
 
 def gpa_to_hva(vm: HasMemory, gpa: int, *, write: bool = False) -> int | None:
@@ -72,7 +74,11 @@ def _mark_page_dirty(vm: HasMemory, gfn: int) -> None:
     The kernel has whoever changes a slot wait until all that used the old one are done (SRCU).
     """
     slot = vm.memslots.gfn_to_memslot(gfn)
-    if slot is not None:
+    if slot is None:
+        return
+    if vm.dirty_ring_size:
+        dirty_ring.mark_page_dirty(vm, slot, gfn)
+    else:
         slot.mark_page_dirty(gfn)
 
 

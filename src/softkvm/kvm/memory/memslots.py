@@ -327,8 +327,10 @@ def classify_change(
     return change, old
 
 
-def new_slot(mem: kvm_userspace_memory_region, old: MemorySlot | None, *, initially_dirty: bool) -> MemorySlot:
-    """Return the slot that ``mem`` describes; a continued dirty log keeps its bitmap."""
+def new_slot(
+    mem: kvm_userspace_memory_region, old: MemorySlot | None, *, initially_dirty: bool, rings: bool = False
+) -> MemorySlot:
+    """Return the slot that ``mem`` describes; a continued dirty log keeps its bitmap. With ``rings`` there is none."""
     slot = MemorySlot(
         mem.slot & 0xFFFF,
         mem.guest_phys_addr >> PAGE_SHIFT,
@@ -336,7 +338,7 @@ def new_slot(mem: kvm_userspace_memory_region, old: MemorySlot | None, *, initia
         mem.flags,
         mem.userspace_addr,
     )
-    if slot.dirty_logging:
+    if slot.dirty_logging and not rings:
         if old is not None and old.dirty_bitmap is not None:
             slot.dirty_bitmap = old.dirty_bitmap
             slot._dirty_lock = old._dirty_lock  # somebody may still be marking pages through the old slot

@@ -35,6 +35,9 @@ class Mmu(Protocol):
     def clear_dirty(self, start: int, end: int) -> bool:
         """Clear the dirty bits of frames; True if a TLB may hold a dirty one."""
 
+    def write_protect(self, start: int, end: int) -> bool:
+        """Let writes to frames fault, for rings of dirty pages; True if a TLB may hold a writable one."""
+
     def harvest_dirty(self, start: int, end: int) -> tuple[int, bool]:
         """Return and clear the dirty bits of frames, bit 0 being ``start``, and whether TLBs have to be flushed."""
 

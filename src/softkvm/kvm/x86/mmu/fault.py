@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from softkvm.kvm.memory.dirty_ring import mark_page_dirty
 from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
-from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
+from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED
 from softkvm.kvm.x86.svm.vmcb import PFERR_GUEST_FINAL
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
         slot = slots.gfn_to_memslot(gfn)
         if slot is not None:
             vcpu.stat_pf_taken += 1
-            return vm.mmu.map_gfn(slot, gfn, write=bool(error & PFERR_WRITE))
+            write = bool(error & PFERR_WRITE)
+            result = vm.mmu.map_gfn(slot, gfn, write=write)
+            if write and result == RET_PF_FIXED and vm.dirty_ring_size:
+                mark_page_dirty(vm, slot, gfn, vcpu)
+            return result
         if vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
             vm.mmu.set_mmio_spte(gfn, slots)
     return RET_PF_EMULATE

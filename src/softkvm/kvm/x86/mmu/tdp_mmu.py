@@ -168,7 +168,7 @@ class TdpMmu:
     def max_mapping_level(self, slot: MemorySlot, gfn: int) -> int:
         """Return the largest level at which ``gfn`` may be mapped: alignment, slot size, dirty logging."""
         level = min(self.max_level, slot.max_level)
-        if slot.dirty_bitmap is not None:
+        if slot.dirty_logging:
             return PG_LEVEL_4K
         while level > PG_LEVEL_4K:
             first = gfn_round_for_level(gfn, level)
@@ -201,7 +201,10 @@ class TdpMmu:
             self._machine.fill_holes(hva)
             raise kvm_error(errno.EFAULT, f"gpa={gfn << PAGE_SHIFT:#x}: no host memory at userspace_addr={hva:#x}")
         table = self._descend(gfn, level)
-        spte = make_spte(hva, level, writable=access == READ_WRITE and not slot.readonly)
+        writable = access == READ_WRITE and not slot.readonly
+        if slot.dirty_logging and slot.dirty_bitmap is None:
+            writable = write  # the first write goes into a ring
+        spte = make_spte(hva, level, writable=writable)
         self._machine.pte_store(table.address + ((gfn >> ((level - 1) * 9)) & _INDEX_MASK) * 8, spte)
         if not present:
             self.pages[level] += 1
@@ -403,6 +406,14 @@ class TdpMmu:
         changed = 0
         for table, first, count in self.leaf_tables(start, end):
             changed += clear(table.address + first * 8, count, PT_DIRTY_MASK)
+        return bool(changed)
+
+    def write_protect(self, start: int, end: int) -> bool:
+        """Let writes to the 4 KiB leaves in [start, end) fault; True if a flush is needed."""
+        clear = self._machine.pte_clear_bits
+        changed = 0
+        for table, first, count in self.leaf_tables(start, end):
+            changed += clear(table.address + first * 8, count, PT_WRITABLE_MASK)
         return bool(changed)
 
     def zap_collapsible(self, slot: MemorySlot) -> bool:
