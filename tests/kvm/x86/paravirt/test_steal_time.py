@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 
 import pytest
@@ -57,12 +58,31 @@ def test_time_is_looked_at_by_every_kvm_run_that_comes_after_a_while(monkeypatch
     tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
     tiny.protected_mode().load(b"\xe6\x10" * 10 + b"\xf4")  # out 0x10, al
     seen = []
-    for step_ns in (0, 1_000_000, 20, 999_979, 1, 10_000_000):
+    for step_ns in (0, 100_000, 20, 99_979, 1, 10_000_000):
         stolen += 10
         now += step_ns
         assert tiny.run() == abi.KVM_EXIT_IO
         seen.append(int.from_bytes(tiny.memory.read(DATA, 8), "little"))
     assert seen == [10, 20, 20, 20, 50, 60]
+    tiny.close()
+
+
+def test_a_delay_of_a_tenth_of_a_millisecond_is_told_at_the_next_kvm_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which can't have taken less; without one the guest's memory stays as it is."""
+    tiny = Tiny()
+    stolen, now = 0, 1_000_000_000
+    monkeypatch.setattr(steal_time, "run_delay_ns", lambda: stolen)
+    monkeypatch.setattr(steal_time, "clock_ns", lambda: now)
+    tiny.vcpu.set_msrs({abi.MSR_KVM_STEAL_TIME: DATA | abi.KVM_MSR_ENABLED})
+    tiny.protected_mode().load(b"\xe6\x10" * 10 + b"\xf4")  # out 0x10, al
+    seen = []
+    for delay_ns, other_ns in ((0, 0), (200_000, 0), (100_000, 50), (0, 500_000)):
+        stolen += delay_ns
+        now += delay_ns + other_ns
+        assert tiny.run() == abi.KVM_EXIT_IO
+        steal, version = struct.unpack("<QI", tiny.memory.read(DATA, 12))
+        seen.append((steal, version))
+    assert seen == [(0, 2), (200_000, 4), (300_000, 6), (300_000, 6)]
     tiny.close()
 
 
