@@ -247,6 +247,42 @@ def test_a_step_goes_over_an_emulated_instruction(guest: Guest, needs: Callable[
         assert (debugged.pc, debugged.exception, debugged.dr6) == (pc, abi.DB_VECTOR, 0xFFFF_4FF0)
 
 
+def test_a_steps_dr6_is_its_own_and_the_guests_stays(guest: Guest, needs: Callable[[str], None]) -> None:
+    """Whatever the guest has in DR6, and whatever breakpoint came before."""
+    needs("hardware breakpoints")
+    guest.long("90 90 90 90 f4")
+    guest.cpu.set_debugregs(abi.kvm_debugregs(dr6=0xFFFF_2FF4, dr7=0x400))
+    enable = abi.KVM_GUESTDBG_ENABLE
+    debug(guest, enable | abi.KVM_GUESTDBG_USE_HW_BP, {0: CODE + 1}, 0x402)
+    assert guest.expect(abi.KVM_EXIT_DEBUG).debug.arch.dr6 == 0xFFFF_0FF1
+    assert guest.cpu.get_debugregs().dr6 == 0xFFFF_2FF4
+    debug(guest, enable | abi.KVM_GUESTDBG_SINGLESTEP)
+    for _ in range(2):
+        assert guest.expect(abi.KVM_EXIT_DEBUG).debug.arch.dr6 == 0xFFFF_4FF0
+    assert guest.cpu.get_debugregs().dr6 == 0xFFFF_2FF4
+    debug(guest, 0)
+    guest.expect(abi.KVM_EXIT_HLT)
+    assert guest.cpu.get_debugregs().dr6 == 0xFFFF_2FF4
+
+
+@pytest.mark.parametrize("access", ["0f21f0", "0f23f0"])
+def test_a_stepped_guest_has_its_own_dr6(guest: Guest, needs: Callable[[str], None], access: str) -> None:
+    """Reads it (mov rax, dr6) and writes it (mov dr6, rax)."""
+    needs("single steps over emulated instructions")
+    needs("hardware breakpoints")
+    guest.long("90" + access + "90 f4")
+    guest.cpu.set_debugregs(abi.kvm_debugregs(dr6=0xFFFF_2FF4, dr7=0x400))
+    regs = guest.cpu.get_regs()
+    regs.rax = 0xFFFF_0FF8
+    guest.cpu.set_regs(regs)
+    debug(guest, abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP)
+    for pc in (CODE + 1, CODE + 4, CODE + 5):
+        debugged = guest.expect(abi.KVM_EXIT_DEBUG).debug.arch
+        assert (debugged.pc, debugged.dr6) == (pc, 0xFFFF_4FF0)
+    expected = 0xFFFF_2FF4 if access == "0f21f0" else 0xFFFF_0FF8
+    assert guest.cpu.get_regs().rax == guest.cpu.get_debugregs().dr6 == expected
+
+
 def test_a_software_breakpoint_is_an_exit_at_the_instruction(guest: Guest, needs: Callable[[str], None]) -> None:
     needs("exceptions in long mode")
     guest.long("90 cc 90 f4")  # nop; int3; nop; hlt

@@ -196,7 +196,7 @@ def kvm_set_dr(vcpu: Vcpu, index: int, value: int) -> bool:
     if value >> 32:
         return False
     if index in (4, 6):
-        vcpu.q[V.DR6] = value & 0xE00F | 0xFFFF_0FF0
+        vcpu.guest_dr6 = value & 0xE00F | 0xFFFF_0FF0
     else:
         vcpu.guest_dr7 = value & DR7_VOLATILE | DR7_FIXED_1
         vcpu.update_dr7()
@@ -208,7 +208,7 @@ def kvm_get_dr(vcpu: Vcpu, index: int) -> int:
     if index < 4:
         return vcpu.db[index]
     if index in (4, 6):
-        return vcpu.q[V.DR6]
+        return vcpu.guest_dr6
     return vcpu.guest_dr7
 
 

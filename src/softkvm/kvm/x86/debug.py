@@ -32,13 +32,18 @@ def set_guest_debug(vcpu: Vcpu, debug: abi.kvm_guest_debug) -> None:
     rflags = vcpu.get_rflags()
     dr7 = vcpu.guest_dr7
     db = list(vcpu.db)
+    dr6 = vcpu.guest_dr6
     vcpu.guest_debug = control if control & abi.KVM_GUESTDBG_ENABLE else 0
     hardware = bool(vcpu.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP)
     for n in range(4):
         vcpu.effective_db[n] = debug.arch.debugreg[n] if hardware else db[n]
     vcpu.saved_db = db if hardware else None
     vcpu.guest_debug_dr7 = debug.arch.debugreg[7] if hardware else 0
-    vcpu.d[V.INTERCEPT_DR] = V.DR_ALL if hardware else 0
+    # Whoever #DB is for, DR6 tells of one exception: the guest's own waits apart, and it is shown no other.
+    debugger = bool(vcpu.guest_debug & (abi.KVM_GUESTDBG_USE_HW_BP | abi.KVM_GUESTDBG_SINGLESTEP))
+    vcpu.saved_dr6 = dr6 if debugger else None
+    vcpu.q[V.DR6] = DR6_ACTIVE_LOW if debugger else dr6
+    vcpu.d[V.INTERCEPT_DR] = V.DR_ALL if debugger else 0
     vcpu.guest_dr7 = dr7
     vcpu.update_dr7()
     vcpu.set_rflags(rflags)
@@ -83,7 +88,7 @@ def get_debugregs(vcpu: Vcpu) -> abi.kvm_debugregs:
     regs = abi.kvm_debugregs()
     for n in range(4):
         regs.db[n] = vcpu.db[n]
-    regs.dr6 = vcpu.q[V.DR6]
+    regs.dr6 = vcpu.guest_dr6
     regs.dr7 = vcpu.guest_dr7
     return regs
 
@@ -97,6 +102,6 @@ def set_debugregs(vcpu: Vcpu, regs: abi.kvm_debugregs) -> None:
             raise kvm_error(errno.EINVAL, f"{name}={getattr(regs, name):#x}, expected 32 bits")
     for n in range(4):
         vcpu.db[n] = regs.db[n]
-    vcpu.q[V.DR6] = regs.dr6
+    vcpu.guest_dr6 = regs.dr6
     vcpu.guest_dr7 = regs.dr7
     vcpu.update_dr7()

@@ -123,11 +123,11 @@ def deliver_exception_payload(vcpu: Vcpu, exception: QueuedException) -> None:
     if not exception.has_payload:
         return
     if exception.vector == DB_VECTOR:
-        dr6 = vcpu.q[V.DR6] & ~DR_TRAP_BITS
+        dr6 = vcpu.guest_dr6 & ~DR_TRAP_BITS
         dr6 |= DR6_ACTIVE_LOW
         dr6 |= exception.payload
         dr6 ^= exception.payload & DR6_ACTIVE_LOW
-        vcpu.q[V.DR6] = dr6 & ~(1 << 12)
+        vcpu.guest_dr6 = dr6 & ~(1 << 12)
     elif exception.vector == PF_VECTOR:
         vcpu.q[V.CR2] = exception.payload
     exception.has_payload = False

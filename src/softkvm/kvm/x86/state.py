@@ -143,6 +143,7 @@ class DebugState:
 
     own_dr7: int = 0x400
     saved_db: list[int] | None = None
+    saved_dr6: int | None = None
     guest_debug: int = 0
     guest_debug_dr7: int = 0
 
@@ -316,6 +317,18 @@ class VcpuState(
     def db(self) -> memoryview | list[int]:
         """The guest's DR0 to DR3; the processor has the debugger's while it owns them."""
         return self.effective_db if self.saved_db is None else self.saved_db
+
+    @property
+    def guest_dr6(self) -> int:
+        """The guest's DR6; the processor has the debugger's while #DB is for it."""
+        return self.q[V.DR6] if self.saved_dr6 is None else self.saved_dr6
+
+    @guest_dr6.setter
+    def guest_dr6(self, value: int) -> None:
+        if self.saved_dr6 is None:
+            self.q[V.DR6] = value
+        else:
+            self.saved_dr6 = value
 
     @property
     def guest_dr7(self) -> int:

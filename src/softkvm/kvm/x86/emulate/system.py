@@ -84,7 +84,7 @@ def check_dr(e: Emulator, number: int) -> None:
     if number > 7 or (e.vcpu.cr4 & abi.X86_CR4_DE and number in (4, 5)):
         raise X86Exception(abi.UD_VECTOR)
     if e.vcpu.guest_dr7 & DR7_GD:
-        e.q[V.DR6] = e.q[V.DR6] & ~0xF | DR6_BD
+        e.vcpu.guest_dr6 = e.vcpu.guest_dr6 & ~0xF | DR6_BD
         e.vcpu.guest_dr7 &= ~DR7_GD
         e.vcpu.update_dr7()
         raise X86Exception(abi.DB_VECTOR)

@@ -254,6 +254,7 @@ def db_interception(vcpu: Vcpu) -> int:
         return 1
     if vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
         vcpu.exit_debug(abi.DB_VECTOR, q[V.DR6], svm.linear_rip(vcpu))
+        q[V.DR6] = DR6_ACTIVE_LOW  # the next one's is its own
         return 0
     queue_exception_p(vcpu, abi.DB_VECTOR, dr6)
     return 1

@@ -161,7 +161,8 @@ def init_vmcb(vcpu: Vcpu) -> None:
     q[V.CR2] = 0
     q[V.RIP] = 0xFFF0
     q[V.RFLAGS] = X86_EFLAGS_FIXED
-    q[V.DR6] = 0xFFFF_0FF0
+    q[V.DR6] = DR6_ACTIVE_LOW
+    vcpu.saved_dr6 = None if vcpu.saved_dr6 is None else DR6_ACTIVE_LOW
     q[V.DR7] = 0x400
     q[V.DBGCTL] = 0
     if not vcpu.vm.pause_in_guest:
