@@ -20,8 +20,15 @@ pub struct Core {
     pub collect: extern "C" fn(),
     /// A descriptor is about to be read: brings up to date what stands in its file.
     pub refresh: extern "C" fn(fd: c_int),
-    /// A descriptor was mapped at `address`.
-    pub mapped: extern "C" fn(fd: c_int, address: usize, size: usize, offset: usize, protection: c_int),
+    /// A descriptor was mapped at `address`, shared or as a copy; −errno if that cannot be.
+    pub mapped: extern "C" fn(
+        fd: c_int,
+        address: usize,
+        size: usize,
+        offset: usize,
+        protection: c_int,
+        shared: bool,
+    ) -> c_int,
     /// The memory at these addresses is about to go, or to become other memory.
     pub unmapping: extern "C" fn(address: usize, size: usize),
     /// A handler has been installed for a signal.

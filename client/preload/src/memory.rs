@@ -6,14 +6,29 @@ use core::ffi::{c_int, c_void};
 use crate::descriptors::is_marked;
 use crate::python::core;
 use crate::real;
+use crate::real::set_errno;
 
-fn mapped(address: *mut c_void, size: usize, protection: c_int, fd: c_int, offset: i64) -> *mut c_void {
+fn mapped(
+    address: *mut c_void,
+    size: usize,
+    protection: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: i64,
+) -> *mut c_void {
     if address != libc::MAP_FAILED
         && fd >= 0
         && is_marked(fd)
         && let Some(core) = core()
     {
-        (core.mapped)(fd, address as usize, size, offset as usize, protection);
+        let shared = flags & libc::MAP_TYPE != libc::MAP_PRIVATE;
+        let result = (core.mapped)(fd, address as usize, size, offset as usize, protection, shared);
+        if result < 0 {
+            // SAFETY: it has just come, and nobody knows of it.
+            unsafe { libc::munmap(address, size) };
+            set_errno(-result);
+            return libc::MAP_FAILED;
+        }
     }
     address
 }
@@ -32,7 +47,7 @@ macro_rules! maps {
             let result = real!($name(
                 address: *mut c_void, size: usize, protection: c_int, flags: c_int, fd: c_int, offset: i64
             ) -> *mut c_void);
-            mapped(result, size, protection, fd, offset)
+            mapped(result, size, protection, flags, fd, offset)
         }
     )*};
 }

@@ -130,9 +130,9 @@ class VcpuFile(File):
         self._vm = vm
         self.run = vcpu.run if self.recorder is None else self.recorded_run
 
-    def mapped(self, address: int, size: int, offset: int, protection: int) -> None:
-        """The client has mapped the shared pages."""
-        self.object.shared_fd_mapped(address, size, offset, protection)
+    def mapped(self, address: int, size: int, offset: int, protection: int, shared: bool) -> None:
+        """The client has mapped the shared pages; raises what mmap() fails with."""
+        self.object.shared_fd_mapped(address, size, offset, protection, shared=shared)
 
     def recorded_run(self) -> None:
         """KVM_RUN, noted."""

@@ -8,6 +8,7 @@ and wake the vCPU second, so that no wake-up is lost.
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
 from softkvm.kvm.coalesced_mmio import RING_OFFSET, CoalescedRing
+from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memfd import map_over, mapping_address, sealed_memfd
@@ -217,14 +219,25 @@ class VcpuState:
 
     @uninterrupted
     def shared_fd_mapped(
-        self, address: int, size: int, offset: int = 0, protection: int = mmap.PROT_READ | mmap.PROT_WRITE
+        self,
+        address: int,
+        size: int,
+        offset: int = 0,
+        protection: int = mmap.PROT_READ | mmap.PROT_WRITE,
+        *,
+        shared: bool = True,
     ) -> None:
         """Tell that mmap() of :attr:`shared_fd` has given ``address``: what is not in the file is mapped over that.
 
         No ioctl: the device's mmap() does it by itself. That is the ring of coalesced MMIO, which is one page for the
         whole VM. Who doesn't tell has it from the next KVM_REGISTER_COALESCED_MMIO or the vCPU's first KVM_RUN on,
         whichever comes last, if the mapping is there by then.
+
+        Raises EINVAL where the device's mmap() does: a ring of dirty pages is neither code nor anybody's own copy.
         """
+        ring = range(DIRTY_RING_OFFSET, DIRTY_RING_OFFSET + self.vm.dirty_ring_size)
+        if (offset in ring or offset + size - 1 in ring) and (not shared or protection & mmap.PROT_EXEC):
+            raise kvm_error(errno.EINVAL, "a ring of dirty pages is mapped MAP_SHARED, without PROT_EXEC")
         self.vm.coalesced.mapped(self, address, size, offset, protection)
 
     def close_shared_fd(self) -> None:

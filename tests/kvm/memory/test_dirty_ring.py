@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Iterator
 from ctypes import sizeof
@@ -71,6 +72,20 @@ def test_what_has_no_room_waits_for_a_reset(logged: Logged) -> None:
     assert logged.collect(0) == list(range(ENTRIES))
     assert logged.vm.reset_dirty_rings() == ENTRIES
     assert logged.collect(0) == [ENTRIES, ENTRIES + 1, ENTRIES + 2]
+
+
+def test_a_ring_is_mapped_shared_and_is_no_code(logged: Logged) -> None:
+    """As kvm_vcpu_mmap() has it, for mappings that begin or end in the ring."""
+    offset, both = abi.KVM_DIRTY_LOG_PAGE_OFFSET * PAGE, mmap.PROT_READ | mmap.PROT_WRITE
+    vcpu = logged.tiny.vcpu
+    for protection, shared in ((both, False), (both | mmap.PROT_EXEC, True)):
+        for start, size in ((offset, RING), (offset - PAGE, 2 * PAGE)):
+            with pytest.raises(OSError) as caught:
+                vcpu.shared_fd_mapped(0, size, start, protection, shared=shared)
+            assert caught.value.errno == errno.EINVAL
+        vcpu.shared_fd_mapped(0, PAGE, offset - PAGE, protection, shared=shared)
+        vcpu.shared_fd_mapped(0, PAGE, offset + RING, protection, shared=shared)
+    vcpu.shared_fd_mapped(0, RING, offset, both)
 
 
 def test_the_file_is_as_long_as_the_ring_needs(logged: Logged) -> None:

@@ -81,11 +81,18 @@ extern "C" fn refresh(fd: c_int) {
     }
 }
 
-extern "C" fn mapped(fd: c_int, address: usize, size: usize, offset: usize, protection: c_int) {
-    let Some(file) = files::find(fd) else { return };
-    if let Some(mapped) = &file.mapped {
-        threads::request(|py| result_of(py, mapped.bind(py).call1((address, size, offset, protection))));
-    }
+extern "C" fn mapped(
+    fd: c_int,
+    address: usize,
+    size: usize,
+    offset: usize,
+    protection: c_int,
+    shared: bool,
+) -> c_int {
+    let Some(file) = files::find(fd) else { return 0 };
+    let Some(mapped) = &file.mapped else { return 0 };
+    let args = (address, size, offset, protection, shared);
+    threads::request(|py| result_of(py, mapped.bind(py).call1(args))) as c_int
 }
 
 extern "C" fn unmapping(address: usize, size: usize) {
