@@ -73,6 +73,12 @@ NOTES: Final = (
     "KVM_REGISTER_COALESCED_MMIO or the vCPU's first KVM_RUN on. Until every vCPU whose descriptor was asked for has "
     "run or is told of, writes to zones are exits. The ring takes 169 writes wherever it begins, as from Linux 6.12 "
     "on; when it fills up in the middle of REP OUTS the rest is an exit, where the kernel drops it.",
+    "The file of KVM_GET_STATS_FD has its values as of its making on the software side, until `refresh_stats_fd` of "
+    "the VM or vCPU brings them up to date; `softkvm exec` does before each of a client's reads. What this "
+    "KVM doesn't do (shadow paging, preemption notifiers) has no statistics.",
+    "With rings of dirty pages (KVM_CAP_DIRTY_LOG_RING) a page is mapped for writing by a guest's write only, so it is "
+    "announced once until it is reset; the kernel maps what is read for writing, too, and announces it. What KVM "
+    "writes while no vCPU runs goes into the first vCPU's ring, where the kernel forgets it.",
     "KVM_SET_TSC_KHZ takes the silicon's frequency only (within 250 ppm): it has no TSC scaling.",
 )
 

@@ -107,10 +107,18 @@ class VmFile(File):
     def create_vcpu(self, argument: int) -> int:
         """KVM_CREATE_VCPU."""
         vcpu = self.object.create_vcpu(argument)
-        self._users += 1
+        self.use()
         return VcpuFile(vcpu, self).open(vcpu.shared_fd)
 
-    makers = {abi.KVM_CREATE_VCPU: create_vcpu}
+    def get_stats_fd(self, argument: int) -> int:
+        """KVM_GET_STATS_FD."""
+        return StatisticsFile(self.object, self).descriptor()
+
+    makers = {abi.KVM_CREATE_VCPU: create_vcpu, abi.KVM_GET_STATS_FD: get_stats_fd}
+
+    def use(self) -> None:
+        """One more needs the VM."""
+        self._users += 1
 
     def release(self) -> None:
         """One of those who need the VM is gone."""
@@ -134,6 +142,12 @@ class VcpuFile(File):
         """The client has mapped the shared pages; raises what mmap() fails with."""
         self.object.shared_fd_mapped(address, size, offset, protection, shared=shared)
 
+    def get_stats_fd(self, argument: int) -> int:
+        """KVM_GET_STATS_FD."""
+        return StatisticsFile(self.object, self._vm).descriptor()
+
+    makers = {abi.KVM_GET_STATS_FD: get_stats_fd}
+
     def recorded_run(self) -> None:
         """KVM_RUN, noted."""
         recorder = self.recorder
@@ -148,4 +162,34 @@ class VcpuFile(File):
     def release(self) -> None:
         """The vCPU goes, and the VM may."""
         self.object.close()
+        self._vm.release()
+
+
+class StatisticsFile(File):
+    """The statistics of a VM or a vCPU, brought up to date before the client reads them."""
+
+    kind = abi.File(0)
+    name = "statistics"
+
+    def __init__(self, object: Any, vm: VmFile) -> None:
+        super().__init__(object, vm.recorder)
+        self._fd = object.get_stats_fd()
+        self._vm = vm
+        vm.use()
+
+    def descriptor(self) -> int:
+        """Make the client's descriptor."""
+        try:
+            return self.open(self._fd)
+        except OSError:
+            self.release()
+            raise
+
+    def refresh(self) -> None:
+        """The client is about to read."""
+        self.object.refresh_stats_fd(self._fd)
+
+    def release(self) -> None:
+        """The file goes, and the VM may."""
+        os.close(self._fd)
         self._vm.release()
