@@ -4,6 +4,8 @@
 //! On the client's side is a library without Python (`preload/`), on the other the extension module (`cpu/python/src/
 //! client/`). They are built together, and meet in a [`Core`], whose address Python hands over.
 
+pub mod python;
+
 use core::ffi::{c_int, c_long, c_uint, c_ulong};
 
 /// What [`Core::ioctl`] returns for a descriptor that is none of the KVM's.

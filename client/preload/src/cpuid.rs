@@ -17,7 +17,7 @@ use std::mem::{MaybeUninit, zeroed};
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
 use crate::handlers::real_sigaction;
-use crate::python::load;
+use crate::load;
 
 const CPUID: [u8; 2] = [0x0F, 0xA2];
 const UD2: [u8; 2] = [0x0F, 0x0B];

@@ -8,7 +8,9 @@
 use core::ffi::{c_int, c_uint, c_ulong, c_void};
 use core::sync::atomic::{AtomicU8, Ordering};
 
-use crate::python::{self, core};
+use softkvm_client::NOT_OURS;
+use softkvm_client::python::core;
+
 use crate::real;
 use crate::real::set_errno;
 
@@ -53,7 +55,9 @@ fn copied(from: c_int, to: c_int) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int {
     if request & 0xFF00 == 0xAE00
-        && let Some(result) = python::ioctl(fd, request as c_uint, argument)
+        && let Some(core) = core()
+        && let result = (core.ioctl)(fd, request as c_uint, argument)
+        && result != NOT_OURS
     {
         if result < 0 {
             set_errno(-result as c_int);

@@ -5,7 +5,7 @@ use core::ffi::{c_char, c_int, c_uint};
 use core::mem::zeroed;
 use std::ffi::CStr;
 
-use crate::python::load;
+use crate::load;
 use crate::real;
 use crate::real::set_errno;
 

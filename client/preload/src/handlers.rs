@@ -3,7 +3,8 @@
 
 use core::ffi::c_int;
 
-use crate::python::core;
+use softkvm_client::python::core;
+
 use crate::real;
 
 fn changed(signal: c_int, installed: bool) {

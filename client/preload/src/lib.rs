@@ -15,5 +15,12 @@ mod descriptors;
 mod files;
 mod handlers;
 mod memory;
-mod python;
 mod real;
+
+use softkvm_client::Core;
+use softkvm_client::python;
+
+/// The KVM, loaded if it is not.
+fn load() -> Option<&'static Core> {
+    python::load(|core| (core.start)(descriptors::mark, cpuid::replaced()))
+}

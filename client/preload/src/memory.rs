@@ -3,8 +3,9 @@
 
 use core::ffi::{c_int, c_void};
 
+use softkvm_client::python::core;
+
 use crate::descriptors::is_marked;
-use crate::python::core;
 use crate::real;
 use crate::real::set_errno;
 

@@ -3,15 +3,13 @@
 //!
 //! What to load, `softkvm exec` says in the environment; children of the client get the same.
 
-use core::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
+use core::ffi::{c_char, c_int, c_void};
 use core::sync::atomic::{AtomicPtr, Ordering};
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
-use softkvm_client::Core;
-
-use crate::{cpuid, descriptors};
+use crate::Core;
 
 static CORE: AtomicPtr<Core> = AtomicPtr::new(core::ptr::null_mut());
 static LOADING: Mutex<bool> = Mutex::new(false);
@@ -22,8 +20,8 @@ pub fn core() -> Option<&'static Core> {
     unsafe { CORE.load(Ordering::Acquire).as_ref() }
 }
 
-/// The KVM, loaded if it is not; None, after one line that says why, if that cannot be.
-pub fn load() -> Option<&'static Core> {
+/// The KVM, loaded if it is not: `start_it` lets it begin. None, after one line that says why, if that cannot be.
+pub fn load(start_it: impl FnOnce(&'static Core)) -> Option<&'static Core> {
     if let Some(core) = core() {
         return Some(core);
     }
@@ -36,7 +34,7 @@ pub fn load() -> Option<&'static Core> {
     drop(quiet);
     match loaded {
         Ok(core) => {
-            (core.start)(descriptors::mark, cpuid::replaced());
+            start_it(core);
             CORE.store(core::ptr::from_ref(core).cast_mut(), Ordering::Release);
         }
         Err(why) => {
@@ -196,10 +194,4 @@ fn world(python: &Interpreter, script: &CStr) -> Result<&'static Core, String> {
     let address = python!(python.PyLong_AsSize_t(address => *mut c_void) -> usize) as *const Core;
     // SAFETY: the address of the extension module's functions, which stay; null is the script's fault.
     unsafe { address.as_ref() }.ok_or_else(|| "SOFTKVM_WORLD has no core".into())
-}
-
-/// A request of a client's: the KVM's, or None for the C library.
-pub fn ioctl(fd: c_int, request: c_uint, argument: c_ulong) -> Option<c_long> {
-    let result = (core()?.ioctl)(fd, request, argument);
-    (result != softkvm_client::NOT_OURS).then_some(result)
 }
