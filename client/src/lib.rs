@@ -6,7 +6,7 @@
 
 pub mod python;
 
-use core::ffi::{c_int, c_long, c_uint, c_ulong};
+use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 
 /// What [`Core::ioctl`] returns for a descriptor that is none of the KVM's.
 pub const NOT_OURS: c_long = c_long::MIN;
@@ -35,6 +35,11 @@ pub struct Core {
     pub unmapping: extern "C" fn(address: usize, size: usize),
     /// A handler has been installed for a signal.
     pub handler_changed: extern "C" fn(signal: c_int),
+    /// A signal has come to a thread in a request: leaves it to the request's end. The last two are of the handler.
+    pub put_off: extern "C" fn(signal: c_int, info: *mut c_void, context: *mut c_void),
+    /// The next KVM_RUN of this thread has these signals blocked, unless KVM_SET_SIGNAL_MASK has said which: the thread
+    /// has blocked all. From then on the process's handlers are looked after by the client's side, which calls `put_off`.
+    pub block_in_run: extern "C" fn(mask: u64),
     /// What the processor that KVM runs on answers to CPUID: EAX, EBX, ECX, EDX.
     pub cpuid: extern "C" fn(leaf: u32, subleaf: u32, values: &mut [u32; 4]),
     /// The process is about to end.

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// The packages, and the files that they are.
-const CLIENT: [(&str, &str); 1] = [("softkvm-preload", "libsoftkvm_preload.so")];
+const CLIENT: [(&str, &str); 2] =
+    [("softkvm-preload", "libsoftkvm_preload.so"), ("softkvm-loader", "softkvm-load")];
 
 fn main() {
     let variable = |name: &str| env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));

@@ -244,7 +244,7 @@ impl Runner {
         if now_about_ns().saturating_sub(LAST_WATCH.load(Ordering::SeqCst)) >= WATCH_NS {
             watch();
         }
-        if let Some(mask) = mask {
+        if let Some(mask) = mask.or_else(|| IN_RUN.take()) {
             self.change_mask(mask);
         }
     }
@@ -287,7 +287,7 @@ impl Runner {
             }
         }
         let queued = signals & !((1 << (libc::SIGRTMIN() - 1)) - 1);
-        if queued != 0 {
+        if queued != 0 && !FOREIGN.load(Ordering::SeqCst) {
             set_mask(libc::SIG_UNBLOCK, &set_of(queued));
         }
         members(handed).for_each(mark_for_python);
@@ -355,7 +355,7 @@ extern "C" fn on_signal<const LEVEL: usize>(signal: c_int, info: *mut siginfo_t,
 }
 
 /// Puts a signal off if this thread is in a run; false: it is to be handled now.
-fn put_off(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) -> bool {
+pub fn put_off(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) -> bool {
     let me = current_thread();
     let bit = 1u64 << (signal - 1);
     let mut done = false;
@@ -366,7 +366,8 @@ fn put_off(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) -> b
         }
         let before = runner.put_off.load(Ordering::SeqCst);
         if before & bit != 0 {
-            if clock_ns().saturating_sub(runner.since.load(Ordering::SeqCst)) < PATIENCE_NS {
+            let waits_since = runner.since.load(Ordering::SeqCst);
+            if clock_ns().saturating_sub(waits_since) < PATIENCE_NS || FOREIGN.load(Ordering::SeqCst) {
                 continue; // as if it were still pending
             }
             runner.put_off.fetch_and(!bit, Ordering::SeqCst);
@@ -473,9 +474,23 @@ fn now_about_ns() -> u64 {
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
 
+/// Somebody else stands before the handlers, and calls [`put_off`]. Its threads have all signals blocked outside of runs.
+static FOREIGN: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    /// What is blocked in the thread's next run, for threads that have all blocked.
+    static IN_RUN: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+/// Lets this thread's next run have these signals blocked.
+pub fn block_in_run(mask: u64) {
+    FOREIGN.store(true, Ordering::SeqCst);
+    IN_RUN.set(Some(mask));
+}
+
 /// Puts ours before all handlers that are new.
 fn watch() {
-    if LOOKING.swap(true, Ordering::SeqCst) {
+    if FOREIGN.load(Ordering::SeqCst) || LOOKING.swap(true, Ordering::SeqCst) {
         return;
     }
     LAST_WATCH.store(now_about_ns(), Ordering::SeqCst);
@@ -509,6 +524,9 @@ pub fn watch_python_signal(signal: c_int, main: usize) {
 
 /// Puts ours before whatever a signal does, unless it is ignored; whether it is there.
 fn catch(signal: c_int) -> bool {
+    if FOREIGN.load(Ordering::SeqCst) {
+        return true;
+    }
     match action_of(signal) {
         Some(action) if action.sa_sigaction == libc::SIG_IGN => false,
         Some(action) => is_ours(&action) || install(signal, action),

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import struct
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,9 @@ from typing import NoReturn
 from softkvm.client.settings import Settings
 
 PRELOAD = Path(__file__).parent / "libsoftkvm_preload.so"
+LOADER = Path(__file__).parent / "softkvm-load"
+
+_PT_INTERP = 3
 
 
 class LaunchError(Exception):
@@ -58,6 +63,26 @@ def environment(before: Mapping[str, str], settings: Settings) -> dict[str, str]
     }
 
 
+def is_static(path: str) -> bool:
+    """Tell whether a file is a program that no dynamic linker loads: one without PT_INTERP."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+            return False
+        (offset,) = struct.unpack_from("<Q", header, 32)
+        size, count = struct.unpack_from("<HH", header, 54)
+        file.seek(offset)
+        table = file.read(size * count)
+    return all(struct.unpack_from("<I", table, n)[0] != _PT_INTERP for n in range(0, len(table) - 3, size))
+
+
 def execute(command: Sequence[str], settings: Settings) -> NoReturn:
     """Become the client; raises OSError, or LaunchError, if that cannot be."""
-    os.execvpe(command[0], list(command), environment(os.environ, settings))
+    variables = environment(os.environ, settings)
+    program = shutil.which(command[0])
+    if program is not None and is_static(program):
+        if not LOADER.exists():
+            raise LaunchError(f"{LOADER.name} is not built")
+        preload = variables.pop("LD_PRELOAD")
+        os.execve(LOADER, [LOADER.name, program, *command[1:]], {**variables, "SOFTKVM_PRELOAD": preload})
+    os.execvpe(command[0], list(command), variables)

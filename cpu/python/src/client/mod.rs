@@ -9,7 +9,7 @@ mod files;
 mod memory;
 mod threads;
 
-use std::ffi::{c_int, c_long, c_uint, c_ulong};
+use std::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 
 use pyo3::exceptions::PyOSError;
@@ -35,6 +35,8 @@ static CORE: Core = Core {
     mapped,
     unmapping,
     handler_changed,
+    put_off,
+    block_in_run,
     cpuid,
     at_exit,
     start: files::start,
@@ -103,6 +105,14 @@ extern "C" fn unmapping(address: usize, size: usize) {
 
 extern "C" fn handler_changed(signal: c_int) {
     signals::watch_signal(signal);
+}
+
+extern "C" fn put_off(signal: c_int, info: *mut c_void, context: *mut c_void) {
+    signals::put_off(signal, info.cast(), context.cast());
+}
+
+extern "C" fn block_in_run(mask: u64) {
+    signals::block_in_run(mask);
 }
 
 extern "C" fn cpuid(leaf: u32, subleaf: u32, values: &mut [u32; 4]) {

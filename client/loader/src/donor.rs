@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Threads of ours whose thread pointer and stack a thread of the program borrows for a request.
+//!
+//! Such a thread does nothing but sleep. Our C library, and all that rests on it, takes who runs with its thread pointer
+//! for it: locks, thread-local storage and the interpreter's state are the borrower's from the first request to the end.
+
+use core::arch::global_asm;
+use core::ffi::c_void;
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering};
+
+use softkvm_client::{Core, python};
+
+use crate::raw::{getpid, gettid, raw, sleep_on, wake};
+
+/// As many threads may have made requests at the same time.
+const MOST: usize = 1024;
+/// A donor's stack, and what it needs for itself.
+const STACK: usize = 4 << 20;
+const OWN: usize = 16 << 10;
+/// How often a thread of ours looks for files that the program has closed, in nanoseconds.
+const COLLECT_NS: i64 = 200_000_000;
+
+/// A thread of the program, and the one that it borrows from.
+pub struct Donor {
+    /// The borrower, 0 for none.
+    thread: AtomicU32,
+    /// The thread pointer, 0 until the donor is there, and the stack's free end.
+    pointer: AtomicUsize,
+    stack: AtomicUsize,
+    ready: AtomicU32,
+    /// It is lent just now.
+    pub lent: AtomicBool,
+}
+
+static DONORS: [Donor; MOST] = [const {
+    Donor {
+        thread: AtomicU32::new(0),
+        pointer: AtomicUsize::new(0),
+        stack: AtomicUsize::new(0),
+        ready: AtomicU32::new(0),
+        lent: AtomicBool::new(false),
+    }
+}; MOST];
+
+/// How many donors are wanted, and were; the manager makes them.
+static WANTED: AtomicU32 = AtomicU32::new(0);
+static PROCESS: AtomicI32 = AtomicI32::new(0);
+static READY: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn donate(donor: *mut c_void) -> *mut c_void {
+    // SAFETY: one of the static array.
+    let donor = unsafe { &*donor.cast::<Donor>() };
+    let here = 0u8;
+    // SAFETY: always succeeds.
+    donor.pointer.store(unsafe { libc::pthread_self() } as usize, Ordering::SeqCst);
+    donor.stack.store((&raw const here as usize - OWN) & !63, Ordering::SeqCst);
+    donor.ready.store(1, Ordering::SeqCst);
+    wake(&donor.ready);
+    let never = AtomicU32::new(0);
+    loop {
+        sleep_on(&never, 0);
+    }
+}
+
+/// Starts a thread of ours with all signals blocked but those of faults.
+fn spawn(main: extern "C" fn(*mut c_void) -> *mut c_void, argument: *mut c_void, stack: usize) {
+    // SAFETY: valid pointers; the new thread inherits the mask.
+    unsafe {
+        let mut all = core::mem::zeroed();
+        let mut before = core::mem::zeroed();
+        libc::sigfillset(&mut all);
+        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS, libc::SIGTRAP] {
+            libc::sigdelset(&mut all, signal);
+        }
+        let mut attributes = core::mem::zeroed();
+        libc::pthread_attr_init(&mut attributes);
+        libc::pthread_attr_setstacksize(&mut attributes, stack);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let mut thread = 0;
+        if libc::pthread_create(&mut thread, &attributes, main, argument) == 0 {
+            libc::pthread_detach(thread);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, core::ptr::null_mut());
+    }
+}
+
+/// The thread that does for the program's what those cannot: it makes donors, and closes files.
+extern "C" fn manage(_: *mut c_void) -> *mut c_void {
+    let mut made = 0;
+    READY.store(1, Ordering::SeqCst);
+    wake(&READY);
+    loop {
+        let wanted = WANTED.load(Ordering::SeqCst);
+        while made < wanted.min(MOST as u32) {
+            spawn(donate, (&raw const DONORS[made as usize]).cast_mut().cast(), STACK);
+            made += 1;
+        }
+        let time = libc::timespec { tv_sec: 0, tv_nsec: COLLECT_NS };
+        let timeout = if python::core().is_some() { &raw const time } else { core::ptr::null() };
+        raw!(
+            libc::SYS_futex,
+            WANTED.as_ptr(),
+            libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+            wanted,
+            timeout,
+            0,
+            0
+        );
+        if let Some(core) = python::core() {
+            (core.collect)();
+        }
+    }
+}
+
+/// Starts what makes donors.
+pub fn start() {
+    PROCESS.store(getpid(), Ordering::SeqCst);
+    spawn(manage, core::ptr::null_mut(), STACK);
+    sleep_on(&READY, 0);
+}
+
+/// Whether this is a child that the program has forked: nobody of ours is there.
+pub fn is_child() -> bool {
+    getpid() != PROCESS.load(Ordering::SeqCst)
+}
+
+/// The calling thread's donor, if it has one.
+pub fn own() -> Option<&'static Donor> {
+    let me = gettid();
+    let used = WANTED.load(Ordering::SeqCst).min(MOST as u32) as usize;
+    DONORS[..used].iter().find(|donor| donor.thread.load(Ordering::SeqCst) == me)
+}
+
+/// Whether a thread of this process is there.
+fn is_alive(thread: u32) -> bool {
+    raw!(libc::SYS_tgkill, PROCESS.load(Ordering::SeqCst), thread, 0) == 0
+}
+
+/// The calling thread's donor, or one that becomes it; None if there are too many.
+fn find() -> Option<&'static Donor> {
+    if let Some(donor) = own() {
+        return Some(donor);
+    }
+    let me = gettid();
+    let used = WANTED.load(Ordering::SeqCst).min(MOST as u32) as usize;
+    // A borrower that has ended leaves its donor.
+    let left = DONORS[..used].iter().find(|donor| {
+        let thread = donor.thread.load(Ordering::SeqCst);
+        !is_alive(thread)
+            && donor.thread.compare_exchange(thread, me, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    });
+    let donor = match left {
+        Some(donor) => {
+            donor.lent.store(false, Ordering::SeqCst);
+            donor
+        }
+        None => {
+            let number = WANTED.fetch_add(1, Ordering::SeqCst) as usize;
+            let donor = DONORS.get(number)?;
+            donor.thread.store(me, Ordering::SeqCst);
+            wake(&WANTED);
+            donor
+        }
+    };
+    sleep_on(&donor.ready, 0);
+    Some(donor)
+}
+
+// on_loan(function, argument, stack): calls a function on another stack.
+global_asm!(
+    ".globl softkvm_on_loan",
+    "softkvm_on_loan:",
+    "push rbp",
+    "mov rbp, rsp",
+    "mov rsp, rdx",
+    "mov rax, rdi",
+    "mov rdi, rsi",
+    "call rax",
+    "mov rsp, rbp",
+    "pop rbp",
+    "ret",
+);
+
+unsafe extern "C" {
+    fn softkvm_on_loan(function: extern "C" fn(*mut c_void), request: *mut c_void, stack: usize);
+}
+
+const ARCH_SET_FS: usize = 0x1002;
+const ARCH_GET_FS: usize = 0x1003;
+
+/// What a thread of the program wants, and what comes of it.
+pub struct Request {
+    pub function: fn(&Request, &'static Core) -> isize,
+    pub arguments: [usize; 3],
+    /// The signals that the program's thread has blocked.
+    pub mask: u64,
+    pub result: isize,
+}
+
+fn serve(request: *mut Request) {
+    // SAFETY: of `request`, which waits for it.
+    let request = unsafe { &mut *request };
+    let core = python::load(|core| (core.start)(mark, 0));
+    request.result = core.map_or(-(libc::ENOENT as isize), |core| (request.function)(request, core));
+}
+
+extern "C" fn mark(_: core::ffi::c_int) {}
+
+/// Does a request of the calling thread, all of whose signals are blocked; errno, negated, if it fails.
+pub fn request(function: fn(&Request, &'static Core) -> isize, arguments: [usize; 3], mask: u64) -> isize {
+    let Some(donor) = find() else { return -(libc::EAGAIN as isize) };
+    let mut request = Request { function, arguments, mask, result: 0 };
+    let mut pointer = 0usize;
+    raw!(libc::SYS_arch_prctl, ARCH_GET_FS, &raw mut pointer);
+    raw!(libc::SYS_arch_prctl, ARCH_SET_FS, donor.pointer.load(Ordering::SeqCst));
+    donor.lent.store(true, Ordering::SeqCst);
+    // SAFETY: the donor sleeps far above that; its thread pointer is set.
+    unsafe {
+        softkvm_on_loan(disable_and_serve, (&raw mut request).cast(), donor.stack.load(Ordering::SeqCst))
+    };
+    donor.lent.store(false, Ordering::SeqCst);
+    raw!(libc::SYS_arch_prctl, ARCH_SET_FS, pointer);
+    request.result
+}
+
+/// The program's alternate stack may hold the frames of what has led here: no handler may begin on it now. The return from
+/// the handler puts it back.
+extern "C" fn disable_and_serve(request: *mut c_void) {
+    let none = libc::stack_t { ss_sp: core::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+    raw!(libc::SYS_sigaltstack, &raw const none, 0);
+    serve(request.cast());
+}

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Maps a program as the kernel does (System V ABI, chapter 5).
+
+use std::ffi::CStr;
+use std::ops::Range;
+
+use libc::{Elf64_Ehdr, Elf64_Phdr};
+
+const PAGE: usize = 4096;
+const ET_EXEC: u16 = 2;
+const ET_DYN: u16 = 3;
+/// Room behind a program's data that is its heap, `brk()`'s.
+pub const HEAP: usize = 64 << 30;
+
+/// A program in memory.
+pub struct Image {
+    pub entry: usize,
+    /// Where its program headers are, and how many.
+    pub headers: usize,
+    pub header_count: usize,
+    /// Its code.
+    pub code: Vec<Range<usize>>,
+}
+
+fn read<T: Copy>(file: &[u8], at: usize) -> Option<T> {
+    let bytes = file.get(at..at.checked_add(size_of::<T>())?)?;
+    // SAFETY: that many bytes; the structures of ELF may be anything.
+    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+fn protection(flags: u32) -> i32 {
+    [(libc::PF_R, libc::PROT_READ), (libc::PF_W, libc::PROT_WRITE), (libc::PF_X, libc::PROT_EXEC)]
+        .into_iter()
+        .filter(|(flag, _)| flags & flag != 0)
+        .fold(0, |bits, (_, protection)| bits | protection)
+}
+
+/// Puts the file's bytes into memory and its heap behind them.
+pub fn map(path: &CStr) -> Result<Image, String> {
+    let name = path.to_str().map_err(|_| "its name is no UTF-8".to_string())?;
+    let file = std::fs::read(name).map_err(|error| error.to_string())?;
+    let header: Elf64_Ehdr = read(&file, 0).ok_or("no ELF program")?;
+    if &header.e_ident[..6] != b"\x7fELF\x02\x01" || header.e_machine != libc::EM_X86_64 {
+        return Err("no 64-bit x86 ELF program".into());
+    }
+    if header.e_type != ET_EXEC && header.e_type != ET_DYN {
+        return Err("no ELF program".into());
+    }
+    let headers: Vec<Elf64_Phdr> = (0..usize::from(header.e_phnum))
+        .map(|n| read(&file, header.e_phoff as usize + n * usize::from(header.e_phentsize)))
+        .collect::<Option<_>>()
+        .ok_or("its program headers are not in the file")?;
+    if headers.iter().any(|h| h.p_type == libc::PT_INTERP) {
+        return Err("it is dynamically linked".into());
+    }
+    let loads: Vec<&Elf64_Phdr> = headers.iter().filter(|h| h.p_type == libc::PT_LOAD).collect();
+    let low = loads.iter().map(|h| h.p_vaddr as usize & !(PAGE - 1)).min().ok_or("it has nothing to load")?;
+    let high =
+        loads.iter().map(|h| (h.p_vaddr + h.p_memsz) as usize).max().unwrap_or(low).next_multiple_of(PAGE);
+    let base = reserve(header.e_type == ET_DYN, low, high)?;
+    for load in &loads {
+        place(&file, load, base)?;
+    }
+    let at = |h: &&&Elf64_Phdr| h.p_offset <= header.e_phoff && header.e_phoff < h.p_offset + h.p_filesz;
+    let first =
+        loads.iter().find(at).map_or(0, |h| base + (h.p_vaddr + header.e_phoff - h.p_offset) as usize);
+    let code = loads.iter().filter(|h| h.p_flags & libc::PF_X != 0);
+    Ok(Image {
+        entry: base + header.e_entry as usize,
+        headers: first,
+        header_count: headers.len(),
+        code: code.map(|h| base + h.p_vaddr as usize..base + (h.p_vaddr + h.p_memsz) as usize).collect(),
+    })
+}
+
+fn map_memory(address: usize, size: usize, protection: i32, flags: i32) -> Result<usize, String> {
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: new memory, or, with MAP_FIXED, memory that `reserve` has made.
+    let at = unsafe { libc::mmap(address as *mut _, size, protection, flags, -1, 0) };
+    if at == libc::MAP_FAILED { Err(std::io::Error::last_os_error().to_string()) } else { Ok(at as usize) }
+}
+
+/// Finds the program's addresses free; returns what to add to those in the file.
+fn reserve(anywhere: bool, low: usize, high: usize) -> Result<usize, String> {
+    if anywhere {
+        return map_memory(0, high - low, libc::PROT_NONE, 0).map(|at| at - low);
+    }
+    map_memory(low, high - low, libc::PROT_NONE, libc::MAP_FIXED_NOREPLACE)
+        .map(|_| 0)
+        .map_err(|why| format!("its addresses {low:#x}-{high:#x} are taken ({why})"))
+}
+
+fn place(file: &[u8], load: &Elf64_Phdr, base: usize) -> Result<(), String> {
+    let start = base + load.p_vaddr as usize;
+    let page = start & !(PAGE - 1);
+    let end = (start + load.p_memsz as usize).next_multiple_of(PAGE);
+    let bytes = file
+        .get(load.p_offset as usize..(load.p_offset + load.p_filesz) as usize)
+        .ok_or("its segments are not in the file")?;
+    map_memory(page, end - page, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED)?;
+    // SAFETY: mapped just now, of this size; nobody runs there yet.
+    unsafe {
+        core::ptr::copy_nonoverlapping(bytes.as_ptr(), start as *mut u8, bytes.len());
+        if libc::mprotect(page as *mut _, end - page, protection(load.p_flags)) != 0 {
+            return Err(std::io::Error::last_os_error().to_string());
+        }
+    }
+    Ok(())
+}
