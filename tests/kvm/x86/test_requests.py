@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,8 @@ from tests.support.tiny import CODE, DATA, PAGE_TABLES, Tiny
 
 from softkvm import abi
 from softkvm.kvm import requests as general
+from softkvm.kvm.memfd import sealed_memfd
+from softkvm.kvm.memory.dirty_ring import RING_OFFSET, DirtyRing
 from softkvm.kvm.x86 import requests
 from softkvm.kvm.x86.paravirt import steal_time
 
@@ -167,7 +170,36 @@ def _access_is_reported(tiny: Tiny) -> None:
     assert _port(tiny) == 0x11
 
 
+def _fill_ring(tiny: Tiny) -> None:
+    """The vCPU gets a ring of dirty pages, and writes until it is nearly full."""
+    fd = sealed_memfd("ring", RING_OFFSET + 4096)
+    vcpu = tiny.vcpu
+    vcpu.dirty_ring = DirtyRing(fd, 4096)
+    os.close(fd)
+    while not vcpu.dirty_ring.soft_full():
+        vcpu.dirty_ring.push(0, 1)
+    vcpu.make_request(general.KVM_REQ_DIRTY_RING_SOFT_FULL)
+
+
+def _ring_is_full_until_it_is_reset(tiny: Tiny) -> None:
+    for _ in range(2):
+        assert _run(tiny) == abi.KVM_EXIT_DIRTY_RING_FULL
+    _reset_ring(tiny)
+    assert _port(tiny) == 0x11
+    assert not tiny.vcpu.requests & general.KVM_REQ_DIRTY_RING_SOFT_FULL
+
+
+def _reset_ring(tiny: Tiny) -> None:
+    ring = tiny.vcpu.dirty_ring
+    assert ring is not None
+    entries = memoryview(ring._mapping).cast("I")
+    for at in range(0, len(entries), 4):
+        entries[at] |= abi.KVM_DIRTY_GFN_F_RESET
+    assert len(ring.take_collected()) == 192
+
+
 _CASES = {
+    "KVM_REQ_DIRTY_RING_SOFT_FULL": _Case(_fill_ring, _ring_is_full_until_it_is_reset),
     "KVM_REQ_TLB_FLUSH": _Case(_move_window, _window_is_new),
     "KVM_REQ_VM_DEAD": _Case(lambda tiny: tiny.vcpu.make_request(general.KVM_REQ_VM_DEAD), _dies),
     "KVM_REQ_TRIPLE_FAULT": _Case(lambda tiny: tiny.vcpu.make_request(requests.KVM_REQ_TRIPLE_FAULT), _shuts_down),
@@ -206,7 +238,7 @@ def test_a_kick_takes_no_other_request_with_it(tiny: Tiny, name: str) -> None:
     _CASES[name].check(tiny)
 
 
-_ENDS = {"KVM_REQ_TRIPLE_FAULT", "KVM_REQ_SIGNAL", "KVM_REQ_VM_DEAD"}
+_ENDS = {"KVM_REQ_TRIPLE_FAULT", "KVM_REQ_SIGNAL", "KVM_REQ_VM_DEAD", "KVM_REQ_DIRTY_RING_SOFT_FULL"}
 
 
 @pytest.mark.parametrize("name", _CASES.keys() - _ENDS - {"KVM_REQ_REPORT_TPR_ACCESS"})
@@ -217,7 +249,15 @@ def test_an_exit_for_userspace_takes_no_other_request_with_it(tiny: Tiny, name: 
     _CASES[name].check(tiny)
 
 
-@pytest.mark.parametrize("name", _CASES.keys() - {"KVM_REQ_SIGNAL", "KVM_REQ_VM_DEAD", "KVM_REQ_REPORT_TPR_ACCESS"})
+def test_a_full_ring_goes_first_and_takes_no_other_request_with_it(tiny: Tiny) -> None:
+    _fill_ring(tiny)
+    tiny.vcpu.make_request(requests.KVM_REQ_TRIPLE_FAULT)
+    assert _run(tiny) == abi.KVM_EXIT_DIRTY_RING_FULL
+    _reset_ring(tiny)
+    _shuts_down(tiny)
+
+
+@pytest.mark.parametrize("name", (_CASES.keys() - _ENDS - {"KVM_REQ_REPORT_TPR_ACCESS"}) | {"KVM_REQ_TRIPLE_FAULT"})
 def test_a_report_of_a_tpr_access_takes_no_other_request_with_it(tiny: Tiny, name: str) -> None:
     _CASES[name].ask(tiny)
     _access_tpr(tiny)
@@ -241,6 +281,9 @@ def test_a_request_that_ends_no_halt_is_not_lost_by_one(tiny: Tiny, name: str) -
         return
     elif name == "KVM_REQ_TRIPLE_FAULT":
         _shuts_down(tiny)
+    elif name == "KVM_REQ_DIRTY_RING_SOFT_FULL":
+        assert _run(tiny) == abi.KVM_EXIT_DIRTY_RING_FULL
+        _reset_ring(tiny)
     elif name == "KVM_REQ_IOAPIC_EOI_EXIT":
         assert _run(tiny) == abi.KVM_EXIT_IOAPIC_EOI
     elif name == "KVM_REQ_REPORT_TPR_ACCESS":
@@ -264,7 +307,12 @@ def test_a_request_that_waits_for_a_halted_vcpu_leaves_it_asleep(tiny: Tiny) -> 
     mp_state = vcpu.get_mp_state()
     mp_state.mp_state = abi.KVM_MP_STATE_HALTED
     vcpu.set_mp_state(mp_state)
-    for name in ("KVM_REQ_TRIPLE_FAULT", "KVM_REQ_IOAPIC_EOI_EXIT", "KVM_REQ_EVENT"):
+    for name in (
+        "KVM_REQ_TRIPLE_FAULT",
+        "KVM_REQ_IOAPIC_EOI_EXIT",
+        "KVM_REQ_EVENT",
+        "KVM_REQ_DIRTY_RING_SOFT_FULL",
+    ):
         vcpu.make_request(_KVM_REQ[name])
     assert not vcpu.arch_check_block()
 
