@@ -38,13 +38,14 @@ pub struct Core {
     /// A signal has come to a thread in a request: leaves it to the request's end. The last two are of the handler.
     pub put_off: extern "C" fn(signal: c_int, info: *mut c_void, context: *mut c_void),
     /// The next KVM_RUN of this thread has these signals blocked, unless KVM_SET_SIGNAL_MASK has said which: the thread
-    /// has blocked all. From then on the process's handlers are looked after by the client's side, which calls `put_off`.
+    /// has blocked all.
     pub block_in_run: extern "C" fn(mask: u64),
     /// What the processor that KVM runs on answers to CPUID: EAX, EBX, ECX, EDX.
     pub cpuid: extern "C" fn(leaf: u32, subleaf: u32, values: &mut [u32; 4]),
     /// The process is about to end.
     pub at_exit: extern "C" fn(),
     /// The client's side is ready: `mark` is to be called for every descriptor that the KVM makes for the client.
-    /// CPUID has been replaced in `cpuid_sites` places.
-    pub start: extern "C" fn(mark: extern "C" fn(fd: c_int), cpuid_sites: usize),
+    /// CPUID has been replaced in `cpuid_sites` places. `handlers`: the client's side stands before the process's handlers
+    /// of signals, calls `put_off` and `block_in_run`; else the KVM does.
+    pub start: extern "C" fn(mark: extern "C" fn(fd: c_int), cpuid_sites: usize, handlers: bool),
 }

@@ -200,7 +200,7 @@ pub struct Request {
 fn serve(request: *mut Request) {
     // SAFETY: of `request`, which waits for it.
     let request = unsafe { &mut *request };
-    let core = python::load(|core| (core.start)(mark, 0));
+    let core = python::load(|core| (core.start)(mark, 0, true));
     request.result = core.map_or(-(libc::ENOENT as isize), |core| (request.function)(request, core));
 }
 

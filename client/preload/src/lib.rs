@@ -22,5 +22,5 @@ use softkvm_client::python;
 
 /// The KVM, loaded if it is not.
 fn load() -> Option<&'static Core> {
-    python::load(|core| (core.start)(descriptors::mark, cpuid::replaced()))
+    python::load(|core| (core.start)(descriptors::mark, cpuid::replaced(), false))
 }

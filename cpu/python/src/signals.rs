@@ -482,9 +482,13 @@ thread_local! {
     static IN_RUN: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
+/// Whether somebody else stands before the handlers.
+pub fn leave_handlers(foreign: bool) {
+    FOREIGN.store(foreign, Ordering::SeqCst);
+}
+
 /// Lets this thread's next run have these signals blocked.
 pub fn block_in_run(mask: u64) {
-    FOREIGN.store(true, Ordering::SeqCst);
     IN_RUN.set(Some(mask));
 }
 
@@ -500,7 +504,7 @@ fn watch() {
 
 /// Puts ours before a signal's handler, if it has one.
 pub fn watch_signal(signal: c_int) {
-    if !can_be_caught(signal) {
+    if !can_be_caught(signal) || FOREIGN.load(Ordering::SeqCst) {
         return;
     }
     if let Some(action) = action_of(signal).filter(|a| a.sa_sigaction > libc::SIG_IGN && !is_ours(a)) {

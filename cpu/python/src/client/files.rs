@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use pyo3::prelude::*;
 
 use super::{result_of, threads};
-use crate::request;
+use crate::{request, signals};
 
 /// A file that the client has open.
 pub struct File {
@@ -39,7 +39,8 @@ static COLLECTING: Mutex<()> = Mutex::new(());
 
 static CPUID_SITES: AtomicUsize = AtomicUsize::new(0);
 
-pub extern "C" fn start(mark: extern "C" fn(c_int), cpuid_sites: usize) {
+pub extern "C" fn start(mark: extern "C" fn(c_int), cpuid_sites: usize, handlers: bool) {
+    signals::leave_handlers(handlers);
     MARK.store(mark as usize, Ordering::SeqCst);
     CPUID_SITES.store(cpuid_sites, Ordering::SeqCst);
 }
