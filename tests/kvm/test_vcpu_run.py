@@ -445,6 +445,19 @@ def test_a_software_breakpoint_is_userspaces(tiny: Tiny) -> None:
     assert (arch.exception, arch.pc) == (abi.BP_VECTOR, CODE + 1)
 
 
+@pytest.mark.parametrize("code", [b"\x0f\x21\xc0", b"\x0f\x23\xc0"])  # mov eax, dr0; mov dr0, eax
+def test_the_debuggers_general_detect_stops_before_an_access_of_debug_registers(tiny: Tiny, code: bytes) -> None:
+    # kvm.rst: the debugger's DR7 is the processor's; selftests' debug_regs expects DR6.BD, volume 2, 13.1.1.4
+    tiny.real_mode().load(b"\x40" + code + b"\x40\xf4", rax=0)
+    _debug(tiny, abi.KVM_GUESTDBG_USE_HW_BP, {7: 0x400 | 1 << 13})
+    assert tiny.run() == abi.KVM_EXIT_DEBUG
+    arch = tiny.vcpu.kvm_run.debug.arch
+    assert (arch.exception, arch.pc, arch.dr6) == (abi.DB_VECTOR, CODE + 1, 0xFFFF_2FF0)
+    tiny.vcpu.set_guest_debug(abi.kvm_guest_debug(control=0))
+    assert not tiny.vcpu.get_debugregs().dr7 & 1 << 13
+    assert tiny.run() == abi.KVM_EXIT_HLT
+
+
 def test_the_guests_debug_registers_survive_the_debuggers(tiny: Tiny) -> None:
     regs = abi.kvm_debugregs(dr6=0xFFFF_0FF0, dr7=0x403)
     regs.db[0] = 0x1234

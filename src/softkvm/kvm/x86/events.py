@@ -114,7 +114,7 @@ def _deliver_pending_exception(vcpu: Vcpu) -> None:
         vcpu.q[V.RFLAGS] |= abi.X86_EFLAGS_RF
     if exception.vector == abi.DB_VECTOR:
         deliver_exception_payload(vcpu, exception)
-        if vcpu.q[V.DR7] & DR7_GD:
+        if vcpu.guest_dr7 & DR7_GD:
             vcpu.guest_dr7 &= ~DR7_GD
             vcpu.update_dr7()
     elif exception.has_payload:

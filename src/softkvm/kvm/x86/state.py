@@ -15,7 +15,7 @@ from softkvm import _softcpu, abi
 from softkvm.abi import run_page
 from softkvm.abi.x86 import run_page as x86_run_page
 from softkvm.kvm import state
-from softkvm.kvm.x86.exceptions import DR7_FIXED_1, DR7_GD
+from softkvm.kvm.x86.exceptions import DR7_FIXED_1
 from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
 from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
@@ -342,7 +342,7 @@ class VcpuState(
     def update_dr7(self) -> None:
         """Load DR7 with the debugger's value while it owns the breakpoints, else with the guest's."""
         if self.guest_debug & abi.KVM_GUESTDBG_USE_HW_BP:
-            self.q[V.DR7] = self.guest_debug_dr7 & ~DR7_GD | DR7_FIXED_1
+            self.q[V.DR7] = self.guest_debug_dr7 | DR7_FIXED_1
         else:
             self.q[V.DR7] = self.own_dr7
 
