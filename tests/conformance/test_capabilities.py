@@ -134,6 +134,11 @@ def test_paravirtual_msrs_follow_cpuid_when_enforced(
     assert guest.expect(abi.KVM_EXIT_IO).io.port == 0xE9
 
 
+def test_a_vcpu_has_capabilities_to_enable(guest: Guest) -> None:
+    assert guest.vm.check_extension(abi.KVM_CAP_ENABLE_CAP)
+    refused(errno.EINVAL, lambda: guest.cpu.enable_cap(abi.KVM_CAP_HLT))
+
+
 def test_paravirtual_msrs_do_not_follow_cpuid_unless_it_is_enforced(guest: Guest) -> None:
     supported(guest, abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID)
     entries = [entry for entry in guest.cpu.get_cpuid2() if entry.function != abi.KVM_CPUID_FEATURES]

@@ -383,6 +383,11 @@ def test_ioapic_lines_without_a_pin_are_nothing(apic: Guest) -> None:
     assert apic.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC).chip.ioapic.irr == 0
 
 
+def test_more_than_4096_routes_are_einval(chips: Guest) -> None:
+    entry = abi.kvm_irq_routing_entry(gsi=5, type=abi.KVM_IRQ_ROUTING_MSI)
+    refused(errno.EINVAL, lambda: chips.vm.set_gsi_routing([entry] * 4097))
+
+
 def test_routing_sends_a_gsi_as_a_message(apic: Guest) -> None:
     entry = abi.kvm_irq_routing_entry(gsi=40, type=abi.KVM_IRQ_ROUTING_MSI)
     entry.u.msi.address_lo, entry.u.msi.data = 0xFEE0_0000, 0x91
