@@ -11,7 +11,6 @@
 
 use super::architecture::Architecture;
 use super::op::Op;
-use super::zeroed::Zeroed;
 use crate::mem::PageInfo;
 
 /// Blocks run one after the other without coming back to the run loop until so many instructions have retired.
@@ -157,7 +156,7 @@ pub struct BlockCache<P> {
     /// Entries that don't end a search: live blocks' and dead ones'.
     count: usize,
     /// Direct-mapped front of the table for targets of indirect branches; blocks that lie in one page only.
-    front: Zeroed<Slot<P>>,
+    front: Box<[Slot<P>]>,
     /// Blocks decoded so far, for statistics.
     pub(super) decoded_blocks: u64,
     /// Instructions decoded so far.
@@ -177,8 +176,7 @@ impl<P> Default for BlockCache<P> {
             used: CHUNK_BYTES,
             table: vec![empty(); 1 << TABLE_BITS],
             count: 0,
-            // SAFETY: an empty slot is all zeros.
-            front: unsafe { Zeroed::new(1 << FRONT_BITS) },
+            front: vec![empty(); 1 << FRONT_BITS].into_boxed_slice(),
             decoded_blocks: 0,
             decoded_instructions: 0,
             invalidations: 0,
@@ -205,7 +203,7 @@ impl<P> BlockCache<P> {
         self.used = if self.arena.is_empty() { CHUNK_BYTES } else { 0 };
         self.table.clear();
         self.table.resize(1 << TABLE_BITS, empty());
-        self.front.iter_mut().filter(|slot| slot.0 != 0).for_each(|slot| *slot = empty());
+        self.front.fill(empty());
         self.count = 0;
         self.flushes += 1;
     }

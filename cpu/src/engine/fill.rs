@@ -87,11 +87,8 @@ impl<P: Architecture> Engine<P> {
         }
         if watched {
             // Watched pages keep missing the fast path; which bytes are watched is asked on each access.
-            for tag in [&mut entry.read, &mut entry.write] {
-                if *tag != INVALID {
-                    *tag |= SLOW;
-                }
-            }
+            entry.read |= SLOW;
+            entry.write |= SLOW;
         }
         self.tlb.note_size(bank, linear, mapping.size);
         (mapping.host | (linear & !PAGE_MASK)) as usize

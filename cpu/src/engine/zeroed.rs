@@ -4,11 +4,12 @@
 //! The allocator's zeroed memory is not that: it gives what others have had before, and clears it.
 
 use std::alloc::{Layout, handle_alloc_error};
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
-use std::ptr::{NonNull, null_mut, slice_from_raw_parts_mut};
+use std::ptr::{null_mut, slice_from_raw_parts_mut};
 
-/// A slice of fixed length in a mapping of its own.
-pub struct Zeroed<T: Copy>(NonNull<[T]>);
+/// A slice of fixed length in a mapping of its own. It is a box for the compiler, which knows most of those.
+pub struct Zeroed<T: Copy>(ManuallyDrop<Box<[T]>>);
 
 impl<T: Copy> Zeroed<T> {
     /// # Safety
@@ -30,8 +31,8 @@ impl<T: Copy> Zeroed<T> {
         unsafe {
             libc::madvise(p, layout.size(), libc::MADV_NOHUGEPAGE)
         };
-        let slice = slice_from_raw_parts_mut(p.cast::<T>(), length);
-        Zeroed(NonNull::new(slice).expect("a mapping is not at 0"))
+        // SAFETY: its own, aligned to a page, and its zeros are values of T; never freed as a box.
+        Zeroed(ManuallyDrop::new(unsafe { Box::from_raw(slice_from_raw_parts_mut(p.cast::<T>(), length)) }))
     }
 }
 
@@ -40,30 +41,23 @@ impl<T: Copy> Deref for Zeroed<T> {
 
     #[inline(always)]
     fn deref(&self) -> &[T] {
-        // SAFETY: mapped as long as `self`, and its zeros are values of T (see `new`).
-        unsafe { self.0.as_ref() }
+        &self.0
     }
 }
 
 impl<T: Copy> DerefMut for Zeroed<T> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [T] {
-        // SAFETY: as in `deref`, and borrowed by `self` alone.
-        unsafe { self.0.as_mut() }
+        &mut self.0
     }
 }
 
 impl<T: Copy> Drop for Zeroed<T> {
     fn drop(&mut self) {
         // SAFETY: mapped by `new`; T has no drop of its own.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of_val(&**self)) };
+        unsafe { libc::munmap(self.0.as_mut_ptr().cast(), size_of_val(&**self)) };
     }
 }
-
-// SAFETY: it owns its elements, as a box does.
-unsafe impl<T: Copy + Send> Send for Zeroed<T> {}
-// SAFETY: the same.
-unsafe impl<T: Copy + Sync> Sync for Zeroed<T> {}
 
 #[cfg(test)]
 mod tests {

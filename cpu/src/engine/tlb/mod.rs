@@ -244,7 +244,7 @@ impl<P: Architecture> Tlb<P> {
                     continue;
                 }
                 for (size, e) in sizes.iter_mut().zip(entries) {
-                    let tag = if e.read != INVALID { e.read } else { e.exec };
+                    let tag = if e.read & !SLOW != INVALID { e.read } else { e.exec };
                     if *size > 0 && (tag == INVALID || (tag ^ linear) >> (PAGE_SHIFT as u8 + *size) == 0) {
                         *e = EMPTY;
                         *size = 0;
