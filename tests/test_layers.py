@@ -20,10 +20,25 @@ BELOW: dict[str, set[str]] = {
     "kvm": {"abi", "closing", "threads"},
     "devkvm": {"abi", "api", "closing", "threads"},
     "vmm": {"abi", "api", "closing", "progress", "threads"},
-    "unittests": {"abi", "api", "vmm", "qemu"},
-    "bench": {"abi", "api", "vmm", "unittests", "qemu"},
+    "reports": set(),
+    "unittests": {"abi", "api", "vmm", "qemu", "reports"},
+    "bench": {"abi", "api", "vmm", "unittests", "qemu", "reports"},
     "client": {"abi", "kvm", "plugin", "threads"},
-    "cli": {"abi", "api", "vmm", "unittests", "bench", "client", "qemu", "kvm", "plugin", "progress"},
+    "selftests": {"abi", "client", "reports"},
+    "cli": {
+        "abi",
+        "api",
+        "vmm",
+        "unittests",
+        "bench",
+        "client",
+        "reports",
+        "selftests",
+        "qemu",
+        "kvm",
+        "plugin",
+        "progress",
+    },
 }
 
 #: Modules that every architecture shares, by prefix; an ``__init__`` only puts the parts together.

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from softkvm.reports.result import Result, Status
 from softkvm.unittests import suite as suite_module
 from softkvm.unittests.config import Entry, SuiteError
-from softkvm.unittests.result import Result, Status
 from softkvm.unittests.runner import Settings
 from softkvm.unittests.suite import SuiteRun, select
 

@@ -15,10 +15,10 @@ from typing import Protocol
 
 import softkvm
 from softkvm import qemu
+from softkvm.reports.result import Result
 from softkvm.unittests.config import Entry
 from softkvm.unittests.qemu import ACCEL
 from softkvm.unittests.qemu import run_entry as run_entry_on_qemu
-from softkvm.unittests.result import Result
 from softkvm.unittests.runner import DEVICES, Settings, run_entry
 from softkvm.unittests.suite import SuiteRun
 from softkvm.vmm.console import Console

@@ -26,9 +26,9 @@ from typing import Any
 
 import softkvm
 from softkvm.bench.sides import GuestFailure, GuestTimeout, Side
+from softkvm.reports.result import Result, Status
 from softkvm.unittests import config
 from softkvm.unittests.config import Entry, SuiteError
-from softkvm.unittests.result import Result, Status
 from softkvm.unittests.runner import arguments_of
 
 REPORT_VERSION = 1

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "exec": ("softkvm.cli.exec", "run an unmodified KVM client: QEMU, kvmtool, Firecracker, your own"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
+    "selftests": ("softkvm.cli.selftests", "run the kernel's KVM selftests from a build of them"),
     "bench": ("softkvm.cli.bench", "measure what exits cost, QEMU beside it"),
     "completion": ("softkvm.cli.completion", "print a shell's completion of these commands"),
 }

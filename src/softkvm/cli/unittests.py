@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser, Namespace
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import softkvm
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, factor, file_name, seconds
-from softkvm.cli.output import STDOUT, OutputFile, say
-from softkvm.progress import StatusLine
-from softkvm.unittests import config, reports
+from softkvm.cli.output import say
+from softkvm.cli.results import Printer, Reports, add_report_options
+from softkvm.reports.result import Status
+from softkvm.unittests import config
 from softkvm.unittests.config import Entry, SuiteError
-from softkvm.unittests.result import Result, Status
-from softkvm.unittests.runner import DEVICES, TIMEOUT_SCALE, Settings, set_params
+from softkvm.unittests.runner import DEVICES, TIMEOUT_SCALE, Settings, set_params, suite_of
 from softkvm.unittests.suite import SuiteRun, select
 
 EXIT_FAILED = 1
@@ -37,16 +35,6 @@ examples:
   softkvm unittests ~/kvm-unit-tests eventinj realmode -v   two of them, with what they print
   softkvm unittests ~/kvm-unit-tests --group vmexit -j 2 --html report.html
 """
-
-_REPORTS: dict[str, Callable[[Sequence[Result], str], str]] = {
-    "junit": reports.junit,
-    "json": reports.json_text,
-    "html": reports.html_page,
-    "markdown": reports.markdown,
-}
-"""What the options that name a file write there."""
-
-_COLOURS = {Status.PASS: "32", Status.FAIL: "31", Status.SKIP: "33"}
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -91,10 +79,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="variable of the tests' environment, such as NR_CPUS=1",
     )
-    add("--junit", metavar="FILE", type=file_name, help="write JUnit XML")
-    add("--json", metavar="FILE", type=file_name, help="write everything as JSON")
-    add("--html", metavar="FILE", type=file_name, help="write one self-contained page")
-    add("--markdown", metavar="FILE", type=file_name, help="write the table of docs/kvm-unit-tests.md")
+    add_report_options(parser)
     add("-v", "--verbose", action="store_true", help="print the log of every test, and what it ignored")
 
 
@@ -143,64 +128,6 @@ def _list(entries: Sequence[Entry]) -> None:
         say(f"{entry.name.ljust(width)}  {'  '.join(fact for fact in facts if fact)}".rstrip())
 
 
-class _Printer:
-    """Lines of results on standard output; a line of progress on standard error if that is a terminal.
-
-    *quiet*: a report takes standard output, there are no lines.
-    """
-
-    def __init__(self, total: int, *, verbose: bool, quiet: bool) -> None:
-        self._total = total
-        self._verbose = verbose
-        self._quiet = quiet
-        self._colours = os.isatty(1) and "NO_COLOR" not in os.environ
-        self._progress = StatusLine()
-        self._counts: Counter[Status] = Counter()
-        self._over = 0
-
-    def finished(self, result: Result) -> None:
-        """Print a result."""
-        self._counts[result.status] += 1
-        self._over += bool(result.over_suite_limit)
-        self._progress.clear()
-        if not self._quiet:
-            say("\n".join(self._lines(result)))
-
-    def _lines(self, result: Result) -> Iterator[str]:
-        line = result.line
-        if self._colours:
-            line = line.replace(result.status, f"\x1b[{_COLOURS[result.status]}m{result.status}\x1b[0m", 1)
-        yield line
-        if self._verbose:
-            yield from (f"  ignored: {text}" for text in result.ignored)
-            yield from (f"  set: {text}" for text in result.notes)
-            yield from (f"  | {text}" for text in result.log.splitlines())
-        if result.over_suite_limit:
-            yield f"  {result.over_suite_limit}"
-        if self._verbose or result.status is Status.FAIL:
-            yield from (f"  {place}; last exits: {place.exits_text()}" for place in result.places)
-
-    def tick(self, running: list[tuple[str, float]]) -> None:
-        """Show what runs."""
-        if not self._progress.shown:
-            return
-        done = sum(self._counts.values())
-        counts = " ".join(f"{self._counts[status]} {status.lower()}" for status in Status)
-        names = ", ".join(f"{name} {time_s:.0f} s" for name, time_s in running)
-        self._progress.show(f"[{done}/{self._total}] {counts}  {names}")
-
-    def clear(self) -> None:
-        """Take the progress away."""
-        self._progress.clear()
-
-    def summary(self) -> None:
-        """Print the totals."""
-        if self._quiet:
-            return
-        over = f"; {self._over} took longer than the suite's own limit" if self._over else ""
-        say(", ".join(f"{self._counts[status]} {status}" for status in Status) + over)
-
-
 def _run(args: Namespace) -> int:
     settings = _settings(args)
     jobs = count("-j", args.jobs, 1, 256)
@@ -216,28 +143,16 @@ def _run(args: Namespace) -> int:
     if args.list:
         _list(entries)
         return EXIT_OK
-    named = {kind: name for kind in _REPORTS if (name := getattr(args, kind)) is not None}
-    for kind, name in named.items():
-        same = [f"--{other}" for other in named if other != kind and named[other] == name]
-        if same:
-            raise CommandError(f"--{kind} {name}: {same[0]} goes there, too")
-    files = {kind: OutputFile(f"--{kind}", name) for kind, name in named.items()}
+    files = Reports(args)
     _check_kvm(settings)
-    printer = _Printer(len(entries), verbose=args.verbose, quiet=STDOUT in named.values())
+    printer = Printer(len(entries), verbose=args.verbose, quiet=files.take_stdout)
     run = SuiteRun(directory, entries, settings, jobs, finished=printer.finished, tick=printer.tick)
     try:
         results = run.run()
     finally:
         printer.clear()
     printer.summary()
-    errors = []
-    for kind, file in files.items():
-        try:
-            file.write(_REPORTS[kind](results, settings.accel))
-        except CommandError as error:
-            errors.append(error)  # the others may be on another disk
-    if errors:
-        raise errors[0]
+    files.write(results, suite_of(settings.accel))
     return EXIT_FAILED if any(result.status is Status.FAIL for result in results) else EXIT_OK
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -10,7 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from softkvm.client.settings import Settings
 
@@ -76,13 +77,33 @@ def is_static(path: str) -> bool:
     return all(struct.unpack_from("<I", table, n)[0] != _PT_INTERP for n in range(0, len(table) - 3, size))
 
 
-def execute(command: Sequence[str], settings: Settings) -> NoReturn:
-    """Become the client; raises OSError, or LaunchError, if that cannot be."""
+class Client(NamedTuple):
+    """A client that is to be started: as ``execve()`` takes it."""
+
+    executable: str
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+def prepare(command: Sequence[str], settings: Settings) -> Client:
+    """Return how a client is started; LaunchError, or FileNotFoundError, if it cannot be."""
     variables = environment(os.environ, settings)
     program = shutil.which(command[0])
-    if program is not None and is_static(program):
-        if not LOADER.exists():
-            raise LaunchError(f"{LOADER.name} is not built")
-        preload = variables.pop("LD_PRELOAD")
-        os.execve(LOADER, [LOADER.name, program, *command[1:]], {**variables, "SOFTKVM_PRELOAD": preload})
-    os.execvpe(command[0], list(command), variables)
+    if program is None:
+        # What is there but may not be executed, execve() has the right word for.
+        if os.sep not in command[0] or not os.path.exists(command[0]):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+        return Client(command[0], list(command), variables)
+    if not is_static(program):
+        return Client(program, list(command), variables)
+    if not LOADER.exists():
+        raise LaunchError(f"{LOADER.name} is not built")
+    preload = variables.pop("LD_PRELOAD")
+    arguments = [LOADER.name, program, *command[1:]]
+    return Client(str(LOADER), arguments, {**variables, "SOFTKVM_PRELOAD": preload})
+
+
+def execute(command: Sequence[str], settings: Settings) -> NoReturn:
+    """Become the client; raises OSError, or LaunchError, if that cannot be."""
+    client = prepare(command, settings)
+    os.execve(client.executable, client.arguments, client.environment)

@@ -14,8 +14,8 @@ suite's build makes, and gives them the platform that they expect of QEMU.
 
 from __future__ import annotations
 
+from softkvm.reports.result import Place, Result, Status, Subtest
 from softkvm.unittests.config import Entry, SuiteError, read
-from softkvm.unittests.result import Place, Result, Status, Subtest
 from softkvm.unittests.runner import Settings, run, run_entry
 
 __all__ = [

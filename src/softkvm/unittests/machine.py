@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from softkvm import abi, api
+from softkvm.reports.result import Place
 from softkvm.unittests.options import Platform
-from softkvm.unittests.result import Place
 from softkvm.unittests.symbols import Symbols
 from softkvm.vmm.devices import fw_cfg, pci_testdev, testdev, vmport
 from softkvm.vmm.machine import Config, Machine

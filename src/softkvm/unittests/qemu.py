@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from softkvm import qemu
+from softkvm.reports.result import Result, Status
 from softkvm.unittests import config, options
 from softkvm.unittests.config import Entry, SuiteError
-from softkvm.unittests.result import Result, Status, judge, read_log
+from softkvm.unittests.result import judge, read_log
 from softkvm.unittests.runner import Settings, arguments_of, note_limits, skip_reason, smp_of, timeout_of
 
 ACCEL = "tcg"

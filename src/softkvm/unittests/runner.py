@@ -14,10 +14,12 @@ from typing import Any
 
 import softkvm
 from softkvm import api
+from softkvm.reports.result import Result, Status
+from softkvm.reports.suite import Suite
 from softkvm.unittests import config, options
 from softkvm.unittests.config import Entry, SuiteError
 from softkvm.unittests.machine import TestMachine
-from softkvm.unittests.result import Result, Status, judge, read_log
+from softkvm.unittests.result import judge, read_log
 from softkvm.unittests.symbols import Symbols
 from softkvm.vmm.errors import ImageError, MachineError
 from softkvm.vmm.machine import MAX_VCPUS
@@ -48,6 +50,12 @@ class Settings:
     """Module parameters of the software KVM, as under ``/sys/module/kvm*/parameters``."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that the test program sees."""
+
+
+def suite_of(accel: str) -> Suite:
+    """Return what reports say of the suite."""
+    engine = "KVM in Python on the software CPU" if accel == "soft" else "/dev/kvm"
+    return Suite("kvm-unit-tests", "kvm-unit-tests", "unittests", accel, engine, f"`--accel {accel}`")
 
 
 def scale_of(settings: Settings) -> float:

@@ -14,8 +14,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+from softkvm.reports.result import Result, Status
 from softkvm.unittests.config import Entry, SuiteError
-from softkvm.unittests.result import Result, Status, read_log
+from softkvm.unittests.result import read_log
 from softkvm.unittests.runner import DEFAULT_TIMEOUT_S, Settings, run_entry, timeout_of
 from softkvm.vmm.errors import show_traceback, unexpected
 

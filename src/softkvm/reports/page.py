@@ -9,8 +9,10 @@ from html import escape
 from urllib.parse import quote
 
 import softkvm
-from softkvm.unittests.result import Result, Status, Subtest
-from softkvm.vmm.memory import MIB
+from softkvm.reports.result import Result, Status, Subtest
+from softkvm.reports.suite import Suite
+
+MIB = 1 << 20
 
 LOG_LIMIT = 200_000
 """Characters of a log on the page; the end is what matters."""
@@ -105,7 +107,7 @@ addEventListener('hashchange', reveal); reveal();
 """
 
 
-def html_page(results: Sequence[Result], accel: str) -> str:
+def html_page(results: Sequence[Result], suite: Suite) -> str:
     """Return the page."""
     counts = Counter(result.status for result in results)
     total_s = sum(result.time_s for result in results)
@@ -118,14 +120,13 @@ def html_page(results: Sequence[Result], accel: str) -> str:
         f'<button value="{status}" aria-pressed="false">{status.capitalize()} {counts[status]}</button>'
         for status in Status
     )
-    engine = "KVM in Python on the software CPU" if accel == "soft" else "/dev/kvm"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>kvm-unit-tests: {counts[Status.PASS]} pass, {counts[Status.FAIL]} fail</title>"
+        f"<title>{escape(suite.name)}: {counts[Status.PASS]} pass, {counts[Status.FAIL]} fail</title>"
         f"<style>{_STYLE}</style></head><body><main>\n"
-        "<h1>kvm-unit-tests</h1>\n"
-        f'<p class="sub">softkvm {escape(softkvm.__version__)}, {engine}; '
+        f"<h1>{escape(suite.title)}</h1>\n"
+        f'<p class="sub">softkvm {escape(softkvm.__version__)}, {escape(suite.engine)}; '
         f"{len(results)} entries, {_duration(total_s)} of test time</p>\n"
         f'<p class="totals">{_totals(counts)}</p>\n'
         f'<div class="share" role="img" aria-label="{escape(_counts(counts))}">{share}</div>\n'

@@ -6,9 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from softkvm.unittests import reports
-from softkvm.unittests.result import Place, Result, Status, judge, read_log
+from softkvm.reports import formats
+from softkvm.reports.result import Place, Result, Status
+from softkvm.unittests.result import judge, read_log
+from softkvm.unittests.runner import suite_of
 
+SUITE = suite_of("soft")
 LOG = "start\nPASS: one\nFAIL: two <&> \x01\nXFAIL: three\nSUMMARY: 3 tests, 1 unexpected failures\n"
 
 
@@ -81,12 +84,12 @@ def test_pass_beyond_the_suites_own_limit_is_named_everywhere() -> None:
     assert not slow(time_s=29).over_suite_limit
     assert not slow(status=Status.FAIL).over_suite_limit
     assert not results()[0].over_suite_limit
-    document = json.loads(reports.json_text([slow(), *results()], "soft"))
+    document = json.loads(formats.json_text([slow(), *results()], SUITE))
     assert document["over_suite_limit"] == ["slow"]
     assert (document["results"][0]["timeout_s"], document["results"][0]["suite_timeout_s"]) == (90, 30)
-    assert said in reports.junit([slow()], "soft")
-    assert f"slow {said}" in reports.markdown([slow()], "soft")
-    page = reports.html_page([slow()], "soft")
+    assert said in formats.junit([slow()], SUITE)
+    assert f"slow {said}" in formats.markdown([slow()], SUITE)
+    page = formats.html_page([slow()], SUITE)
     assert html.escape(said) in page
     assert html.escape("47.2 s; limit: 90 s; the suite's is 30 s") in page
 
@@ -99,13 +102,13 @@ def test_limit_text_names_the_suites_where_it_is_another(limit_s: float, text: s
 
 
 def test_json_holds_everything() -> None:
-    document = json.loads(reports.json_text(results(), "soft"))
+    document = json.loads(formats.json_text(results(), SUITE))
     assert document["counts"] == {"PASS": 1, "FAIL": 1, "SKIP": 2}
     assert [Result.from_dict(item) for item in document["results"]] == results()
 
 
 def test_junit_is_well_formed_whatever_the_guest_printed() -> None:
-    suite = ElementTree.fromstring(reports.junit(results(), "soft"))[0]
+    suite = ElementTree.fromstring(formats.junit(results(), SUITE))[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "1", "2")
     bad = suite[1]
     assert bad[0].tag == "failure"
@@ -114,8 +117,21 @@ def test_junit_is_well_formed_whatever_the_guest_printed() -> None:
     assert suite[3][0].get("message") == "PKU not enabled"
 
 
+def test_tap_has_a_line_for_each_and_says_why() -> None:
+    lines = formats.tap([*results(), Result("a # b", Status.PASS)], SUITE).splitlines()
+    assert lines[:2] == ["TAP version 13", "1..5"]
+    assert [line for line in lines[2:] if not line.startswith("#")] == [
+        "ok 1 good",
+        "not ok 2 bad|one",
+        "ok 3 other # SKIP needs i386 build",
+        "ok 4 itself # SKIP PKU not enabled",
+        "ok 5 a b",
+    ]
+    assert lines[4] == "# two <&> \x01"
+
+
 def test_markdown_table_keeps_its_columns() -> None:
-    rows = [line for line in reports.markdown(results(), "soft").splitlines() if line.startswith("| ")]
+    rows = [line for line in formats.markdown(results(), SUITE).splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + 4
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
     assert "| good | PASS | 2 tests | ignored: -cpu +vmx |" in rows
@@ -145,7 +161,7 @@ class _Page(HTMLParser):
 
 
 def test_page_is_complete_and_self_contained() -> None:
-    text = reports.html_page(results(), "soft")
+    text = formats.html_page(results(), SUITE)
     page = _Page()
     page.feed(text)
     assert not page.open
@@ -158,4 +174,4 @@ def test_page_is_complete_and_self_contained() -> None:
 
 
 def test_page_of_nothing() -> None:
-    assert "0 entries" in reports.html_page([], "kvm")
+    assert "0 entries" in formats.html_page([], suite_of("kvm"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results for machines and for people: JUnit XML, JSON, Markdown; the HTML page is in :mod:`softkvm.unittests.page`."""
+"""Results for machines and for people: TAP, JUnit XML, JSON, Markdown (HTML: :mod:`softkvm.reports.page`)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from typing import Any
 from xml.etree import ElementTree
 
 import softkvm
-from softkvm.unittests.page import html_page
-from softkvm.unittests.result import Result, Status
+from softkvm.reports.page import html_page
+from softkvm.reports.result import Result, Status
+from softkvm.reports.suite import Suite
 
-__all__ = ["html_page", "json_text", "junit", "markdown"]
+__all__ = ["html_page", "json_text", "junit", "markdown", "tap"]
 
 VERSION = 1
+TAP_LOG_LINES = 40
+"""Lines of a failed entry's log; the end is what matters."""
+_TAP_SPECIAL = re.compile(r"[#\\\s]+")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def json_text(results: Sequence[Result], accel: str) -> str:
+def json_text(results: Sequence[Result], suite: Suite) -> str:
     """Return everything as JSON."""
     document: dict[str, Any] = {
         "version": VERSION,
         "softkvm": softkvm.__version__,
-        "accel": accel,
+        "suite": suite.name,
+        "accel": suite.accel,
         "counts": {status.value: sum(r.status is status for r in results) for status in Status},
         "over_suite_limit": [result.name for result in results if result.over_suite_limit],
         "results": [result.as_dict() for result in results],
@@ -33,12 +38,12 @@ def json_text(results: Sequence[Result], accel: str) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def junit(results: Sequence[Result], accel: str) -> str:
+def junit(results: Sequence[Result], suite: Suite) -> str:
     """Return JUnit XML: an entry is a test case, its log is the case's output."""
     counts = Counter(result.status for result in results)
-    suite = ElementTree.Element(
+    element = ElementTree.Element(
         "testsuite",
-        name=f"kvm-unit-tests on softkvm ({accel})",
+        name=f"{suite.name} on softkvm ({suite.accel})",
         tests=str(len(results)),
         failures=str(counts[Status.FAIL]),
         errors="0",
@@ -47,7 +52,7 @@ def junit(results: Sequence[Result], accel: str) -> str:
     )
     for result in results:
         case = ElementTree.SubElement(
-            suite, "testcase", classname="kvm-unit-tests", name=result.name, time=f"{result.time_s:.3f}"
+            element, "testcase", classname=suite.name, name=result.name, time=f"{result.time_s:.3f}"
         )
         detail = _xml(result.reason or result.summary)
         if result.status is Status.FAIL:
@@ -62,9 +67,26 @@ def junit(results: Sequence[Result], accel: str) -> str:
         if remarks:
             ElementTree.SubElement(case, "system-err").text = _xml("\n".join(remarks))
     root = ElementTree.Element("testsuites")
-    root.append(suite)
+    root.append(element)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def tap(results: Sequence[Result], suite: Suite) -> str:
+    """Return a stream of the Test Anything Protocol, version 13, which kselftest has, too."""
+    lines = ["TAP version 13", f"1..{len(results)}"]
+    for number, result in enumerate(results, 1):
+        name = _TAP_SPECIAL.sub(" ", result.name)
+        why = " ".join(result.why().split())
+        line = f"{'not ok' if result.status is Status.FAIL else 'ok'} {number} {name}"
+        if result.status is Status.SKIP:
+            lines.append(f"{line} # SKIP {why}".rstrip())
+            continue
+        lines.append(line)
+        if result.status is Status.FAIL:
+            lines += [f"# {why}"] if why else []
+            lines += [f"# {text}" for text in result.log.splitlines()[-TAP_LOG_LINES:]]
+    return "\n".join(lines) + "\n"
 
 
 def _xml(text: str) -> str:
@@ -84,18 +106,18 @@ def _limits(results: Sequence[Result]) -> list[str]:
     return [f"Took longer than the suite allows, under [scaled limits](unittests.md): {'; '.join(over)}.", ""]
 
 
-def markdown(results: Sequence[Result], accel: str) -> str:
+def markdown(results: Sequence[Result], suite: Suite) -> str:
     """Return the page of the documentation: every entry with its status, and why it does not pass."""
     counts = Counter(result.status for result in results)
     lines = [
-        "# kvm-unit-tests",
+        f"# {suite.title}",
         "",
-        "<!-- Generated: softkvm unittests DIR --markdown docs/kvm-unit-tests.md -->",
+        f"<!-- Generated: softkvm {suite.command} DIR --markdown docs/{suite.page} -->",
         "",
         f"{counts[Status.PASS]} pass, {counts[Status.FAIL]} fail, {counts[Status.SKIP]} are skipped,"
-        f" of {len(results)} entries (`--accel {accel}`).",
+        f" of {len(results)} entries ({suite.where}).",
         "",
-        "`softkvm unittests DIR` runs the suite from your own build of it; nothing of it is in this repository.",
+        f"`softkvm {suite.command} DIR` runs the suite from your own build of it; nothing of it is in this repository.",
         "",
         *_limits(results),
         "| entry | status | checks | why not |",
