@@ -25,13 +25,12 @@ pub fn load(start_it: impl FnOnce(&'static Core)) -> Option<&'static Core> {
     if let Some(core) = core() {
         return Some(core);
     }
+    let _quiet = Quiet::new();
     let mut failed = LOADING.lock().unwrap_or_else(|e| e.into_inner());
     if *failed || core().is_some() {
         return core();
     }
-    let quiet = Quiet::new();
     let loaded = start();
-    drop(quiet);
     match loaded {
         Ok(core) => {
             start_it(core);

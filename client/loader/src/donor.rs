@@ -8,7 +8,7 @@ use core::arch::global_asm;
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering};
 
-use softkvm_client::{Core, python};
+use softkvm_client::{Client, Core, python};
 
 use crate::raw::{getpid, gettid, raw, sleep_on, wake};
 
@@ -200,11 +200,13 @@ pub struct Request {
 fn serve(request: *mut Request) {
     // SAFETY: of `request`, which waits for it.
     let request = unsafe { &mut *request };
-    let core = python::load(|core| (core.start)(mark, 0, true));
+    let core = python::load(|core| {
+        (core.start)(&Client { mark, sigaction: libc::sigaction, cpuid_sites: 0, handlers: true });
+    });
     request.result = core.map_or(-(libc::ENOENT as isize), |core| (request.function)(request, core));
 }
 
-extern "C" fn mark(_: core::ffi::c_int) {}
+extern "C-unwind" fn mark(_: core::ffi::c_int) {}
 
 /// Does a request of the calling thread, all of whose signals are blocked; errno, negated, if it fails.
 pub fn request(function: fn(&Request, &'static Core) -> isize, arguments: [usize; 3], mask: u64) -> isize {

@@ -54,7 +54,7 @@ pub fn client_action(new: *const libc::sigaction, old: *mut libc::sigaction) -> 
     Some(0)
 }
 
-extern "C" fn on_illegal(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+extern "C-unwind" fn on_illegal(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes the thread's registers; RIP is where an instruction was fetched.
     unsafe {
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
@@ -79,11 +79,11 @@ extern "C" fn on_illegal(signal: c_int, info: *mut libc::siginfo_t, context: *mu
                 real_sigaction(signal, &default, null_mut());
             }
             handler if action.sa_flags & libc::SA_SIGINFO != 0 => {
-                core::mem::transmute::<usize, extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void)>(
+                core::mem::transmute::<usize, extern "C-unwind" fn(c_int, *mut libc::siginfo_t, *mut c_void)>(
                     handler,
                 )(signal, info, context);
             }
-            handler => core::mem::transmute::<usize, extern "C" fn(c_int)>(handler)(signal),
+            handler => core::mem::transmute::<usize, extern "C-unwind" fn(c_int)>(handler)(signal),
         }
     }
 }

@@ -23,7 +23,7 @@ fn of(fd: c_int) -> Option<&'static AtomicU8> {
 }
 
 /// The KVM has made a descriptor.
-pub extern "C" fn mark(fd: c_int) {
+pub extern "C-unwind" fn mark(fd: c_int) {
     if let Some(marked) = of(fd) {
         marked.store(1, Ordering::Relaxed);
     }
@@ -53,7 +53,7 @@ fn copied(from: c_int, to: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int {
+pub unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int {
     if request & 0xFF00 == 0xAE00
         && let Some(core) = core()
         && let result = (core.ioctl)(fd, request as c_uint, argument)
@@ -69,7 +69,7 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn close(fd: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
     let ours = unmark(fd);
     let result = real!(close(fd: c_int) -> c_int);
     if ours {
@@ -79,7 +79,7 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     const CLOSE_RANGE_CLOEXEC: c_int = 4;
     let result = real!(close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int);
     if result == 0 && flags & CLOSE_RANGE_CLOEXEC == 0 && core().is_some() {
@@ -93,12 +93,12 @@ pub unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) 
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn dup(fd: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn dup(fd: c_int) -> c_int {
     copied(fd, real!(dup(fd: c_int) -> c_int))
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn dup2(fd: c_int, to: c_int) -> c_int {
     let closes = fd != to && unmark(to);
     let result = copied(fd, real!(dup2(fd: c_int, to: c_int) -> c_int));
     if closes {
@@ -108,7 +108,7 @@ pub unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
     let closes = fd != to && unmark(to);
     let result = copied(fd, real!(dup3(fd: c_int, to: c_int, flags: c_int) -> c_int));
     if closes {
@@ -122,13 +122,13 @@ fn is_copy(command: c_int) -> bool {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
+pub unsafe extern "C-unwind" fn fcntl(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
     let result = real!(fcntl(fd: c_int, command: c_int, argument: c_ulong) -> c_int);
     if is_copy(command) { copied(fd, result) } else { result }
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
+pub unsafe extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
     let result = real!(fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int);
     if is_copy(command) { copied(fd, result) } else { result }
 }
@@ -144,19 +144,19 @@ fn refresh(fd: c_int) {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, size: usize) -> isize {
+pub unsafe extern "C-unwind" fn read(fd: c_int, buffer: *mut c_void, size: usize) -> isize {
     refresh(fd);
     real!(read(fd: c_int, buffer: *mut c_void, size: usize) -> isize)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
+pub unsafe extern "C-unwind" fn pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
     refresh(fd);
     real!(pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
+pub unsafe extern "C-unwind" fn pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
     refresh(fd);
     real!(pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
 }

@@ -31,7 +31,7 @@ fn open_device(flags: c_int) -> c_int {
 macro_rules! opens {
     ($($name:ident($($before:ident: $type:ty),*) ;)*) => {$(
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($before: $type,)* path: *const c_char, flags: c_int, mode: c_uint) -> c_int {
+        pub unsafe extern "C-unwind" fn $name($($before: $type,)* path: *const c_char, flags: c_int, mode: c_uint) -> c_int {
             if is_device(path) {
                 return open_device(flags);
             }
@@ -52,7 +52,7 @@ opens! {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn access(path: *const c_char, mode: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn access(path: *const c_char, mode: c_int) -> c_int {
     if is_device(path) {
         return permission(mode);
     }
@@ -60,7 +60,7 @@ pub unsafe extern "C" fn access(path: *const c_char, mode: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn euidaccess(path: *const c_char, mode: c_int) -> c_int {
+pub unsafe extern "C-unwind" fn euidaccess(path: *const c_char, mode: c_int) -> c_int {
     if is_device(path) {
         return permission(mode);
     }
@@ -68,7 +68,7 @@ pub unsafe extern "C" fn euidaccess(path: *const c_char, mode: c_int) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn faccessat(
+pub unsafe extern "C-unwind" fn faccessat(
     directory: c_int,
     path: *const c_char,
     mode: c_int,
@@ -103,7 +103,7 @@ fn describe(stat: *mut libc::stat) -> c_int {
 macro_rules! stats {
     ($($name:ident($($before:ident: $type:ty),* ; $($after:ident: $last:ty),*) ;)*) => {$(
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name(
+        pub unsafe extern "C-unwind" fn $name(
             $($before: $type,)* path: *const c_char, stat: *mut libc::stat $(, $after: $last)*
         ) -> c_int {
             if is_device(path) {
@@ -130,7 +130,7 @@ stats! {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn statx(
+pub unsafe extern "C-unwind" fn statx(
     directory: c_int,
     path: *const c_char,
     flags: c_int,

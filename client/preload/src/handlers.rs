@@ -2,49 +2,108 @@
 //! Handlers of signals: the KVM, which puts them off while their thread is in a request, has to know of each.
 
 use core::ffi::c_int;
+use core::sync::atomic::{AtomicBool, Ordering};
 
+use libc::sighandler_t;
+use softkvm_client::NOT_OUR_SIGNAL;
 use softkvm_client::python::core;
 
+use crate::cpuid;
 use crate::real;
-
-fn changed(signal: c_int, installed: bool) {
-    if installed && let Some(core) = core() {
-        (core.handler_changed)(signal);
-    }
-}
+use crate::real::set_errno;
 
 /// The C library's sigaction().
-pub fn real_sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int {
-    real!(sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int)
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn sigaction(
+pub unsafe extern "C" fn real_sigaction(
     signal: c_int,
     new: *const libc::sigaction,
     old: *mut libc::sigaction,
 ) -> c_int {
-    let result =
-        real!(sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int);
-    changed(signal, result == 0 && !new.is_null());
-    result
+    real!(sigaction(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int)
+}
+
+/// sigaction() behind the handlers that are there for the client's sake; None: it is for the C library's.
+fn behind(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> Option<c_int> {
+    if signal == libc::SIGILL {
+        return cpuid::client_action(new, old);
+    }
+    let result = (core()?.sigaction)(signal, new, old);
+    (result != NOT_OUR_SIGNAL).then_some(result)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t {
-    if signal == libc::SIGILL {
-        // SAFETY: zeros are a sigaction with an empty mask.
-        let mut action: libc::sigaction = unsafe { core::mem::zeroed() };
-        let mut old = action;
-        action.sa_sigaction = handler;
-        if crate::cpuid::client_action(&action, &mut old).is_some() {
-            return old.sa_sigaction;
+pub unsafe extern "C-unwind" fn sigaction(
+    signal: c_int,
+    new: *const libc::sigaction,
+    old: *mut libc::sigaction,
+) -> c_int {
+    match behind(signal, new, old) {
+        // SAFETY: the caller's own call.
+        None => unsafe { real_sigaction(signal, new, old) },
+        Some(error @ ..0) => {
+            set_errno(-error);
+            -1
         }
+        Some(done) => done,
     }
-    let before = real!(signal(signal: c_int, handler: libc::sighandler_t) -> libc::sighandler_t);
-    changed(signal, before != libc::SIG_ERR);
-    before
 }
+
+fn install_old(signal: c_int, handler: sighandler_t) -> Option<sighandler_t> {
+    if signal != libc::SIGILL {
+        return None;
+    }
+    // SAFETY: zeros are a sigaction with an empty mask.
+    let mut action: libc::sigaction = unsafe { core::mem::zeroed() };
+    let mut old = action;
+    action.sa_sigaction = handler;
+    cpuid::client_action(&action, &mut old).map(|_| old.sa_sigaction)
+}
+
+/// The older functions, which call the C library's own sigaction().
+macro_rules! signals {
+    ($($name:ident)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C-unwind" fn $name(signal: c_int, handler: sighandler_t) -> sighandler_t {
+            if let Some(before) = install_old(signal, handler) {
+                return before;
+            }
+            let before = real!($name(signal: c_int, handler: sighandler_t) -> sighandler_t);
+            match core() {
+                Some(core) if before != libc::SIG_ERR => (core.handler_changed)(signal, before),
+                _ => before,
+            }
+        }
+    )*};
+}
+
+signals! { signal bsd_signal ssignal sysv_signal __sysv_signal sigset }
+
+// ---- cancellation ----------------------------------------------------------------------------------------------------
+
+/// Whether any thread has made its cancellation asynchronous.
+static ASYNCHRONOUS: AtomicBool = AtomicBool::new(false);
+const PTHREAD_CANCEL_ASYNCHRONOUS: c_int = 1;
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int {
+    if kind == PTHREAD_CANCEL_ASYNCHRONOUS {
+        ASYNCHRONOUS.store(true, Ordering::SeqCst);
+    }
+    real!(pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn pthread_cancel(thread: libc::pthread_t) -> c_int {
+    let result = real!(pthread_cancel(thread: libc::pthread_t) -> c_int);
+    if result == 0
+        && ASYNCHRONOUS.load(Ordering::SeqCst)
+        && let Some(core) = core()
+    {
+        (core.cancelled)(thread as usize);
+    }
+    result
+}
+
+// ---- the end ---------------------------------------------------------------------------------------------------------
 
 /// The process ends by `exit()`, or by returning from `main()`.
 extern "C" fn at_exit() {

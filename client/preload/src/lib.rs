@@ -17,10 +17,16 @@ mod handlers;
 mod memory;
 mod real;
 
-use softkvm_client::Core;
-use softkvm_client::python;
+use softkvm_client::{Client, Core, python};
 
 /// The KVM, loaded if it is not.
 fn load() -> Option<&'static Core> {
-    python::load(|core| (core.start)(descriptors::mark, cpuid::replaced(), false))
+    python::load(|core| {
+        (core.start)(&Client {
+            mark: descriptors::mark,
+            sigaction: handlers::real_sigaction,
+            cpuid_sites: cpuid::replaced(),
+            handlers: false,
+        });
+    })
 }

@@ -37,7 +37,7 @@ fn mapped(
 macro_rules! maps {
     ($($name:ident)*) => {$(
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name(
+        pub unsafe extern "C-unwind" fn $name(
             address: *mut c_void,
             size: usize,
             protection: c_int,

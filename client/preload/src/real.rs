@@ -45,7 +45,7 @@ macro_rules! real {
         let function = REAL.get(name);
         // SAFETY: the function of this name and type, with the arguments that ours has got.
         #[allow(unused_unsafe)]
-        unsafe { core::mem::transmute::<*mut core::ffi::c_void, extern "C" fn($($type),*) -> $result>(function)($($value),*) }
+        unsafe { core::mem::transmute::<*mut core::ffi::c_void, extern "C-unwind" fn($($type),*) -> $result>(function)($($value),*) }
     }};
 }
 

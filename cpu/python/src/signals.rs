@@ -26,7 +26,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, 
 
 use libc::{c_int, c_void, siginfo_t, sigset_t, ucontext_t};
 use softcpu::clock::clock_ns;
-use softcpu::mem::{Shared, futex};
+use softcpu::mem::lost::actions::{action_of, call_handler, set_action, set_default};
+use softcpu::mem::{Shared, futex, lost};
 
 /// How old a look at the handlers may be when a run begins.
 const WATCH_NS: u64 = 20_000_000;
@@ -131,6 +132,9 @@ impl Runner {
 
     /// Gives it back; its processor is gone.
     pub fn release(&self) {
+        // The thread may have been cancelled at its end.
+        self.thread.store(0, Ordering::SeqCst);
+        self.put_off.store(0, Ordering::SeqCst);
         self.used.store(false, Ordering::SeqCst);
     }
 
@@ -264,33 +268,45 @@ impl Runner {
             self.unlock();
             return false;
         }
-        self.end_with(signals, handed);
+        let infos = self.infos(signals);
+        // Nothing is held any more when handlers run: one may jump out of here.
+        self.unlock();
+        raise(signals, handed, &infos);
         true
     }
 
-    /// Nothing is held any more when handlers run: one may jump out of here.
-    #[cold]
-    fn end_with(&self, signals: u64, handed: u64) {
-        // SAFETY: those whose bit was set are filled in.
-        let info = |signal: c_int| unsafe { *self.infos[signal as usize - 1].get() };
+    /// What came with signals that were put off.
+    fn infos(&self, signals: u64) -> Infos {
         let mut infos = [MaybeUninit::uninit(); END - 1];
         for signal in members(signals) {
-            infos[signal as usize - 1] = info(signal);
+            // SAFETY: those whose bit was set are filled in.
+            infos[signal as usize - 1] = unsafe { *self.infos[signal as usize - 1].get() };
         }
-        self.unlock();
-        // SAFETY: system calls about the calling thread, which may give itself any siginfo.
-        unsafe {
-            let (process, thread) = (libc::getpid(), libc::syscall(libc::SYS_gettid));
-            for signal in members(signals) {
-                let info = infos[signal as usize - 1].as_ptr();
-                libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, signal, info);
-            }
+        infos
+    }
+
+    /// Takes a thread's own, which no other waits for, and begins a request; false: this thread is in one, or another.
+    /// Handlers may jump out anywhere, so at no time is it taken and signals are not put off.
+    pub fn enter(&self) -> bool {
+        if self.owner.load(Ordering::SeqCst) != 0 {
+            return false;
         }
-        let queued = signals & !((1 << (libc::SIGRTMIN() - 1)) - 1);
-        if queued != 0 && !FOREIGN.load(Ordering::SeqCst) {
-            set_mask(libc::SIG_UNBLOCK, &set_of(queued));
+        self.begin();
+        self.owner.store(current_thread(), Ordering::SeqCst);
+        true
+    }
+
+    /// Ends what [`Runner::enter`] has begun: calls the function, and raises again what was put off.
+    pub fn leave(&self, function: impl FnOnce()) {
+        self.owner.store(0, Ordering::SeqCst);
+        function();
+        self.thread.store(0, Ordering::SeqCst);
+        let signals = self.put_off.load(Ordering::SeqCst);
+        let handed = self.handed.swap(0, Ordering::SeqCst);
+        if signals | handed != 0 {
+            let infos = self.infos(signals);
+            raise(signals & self.put_off.fetch_and(!signals, Ordering::SeqCst), handed, &infos);
         }
-        members(handed).for_each(mark_for_python);
     }
 
     /// Blocks what KVM_SET_SIGNAL_MASK says, and nothing else: what it leaves open and the thread had blocked comes to
@@ -310,6 +326,27 @@ impl Runner {
     }
 }
 
+/// What came with signals, for each.
+type Infos = [MaybeUninit<siginfo_t>; END - 1];
+
+/// Raises signals once more that this thread has put off, and those that were handed to Python's main thread.
+#[cold]
+fn raise(signals: u64, handed: u64, infos: &Infos) {
+    // SAFETY: system calls about the calling thread, which may give itself any siginfo.
+    unsafe {
+        let (process, thread) = (libc::getpid(), libc::syscall(libc::SYS_gettid));
+        for signal in members(signals) {
+            let info = infos[signal as usize - 1].as_ptr();
+            syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, signal, info);
+        }
+    }
+    let queued = signals & !((1 << (libc::SIGRTMIN() - 1)) - 1);
+    if queued != 0 {
+        set_mask(libc::SIG_UNBLOCK, &set_of(queued));
+    }
+    members(handed).for_each(mark_for_python);
+}
+
 /// [`Runner::interrupt`] for C.
 ///
 /// # Safety
@@ -326,7 +363,12 @@ pub unsafe extern "C" fn interrupt(runner: *const c_void) {
 
 // ---- handlers ----------------------------------------------------------------------------------------------------
 
-type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+type Handler = extern "C-unwind" fn(c_int, *mut siginfo_t, *mut c_void);
+
+unsafe extern "C-unwind" {
+    /// libc's is declared as one that no handler of a signal unwinds.
+    fn syscall(number: libc::c_long, ...) -> libc::c_long;
+}
 
 /// A handler that ours stands before.
 struct Previous {
@@ -334,6 +376,22 @@ struct Previous {
     handler: AtomicUsize,
     flags: AtomicI32,
 }
+
+impl Previous {
+    fn set(&self, action: &libc::sigaction) {
+        self.handler.store(action.sa_sigaction, Ordering::SeqCst);
+        self.flags.store(action.sa_flags, Ordering::SeqCst);
+        self.known.store(true, Ordering::SeqCst);
+    }
+
+    /// The handler, and its flags.
+    fn action(&self) -> (usize, c_int) {
+        (self.handler.load(Ordering::SeqCst), self.flags.load(Ordering::SeqCst))
+    }
+}
+
+/// The level of ours that a signal has.
+static FRONT: [AtomicUsize; END] = [const { AtomicUsize::new(0) }; END];
 
 static PREVIOUS: [[Previous; END]; LEVELS] = [const {
     [const { Previous { known: AtomicBool::new(false), handler: AtomicUsize::new(0), flags: AtomicI32::new(0) } };
@@ -343,7 +401,11 @@ static PREVIOUS: [[Previous; END]; LEVELS] = [const {
 /// Ours, one for each level: a handler that was installed over ours may call it, and means the one below.
 const OURS: [Handler; LEVELS] = [on_signal::<0>, on_signal::<1>, on_signal::<2>, on_signal::<3>];
 
-extern "C" fn on_signal<const LEVEL: usize>(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+extern "C-unwind" fn on_signal<const LEVEL: usize>(
+    signal: c_int,
+    info: *mut siginfo_t,
+    context: *mut c_void,
+) {
     // SAFETY: errno of this thread, which a handler has to leave alone.
     let errno = unsafe { libc::__errno_location() };
     let before = unsafe { *errno };
@@ -398,11 +460,13 @@ fn call_previous(level: usize, signal: c_int, info: *mut siginfo_t, context: *mu
         _ if is_for_main(handler) => mark_for_python(signal),
         // SAFETY: a handler that somebody has installed for this signal, called as its flags say.
         _ => unsafe {
-            if previous.flags.load(Ordering::SeqCst) & libc::SA_SIGINFO != 0 {
-                core::mem::transmute::<usize, Handler>(handler)(signal, info, context);
-            } else {
-                core::mem::transmute::<usize, extern "C" fn(c_int)>(handler)(signal);
+            let flags = previous.flags.load(Ordering::SeqCst);
+            if flags & libc::SA_RESETHAND != 0 {
+                set_default(signal);
             }
+            let mut action: libc::sigaction = core::mem::zeroed();
+            (action.sa_sigaction, action.sa_flags) = (handler, flags);
+            call_handler(&action, signal, info, context);
         },
     }
 }
@@ -452,14 +516,9 @@ fn default_action(signal: c_int) {
     if matches!(signal, libc::SIGCHLD | libc::SIGURG | libc::SIGWINCH | libc::SIGCONT) {
         return;
     }
-    // SAFETY: async-signal-safe functions; the signal is blocked until our handler returns, and then ends or stops the
-    // process.
-    unsafe {
-        let mut action: libc::sigaction = core::mem::zeroed();
-        action.sa_sigaction = libc::SIG_DFL;
-        libc::sigaction(signal, &action, core::ptr::null_mut());
-        libc::raise(signal);
-    }
+    set_default(signal);
+    // SAFETY: the signal is blocked until our handler returns, and then ends or stops the process.
+    unsafe { libc::raise(signal) };
 }
 
 /// When all handlers were looked at, and whether somebody does it now.
@@ -499,6 +558,7 @@ fn watch() {
     }
     LAST_WATCH.store(now_about_ns(), Ordering::SeqCst);
     (1..END as c_int).for_each(watch_signal);
+    lost::watch();
     LOOKING.store(false, Ordering::SeqCst);
 }
 
@@ -547,29 +607,11 @@ fn own_level(action: &libc::sigaction) -> Option<usize> {
     OURS.iter().position(|&ours| ours as usize == action.sa_sigaction)
 }
 
-fn action_of(signal: c_int) -> Option<libc::sigaction> {
-    // SAFETY: asks; the action is filled in on success.
-    unsafe {
-        let mut action = MaybeUninit::uninit();
-        (libc::sigaction(signal, core::ptr::null(), action.as_mut_ptr()) == 0).then(|| action.assume_init())
-    }
-}
-
 /// Puts ours before `action`, which a signal has; false if it cannot be.
 fn install(signal: c_int, mut action: libc::sigaction) -> bool {
     loop {
         let Some(level) = level_of(signal, &action) else { return false };
-        let mut ours = action;
-        ours.sa_sigaction = OURS[level] as usize;
-        ours.sa_flags |= libc::SA_SIGINFO;
-        // SAFETY: `ours` is a handler as its flags say; `replaced` is filled in on success.
-        let replaced = unsafe {
-            let mut replaced = MaybeUninit::<libc::sigaction>::uninit();
-            if libc::sigaction(signal, &ours, replaced.as_mut_ptr()) != 0 {
-                return false;
-            }
-            replaced.assume_init()
-        };
+        let Some(replaced) = put_in_front(signal, level, &action) else { return false };
         if replaced.sa_sigaction == action.sa_sigaction || is_ours(&replaced) {
             return true;
         }
@@ -578,17 +620,83 @@ fn install(signal: c_int, mut action: libc::sigaction) -> bool {
     }
 }
 
+/// Installs ours, otherwise as `action`; returns what was there, None if it cannot be.
+fn put_in_front(signal: c_int, level: usize, action: &libc::sigaction) -> Option<libc::sigaction> {
+    FRONT[signal as usize].store(level, Ordering::SeqCst);
+    let mut ours = *action;
+    ours.sa_sigaction = OURS[level] as usize;
+    // That it is for once, ours sees to: it may put the signal off.
+    ours.sa_flags = ours.sa_flags & !libc::SA_RESETHAND | libc::SA_SIGINFO;
+    // SAFETY: a handler as its flags say.
+    unsafe { set_action(signal, &ours) }
+}
+
 /// The level at which ours calls `action`'s handler.
 fn level_of(signal: c_int, action: &libc::sigaction) -> Option<usize> {
     (0..LEVELS).find(|&level| {
         let previous = &PREVIOUS[level][signal as usize];
         if !previous.known.load(Ordering::SeqCst) {
-            previous.handler.store(action.sa_sigaction, Ordering::SeqCst);
-            previous.flags.store(action.sa_flags, Ordering::SeqCst);
-            previous.known.store(true, Ordering::SeqCst);
+            previous.set(action);
         }
-        previous.handler.load(Ordering::SeqCst) == action.sa_sigaction
+        let is_it = previous.handler.load(Ordering::SeqCst) == action.sa_sigaction;
+        if is_it {
+            previous.set(action);
+        }
+        is_it
     })
+}
+
+// ---- for a client that is not to know of ours ----------------------------------------------------------------------
+
+/// sigaction() behind ours, which stays in front of any handler; None: it is for the C library's.
+pub fn client_action(signal: c_int, new: Option<&libc::sigaction>) -> Option<Result<libc::sigaction, c_int>> {
+    if !can_be_caught(signal) {
+        return lost::client_action(signal, new).map(Ok);
+    }
+    let level = FRONT[signal as usize].load(Ordering::SeqCst);
+    let before = PREVIOUS[level][signal as usize].action();
+    let old = match new {
+        None => action_of(signal),
+        Some(action) if action.sa_sigaction > libc::SIG_IGN => {
+            PREVIOUS[level][signal as usize].set(action);
+            put_in_front(signal, level, action)
+        }
+        // SAFETY: no handler.
+        Some(action) => unsafe { set_action(signal, action) },
+    };
+    let Some(mut old) = old else { return Some(Err(libc::EINVAL)) };
+    if own_level(&old) == Some(level) {
+        (old.sa_sigaction, old.sa_flags) = before;
+    }
+    Some(Ok(old))
+}
+
+/// Somebody has changed what a signal does, by a function that is none of [`client_action`]'s: ours goes in front.
+pub fn client_action_changed(signal: c_int) {
+    if !can_be_caught(signal) {
+        return lost::client_action_changed(signal);
+    }
+    if let Some(action) = action_of(signal).filter(|a| a.sa_sigaction > libc::SIG_IGN && !is_ours(a)) {
+        let level = FRONT[signal as usize].load(Ordering::SeqCst);
+        PREVIOUS[level][signal as usize].set(&action);
+        put_in_front(signal, level, &action);
+    }
+}
+
+/// The handler that one of ours stands before; any other is itself.
+pub fn client_handler(signal: c_int, handler: usize) -> usize {
+    if !can_be_caught(signal) {
+        return lost::client_handler(signal, handler);
+    }
+    let level = OURS.iter().position(|&ours| ours as usize == handler);
+    level.map_or(handler, |level| PREVIOUS[level][signal as usize].action().0)
+}
+
+/// Ends the run that a thread (`pthread_self`) is in, if it is in one, as a signal does.
+pub fn end_run_of(thread: usize) {
+    for runner in runners().filter(|r| r.thread.load(Ordering::SeqCst) == thread) {
+        runner.end_run_early();
+    }
 }
 
 // ---- sets --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use pyo3::prelude::*;
+use softcpu::mem::lost::actions::use_sigaction;
+use softkvm_client::Client;
 
 use super::{result_of, threads};
 use crate::{request, signals};
@@ -39,10 +41,11 @@ static COLLECTING: Mutex<()> = Mutex::new(());
 
 static CPUID_SITES: AtomicUsize = AtomicUsize::new(0);
 
-pub extern "C" fn start(mark: extern "C" fn(c_int), cpuid_sites: usize, handlers: bool) {
-    signals::leave_handlers(handlers);
-    MARK.store(mark as usize, Ordering::SeqCst);
-    CPUID_SITES.store(cpuid_sites, Ordering::SeqCst);
+pub extern "C-unwind" fn start(client: &Client) {
+    use_sigaction(client.sigaction);
+    signals::leave_handlers(client.handlers);
+    MARK.store(client.mark as usize, Ordering::SeqCst);
+    CPUID_SITES.store(client.cpuid_sites, Ordering::SeqCst);
 }
 
 /// In how many places of the client CPUID is answered.
@@ -133,36 +136,40 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, cloexec: bool) -> PyRes
     let mark = MARK.load(Ordering::SeqCst);
     if mark != 0 {
         // SAFETY: what `start` got.
-        unsafe { core::mem::transmute::<usize, extern "C" fn(c_int)>(mark)(theirs) };
+        unsafe { core::mem::transmute::<usize, extern "C-unwind" fn(c_int)>(mark)(theirs) };
     }
     Ok(theirs)
 }
 
 /// Gives back the files that the client has no more; behind the request that this thread is in, if it is in one: then it
 /// is Python that has closed something, and who knows what it holds.
-pub extern "C" fn collect() {
+pub extern "C-unwind" fn collect() {
     if request::own().held() {
         POSTPONED.store(true, Ordering::SeqCst);
         return;
     }
-    let gone: Vec<Arc<File>> = {
-        let _one = COLLECTING.lock().unwrap_or_else(|e| e.into_inner());
-        let files = FILES.read().unwrap_or_else(|e| e.into_inner()).clone();
-        let gone: Vec<_> = files.into_iter().filter(|file| !is_open(file)).collect();
+    threads::uninterrupted(|| {
+        let gone = take_gone();
         if !gone.is_empty() {
-            FILES
-                .write()
-                .unwrap_or_else(|e| e.into_inner())
-                .retain(|file| !gone.iter().any(|g| Arc::ptr_eq(file, g)));
-        }
-        gone
-    };
-    if gone.is_empty() {
-        return;
-    }
-    threads::request(|py| {
-        for file in gone {
-            result_of(py, file.release.bind(py).call0());
+            threads::request(|py| {
+                for file in gone {
+                    result_of(py, file.release.bind(py).call0());
+                }
+            });
         }
     });
+}
+
+/// Takes the files that the client has no more.
+fn take_gone() -> Vec<Arc<File>> {
+    let _one = COLLECTING.lock().unwrap_or_else(|e| e.into_inner());
+    let files = FILES.read().unwrap_or_else(|e| e.into_inner()).clone();
+    let gone: Vec<_> = files.into_iter().filter(|file| !is_open(file)).collect();
+    if !gone.is_empty() {
+        FILES
+            .write()
+            .unwrap_or_else(|e| e.into_inner())
+            .retain(|file| !gone.iter().any(|g| Arc::ptr_eq(file, g)));
+    }
+    gone
 }

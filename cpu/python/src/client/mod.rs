@@ -14,9 +14,10 @@ use std::sync::OnceLock;
 
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
-use softkvm_client::{Core, NOT_OURS};
+use softkvm_client::{Core, NOT_OUR_SIGNAL, NOT_OURS};
 
 use crate::signals;
+use threads::{request, uninterrupted};
 
 /// The functions in Python that the client's side needs.
 struct World {
@@ -34,7 +35,9 @@ static CORE: Core = Core {
     refresh,
     mapped,
     unmapping,
+    sigaction,
     handler_changed,
+    cancelled: threads::cancelled,
     put_off,
     block_in_run,
     cpuid,
@@ -62,28 +65,33 @@ fn result_of<'py>(py: Python<'py>, result: PyResult<Bound<'py, PyAny>>) -> c_lon
     }
 }
 
-extern "C" fn open(flags: c_int) -> c_int {
+extern "C-unwind" fn open(flags: c_int) -> c_int {
     let Some(world) = WORLD.get() else { return -libc::ENOENT };
-    threads::request(|py| result_of(py, world.open_system.bind(py).call1((flags & libc::O_CLOEXEC,))))
-        as c_int
+    uninterrupted(|| {
+        request(|py| result_of(py, world.open_system.bind(py).call1((flags & libc::O_CLOEXEC,))))
+    }) as c_int
 }
 
-extern "C" fn ioctl(fd: c_int, request: c_uint, argument: c_ulong) -> c_long {
-    let Some(file) = files::find(fd) else { return NOT_OURS };
-    threads::request(|py| match &file.run {
-        Some(run) if request == KVM_RUN => result_of(py, run.bind(py).call0()),
-        _ => result_of(py, file.ioctl.bind(py).call1((request, argument))),
+extern "C-unwind" fn ioctl(fd: c_int, number: c_uint, argument: c_ulong) -> c_long {
+    uninterrupted(|| {
+        let Some(file) = files::find(fd) else { return NOT_OURS };
+        request(|py| match &file.run {
+            Some(run) if number == KVM_RUN => result_of(py, run.bind(py).call0()),
+            _ => result_of(py, file.ioctl.bind(py).call1((number, argument))),
+        })
     })
 }
 
-extern "C" fn refresh(fd: c_int) {
-    let Some(file) = files::find(fd) else { return };
-    if let Some(refresh) = &file.refresh {
-        threads::request(|py| result_of(py, refresh.bind(py).call0()));
-    }
+extern "C-unwind" fn refresh(fd: c_int) {
+    uninterrupted(|| {
+        let Some(file) = files::find(fd) else { return };
+        if let Some(refresh) = &file.refresh {
+            request(|py| result_of(py, refresh.bind(py).call0()));
+        }
+    });
 }
 
-extern "C" fn mapped(
+extern "C-unwind" fn mapped(
     fd: c_int,
     address: usize,
     size: usize,
@@ -91,37 +99,60 @@ extern "C" fn mapped(
     protection: c_int,
     shared: bool,
 ) -> c_int {
-    let Some(file) = files::find(fd) else { return 0 };
-    let Some(mapped) = &file.mapped else { return 0 };
-    let args = (address, size, offset, protection, shared);
-    threads::request(|py| result_of(py, mapped.bind(py).call1(args))) as c_int
+    uninterrupted(|| {
+        let Some(file) = files::find(fd) else { return 0 };
+        let Some(mapped) = &file.mapped else { return 0 };
+        let args = (address, size, offset, protection, shared);
+        request(|py| result_of(py, mapped.bind(py).call1(args))) as c_int
+    })
 }
 
-extern "C" fn unmapping(address: usize, size: usize) {
+extern "C-unwind" fn unmapping(address: usize, size: usize) {
     if let Some(world) = WORLD.get() {
-        threads::request(|py| result_of(py, world.unmapping.bind(py).call1((address, size))));
+        uninterrupted(|| request(|py| result_of(py, world.unmapping.bind(py).call1((address, size)))));
     }
 }
 
-extern "C" fn handler_changed(signal: c_int) {
-    signals::watch_signal(signal);
+extern "C-unwind" fn sigaction(
+    signal: c_int,
+    new: *const libc::sigaction,
+    old: *mut libc::sigaction,
+) -> c_int {
+    // SAFETY: both are null or the client's structures.
+    match signals::client_action(signal, unsafe { new.as_ref() }) {
+        None => NOT_OUR_SIGNAL,
+        Some(Err(error)) => -error,
+        Some(Ok(before)) => {
+            if !old.is_null() {
+                // SAFETY: as above.
+                unsafe { *old = before };
+            }
+            0
+        }
+    }
 }
 
-extern "C" fn put_off(signal: c_int, info: *mut c_void, context: *mut c_void) {
+extern "C-unwind" fn handler_changed(signal: c_int, before: usize) -> usize {
+    let before = signals::client_handler(signal, before);
+    signals::client_action_changed(signal);
+    before
+}
+
+extern "C-unwind" fn put_off(signal: c_int, info: *mut c_void, context: *mut c_void) {
     signals::put_off(signal, info.cast(), context.cast());
 }
 
-extern "C" fn block_in_run(mask: u64) {
+extern "C-unwind" fn block_in_run(mask: u64) {
     signals::block_in_run(mask);
 }
 
-extern "C" fn cpuid(leaf: u32, subleaf: u32, values: &mut [u32; 4]) {
+extern "C-unwind" fn cpuid(leaf: u32, subleaf: u32, values: &mut [u32; 4]) {
     *values = softcpu::x86::system::cpuid::cpuid(leaf, subleaf);
 }
 
-extern "C" fn at_exit() {
+extern "C-unwind" fn at_exit() {
     if let Some(world) = WORLD.get() {
-        threads::request(|py| result_of(py, world.at_exit.bind(py).call0()));
+        uninterrupted(|| request(|py| result_of(py, world.at_exit.bind(py).call0())));
     }
 }
 

@@ -3,17 +3,33 @@
 
 use std::cell::Cell;
 use std::ffi::c_int;
+use std::mem::zeroed;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
 
 use super::files;
-use crate::request;
+use crate::signals::Runner;
+use crate::{request, signals};
 
-unsafe extern "C" {
+unsafe extern "C-unwind" {
+    /// Ends the thread at once where that was asked for meanwhile.
     fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
+    fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
 }
 const PTHREAD_CANCEL_DISABLE: c_int = 1;
+const PTHREAD_CANCEL_DEFERRED: c_int = 0;
+
+/// Whether a thread was cancelled that may have been in a request.
+static CANCELLED: AtomicBool = AtomicBool::new(false);
+
+/// A thread was cancelled whose cancellation may be asynchronous: the run that it is in ends.
+pub extern "C-unwind" fn cancelled(thread: usize) {
+    CANCELLED.store(true, Ordering::SeqCst);
+    signals::end_run_of(thread);
+}
 
 /// The interpreter's state of a thread: made at its first request and kept until its end.
 struct State(Cell<bool>);
@@ -63,28 +79,63 @@ fn attached<R>(function: impl FnOnce(Python<'_>) -> R) -> R {
     function(unsafe { Python::assume_attached() })
 }
 
-/// Does a request: not cancelled half-way, handlers of signals behind it, when the interpreter's lock is free again. A
-/// handler may jump out, or end the thread.
-pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> R {
+/// The calling thread's own runner, made with all signals blocked when this is its first request.
+fn runner() -> &'static Runner {
+    if STATE.try_with(|state| state.0.get()).unwrap_or(true) {
+        return request::own();
+    }
+    // SAFETY: valid sets.
+    unsafe {
+        let (mut all, mut mask): (libc::sigset_t, libc::sigset_t) = (zeroed(), zeroed());
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut mask);
+        let runner = request::own();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &mask, null_mut());
+        runner
+    }
+}
+
+/// Lets the thread be cancelled as before; now, if that is due.
+fn set_cancel_state(state: c_int) {
+    // SAFETY: the thread's own state.
+    unsafe {
+        if !CANCELLED.load(Ordering::Relaxed) {
+            pthread_setcancelstate(state, null_mut());
+            return;
+        }
+        // With the result of a thread that was cancelled it only ends by a change of the kind.
+        let mut kind = 0;
+        pthread_setcanceltype(PTHREAD_CANCEL_DEFERRED, &mut kind);
+        pthread_setcancelstate(state, null_mut());
+        pthread_setcanceltype(kind, null_mut());
+    }
+}
+
+/// Calls a function that is to the client as a system call is: it is not cancelled half-way, no handler of a signal runs
+/// before its end, when nothing is held any more, and errno stays. A handler may jump out then, or end the thread.
+pub fn uninterrupted<R>(function: impl FnOnce() -> R) -> R {
+    let runner = runner();
+    let outermost = runner.enter();
     // SAFETY: errno of this thread, and its own state of cancellation.
     let errno = unsafe { libc::__errno_location() };
     let before = unsafe { *errno };
     let mut cancel = 0;
     unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &mut cancel) };
-    let runner = request::own();
-    let outermost = !runner.held() && runner.try_lock();
-    if outermost {
-        runner.begin();
-    }
-    keep();
-    let result = attached(function);
-    unsafe { pthread_setcancelstate(cancel, core::ptr::null_mut()) };
+    let result = function();
     unsafe { *errno = before };
     if outermost {
-        runner.end();
+        runner.leave(|| set_cancel_state(cancel));
         files::collect_postponed();
+    } else {
+        set_cancel_state(cancel);
     }
     result
+}
+
+/// Calls a function of a request's with the interpreter's lock.
+pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> R {
+    keep();
+    attached(function)
 }
 
 // ---- forks ---------------------------------------------------------------------------------------------------------

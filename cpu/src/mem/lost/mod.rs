@@ -9,19 +9,20 @@
 //! What runs guarded is left in the middle when that happens. So it holds no locks while it touches such memory, has
 //! nothing to drop, and changes what it answers for behind the access.
 
+pub mod actions;
+mod handler;
 mod host;
 mod named;
 
-use std::cell::UnsafeCell;
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::{null, null_mut};
-use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use super::forks::forks;
-use host::{Run, call_guarded, go_on_leaving};
+use host::{Run, call_guarded};
 
+pub use handler::{client_action, client_action_changed, client_handler, watch};
 pub use named::{load_for, load128_for, store_for, store128_for};
 
 /// An access found no memory.
@@ -41,7 +42,7 @@ pub struct Lost {
 /// Nothing that `f` has on the stack while it touches memory needs to be dropped. `covers` may be called by a signal
 /// handler during any such access: it takes no locks, allocates nothing, and what it looks at is whole then.
 pub unsafe fn guarded<R>(covers: &dyn Fn(usize) -> bool, f: impl FnOnce() -> R) -> Result<R, Lost> {
-    INSTALL.call_once(install);
+    handler::install();
     let Ok(guards) = MINE.try_with(|mine| mine.0) else {
         return Ok(f()); // the thread is about to end
     };
@@ -181,88 +182,6 @@ fn expecting(address: usize) -> *mut Guard {
         }
     }
     null_mut()
-}
-
-// ---- the handler ---------------------------------------------------------------------------------------------------
-
-const SIGNALS: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
-
-/// What was there before.
-struct Before([UnsafeCell<Option<libc::sigaction>>; SIGNALS.len()]);
-// SAFETY: written by `install`, once, before the handler can be called.
-unsafe impl Sync for Before {}
-static BEFORE: Before = Before([const { UnsafeCell::new(None) }; SIGNALS.len()]);
-static INSTALL: Once = Once::new();
-
-/// Hosts of which the assembly is there; on others memory that is lost ends the process, as without a guard.
-const POSSIBLE: bool = cfg!(all(target_arch = "x86_64", target_os = "linux", not(miri)));
-
-fn install() {
-    if !POSSIBLE {
-        return;
-    }
-    for (signal, before) in SIGNALS.into_iter().zip(&BEFORE.0) {
-        // SAFETY: zeros are a sigaction with an empty mask; the pointers live during the calls.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            if libc::sigaction(signal, null(), &raw mut action) != 0 {
-                continue;
-            }
-            *before.get() = Some(action);
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_fault as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            libc::sigaction(signal, &raw const action, null_mut());
-        }
-    }
-}
-
-/// Handles both signals: see the top.
-extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel passes both. A code above 0 is its own: then there is an address.
-    let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
-    let guard = if code > 0 { expecting(address) } else { null_mut() };
-    if guard.is_null() {
-        return hand_on(signal, code, info, context);
-    }
-    // SAFETY: a guard of this thread; the context is what the thread goes on with.
-    unsafe {
-        (*guard).lost = Lost { address, of: host::named(context) };
-        go_on_leaving(context, guard.cast());
-    }
-}
-
-/// Does what would have been done without this handler.
-fn hand_on(signal: c_int, code: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    let Some(at) = SIGNALS.iter().position(|s| *s == signal) else { return };
-    // SAFETY: written before the handler was installed.
-    let before = unsafe { *BEFORE.0[at].get() };
-    // A fault comes again when this returns; a signal that was sent does not.
-    let sent = code <= 0;
-    match before {
-        Some(action) if !matches!(action.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) => {
-            // SAFETY: the handler that was there, called as it wants to be, with the signals blocked that it wants.
-            unsafe {
-                let mut mask = std::mem::zeroed();
-                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const action.sa_mask, &raw mut mask);
-                if action.sa_flags & libc::SA_SIGINFO != 0 {
-                    type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
-                    std::mem::transmute::<usize, Handler>(action.sa_sigaction)(signal, info, context);
-                } else {
-                    std::mem::transmute::<usize, extern "C" fn(c_int)>(action.sa_sigaction)(signal);
-                }
-                libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, null_mut());
-            }
-        }
-        Some(action) if sent && action.sa_sigaction == libc::SIG_IGN => {}
-        // SAFETY: the default action, of which nobody comes back; it is pending until this handler returns.
-        _ => unsafe {
-            libc::signal(signal, libc::SIG_DFL);
-            if sent {
-                libc::raise(signal);
-            }
-        },
-    }
 }
 
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux", not(miri)))]
