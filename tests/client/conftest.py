@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients in C whose sources are here (``programs/``), compiled once and run under ``softkvm exec``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = Path(__file__).parent / "programs"
+EXEC = (sys.executable, "-m", "softkvm.cli.main", "exec")
+
+Completed = subprocess.CompletedProcess[str]
+
+#: Longer than any case takes on a host that is busy.
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles a program; returns its path."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    directory = tmp_path_factory.mktemp("clients")
+
+    @cache
+    def compiled(name: str, *options: str) -> Path:
+        program = directory / "-".join((name, *options))
+        flags = ("-O1", "-g", "-Wall", "-Wextra", "-pthread", *options)
+        subprocess.run([compiler, *flags, "-o", program, PROGRAMS / f"{name}.c"], check=True, timeout=TIMEOUT_S)
+        return program
+
+    return compiled
+
+
+@pytest.fixture
+def client(build: Callable[..., Path]) -> Callable[..., Completed]:
+    """Runs a program under ``softkvm exec``."""
+
+    def run(program: str, *args: str, options: Sequence[str] = (), env: dict[str, str] | None = None) -> Completed:
+        command = [*EXEC, *options, "--", str(build(program)), *args]
+        return subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, **(env or {})}
+        )
+
+    return run
+
+
+@pytest.fixture
+def holds(client: Callable[..., Completed]) -> Callable[..., None]:
+    """Runs a case of a program, all of whose checks have to hold; nothing else is printed."""
+
+    def run(program: str, case: str) -> None:
+        done = client(program, case)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+    return run

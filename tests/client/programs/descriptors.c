@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// Descriptors: copies of them, their order of going, and what stays behind them.
+#include "client.h"
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+static struct guest g;
+
+static void is_vcpu(int fd) { CHECK(vcpu_rip(fd) >= CODE); }
+static void is_vm(int fd) { CHECK(ioctl(fd, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) > 0); }
+
+static void copies(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    int one = dup(g.vcpu), two = dup2(g.vcpu, 200), three = dup3(g.vcpu, 201, O_CLOEXEC);
+    int four = fcntl(g.vcpu, F_DUPFD, 300), five = fcntl(g.vcpu, F_DUPFD_CLOEXEC, 300);
+    int six = syscall(SYS_dup, g.vcpu);
+    int all[] = {one, two, three, four, five, six};
+    CHECK(two == 200 && three == 201 && four == 300 && five == 301);
+    CHECK(fcntl(one, F_GETFD) == 0 && fcntl(three, F_GETFD) == FD_CLOEXEC && fcntl(five, F_GETFD) == FD_CLOEXEC);
+    CHECK(close(g.vcpu) == 0);
+    for (int n = 0; n < 6; n++) {
+        is_vcpu(all[n]);
+        g.vcpu = all[n];
+        CHECK(next_out(&g) == n);
+        CHECK(close(all[n]) == 0);
+        FAILS(ioctl(all[n], KVM_RUN, 0), EBADF);
+    }
+    // The mapping has it still: nothing is gone until that is.
+    CHECK(g.run->exit_reason == KVM_EXIT_IO);
+    FAILS(dup2(g.vcpu, 5), EBADF);
+    // dup2() onto itself closes nothing.
+    CHECK(dup2(g.vm, g.vm) == g.vm);
+    is_vm(g.vm);
+    FAILS(dup3(g.vm, g.vm, 0), EINVAL);
+    is_vm(g.vm);
+    // Over another of the KVM's.
+    CHECK(dup2(g.kvm, g.vm) == g.vm);
+    CHECK(ioctl(g.vm, KVM_GET_API_VERSION, 0) == KVM_API_VERSION);
+    new_guest_works();
+}
+
+static void close_on_exec_as_the_kernels(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    CHECK(fcntl(g.kvm, F_GETFD) == FD_CLOEXEC);
+    CHECK(fcntl(g.vm, F_GETFD) == FD_CLOEXEC);
+    CHECK(fcntl(g.vcpu, F_GETFD) == FD_CLOEXEC);
+    int plain = open("/dev/kvm", O_RDWR);
+    CHECK(plain >= 0 && fcntl(plain, F_GETFD) == 0);
+    CHECK((fcntl(plain, F_GETFL) & O_ACCMODE) == O_RDWR);
+}
+
+// Numbers are the lowest free ones, as POSIX has it.
+static void numbers_are_the_lowest_free(void) {
+    int first = open("/dev/null", O_RDONLY);
+    CHECK(close(first) == 0);
+    g = guest_open(OUTS, sizeof OUTS);
+    CHECK(g.kvm == first && g.vm == first + 1 && g.vcpu == first + 2);
+    CHECK(close(g.vm) == 0);
+    CHECK(open("/dev/null", O_RDONLY) == first + 1);
+    FAILS(ioctl(first + 1, KVM_CREATE_VCPU, 1), ENOTTY);
+    CHECK(next_out(&g) == 0);
+}
+
+// The VM is there as long as one of its vCPUs is.
+static void vm_is_closed_first(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    CHECK(close(g.vm) == 0);
+    CHECK(close(g.kvm) == 0);
+    for (int n = 0; n < 10; n++) CHECK(next_out(&g) == n);
+    is_vcpu(g.vcpu);
+    CHECK(close(g.vcpu) == 0);
+}
+
+static void raw_close(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    CHECK(syscall(SYS_close, g.vm) == 0);
+    FAILS(ioctl(g.vm, KVM_CREATE_VCPU, 1), EBADF);
+    CHECK(next_out(&g) == 0);
+    CHECK(syscall(SYS_close, g.vcpu) == 0);
+    // The numbers are used again.
+    for (int n = 0; n < 100; n++) {
+        struct guest other = guest_open(OUTS, sizeof OUTS);
+        CHECK(next_out(&other) == 0);
+        CHECK(syscall(SYS_close, other.vcpu) == 0);
+        CHECK(munmap(other.run, other.run_size) == 0);
+        CHECK(syscall(SYS_close, other.vm) == 0);
+        CHECK(syscall(SYS_close, other.kvm) == 0);
+        CHECK(munmap(other.ram, RAM_SIZE) == 0);
+    }
+    CHECK(status_of("FDSize") <= 1024);
+}
+
+static void ranges(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    int low = g.vcpu;
+    CHECK(dup2(g.vcpu, 400) == 400 && dup2(g.kvm, 401) == 401);
+    CHECK(close_range(3, low, 0) == 0);
+    FAILS(ioctl(low, KVM_RUN, 0), EBADF);
+    g.vcpu = 400;
+    CHECK(next_out(&g) == 0);
+    // Everything, as daemons do: then the KVM's own are gone with the client's, and new ones work all the same.
+    CHECK(close_range(3, ~0u, 0) == 0);
+    new_guest_works();
+    g = guest_open(OUTS, sizeof OUTS);
+    for (int fd = 3; fd < 1024; fd++) close(fd);
+    new_guest_works();
+    g = guest_open(OUTS, sizeof OUTS);
+    extern void closefrom(int);
+    closefrom(3);
+    new_guest_works();
+}
+
+static void send_fd(int socket, int fd) {
+    char byte = 0, control[CMSG_SPACE(sizeof fd)] = {0};
+    struct iovec data = {&byte, 1};
+    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+    head->cmsg_level = SOL_SOCKET;
+    head->cmsg_type = SCM_RIGHTS;
+    head->cmsg_len = CMSG_LEN(sizeof fd);
+    memcpy(CMSG_DATA(head), &fd, sizeof fd);
+    CHECK(sendmsg(socket, &message, 0) == 1);
+}
+static int receive_fd(int socket) {
+    int fd;
+    char byte, control[CMSG_SPACE(sizeof fd)];
+    struct iovec data = {&byte, 1};
+    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    CHECK(recvmsg(socket, &message, 0) == 1);
+    memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
+    return fd;
+}
+static void *receiver(void *argument) {
+    int socket = *(int *)argument;
+    g.vcpu = receive_fd(socket);
+    CHECK(next_out(&g) == 0);
+    g.vm = receive_fd(socket);
+    int vcpu = ioctl(g.vm, KVM_CREATE_VCPU, 1);
+    CHECK(vcpu >= 0);
+    CHECK(close(vcpu) == 0);
+    return NULL;
+}
+static void over_a_socket(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    send_fd(pair[0], g.vcpu);
+    CHECK(close(g.vcpu) == 0);
+    send_fd(pair[0], g.vm);
+    CHECK(close(g.vm) == 0);
+    // In nobody's table now, but under way.
+    new_guest_works();
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, receiver, &pair[1]) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(next_out(&g) == 1);
+}
+
+static void mapping_outlives_its_descriptor(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    CHECK(next_out(&g) == 0);
+    CHECK(close(g.vcpu) == 0);
+    CHECK(close(g.vm) == 0);
+    new_guest_works();
+    CHECK(g.run->exit_reason == KVM_EXIT_IO && g.run->io.port == 0x10);
+    g.run->immediate_exit = 1;
+    CHECK(munmap(g.run, g.run_size) == 0);
+    // More than there is.
+    g = guest_open(OUTS, sizeof OUTS);
+    uint8_t *more = mmap(NULL, 1 << 20, PROT_READ, MAP_SHARED, g.vcpu, 0);
+    CHECK(more == MAP_FAILED || !memcmp(more, g.run, 64));
+}
+
+// Files as the kernel's: anonymous inodes that cannot be read, written, cut or sought, and are always ready.
+static void what_else_can_be_done(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    char bytes[16];
+    int all[] = {g.kvm, g.vm, g.vcpu};
+    for (int n = 0; n < 3; n++) {
+        FAILS(read(all[n], bytes, sizeof bytes), EINVAL);
+        FAILS(write(all[n], bytes, sizeof bytes), EINVAL);
+        CHECK(ftruncate(all[n], 0) == -1);
+    }
+    CHECK(next_out(&g) == 0);
+}
+
+// ---- nothing grows --------------------------------------------------------------------------------------------------
+
+static void cycle(void) {
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    CHECK(kvm >= 0);
+    int vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    CHECK(vm >= 0 && close(vm) == 0 && close(kvm) == 0);
+}
+static void cycle_with_vcpu(void) {
+    struct guest one = guest_open(OUTS, sizeof OUTS);
+    CHECK(next_out(&one) == 0);
+    guest_close(&one);
+}
+static void grows_not(void (*function)(void), int warm, int many) {
+    for (int n = 0; n < warm; n++) function();
+    int fds = count_of("/proc/self/fd"), threads = status_of("Threads");
+    long kib = status_of("VmRSS"), maps = status_of("VmSize");
+    for (int n = 0; n < many; n++) function();
+    CHECK(count_of("/proc/self/fd") == fds);
+    CHECK(status_of("Threads") == threads);
+    dprintf(1, "RSS %ld to %ld KiB, size %ld to %ld KiB\n", kib, status_of("VmRSS"), maps, status_of("VmSize"));
+    CHECK(status_of("VmRSS") < kib + 6000);
+    CHECK(status_of("VmSize") < maps + 70000);
+}
+static void vms_leave_nothing(void) { grows_not(cycle, 200, 9000); }
+static void vcpus_leave_nothing(void) { grows_not(cycle_with_vcpu, 100, 1000); }
+static void *in_a_thread(void *unused) {
+    cycle_with_vcpu();
+    return unused;
+}
+static void thread_cycle(void) {
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, in_a_thread, NULL) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+static void threads_leave_nothing(void) { grows_not(thread_cycle, 100, 500); }
+
+CASES(CASE(copies), CASE(close_on_exec_as_the_kernels), CASE(numbers_are_the_lowest_free), CASE(vm_is_closed_first),
+      CASE(raw_close), CASE(ranges), CASE(over_a_socket), CASE(mapping_outlives_its_descriptor),
+      CASE(what_else_can_be_done), CASE(vms_leave_nothing), CASE(vcpus_leave_nothing), CASE(threads_leave_nothing))
