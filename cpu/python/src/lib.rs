@@ -21,10 +21,29 @@ fn clock_ns() -> u64 {
     softcpu::clock::clock_ns()
 }
 
-/// The physical time-stamp counter: one tick per nanosecond of `clock_ns`.
+/// The physical time-stamp counter: one tick per nanosecond of `clock_ns`, unless it is the host's.
 #[pyfunction]
 fn rdtsc() -> u64 {
-    softcpu::clock::clock_ns()
+    softcpu::clock::tsc()
+}
+
+/// Its frequency.
+#[pyfunction]
+fn tsc_khz() -> u64 {
+    softcpu::clock::tsc_khz()
+}
+
+/// `rdtsc` and `clock_ns` at one moment.
+#[pyfunction]
+fn clocks() -> (u64, u64) {
+    let now = softcpu::clock::moment();
+    (now.tsc, now.ns)
+}
+
+/// Makes the host's time-stamp counter the processor's, before there is a machine; its frequency in kHz.
+#[pyfunction]
+fn use_host_tsc(py: Python<'_>) -> u64 {
+    py.detach(softcpu::clock::use_host_tsc)
 }
 
 /// Lets another thread have the host's processor; the interpreter's lock is released (os.sched_yield holds it up to
@@ -84,7 +103,11 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("RUN_INTERRUPTED", processor::RUN_INTERRUPTED)?;
     m.add("RUN_WATCHED", processor::RUN_WATCHED)?;
     m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
+    softcpu::clock::begin_measurement();
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
+    m.add_function(wrap_pyfunction!(tsc_khz, m)?)?;
+    m.add_function(wrap_pyfunction!(clocks, m)?)?;
+    m.add_function(wrap_pyfunction!(use_host_tsc, m)?)?;
     m.add_function(wrap_pyfunction!(sched_yield, m)?)?;
     m.add_function(wrap_pyfunction!(watch_signal, m)?)?;
     m.add_function(wrap_pyfunction!(request::uninterrupted, m)?)?;

@@ -11,6 +11,22 @@ from softkvm.client.settings import Settings
 from softkvm.client.trace import Recorder
 from softkvm.kvm import Kvm
 
+#: What the host's kernel takes for its time if it does not trust the time-stamp counter.
+_OTHER_CLOCKS = ("hpet", "acpi_pm", "jiffies", "refined-jiffies")
+
+
+def counts_steadily() -> bool:
+    """Tell whether the host's time-stamp counter is one to tell the time with: invariant, equal on all processors."""
+    try:
+        with open("/sys/devices/system/clocksource/clocksource0/current_clocksource") as file:
+            if file.read().strip() in _OTHER_CLOCKS:
+                return False
+        with open("/proc/cpuinfo") as file:
+            flags = next((line.split() for line in file if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return "constant_tsc" in flags and "nonstop_tsc" in flags
+
 
 class World:
     """The KVM of a client's process."""
@@ -47,5 +63,7 @@ class World:
 
 def start(settings: dict[str, Any]) -> int:
     """Make the world; returns the address of what the client's side calls."""
+    if counts_steadily():
+        _softcpu.use_host_tsc()  # the client executes RDTSC itself
     world = World(Settings(**settings))
     return _softcpu.client_core(world.open_system, world.unmapping, world.at_exit)

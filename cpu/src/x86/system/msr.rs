@@ -129,7 +129,7 @@ impl Cpu {
 
     /// The guest's time-stamp counter.
     pub fn tsc(&self) -> u64 {
-        crate::clock::clock_ns().wrapping_add(self.ctl.tsc_offset)
+        crate::clock::tsc().wrapping_add(self.ctl.tsc_offset)
     }
 
     /// #GP(0) when CR4.TSD keeps the counter from this privilege level.

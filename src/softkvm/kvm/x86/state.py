@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.tsc import TscSynchronizer
 
 MSR_IA32_APICBASE = 0x1B
-#: The physical TSC ticks once per nanosecond.
-TSC_KHZ = 1_000_000
 
 
 class VmState(state.VmState):
@@ -75,7 +73,7 @@ class VmState(state.VmState):
         self.guest_can_read_msr_platform_info = True
 
         # Time
-        self.default_tsc_khz = TSC_KHZ
+        self.default_tsc_khz = _softcpu.tsc_khz()
         self.kvmclock_offset = -_softcpu.clock_ns()
         self.wall_clock_msr = 0
         self.boot_vcpu_runs_old_kvmclock = False
@@ -153,7 +151,7 @@ class ClockState:
     """The TSC, kvmclock and steal time."""
 
     tsc_offset: int = 0
-    tsc_khz: int = TSC_KHZ
+    tsc_khz: int = 0
     tsc_adjust: int = 0
     pvclock_set_guest_stopped: bool = False
     steal_enabled: bool = False

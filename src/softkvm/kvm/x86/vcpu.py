@@ -8,7 +8,7 @@ import logging
 from functools import partial
 from typing import Final
 
-from softkvm import abi
+from softkvm import _softcpu, abi
 from softkvm.abi.run_page import (
     APIC_BASE_Q,
     CR8_Q,
@@ -388,7 +388,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def tsc_deadline_to_ns(self, guest_tsc: int) -> int:
         """Return the clock's value when the guest's TSC reaches ``guest_tsc``."""
-        return guest_tsc - tsc.offset_signed(self)
+        host_tsc, now = _softcpu.clocks()
+        ahead = guest_tsc - tsc.offset_signed(self) - host_tsc
+        return now - -ahead * 1_000_000 // self.tsc_khz
 
     def inject_smi(self) -> None:
         """There is no system management mode: an SMI is dropped, with a note in the log."""

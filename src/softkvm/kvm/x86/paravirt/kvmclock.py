@@ -62,9 +62,9 @@ def get_kvmclock_ns(vm: Vm) -> int:
 
 def get_clock(vm: Vm) -> abi.kvm_clock_data:
     """KVM_GET_CLOCK."""
-    tsc = _softcpu.rdtsc()
+    tsc, now = _softcpu.clocks()
     data = abi.kvm_clock_data()
-    data.clock = (tsc + vm.kvmclock_offset) & _U64
+    data.clock = (now + vm.kvmclock_offset) & _U64
     data.flags = abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_REALTIME | abi.KVM_CLOCK_HOST_TSC
     data.realtime = time.time_ns()
     data.host_tsc = tsc
@@ -98,7 +98,7 @@ def update_guest_time(vcpu: Vcpu) -> None:
     version, _, _, _, _, _, old_flags = _PVCLOCK.unpack(old)
     version = (version + (1 if version & 1 else 0)) & 0xFFFF_FFFF
     shift, multiplier = get_time_scale(NSEC_PER_SEC, vcpu.tsc_khz * 1000)
-    host_tsc = _softcpu.rdtsc()
+    host_tsc, now = _softcpu.clocks()
     flags = abi.PVCLOCK_TSC_STABLE_BIT | (old_flags & abi.PVCLOCK_GUEST_STOPPED)
     if vcpu.pvclock_set_guest_stopped:
         flags |= abi.PVCLOCK_GUEST_STOPPED
@@ -107,7 +107,7 @@ def update_guest_time(vcpu: Vcpu) -> None:
         version + 1 & 0xFFFF_FFFF,
         0,
         (host_tsc + vcpu.tsc_offset) & _U64,
-        (host_tsc + vm.kvmclock_offset) & _U64,
+        (now + vm.kvmclock_offset) & _U64,
         multiplier,
         shift,
         flags,
