@@ -35,6 +35,8 @@ pub struct Core {
         protection: c_int,
         shared: bool,
     ) -> c_int,
+    /// Whether a guest has memory of these addresses; from anywhere, takes no locks.
+    pub concerns: extern "C-unwind" fn(address: usize, size: usize) -> bool,
     /// The memory at these addresses is about to go, or to become other memory.
     pub unmapping: extern "C-unwind" fn(address: usize, size: usize),
     /// sigaction() for who is not to see the KVM's handlers, which stay in front; [`NOT_OUR_SIGNAL`].
@@ -56,6 +58,8 @@ pub struct Core {
     pub at_exit: extern "C-unwind" fn(),
     /// The client's side is ready.
     pub start: extern "C-unwind" fn(client: &Client),
+    /// The interpreter is the client's own: its threads may hold the lock anywhere.
+    pub client_is_python: extern "C-unwind" fn(),
 }
 
 /// What the client's side does for the KVM.

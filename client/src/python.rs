@@ -130,9 +130,6 @@ impl Interpreter {
 
 /// Makes an interpreter that leaves the process's signals alone, imports no `site` and reads no environment.
 fn initialize(python: &Interpreter, executable: &CStr) -> Result<(), String> {
-    if python!(python.Py_IsInitialized() -> c_int) != 0 {
-        return Ok(()); // the client is one itself
-    }
     for flag in ["Py_IgnoreEnvironmentFlag\0", "Py_NoSiteFlag\0", "Py_NoUserSiteDirectory\0"] {
         python.set_flag(flag);
     }
@@ -164,10 +161,16 @@ fn start() -> Result<&'static Core, String> {
         return Err(dl_error());
     }
     let python = Interpreter(handle);
-    initialize(&python, &executable)?;
+    let is_client = python!(python.Py_IsInitialized() -> c_int) != 0;
+    if !is_client {
+        initialize(&python, &executable)?;
+    }
     let state = python!(python.PyGILState_Ensure() -> c_int);
     let core = world(&python, &script);
     python!(python.PyGILState_Release(state => c_int) -> ());
+    if is_client && let Ok(core) = core {
+        (core.client_is_python)();
+    }
     // The thread that has made the interpreter holds its lock from then on.
     if python!(python.PyGILState_Check() -> c_int) != 0 {
         python!(python.PyEval_SaveThread() -> *mut c_void);

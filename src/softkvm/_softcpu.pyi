@@ -186,12 +186,17 @@ def read_memory(address: int, size: int) -> bytes:
 def write_memory(address: int, data: Buffer) -> None:
     """Put bytes into the process's memory; EFAULT if it is not there, or must not be written."""
 
-def client_file(object: object, fd: int, cloexec: bool) -> int:
+def client_file(object: object, fd: int, flags: int) -> int:
     """Return a new descriptor of the memfd ``fd`` that is a client's, on which requests are methods of ``object``.
+
+    ``flags`` are open()'s.
 
     ``ioctl(request, argument)``; ``release()`` when nobody has it open or mapped any more; and, if it has them,
     ``run()`` for KVM_RUN, ``refresh()`` before it is read, ``mapped(address, size, offset, protection)`` behind mmap().
     """
+
+def client_guest(function: tuple[int, int], add: bool) -> None:
+    """Have a machine, by its ``has_region_function``, asked before memory of the client's goes; ENOMEM above 256."""
 
 def client_cpuid_sites() -> int:
     """Return in how many places of the client's code CPUID was replaced, to be answered as the silicon does."""

@@ -34,6 +34,54 @@ fn mapped(
     address
 }
 
+/// `MAP_FIXED_NOREPLACE` without `MAP_FIXED`.
+const MAP_NOREPLACE: c_int = libc::MAP_FIXED_NOREPLACE & !libc::MAP_FIXED;
+
+/// Memory is about to go, or to change: guests that have it must not by then (the kernel's MMU notifiers). Most memory is
+/// no guest's, which is found out without the interpreter: it may be that the thread has its lock.
+fn going(address: *mut c_void, size: usize) {
+    if let Some(core) = core()
+        && (core.concerns)(address as usize, size)
+    {
+        (core.unmapping)(address as usize, size);
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn munmap(address: *mut c_void, size: usize) -> c_int {
+    going(address, size);
+    real!(munmap(address: *mut c_void, size: usize) -> c_int)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mremap(
+    address: *mut c_void,
+    size: usize,
+    new_size: usize,
+    flags: c_int,
+    new: *mut c_void,
+) -> *mut c_void {
+    going(address, size);
+    if flags & libc::MREMAP_FIXED != 0 {
+        going(new, new_size);
+    }
+    real!(mremap(address: *mut c_void, size: usize, new_size: usize, flags: c_int, new: *mut c_void) -> *mut c_void)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int {
+    going(address, size);
+    real!(mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int {
+    if matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE) {
+        going(address, size);
+    }
+    real!(madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int)
+}
+
 macro_rules! maps {
     ($($name:ident)*) => {$(
         #[unsafe(no_mangle)]
@@ -45,6 +93,9 @@ macro_rules! maps {
             fd: c_int,
             offset: i64,
         ) -> *mut c_void {
+            if flags & libc::MAP_FIXED != 0 && flags & MAP_NOREPLACE != MAP_NOREPLACE {
+                going(address, size);
+            }
             let result = real!($name(
                 address: *mut c_void, size: usize, protection: c_int, flags: c_int, fd: c_int, offset: i64
             ) -> *mut c_void);

@@ -17,6 +17,13 @@ from softkvm.client import dispatch
 from softkvm.client.trace import Recorder
 
 _numbers = itertools.count()
+_vms: set[Any] = set()
+
+
+def unmapping(address: int, size: int) -> None:
+    """Memory of the client's is about to go: take it from the VMs that have it."""
+    for vm in tuple(_vms):
+        vm.host_unmapped(address, size)
 
 
 class File:
@@ -31,9 +38,12 @@ class File:
         if recorder is not None:
             self.ioctl = self.recorded_ioctl  # type: ignore[method-assign]
 
+    #: How the client's descriptor is open.
+    access = os.O_RDWR
+
     def open(self, fd: int, *, cloexec: bool = True) -> int:
         """Make the client's descriptor of a memfd, ``fd``."""
-        return _softcpu.client_file(self, fd, cloexec)
+        return _softcpu.client_file(self, fd, self.access | (os.O_CLOEXEC if cloexec else 0))
 
     def ioctl(self, request: int, argument: int) -> int:
         """Do a request; raises OSError."""
@@ -103,6 +113,8 @@ class VmFile(File):
         super().__init__(vm, recorder)
         self.name = f"vm{next(_numbers)}"
         self._users = 1
+        _softcpu.client_guest(vm.machine.has_region_function, True)
+        _vms.add(vm)
 
     def create_vcpu(self, argument: int) -> int:
         """KVM_CREATE_VCPU."""
@@ -124,6 +136,8 @@ class VmFile(File):
         """One of those who need the VM is gone."""
         self._users -= 1
         if not self._users:
+            _vms.discard(self.object)
+            _softcpu.client_guest(self.object.machine.has_region_function, False)
             self.object.close()
 
 
@@ -170,6 +184,7 @@ class StatisticsFile(File):
 
     kind = abi.File(0)
     name = "statistics"
+    access = os.O_RDONLY
 
     def __init__(self, object: Any, vm: VmFile) -> None:
         super().__init__(object, vm.recorder)

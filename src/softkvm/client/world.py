@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from softkvm import _softcpu
-from softkvm.client.files import SystemFile, open_memfd
+from softkvm.client.files import SystemFile, open_memfd, unmapping
 from softkvm.client.settings import Settings
 from softkvm.client.trace import Recorder
 from softkvm.kvm import Kvm
@@ -52,9 +52,6 @@ class World:
         """Open ``/dev/kvm``; returns the client's descriptor."""
         return open_memfd(SystemFile(self.open_kvm(), self.recorder), "kvm", cloexec=bool(cloexec))
 
-    def unmapping(self, address: int, size: int) -> None:
-        """Memory of the client's is about to go."""
-
     def at_exit(self) -> None:
         """The client's process is about to end."""
         if self.recorder is not None:
@@ -66,4 +63,4 @@ def start(settings: dict[str, Any]) -> int:
     if counts_steadily():
         _softcpu.use_host_tsc()  # the client executes RDTSC itself
     world = World(Settings(**settings))
-    return _softcpu.client_core(world.open_system, world.unmapping, world.at_exit)
+    return _softcpu.client_core(world.open_system, unmapping, world.at_exit)

@@ -69,18 +69,18 @@ pub fn find(fd: c_int) -> Option<Arc<File>> {
     files.iter().find(|file| file.identity == identity).cloned()
 }
 
-fn lock(operation: c_int, fd: c_int) -> Option<libc::flock> {
+fn lock(operation: c_int, fd: c_int, kind: c_int) -> Option<libc::flock> {
     // SAFETY: a request of the whole file, which is filled in.
     unsafe {
         let mut lock: libc::flock = zeroed();
-        lock.l_type = libc::F_WRLCK as libc::c_short;
+        lock.l_type = kind as libc::c_short;
         (libc::fcntl(fd, operation, &mut lock) == 0).then_some(lock)
     }
 }
 
 /// Whether the client's description is still there.
 fn is_open(file: &File) -> bool {
-    lock(libc::F_OFD_GETLK, file.ours.as_raw_fd())
+    lock(libc::F_OFD_GETLK, file.ours.as_raw_fd(), libc::F_WRLCK)
         .is_some_and(|lock| lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
@@ -98,10 +98,9 @@ pub fn collect_postponed() {
 /// Makes the client's descriptor of a memfd; requests on it are `ioctl(request, argument)` and, if it has one, `run()`
 /// of `object`, which is told by `release()` that nobody has it open any more.
 #[pyfunction]
-pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, cloexec: bool) -> PyResult<c_int> {
+pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int) -> PyResult<c_int> {
     let optional = |name: &str| object.getattr_opt(name).map(|found| found.map(Bound::unbind));
     let path = std::ffi::CString::new(format!("/proc/self/fd/{fd}"))?;
-    let flags = libc::O_RDWR | if cloexec { libc::O_CLOEXEC } else { 0 };
     // SAFETY: system calls; the descriptors are ours until they are handed over.
     let (ours, theirs) = unsafe {
         let mut ours = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, HIGH);
@@ -119,7 +118,8 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, cloexec: bool) -> PyRes
         (ours, theirs)
     };
     let identity = identity(theirs).ok_or_else(os_error)?;
-    if lock(libc::F_OFD_SETLK, theirs).is_none() {
+    let kind = if flags & libc::O_ACCMODE == libc::O_RDONLY { libc::F_RDLCK } else { libc::F_WRLCK };
+    if lock(libc::F_OFD_SETLK, theirs, kind).is_none() {
         return Err(os_error());
     }
     let attribute = |name: &str| object.getattr(name).map(Bound::unbind);

@@ -6,6 +6,7 @@
 //! point, and the interpreter's lock is held only where Python runs.
 
 mod files;
+mod guests;
 mod memory;
 mod threads;
 
@@ -34,6 +35,7 @@ static CORE: Core = Core {
     collect: files::collect,
     refresh,
     mapped,
+    concerns: guests::concerns,
     unmapping,
     sigaction,
     handler_changed,
@@ -43,6 +45,7 @@ static CORE: Core = Core {
     cpuid,
     at_exit,
     start: files::start,
+    client_is_python: threads::client_is_python,
 };
 
 const KVM_RUN: c_uint = 0xAE80;
@@ -108,7 +111,11 @@ extern "C-unwind" fn mapped(
 }
 
 extern "C-unwind" fn unmapping(address: usize, size: usize) {
-    if let Some(world) = WORLD.get() {
+    // If it is Python that unmaps it has locks that nobody knows: a guest that touches what is gone then ends with EFAULT,
+    // as ever.
+    if let Some(world) = WORLD.get()
+        && !threads::may_hold_lock()
+    {
         uninterrupted(|| request(|py| result_of(py, world.unmapping.bind(py).call1((address, size)))));
     }
 }
@@ -168,6 +175,7 @@ fn client_core(open_system: Py<PyAny>, unmapping: Py<PyAny>, at_exit: Py<PyAny>)
 pub fn add_to(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(client_core, m)?)?;
     m.add_function(wrap_pyfunction!(files::client_file, m)?)?;
+    m.add_function(wrap_pyfunction!(guests::client_guest, m)?)?;
     m.add_function(wrap_pyfunction!(files::client_cpuid_sites, m)?)?;
     m.add_function(wrap_pyfunction!(memory::read_memory, m)?)?;
     m.add_function(wrap_pyfunction!(memory::write_memory, m)?)

@@ -142,7 +142,18 @@ pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> R {
 
 thread_local!(static FORKING: Cell<bool> = const { Cell::new(false) });
 
-/// Whether it is Python that forks, which does the same for itself: in a request, or on a thread of its own.
+static CLIENT_IS_PYTHON: AtomicBool = AtomicBool::new(false);
+
+pub extern "C-unwind" fn client_is_python() {
+    CLIENT_IS_PYTHON.store(true, Ordering::SeqCst);
+}
+
+/// Whether the thread may have the interpreter's lock outside of what is done here.
+pub fn may_hold_lock() -> bool {
+    CLIENT_IS_PYTHON.load(Ordering::SeqCst) || in_python()
+}
+
+/// Whether it is Python that has called: in a request, or on a thread of its own.
 fn in_python() -> bool {
     // SAFETY: asks.
     let known = unsafe { !ffi::PyGILState_GetThisThreadState().is_null() };
