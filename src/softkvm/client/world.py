@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 from softkvm import _softcpu
@@ -63,4 +64,5 @@ def start(settings: dict[str, Any]) -> int:
     if counts_steadily():
         _softcpu.use_host_tsc()  # the client executes RDTSC itself
     world = World(Settings(**settings))
+    atexit.register(world.at_exit)  # where the interpreter is the client's own, it ends before the process
     return _softcpu.client_core(world.open_system, unmapping, world.at_exit)

@@ -18,7 +18,7 @@ use pyo3::prelude::*;
 use softkvm_client::{Core, NOT_OUR_SIGNAL, NOT_OURS};
 
 use crate::signals;
-use threads::{request, uninterrupted};
+use threads::uninterrupted;
 
 /// The functions in Python that the client's side needs.
 struct World {
@@ -59,6 +59,11 @@ fn errno_of(py: Python<'_>, error: PyErr) -> c_int {
     }
     error.print(py);
     libc::EIO
+}
+
+/// A request's result; ENODEV behind the interpreter's end.
+fn request(function: impl FnOnce(Python<'_>) -> c_long) -> c_long {
+    threads::request(function).unwrap_or(-c_long::from(libc::ENODEV))
 }
 
 fn result_of<'py>(py: Python<'py>, result: PyResult<Bound<'py, PyAny>>) -> c_long {

@@ -132,10 +132,15 @@ pub fn uninterrupted<R>(function: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Calls a function of a request's with the interpreter's lock.
-pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> R {
+/// Calls a function of a request's with the interpreter's lock; None: there is no interpreter any more. That is so at the
+/// end of a client that is a Python program: it is the client's own.
+pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> Option<R> {
+    // SAFETY: asks.
+    if unsafe { ffi::Py_IsInitialized() } == 0 {
+        return None;
+    }
     keep();
-    attached(function)
+    Some(attached(function))
 }
 
 // ---- forks ---------------------------------------------------------------------------------------------------------
