@@ -155,14 +155,16 @@ fn initialize(python: &Interpreter, executable: &CStr) -> Result<(), String> {
 fn start() -> Result<&'static Core, String> {
     let (library, executable) = (setting("SOFTKVM_LIBPYTHON")?, setting("SOFTKVM_PYTHON")?);
     let script = setting("SOFTKVM_WORLD")?;
-    // SAFETY: loads a library; global, for the extension modules.
-    let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    if handle.is_null() {
-        return Err(dl_error());
-    }
-    let python = Interpreter(handle);
-    let is_client = python!(python.Py_IsInitialized() -> c_int) != 0;
+    // The client may be Python, linked to the library or with the interpreter in itself.
+    let mut python = Interpreter(libc::RTLD_DEFAULT);
+    let is_client =
+        !python.symbol("Py_IsInitialized\0").is_null() && python!(python.Py_IsInitialized() -> c_int) != 0;
     if !is_client {
+        // SAFETY: loads a library; global, for the extension modules.
+        python = Interpreter(unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) });
+        if python.0.is_null() {
+            return Err(dl_error());
+        }
         initialize(&python, &executable)?;
     }
     let state = python!(python.PyGILState_Ensure() -> c_int);

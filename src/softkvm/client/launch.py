@@ -42,8 +42,12 @@ def python_library() -> Path:
 
 def world_script(path: Sequence[str], settings: Settings) -> str:
     """Return what the interpreter in the client runs; its variable ``core`` is what the client's side needs."""
+    package = str(Path(__file__).parents[2])
     return f"""import sys
-sys.path[:] = {list(path)!r}
+if sys.flags.no_site and sys.flags.ignore_environment:
+    sys.path[:] = {list(path)!r}
+else:  # the client's own interpreter
+    sys.path.append({package!r})
 from softkvm.client.world import start
 core = start({settings.as_dict()!r})
 """

@@ -89,6 +89,7 @@ class Recorder:
         self._start = time.monotonic()
         self._stats = settings.stats
         self._lock = threading.Lock()
+        self._closed = False
         self._json = settings.trace.endswith(".json")
         self._file = open(settings.trace, "a", buffering=1) if settings.trace else None  # noqa: SIM115
         self.requests: Counter[tuple[str, str]] = Counter()
@@ -163,8 +164,9 @@ class Recorder:
         """The client has ended: write what was counted."""
         if self._file is not None:
             self._file.flush()
-        if not self._stats:
+        if not self._stats or self._closed:
             return
+        self._closed = True
         statistics = self.statistics()
         with open(self._stats, "w") as out:
             if self._stats.endswith(".json"):

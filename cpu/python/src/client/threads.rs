@@ -37,7 +37,7 @@ struct State(Cell<bool>);
 impl Drop for State {
     fn drop(&mut self) {
         // SAFETY: asks; a thread of Python's own has given its state up already.
-        if self.0.get() && unsafe { !ffi::PyGILState_GetThisThreadState().is_null() } {
+        if self.0.get() && is_there() && unsafe { !ffi::PyGILState_GetThisThreadState().is_null() } {
             // SAFETY: the second one gives back what `keep` has taken; this thread is not in Python.
             unsafe {
                 ffi::PyGILState_Ensure();
@@ -132,11 +132,16 @@ pub fn uninterrupted<R>(function: impl FnOnce() -> R) -> R {
     result
 }
 
+/// Whether there is an interpreter.
+fn is_there() -> bool {
+    // SAFETY: asks.
+    unsafe { ffi::Py_IsInitialized() != 0 }
+}
+
 /// Calls a function of a request's with the interpreter's lock; None: there is no interpreter any more. That is so at the
 /// end of a client that is a Python program: it is the client's own.
 pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> Option<R> {
-    // SAFETY: asks.
-    if unsafe { ffi::Py_IsInitialized() } == 0 {
+    if !is_there() {
         return None;
     }
     keep();
@@ -166,7 +171,7 @@ fn in_python() -> bool {
 }
 
 extern "C" fn before() {
-    if in_python() {
+    if !is_there() || in_python() {
         return;
     }
     keep();
