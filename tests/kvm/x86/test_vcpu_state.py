@@ -220,6 +220,12 @@ def test_translate_walks_the_guests_tables(tiny: Tiny) -> None:
     assert tiny.vcpu.translate(1 << 50).valid == 0
 
 
+def test_translate_has_no_physical_address_of_all_ones(tiny: Tiny) -> None:
+    tiny.real_mode()  # without paging, an address is its own translation
+    assert tiny.vcpu.translate((1 << 64) - 2).valid == 1
+    assert tiny.vcpu.translate((1 << 64) - 1).valid == 0
+
+
 def test_cpuid_cannot_change_once_the_vcpu_ran(tiny: Tiny) -> None:
     entries = tiny.vcpu.get_cpuid2()
     tiny.real_mode().load(b"\xf4")

@@ -268,16 +268,17 @@ class VcpuIoctls(Vcpu):
         debugging.set_guest_debug(self, debug)
 
     def translate(self, linear_address: int) -> abi.kvm_translation:
-        """KVM_TRANSLATE."""
+        """KVM_TRANSLATE. All ones is no physical address: KVM says "none" by it."""
         result = abi.kvm_translation(linear_address=linear_address)
         try:
             translation = walk(self, linear_address, 0, set_bits=False)
         except X86Exception:
             result.physical_address = _U64
-            return result
-        result.physical_address = translation.gpa
-        result.valid = 1
-        result.writeable = 1
+        else:
+            result.physical_address = translation.gpa
+        if result.physical_address != _U64:
+            result.valid = 1
+            result.writeable = 1
         return result
 
     def set_tsc_khz(self, khz: int) -> None:

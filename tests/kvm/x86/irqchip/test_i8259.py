@@ -295,6 +295,17 @@ def test_state_round_trip_keeps_pending_interrupts(bench: PicBench) -> None:
     assert ctypes.sizeof(states[0]) == 16
 
 
+@pytest.mark.parametrize("mask", [0, 0xF8, 0xFF])
+def test_a_state_brings_the_mask_of_the_elcr_with_it(bench: PicBench, mask: int) -> None:
+    """KVM API 4.26: what KVM_SET_IRQCHIP has got, KVM_GET_IRQCHIP gives back, whole."""
+    state = bench.pic.get_state(0)
+    state.elcr_mask, state.elcr = mask, 0x28
+    bench.pic.set_state(0, state)
+    assert bytes(bench.pic.get_state(0)) == bytes(state)
+    bench.out(ELCR1, 0xFF)
+    assert bench.inb(ELCR1) == mask
+
+
 def test_any_state_is_survived() -> None:
     pic = Pic(lambda: None)
     for chip in (0, 1):

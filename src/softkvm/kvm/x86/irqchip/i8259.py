@@ -324,13 +324,11 @@ class Pic:
             return kvm_pic_state(**asdict(self._chips[index]))
 
     def set_state(self, index: int, state: kvm_pic_state) -> None:
-        """Load the registers of one chip. Values that no chip can have are cut to those it can."""
+        """Load the registers of one chip, the mask of its ELCR too. A priority or step that no chip has is cut."""
         chip = self._chips[index]
         with self._lock:
             for field in fields(chip):
-                if field.name != "elcr_mask":
-                    setattr(chip, field.name, getattr(state, field.name))
-            chip.elcr &= chip.elcr_mask
+                setattr(chip, field.name, getattr(state, field.name))
             chip.priority_add &= 7
             chip.init_state &= 3
             self._update()
