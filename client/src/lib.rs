@@ -5,6 +5,7 @@
 //! client/`). They are built together, and meet in a [`Core`], whose address Python hands over.
 
 pub mod python;
+pub mod seccomp;
 
 use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 

@@ -25,6 +25,8 @@ const PAGE: usize = 4096;
 
 /// Whether anything was replaced: then SIGILL is ours.
 static PATCHED: AtomicBool = AtomicBool::new(false);
+/// Whether a part of the process has `/dev/kvm` in its constants.
+static IS_CLIENT: AtomicBool = AtomicBool::new(false);
 /// How many.
 static SITES: AtomicUsize = AtomicUsize::new(0);
 
@@ -245,9 +247,15 @@ unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _: usize, _: *mut c_voi
     let is_own =
         module.segments(libc::PF_X, libc::PF_X).any(|code| code.as_ptr_range().contains(&(own as *const u8)));
     if !is_own && module.is_client() {
+        IS_CLIENT.store(true, Ordering::Relaxed);
         module.replace();
     }
     0
+}
+
+/// Whether the process is one that may use KVM.
+pub fn is_client() -> bool {
+    IS_CLIENT.load(Ordering::Relaxed)
 }
 
 /// How many instructions were replaced.

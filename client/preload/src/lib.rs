@@ -10,6 +10,7 @@
 
 #![allow(clippy::missing_safety_doc)] // the C library's own functions, with its rules
 
+mod calls;
 mod cpuid;
 mod descriptors;
 mod files;

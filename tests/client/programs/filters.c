@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// Filters of system calls, and system calls by number.
+#include "client.h"
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+
+// Allows nothing but the end of the process.
+static struct sock_filter nothing[] = {
+    BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_exit_group, 0, 1),
+    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+};
+static struct sock_fprog program = {sizeof nothing / sizeof *nothing, nothing};
+
+static void by_seccomp(void) {
+    CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+    CHECK(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program) == 0);
+}
+static void by_seccomp_for_all_threads(void) {
+    CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+    CHECK(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program) == 0);
+}
+static void by_prctl(void) {
+    CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+    CHECK(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0) == 0);
+}
+static void strict_by_seccomp(void) { CHECK(syscall(SYS_seccomp, SECCOMP_SET_MODE_STRICT, 0, NULL) == 0); }
+static void strict_by_prctl(void) { CHECK(prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT, 0, 0, 0) == 0); }
+
+static void (*filter)(void);
+
+static void *filtered(void *unused) {
+    filter();
+    new_guest_works();
+    return unused;
+}
+
+// Before the first open of /dev/kvm, after it, and on a thread whose others have none.
+static void guests_run(void (*how)(void)) {
+    filter = how;
+    how();
+    new_guest_works();
+    how();
+    new_guest_works();
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, filtered, NULL) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+static void filter_by_seccomp(void) { guests_run(by_seccomp); }
+static void filter_for_all_threads(void) { guests_run(by_seccomp_for_all_threads); }
+static void filter_by_prctl(void) { guests_run(by_prctl); }
+static void strict_mode_by_seccomp(void) { guests_run(strict_by_seccomp); }
+static void strict_mode_by_prctl(void) { guests_run(strict_by_prctl); }
+
+// As libseccomp finds out what the kernel has: seccomp(2) and its errors.
+static void questions_are_the_kernels(void) {
+    uint32_t allow = SECCOMP_RET_ALLOW;
+    CHECK(syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &allow) == 0);
+    FAILS(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, NULL), EFAULT);
+    FAILS(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, NULL), EFAULT);
+    FAILS(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 1u << 31, &program), EINVAL);
+    FAILS(syscall(SYS_seccomp, SECCOMP_SET_MODE_STRICT, 1, NULL), EINVAL);
+    FAILS(syscall(SYS_seccomp, 99, 0, NULL), EINVAL);
+    FAILS(prctl(PR_SET_SECCOMP, 99, 0, 0, 0), EINVAL);
+    CHECK(prctl(PR_GET_SECCOMP, 0, 0, 0, 0) == status_of("Seccomp"));
+}
+
+// Everything by number, as a program without a C library's wrappers has it.
+static void calls_by_number(void) {
+    int kvm = syscall(SYS_openat, AT_FDCWD, "/dev/kvm", O_RDWR | O_CLOEXEC);
+    CHECK(kvm >= 0);
+    CHECK(syscall(SYS_ioctl, kvm, KVM_GET_API_VERSION, 0) == KVM_API_VERSION);
+    FAILS(syscall(SYS_ioctl, kvm, _IO(KVMIO, 0xFE), 0), ENOTTY);
+    int vm = syscall(SYS_ioctl, kvm, KVM_CREATE_VM, 0);
+    uint8_t *ram =
+        (void *)syscall(SYS_mmap, NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0L);
+    CHECK(ram != MAP_FAILED);
+    memcpy(ram + CODE, OUTS, sizeof OUTS);
+    CHECK(set_memory(vm, 0, 0, RAM_SIZE, ram) == 0);
+    int vcpu = syscall(SYS_ioctl, vm, KVM_CREATE_VCPU, 0);
+    int size = syscall(SYS_ioctl, kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+    struct kvm_run *run = (void *)syscall(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0L);
+    CHECK(run != MAP_FAILED);
+    vcpu_at(vcpu, CODE);
+    CHECK(syscall(SYS_ioctl, vcpu, KVM_RUN, 0) == 0 && run->exit_reason == KVM_EXIT_IO);
+    CHECK(syscall(SYS_munmap, ram, RAM_SIZE) == 0);
+    FAILS(syscall(SYS_ioctl, vcpu, KVM_RUN, 0), EFAULT);
+    CHECK(syscall(SYS_munmap, run, size) == 0);
+    CHECK(syscall(SYS_close, vcpu) == 0 && syscall(SYS_close, vm) == 0 && syscall(SYS_close, kvm) == 0);
+    FAILS(syscall(SYS_ioctl, vm, KVM_CHECK_EXTENSION, 0), EBADF);
+    new_guest_works();
+}
+
+CASES(CASE(filter_by_seccomp), CASE(filter_for_all_threads), CASE(filter_by_prctl), CASE(strict_mode_by_seccomp),
+      CASE(strict_mode_by_prctl), CASE(questions_are_the_kernels), CASE(calls_by_number))

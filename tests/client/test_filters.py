@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's seccomp filters, which would end the KVM in its process, and system calls that it makes by number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.client.conftest import EXEC, TIMEOUT_S
+
+FILTERS = [
+    "filter_by_seccomp",
+    "filter_for_all_threads",
+    "filter_by_prctl",
+    "strict_mode_by_seccomp",
+    "strict_mode_by_prctl",
+]
+
+
+@pytest.fixture
+def holds_static(build: Callable[..., Path]) -> Callable[..., None]:
+    """Runs a case of a program that is linked statically: by the loader."""
+
+    def run(program: str, case: str) -> None:
+        command = [*EXEC, "--", str(build(program, "-static")), case]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+    return run
+
+
+@pytest.mark.parametrize("case", FILTERS)
+def test_a_client_that_filters_its_calls_runs_guests(holds: Callable[..., None], case: str) -> None:
+    holds("filters", case)
+
+
+@pytest.mark.parametrize("case", FILTERS)
+def test_a_static_client_that_filters_its_calls_runs_guests(holds_static: Callable[..., None], case: str) -> None:
+    holds_static("filters", case)
+
+
+def test_what_a_client_asks_about_filters_the_kernel_answers(holds: Callable[..., None]) -> None:
+    holds("filters", "questions_are_the_kernels")
+
+
+def test_requests_may_be_made_by_the_number_of_the_call(holds: Callable[..., None]) -> None:
+    holds("filters", "calls_by_number")
