@@ -15,7 +15,7 @@ from softkvm.selftests.runner import Settings, run_all, run_program
 from softkvm.selftests.table import Need, Skip, Table
 
 NOTHING = Table({}, {}, {})
-VMX = Table({"x86_64/skips": Skip("no VMX", "kvm_cpu_has(X86_FEATURE_VMX)")}, {}, {})
+VMX = Table({"skips": Skip("no VMX", "kvm_cpu_has(X86_FEATURE_VMX)")}, {}, {})
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_a_skip_for_the_expected_reason_has_the_tables(run: Run) -> None:
     assert run("x86_64/skips", Settings(table=VMX)).line == "SKIP x86_64/skips (no VMX)"
 
 
-@pytest.mark.parametrize("table", [NOTHING, Table({"x86_64/skips": Skip("no SVM", "X86_FEATURE_SVM")}, {}, {})])
+@pytest.mark.parametrize("table", [NOTHING, Table({"skips": Skip("no SVM", "X86_FEATURE_SVM")}, {}, {})])
 def test_a_skip_that_is_not_expected_or_has_another_reason_fails(run: Run, table: Table) -> None:
     result = run("x86_64/skips", Settings(table=table))
     assert result.status is Status.FAIL
@@ -57,14 +57,14 @@ def test_a_skip_that_is_not_expected_or_has_another_reason_fails(run: Run, table
 
 
 def test_a_program_that_passes_against_the_table_is_noted(run: Run) -> None:
-    result = run("x86_64/good", Settings(table=Table({"x86_64/good": Skip("old news", "x")}, {}, {})))
+    result = run("x86_64/good", Settings(table=Table({"good": Skip("old news", "x")}, {}, {})))
     assert (result.status, result.notes) == (Status.PASS, ["the table expects it to skip: old news"])
 
 
 def test_what_is_taken_for_granted_is_looked_for_before(run: Run) -> None:
     pytest.importorskip("softkvm._softcpu")
     there, none = Need("KVM_CAP_IRQCHIP", "a"), Need("KVM_CAP_S390_PSW", "never on x86")
-    table = Table({}, {"x86_64/good": there, "x86_64/bad": none}, {})
+    table = Table({}, {"good": there, "bad": none}, {})
     assert run("x86_64/good", Settings(table=table)).status is Status.PASS
     assert run("x86_64/bad", Settings(table=table)).line == ("SKIP x86_64/bad (KVM_CAP_S390_PSW is 0: never on x86)")
 

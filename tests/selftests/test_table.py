@@ -2,7 +2,7 @@
 import pytest
 
 from softkvm import abi
-from softkvm.selftests.table import expected, read
+from softkvm.selftests.table import expected, key, read
 
 
 def test_every_program_stands_in_the_table_once_and_every_skip_has_a_reason() -> None:
@@ -22,3 +22,8 @@ def test_needs_are_capabilities_by_their_names() -> None:
 def test_a_table_that_is_misspelt_is_refused() -> None:
     with pytest.raises(ValueError, match="skips"):
         read({"skips": []})
+
+
+def test_a_program_is_the_same_in_the_directory_of_newer_kernels() -> None:
+    table = read({"slow": [{"limit_s": 7, "programs": ["x86_64/amx_test"]}]})
+    assert table.slow[key("x86/amx_test")] == table.slow[key("x86_64/amx_test")] == 7

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAKEFILES = ("Makefile.kvm", "Makefile")
-"""Where the programs are listed: the first since Linux 6.13."""
+"""Where the programs are listed: the first in newer kernels."""
 
 _LIST = re.compile(r"^TEST_GEN_PROGS(?:_EXTENDED)?_(?:x86_64|x86|COMMON)\s*\+?=\s*(.*)$")
 

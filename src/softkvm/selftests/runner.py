@@ -20,7 +20,7 @@ from softkvm.client.world import World
 from softkvm.reports.result import Result, Status
 from softkvm.reports.suite import Suite
 from softkvm.selftests.build import Program
-from softkvm.selftests.table import Table, expected
+from softkvm.selftests.table import Table, expected, key
 
 KSFT_SKIP = 4
 """Exit status of a program whose requirements are not met (tools/testing/selftests/kselftest.h)."""
@@ -53,12 +53,12 @@ def timeout_of(name: str, settings: Settings) -> float:
     """Return the limit that a program runs under, in seconds; 0 is none."""
     if settings.timeout_s is not None:
         return settings.timeout_s
-    return settings.table.slow.get(name, DEFAULT_TIMEOUT_S)
+    return settings.table.slow.get(key(name), DEFAULT_TIMEOUT_S)
 
 
 def missing(name: str, settings: Settings) -> str:
     """Return what the KVM lacks of what the program takes for granted; empty if nothing."""
-    need = settings.table.needs.get(name)
+    need = settings.table.needs.get(key(name))
     if need is None:
         return ""
     with contextlib.closing(World(settings.client).open_kvm()) as kvm:
@@ -135,7 +135,7 @@ def judge(result: Result, status: int, table: Table) -> None:
     A skip that the table has not, or has for another reason, is a failure: something is not offered that should be.
     """
     result.exit_status = status
-    skip = table.skips.get(result.name)
+    skip = table.skips.get(key(result.name))
     if status == 0:
         result.status = Status.PASS
         if skip is not None:

@@ -42,12 +42,17 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What is expected, by the program's name."""
+    """What is expected, by :func:`key`."""
 
     skips: Mapping[str, Skip]
     needs: Mapping[str, Need]
     slow: Mapping[str, float]
     """Time limits of programs that take long, in seconds."""
+
+
+def key(name: str) -> str:
+    """Return a program's name without its directory, which newer kernels call ``x86``."""
+    return name.rpartition("/")[2]
 
 
 def read(document: Mapping[str, Any]) -> Table:
@@ -58,14 +63,14 @@ def read(document: Mapping[str, Any]) -> Table:
     skips, needs, slow = {}, {}, {}
     for entry in document.get("skip", ()):
         skip = Skip(entry["reason"], entry["says"])
-        skips.update(dict.fromkeys(entry["programs"], skip))
+        skips.update(dict.fromkeys(map(key, entry["programs"]), skip))
     for entry in document.get("need", ()):
         need = Need(entry["capability"], entry["reason"])
         if not hasattr(abi, need.capability):
             raise ValueError(f"no capability is named {need.capability}")
-        needs.update(dict.fromkeys(entry["programs"], need))
+        needs.update(dict.fromkeys(map(key, entry["programs"]), need))
     for entry in document.get("slow", ()):
-        slow.update(dict.fromkeys(entry["programs"], float(entry["limit_s"])))
+        slow.update(dict.fromkeys(map(key, entry["programs"]), float(entry["limit_s"])))
     return Table(skips, needs, slow)
 
 
