@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clients of ``docs/examples``, one a language, linked either way, run a guest under ``softkvm exec``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.client.conftest import EXEC, TIMEOUT_S
+
+from softkvm.client.launch import is_static
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+RUSTC = ("rustc", "--edition", "2021")
+
+#: By name: the source, whether the loader has to run it, and what makes it, before ``-o PROGRAM SOURCE``.
+COMPILERS = {
+    "C": ("hello.c", False, ("cc",)),
+    "C, static": ("hello.c", True, ("cc", "-static")),
+    "Rust": ("hello.rs", False, RUSTC),
+    "Rust, static": ("hello.rs", True, (*RUSTC, "-C", "target-feature=+crt-static")),
+    "Go, static": ("hello.go", True, ("go", "build")),
+}
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_a_client_in_a_language_runs_its_guest(name: str, tmp_path: Path) -> None:
+    source, static, compiler = COMPILERS[name]
+    if not shutil.which(compiler[0]):
+        pytest.skip(f"no {compiler[0]}")
+    program = tmp_path / "hello"
+    settings = {"CGO_ENABLED": "0", "GO111MODULE": "off", "GOTOOLCHAIN": "local", "GOCACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, **settings}
+    subprocess.run([*compiler, "-o", program, EXAMPLES / source], check=True, env=environment, timeout=5 * TIMEOUT_S)
+    assert is_static(str(program)) is static
+    done = subprocess.run([*EXEC, "--", str(program)], check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    language = name.partition(",")[0]
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"hello from {language}\n")
