@@ -12,7 +12,8 @@ import errno
 import operator
 import os
 import reprlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -47,6 +48,15 @@ def number(name: str, value: Any, low: int, high: int) -> int:
         return int(value)
     code = errno.EBADF if name.endswith("fd") else errno.EINVAL
     raise kvm_error(code, f"{name}={value}, expected {low} to {high}")
+
+
+def numbers(name: Callable[[int], str], values: Sequence[Any], code: str) -> Sequence[int]:
+    """Return numbers that an array of type ``code`` holds; ``name`` of a place is what an error calls the one there."""
+    try:
+        return array(code, list(values)).tolist()
+    except (OverflowError, TypeError):
+        limit = (1 << 8 * array(code).itemsize) - 1
+        return [number(name(n), value, 0, limit) for n, value in enumerate(values)]
 
 
 def structure(name: str, value: Any, cls: type) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import reprlib
+from array import array
 from collections.abc import Sequence
 from ctypes import c_uint32, c_uint64
 from typing import Any
@@ -83,9 +84,8 @@ class GetMsrs(Argument):
     def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
         """Numbers of 32 bits."""
         (name,) = names
-        return (
-            [checks.number(f"{name}[{n}]", i, *_U32) for n, i in enumerate(checks.sequence(name, args[0], "numbers"))],
-        )
+        indices = checks.sequence(name, args[0], "numbers")
+        return (checks.numbers(lambda n: f"{name}[{n}]", indices, "I"),)
 
     def pack(self, indices: Sequence[int]) -> Any:
         """A table of indices without values."""
@@ -100,14 +100,13 @@ class GetMsrs(Argument):
 
     def take(self, memory: Memory, value: int) -> Sequence[Any]:
         """The indices."""
-        return ([entry.index for entry in read_msrs(memory, value)],)
+        return ([entry & _INDEX for entry in read_msrs(memory, value)[::2]],)
 
     def give(self, memory: Memory, value: int, result: Any) -> int:
         """The values, beside their indices; how many there are."""
-        entries = read_msrs(memory, value)
-        for entry, data in zip(entries, result, strict=False):
-            entry.data = data
-        memory.write(value + ctypes.sizeof(kvm_msrs), (kvm_msr_entry * len(result))(*entries[: len(result)]))
+        entries = array("Q", read_msrs(memory, value)[: 2 * len(result)])
+        entries[1::2] = array("Q", result)
+        memory.write(value + ctypes.sizeof(kvm_msrs), entries)
         return len(result)
 
 
@@ -121,7 +120,9 @@ class SetMsrs(Value):
         except (TypeError, ValueError):
             given = reprlib.repr(args[0])
             raise TypeError(f"{names[0]}={given}, expected values by index, or (index, value) pairs") from None
-        return ([(checks.number("index", i, *_U32), checks.number(f"MSR {i:#x}", v, *_U64)) for i, v in pairs],)
+        indices = checks.numbers(lambda n: "index", [index for index, _ in pairs], "I")
+        values = checks.numbers(lambda n: f"MSR {indices[n]:#x}", [value for _, value in pairs], "Q")
+        return (list(zip(indices, values, strict=True)),)
 
     def pack(self, msrs: MsrValues) -> Any:
         """A table of indices and values."""
@@ -134,19 +135,27 @@ class SetMsrs(Value):
 
     def take(self, memory: Memory, value: int) -> Sequence[Any]:
         """Pairs."""
-        return ([(entry.index, entry.data) for entry in read_msrs(memory, value)],)
+        entries = read_msrs(memory, value)
+        return ([(entry & _INDEX, data) for entry, data in zip(entries[::2], entries[1::2], strict=True)],)
 
 
 #: KVM_GET_MSRS and KVM_SET_MSRS take fewer than so many (``MAX_IO_MSRS``).
 _MAX_IO_MSRS = 256
 
 
-def read_msrs(memory: Memory, address: int) -> Sequence[kvm_msr_entry]:
-    """Return copies of the entries of a ``kvm_msrs`` in a client's memory."""
+#: The index in an entry's first quadword; the rest of it is reserved.
+_INDEX = _U32[1]
+
+
+def read_msrs(memory: Memory, address: int) -> Sequence[int]:
+    """Return copies of the entries of a ``kvm_msrs`` in a client's memory, two quadwords each: index, data."""
     count = read_structure(memory, kvm_msrs, address).nmsrs
     if count >= _MAX_IO_MSRS:
         raise kvm_error(errno.E2BIG, f"nmsrs={count}, expected at most {_MAX_IO_MSRS - 1}")
-    return read_structure(memory, kvm_msr_entry * count, address + ctypes.sizeof(kvm_msrs)) if count else ()
+    if not count:
+        return ()
+    data = memory.read(address + ctypes.sizeof(kvm_msrs), count * ctypes.sizeof(kvm_msr_entry))
+    return memoryview(data).cast("Q").tolist()
 
 
 class MsrFilter(Argument):

@@ -28,6 +28,8 @@ from softkvm.kvm.x86.register_block import (
     FTW_W,
     MXCSR_D,
     PKRU_D,
+    ST_SIZE,
+    YMM_SIZE,
     st_b,
     ymm_b,
 )
@@ -41,9 +43,6 @@ _FSW_B: Final = 1 << 15
 
 MXCSR_DEFAULT: Final = 0x1F80
 MXCSR_MASK: Final = 0x2_FFFF  # MM is there: the silicon has MisAlignSse
-_XSTATE_BV: Final = 512
-_XCOMP_BV: Final = 520
-_YMM_OFFSET: Final = 576
 
 
 def reset(vcpu: Vcpu) -> None:
@@ -88,102 +87,131 @@ def enter_mmx(vcpu: Vcpu) -> None:
     vcpu.rw[FTW_W] = 0
 
 
+#: FXSAVE's four bits for each byte of the full tag word, one per register that isn't empty; and the tag word for each
+#: of its bytes. Only emptiness is kept: the silicon classifies the others when FNSTENV stores them.
+_ABRIDGED: Final = tuple(sum(1 << n for n in range(4) if tags >> 2 * n & 3 != 3) for tags in range(256))
+_EXPANDED: Final = tuple(sum(3 << 2 * n for n in range(8) if not tags >> n & 1) for tags in range(256))
+
+
 def abridge_tags(ftw: int) -> int:
     """Return FXSAVE's tag byte of a full tag word: a bit per register that isn't empty."""
-    return sum(1 << n for n in range(8) if ftw >> 2 * n & 3 != 3)
+    return _ABRIDGED[ftw & 0xFF] | _ABRIDGED[ftw >> 8] << 4
 
 
-def expand_tags(abridged: int, registers: list[bytes]) -> int:
-    """Return the full tag word for FXSAVE's tag byte; ``registers`` are 10 bytes by physical number."""
-    ftw = 0
-    for n in range(8):
-        if not abridged >> n & 1:
-            tag = 3
-        else:
-            significand, sign_exponent = struct.unpack("<QH", registers[n])
-            exponent = sign_exponent & 0x7FFF
-            if exponent == 0x7FFF:
-                tag = 2
-            elif exponent == 0:
-                tag = 1 if not significand else 2
-            else:
-                tag = 0 if significand >> 63 else 2
-        ftw |= tag << 2 * n
-    return ftw
+#: Where the register block has the x87 registers, and the quadwords of a vector register that an image has together.
+_ST: Final = slice(st_b(0), st_b(8))
+_XMM: Final = tuple(slice(ymm_b(0) // 8 + n, ymm_b(16) // 8, YMM_SIZE // 8) for n in (0, 1))
+_YMM_HIGH: Final = tuple(slice(ymm_b(0) // 8 + n, ymm_b(16) // 8, YMM_SIZE // 8) for n in (2, 3))
+_EVEN, _ODD = slice(0, None, 2), slice(1, None, 2)
+#: Bytes that eight x87 registers have in an image of 16 bytes each.
+_ST_MASK: Final = int.from_bytes((b"\xff" * 10 + bytes(6)) * 8, "little")
+
+
+def _get_stack(vcpu: Vcpu, top: int) -> bytes:
+    """Return the x87 registers from the top of the stack on, in 16 bytes each."""
+    twice = (int.from_bytes(vcpu.rb[_ST], "little") & _ST_MASK).to_bytes(128, "little") * 2
+    return twice[top * ST_SIZE : top * ST_SIZE + 128]
+
+
+def _set_stack(vcpu: Vcpu, top: int, stack: bytes) -> None:
+    """Load the x87 registers, given from the top of the stack on."""
+    twice = (int.from_bytes(stack, "little") & _ST_MASK).to_bytes(128, "little") * 2
+    vcpu.rb[_ST] = twice[128 - top * ST_SIZE : 256 - top * ST_SIZE]
+
+
+def _get_vectors(vcpu: Vcpu, halves: tuple[slice, ...]) -> bytearray:
+    """Return one half of every vector register, 16 bytes each."""
+    image = bytearray(256)
+    quadwords = memoryview(image).cast("Q")
+    quadwords[_EVEN] = vcpu.rq[halves[0]]
+    quadwords[_ODD] = vcpu.rq[halves[1]]
+    return image
+
+
+def _set_vectors(vcpu: Vcpu, halves: tuple[slice, ...], image: bytes) -> None:
+    """Load one half of every vector register."""
+    quadwords = memoryview(image).cast("Q")
+    vcpu.rq[halves[0]] = quadwords[_EVEN]
+    vcpu.rq[halves[1]] = quadwords[_ODD]
+
+
+#: ``struct kvm_fpu``: the stack; FCW, FSW, tags, opcode, instruction and data pointer; XMM registers; MXCSR.
+_FPU: Final = struct.Struct("<128sHHBxHQQ256sI4x")
+#: The XSAVE area (APM vol. 2, 11.5.4): FCW, FSW, tags, opcode, pointers, MXCSR and its mask; the stack; XMM registers;
+#: XSTATE_BV and XCOMP_BV; the high halves of the YMM registers.
+_XSAVE: Final = struct.Struct("<HHBxHQQII128s256s96xQQ48x256s")
+_XSAVE_SIZE: Final = 4096
+_NO_STACK: Final = bytes(128)
+_NO_VECTORS: Final = bytes(256)
+#: Where the XSAVE area has PKRU (CPUID leaf 0xD, subleaf 9).
+_PKRU: Final = struct.Struct("<I")
+_PKRU_OFFSET: Final = _softcpu.cpuid(0xD, 9)[1]
 
 
 def get_fpu(vcpu: Vcpu) -> abi.kvm_fpu:
     """KVM_GET_FPU."""
-    rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
-    fpu = abi.kvm_fpu()
-    fpu.fcw = rw[FCW_W]
-    fpu.fsw = rw[FSW_W]
-    fpu.ftwx = abridge_tags(rw[FTW_W])
-    fpu.last_opcode = rw[FOP_W]
-    fpu.last_ip = rq[FIP_Q]
-    fpu.last_dp = rq[FDP_Q]
-    top = fpu.fsw >> 11 & 7
-    for i in range(8):
-        at = st_b(top + i & 7)
-        fpu.fpr[i][:10] = list(rb[at : at + 10])
-    for i in range(16):
-        at = ymm_b(i)
-        fpu.xmm[i][:] = list(rb[at : at + 16])
-    fpu.mxcsr = vcpu.rd[MXCSR_D]
-    return fpu
+    rw, rq = vcpu.rw, vcpu.rq
+    fsw = rw[FSW_W]
+    return abi.kvm_fpu.from_buffer_copy(
+        _FPU.pack(
+            _get_stack(vcpu, fsw >> 11 & 7),
+            rw[FCW_W],
+            fsw,
+            abridge_tags(rw[FTW_W]),
+            rw[FOP_W],
+            rq[FIP_Q],
+            rq[FDP_Q],
+            _get_vectors(vcpu, _XMM),
+            vcpu.rd[MXCSR_D],
+        )
+    )
 
 
 def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
     """KVM_SET_FPU. As in the kernel, ``mxcsr`` is not loaded: KVM_SET_XSAVE does that."""
-    rb, rw, rq = vcpu.rb, vcpu.rw, vcpu.rq
-    rw[FCW_W] = fpu.fcw
-    rw[FSW_W] = fpu.fsw
-    rw[FOP_W] = fpu.last_opcode
-    rq[FIP_Q] = fpu.last_ip
-    rq[FDP_Q] = fpu.last_dp
-    top = fpu.fsw >> 11 & 7
-    for i in range(8):
-        at = st_b(top + i & 7)
-        rb[at : at + 16] = bytes(fpu.fpr[i][:10]) + bytes(6)
-    rw[FTW_W] = expand_tags(fpu.ftwx, [bytes(rb[st_b(n) : st_b(n) + 10]) for n in range(8)])
-    for i in range(16):
-        at = ymm_b(i)
-        rb[at : at + 16] = bytes(fpu.xmm[i])
+    stack, fcw, fsw, ftwx, fop, fip, fdp, xmm, _ = _FPU.unpack_from(fpu)
+    _set_x87(vcpu, stack, fcw, fsw, ftwx, fop, fip, fdp)
+    _set_vectors(vcpu, _XMM, xmm)
 
 
-_LEGACY: Final = struct.Struct("<HHBBHQQII")
-
-
-def _pkru_offset(vcpu: Vcpu) -> int:
-    """Return where the XSAVE area has PKRU (CPUID leaf 0xD, subleaf 9), 0 if the vCPU doesn't have it."""
-    if not vcpu.cpuid.supported_xcr0 & cr.XFEATURE_PKRU:
-        return 0
-    return _softcpu.cpuid(0xD, 9)[1]
+def _set_x87(vcpu: Vcpu, stack: bytes, fcw: int, fsw: int, ftwx: int, fop: int, fip: int, fdp: int) -> None:
+    rw, rq = vcpu.rw, vcpu.rq
+    rw[FCW_W] = fcw
+    rw[FSW_W] = fsw
+    rw[FOP_W] = fop
+    rq[FIP_Q] = fip
+    rq[FDP_Q] = fdp
+    rw[FTW_W] = _EXPANDED[ftwx]
+    _set_stack(vcpu, fsw >> 11 & 7, stack)
 
 
 def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
     """KVM_GET_XSAVE: standard format, every component marked present."""
-    fpu = get_fpu(vcpu)
-    area = bytearray(4096)
-    _LEGACY.pack_into(
-        area, 0, fpu.fcw, fpu.fsw, fpu.ftwx, 0, fpu.last_opcode, fpu.last_ip, fpu.last_dp, fpu.mxcsr, MXCSR_MASK
+    rw, rq = vcpu.rw, vcpu.rq
+    supported = vcpu.cpuid.supported_xcr0
+    features = cr.XFEATURE_FP | cr.XFEATURE_SSE | supported & (cr.XFEATURE_YMM | cr.XFEATURE_PKRU)
+    area = bytearray(_XSAVE_SIZE)
+    fsw = rw[FSW_W]
+    _XSAVE.pack_into(
+        area,
+        0,
+        rw[FCW_W],
+        fsw,
+        abridge_tags(rw[FTW_W]),
+        rw[FOP_W],
+        rq[FIP_Q],
+        rq[FDP_Q],
+        vcpu.rd[MXCSR_D],
+        MXCSR_MASK,
+        _get_stack(vcpu, fsw >> 11 & 7),
+        _get_vectors(vcpu, _XMM),
+        features,
+        0,
+        _get_vectors(vcpu, _YMM_HIGH) if features & cr.XFEATURE_YMM else _NO_VECTORS,
     )
-    for i in range(8):
-        area[32 + i * 16 : 42 + i * 16] = bytes(fpu.fpr[i][:10])
-    for i in range(16):
-        area[160 + i * 16 : 176 + i * 16] = bytes(fpu.xmm[i])
-    features = cr.XFEATURE_FP | cr.XFEATURE_SSE
-    if vcpu.cpuid.supported_xcr0 & cr.XFEATURE_YMM:
-        features |= cr.XFEATURE_YMM
-        for i in range(16):
-            at = ymm_b(i) + 16
-            area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] = vcpu.rb[at : at + 16]
-    pkru = _pkru_offset(vcpu)
-    if pkru:
-        features |= cr.XFEATURE_PKRU
-        struct.pack_into("<I", area, pkru, vcpu.pkru)
-    struct.pack_into("<Q", area, _XSTATE_BV, features)
-    return abi.kvm_xsave.from_buffer_copy(area)
+    if features & cr.XFEATURE_PKRU:
+        _PKRU.pack_into(area, _PKRU_OFFSET, vcpu.pkru)
+    return abi.kvm_xsave.from_buffer(area)
 
 
 def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
@@ -191,34 +219,21 @@ def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
 
     Components that XSTATE_BV leaves out get their initial state, all but PKRU, which stays as it is.
     """
-    area = bytes(xsave)
-    (features,) = struct.unpack_from("<Q", area, _XSTATE_BV)
-    (compaction,) = struct.unpack_from("<Q", area, _XCOMP_BV)
+    fcw, fsw, ftwx, fop, fip, fdp, mxcsr, _, stack, xmm, features, compaction, ymm = _XSAVE.unpack_from(xsave)
     allowed = vcpu.cpuid.supported_xcr0 | cr.XFEATURE_FP | cr.XFEATURE_SSE
     if features & ~allowed or compaction:
         raise kvm_error(errno.EINVAL, f"xstate_bv={features:#x} xcomp_bv={compaction:#x}, expected within {allowed:#x}")
-    fcw, fsw, ftwx, _, fop, fip, fdp, mxcsr, _ = _LEGACY.unpack_from(area, 0)
     if mxcsr & ~MXCSR_MASK:
         raise kvm_error(errno.EINVAL, f"mxcsr={mxcsr:#x}, expected within {MXCSR_MASK:#x}")
-    fpu = abi.kvm_fpu()
-    fpu.fcw = 0x37F
     if features & cr.XFEATURE_FP:
-        fpu.fcw, fpu.fsw, fpu.ftwx = fcw, fsw, ftwx
-        fpu.last_opcode, fpu.last_ip, fpu.last_dp = fop, fip, fdp
-        for i in range(8):
-            fpu.fpr[i][:10] = list(area[32 + i * 16 : 42 + i * 16])
-    if features & cr.XFEATURE_SSE:
-        for i in range(16):
-            fpu.xmm[i][:] = list(area[160 + i * 16 : 176 + i * 16])
-    set_fpu(vcpu, fpu)
+        _set_x87(vcpu, stack, fcw, fsw, ftwx, fop, fip, fdp)
+    else:
+        _set_x87(vcpu, _NO_STACK, 0x37F, 0, 0, 0, 0, 0)
+    _set_vectors(vcpu, _XMM, xmm if features & cr.XFEATURE_SSE else _NO_VECTORS)
     vcpu.rd[MXCSR_D] = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
-    for i in range(16):
-        at = ymm_b(i) + 16
-        high = area[_YMM_OFFSET + i * 16 : _YMM_OFFSET + i * 16 + 16] if features & cr.XFEATURE_YMM else bytes(16)
-        vcpu.rb[at : at + 16] = high
-    pkru = _pkru_offset(vcpu)
-    if pkru and features & cr.XFEATURE_PKRU:
-        (value,) = struct.unpack_from("<I", area, pkru)
+    _set_vectors(vcpu, _YMM_HIGH, ymm if features & cr.XFEATURE_YMM else _NO_VECTORS)
+    if features & cr.XFEATURE_PKRU:
+        (value,) = _PKRU.unpack_from(xsave, _PKRU_OFFSET)
         if value != vcpu.pkru:
             vcpu.rd[PKRU_D] = value
             vcpu.flush_tlb_guest()  # the silicon folds the keys' rights into its translations

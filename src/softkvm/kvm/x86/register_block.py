@@ -20,7 +20,7 @@ TSC_AUX_Q: Final = _AT["tsc_aux"] // 8
 
 FCW_W: Final = _AT["fcw"] // 2
 FSW_W: Final = _AT["fsw"] // 2
-#: The full tag word, two bits per physical register.
+#: The tag word, two bits per physical register, of which the processor only keeps whether it is empty (11b).
 FTW_W: Final = _AT["ftw"] // 2
 FOP_W: Final = _AT["fop"] // 2
 FIP_Q: Final = _AT["fip"] // 8

@@ -13,7 +13,7 @@ from softkvm.kvm.memory.guest_memory import read_guest
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86.msrs import set_apic_base
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
-from softkvm.kvm.x86.segments import SREGS_SEGMENTS, get_segment, set_segment
+from softkvm.kvm.x86.segments import SEGMENTS_SIZE, get_segments, set_segments
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
@@ -47,25 +47,24 @@ def set_regs(vcpu: Vcpu, regs: abi.kvm_regs) -> None:
 Sregs = abi.kvm_sregs | abi.kvm_sregs2
 
 
-def _fill_sregs(vcpu: Vcpu, sregs: Sregs) -> None:
-    for name, offset in SREGS_SEGMENTS:
-        setattr(sregs, name, get_segment(vcpu, offset))
-    for name, offset in (("gdt", V.GDTR_OFFSET), ("idt", V.IDTR_OFFSET)):
-        table = vcpu.vmcb.segment(offset)
-        setattr(sregs, name, abi.kvm_dtable(base=table.base, limit=table.limit & 0xFFFF))
-    sregs.cr0 = vcpu.cr0
-    sregs.cr2 = vcpu.q[V.CR2]
-    sregs.cr3 = vcpu.cr3
-    sregs.cr4 = vcpu.cr4
-    sregs.cr8 = cr.kvm_get_cr8(vcpu)
-    sregs.efer = vcpu.efer
-    sregs.apic_base = vcpu.get_apic_base()
+#: What follows the segments in both: CR0, CR2, CR3, CR4, CR8, EFER, IA32_APIC_BASE, and 32 bytes that differ.
+_CONTROL: Final = struct.Struct("<7Q32s")
+_NO_INTERRUPT: Final = bytes(32)
+_MORE_PDPTRS: Final = bytes(8)
+
+
+def _pack_sregs(vcpu: Vcpu) -> bytes:
+    """Return kvm_sregs, which kvm_sregs2 begins with, without interrupt and PDPTEs."""
+    q = vcpu.q
+    cr8 = cr.kvm_get_cr8(vcpu)
+    return get_segments(vcpu) + _CONTROL.pack(
+        vcpu.cr0, q[V.CR2], q[V.CR3], vcpu.cr4, cr8, vcpu.efer, vcpu.get_apic_base(), _NO_INTERRUPT
+    )
 
 
 def get_sregs(vcpu: Vcpu) -> abi.kvm_sregs:
     """KVM_GET_SREGS."""
-    sregs = abi.kvm_sregs()
-    _fill_sregs(vcpu, sregs)
+    sregs = abi.kvm_sregs.from_buffer_copy(_pack_sregs(vcpu))
     if vcpu.interrupt_injected and not vcpu.interrupt_soft:
         sregs.interrupt_bitmap[vcpu.interrupt_nr // 64] |= 1 << vcpu.interrupt_nr % 64
     return sregs
@@ -73,9 +72,8 @@ def get_sregs(vcpu: Vcpu) -> abi.kvm_sregs:
 
 def get_sregs2(vcpu: Vcpu) -> abi.kvm_sregs2:
     """KVM_GET_SREGS2, with PAE paging's four PDPTEs as they are in memory, where the silicon reads them."""
-    sregs = abi.kvm_sregs2()
-    _fill_sregs(vcpu, sregs)
-    if _is_pae_paging(sregs):
+    sregs = abi.kvm_sregs2.from_buffer_copy(_pack_sregs(vcpu) + _MORE_PDPTRS)
+    if _is_pae_paging(sregs.cr0, sregs.cr4, sregs.efer):
         table = read_guest(vcpu.vm, sregs.cr3 & 0xFFFF_FFE0, 32)
         if table is not None:
             sregs.pdptrs[:] = list(struct.unpack("<4Q", table))
@@ -83,59 +81,51 @@ def get_sregs2(vcpu: Vcpu) -> abi.kvm_sregs2:
     return sregs
 
 
-def _is_pae_paging(sregs: Sregs) -> bool:
+def _is_pae_paging(cr0: int, cr4: int, efer: int) -> bool:
     """Tell whether these registers page with three levels of 64-bit entries."""
-    return bool(sregs.cr0 & abi.X86_CR0_PG and sregs.cr4 & abi.X86_CR4_PAE and not sregs.efer & abi.EFER_LMA)
+    return bool(cr0 & abi.X86_CR0_PG and cr4 & abi.X86_CR4_PAE and not efer & abi.EFER_LMA)
 
 
-def is_valid_sregs(vcpu: Vcpu, sregs: Sregs) -> bool:
+def _is_valid_sregs(vcpu: Vcpu, cr0: int, cr3: int, cr4: int, efer: int, cs_l: int) -> bool:
     """Tell whether CR0, CR4, EFER and CS.L are a legal combination (``kvm_is_valid_sregs``)."""
-    if sregs.efer & abi.EFER_LME and sregs.cr0 & abi.X86_CR0_PG:
-        if not sregs.cr4 & abi.X86_CR4_PAE or not sregs.efer & abi.EFER_LMA:
+    if efer & abi.EFER_LME and cr0 & abi.X86_CR0_PG:
+        if not cr4 & abi.X86_CR4_PAE or not efer & abi.EFER_LMA:
             return False
-        if sregs.cr3 >> vcpu.maxphyaddr:
+        if cr3 >> vcpu.maxphyaddr:
             return False
-    elif sregs.efer & abi.EFER_LMA or sregs.cs.l:
+    elif efer & abi.EFER_LMA or cs_l:
         return False
-    return cr.is_valid_cr4(vcpu, sregs.cr4) and cr.is_valid_cr0(vcpu, sregs.cr0)
+    return cr.is_valid_cr4(vcpu, cr4) and cr.is_valid_cr0(vcpu, cr0)
 
 
 def set_sregs(vcpu: Vcpu, sregs: Sregs) -> None:
     """KVM_SET_SREGS: EINVAL for illegal combinations of control registers or APIC base."""
-    if not is_valid_sregs(vcpu, sregs):
-        raise kvm_error(
-            errno.EINVAL,
-            f"cr0={sregs.cr0:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x} cs.l={sregs.cs.l}: no legal combination",
-        )
-    if not set_apic_base(vcpu, sregs.apic_base, True):
-        raise kvm_error(errno.EINVAL, f"apic_base={sregs.apic_base:#x}, expected a legal mode and address")
-    for name, offset in (("idt", V.IDTR_OFFSET), ("gdt", V.GDTR_OFFSET)):
-        table: abi.kvm_dtable = getattr(sregs, name)
-        vcpu.vmcb.set_segment(offset, 0, 0, table.limit, table.base)
-    vcpu.q[V.CR2] = sregs.cr2
-    vcpu.q[V.CR3] = sregs.cr3
-    cr.kvm_set_cr8(vcpu, sregs.cr8)  # one that can't be changes nothing
-    svm.set_efer(vcpu, sregs.efer)
-    svm.set_cr0(vcpu, sregs.cr0)
-    svm.set_cr4(vcpu, sregs.cr4)
-    for name, offset in SREGS_SEGMENTS:
-        set_segment(vcpu, offset, getattr(sregs, name))
+    cr0, cr2, cr3, cr4, cr8, efer, apic_base, interrupts = _CONTROL.unpack_from(sregs, SEGMENTS_SIZE)
+    cs = sregs.cs
+    if not _is_valid_sregs(vcpu, cr0, cr3, cr4, efer, cs.l):
+        raise kvm_error(errno.EINVAL, f"cr0={cr0:#x} cr4={cr4:#x} efer={efer:#x} cs.l={cs.l}: no legal combination")
+    if not set_apic_base(vcpu, apic_base, True):
+        raise kvm_error(errno.EINVAL, f"apic_base={apic_base:#x}, expected a legal mode and address")
+    vcpu.q[V.CR2] = cr2
+    vcpu.q[V.CR3] = cr3
+    cr.kvm_set_cr8(vcpu, cr8)  # one that can't be changes nothing
+    svm.set_efer(vcpu, efer)
+    svm.set_cr0(vcpu, cr0)
+    svm.set_cr4(vcpu, cr4)
+    set_segments(vcpu, sregs)
     vcpu.flush_tlb_guest()
     # Older userspace doesn't set the boot processor's state after RESET (KVM keeps that working).
     if (
-        vcpu.is_bsp()
-        and vcpu.q[V.RIP] == 0xFFF0
-        and sregs.cs.selector == 0xF000
-        and sregs.cs.base == 0xFFFF_0000
-        and not sregs.cr0 & abi.X86_CR0_PE
+        vcpu.q[V.RIP] == 0xFFF0
+        and vcpu.is_bsp()
+        and cs.selector == 0xF000
+        and cs.base == 0xFFFF_0000
+        and not cr0 & abi.X86_CR0_PE
     ):
         vcpu.mp_state = abi.KVM_MP_STATE_RUNNABLE
-    if isinstance(sregs, abi.kvm_sregs):
-        for word in range(4):
-            bits = sregs.interrupt_bitmap[word]
-            if bits:
-                vcpu.queue_interrupt(word * 64 + (bits & -bits).bit_length() - 1, soft=False)
-                break
+    if interrupts != _NO_INTERRUPT and isinstance(sregs, abi.kvm_sregs):
+        bits = int.from_bytes(interrupts, "little")
+        vcpu.queue_interrupt((bits & -bits).bit_length() - 1, soft=False)
     vcpu.make_request(KVM_REQ_EVENT)
 
 
@@ -143,6 +133,6 @@ def set_sregs2(vcpu: Vcpu, sregs: abi.kvm_sregs2) -> None:
     """KVM_SET_SREGS2: PDPTEs given are ignored, as the silicon reads them from memory."""
     if sregs.flags & ~abi.KVM_SREGS2_FLAGS_PDPTRS_VALID:
         raise kvm_error(errno.EINVAL, f"flags={sregs.flags:#x}, expected KVM_SREGS2_FLAGS_PDPTRS_VALID or none")
-    if sregs.flags and not _is_pae_paging(sregs):
+    if sregs.flags and not _is_pae_paging(sregs.cr0, sregs.cr4, sregs.efer):
         raise kvm_error(errno.EINVAL, "flags has KVM_SREGS2_FLAGS_PDPTRS_VALID without PAE paging")
     set_sregs(vcpu, sregs)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import operator
+import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from softkvm import abi
@@ -14,64 +17,125 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.emulate.emulator import Emulator
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
-#: Fields of kvm_sregs and where the VMCB has them.
+#: The attributes in ``struct kvm_segment``: type, present, DPL, D/B, S, L, G, AVL, unusable.
+_ATTRIBUTES: Final = struct.Struct("9Bx")
+
+#: Segment registers in the order of kvm_sregs, and where the VMCB has them.
 SREGS_SEGMENTS: Final = (
-    ("cs", V.CS_OFFSET),
-    ("ds", V.DS_OFFSET),
-    ("es", V.ES_OFFSET),
-    ("fs", V.FS_OFFSET),
-    ("gs", V.GS_OFFSET),
-    ("ss", V.SS_OFFSET),
-    ("tr", V.TR_OFFSET),
-    ("ldt", V.LDTR_OFFSET),
+    V.CS_OFFSET,
+    V.DS_OFFSET,
+    V.ES_OFFSET,
+    V.FS_OFFSET,
+    V.GS_OFFSET,
+    V.SS_OFFSET,
+    V.TR_OFFSET,
+    V.LDTR_OFFSET,
 )
+_DATA: Final = frozenset({V.DS_OFFSET, V.ES_OFFSET, V.FS_OFFSET, V.GS_OFFSET})
 
 
-def get_segment(vcpu: Vcpu, offset: int) -> abi.kvm_segment:
-    """Return a segment register as KVM reports it."""
-    seg = vcpu.vmcb.segment(offset)
-    a = seg.attrib
-    result = abi.kvm_segment(
-        base=seg.base,
-        limit=seg.limit,
-        selector=seg.selector,
-        type=a & 0xF,
-        s=a >> 4 & 1,
-        dpl=a >> 5 & 3,
-        present=a >> 7 & 1,
-        avl=a >> 8 & 1,
-        l=a >> 9 & 1,
-        db=a >> 10 & 1,
-        # AMD processors ignore G: it follows from the limit, which is in bytes.
-        g=int(seg.limit > 0xFFFFF),
-        unusable=int(not a >> 7 & 1),
-    )
+def _kvm_attributes(offset: int, attrib: int, large: bool, cpl: int) -> bytes:
+    """Return the attributes of the register at ``offset`` as KVM reports them; ``large`` is a limit above 1 MiB."""
+    kind, s, dpl, present = attrib & 0xF, attrib >> 4 & 1, attrib >> 5 & 3, attrib >> 7 & 1
+    avl, l, db = attrib >> 8 & 1, attrib >> 9 & 1, attrib >> 10 & 1  # noqa: E741 - the manual's name
     if offset == V.TR_OFFSET:
-        result.type |= 2  # a loaded TSS is busy
+        kind |= 2  # a loaded TSS is busy
     elif offset == V.SS_OFFSET:
-        if result.unusable:
-            result.db = 0
-        result.dpl = vcpu.b[V.CPL]
-    elif offset in (V.DS_OFFSET, V.ES_OFFSET, V.FS_OFFSET, V.GS_OFFSET) and not result.unusable:
-        result.type |= 1
-    return result
+        db &= present
+        dpl = cpl
+    elif offset in _DATA and present:
+        kind |= 1
+    # AMD processors ignore G: it follows from the limit, which is in bytes.
+    return _ATTRIBUTES.pack(kind, present, dpl, db, s, l, large, avl, 1 - present)
 
 
-def set_segment(vcpu: Vcpu, offset: int, segment: abi.kvm_segment) -> None:
-    """Load a segment register as userspace gives it; SS sets the privilege level."""
-    attrib = (
-        segment.type & 0xF
-        | (segment.s & 1) << 4
-        | (segment.dpl & 3) << 5
-        | int(bool(segment.present & 1) and not segment.unusable) << 7
-        | (segment.avl & 1) << 8
-        | (segment.l & 1) << 9
-        | (segment.db & 1) << 10
-        | (segment.g & 1) << 11
+def _vmcb_attributes(attributes: bytes) -> int:
+    """Return the attributes that userspace gives in the VMCB's layout."""
+    kind, present, dpl, db, s, l, g, avl, unusable = _ATTRIBUTES.unpack(attributes)  # noqa: E741 - the manual's name
+    attrib: int = (
+        kind & 0xF
+        | (s & 1) << 4
+        | (dpl & 3) << 5
+        | int(present & 1 and not unusable) << 7
+        | (avl & 1) << 8
+        | (l & 1) << 9
+        | (db & 1) << 10
+        | (g & 1) << 11
     )
-    vcpu.vmcb.set_segment(offset, segment.selector, attrib, segment.limit, segment.base)
-    if offset == V.SS_OFFSET:
-        vcpu.b[V.CPL] = segment.dpl & 3
+    return attrib
+
+
+#: The registers in the VMCB's order: selector, attributes, limit and base of each. Tables have limits of 16 bits.
+_VMCB_ORDER: Final = range(V.ES_OFFSET, V.TR_OFFSET + 16, 16)
+_TABLES: Final = (V.GDTR_OFFSET, V.IDTR_OFFSET)
+_VMCB_SEGMENTS: Final = struct.Struct("<" + "".join("HHH2xQ" if at in _TABLES else "HHIQ" for at in _VMCB_ORDER))
+#: What kvm_sregs begins with: base, limit, selector, attributes of each segment register; base and limit of the tables.
+_KVM_SEGMENTS: Final = struct.Struct("<" + "QIH10s" * 8 + "QH6x" * 2)
+SEGMENTS_SIZE: Final = _KVM_SEGMENTS.size
+_SELECTOR, _ATTRIB, _LIMIT, _BASE = range(4)
+
+
+def _in_vmcb(offset: int, field: int) -> int:
+    """Return where a register's field is among the values of the VMCB's registers."""
+    return (offset - V.ES_OFFSET) // 16 * 4 + field
+
+
+#: Where kvm_sregs' values are among the VMCB's, behind which the attributes stand.
+_FROM_VMCB: Final = operator.itemgetter(
+    *(
+        place
+        for n, at in enumerate(SREGS_SEGMENTS)
+        for place in (_in_vmcb(at, _BASE), _in_vmcb(at, _LIMIT), _in_vmcb(at, _SELECTOR), 4 * len(_VMCB_ORDER) + n)
+    ),
+    *(_in_vmcb(at, field) for at in _TABLES for field in (_BASE, _LIMIT)),
+)
+#: And the other way: the VMCB's values among kvm_sregs', behind which the attributes stand and a zero.
+_KVM_ATTRIBUTES: Final = slice(3, 4 * len(SREGS_SEGMENTS), 4)
+_ZERO: Final = 4 * len(SREGS_SEGMENTS) + 2 * len(_TABLES) + len(SREGS_SEGMENTS)
+
+
+def _in_kvm(at: int) -> tuple[int, int, int, int]:
+    """Return where selector, attributes, limit and base of a register are among the values of kvm_sregs."""
+    if at in _TABLES:
+        base = 4 * len(SREGS_SEGMENTS) + 2 * _TABLES.index(at)
+        return _ZERO, _ZERO, base + 1, base
+    n = SREGS_SEGMENTS.index(at)
+    return 4 * n + 2, _ZERO - len(SREGS_SEGMENTS) + n, 4 * n + 1, 4 * n
+
+
+_FROM_KVM: Final = operator.itemgetter(*(place for at in _VMCB_ORDER for place in _in_kvm(at)))
+_SS_ATTRIBUTES: Final = _in_kvm(V.SS_OFFSET)[_ATTRIB]
+
+
+# A guest's segments have few kinds of attributes, so what they become is remembered.
+
+
+@lru_cache(1024)
+def _all_kvm_attributes(attribs: tuple[int, ...], limits: tuple[int, ...], cpl: int) -> tuple[bytes, ...]:
+    """Return :func:`_kvm_attributes` in kvm_sregs' order; the registers' attributes and limits are in the VMCB's."""
+    by_place = dict(zip(_VMCB_ORDER, zip(attribs, limits, strict=True), strict=True))
+    return tuple(_kvm_attributes(at, by_place[at][0], by_place[at][1] > 0xFFFFF, cpl) for at in SREGS_SEGMENTS)
+
+
+@lru_cache(1024)
+def _all_vmcb_attributes(attributes: tuple[bytes, ...]) -> tuple[int, ...]:
+    """Return :func:`_vmcb_attributes` of each."""
+    return tuple(map(_vmcb_attributes, attributes))
+
+
+def get_segments(vcpu: Vcpu) -> bytes:
+    """Return the segment registers and the tables as KVM reports them, in the layout that kvm_sregs begins with."""
+    values = _VMCB_SEGMENTS.unpack_from(vcpu.b, V.ES_OFFSET)
+    attributes = _all_kvm_attributes(values[_ATTRIB::4], values[_LIMIT::4], vcpu.b[V.CPL])
+    return _KVM_SEGMENTS.pack(*_FROM_VMCB(values + attributes))
+
+
+def set_segments(vcpu: Vcpu, sregs: abi.kvm_sregs | abi.kvm_sregs2) -> None:
+    """Load the segment registers and the tables as userspace gives them; SS sets the privilege level."""
+    values = _KVM_SEGMENTS.unpack_from(sregs)
+    values += (*_all_vmcb_attributes(values[_KVM_ATTRIBUTES]), 0)
+    _VMCB_SEGMENTS.pack_into(vcpu.b, V.ES_OFFSET, *_FROM_KVM(values))
+    vcpu.b[V.CPL] = values[_SS_ATTRIBUTES] >> V.SEG_DPL_SHIFT & 3
 
 
 # --- descriptors -------------------------------------------------------------------------------
