@@ -71,6 +71,8 @@ pub struct Client {
     /// The C library's sigaction().
     pub sigaction:
         unsafe extern "C" fn(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int,
+    /// It calls `collect` as soon as a descriptor that was marked is closed, not only now and then.
+    pub tells_closing: bool,
     /// In how many places CPUID has been replaced.
     pub cpuid_sites: usize,
     /// It stands before the process's handlers of signals, calls `put_off` and `block_in_run`; else the KVM does.

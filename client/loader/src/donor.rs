@@ -201,7 +201,13 @@ fn serve(request: *mut Request) {
     // SAFETY: of `request`, which waits for it.
     let request = unsafe { &mut *request };
     let core = python::load(|core| {
-        (core.start)(&Client { mark, sigaction: libc::sigaction, cpuid_sites: 0, handlers: true });
+        (core.start)(&Client {
+            mark,
+            sigaction: libc::sigaction,
+            tells_closing: false,
+            cpuid_sites: 0,
+            handlers: true,
+        });
     });
     request.result = core.map_or(-(libc::ENOENT as isize), |core| (request.function)(request, core));
 }

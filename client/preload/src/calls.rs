@@ -58,6 +58,10 @@ pub unsafe extern "C-unwind" fn syscall(
             libc::SYS_open => files::open(a as _, b as c_int, c as c_uint).into(),
             libc::SYS_openat => files::openat(a as c_int, b as _, c as c_int, d as c_uint).into(),
             libc::SYS_close => descriptors::close(a as c_int).into(),
+            libc::SYS_close_range => descriptors::close_range(a as c_uint, b as c_uint, c as c_int).into(),
+            libc::SYS_dup => descriptors::dup(a as c_int).into(),
+            libc::SYS_dup2 => descriptors::dup2(a as c_int, b as c_int).into(),
+            libc::SYS_dup3 => descriptors::dup3(a as c_int, b as c_int, c as c_int).into(),
             libc::SYS_mmap => {
                 memory::mmap(a as *mut c_void, b as usize, c as c_int, d as c_int, e as c_int, f as i64)
                     as c_long

@@ -93,6 +93,16 @@ pub unsafe extern "C-unwind" fn close_range(first: c_uint, last: c_uint, flags: 
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn closefrom(first: c_int) {
+    // SAFETY: a kernel without close_range() has the C library close one by one.
+    unsafe {
+        if close_range(first.max(0) as c_uint, c_uint::MAX, 0) != 0 {
+            real!(closefrom(first: c_int) -> ())
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn dup(fd: c_int) -> c_int {
     copied(fd, real!(dup(fd: c_int) -> c_int))
 }

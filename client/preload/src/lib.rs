@@ -26,6 +26,7 @@ fn load() -> Option<&'static Core> {
         (core.start)(&Client {
             mark: descriptors::mark,
             sigaction: handlers::real_sigaction,
+            tells_closing: true,
             cpuid_sites: cpuid::replaced(),
             handlers: false,
         });

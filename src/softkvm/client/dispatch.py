@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,30 +40,24 @@ def services(file: abi.File) -> dict[int, Service]:
     }
 
 
-class Done(NamedTuple):
-    """What has come of a request: the method's result, and what ioctl() returns."""
+def serve(object: Any, services: Mapping[int, Service], number: int, value: int) -> tuple[Any, int]:
+    """Do the request ``number`` with the ioctl's third argument ``value``; ``services`` are those of the kind of file.
 
-    result: Any
-    value: int
-
-
-def serve(object: Any, file: abi.File, number: int, value: int) -> Done:
-    """Do the request ``number`` with the ioctl's third argument ``value``.
-
-    Raises OSError: ENOTTY for a request that the table, or the object, has not; EFAULT; the method's.
+    Returns the method's result, and what ioctl() returns. Raises OSError: ENOTTY for a request that the table, or the
+    object, has not; EFAULT; the method's.
     """
-    service = services(file).get(number)
+    service = services.get(number)
     method: Callable[..., Any] | None = None if service is None else getattr(object, service.method, None)
     if service is None or method is None:
-        raise kvm_error(errno.ENOTTY, f"no such request of a {(file.name or '').lower()} file")
+        raise kvm_error(errno.ENOTTY, f"no such request of this kind of file: {number:#x}")
     argument = service.argument
     result = method(*argument.take(MEMORY, value))
-    return Done(result, argument.give(MEMORY, value, result))
+    return result, argument.give(MEMORY, value, result)
 
 
-def arguments(file: abi.File, number: int, value: int) -> Sequence[Any]:
+def arguments(services: Mapping[int, Service], number: int, value: int) -> Sequence[Any]:
     """Return the arguments that the client has given; none if they cannot be read."""
-    service = services(file).get(number)
+    service = services.get(number)
     if service is None:
         return (value,) if value else ()
     try:

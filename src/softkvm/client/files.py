@@ -34,6 +34,7 @@ class File:
 
     def __init__(self, object: Any, recorder: Recorder | None) -> None:
         self.object = object
+        self.services = dispatch.services(self.kind)
         self.recorder = recorder
         if recorder is not None:
             self.ioctl = self.recorded_ioctl  # type: ignore[method-assign]
@@ -51,7 +52,7 @@ class File:
         if make is not None:
             value: int = make(self, argument)
             return value
-        return dispatch.serve(self.object, self.kind, request, argument).value
+        return dispatch.serve(self.object, self.services, request, argument)[1]
 
     #: What requests for new files do; the others are the table's.
     makers: dict[int, Any] = {}
@@ -69,13 +70,13 @@ class File:
                 value: int = make(self, argument)
                 recorder.done(self.name, name, args, value)
                 return value
-            args = dispatch.arguments(self.kind, request, argument)
-            done = dispatch.serve(self.object, self.kind, request, argument)
+            args = dispatch.arguments(self.services, request, argument)
+            result, value = dispatch.serve(self.object, self.services, request, argument)
         except OSError as error:
             recorder.failed(self.name, name, args, error)
             raise
-        recorder.done(self.name, name, args, done.value, done.result)
-        return done.value
+        recorder.done(self.name, name, args, value, result)
+        return value
 
     def release(self) -> None:
         """The client has closed it."""

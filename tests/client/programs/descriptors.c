@@ -91,6 +91,34 @@ static void raw_close(void) {
     CHECK(status_of("FDSize") <= 1024);
 }
 
+// A descriptor's number is what it was last made, however it was closed.
+static void numbers_are_used_again(void) {
+    extern void closefrom(int);
+    int null = open("/dev/null", O_RDONLY);
+    g = guest_open(OUTS, sizeof OUTS);
+    CHECK(next_out(&g) == 0);
+    is_vm(g.vm);
+    int vcpu = dup(g.vcpu);
+    is_vcpu(vcpu);
+    CHECK(syscall(SYS_dup3, g.vm, vcpu, 0) == vcpu);
+    is_vm(vcpu);
+    FAILS(ioctl(vcpu, KVM_RUN, 0), ENOTTY);
+    CHECK(syscall(SYS_dup2, g.vcpu, vcpu) == vcpu);
+    is_vcpu(vcpu);
+    CHECK(dup2(null, vcpu) == vcpu);
+    FAILS(ioctl(vcpu, KVM_RUN, 0), ENOTTY);
+    CHECK(dup2(g.vcpu, vcpu) == vcpu);
+    is_vcpu(vcpu);
+    CHECK(syscall(SYS_close_range, vcpu, vcpu, 0) == 0);
+    FAILS(ioctl(vcpu, KVM_RUN, 0), EBADF);
+    CHECK(syscall(SYS_dup, g.vcpu) == vcpu);
+    is_vcpu(vcpu);
+    CHECK(next_out(&g) == 1);
+    closefrom(g.vcpu);
+    FAILS(ioctl(g.vcpu, KVM_RUN, 0), EBADF);
+    FAILS(ioctl(vcpu, KVM_RUN, 0), EBADF);
+}
+
 static void ranges(void) {
     g = guest_open(OUTS, sizeof OUTS);
     int low = g.vcpu;
@@ -223,5 +251,6 @@ static void thread_cycle(void) {
 static void threads_leave_nothing(void) { grows_not(thread_cycle, 100, 500); }
 
 CASES(CASE(copies), CASE(close_on_exec_as_the_kernels), CASE(numbers_are_the_lowest_free), CASE(vm_is_closed_first),
-      CASE(raw_close), CASE(ranges), CASE(over_a_socket), CASE(mapping_outlives_its_descriptor),
+      CASE(raw_close), CASE(numbers_are_used_again), CASE(ranges), CASE(over_a_socket),
+      CASE(mapping_outlives_its_descriptor),
       CASE(what_else_can_be_done), CASE(vms_leave_nothing), CASE(vcpus_leave_nothing), CASE(threads_leave_nothing))

@@ -10,7 +10,7 @@ use std::ffi::c_int;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pyo3::prelude::*;
 use softcpu::mem::lost::actions::use_sigaction;
@@ -34,7 +34,38 @@ pub struct File {
 /// Where our descriptors begin, if the process may have so many: out of the way of what a client closes by the range.
 const HIGH: c_int = 700;
 
-static FILES: RwLock<Vec<Arc<File>>> = RwLock::new(Vec::new());
+/// How many descriptors are remembered.
+const REMEMBERED: usize = 256;
+
+struct Files {
+    all: Vec<Arc<File>>,
+    /// Whose files the descriptors below [`REMEMBERED`] were when they were last asked for: fstat() costs a tenth of a
+    /// request. Forgotten whenever one of the KVM's is closed or made.
+    by_descriptor: [Option<Arc<File>>; REMEMBERED],
+    /// How often they have been forgotten.
+    forgotten: u64,
+}
+
+static FILES: RwLock<Files> =
+    RwLock::new(Files { all: Vec::new(), by_descriptor: [const { None }; REMEMBERED], forgotten: 0 });
+
+fn read_files() -> RwLockReadGuard<'static, Files> {
+    FILES.read().unwrap_or_else(|e| e.into_inner())
+}
+
+/// The files, to be changed.
+fn write_files() -> RwLockWriteGuard<'static, Files> {
+    FILES.write().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Files {
+    fn forget(&mut self) {
+        self.by_descriptor.fill(None);
+        self.forgotten += 1;
+    }
+}
+/// Whether the client's side tells at once when a descriptor is closed: only then is what it was worth remembering.
+static TOLD: AtomicBool = AtomicBool::new(false);
 static MARK: AtomicUsize = AtomicUsize::new(0);
 static POSTPONED: AtomicBool = AtomicBool::new(false);
 static COLLECTING: Mutex<()> = Mutex::new(());
@@ -45,6 +76,7 @@ pub extern "C-unwind" fn start(client: &Client) {
     use_sigaction(client.sigaction);
     signals::leave_handlers(client.handlers);
     MARK.store(client.mark as usize, Ordering::SeqCst);
+    TOLD.store(client.tells_closing, Ordering::SeqCst);
     CPUID_SITES.store(client.cpuid_sites, Ordering::SeqCst);
 }
 
@@ -64,9 +96,23 @@ fn identity(fd: c_int) -> Option<(u64, u64)> {
 
 /// The file of a descriptor.
 pub fn find(fd: c_int) -> Option<Arc<File>> {
+    let index = usize::try_from(fd).ok()?;
+    let forgotten = {
+        let files = read_files();
+        if let Some(Some(file)) = files.by_descriptor.get(index) {
+            return Some(file.clone());
+        }
+        files.forgotten
+    };
     let identity = identity(fd)?;
-    let files = FILES.read().unwrap_or_else(|e| e.into_inner());
-    files.iter().find(|file| file.identity == identity).cloned()
+    let file = read_files().all.iter().find(|file| file.identity == identity).cloned()?;
+    if index < REMEMBERED && TOLD.load(Ordering::Relaxed) {
+        let mut files = write_files();
+        if files.forgotten == forgotten {
+            files.by_descriptor[index] = Some(file.clone());
+        }
+    }
+    Some(file)
 }
 
 fn lock(operation: c_int, fd: c_int, kind: c_int) -> Option<libc::flock> {
@@ -132,7 +178,10 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int) -> PyResu
         mapped: optional("mapped")?,
         release: attribute("release")?,
     };
-    FILES.write().unwrap_or_else(|e| e.into_inner()).push(Arc::new(file));
+    let mut files = write_files();
+    files.all.push(Arc::new(file));
+    files.forget();
+    drop(files);
     let mark = MARK.load(Ordering::SeqCst);
     if mark != 0 {
         // SAFETY: what `start` got.
@@ -145,10 +194,12 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int) -> PyResu
 /// is Python that has closed something, and who knows what it holds.
 pub extern "C-unwind" fn collect() {
     if request::own().held() {
+        write_files().forget();
         POSTPONED.store(true, Ordering::SeqCst);
         return;
     }
     threads::uninterrupted(|| {
+        write_files().forget();
         let gone = take_gone();
         if !gone.is_empty() {
             threads::request(|py| {
@@ -163,13 +214,12 @@ pub extern "C-unwind" fn collect() {
 /// Takes the files that the client has no more.
 fn take_gone() -> Vec<Arc<File>> {
     let _one = COLLECTING.lock().unwrap_or_else(|e| e.into_inner());
-    let files = FILES.read().unwrap_or_else(|e| e.into_inner()).clone();
+    let files = read_files().all.clone();
     let gone: Vec<_> = files.into_iter().filter(|file| !is_open(file)).collect();
     if !gone.is_empty() {
-        FILES
-            .write()
-            .unwrap_or_else(|e| e.into_inner())
-            .retain(|file| !gone.iter().any(|g| Arc::ptr_eq(file, g)));
+        let mut files = write_files();
+        files.all.retain(|file| !gone.iter().any(|g| Arc::ptr_eq(file, g)));
+        files.forget(); // another thread may just have found one of them
     }
     gone
 }
