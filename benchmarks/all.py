@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import boot, common, exits, memory, mips
+from benchmarks import boot, client, common, exits, memory, mips
 
 
 def measure() -> None:
     """Run all; the last message says which failed."""
     failed = []
-    for module in (boot, mips, exits, memory):
+    for module in (boot, mips, exits, client, memory):
         try:
             module.measure()
         except common.BenchmarkError as error:

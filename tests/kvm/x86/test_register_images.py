@@ -126,3 +126,19 @@ def test_segments_and_tables_are_where_the_vmcb_has_them(tiny: Tiny, seed: int) 
     assert bytes(tiny.vcpu.get_sregs()) == bytes(sregs)
     common = 280  # up to kvm_sregs' interrupt_bitmap
     assert bytes(tiny.vcpu.get_sregs2())[:common] == bytes(sregs)[:common]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_general_registers_have_their_numbers(tiny: Tiny, seed: int) -> None:
+    """PUSH of register number 0 to 15 (APM vol. 3, PUSH: 50h + number, with REX.B from 8 on)."""
+    rng = random.Random(seed)
+    numbers = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+    values = {name: rng.getrandbits(64) for name in numbers}
+    values["rsp"] = DATA + 16 * 8
+    code = b"".join((b"" if n < 8 else b"\x41") + bytes([0x50 + n % 8]) for n in range(16))
+    tiny.load(code + b"\xf4", **values)
+    tiny.run_to_halt()
+    pushed = dict(zip(numbers, reversed(struct.unpack("<16Q", tiny.memory.read(DATA, 128))), strict=True))
+    assert pushed == {**values, "rsp": DATA + 12 * 8}
+    regs = tiny.vcpu.get_regs()
+    assert {name: getattr(regs, name) for name in numbers} == {**values, "rsp": DATA}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import operator
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -20,28 +21,28 @@ from softkvm.kvm.x86.svm import vmcb as V
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
-#: Fields of kvm_regs in the order of the register numbers.
+#: The general registers in the order of their numbers, and in that of kvm_regs, which has RIP and RFLAGS behind them.
 GPR_NAMES: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+_KVM_NAMES: Final = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)))
+_GPRS: Final = struct.Struct("<16Q")
+_KVM_REGS: Final = struct.Struct("<18Q")
+_BY_NUMBER: Final = operator.itemgetter(*map(_KVM_NAMES.index, GPR_NAMES))
+_BY_NAME: Final = operator.itemgetter(*map(GPR_NAMES.index, _KVM_NAMES))
 
 
 def get_regs(vcpu: Vcpu) -> abi.kvm_regs:
     """KVM_GET_REGS."""
-    regs = abi.kvm_regs()
-    for index, name in enumerate(GPR_NAMES):
-        setattr(regs, name, vcpu.gpr[index])
-    regs.rip = vcpu.q[V.RIP]
-    regs.rflags = vcpu.get_rflags()
-    return regs
+    gprs = _BY_NAME(vcpu.gpr.tolist())
+    return abi.kvm_regs.from_buffer_copy(_KVM_REGS.pack(*gprs, vcpu.q[V.RIP], vcpu.get_rflags()))
 
 
 def set_regs(vcpu: Vcpu, regs: abi.kvm_regs) -> None:
     """KVM_SET_REGS: pending exceptions are dropped."""
-    for index, name in enumerate(GPR_NAMES):
-        vcpu.gpr[index] = getattr(regs, name)
-    vcpu.q[V.RIP] = regs.rip
-    vcpu.set_rflags(regs.rflags | abi.X86_EFLAGS_FIXED)
+    values = _KVM_REGS.unpack_from(regs)
+    _GPRS.pack_into(vcpu.gpr, 0, *_BY_NUMBER(values))
+    vcpu.q[V.RIP] = values[16]
+    vcpu.set_rflags(values[17])
     vcpu.exception.pending = False
-    vcpu.make_request(KVM_REQ_EVENT)
 
 
 Sregs = abi.kvm_sregs | abi.kvm_sregs2

@@ -27,22 +27,25 @@ from softkvm.kvm.x86.irqchip.apicdef import (
 if TYPE_CHECKING:
     from softkvm.kvm.x86.irqchip.lapic import Lapic
 
-#: Where the architecture has what is one integer of 256 bits while the machine runs.
-_BITMAPS: Final = ((APIC_ISR, "isr"), (APIC_TMR, "tmr"), (APIC_IRR, "irr"))
+#: Where the architecture has what is one integer of 256 bits while the machine runs: eight registers, 16 bytes apart.
+_BITMAPS: Final = tuple(
+    (slice(offset >> 2, offset + 8 * 16 >> 2, 16 >> 2), name)
+    for offset, name in ((APIC_ISR, "isr"), (APIC_TMR, "tmr"), (APIC_IRR, "irr"))
+)
 
 
 def get_state(apic: Lapic) -> bytes:
     """Return the registers as KVM_GET_LAPIC does (``kvm_lapic_state``)."""
     state = bytearray(apic.page[:KVM_APIC_REG_SIZE])
-    for offset, name in _BITMAPS:
-        bits = getattr(apic, name)
-        for word in range(8):
-            struct.pack_into("<I", state, offset + word * 16, bits >> 32 * word & 0xFFFFFFFF)
-    struct.pack_into("<I", state, APIC_PROCPRI, apic.ppr)
-    struct.pack_into("<I", state, APIC_TMICT, apic.timer.tmict)
-    struct.pack_into("<I", state, APIC_TMCCT, apic.timer.tmcct())
+    regs = memoryview(state).cast("I")
+    for words, name in _BITMAPS:
+        bits: int = getattr(apic, name)
+        regs[words] = memoryview(bits.to_bytes(32, "little")).cast("I")
+    regs[APIC_PROCPRI >> 2] = apic.ppr
+    regs[APIC_TMICT >> 2] = apic.timer.tmict
+    regs[APIC_TMCCT >> 2] = apic.timer.tmcct()
     if apic.x2apic_mode and not apic.apic_map.x2apic_format:
-        struct.pack_into("<I", state, APIC_ID, apic.vcpu_id << 24 & 0xFFFFFFFF)
+        regs[APIC_ID >> 2] = apic.vcpu_id << 24 & 0xFFFFFFFF
     return bytes(state)
 
 
@@ -67,9 +70,8 @@ def set_state(apic: Lapic, state: bytes) -> None:
     regs[APIC_TASKPRI >> 2] &= 0xFF
     apic.load_spiv(regs[APIC_SPIV >> 2] & lapic_regs.spiv_mask(apic))
     with apic.lock:
-        for offset, name in _BITMAPS:
-            words = (regs[offset + word * 16 >> 2] << 32 * word for word in range(8))
-            setattr(apic, name, sum(words))
+        for words, name in _BITMAPS:
+            setattr(apic, name, int.from_bytes(regs[words].tobytes(), "little"))
         apic.pending_esr = 0
     apic.timer.set_mode(regs[APIC_LVTT >> 2])
     apic.timer.set_divide(regs[APIC_TDCR >> 2])
