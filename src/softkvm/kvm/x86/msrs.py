@@ -505,8 +505,11 @@ def set_apic_base(vcpu: Vcpu, value: int, host: bool) -> bool:
     """Write IA32_APIC_BASE; False for a mode or address that can't be."""
     if vcpu.apic is not None:
         return vcpu.apic.set_base(value, host)
+    old = vcpu.get_apic_base()
+    if value == old:
+        return True
     valid = apic_base.valid_bits(vcpu.maxphyaddr, x2apic=vcpu.cpuid.has(X86_FEATURE_X2APIC))
-    if not apic_base.may_load(vcpu.get_apic_base(), value, valid, host=host):
+    if not apic_base.may_load(old, value, valid, host=host):
         return False
     vcpu.msr_values[M.MSR_IA32_APICBASE] = value
     vcpu.cpuid.update_runtime(vcpu)

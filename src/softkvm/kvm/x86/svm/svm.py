@@ -195,7 +195,7 @@ def set_cr0(vcpu: Vcpu, cr0: int) -> None:
             vcpu.q[V.EFER] &= ~(EFER_LMA | EFER_LME)
     vcpu.shadow_cr0 = cr0
     hcr0 = cr0
-    if vcpu.vm.cd_nw_cleared_quirk:
+    if cr0 & (X86_CR0_CD | X86_CR0_NW) and vcpu.vm.cd_nw_cleared_quirk:
         hcr0 &= ~(X86_CR0_CD | X86_CR0_NW)
     vcpu.q[V.CR0] = hcr0
     if hcr0 == cr0:
