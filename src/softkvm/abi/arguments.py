@@ -125,12 +125,21 @@ class NumberValue(Number, Value):
     """A number, by value; the method returns what ioctl() does."""
 
 
-class Takes(Argument):
+class _Whole(Argument):
+    """The address of a structure, or of a number."""
+
+    def __init__(self, structure: Any) -> None:
+        super().__init__(structure)
+        self.size = ctypes.sizeof(structure)
+        self.is_structure = issubclass(structure, ctypes.Structure)
+
+
+class Takes(_Whole):
     """The address of a structure, or of a number, that the request reads."""
 
     def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
         """The structure, or a number of the type."""
-        if issubclass(self.structure, ctypes.Structure):
+        if self.is_structure:
             checks.structure(names[0], args[0], self.structure)
             return args
         return (checks.number(names[0], args[0], *checks.limits(self.structure)),)
@@ -141,15 +150,15 @@ class Takes(Argument):
 
     def take(self, memory: Memory, value: int) -> Sequence[Any]:
         """A copy of the structure; the number itself."""
-        given = read_structure(memory, self.structure, value)
-        return (given if isinstance(given, ctypes.Structure) else given.value,)
+        given = self.structure.from_buffer_copy(memory.read(value, self.size))
+        return (given if self.is_structure else given.value,)
 
 
 class TakesValue(Takes, Value):
     """The address of a structure that the request reads; the method returns what ioctl() does."""
 
 
-class Gives(Argument):
+class Gives(_Whole):
     """The address of a structure, or of a number, that the request fills."""
 
     def pack(self) -> Any:
@@ -158,11 +167,11 @@ class Gives(Argument):
 
     def unpack(self, packed: Any, value: int) -> Any:
         """The filled structure; the number itself."""
-        return packed if isinstance(packed, ctypes.Structure) else packed.value
+        return packed if self.is_structure else packed.value
 
     def give(self, memory: Memory, value: int, result: Any) -> int:
         """The structure, or the number."""
-        memory.write(value, result if isinstance(result, ctypes.Structure) else self.structure(result))
+        memory.write(value, result if self.is_structure else self.structure(result))
         return 0
 
 
