@@ -12,6 +12,11 @@ use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 /// What [`Core::ioctl`] returns for a descriptor that is none of the KVM's.
 pub const NOT_OURS: c_long = c_long::MIN;
 
+/// A descriptor is the client's, of a file of the KVM's.
+pub const MARK_CLIENTS: u8 = 1;
+/// A descriptor is the KVM's own.
+pub const MARK_OURS: u8 = 2;
+
 /// What [`Core::sigaction`] returns for a signal that is none of the KVM's.
 pub const NOT_OUR_SIGNAL: c_int = c_int::MIN;
 
@@ -25,8 +30,10 @@ pub struct Core {
     pub ioctl: extern "C-unwind" fn(fd: c_int, request: c_uint, argument: c_ulong) -> c_long,
     /// Descriptors have been closed: gives back what nobody has open any more.
     pub collect: extern "C-unwind" fn(),
-    /// A descriptor is about to be read: brings up to date what stands in its file.
-    pub refresh: extern "C-unwind" fn(fd: c_int),
+    /// Whether this thread is in a request: then what it closes may be the KVM's own.
+    pub in_request: extern "C-unwind" fn() -> bool,
+    /// A descriptor is about to be read: brings up to date what stands in its file; −EINVAL if there is nothing to read.
+    pub refresh: extern "C-unwind" fn(fd: c_int) -> c_int,
     /// A descriptor was mapped at `address`, shared or as a copy; −errno if that cannot be.
     pub mapped: extern "C-unwind" fn(
         fd: c_int,
@@ -66,8 +73,8 @@ pub struct Core {
 /// What the client's side does for the KVM.
 #[repr(C)]
 pub struct Client {
-    /// To be called for every descriptor that the KVM makes for the client.
-    pub mark: extern "C-unwind" fn(fd: c_int),
+    /// To be called for every descriptor that the KVM makes, for the client or for itself.
+    pub mark: extern "C-unwind" fn(fd: c_int, kind: u8),
     /// The C library's sigaction().
     pub sigaction:
         unsafe extern "C" fn(signal: c_int, new: *const libc::sigaction, old: *mut libc::sigaction) -> c_int,

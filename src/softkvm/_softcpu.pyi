@@ -198,6 +198,12 @@ def client_file(object: object, fd: int, flags: int) -> int:
 def client_guest(function: tuple[int, int], add: bool) -> None:
     """Have a machine, by its ``has_region_function``, asked before memory of the client's goes; ENOMEM above 256."""
 
+def own_descriptor(fd: int) -> int:
+    """Move a descriptor out of the way of a client's, which does not close it, either; returns the new one."""
+
+def close_own_descriptor(fd: int) -> None:
+    """Close a descriptor of :func:`own_descriptor`."""
+
 def client_cpuid_sites() -> int:
     """Return in how many places of the client's code CPUID was replaced, to be answered as the silicon does."""
 

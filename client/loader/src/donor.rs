@@ -212,7 +212,7 @@ fn serve(request: *mut Request) {
     request.result = core.map_or(-(libc::ENOENT as isize), |core| (request.function)(request, core));
 }
 
-extern "C-unwind" fn mark(_: core::ffi::c_int) {}
+extern "C-unwind" fn mark(_: core::ffi::c_int, _: u8) {}
 
 /// Does a request of the calling thread, all of whose signals are blocked; errno, negated, if it fails.
 pub fn request(function: fn(&Request, &'static Core) -> isize, arguments: [usize; 3], mask: u64) -> isize {

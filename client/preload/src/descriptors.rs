@@ -8,8 +8,8 @@
 use core::ffi::{c_int, c_uint, c_ulong, c_void};
 use core::sync::atomic::{AtomicU8, Ordering};
 
-use softkvm_client::NOT_OURS;
 use softkvm_client::python::core;
+use softkvm_client::{MARK_CLIENTS, MARK_OURS, NOT_OURS};
 
 use crate::real;
 use crate::real::set_errno;
@@ -23,19 +23,25 @@ fn of(fd: c_int) -> Option<&'static AtomicU8> {
 }
 
 /// The KVM has made a descriptor.
-pub extern "C-unwind" fn mark(fd: c_int) {
+pub extern "C-unwind" fn mark(fd: c_int, kind: u8) {
     if let Some(marked) = of(fd) {
-        marked.store(1, Ordering::Relaxed);
+        marked.store(kind, Ordering::Relaxed);
     }
 }
 
+/// Whether a descriptor is the KVM's own, which is not there for the client.
+fn is_hidden(fd: c_int) -> bool {
+    let own = core().is_some() && of(fd).is_some_and(|marked| marked.load(Ordering::Relaxed) == MARK_OURS);
+    own && core().is_some_and(|core| !(core.in_request)())
+}
+
 pub fn is_marked(fd: c_int) -> bool {
-    core().is_some() && of(fd).is_some_and(|marked| marked.load(Ordering::Relaxed) != 0)
+    core().is_some() && of(fd).is_some_and(|marked| marked.load(Ordering::Relaxed) == MARK_CLIENTS)
 }
 
 /// Takes the mark away; whether it was there.
 fn unmark(fd: c_int) -> bool {
-    core().is_some() && of(fd).is_some_and(|marked| marked.swap(0, Ordering::Relaxed) != 0)
+    core().is_some() && of(fd).is_some_and(|marked| marked.swap(0, Ordering::Relaxed) == MARK_CLIENTS)
 }
 
 fn collect() {
@@ -47,7 +53,7 @@ fn collect() {
 /// Marks a copy of a marked descriptor.
 fn copied(from: c_int, to: c_int) -> c_int {
     if to >= 0 && is_marked(from) {
-        mark(to);
+        mark(to, MARK_CLIENTS);
     }
     to
 }
@@ -70,6 +76,10 @@ pub unsafe extern "C-unwind" fn ioctl(fd: c_int, request: c_ulong, argument: c_u
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
+    if is_hidden(fd) {
+        set_errno(libc::EBADF);
+        return -1;
+    }
     let ours = unmark(fd);
     let result = real!(close(fd: c_int) -> c_int);
     if ours {
@@ -78,28 +88,56 @@ pub unsafe extern "C-unwind" fn close(fd: c_int) -> c_int {
     result
 }
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C-unwind" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+/// Closes a range but for the KVM's own.
+fn close_all(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     const CLOSE_RANGE_CLOEXEC: c_int = 4;
-    let result = real!(close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int);
-    if result == 0 && flags & CLOSE_RANGE_CLOEXEC == 0 && core().is_some() {
-        let last = last.min(MOST as c_uint - 1);
-        let marked = (first..=last).filter(|&fd| unmark(fd as c_int)).count();
-        if marked != 0 {
-            collect();
+    let close = |first: c_uint, last: c_uint| {
+        if first > last {
+            return 0;
         }
+        real!(close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int)
+    };
+    if core().is_none() || first > last {
+        return real!(close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int);
+    }
+    let (mut from, mut closed) = (first, false);
+    for fd in first..last.saturating_add(1).min(MOST as c_uint) {
+        if is_hidden(fd as c_int) {
+            let result = if fd > from { close(from, fd - 1) } else { 0 };
+            if result != 0 {
+                return result;
+            }
+            from = fd + 1;
+        } else if flags & CLOSE_RANGE_CLOEXEC == 0 {
+            closed |= unmark(fd as c_int);
+        }
+    }
+    let result = close(from, last);
+    if closed {
+        collect();
     }
     result
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    close_all(first, last, flags)
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn closefrom(first: c_int) {
-    // SAFETY: a kernel without close_range() has the C library close one by one.
-    unsafe {
-        if close_range(first.max(0) as c_uint, c_uint::MAX, 0) != 0 {
-            real!(closefrom(first: c_int) -> ())
-        }
+    if core().is_none() || close_all(first.max(0) as c_uint, c_uint::MAX, 0) != 0 {
+        real!(closefrom(first: c_int) -> ());
     }
+}
+
+/// Whether a descriptor can be replaced; EBUSY, which there is for one that is just being made, if not.
+fn can_replace(fd: c_int) -> bool {
+    let can = !is_hidden(fd);
+    if !can {
+        set_errno(libc::EBUSY);
+    }
+    can
 }
 
 #[unsafe(no_mangle)]
@@ -109,6 +147,9 @@ pub unsafe extern "C-unwind" fn dup(fd: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn dup2(fd: c_int, to: c_int) -> c_int {
+    if !can_replace(to) {
+        return -1;
+    }
     let closes = fd != to && unmark(to);
     let result = copied(fd, real!(dup2(fd: c_int, to: c_int) -> c_int));
     if closes {
@@ -119,6 +160,9 @@ pub unsafe extern "C-unwind" fn dup2(fd: c_int, to: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+    if !can_replace(to) {
+        return -1;
+    }
     let closes = fd != to && unmark(to);
     let result = copied(fd, real!(dup3(fd: c_int, to: c_int, flags: c_int) -> c_int));
     if closes {
@@ -145,28 +189,38 @@ pub unsafe extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, argument: c_u
 
 // ---- reading: the files of KVM_GET_STATS_FD hold what counts now -----------------------------------------------------
 
-fn refresh(fd: c_int) {
-    if is_marked(fd)
-        && let Some(core) = core()
-    {
-        (core.refresh)(fd);
+/// Whether a descriptor may be read.
+fn refresh(fd: c_int) -> bool {
+    let result = match core() {
+        Some(core) if is_marked(fd) => (core.refresh)(fd),
+        _ => 0,
+    };
+    if result < 0 {
+        set_errno(-result);
     }
+    result >= 0
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn read(fd: c_int, buffer: *mut c_void, size: usize) -> isize {
-    refresh(fd);
+    if !refresh(fd) {
+        return -1;
+    }
     real!(read(fd: c_int, buffer: *mut c_void, size: usize) -> isize)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
-    refresh(fd);
+    if !refresh(fd) {
+        return -1;
+    }
     real!(pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
-    refresh(fd);
+    if !refresh(fd) {
+        return -1;
+    }
     real!(pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
 }

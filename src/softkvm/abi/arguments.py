@@ -105,6 +105,16 @@ class Value(Argument):
         return int(result)
 
 
+class ValueAlone(Value):
+    """Nothing, and it has to be: the method returns what ioctl() does."""
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """No arguments; EINVAL for any."""
+        if value:
+            raise kvm_error(errno.EINVAL, f"argument {value:#x}, expected 0")
+        return ()
+
+
 class Number(Argument):
     """A number, by value."""
 

@@ -31,6 +31,7 @@ from softkvm.abi.arguments import (
     Takes,
     TakesValue,
     Value,
+    ValueAlone,
     bitmap,
     fields,
     keep,
@@ -238,10 +239,10 @@ class SetDeviceAttr(GetDeviceAttr):
 
 # --- the system ------------------------------------------------------------------------------------------
 
-KVM_GET_API_VERSION = IO(0x00, SYSTEM, Value)
+KVM_GET_API_VERSION = IO(0x00, SYSTEM, ValueAlone)
 KVM_CREATE_VM = IO(0x01, SYSTEM, NumberValue)
 KVM_CHECK_EXTENSION = IO(0x03, SYSTEM | VM, NumberValue)
-KVM_GET_VCPU_MMAP_SIZE = IO(0x04, SYSTEM, Value)
+KVM_GET_VCPU_MMAP_SIZE = IO(0x04, SYSTEM, ValueAlone)
 
 # --- a VM ------------------------------------------------------------------------------------------------
 

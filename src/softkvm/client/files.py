@@ -85,11 +85,11 @@ class File:
 
 def open_memfd(file: File, name: str, *, cloexec: bool = True) -> int:
     """Make the client's descriptor of a file that has no contents."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    fd = _softcpu.own_descriptor(os.memfd_create(name, os.MFD_CLOEXEC))
     try:
         return file.open(fd, cloexec=cloexec)
     finally:
-        os.close(fd)
+        _softcpu.close_own_descriptor(fd)
 
 
 class SystemFile(File):
@@ -189,7 +189,7 @@ class StatisticsFile(File):
 
     def __init__(self, object: Any, vm: VmFile) -> None:
         super().__init__(object, vm.recorder)
-        self._fd = object.get_stats_fd()
+        self._fd = _softcpu.own_descriptor(object.get_stats_fd())
         self._vm = vm
         vm.use()
 
@@ -207,5 +207,5 @@ class StatisticsFile(File):
 
     def release(self) -> None:
         """The file goes, and the VM may."""
-        os.close(self._fd)
+        _softcpu.close_own_descriptor(self._fd)
         self._vm.release()

@@ -11,15 +11,14 @@ vCPU whose descriptor has been asked for is through with that, writes leave for 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import threading
 import weakref
 from typing import Any, Final, Protocol
 
-from softkvm import abi
+from softkvm import _softcpu, abi
 from softkvm.kvm.irq.io_bus import IoBus
-from softkvm.kvm.memfd import map_over, mappings_of, sealed_memfd
+from softkvm.kvm.memfd import map_file, map_over, mappings_of, sealed_memfd
 from softkvm.kvm.memory.pages import PAGE_SIZE
 
 #: Where the ring is in a vCPU's shared pages.
@@ -70,8 +69,8 @@ class CoalescedRing:
 
     def __init__(self) -> None:
         self.fd = sealed_memfd("kvm-coalesced-mmio", PAGE_SIZE)
-        self._close_fd = weakref.finalize(self, os.close, self.fd)
-        self._page = memoryview(mmap.mmap(self.fd, PAGE_SIZE))
+        self._close_fd = weakref.finalize(self, _softcpu.close_own_descriptor, self.fd)
+        self._page = memoryview(map_file(self.fd, PAGE_SIZE))
         self._d = self._page.cast("I")
         self._q = self._page.cast("Q")
         self._lock = threading.RLock()

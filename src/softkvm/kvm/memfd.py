@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
+from softkvm import _softcpu
+
 _MAP_FIXED: Final = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -20,21 +22,30 @@ _mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, 
 
 def sealed_memfd(name: str, size: int) -> int:
     """Return a file in memory that can be mapped by others, and not cut off under those who have."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = _softcpu.own_descriptor(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except OSError:
-        os.close(fd)
+        _softcpu.close_own_descriptor(fd)
         raise
     return fd
 
 
-def map_over(address: int, size: int, fd: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
-    """Map the beginning of a file in the place of what is mapped at ``address``."""
-    if _mmap(address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
+def map_over(
+    address: int, size: int, fd: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE, offset: int = 0
+) -> None:
+    """Map a file, from ``offset`` on, in the place of what is mapped at ``address``."""
+    if _mmap(address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) != address:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
+
+
+def map_file(fd: int, size: int, offset: int = 0) -> mmap.mmap:
+    """Return a mapping of a file that holds no descriptor of it, as Python's own does."""
+    mapping = mmap.mmap(-1, size)
+    map_over(mapping_address(mapping), size, fd, offset=offset)
+    return mapping
 
 
 def mapping_address(mapping: mmap.mmap) -> int:

@@ -26,7 +26,7 @@ from softkvm.kvm.coalesced_mmio import RING_OFFSET, CoalescedRing
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.io_bus import IoBus
-from softkvm.kvm.memfd import map_over, mapping_address, sealed_memfd
+from softkvm.kvm.memfd import map_file, map_over, mapping_address, sealed_memfd
 from softkvm.kvm.memory.dirty_ring import RING_OFFSET as DIRTY_RING_OFFSET
 from softkvm.kvm.memory.dirty_ring import DirtyRing
 from softkvm.kvm.memory.host_mappings import HostMappings
@@ -195,9 +195,8 @@ class VcpuState:
         ring_size = self.vm.dirty_ring_size
         size = DIRTY_RING_OFFSET + ring_size if ring_size else VCPU_MMAP_SIZE
         self._shared_fd = sealed_memfd(f"kvm-vcpu:{self.vcpu_id}", size)
-        self._close_shared_fd = weakref.finalize(self, os.close, self._shared_fd)
-        self._mapping = mmap.mmap(-1, VCPU_MMAP_SIZE)  # of the file it would hold another descriptor
-        map_over(mapping_address(self._mapping), VCPU_MMAP_SIZE, self._shared_fd)
+        self._close_shared_fd = weakref.finalize(self, _softcpu.close_own_descriptor, self._shared_fd)
+        self._mapping = map_file(self._shared_fd, VCPU_MMAP_SIZE)
         map_over(mapping_address(self._mapping) + RING_OFFSET, PAGE_SIZE, self.vm.coalesced.fd)
         self._shared = memoryview(self._mapping)
         self.dirty_ring = DirtyRing(self._shared_fd, ring_size) if ring_size else None

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pyo3::prelude::*;
 use softcpu::mem::lost::actions::use_sigaction;
-use softkvm_client::Client;
+use softkvm_client::{Client, MARK_CLIENTS, MARK_OURS};
 
 use super::{result_of, threads};
 use crate::{request, signals};
@@ -141,6 +141,42 @@ pub fn collect_postponed() {
     }
 }
 
+fn mark(fd: c_int, kind: u8) {
+    let mark = MARK.load(Ordering::SeqCst);
+    if mark != 0 {
+        // SAFETY: what `start` got.
+        unsafe { core::mem::transmute::<usize, extern "C-unwind" fn(c_int, u8)>(mark)(fd, kind) };
+    }
+}
+
+/// Makes another descriptor, which is ours.
+fn high_copy(fd: c_int) -> PyResult<c_int> {
+    let copy = [HIGH, 3].into_iter().map(|from| {
+        // SAFETY: asks for a descriptor.
+        unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, from) }
+    });
+    let copy = copy.into_iter().find(|copy| *copy >= 0).ok_or_else(os_error)?;
+    mark(copy, MARK_OURS);
+    Ok(copy)
+}
+
+/// Moves a descriptor of the KVM's out of the way of a client, whose descriptors have the lowest numbers; returns the new
+/// one. A client does not close it, whatever range it names.
+#[pyfunction]
+pub fn own_descriptor(fd: c_int) -> PyResult<c_int> {
+    // SAFETY: the caller's, who has no use for it afterwards.
+    let given = unsafe { OwnedFd::from_raw_fd(fd) };
+    high_copy(given.as_raw_fd())
+}
+
+/// Closes a descriptor of the KVM's, at any time: it may be the interpreter that does, when it ends.
+#[pyfunction]
+pub fn close_own_descriptor(fd: c_int) -> PyResult<()> {
+    mark(fd, 0);
+    // SAFETY: closes it.
+    if unsafe { libc::close(fd) } == 0 { Ok(()) } else { Err(os_error()) }
+}
+
 /// Makes the client's descriptor of a memfd; requests on it are `ioctl(request, argument)` and, if it has one, `run()`
 /// of `object`, which is told by `release()` that nobody has it open any more.
 #[pyfunction]
@@ -149,14 +185,7 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int) -> PyResu
     let path = std::ffi::CString::new(format!("/proc/self/fd/{fd}"))?;
     // SAFETY: system calls; the descriptors are ours until they are handed over.
     let (ours, theirs) = unsafe {
-        let mut ours = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, HIGH);
-        if ours < 0 {
-            ours = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
-        }
-        if ours < 0 {
-            return Err(os_error());
-        }
-        let ours = OwnedFd::from_raw_fd(ours);
+        let ours = OwnedFd::from_raw_fd(high_copy(fd)?);
         let theirs = libc::open(path.as_ptr(), flags);
         if theirs < 0 {
             return Err(os_error());
@@ -182,11 +211,7 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int) -> PyResu
     files.all.push(Arc::new(file));
     files.forget();
     drop(files);
-    let mark = MARK.load(Ordering::SeqCst);
-    if mark != 0 {
-        // SAFETY: what `start` got.
-        unsafe { core::mem::transmute::<usize, extern "C-unwind" fn(c_int)>(mark)(theirs) };
-    }
+    mark(theirs, MARK_CLIENTS);
     Ok(theirs)
 }
 

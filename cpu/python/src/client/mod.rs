@@ -17,6 +17,7 @@ use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use softkvm_client::{Core, NOT_OUR_SIGNAL, NOT_OURS};
 
+use crate::request::own;
 use crate::signals;
 use threads::uninterrupted;
 
@@ -33,6 +34,7 @@ static CORE: Core = Core {
     open,
     ioctl,
     collect: files::collect,
+    in_request,
     refresh,
     mapped,
     concerns: guests::concerns,
@@ -84,19 +86,23 @@ extern "C-unwind" fn ioctl(fd: c_int, number: c_uint, argument: c_ulong) -> c_lo
     uninterrupted(|| {
         let Some(file) = files::find(fd) else { return NOT_OURS };
         request(|py| match &file.run {
+            Some(_) if number == KVM_RUN && argument != 0 => -c_long::from(libc::EINVAL),
             Some(run) if number == KVM_RUN => result_of(py, run.bind(py).call0()),
             _ => result_of(py, file.ioctl.bind(py).call1((number, argument))),
         })
     })
 }
 
-extern "C-unwind" fn refresh(fd: c_int) {
+extern "C-unwind" fn in_request() -> bool {
+    own().held()
+}
+
+extern "C-unwind" fn refresh(fd: c_int) -> c_int {
     uninterrupted(|| {
-        let Some(file) = files::find(fd) else { return };
-        if let Some(refresh) = &file.refresh {
-            request(|py| result_of(py, refresh.bind(py).call0()));
-        }
-    });
+        let Some(file) = files::find(fd) else { return 0 };
+        let Some(refresh) = &file.refresh else { return -libc::EINVAL };
+        request(|py| result_of(py, refresh.bind(py).call0())) as c_int
+    })
 }
 
 extern "C-unwind" fn mapped(
@@ -109,7 +115,7 @@ extern "C-unwind" fn mapped(
 ) -> c_int {
     uninterrupted(|| {
         let Some(file) = files::find(fd) else { return 0 };
-        let Some(mapped) = &file.mapped else { return 0 };
+        let Some(mapped) = &file.mapped else { return -libc::ENODEV };
         let args = (address, size, offset, protection, shared);
         request(|py| result_of(py, mapped.bind(py).call1(args))) as c_int
     })
@@ -181,6 +187,8 @@ pub fn add_to(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(client_core, m)?)?;
     m.add_function(wrap_pyfunction!(files::client_file, m)?)?;
     m.add_function(wrap_pyfunction!(guests::client_guest, m)?)?;
+    m.add_function(wrap_pyfunction!(files::own_descriptor, m)?)?;
+    m.add_function(wrap_pyfunction!(files::close_own_descriptor, m)?)?;
     m.add_function(wrap_pyfunction!(files::client_cpuid_sites, m)?)?;
     m.add_function(wrap_pyfunction!(memory::read_memory, m)?)?;
     m.add_function(wrap_pyfunction!(memory::write_memory, m)?)

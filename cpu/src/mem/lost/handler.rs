@@ -12,8 +12,8 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use super::actions::{action_of, call_handler, set_action, set_default};
+use super::guards::{Lost, expecting};
 use super::host::{self, go_on_leaving};
-use super::{Lost, expecting};
 
 const SIGNALS: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
 

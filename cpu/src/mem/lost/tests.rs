@@ -6,7 +6,9 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::ptr::null_mut;
 
+use super::guards::all;
 use super::*;
 use crate::int::Int;
 

@@ -8,6 +8,7 @@ ioeventfd is a device on a bus whose write adds one to a counter.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import select
@@ -15,7 +16,7 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Final
 
-from softkvm import abi
+from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.irq.irqchip import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
 from softkvm.threads import start_quiet
@@ -42,7 +43,7 @@ class EventFile:
 
     def __init__(self, fd: int) -> None:
         self.fd = -1
-        self.fd = os.dup(fd)
+        self.fd = _softcpu.own_descriptor(os.dup(ctypes.c_int32(fd).value))  # the structures have it unsigned
         try:
             kind = os.readlink(f"/proc/self/fd/{self.fd}")
         except OSError:
@@ -54,7 +55,7 @@ class EventFile:
 
     def __del__(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            _softcpu.close_own_descriptor(self.fd)
 
     def signal(self) -> None:
         """Add one to the counter; a full counter is signalled already."""
@@ -257,8 +258,8 @@ class Eventfds:
         if self._epoll is None:
             with contextlib.ExitStack() as undo:
                 epoll = undo.enter_context(select.epoll())
-                wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-                undo.callback(os.close, wake)
+                wake = _softcpu.own_descriptor(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+                undo.callback(_softcpu.close_own_descriptor, wake)
                 epoll.register(wake, select.EPOLLIN)
                 thread = start_quiet(self._main, "kvm-irqfd", epoll)
                 undo.pop_all()
@@ -316,7 +317,7 @@ class Eventfds:
         self._irqfds, self._resamplers, self._ioeventfds = {}, {}, []
         if self._epoll is not None:
             self._epoll.close()
-            os.close(self._wake)
+            _softcpu.close_own_descriptor(self._wake)
             self._epoll = None
 
     def close(self) -> None:
@@ -336,7 +337,7 @@ class Eventfds:
             self._ioeventfds = []
             if self._epoll is not None:
                 self._epoll.close()
-                os.close(self._wake)
+                _softcpu.close_own_descriptor(self._wake)
                 self._epoll = None
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.memfd import map_file
 from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
 from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.requests import KVM_REQ_DIRTY_RING_SOFT_FULL
@@ -50,7 +50,7 @@ class DirtyRing:
     __slots__ = ("_d", "_dirty_index", "_lock", "_mapping", "_mask", "_q", "_reset_index", "_soft_limit", "_waiting")
 
     def __init__(self, fd: int, size: int) -> None:
-        self._mapping = mmap.mmap(fd, size, offset=RING_OFFSET)
+        self._mapping = map_file(fd, size, RING_OFFSET)
         view = memoryview(self._mapping)
         self._d, self._q = view.cast("I"), view.cast("Q")
         entries = size // _ENTRY

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// Children of a client: what they inherit is the parent's, what they open is their own.
+#include "client.h"
+#include <spawn.h>
+
+extern char **environ;
+static struct guest g;
+
+static void *run_on(void *unused) {
+    for (;;) CHECK(ioctl(g.vcpu, KVM_RUN, 0) == 0 || errno == EINTR);
+    return unused;
+}
+
+static void child_ends(pid_t child) {
+    int status;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+}
+
+// As the kernel has it: a VM belongs to the address space that has made it.
+static void inherited_is_eio(void) {
+    struct kvm_regs regs;
+    FAILS(ioctl(g.vm, KVM_CREATE_VCPU, 5), EIO);
+    FAILS(ioctl(g.vm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY), EIO);
+    FAILS(ioctl(g.vcpu, KVM_GET_REGS, &regs), EIO);
+    FAILS(ioctl(g.vcpu, KVM_RUN, 0), EIO);
+}
+
+static void child(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    CHECK(next_out(&g) == 0);
+    for (int n = 0; n < 3; n++) {
+        pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (!pid) {
+            inherited_is_eio();
+            new_guest_works();
+            CHECK(close(g.vcpu) == 0 && close(g.vm) == 0);
+            new_guest_works();
+            exit(0);
+        }
+        CHECK(next_out(&g) == 2 * n + 1);
+        child_ends(pid);
+        CHECK(next_out(&g) == 2 * n + 2);
+    }
+    guest_close(&g);
+    new_guest_works();
+}
+
+static void grandchild(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    pid_t pid = fork();
+    if (!pid) {
+        struct guest before = g;
+        g = guest_open(OUTS, sizeof OUTS);
+        CHECK(next_out(&g) == 0);
+        pid = fork();
+        if (!pid) {
+            inherited_is_eio();
+            g = before;
+            inherited_is_eio();
+            new_guest_works();
+            exit(0);
+        }
+        child_ends(pid);
+        CHECK(next_out(&g) == 1);
+        exit(0);
+    }
+    child_ends(pid);
+    CHECK(next_out(&g) == 0);
+}
+
+static void while_another_thread_runs(void) {
+    g = guest_open(COUNT, sizeof COUNT);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, run_on, NULL) == 0);
+    AWAIT(counted(&g), 1000);
+    for (int n = 0; n < 20; n++) {
+        pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (!pid) {
+            inherited_is_eio();
+            new_guest_works();
+            _exit(0);
+        }
+        uint32_t before = counted(&g);
+        child_ends(pid);
+        AWAIT(counted(&g) - before, 1);
+    }
+    exit(0);
+}
+
+// vfork(), posix_spawn(), system(), popen(): nothing of ours runs in between.
+static void spawned(void) {
+    g = guest_open(COUNT, sizeof COUNT);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, run_on, NULL) == 0);
+    AWAIT(counted(&g), 1000);
+    for (int n = 0; n < 5; n++) {
+        pid_t pid = vfork();
+        if (!pid) {
+            execl("/bin/true", "true", NULL);
+            _exit(1);
+        }
+        child_ends(pid);
+        char *argv[] = {"sh", "-c", "exit 0", NULL};
+        CHECK(posix_spawnp(&pid, "sh", NULL, NULL, argv, environ) == 0);
+        child_ends(pid);
+        CHECK(system("exit 3") == 3 << 8);
+        FILE *out = popen("echo 42", "r");
+        int number = 0;
+        CHECK(out && fscanf(out, "%d", &number) == 1 && number == 42);
+        CHECK(pclose(out) == 0);
+    }
+    exit(0);
+}
+
+// A program that is executed finds /dev/kvm, too.
+static void opens_it(void) { new_guest_works(); }
+static void executed(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    for (int n = 0; n < 3; n++) {
+        pid_t pid = n % 2 ? fork() : vfork();
+        if (!pid) {
+            execl("/proc/self/exe", "forks", "opens_it", NULL);
+            _exit(1);
+        }
+        child_ends(pid);
+        CHECK(next_out(&g) == n);
+    }
+    // In the place of this one; what is close-on-exec goes, and nobody is left who has it.
+    execl("/proc/self/exe", "forks", "opens_it", NULL);
+    CHECK(0);
+}
+static void executed_from_a_thread_that_runs_a_guest(void) {
+    g = guest_open(COUNT, sizeof COUNT);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, run_on, NULL) == 0);
+    AWAIT(counted(&g), 1000);
+    execl("/proc/self/exe", "forks", "opens_it", NULL);
+    CHECK(0);
+}
+
+// A child that is the one to go on, as daemons do before they open anything.
+static void daemon_opens_it(void) {
+    int ends[2];
+    CHECK(pipe(ends) == 0);
+    pid_t pid = fork();
+    if (!pid) {
+        CHECK(setsid() > 0);
+        if (fork()) _exit(0);
+        new_guest_works();
+        CHECK(write(ends[1], "", 1) == 1);
+        exit(0);
+    }
+    child_ends(pid);
+    char byte;
+    close(ends[1]);
+    CHECK(read(ends[0], &byte, 1) == 1);
+}
+
+// Many threads that fork, run guests and open new ones.
+static void *forks_and_runs(void *unused) {
+    struct guest mine = guest_open(OUTS, sizeof OUTS);
+    for (int n = 0; n < 15; n++) {
+        pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (!pid) {
+            if (n % 3 == 0) new_guest_works();
+            _exit(0);
+        }
+        CHECK(next_out(&mine) == n);
+        child_ends(pid);
+    }
+    guest_close(&mine);
+    return unused;
+}
+static void from_many_threads(void) {
+    pthread_t threads[4];
+    for (int n = 0; n < 4; n++) CHECK(pthread_create(&threads[n], NULL, forks_and_runs, NULL) == 0);
+    for (int n = 0; n < 4; n++) CHECK(pthread_join(threads[n], NULL) == 0);
+    new_guest_works();
+}
+
+CASES(CASE(child), CASE(grandchild), CASE(while_another_thread_runs), CASE(spawned), CASE(opens_it), CASE(executed),
+      CASE(executed_from_a_thread_that_runs_a_guest), CASE(daemon_opens_it), CASE(from_many_threads))
