@@ -140,7 +140,6 @@ _FPU: Final = struct.Struct("<128sHHBxHQQ256sI4x")
 #: The XSAVE area (APM vol. 2, 11.5.4): FCW, FSW, tags, opcode, pointers, MXCSR and its mask; the stack; XMM registers;
 #: XSTATE_BV and XCOMP_BV; the high halves of the YMM registers.
 _XSAVE: Final = struct.Struct("<HHBxHQQII128s256s96xQQ48x256s")
-_XSAVE_SIZE: Final = 4096
 _NO_STACK: Final = bytes(128)
 _NO_VECTORS: Final = bytes(256)
 #: Where the XSAVE area has PKRU (CPUID leaf 0xD, subleaf 9).
@@ -190,7 +189,7 @@ def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
     rw, rq = vcpu.rw, vcpu.rq
     supported = vcpu.cpuid.supported_xcr0
     features = cr.XFEATURE_FP | cr.XFEATURE_SSE | supported & (cr.XFEATURE_YMM | cr.XFEATURE_PKRU)
-    area = bytearray(_XSAVE_SIZE)
+    area = abi.kvm_xsave()
     fsw = rw[FSW_W]
     _XSAVE.pack_into(
         area,
@@ -211,7 +210,7 @@ def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
     )
     if features & cr.XFEATURE_PKRU:
         _PKRU.pack_into(area, _PKRU_OFFSET, vcpu.pkru)
-    return abi.kvm_xsave.from_buffer(area)
+    return area
 
 
 def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
@@ -231,7 +230,8 @@ def set_xsave(vcpu: Vcpu, xsave: abi.kvm_xsave) -> None:
         _set_x87(vcpu, _NO_STACK, 0x37F, 0, 0, 0, 0, 0)
     _set_vectors(vcpu, _XMM, xmm if features & cr.XFEATURE_SSE else _NO_VECTORS)
     vcpu.rd[MXCSR_D] = mxcsr if features & (cr.XFEATURE_SSE | cr.XFEATURE_YMM) else MXCSR_DEFAULT
-    _set_vectors(vcpu, _YMM_HIGH, ymm if features & cr.XFEATURE_YMM else _NO_VECTORS)
+    if allowed & cr.XFEATURE_YMM:  # else the guest has no instruction that sets them
+        _set_vectors(vcpu, _YMM_HIGH, ymm if features & cr.XFEATURE_YMM else _NO_VECTORS)
     if features & cr.XFEATURE_PKRU:
         (value,) = _PKRU.unpack_from(xsave, _PKRU_OFFSET)
         if value != vcpu.pkru:
