@@ -232,6 +232,23 @@ def test_the_second_request_for_xsave_state_gives_the_same(guest: Guest) -> None
     assert bytes(guest.cpu.get_xsave2())[160:176] == b"0123456789abcdef"
 
 
+def test_nested_state_without_a_nested_guest_is_a_header(guest: Guest) -> None:
+    if not guest.vm.check_extension(abi.KVM_CAP_NESTED_STATE):
+        refused(errno.EINVAL, guest.cpu.get_nested_state)
+        return
+    header = ctypes.sizeof(abi.kvm_nested_state)
+    assert guest.vm.check_extension(abi.KVM_CAP_NESTED_STATE) > header
+    state = guest.cpu.get_nested_state()
+    assert (state.size, state.flags & abi.KVM_STATE_NESTED_GUEST_MODE) == (header, 0)
+    guest.cpu.set_nested_state(state)
+    assert bytes(guest.cpu.get_nested_state()) == bytes(state)
+    state.size = header - 1
+    refused(errno.EINVAL, lambda: guest.cpu.set_nested_state(state))
+    state.size = header
+    state.flags |= abi.KVM_STATE_NESTED_RUN_PENDING  # of which guest?
+    refused(errno.EINVAL, lambda: guest.cpu.set_nested_state(state))
+
+
 def test_xsave_round_trips(guest: Guest) -> None:
     area = bytearray(bytes(guest.cpu.get_xsave()))
     area[160:176] = b"0123456789abcdef"

@@ -146,6 +146,12 @@ class Vcpu(common.Vcpu, Protocol):
     def get_xsave2(self) -> abi.kvm_xsave:
         """KVM_GET_XSAVE2: as get_xsave; on a device, what the structure has no room for (AMX) is cut off."""
 
+    def get_nested_state(self) -> abi.kvm_nested_state:
+        """KVM_GET_NESTED_STATE: the header; without a nested guest it is all there is."""
+
+    def set_nested_state(self, state: abi.kvm_nested_state) -> None:
+        """KVM_SET_NESTED_STATE. EINVAL for a state that the vCPU cannot be in, or a size below the header's."""
+
     def set_xsave(self, xsave: abi.kvm_xsave) -> None:
         """KVM_SET_XSAVE."""
 

@@ -215,6 +215,33 @@ class GivesXsave(Gives):
         return self.structure.from_buffer_copy(packed)
 
 
+class GetNestedState(Gives):
+    """KVM_GET_NESTED_STATE: the header; its ``size`` says how much room there is, and then how much is needed."""
+
+    #: Room for what any processor's nested guest needs.
+    _MOST = 1 << 14
+
+    def pack(self) -> Any:
+        """Room for the largest state."""
+        room = (ctypes.c_uint8 * self._MOST)()
+        self.structure.from_buffer(room).size = self._MOST
+        return room
+
+    def unpack(self, packed: Any, value: int) -> Any:
+        """The header."""
+        return self.structure.from_buffer_copy(packed)
+
+    def give(self, memory: Memory, value: int, result: Any) -> int:
+        """The header; E2BIG with the size alone where there is less room."""
+        at = value + self.structure.size.offset
+        room = read_structure(memory, c_uint32, at).value
+        if room < result.size:
+            memory.write(at, c_uint32(result.size))
+            raise kvm_error(errno.E2BIG, f"size={room}, expected {result.size}")
+        memory.write(value, result)
+        return 0
+
+
 # --- the system ------------------------------------------------------------------------------------------
 
 KVM_GET_MSR_INDEX_LIST = IOWR(0x02, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices", tells=True))
@@ -280,8 +307,8 @@ KVM_GET_XCRS = IOR(0xA6, kvm_xcrs, VCPU, Gives)
 KVM_SET_XCRS = IOW(0xA7, kvm_xcrs, VCPU, Takes)
 KVM_KVMCLOCK_CTRL = IO(0xAD, VCPU, Nothing)
 KVM_SMI = IO(0xB7, VCPU, Nothing)
-KVM_GET_NESTED_STATE = IOWR(0xBE, kvm_nested_state, VCPU)
-KVM_SET_NESTED_STATE = IOW(0xBF, kvm_nested_state, VCPU)
+KVM_GET_NESTED_STATE = IOWR(0xBE, kvm_nested_state, VCPU, GetNestedState)
+KVM_SET_NESTED_STATE = IOW(0xBF, kvm_nested_state, VCPU, Takes)
 KVM_GET_SREGS2 = IOR(0xCC, kvm_sregs2, VCPU, Gives)
 KVM_SET_SREGS2 = IOW(0xCD, kvm_sregs2, VCPU, Takes)
 KVM_GET_XSAVE2 = IOR(0xCF, kvm_xsave, VCPU, GivesXsave)

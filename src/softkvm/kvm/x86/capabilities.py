@@ -49,6 +49,7 @@ CAPABILITIES: Final[dict[int, int]] = GENERAL_CAPABILITIES | {
     abi.KVM_CAP_XSAVE: 1,
     abi.KVM_CAP_XSAVE2: ctypes.sizeof(abi.kvm_xsave),
     abi.KVM_CAP_XCRS: 1,
+    abi.KVM_CAP_NESTED_STATE: ctypes.sizeof(abi.kvm_nested_state) + abi.KVM_STATE_NESTED_SVM_VMCB_SIZE,
     abi.KVM_CAP_SYS_ATTRIBUTES: 1,
     abi.KVM_CAP_VCPU_ATTRIBUTES: 1,
     abi.KVM_CAP_GET_TSC_KHZ: 1,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections.abc import Sequence
 from typing import Final
@@ -102,6 +103,26 @@ class VcpuIoctls(Vcpu):
     def get_xsave2(self) -> abi.kvm_xsave:
         """KVM_GET_XSAVE2: the silicon has no components beyond those of the structure."""
         return fpu_state.get_xsave(self)
+
+    def get_nested_state(self) -> abi.kvm_nested_state:
+        """KVM_GET_NESTED_STATE: a guest that has no SVM runs none itself, with the global interrupt flag set."""
+        return abi.kvm_nested_state(
+            flags=abi.KVM_STATE_NESTED_GIF_SET,
+            format=abi.KVM_STATE_NESTED_FORMAT_SVM,
+            size=ctypes.sizeof(abi.kvm_nested_state),
+        )
+
+    def set_nested_state(self, state: abi.kvm_nested_state) -> None:
+        """KVM_SET_NESTED_STATE: without EFER.SVME there is the one state (KVM API 4.115)."""
+        expected = self.get_nested_state()
+        if state.size < expected.size:
+            raise kvm_error(errno.EINVAL, f"size={state.size}, expected {expected.size}")
+        if (state.format, state.flags) != (expected.format, expected.flags):
+            raise kvm_error(
+                errno.EINVAL,
+                f"format={state.format} flags={state.flags:#x}, expected KVM_STATE_NESTED_FORMAT_SVM, "
+                "KVM_STATE_NESTED_GIF_SET: the guest has no SVM",
+            )
 
     def set_xsave(self, xsave: abi.kvm_xsave) -> None:
         """KVM_SET_XSAVE."""
