@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import struct
@@ -19,6 +20,8 @@ PRELOAD = Path(__file__).parent / "libsoftkvm_preload.so"
 LOADER = Path(__file__).parent / "softkvm-load"
 
 _PT_INTERP = 3
+#: The head of a note of Go's linker with the build's identification (its section is ``.note.go.buildid``).
+_GO_NOTE = struct.pack("<I", 4) + b"Go\0\0"
 
 
 class LaunchError(Exception):
@@ -81,6 +84,14 @@ def is_static(path: str) -> bool:
     return all(struct.unpack_from("<I", table, n)[0] != _PT_INTERP for n in range(0, len(table) - 3, size))
 
 
+def is_dynamic_go(path: str) -> bool:
+    """Tell whether a dynamically linked program is a KVM client in Go, which makes its system calls itself."""
+    if not os.path.getsize(path):
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+        return contents[:4] == b"\x7fELF" and contents.find(_GO_NOTE) >= 0 and contents.find(b"/dev/kvm") >= 0
+
+
 class Client(NamedTuple):
     """A client that is to be started: as ``execve()`` takes it."""
 
@@ -99,6 +110,9 @@ def prepare(command: Sequence[str], settings: Settings) -> Client:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
         return Client(command[0], list(command), variables)
     if not is_static(program):
+        if is_dynamic_go(program):
+            why = "a dynamically linked Go program makes its system calls itself"
+            raise LaunchError(f"{command[0]}: {why}; build it with CGO_ENABLED=0")
         return Client(program, list(command), variables)
     if not LOADER.exists():
         raise LaunchError(f"{LOADER.name} is not built")

@@ -52,6 +52,22 @@ static CORE: Core = Core {
 
 const KVM_RUN: c_uint = 0xAE80;
 
+/// Says what was no OSError: a line, and in development mode where it came from before.
+fn report(py: Python<'_>, error: PyErr) {
+    let value = error.value(py);
+    let kind = value.get_type().name().map_or_else(|_| String::new(), |name| name.to_string());
+    let text = value.to_string();
+    let text = text.lines().next().unwrap_or_default();
+    let line = match kind.as_str() {
+        "PluginError" => format!("softkvm: {text}"),
+        _ => format!("softkvm: internal error: {kind}: {text}"),
+    };
+    if std::env::var_os("PYTHONDEVMODE").is_some_and(|mode| !mode.is_empty()) {
+        error.print(py);
+    }
+    eprintln!("{line}");
+}
+
 /// The errno of what Python has raised; whatever is no OSError is a fault of ours, and said to be one.
 fn errno_of(py: Python<'_>, error: PyErr) -> c_int {
     if error.is_instance_of::<PyOSError>(py)
@@ -59,7 +75,7 @@ fn errno_of(py: Python<'_>, error: PyErr) -> c_int {
     {
         return number;
     }
-    error.print(py);
+    report(py, error);
     libc::EIO
 }
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``softkvm exec``'s own words: what it refuses, and that it says nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softkvm.client.launch import is_dynamic_go, is_static
+
+EXEC = (sys.executable, "-m", "softkvm.cli.main", "exec")
+OPENS = (sys.executable, "-c", "import os; os.open('/dev/kvm', os.O_RDWR)")
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDEVMODE"}
+    return subprocess.run([*EXEC, *args], check=False, capture_output=True, text=True, timeout=60, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        ((), 2, "expected CMD, the client to run"),
+        (("--",), 2, "expected CMD, the client to run"),
+        (("--params", "nrips", "--", "true"), 2, "--params nrips: expected NAME=VALUE"),
+        (("--params", "nrips=2", "--", "true"), 2, "nrips=2: expected Y or N"),
+        (("--params", "halt_poll_ns=x", "--", "true"), 2, "halt_poll_ns=x: expected a number"),
+        (("--params", "nope=1", "--", "true"), 2, "nope=1: no such parameter"),
+        (("--plugin", "/nowhere.py", "--", "true"), 2, "--plugin /nowhere.py: No such file or directory"),
+        (("--trace", "/nowhere/trace", "--", "true"), 2, "--trace /nowhere/trace: No such file or directory"),
+        (("--", "/nowhere/client"), 127, "/nowhere/client: No such file or directory"),
+        (("--", "/etc/passwd"), 126, "/etc/passwd: Permission denied"),
+    ],
+)
+def test_bad_usage_is_one_line(args: tuple[str, ...], status: int, words: str) -> None:
+    done = run(*args)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith("softkvm: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", -15)])
+def test_status_and_signal_are_the_clients_and_nothing_is_printed(script: str, status: int) -> None:
+    done = run("--", "sh", "-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+def test_a_plugin_that_fails_is_one_line_and_open_fails(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("def softkvm_plugin(policy):\n    raise RuntimeError('boom')\n")
+    done = run("--plugin", str(plugin), "--", *OPENS)
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"softkvm: {plugin}: softkvm_plugin: RuntimeError: boom (plugin.py:2)"
+    assert "OSError: [Errno 5]" in lines[-1]
+
+
+def test_an_exception_of_ours_in_a_request_is_one_line_and_eio(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("def softkvm_plugin(policy):\n    policy.vm_created.append(lambda vm: 1 / 0)\n")
+    program = "import fcntl, os; fcntl.ioctl(os.open('/dev/kvm', os.O_RDWR), 0xAE01, 0)"
+    done = run("--plugin", str(plugin), "--", sys.executable, "-c", program)
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("softkvm: ") and "division by zero" in lines[0]
+    assert "OSError: [Errno 5]" in lines[-1]
+
+
+def test_kinds_of_programs(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    empty = tmp_path / "empty"
+    empty.touch()
+    go = tmp_path / "go"
+    go.write_bytes(b"\x7fELF\x02" + bytes(60) + b"\x04\0\0\0Go\0\0/dev/kvm\0")
+    assert [is_dynamic_go(str(path)) for path in (script, empty, go, Path(sys.executable))] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert [is_static(str(path)) for path in (script, empty, Path(sys.executable).resolve())] == [False] * 3
