@@ -94,7 +94,8 @@ def test_a_wait_that_was_in_vain_ends_asleep() -> None:
         guest.halted(3)
         assert guest.stats()["halt_successful_poll"] == 0
         assert guest.stats()["halt_wait_ns"] > 0
-        assert sum(guest.vcpu.stat_halt_poll_fail_hist) == guest.stats()["halt_attempted_poll"] == 1
+        # The third halt may have waited awake, too, by now.
+        assert 1 <= sum(guest.vcpu.stat_halt_poll_fail_hist) <= guest.stats()["halt_attempted_poll"] <= 2
         assert sum(guest.vcpu.stat_halt_wait_hist) == 2
         assert sum(guest.vcpu.stat_halt_poll_success_hist) == 0
 
