@@ -6,20 +6,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
+from tests.support.clients import EXEC, TIMEOUT_S, Completed
+
+__all__ = ["EXEC", "TIMEOUT_S"]
 
 PROGRAMS = Path(__file__).parent / "programs"
-EXEC = (sys.executable, "-m", "softkvm.cli.main", "exec")
-
-Completed = subprocess.CompletedProcess[str]
-
-#: Longer than any case takes on a host that is busy.
-TIMEOUT_S = 120
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +49,10 @@ def client(build: Callable[..., Path]) -> Callable[..., Completed]:
 
 @pytest.fixture
 def holds(client: Callable[..., Completed]) -> Callable[..., None]:
-    """Runs a case of a program, all of whose checks have to hold; nothing else is printed."""
+    """Runs a case of a program, all of whose checks have to hold; nothing else is printed.
+
+    That the KVM is ours is one of them (``open_kvm`` of ``client.h``): ``--stats`` would take other ways than without.
+    """
 
     def run(program: str, case: str) -> None:
         done = client(program, case)

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client that is a Python program shares its interpreter with KVM, and ends it before its descriptors are gone."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.client.conftest import EXEC, TIMEOUT_S
+from tests.support.clients import requests_of, run_client
 
 CLIENT = """
 import fcntl, os, threading
@@ -22,9 +20,8 @@ print(fcntl.ioctl(system, 0xAE00, 0))  # KVM_GET_API_VERSION
 
 
 def test_a_python_program_ends_as_it_would_without_us(tmp_path: Path) -> None:
-    stats = tmp_path / "stats.json"
-    command = [*EXEC, "--stats", str(stats), "--", sys.executable, "-c", CLIENT]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    stats = tmp_path / "stats"
+    done = run_client([sys.executable, "-c", CLIENT], stats)
     assert (done.returncode, done.stdout, done.stderr) == (0, "12\n", "")
-    requests = {row["request"]: row["count"] for row in json.loads(stats.read_text())["requests"]}
+    requests = requests_of(stats)
     assert requests["KVM_CREATE_VM"] == requests["KVM_CREATE_VCPU"] == 1

@@ -45,8 +45,8 @@ static void close_on_exec_as_the_kernels(void) {
     CHECK(fcntl(g.kvm, F_GETFD) == FD_CLOEXEC);
     CHECK(fcntl(g.vm, F_GETFD) == FD_CLOEXEC);
     CHECK(fcntl(g.vcpu, F_GETFD) == FD_CLOEXEC);
-    int plain = open("/dev/kvm", O_RDWR);
-    CHECK(plain >= 0 && fcntl(plain, F_GETFD) == 0);
+    int plain = open_kvm(O_RDWR);
+    CHECK(fcntl(plain, F_GETFD) == 0);
     CHECK((fcntl(plain, F_GETFL) & O_ACCMODE) == O_RDWR);
 }
 
@@ -216,8 +216,7 @@ static void what_else_can_be_done(void) {
 // ---- nothing grows --------------------------------------------------------------------------------------------------
 
 static void cycle(void) {
-    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    CHECK(kvm >= 0);
+    int kvm = open_kvm(O_RDWR | O_CLOEXEC);
     int vm = ioctl(kvm, KVM_CREATE_VM, 0);
     CHECK(vm >= 0 && close(vm) == 0 && close(kvm) == 0);
 }

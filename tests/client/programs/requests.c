@@ -284,7 +284,7 @@ static void *fuzz(void *seed) {
 static void fuzz_once(int round) {
     pthread_t threads[4];
     for (int n = 0; n < SHARED; n++) {
-        CHECK((shared[0][n] = open("/dev/kvm", O_RDWR | O_CLOEXEC)) >= 0);
+        shared[0][n] = open_kvm(O_RDWR | O_CLOEXEC);
         CHECK((shared[1][n] = ioctl(shared[0][n], KVM_CREATE_VM, 0)) >= 0);
         CHECK((shared[2][n] = ioctl(shared[1][n], KVM_CREATE_VCPU, 0)) >= 0);
     }

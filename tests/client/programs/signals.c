@@ -117,7 +117,7 @@ static void timer(void) {
 // Halted with the kernel's chips: asleep, not in guest code.
 static void halted(void) {
     static const uint8_t HLT[] = {0xFA, 0xF4};
-    CHECK((g.kvm = open("/dev/kvm", O_RDWR)) >= 0);
+    g.kvm = open_kvm(O_RDWR);
     CHECK((g.vm = ioctl(g.kvm, KVM_CREATE_VM, 0)) >= 0);
     CHECK(ioctl(g.vm, KVM_CREATE_IRQCHIP, 0) == 0);
     g.ram = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
