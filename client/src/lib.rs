@@ -4,6 +4,7 @@
 //! On the client's side is a library without Python (`preload/`), on the other the extension module (`cpu/python/src/
 //! client/`). They are built together, and meet in a [`Core`], whose address Python hands over.
 
+pub mod cpuid;
 pub mod python;
 pub mod seccomp;
 

@@ -8,7 +8,7 @@ use core::arch::global_asm;
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering};
 
-use softkvm_client::{Client, Core, python};
+use softkvm_client::{Client, Core, cpuid, python};
 
 use crate::raw::{getpid, gettid, raw, sleep_on, wake};
 
@@ -205,7 +205,7 @@ fn serve(request: *mut Request) {
             mark,
             sigaction: libc::sigaction,
             tells_closing: false,
-            cpuid_sites: 0,
+            cpuid_sites: cpuid::replaced(),
             handlers: true,
         });
     });

@@ -4,7 +4,8 @@
 use std::ffi::CStr;
 use std::ops::Range;
 
-use libc::{Elf64_Ehdr, Elf64_Phdr};
+use libc::{Elf64_Ehdr, Elf64_Phdr, Elf64_Shdr, Elf64_Sym};
+use softkvm_client::cpuid::Module;
 
 const PAGE: usize = 4096;
 const ET_EXEC: u16 = 2;
@@ -61,6 +62,11 @@ pub fn map(path: &CStr) -> Result<Image, String> {
     for load in &loads {
         place(&file, load, base)?;
     }
+    let functions = functions(&file, &header, base).unwrap_or_default();
+    let module = Module { base, headers: &headers, functions };
+    if module.is_client() {
+        module.replace();
+    }
     let at = |h: &&&Elf64_Phdr| h.p_offset <= header.e_phoff && header.e_phoff < h.p_offset + h.p_filesz;
     let first =
         loads.iter().find(at).map_or(0, |h| base + (h.p_vaddr + header.e_phoff - h.p_offset) as usize);
@@ -71,6 +77,28 @@ pub fn map(path: &CStr) -> Result<Image, String> {
         header_count: headers.len(),
         code: code.map(|h| base + h.p_vaddr as usize..base + (h.p_vaddr + h.p_memsz) as usize).collect(),
     })
+}
+
+/// Where functions begin, by the table of symbols, ascending; empty if the program has been stripped of it.
+fn functions(file: &[u8], header: &Elf64_Ehdr, base: usize) -> Option<Vec<usize>> {
+    const SHT_SYMTAB: u32 = 2;
+    const STT_FUNC: u8 = 2;
+    let section =
+        |n: u16| read(file, header.e_shoff as usize + usize::from(n) * usize::from(header.e_shentsize));
+    let table = (0..header.e_shnum)
+        .map(section)
+        .collect::<Option<Vec<Elf64_Shdr>>>()?
+        .into_iter()
+        .find(|section| section.sh_type == SHT_SYMTAB)?;
+    let symbols = (0..table.sh_size as usize / size_of::<Elf64_Sym>())
+        .map(|n| read::<Elf64_Sym>(file, table.sh_offset as usize + n * size_of::<Elf64_Sym>()));
+    let mut functions: Vec<usize> = symbols
+        .map_while(|symbol| symbol)
+        .filter(|symbol| symbol.st_info & 0xF == STT_FUNC && symbol.st_value != 0)
+        .map(|symbol| base + symbol.st_value as usize)
+        .collect();
+    functions.sort_unstable();
+    Some(functions)
 }
 
 fn map_memory(address: usize, size: usize, protection: i32, flags: i32) -> Result<usize, String> {

@@ -9,11 +9,11 @@ use core::mem::zeroed;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use libc::{siginfo_t, ucontext_t};
-use softkvm_client::python;
+use softkvm_client::{Core, cpuid, python};
 
 use crate::calls;
-use crate::donor;
-use crate::raw::raw;
+use crate::donor::{self, Request};
+use crate::raw::{getpid, gettid, raw};
 
 const END: usize = 65;
 const SA_RESTORER: i32 = 0x0400_0000;
@@ -57,13 +57,20 @@ fn kept(signal: c_int) -> Action {
     }
 }
 
-/// Signals whose handler stays ours: what comes by SIGSYS, and faults, some of which are guests'.
+/// Signals whose handler stays ours: what comes by SIGSYS, CPUID, and faults, some of which are guests'.
+const OURS: [c_int; 4] = [libc::SIGSYS, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL];
+
 fn is_ours(signal: c_int) -> bool {
-    matches!(signal, libc::SIGSYS | libc::SIGSEGV | libc::SIGBUS)
+    OURS.contains(&signal)
 }
 
-/// The bits of signals that must not be blocked.
-pub const OPEN: u64 = 1 << (libc::SIGSYS - 1) | 1 << (libc::SIGSEGV - 1) | 1 << (libc::SIGBUS - 1);
+/// A signal's bit in a mask.
+const fn bit(signal: c_int) -> u64 {
+    1 << (signal - 1)
+}
+
+/// The bits of signals that must not be blocked: those.
+pub const OPEN: u64 = bit(OURS[0]) | bit(OURS[1]) | bit(OURS[2]) | bit(OURS[3]);
 
 /// Does rt_sigaction() of the program's.
 pub fn sigaction(signal: c_int, new: *const Action, old: *mut Action, size: usize) -> isize {
@@ -102,23 +109,24 @@ pub fn sigaction(signal: c_int, new: *const Action, old: *mut Action, size: usiz
     0
 }
 
+/// What a signal does that has no handler.
+fn default(signal: c_int, info: *const siginfo_t) {
+    // SAFETY: all zeros are SIG_DFL; the kernel has passed the information.
+    let (action, code): (Action, c_int) = unsafe { (zeroed(), (*info).si_code) };
+    raw!(libc::SYS_rt_sigaction, signal, &raw const action, 0, 8);
+    // A fault comes again when the handler returns; what somebody has sent does not.
+    if code <= 0 {
+        raw!(libc::SYS_tgkill, getpid(), gettid(), signal);
+    }
+}
+
 /// Calls the program's handler, on its own thread pointer and stack.
-fn call(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    let action = kept(signal);
-    match action.handler {
-        libc::SIG_IGN => {}
-        libc::SIG_DFL => {
-            // It ends the process, or comes again and does so then.
-            // SAFETY: all zeros are SIG_DFL.
-            let default: Action = unsafe { zeroed() };
-            raw!(libc::SYS_rt_sigaction, signal, &raw const default, 0, 8);
-        }
-        // SAFETY: what the program has installed; all three are passed to either kind of handler, as the kernel does.
-        handler => unsafe {
-            core::mem::transmute::<usize, extern "C" fn(c_int, *mut siginfo_t, *mut c_void)>(handler)(
-                signal, info, context,
-            );
-        },
+fn call(signal: c_int, handler: usize, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: what the program has installed; all three are passed to either kind of handler, as the kernel does.
+    unsafe {
+        core::mem::transmute::<usize, extern "C" fn(c_int, *mut siginfo_t, *mut c_void)>(handler)(
+            signal, info, context,
+        );
     }
 }
 
@@ -129,12 +137,68 @@ extern "C" fn on_signal(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
         }
         return;
     }
-    call(signal, info, context);
+    match kept(signal).handler {
+        libc::SIG_IGN => {}
+        libc::SIG_DFL => default(signal, info),
+        handler => call(signal, handler, info, context),
+    }
 }
 
-/// A fault that is no guest's.
+/// A fault that is no guest's: as the kernel would have it, whose handler this is not.
 extern "C" fn on_fault(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    call(signal, info, context);
+    let action = kept(signal);
+    // SAFETY: the kernel passes both; its sigset_t is 8 bytes.
+    let (sent, mask) = unsafe {
+        let context = &raw const (*context.cast::<ucontext_t>()).uc_sigmask;
+        ((*info).si_code <= 0, *context.cast::<u64>())
+    };
+    match action.handler {
+        libc::SIG_IGN if sent => return,
+        libc::SIG_IGN | libc::SIG_DFL => return default(signal, info),
+        _ => {}
+    }
+    let has = |flag: c_int| action.flags & flag as u64 != 0;
+    if has(libc::SA_RESETHAND) {
+        PROGRAM[signal as usize].handler.store(libc::SIG_DFL, Ordering::SeqCst);
+    }
+    // The return puts the one before back.
+    let itself = if has(libc::SA_NODEFER) { 0 } else { bit(signal) };
+    let within = (mask | action.mask | itself) & !OPEN;
+    raw!(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const within, 0, 8);
+    call(signal, action.handler, info, context);
+}
+
+fn answer_cpuid(request: &Request, core: &'static Core) -> isize {
+    let [leaf, subleaf, values] = request.arguments;
+    // SAFETY: of `on_illegal`, which waits.
+    let values = unsafe { &mut *(values as *mut [u32; 4]) };
+    (core.cpuid)(leaf as u32, subleaf as u32, values);
+    0
+}
+
+/// An instruction that is none, or that was CPUID.
+extern "C" fn on_illegal(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    use libc::{REG_RAX, REG_RBX, REG_RCX, REG_RDX, REG_RIP};
+    // SAFETY: the kernel passes it.
+    let state = unsafe { &mut *context.cast::<ucontext_t>() };
+    let registers = &mut state.uc_mcontext.gregs;
+    if !cpuid::is_replaced(registers[REG_RIP as usize] as usize) {
+        return on_fault(signal, info, context);
+    }
+    let (leaf, subleaf) = (registers[REG_RAX as usize] as u32, registers[REG_RCX as usize] as u32);
+    // SAFETY: the kernel's sigset_t is 8 bytes.
+    let mask = unsafe { *(&raw const state.uc_sigmask).cast::<u64>() };
+    let mut values = [0u32; 4];
+    let arguments = [leaf as usize, subleaf as usize, &raw mut values as usize];
+    values = if !donor::is_child() && donor::request(answer_cpuid, arguments, mask) == 0 {
+        cpuid::limited(leaf, subleaf, values)
+    } else {
+        cpuid::host(leaf, subleaf)
+    };
+    for (register, value) in [REG_RAX, REG_RBX, REG_RCX, REG_RDX].into_iter().zip(values) {
+        registers[register as usize] = i64::from(value);
+    }
+    registers[REG_RIP as usize] += cpuid::SIZE as i64;
 }
 
 extern "C" fn on_system_call(_: c_int, info: *mut siginfo_t, context: *mut c_void) {
@@ -157,6 +221,8 @@ pub fn install() {
             libc::sigdelset(&mut action.sa_mask, signal);
         }
         libc::sigaction(libc::SIGSYS, &action, core::ptr::null_mut());
+        action.sa_sigaction = on_illegal as *const () as usize;
+        libc::sigaction(libc::SIGILL, &action, core::ptr::null_mut());
         // What the C library has given the kernel as the way back.
         let mut installed: Action = zeroed();
         raw!(libc::SYS_rt_sigaction, libc::SIGSYS, 0, &raw mut installed, 8);

@@ -27,7 +27,7 @@ fn load() -> Option<&'static Core> {
             mark: descriptors::mark,
             sigaction: handlers::real_sigaction,
             tells_closing: true,
-            cpuid_sites: cpuid::replaced(),
+            cpuid_sites: softkvm_client::cpuid::replaced(),
             handlers: false,
         });
     })
