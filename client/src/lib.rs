@@ -13,6 +13,17 @@ use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 /// What [`Core::ioctl`] returns for a descriptor that is none of the KVM's.
 pub const NOT_OURS: c_long = c_long::MIN;
 
+/// What [`Core::kind`] returns: a descriptor is none of the KVM's.
+pub const KIND_NONE: c_int = 0;
+/// It is of `/dev/kvm`, a character device.
+pub const KIND_DEVICE: c_int = 1;
+/// Of a VM, an anonymous file.
+pub const KIND_VM: c_int = 2;
+/// Of a vCPU, which can be mapped.
+pub const KIND_VCPU: c_int = 3;
+/// Of statistics, which can be read.
+pub const KIND_STATISTICS: c_int = 4;
+
 /// A descriptor is the client's, of a file of the KVM's.
 pub const MARK_CLIENTS: u8 = 1;
 /// A descriptor is the KVM's own.
@@ -25,10 +36,12 @@ pub const NOT_OUR_SIGNAL: c_int = c_int::MIN;
 /// request may end the thread, which unwinds it.
 #[repr(C)]
 pub struct Core {
-    /// Opens the system file, with `O_CLOEXEC` of `flags`; returns its descriptor.
+    /// Opens the system file, with open()'s flags; returns its descriptor.
     pub open: extern "C-unwind" fn(flags: c_int) -> c_int,
     /// A request on a descriptor; [`NOT_OURS`].
     pub ioctl: extern "C-unwind" fn(fd: c_int, request: c_uint, argument: c_ulong) -> c_long,
+    /// What a descriptor is: `KIND_*`.
+    pub kind: extern "C-unwind" fn(fd: c_int) -> c_int,
     /// Descriptors have been closed: gives back what nobody has open any more.
     pub collect: extern "C-unwind" fn(),
     /// Whether this thread is in a request: then what it closes may be the KVM's own.

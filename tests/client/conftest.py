@@ -59,3 +59,16 @@ def holds(client: Callable[..., Completed]) -> Callable[..., None]:
         assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def in_namespace() -> Callable[..., list[str]]:
+    """Gives the command that does another with mounts of its own, which a line of shell has made."""
+    unshare = ("unshare", "--map-root-user", "--mount", "--propagation", "private")
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+
+    def command(mounts: str, *arguments: str) -> list[str]:
+        return [*unshare, "sh", "-ec", f'{mounts}\nexec "$@"', "sh", *arguments]
+
+    return command

@@ -19,7 +19,6 @@ import pytest
         "ranges",
         "over_a_socket",
         "mapping_outlives_its_descriptor",
-        "what_else_can_be_done",
     ],
 )
 def test_descriptors_are_copied_passed_and_closed_as_the_kernels(holds: Callable[..., None], case: str) -> None:

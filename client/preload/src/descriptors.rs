@@ -5,11 +5,11 @@
 //! was marked and is closed may have been the last one. One that came by ways not seen here (over a socket) is found by
 //! the next look at all files.
 
-use core::ffi::{c_int, c_uint, c_ulong, c_void};
+use core::ffi::{c_int, c_uint, c_ulong};
 use core::sync::atomic::{AtomicU8, Ordering};
 
 use softkvm_client::python::core;
-use softkvm_client::{MARK_CLIENTS, MARK_OURS, NOT_OURS};
+use softkvm_client::{KIND_NONE, MARK_CLIENTS, MARK_OURS, NOT_OURS};
 
 use crate::real;
 use crate::real::set_errno;
@@ -37,6 +37,14 @@ fn is_hidden(fd: c_int) -> bool {
 
 pub fn is_marked(fd: c_int) -> bool {
     core().is_some() && of(fd).is_some_and(|marked| marked.load(Ordering::Relaxed) == MARK_CLIENTS)
+}
+
+/// What a descriptor is to the client; [`KIND_NONE`] for one that is none of the KVM's, and in a request.
+pub fn kind(fd: c_int) -> c_int {
+    match core() {
+        Some(core) if is_marked(fd) && !(core.in_request)() => (core.kind)(fd),
+        _ => KIND_NONE,
+    }
 }
 
 /// Takes the mark away; whether it was there.
@@ -185,42 +193,4 @@ pub unsafe extern "C-unwind" fn fcntl(fd: c_int, command: c_int, argument: c_ulo
 pub unsafe extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
     let result = real!(fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int);
     if is_copy(command) { copied(fd, result) } else { result }
-}
-
-// ---- reading: the files of KVM_GET_STATS_FD hold what counts now -----------------------------------------------------
-
-/// Whether a descriptor may be read.
-fn refresh(fd: c_int) -> bool {
-    let result = match core() {
-        Some(core) if is_marked(fd) => (core.refresh)(fd),
-        _ => 0,
-    };
-    if result < 0 {
-        set_errno(-result);
-    }
-    result >= 0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C-unwind" fn read(fd: c_int, buffer: *mut c_void, size: usize) -> isize {
-    if !refresh(fd) {
-        return -1;
-    }
-    real!(read(fd: c_int, buffer: *mut c_void, size: usize) -> isize)
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C-unwind" fn pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
-    if !refresh(fd) {
-        return -1;
-    }
-    real!(pread(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C-unwind" fn pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize {
-    if !refresh(fd) {
-        return -1;
-    }
-    real!(pread64(fd: c_int, buffer: *mut c_void, size: usize, at: i64) -> isize)
 }

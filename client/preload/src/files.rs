@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `/dev/kvm` by its path: it can be opened, and it is a character device that may be read and written.
+//! `/dev/kvm` by its path, and what is told of the KVM's files: a character device that may be read and written, and
+//! anonymous files.
 
 use core::ffi::{c_char, c_int, c_uint};
 use core::mem::zeroed;
 use std::ffi::CStr;
 
+use softkvm_client::{KIND_DEVICE, KIND_NONE};
+
+use crate::descriptors::kind;
 use crate::load;
+use crate::paths::{DEVICE, bytes_of, is_device};
 use crate::real;
 use crate::real::set_errno;
 
-const DEVICE: &CStr = c"/dev/kvm";
 /// Its numbers: `MISC_MAJOR`, `KVM_MINOR`.
 const MAJOR: c_uint = 10;
 const MINOR: c_uint = 232;
 
-fn is_device(path: *const c_char) -> bool {
-    // SAFETY: null, or a string of the caller's.
-    !path.is_null() && unsafe { CStr::from_ptr(path) } == DEVICE
-}
-
-fn open_device(flags: c_int) -> c_int {
+pub fn open_device(flags: c_int) -> c_int {
     let fd = load().map_or(-libc::ENOENT, |core| (core.open)(flags));
     if fd < 0 {
         set_errno(-fd);
@@ -29,10 +28,10 @@ fn open_device(flags: c_int) -> c_int {
 }
 
 macro_rules! opens {
-    ($($name:ident($($before:ident: $type:ty),*) ;)*) => {$(
+    ($($name:ident($($before:ident: $type:ty),*) $directory:expr;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "C-unwind" fn $name($($before: $type,)* path: *const c_char, flags: c_int, mode: c_uint) -> c_int {
-            if is_device(path) {
+            if is_device($directory, path) {
                 return open_device(flags);
             }
             real!($name($($before: $type,)* path: *const c_char, flags: c_int, mode: c_uint) -> c_int)
@@ -41,31 +40,85 @@ macro_rules! opens {
 }
 
 opens! {
-    open();
-    open64();
-    openat(directory: c_int);
-    openat64(directory: c_int);
-    __open_2();
-    __open64_2();
-    __openat_2(directory: c_int);
-    __openat64_2(directory: c_int);
+    open() libc::AT_FDCWD;
+    open64() libc::AT_FDCWD;
+    openat(directory: c_int) directory;
+    openat64(directory: c_int) directory;
+    __open_2() libc::AT_FDCWD;
+    __open64_2() libc::AT_FDCWD;
+    __openat_2(directory: c_int) directory;
+    __openat64_2(directory: c_int) directory;
 }
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C-unwind" fn access(path: *const c_char, mode: c_int) -> c_int {
-    if is_device(path) {
-        return permission(mode);
-    }
-    real!(access(path: *const c_char, mode: c_int) -> c_int)
+const CREATES: c_int = libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC;
+
+macro_rules! creates {
+    ($($name:ident)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C-unwind" fn $name(path: *const c_char, mode: c_uint) -> c_int {
+            if is_device(libc::AT_FDCWD, path) {
+                return open_device(CREATES);
+            }
+            real!($name(path: *const c_char, mode: c_uint) -> c_int)
+        }
+    )*};
 }
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C-unwind" fn euidaccess(path: *const c_char, mode: c_int) -> c_int {
-    if is_device(path) {
-        return permission(mode);
+creates! { creat creat64 }
+
+/// The flags of open() that a mode of fopen() stands for.
+fn flags_of(mode: &[u8]) -> Option<c_int> {
+    let both = mode.contains(&b'+');
+    let access = |one| if both { libc::O_RDWR } else { one };
+    let mut flags = match mode.first()? {
+        b'r' => access(libc::O_RDONLY),
+        b'w' => access(libc::O_WRONLY) | libc::O_CREAT | libc::O_TRUNC,
+        b'a' => access(libc::O_WRONLY) | libc::O_CREAT | libc::O_APPEND,
+        _ => return None,
+    };
+    if mode.contains(&b'e') {
+        flags |= libc::O_CLOEXEC;
     }
-    real!(euidaccess(path: *const c_char, mode: c_int) -> c_int)
+    if mode.contains(&b'x') {
+        flags |= libc::O_EXCL;
+    }
+    Some(flags)
 }
+
+macro_rules! streams {
+    ($($name:ident)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C-unwind" fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+            if is_device(libc::AT_FDCWD, path)
+                // SAFETY: a string of the caller's.
+                && let Some(flags) = flags_of(unsafe { CStr::from_ptr(mode) }.to_bytes())
+            {
+                let fd = open_device(flags);
+                // SAFETY: the same string, and a descriptor of this access.
+                return if fd < 0 { core::ptr::null_mut() } else { unsafe { libc::fdopen(fd, mode) } };
+            }
+            real!($name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE)
+        }
+    )*};
+}
+
+streams! { fopen fopen64 }
+
+// ---- permissions -----------------------------------------------------------------------------------------------------
+
+macro_rules! permissions {
+    ($($name:ident)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C-unwind" fn $name(path: *const c_char, mode: c_int) -> c_int {
+            if is_device(libc::AT_FDCWD, path) {
+                return permission(mode);
+            }
+            real!($name(path: *const c_char, mode: c_int) -> c_int)
+        }
+    )*};
+}
+
+permissions! { access euidaccess eaccess }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn faccessat(
@@ -74,59 +127,136 @@ pub unsafe extern "C-unwind" fn faccessat(
     mode: c_int,
     flags: c_int,
 ) -> c_int {
-    if is_device(path) {
+    const KNOWN: c_int = libc::AT_EACCESS | libc::AT_SYMLINK_NOFOLLOW | libc::AT_EMPTY_PATH;
+    if flags & !KNOWN == 0 && is_device(directory, path) {
         return permission(mode);
     }
     real!(faccessat(directory: c_int, path: *const c_char, mode: c_int, flags: c_int) -> c_int)
 }
 
 fn permission(mode: c_int) -> c_int {
-    if mode & libc::X_OK == 0 {
-        return 0;
-    }
-    set_errno(libc::EACCES);
+    let error = match mode {
+        _ if mode & !(libc::R_OK | libc::W_OK | libc::X_OK) != 0 => libc::EINVAL,
+        _ if mode & libc::X_OK != 0 => libc::EACCES,
+        _ => return 0,
+    };
+    set_errno(error);
     -1
 }
 
-fn describe(stat: *mut libc::stat) -> c_int {
-    // SAFETY: the caller's structure, all of whose fields may be zero.
-    unsafe {
-        *stat = zeroed();
-        (*stat).st_mode = libc::S_IFCHR | 0o666;
-        (*stat).st_nlink = 1;
-        (*stat).st_rdev = libc::makedev(MAJOR, MINOR);
-        (*stat).st_blksize = 4096;
+// ---- where it leads --------------------------------------------------------------------------------------------------
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn readlink(path: *const c_char, room: *mut c_char, size: usize) -> isize {
+    if is_device(libc::AT_FDCWD, path) {
+        set_errno(libc::EINVAL); // it is no link
+        return -1;
     }
-    0
+    real!(readlink(path: *const c_char, room: *mut c_char, size: usize) -> isize)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn realpath(path: *const c_char, room: *mut c_char) -> *mut c_char {
+    if !is_device(libc::AT_FDCWD, path) {
+        return real!(realpath(path: *const c_char, room: *mut c_char) -> *mut c_char);
+    }
+    // SAFETY: the caller's room, of PATH_MAX bytes, or memory that is the caller's to free.
+    unsafe {
+        if room.is_null() { libc::strdup(DEVICE.as_ptr()) } else { libc::strcpy(room, DEVICE.as_ptr()) }
+    }
+}
+
+// ---- descriptions ----------------------------------------------------------------------------------------------------
+
+/// Whether a call with a path and a descriptor is about the descriptor.
+fn is_own(path: *const c_char, flags: c_int) -> bool {
+    flags & libc::AT_EMPTY_PATH != 0 && (path.is_null() || bytes_of(path).is_some_and(<[u8]>::is_empty))
+}
+
+/// Describes a file of the KVM's: what is not said is as the structure has it.
+fn describe(kind: c_int, stat: *mut libc::stat) {
+    // SAFETY: the caller's structure, which the C library has filled in; all of its fields may be zero.
+    unsafe {
+        let (device, inode) = ((*stat).st_dev, (*stat).st_ino);
+        *stat = zeroed();
+        (*stat).st_nlink = 1;
+        (*stat).st_blksize = 4096;
+        if kind == KIND_DEVICE {
+            (*stat).st_mode = libc::S_IFCHR | 0o666;
+            (*stat).st_rdev = libc::makedev(MAJOR, MINOR);
+        } else {
+            // An anonymous file is of no type.
+            (*stat).st_mode = 0o600;
+            (*stat).st_dev = device;
+            (*stat).st_ino = inode;
+        }
+    }
 }
 
 macro_rules! stats {
-    ($($name:ident($($before:ident: $type:ty),* ; $($after:ident: $last:ty),*) ;)*) => {$(
+    ($($name:ident($($before:ident: $type:ty),* ; $($after:ident: $last:ty),*) $directory:expr, $flags:expr;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "C-unwind" fn $name(
             $($before: $type,)* path: *const c_char, stat: *mut libc::stat $(, $after: $last)*
         ) -> c_int {
-            if is_device(path) {
-                return describe(stat);
+            let (path, kind) = whose($directory, path, $flags);
+            let result = real!($name(
+                $($before: $type,)* path: *const c_char, stat: *mut libc::stat $(, $after: $last)*
+            ) -> c_int);
+            if kind != KIND_NONE && result == 0 {
+                describe(kind, stat);
             }
-            real!($name($($before: $type,)* path: *const c_char, stat: *mut libc::stat $(, $after: $last)*) -> c_int)
+            result
         }
     )*};
 }
 
+/// What the C library is to be asked in the place of a path, and the kind of the KVM's files that it is about. Something
+/// is asked in any case: whether the structure can be written, the kernel knows.
+fn whose(directory: c_int, path: *const c_char, flags: c_int) -> (*const c_char, c_int) {
+    if is_device(directory, path) {
+        (c"/".as_ptr(), KIND_DEVICE)
+    } else if is_own(path, flags) {
+        (path, kind(directory))
+    } else {
+        (path, KIND_NONE)
+    }
+}
+
 stats! {
-    stat(;);
-    stat64(;);
-    lstat(;);
-    lstat64(;);
-    fstatat(directory: c_int; flags: c_int);
-    fstatat64(directory: c_int; flags: c_int);
-    __xstat(version: c_int;);
-    __xstat64(version: c_int;);
-    __lxstat(version: c_int;);
-    __lxstat64(version: c_int;);
-    __fxstatat(version: c_int, directory: c_int; flags: c_int);
-    __fxstatat64(version: c_int, directory: c_int; flags: c_int);
+    stat(;) libc::AT_FDCWD, 0;
+    stat64(;) libc::AT_FDCWD, 0;
+    lstat(;) libc::AT_FDCWD, 0;
+    lstat64(;) libc::AT_FDCWD, 0;
+    fstatat(directory: c_int; flags: c_int) directory, flags;
+    fstatat64(directory: c_int; flags: c_int) directory, flags;
+    __xstat(version: c_int;) libc::AT_FDCWD, 0;
+    __xstat64(version: c_int;) libc::AT_FDCWD, 0;
+    __lxstat(version: c_int;) libc::AT_FDCWD, 0;
+    __lxstat64(version: c_int;) libc::AT_FDCWD, 0;
+    __fxstatat(version: c_int, directory: c_int; flags: c_int) directory, flags;
+    __fxstatat64(version: c_int, directory: c_int; flags: c_int) directory, flags;
+}
+
+macro_rules! fstats {
+    ($($name:ident($($before:ident: $type:ty),*);)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C-unwind" fn $name($($before: $type,)* fd: c_int, stat: *mut libc::stat) -> c_int {
+            let result = real!($name($($before: $type,)* fd: c_int, stat: *mut libc::stat) -> c_int);
+            let kind = if result == 0 { kind(fd) } else { KIND_NONE };
+            if kind != KIND_NONE {
+                describe(kind, stat);
+            }
+            result
+        }
+    )*};
+}
+
+fstats! {
+    fstat();
+    fstat64();
+    __fxstat(version: c_int);
+    __fxstat64(version: c_int);
 }
 
 #[unsafe(no_mangle)]
@@ -137,18 +267,30 @@ pub unsafe extern "C-unwind" fn statx(
     mask: c_uint,
     statx: *mut libc::statx,
 ) -> c_int {
-    if is_device(path) {
-        // SAFETY: the caller's structure, all of whose fields may be zero.
-        unsafe {
-            *statx = zeroed();
-            (*statx).stx_mask = libc::STATX_TYPE | libc::STATX_MODE | libc::STATX_NLINK;
+    let (path, kind) = whose(directory, path, flags);
+    let result = real!(statx(
+        directory: c_int, path: *const c_char, flags: c_int, mask: c_uint, statx: *mut libc::statx
+    ) -> c_int);
+    if kind == KIND_NONE || result != 0 {
+        return result;
+    }
+    // SAFETY: the caller's structure, which the C library has filled in; all of its fields may be zero.
+    unsafe {
+        let before = *statx;
+        *statx = zeroed();
+        (*statx).stx_mask = before.stx_mask & libc::STATX_BASIC_STATS;
+        (*statx).stx_nlink = 1;
+        (*statx).stx_blksize = 4096;
+        if kind == KIND_DEVICE {
             (*statx).stx_mode = (libc::S_IFCHR | 0o666) as u16;
-            (*statx).stx_nlink = 1;
-            (*statx).stx_blksize = 4096;
             (*statx).stx_rdev_major = MAJOR;
             (*statx).stx_rdev_minor = MINOR;
+        } else {
+            (*statx).stx_mode = 0o600;
+            (*statx).stx_ino = before.stx_ino;
+            (*statx).stx_dev_major = before.stx_dev_major;
+            (*statx).stx_dev_minor = before.stx_dev_minor;
         }
-        return 0;
     }
-    real!(statx(directory: c_int, path: *const c_char, flags: c_int, mask: c_uint, statx: *mut libc::statx) -> c_int)
+    0
 }

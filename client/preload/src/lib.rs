@@ -16,7 +16,9 @@ mod descriptors;
 mod files;
 mod handlers;
 mod memory;
+mod paths;
 mod real;
+mod transfers;
 
 use softkvm_client::{Client, Core, python};
 

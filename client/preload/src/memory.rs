@@ -4,8 +4,9 @@
 use core::ffi::{c_int, c_void};
 
 use softkvm_client::python::core;
+use softkvm_client::{KIND_NONE, KIND_VCPU};
 
-use crate::descriptors::is_marked;
+use crate::descriptors::{is_marked, kind};
 use crate::real;
 use crate::real::set_errno;
 
@@ -93,6 +94,12 @@ macro_rules! maps {
             fd: c_int,
             offset: i64,
         ) -> *mut c_void {
+            let kind = if fd >= 0 && flags & libc::MAP_ANONYMOUS == 0 { kind(fd) } else { KIND_NONE };
+            if !matches!(kind, KIND_NONE | KIND_VCPU) && size != 0 && offset % 4096 == 0 {
+                // What is mapped there stays.
+                set_errno(libc::ENODEV);
+                return libc::MAP_FAILED;
+            }
             if flags & libc::MAP_FIXED != 0 && flags & MAP_NOREPLACE != MAP_NOREPLACE {
                 going(address, size);
             }

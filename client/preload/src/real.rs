@@ -49,6 +49,11 @@ macro_rules! real {
     }};
 }
 
+pub fn errno() -> i32 {
+    // SAFETY: errno of this thread.
+    unsafe { *libc::__errno_location() }
+}
+
 pub fn set_errno(error: i32) {
     // SAFETY: errno of this thread.
     unsafe { *libc::__errno_location() = error };

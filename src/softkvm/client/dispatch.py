@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -40,16 +39,16 @@ def services(file: abi.File) -> dict[int, Service]:
     }
 
 
-def serve(object: Any, services: Mapping[int, Service], number: int, value: int) -> tuple[Any, int]:
+def serve(object: Any, services: Mapping[int, Service], number: int, value: int, unknown: int) -> tuple[Any, int]:
     """Do the request ``number`` with the ioctl's third argument ``value``; ``services`` are those of the kind of file.
 
-    Returns the method's result, and what ioctl() returns. Raises OSError: ENOTTY for a request that the table, or the
-    object, has not; EFAULT; the method's.
+    Returns the method's result, and what ioctl() returns. Raises OSError: the errno ``unknown`` for a request that the
+    table, or the object, has not; EFAULT; the method's.
     """
     service = services.get(number)
     method: Callable[..., Any] | None = None if service is None else getattr(object, service.method, None)
     if service is None or method is None:
-        raise kvm_error(errno.ENOTTY, f"no such request of this kind of file: {number:#x}")
+        raise kvm_error(unknown, f"no such request of this kind of file: {number:#x}")
     argument = service.argument
     result = method(*argument.take(MEMORY, value))
     return result, argument.give(MEMORY, value, result)

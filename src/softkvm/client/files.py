@@ -7,6 +7,7 @@ client's open file description is gone (``cpu/python/src/client/files.rs``), whi
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class File:
     """An open file of the KVM API."""
 
     kind: abi.File
+    nature: int
+    """What its descriptors are to the client: ``KIND_*`` of ``client/src/lib.rs``."""
     name: str
 
     def __init__(self, object: Any, recorder: Recorder | None) -> None:
@@ -39,12 +42,14 @@ class File:
         if recorder is not None:
             self.ioctl = self.recorded_ioctl  # type: ignore[method-assign]
 
+    #: The errno of a request that its kind has not: as the kernel has it, that is not the same for all.
+    unknown = errno.ENOTTY
     #: How the client's descriptor is open.
     access = os.O_RDWR
 
-    def open(self, fd: int, *, cloexec: bool = True) -> int:
-        """Make the client's descriptor of a memfd, ``fd``."""
-        return _softcpu.client_file(self, fd, self.access | (os.O_CLOEXEC if cloexec else 0))
+    def open(self, fd: int, flags: int | None = None) -> int:
+        """Make the client's descriptor of a memfd, ``fd``; with its own flags of open(), or these."""
+        return _softcpu.client_file(self, fd, self.access | os.O_CLOEXEC if flags is None else flags)
 
     def ioctl(self, request: int, argument: int) -> int:
         """Do a request; raises OSError."""
@@ -52,7 +57,7 @@ class File:
         if make is not None:
             value: int = make(self, argument)
             return value
-        return dispatch.serve(self.object, self.services, request, argument)[1]
+        return dispatch.serve(self.object, self.services, request, argument, self.unknown)[1]
 
     #: What requests for new files do; the others are the table's.
     makers: dict[int, Any] = {}
@@ -71,7 +76,7 @@ class File:
                 recorder.done(self.name, name, args, value)
                 return value
             args = dispatch.arguments(self.services, request, argument)
-            result, value = dispatch.serve(self.object, self.services, request, argument)
+            result, value = dispatch.serve(self.object, self.services, request, argument, self.unknown)
         except OSError as error:
             recorder.failed(self.name, name, args, error)
             raise
@@ -83,11 +88,11 @@ class File:
         self.object.close()
 
 
-def open_memfd(file: File, name: str, *, cloexec: bool = True) -> int:
-    """Make the client's descriptor of a file that has no contents."""
+def open_memfd(file: File, name: str, flags: int | None = None) -> int:
+    """Make the client's descriptor of a file that has no contents; see :meth:`File.open`."""
     fd = _softcpu.own_descriptor(os.memfd_create(name, os.MFD_CLOEXEC))
     try:
-        return file.open(fd, cloexec=cloexec)
+        return file.open(fd, flags)
     finally:
         _softcpu.close_own_descriptor(fd)
 
@@ -96,6 +101,8 @@ class SystemFile(File):
     """``/dev/kvm``."""
 
     kind = abi.File.SYSTEM
+    nature = 1
+    unknown = errno.EINVAL
     name = "kvm"
 
     def create_vm(self, argument: int) -> int:
@@ -109,6 +116,7 @@ class VmFile(File):
     """A virtual machine."""
 
     kind = abi.File.VM
+    nature = 2
 
     def __init__(self, vm: Any, recorder: Recorder | None) -> None:
         super().__init__(vm, recorder)
@@ -146,6 +154,8 @@ class VcpuFile(File):
     """A vCPU, which its descriptor has the shared pages of."""
 
     kind = abi.File.VCPU
+    nature = 3
+    unknown = errno.EINVAL
 
     def __init__(self, vcpu: Any, vm: VmFile) -> None:
         super().__init__(vcpu, vm.recorder)
@@ -184,6 +194,7 @@ class StatisticsFile(File):
     """The statistics of a VM or a vCPU, brought up to date before the client reads them."""
 
     kind = abi.File(0)
+    nature = 4
     name = "statistics"
     access = os.O_RDONLY
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from typing import Any
 
 from softkvm import _softcpu
@@ -49,9 +50,11 @@ class World:
                 plugin.load(file, policy)
         return kvm
 
-    def open_system(self, cloexec: int) -> int:
-        """Open ``/dev/kvm``; returns the client's descriptor."""
-        return open_memfd(SystemFile(self.open_kvm(), self.recorder), "kvm", cloexec=bool(cloexec))
+    def open_system(self, flags: int) -> int:
+        """Open ``/dev/kvm`` with flags of open(); returns the client's descriptor."""
+        if flags & os.O_ACCMODE == os.O_ACCMODE:  # for requests alone; a file in memory has no such thing
+            flags &= ~os.O_ACCMODE
+        return open_memfd(SystemFile(self.open_kvm(), self.recorder), "kvm", flags)
 
     def at_exit(self) -> None:
         """The client's process is about to end."""

@@ -42,13 +42,17 @@ static void client_fail(const char *file, int line, const char *what) {
         CHECK((call) == -1 && errno == (error));                                                                       \
     } while (0)
 
-// Opens /dev/kvm, which has to be softkvm's, whatever the host has: its files are in memory.
-static inline int open_kvm(int flags) {
+// A descriptor of /dev/kvm has to be softkvm's, whatever the host has: its files are in memory.
+static inline void check_ours(int fd) {
     char link[64], file[64] = {0};
-    int fd = open("/dev/kvm", flags);
     CHECK(fd >= 0);
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     CHECK(getenv("CLIENT_ON_HOST") || (readlink(link, file, sizeof file - 1) > 0 && !strncmp(file, "/memfd:kvm", 10)));
+}
+
+static inline int open_kvm(int flags) {
+    int fd = open("/dev/kvm", flags);
+    check_ours(fd);
     return fd;
 }
 

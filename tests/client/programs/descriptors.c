@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Descriptors: copies of them, their order of going, and what stays behind them.
 #include "client.h"
-#include <poll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 
 static struct guest g;
 
@@ -200,19 +198,6 @@ static void mapping_outlives_its_descriptor(void) {
     CHECK(more == MAP_FAILED || !memcmp(more, g.run, 64));
 }
 
-// As the kernel's: files that cannot be read, or cut off under those who have mapped them.
-static void what_else_can_be_done(void) {
-    g = guest_open(OUTS, sizeof OUTS);
-    char bytes[16];
-    int all[] = {g.kvm, g.vm, g.vcpu};
-    for (int n = 0; n < 3; n++) {
-        FAILS(read(all[n], bytes, sizeof bytes), EINVAL);
-        FAILS(pread(all[n], bytes, sizeof bytes, 0), EINVAL);
-    }
-    CHECK(ftruncate(g.vcpu, 0) == -1);
-    CHECK(next_out(&g) == 0);
-}
-
 // ---- nothing grows --------------------------------------------------------------------------------------------------
 
 static void cycle(void) {
@@ -251,5 +236,4 @@ static void threads_leave_nothing(void) { grows_not(thread_cycle, 100, 500); }
 
 CASES(CASE(copies), CASE(close_on_exec_as_the_kernels), CASE(numbers_are_the_lowest_free), CASE(vm_is_closed_first),
       CASE(raw_close), CASE(numbers_are_used_again), CASE(ranges), CASE(over_a_socket),
-      CASE(mapping_outlives_its_descriptor),
-      CASE(what_else_can_be_done), CASE(vms_leave_nothing), CASE(vcpus_leave_nothing), CASE(threads_leave_nothing))
+      CASE(mapping_outlives_its_descriptor), CASE(vms_leave_nothing), CASE(vcpus_leave_nothing), CASE(threads_leave_nothing))

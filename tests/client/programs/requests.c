@@ -153,15 +153,16 @@ static void requests_of_other_files(void) {
             CHECK_ROW(n, result == -1 && (errno == ENOTTY || errno == EINVAL));
         }
     FAILS(ioctl(g.vm, KVM_CREATE_VM, 0), ENOTTY);
-    FAILS(ioctl(g.kvm, KVM_CREATE_VCPU, 0), ENOTTY);
+    FAILS(ioctl(g.kvm, KVM_CREATE_VCPU, 0), EINVAL);
     FAILS(ioctl(g.vm, KVM_RUN, 0), ENOTTY);
-    FAILS(ioctl(g.kvm, KVM_RUN, 0), ENOTTY);
+    FAILS(ioctl(g.kvm, KVM_RUN, 0), EINVAL);
+    FAILS(ioctl(g.vcpu, KVM_CREATE_VCPU, 0), EINVAL);
     // No request of anybody's, and of other devices.
     for (unsigned number = 0; number < 256; number++)
         for (int f = 0; f < 3; f++) {
             errno = 0;
             CHECK(ioctl(files[f], _IOC(3, 0xAE, number, 0x1ff7), room) == -1);
-            CHECK(errno == ENOTTY);
+            CHECK(errno == (f == 1 ? ENOTTY : EINVAL));
         }
     int devices[] = {open("/dev/null", O_RDWR), memfd_create("other", 0)};
     for (int n = 0; n < 2; n++) {

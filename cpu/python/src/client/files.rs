@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use softcpu::mem::lost::actions::use_sigaction;
 use softkvm_client::{Client, MARK_CLIENTS, MARK_OURS};
@@ -22,6 +23,8 @@ use crate::{request, signals};
 /// A file that the client has open.
 pub struct File {
     identity: (u64, u64),
+    /// What it is to the client: `KIND_*`.
+    pub kind: c_int,
     /// Our description of it.
     ours: OwnedFd,
     pub ioctl: Py<PyAny>,
@@ -131,7 +134,8 @@ fn is_open(file: &File) -> bool {
 }
 
 fn os_error() -> PyErr {
-    std::io::Error::last_os_error().into()
+    let error = std::io::Error::last_os_error();
+    PyOSError::new_err((error.raw_os_error(), error.to_string()))
 }
 
 /// Does what [`collect`] has put off.
@@ -193,13 +197,14 @@ pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int) -> PyResu
         (ours, theirs)
     };
     let identity = identity(theirs).ok_or_else(os_error)?;
-    let kind = if flags & libc::O_ACCMODE == libc::O_RDONLY { libc::F_RDLCK } else { libc::F_WRLCK };
-    if lock(libc::F_OFD_SETLK, theirs, kind).is_none() {
+    let access = if flags & libc::O_ACCMODE == libc::O_RDONLY { libc::F_RDLCK } else { libc::F_WRLCK };
+    if lock(libc::F_OFD_SETLK, theirs, access).is_none() {
         return Err(os_error());
     }
     let attribute = |name: &str| object.getattr(name).map(Bound::unbind);
     let file = File {
         identity,
+        kind: object.getattr("nature")?.extract()?,
         ours,
         ioctl: attribute("ioctl")?,
         run: optional("run")?,

@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
-use softkvm_client::{Core, NOT_OUR_SIGNAL, NOT_OURS};
+use softkvm_client::{Core, KIND_NONE, NOT_OUR_SIGNAL, NOT_OURS};
 
 use crate::request::own;
 use crate::signals;
@@ -33,6 +33,7 @@ static WORLD: OnceLock<World> = OnceLock::new();
 static CORE: Core = Core {
     open,
     ioctl,
+    kind,
     collect: files::collect,
     in_request,
     refresh,
@@ -91,11 +92,35 @@ fn result_of<'py>(py: Python<'py>, result: PyResult<Bound<'py, PyAny>>) -> c_lon
     }
 }
 
+/// Flags of open() that its descriptors have.
+const KEPT: c_int =
+    libc::O_ACCMODE | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_APPEND | libc::O_SYNC | libc::O_NOATIME;
+
+/// The error that open() of a character device has with these flags: it is no directory, is there, and has no direct
+/// access.
+fn refused(flags: c_int) -> Option<c_int> {
+    const NEW: c_int = libc::O_CREAT | libc::O_EXCL;
+    if flags & NEW == NEW {
+        Some(libc::EEXIST)
+    } else if flags & libc::O_DIRECTORY != 0 {
+        Some(libc::ENOTDIR)
+    } else if flags & libc::O_DIRECT != 0 {
+        Some(libc::EINVAL)
+    } else {
+        None
+    }
+}
+
 extern "C-unwind" fn open(flags: c_int) -> c_int {
     let Some(world) = WORLD.get() else { return -libc::ENOENT };
-    uninterrupted(|| {
-        request(|py| result_of(py, world.open_system.bind(py).call1((flags & libc::O_CLOEXEC,))))
-    }) as c_int
+    if let Some(error) = refused(flags) {
+        return -error;
+    }
+    uninterrupted(|| request(|py| result_of(py, world.open_system.bind(py).call1((flags & KEPT,))))) as c_int
+}
+
+extern "C-unwind" fn kind(fd: c_int) -> c_int {
+    uninterrupted(|| files::find(fd).map_or(KIND_NONE, |file| file.kind))
 }
 
 extern "C-unwind" fn ioctl(fd: c_int, number: c_uint, argument: c_ulong) -> c_long {
