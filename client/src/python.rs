@@ -180,7 +180,7 @@ fn start() -> Result<&'static Core, String> {
     core
 }
 
-/// Runs the script that makes the world, which leaves the core's address in its variable `core`.
+/// Runs the script that makes the world, which leaves the core's address in its variable `core`, or a line in `why`.
 fn world(python: &Interpreter, script: &CStr) -> Result<&'static Core, String> {
     const FILE_INPUT: c_int = 257;
     let globals = python!(python.PyDict_New() -> *mut c_void);
@@ -194,7 +194,19 @@ fn world(python: &Interpreter, script: &CStr) -> Result<&'static Core, String> {
         python!(python.PyErr_Print() -> ());
         return Err("KVM could not be loaded".into());
     }
-    let address = python!(python.PyDict_GetItemString(globals => *mut c_void, c"core".as_ptr() => *const c_char) -> *mut c_void);
+    let variable = |name: &CStr| {
+        Ok::<_, String>(
+            python!(python.PyDict_GetItemString(globals => *mut c_void, name.as_ptr() => *const c_char) -> *mut c_void),
+        )
+    };
+    let why = variable(c"why")?;
+    if !why.is_null() {
+        let text = python!(python.PyUnicode_AsUTF8AndSize(why => *mut c_void, core::ptr::null_mut() => *mut isize) -> *const c_char);
+        // SAFETY: null, or a string that is there as long as the dictionary is.
+        let text = (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy());
+        return Err(format!("KVM could not be loaded: {}", text.unwrap_or("unknown".into())));
+    }
+    let address = variable(c"core")?;
     let address = python!(python.PyLong_AsSize_t(address => *mut c_void) -> usize) as *const Core;
     // SAFETY: the address of the extension module's functions, which stay; null is the script's fault.
     unsafe { address.as_ref() }.ok_or_else(|| "SOFTKVM_WORLD has no core".into())

@@ -186,10 +186,11 @@ def read_memory(address: int, size: int) -> bytes:
 def write_memory(address: int, data: Buffer) -> None:
     """Put bytes into the process's memory; EFAULT if it is not there, or must not be written."""
 
-def client_file(object: object, fd: int, flags: int) -> int:
+def client_file(object: object, fd: int, flags: int, proc: int) -> int:
     """Return a new descriptor of the memfd ``fd`` that is a client's, on which requests are methods of ``object``.
 
-    ``flags`` are open()'s.
+    ``flags`` are open()'s; ``proc`` is a descriptor of /proc. ``object.nature`` is a ``KIND_*`` of the crate
+    ``softkvm_client``.
 
     ``ioctl(request, argument)``; ``release()`` when nobody has it open or mapped any more; and, if it has them,
     ``run()`` for KVM_RUN, ``refresh()`` before it is read, ``mapped(address, size, offset, protection)`` behind mmap().

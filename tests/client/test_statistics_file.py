@@ -19,9 +19,9 @@ def stats(fd):
 
 made = []
 real = softcpu.client_file
-def client_file(file, fd, cloexec):
+def client_file(file, *arguments):
     made.append(file)
-    return real(file, fd, cloexec)
+    return real(file, *arguments)
 softcpu.client_file = client_file
 
 system = SystemFile(Kvm(), None)

@@ -16,6 +16,7 @@ from typing import Any
 from softkvm import _softcpu, abi
 from softkvm.client import dispatch
 from softkvm.client.trace import Recorder
+from softkvm.kvm import procfs
 
 _numbers = itertools.count()
 _vms: set[Any] = set()
@@ -48,8 +49,16 @@ class File:
     access = os.O_RDWR
 
     def open(self, fd: int, flags: int | None = None) -> int:
-        """Make the client's descriptor of a memfd, ``fd``; with its own flags of open(), or these."""
-        return _softcpu.client_file(self, fd, self.access | os.O_CLOEXEC if flags is None else flags)
+        """Make the client's descriptor of a memfd, ``fd``; with its own flags of open(), or these.
+
+        If there can be none the client has never had the file, and it is released.
+        """
+        flags = self.access | os.O_CLOEXEC if flags is None else flags
+        try:
+            return _softcpu.client_file(self, fd, flags, procfs.directory())
+        except OSError:
+            self.release()
+            raise
 
     def ioctl(self, request: int, argument: int) -> int:
         """Do a request; raises OSError."""
@@ -90,7 +99,11 @@ class File:
 
 def open_memfd(file: File, name: str, flags: int | None = None) -> int:
     """Make the client's descriptor of a file that has no contents; see :meth:`File.open`."""
-    fd = _softcpu.own_descriptor(os.memfd_create(name, os.MFD_CLOEXEC))
+    try:
+        fd = _softcpu.own_descriptor(os.memfd_create(name, os.MFD_CLOEXEC))
+    except OSError:
+        file.release()
+        raise
     try:
         return file.open(fd, flags)
     finally:
@@ -206,11 +219,7 @@ class StatisticsFile(File):
 
     def descriptor(self) -> int:
         """Make the client's descriptor."""
-        try:
-            return self.open(self._fd)
-        except OSError:
-            self.release()
-            raise
+        return self.open(self._fd)
 
     def refresh(self) -> None:
         """The client is about to read."""

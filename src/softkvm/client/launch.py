@@ -51,8 +51,15 @@ if sys.flags.no_site and sys.flags.ignore_environment:
     sys.path[:] = {list(path)!r}
 else:  # the client's own interpreter
     sys.path.append({package!r})
-from softkvm.client.world import start
-core = start({settings.as_dict()!r})
+try:
+    from softkvm.client.world import start
+    core = start({settings.as_dict()!r})
+except BaseException as error:
+    import os
+    if os.environ.get("PYTHONDEVMODE"):
+        raise
+    kind = type(error).__name__
+    why = str(error.strerror if isinstance(error, OSError) else f"{{kind}}: {{error}}" if str(error) else kind)
 """
 
 

@@ -11,7 +11,7 @@ from softkvm import _softcpu
 from softkvm.client.files import SystemFile, open_memfd, unmapping
 from softkvm.client.settings import Settings
 from softkvm.client.trace import Recorder
-from softkvm.kvm import Kvm
+from softkvm.kvm import Kvm, procfs
 
 #: What the host's kernel takes for its time if it does not trust the time-stamp counter.
 _OTHER_CLOCKS = ("hpet", "acpi_pm", "jiffies", "refined-jiffies")
@@ -28,6 +28,14 @@ def counts_steadily() -> bool:
     except OSError:
         return False
     return "constant_tsc" in flags and "nonstop_tsc" in flags
+
+
+def _check_memfd() -> None:
+    """Raise OSError, which says so, where there are no files in memory: all of a client's are."""
+    try:
+        os.close(os.memfd_create("kvm"))
+    except OSError as error:
+        raise OSError(error.errno, f"memfd_create: {error.strerror}") from None
 
 
 class World:
@@ -64,6 +72,8 @@ class World:
 
 def start(settings: dict[str, Any]) -> int:
     """Make the world; returns the address of what the client's side calls."""
+    procfs.directory()  # a client may change its root later
+    _check_memfd()
     if counts_steadily():
         _softcpu.use_host_tsc()  # the client executes RDTSC itself
     world = World(Settings(**settings))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from softkvm import _softcpu
+from softkvm.kvm import procfs
 
 _MAP_FIXED: Final = 0x10
 
@@ -55,9 +56,7 @@ def mapping_address(mapping: mmap.mmap) -> int:
 
 def mappings_of(inodes: set[int], offset: int) -> Iterator[tuple[int, int]]:
     """Yield where this process has mapped the page at ``offset`` of files in memory: address and protection."""
-    with open("/proc/self/maps", "rb") as maps:
-        lines = maps.read().splitlines()
-    for line in lines:
+    for line in procfs.read_own("maps").splitlines():
         # address-address permissions offset device inode path
         parts = line.split(None, 5)
         if len(parts) < 6 or int(parts[4]) not in inodes or not parts[5].startswith(b"/memfd:"):

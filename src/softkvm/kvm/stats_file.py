@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.kvm import procfs
 
 if TYPE_CHECKING:
     from softkvm.kvm.stats import Statistic
@@ -62,14 +63,14 @@ def create(identifier: str, table: Sequence[Statistic], owner: object) -> int:
     fd = os.memfd_create(f"kvm-stats:{identifier}", os.MFD_CLOEXEC)
     try:
         os.write(fd, _description(identifier, table) + _data(table, owner))
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return procfs.open_own(f"fd/{fd}")
     finally:
         os.close(fd)
 
 
 def refresh(fd: int, table: Sequence[Statistic], owner: object) -> None:
     """Write an object's statistics of now into the file that :func:`create` made for it, in their place."""
-    writable = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+    writable = procfs.open_own(f"fd/{fd}", os.O_WRONLY)
     try:
         os.pwrite(writable, _data(table, owner), _data_offset(table))
     finally:

@@ -181,16 +181,16 @@ pub fn close_own_descriptor(fd: c_int) -> PyResult<()> {
     if unsafe { libc::close(fd) } == 0 { Ok(()) } else { Err(os_error()) }
 }
 
-/// Makes the client's descriptor of a memfd; requests on it are `ioctl(request, argument)` and, if it has one, `run()`
+/// Makes the client's descriptor of a memfd, by way of `/proc`'s directory `proc`; requests on it are `ioctl(request, argument)` and, if it has one, `run()`
 /// of `object`, which is told by `release()` that nobody has it open any more.
 #[pyfunction]
-pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int) -> PyResult<c_int> {
+pub fn client_file(object: &Bound<'_, PyAny>, fd: c_int, flags: c_int, proc: c_int) -> PyResult<c_int> {
     let optional = |name: &str| object.getattr_opt(name).map(|found| found.map(Bound::unbind));
-    let path = std::ffi::CString::new(format!("/proc/self/fd/{fd}"))?;
+    let path = std::ffi::CString::new(format!("self/fd/{fd}"))?;
     // SAFETY: system calls; the descriptors are ours until they are handed over.
     let (ours, theirs) = unsafe {
         let ours = OwnedFd::from_raw_fd(high_copy(fd)?);
-        let theirs = libc::open(path.as_ptr(), flags);
+        let theirs = libc::openat(proc, path.as_ptr(), flags);
         if theirs < 0 {
             return Err(os_error());
         }

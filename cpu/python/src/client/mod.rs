@@ -13,7 +13,7 @@ mod threads;
 use std::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 
-use pyo3::exceptions::PyOSError;
+use pyo3::exceptions::{PyMemoryError, PyOSError};
 use pyo3::prelude::*;
 use softkvm_client::{Core, KIND_NONE, NOT_OUR_SIGNAL, NOT_OURS};
 
@@ -75,6 +75,9 @@ fn errno_of(py: Python<'_>, error: PyErr) -> c_int {
         && let Ok(Some(number)) = error.value(py).getattr("errno").and_then(|e| e.extract::<Option<c_int>>())
     {
         return number;
+    }
+    if error.is_instance_of::<PyMemoryError>(py) {
+        return libc::ENOMEM;
     }
     report(py, error);
     libc::EIO

@@ -17,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.kvm import procfs
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.irq.irqchip import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
 from softkvm.threads import start_quiet
@@ -45,7 +46,7 @@ class EventFile:
         self.fd = -1
         self.fd = _softcpu.own_descriptor(os.dup(ctypes.c_int32(fd).value))  # the structures have it unsigned
         try:
-            kind = os.readlink(f"/proc/self/fd/{self.fd}")
+            kind = procfs.link_of_own(f"fd/{self.fd}")
         except OSError:
             kind = ""
         if kind != "anon_inode:[eventfd]":
@@ -344,10 +345,9 @@ class Eventfds:
 def _eventfd_id(fd: int) -> str:
     """Return the number that fdinfo gives an eventfd."""
     try:
-        with open(f"/proc/self/fdinfo/{fd}") as f:
-            for line in f:
-                if line.startswith("eventfd-id:"):
-                    return line.split(":")[1].strip()
+        for line in procfs.read_own(f"fdinfo/{fd}").decode().splitlines():
+            if line.startswith("eventfd-id:"):
+                return line.split(":")[1].strip()
     except OSError:
         pass
     return f"fd {fd}"

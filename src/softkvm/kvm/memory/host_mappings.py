@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Final
 
+from softkvm.kvm import procfs
+
 NO_ACCESS: Final = 0
 READ: Final = 1
 READ_WRITE: Final = 2
@@ -66,11 +68,10 @@ def _lookup(mappings: tuple[list[int], list[int], list[int]], start: int, end: i
 def _read_mappings() -> tuple[list[int], list[int], list[int]]:
     """Read the process's mappings."""
     starts, ends, accesses = [], [], []
-    with open("/proc/self/maps", "rb") as maps:
-        for line in maps.read().splitlines():
-            span, permissions = line.split(b" ", 2)[:2]
-            first, last = span.split(b"-")
-            starts.append(int(first, 16))
-            ends.append(int(last, 16))
-            accesses.append(NO_ACCESS if permissions[:1] != b"r" else 1 + (permissions[1:2] == b"w"))
+    for line in procfs.read_own("maps").splitlines():
+        span, permissions = line.split(b" ", 2)[:2]
+        first, last = span.split(b"-")
+        starts.append(int(first, 16))
+        ends.append(int(last, 16))
+        accesses.append(NO_ACCESS if permissions[:1] != b"r" else 1 + (permissions[1:2] == b"w"))
     return starts, ends, accesses

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm._softcpu import clock_ns
+from softkvm.kvm import procfs
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.x86.requests import KVM_REQ_STEAL_UPDATE
 
@@ -29,7 +30,7 @@ class _SchedStat:
     def __init__(self) -> None:
         self.pid = os.getpid()
         try:
-            self.fd = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = procfs.open_own(f"task/{threading.get_native_id()}/schedstat")
         except OSError:  # no /proc, or a kernel without these statistics
             self.fd = -1
 
