@@ -19,6 +19,8 @@ const UD2: [u8; 2] = [0x0F, 0x0B];
 /// How long both are.
 pub const SIZE: usize = 2;
 const PAGE: usize = 4096;
+/// All flags of a segment.
+const ALL: u32 = libc::PF_R | libc::PF_W | libc::PF_X;
 
 // ---- what it answers -------------------------------------------------------------------------------------------------
 
@@ -99,9 +101,13 @@ impl Module<'_> {
     }
 
     /// Whether it is of a KVM client: `/dev/kvm` is among its constants, in whatever way its language ends strings.
+    ///
+    /// Constants are apart from code, unless the linker has put both into one segment. To look through code, too, would
+    /// cost every program that the client starts more than its own start.
     pub fn is_client(&self) -> bool {
-        self.segments(libc::PF_R, libc::PF_R | libc::PF_W)
-            .any(|(constants, _)| find(constants, b"/dev/kvm").is_some())
+        let is_apart = self.segments(libc::PF_R, ALL).next().is_some();
+        let flags = if is_apart { libc::PF_R } else { libc::PF_R | libc::PF_X };
+        self.segments(flags, ALL).any(|(constants, _)| find(constants, b"/dev/kvm").is_some())
     }
 
     /// The table of unwinding's addresses of functions (`.eh_frame_hdr`: Linux Standard Base, core specification,
