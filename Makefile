@@ -40,7 +40,7 @@ $(BIN)/.ready:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 	  || { echo 'this Python cannot make virtual environments: apt-get install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv $(if $(MOVED),--clear) $(VENV)
-	$(PIP) --upgrade 'pip>=25.1' 'maturin>=1.7,<2'
+	$(PIP) --upgrade 'pip>=25.1' 'maturin>=1.16,<2'
 	@echo '$(abspath $(VENV))' > $@
 
 # The tools of `make test`, apart: `make demo` does not wait for them.
