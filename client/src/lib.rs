@@ -5,6 +5,7 @@
 //! client/`). They are built together, and meet in a [`Core`], whose address Python hands over.
 
 pub mod cpuid;
+pub mod device;
 pub mod python;
 pub mod seccomp;
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The program's system calls that have come to us.
 
-use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong};
+use core::ffi::{c_char, c_int, c_uint, c_ulong};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::{siginfo_t, ucontext_t};
-use softkvm_client::{Core, NOT_OURS, seccomp};
+use softkvm_client::{Core, NOT_OURS, device, seccomp};
 
 use crate::donor::{self, Request};
 use crate::elf::HEAP;
@@ -19,11 +19,8 @@ static HEAP_START: AtomicUsize = AtomicUsize::new(0);
 static HEAP_END: AtomicUsize = AtomicUsize::new(0);
 
 fn is_device(path: usize) -> bool {
-    if path < 4096 {
-        return false;
-    }
     // SAFETY: a string of the program's; one that is not there is its own fault, and ends it.
-    unsafe { CStr::from_ptr(path as *const c_char) == c"/dev/kvm" }
+    path >= 4096 && unsafe { device::is_device(path as *const c_char) }
 }
 
 fn open_device(request: &Request, core: &'static Core) -> isize {
@@ -93,14 +90,8 @@ fn sigprocmask(mask: &mut u64, how: usize, new: *const u64, old: *mut u64, size:
 }
 
 fn describe(stat: *mut libc::stat) -> isize {
-    // SAFETY: the program's structure, all of whose fields may be zero. A character device with KVM's numbers.
-    unsafe {
-        *stat = core::mem::zeroed();
-        (*stat).st_mode = libc::S_IFCHR | 0o666;
-        (*stat).st_nlink = 1;
-        (*stat).st_rdev = libc::makedev(10, 232);
-        (*stat).st_blksize = 4096;
-    }
+    // SAFETY: the program's structure.
+    unsafe { device::describe(stat) };
     0
 }
 

@@ -10,6 +10,7 @@ use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering
 
 use softkvm_client::{Client, Core, cpuid, python};
 
+use crate::handlers::all_that_wait;
 use crate::raw::{getpid, gettid, raw, sleep_on, wake};
 
 /// As many threads may have made requests at the same time.
@@ -66,16 +67,11 @@ extern "C" fn donate(donor: *mut c_void) -> *mut c_void {
 fn spawn(main: extern "C" fn(*mut c_void) -> *mut c_void, argument: *mut c_void, stack: usize) {
     // SAFETY: valid pointers; the new thread inherits the mask.
     unsafe {
-        let mut all = core::mem::zeroed();
         let mut before = core::mem::zeroed();
-        libc::sigfillset(&mut all);
-        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS, libc::SIGTRAP] {
-            libc::sigdelset(&mut all, signal);
-        }
         let mut attributes = core::mem::zeroed();
         libc::pthread_attr_init(&mut attributes);
         libc::pthread_attr_setstacksize(&mut attributes, stack);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all_that_wait(), &mut before);
         let mut thread = 0;
         if libc::pthread_create(&mut thread, &attributes, main, argument) == 0 {
             libc::pthread_detach(thread);

@@ -206,6 +206,19 @@ extern "C" fn on_system_call(_: c_int, info: *mut siginfo_t, context: *mut c_voi
     unsafe { calls::handle(info, &mut *context.cast::<ucontext_t>()) };
 }
 
+/// All signals but those of faults, which cannot wait, and SIGSYS.
+pub fn all_that_wait() -> libc::sigset_t {
+    // SAFETY: sigfillset fills it in.
+    unsafe {
+        let mut set = zeroed();
+        libc::sigfillset(&mut set);
+        for signal in [libc::SIGSYS, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
+            libc::sigdelset(&mut set, signal);
+        }
+        set
+    }
+}
+
 /// Installs those that are always there.
 pub fn install() {
     // SAFETY: zeros are a sigaction with an empty mask; filled in on success.
@@ -216,10 +229,7 @@ pub fn install() {
         libc::sigaction(libc::SIGSEGV, &action, core::ptr::null_mut());
         libc::sigaction(libc::SIGBUS, &action, core::ptr::null_mut());
         action.sa_sigaction = on_system_call as *const () as usize;
-        libc::sigfillset(&mut action.sa_mask);
-        for signal in [libc::SIGSYS, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
-            libc::sigdelset(&mut action.sa_mask, signal);
-        }
+        action.sa_mask = all_that_wait();
         libc::sigaction(libc::SIGSYS, &action, core::ptr::null_mut());
         action.sa_sigaction = on_illegal as *const () as usize;
         libc::sigaction(libc::SIGILL, &action, core::ptr::null_mut());

@@ -6,6 +6,7 @@ use core::ffi::{c_char, c_int, c_uint};
 use core::mem::zeroed;
 use std::ffi::CStr;
 
+use softkvm_client::device::{BLOCK, MAJOR, MINOR, MODE};
 use softkvm_client::{KIND_DEVICE, KIND_NONE};
 
 use crate::descriptors::kind;
@@ -13,10 +14,6 @@ use crate::load;
 use crate::paths::{DEVICE, bytes_of, is_device};
 use crate::real;
 use crate::real::set_errno;
-
-/// Its numbers: `MISC_MAJOR`, `KVM_MINOR`.
-const MAJOR: c_uint = 10;
-const MINOR: c_uint = 232;
 
 pub fn open_device(flags: c_int) -> c_int {
     let fd = load().map_or(-libc::ENOENT, |core| (core.open)(flags));
@@ -180,9 +177,9 @@ fn describe(kind: c_int, stat: *mut libc::stat) {
         let (device, inode) = ((*stat).st_dev, (*stat).st_ino);
         *stat = zeroed();
         (*stat).st_nlink = 1;
-        (*stat).st_blksize = 4096;
+        (*stat).st_blksize = BLOCK.into();
         if kind == KIND_DEVICE {
-            (*stat).st_mode = libc::S_IFCHR | 0o666;
+            (*stat).st_mode = MODE;
             (*stat).st_rdev = libc::makedev(MAJOR, MINOR);
         } else {
             // An anonymous file is of no type.
@@ -280,9 +277,9 @@ pub unsafe extern "C-unwind" fn statx(
         *statx = zeroed();
         (*statx).stx_mask = before.stx_mask & libc::STATX_BASIC_STATS;
         (*statx).stx_nlink = 1;
-        (*statx).stx_blksize = 4096;
+        (*statx).stx_blksize = BLOCK;
         if kind == KIND_DEVICE {
-            (*statx).stx_mode = (libc::S_IFCHR | 0o666) as u16;
+            (*statx).stx_mode = MODE as u16;
             (*statx).stx_rdev_major = MAJOR;
             (*statx).stx_rdev_minor = MINOR;
         } else {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 
 from softkvm.cli import CommandError
 
@@ -44,6 +45,17 @@ def count(option: str, text: str, low: int, high: int) -> int:
     if text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
         return int(text)
     raise CommandError(f"{option} {text}: expected a number from {low} to {high}")
+
+
+def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """Return the values by name that *texts*, each ``NAME=VALUE``, have."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise CommandError(f"{option} {text}: expected NAME=VALUE")
+        found[name] = value
+    return found
 
 
 def file_name(text: str) -> str:

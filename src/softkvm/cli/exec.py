@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from softkvm.cli import EXIT_ERROR, Command, CommandError
-from softkvm.cli.arguments import file_name
+from softkvm.cli.arguments import file_name, pairs
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 """Exit statuses as the shell's, for a client that cannot be started."""
@@ -41,17 +41,13 @@ def parameters(texts: Sequence[str]) -> dict[str, str]:
     from softkvm.kvm.params import Params
 
     known = Params()
-    pairs = {}
-    for text in ",".join(texts).split(",") if texts else ():
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise CommandError(f"--params {text}: expected NAME=VALUE")
+    values = pairs("--params", ",".join(texts).split(",") if texts else ())
+    for name, value in values.items():
         try:
             known.assign(name, value)
         except ValueError as error:
             raise CommandError(f"--params {error}") from None
-        pairs[name] = value
-    return pairs
+    return values
 
 
 def _run(args: Namespace) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import softkvm
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
-from softkvm.cli.arguments import count, factor, file_name, seconds
+from softkvm.cli.arguments import count, factor, file_name, pairs, seconds
 from softkvm.cli.output import say
 from softkvm.cli.results import Printer, Reports, add_report_options
 from softkvm.reports.result import Status
@@ -83,16 +83,6 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("-v", "--verbose", action="store_true", help="print the log of every test, and what it ignored")
 
 
-def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise CommandError(f"{option} {text}: expected NAME=VALUE")
-        pairs[name] = value
-    return pairs
-
-
 def _settings(args: Namespace) -> Settings:
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout, zero=True)
     scale = None if args.timeout_scale is None else factor("--timeout-scale", args.timeout_scale)
@@ -101,8 +91,8 @@ def _settings(args: Namespace) -> Settings:
         timeout_s,
         scale,
         run_nodefault=args.all or bool(args.names) or bool(args.group),
-        params=_pairs("--param", args.param),
-        environment=_pairs("--env", args.env),
+        params=pairs("--param", args.param),
+        environment=pairs("--env", args.env),
     )
 
 

@@ -13,6 +13,7 @@ mod threads;
 use std::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 
+use pyo3::call::PyCallArgs;
 use pyo3::exceptions::{PyMemoryError, PyOSError};
 use pyo3::prelude::*;
 use softkvm_client::{Core, KIND_NONE, NOT_OUR_SIGNAL, NOT_OURS};
@@ -114,12 +115,20 @@ fn refused(flags: c_int) -> Option<c_int> {
     }
 }
 
+/// Calls a function of Python's for a request.
+fn call<A>(function: &Py<PyAny>, args: A) -> c_long
+where
+    A: for<'py> PyCallArgs<'py>,
+{
+    request(|py| result_of(py, function.bind(py).call1(args)))
+}
+
 extern "C-unwind" fn open(flags: c_int) -> c_int {
     let Some(world) = WORLD.get() else { return -libc::ENOENT };
     if let Some(error) = refused(flags) {
         return -error;
     }
-    uninterrupted(|| request(|py| result_of(py, world.open_system.bind(py).call1((flags & KEPT,))))) as c_int
+    uninterrupted(|| call(&world.open_system, (flags & KEPT,))) as c_int
 }
 
 extern "C-unwind" fn kind(fd: c_int) -> c_int {
@@ -129,11 +138,11 @@ extern "C-unwind" fn kind(fd: c_int) -> c_int {
 extern "C-unwind" fn ioctl(fd: c_int, number: c_uint, argument: c_ulong) -> c_long {
     uninterrupted(|| {
         let Some(file) = files::find(fd) else { return NOT_OURS };
-        request(|py| match &file.run {
+        match &file.run {
             Some(_) if number == KVM_RUN && argument != 0 => -c_long::from(libc::EINVAL),
-            Some(run) if number == KVM_RUN => result_of(py, run.bind(py).call0()),
-            _ => result_of(py, file.ioctl.bind(py).call1((number, argument))),
-        })
+            Some(run) if number == KVM_RUN => call(run, ()),
+            _ => call(&file.ioctl, (number, argument)),
+        }
     })
 }
 
@@ -145,7 +154,7 @@ extern "C-unwind" fn refresh(fd: c_int) -> c_int {
     uninterrupted(|| {
         let Some(file) = files::find(fd) else { return 0 };
         let Some(refresh) = &file.refresh else { return -libc::EINVAL };
-        request(|py| result_of(py, refresh.bind(py).call0())) as c_int
+        call(refresh, ()) as c_int
     })
 }
 
@@ -160,8 +169,7 @@ extern "C-unwind" fn mapped(
     uninterrupted(|| {
         let Some(file) = files::find(fd) else { return 0 };
         let Some(mapped) = &file.mapped else { return -libc::ENODEV };
-        let args = (address, size, offset, protection, shared);
-        request(|py| result_of(py, mapped.bind(py).call1(args))) as c_int
+        call(mapped, (address, size, offset, protection, shared)) as c_int
     })
 }
 
@@ -171,7 +179,7 @@ extern "C-unwind" fn unmapping(address: usize, size: usize) {
     if let Some(world) = WORLD.get()
         && !threads::may_hold_lock()
     {
-        uninterrupted(|| request(|py| result_of(py, world.unmapping.bind(py).call1((address, size)))));
+        uninterrupted(|| call(&world.unmapping, (address, size)));
     }
 }
 
@@ -214,7 +222,7 @@ extern "C-unwind" fn cpuid(leaf: u32, subleaf: u32, values: &mut [u32; 4]) {
 
 extern "C-unwind" fn at_exit() {
     if let Some(world) = WORLD.get() {
-        uninterrupted(|| request(|py| result_of(py, world.at_exit.bind(py).call0())));
+        uninterrupted(|| call(&world.at_exit, ()));
     }
 }
 

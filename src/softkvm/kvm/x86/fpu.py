@@ -149,21 +149,7 @@ _PKRU_OFFSET: Final = _softcpu.cpuid(0xD, 9)[1]
 
 def get_fpu(vcpu: Vcpu) -> abi.kvm_fpu:
     """KVM_GET_FPU."""
-    rw, rq = vcpu.rw, vcpu.rq
-    fsw = rw[FSW_W]
-    return abi.kvm_fpu.from_buffer_copy(
-        _FPU.pack(
-            _get_stack(vcpu, fsw >> 11 & 7),
-            rw[FCW_W],
-            fsw,
-            abridge_tags(rw[FTW_W]),
-            rw[FOP_W],
-            rq[FIP_Q],
-            rq[FDP_Q],
-            _get_vectors(vcpu, _XMM),
-            vcpu.rd[MXCSR_D],
-        )
-    )
+    return abi.kvm_fpu.from_buffer_copy(_FPU.pack(*_get_x87(vcpu), _get_vectors(vcpu, _XMM), vcpu.rd[MXCSR_D]))
 
 
 def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
@@ -171,6 +157,14 @@ def set_fpu(vcpu: Vcpu, fpu: abi.kvm_fpu) -> None:
     stack, fcw, fsw, ftwx, fop, fip, fdp, xmm, _ = _FPU.unpack_from(fpu)
     _set_x87(vcpu, stack, fcw, fsw, ftwx, fop, fip, fdp)
     _set_vectors(vcpu, _XMM, xmm)
+
+
+def _get_x87(vcpu: Vcpu) -> tuple[bytes, int, int, int, int, int, int]:
+    """Return what :func:`_set_x87` takes."""
+    rw, rq = vcpu.rw, vcpu.rq
+    fsw = rw[FSW_W]
+    tags = abridge_tags(rw[FTW_W])
+    return _get_stack(vcpu, fsw >> 11 & 7), rw[FCW_W], fsw, tags, rw[FOP_W], rq[FIP_Q], rq[FDP_Q]
 
 
 def _set_x87(vcpu: Vcpu, stack: bytes, fcw: int, fsw: int, ftwx: int, fop: int, fip: int, fdp: int) -> None:
@@ -186,23 +180,17 @@ def _set_x87(vcpu: Vcpu, stack: bytes, fcw: int, fsw: int, ftwx: int, fop: int, 
 
 def get_xsave(vcpu: Vcpu) -> abi.kvm_xsave:
     """KVM_GET_XSAVE: standard format, every component marked present."""
-    rw, rq = vcpu.rw, vcpu.rq
     supported = vcpu.cpuid.supported_xcr0
     features = cr.XFEATURE_FP | cr.XFEATURE_SSE | supported & (cr.XFEATURE_YMM | cr.XFEATURE_PKRU)
     area = abi.kvm_xsave()
-    fsw = rw[FSW_W]
+    stack, *control = _get_x87(vcpu)
     _XSAVE.pack_into(
         area,
         0,
-        rw[FCW_W],
-        fsw,
-        abridge_tags(rw[FTW_W]),
-        rw[FOP_W],
-        rq[FIP_Q],
-        rq[FDP_Q],
+        *control,
         vcpu.rd[MXCSR_D],
         MXCSR_MASK,
-        _get_stack(vcpu, fsw >> 11 & 7),
+        stack,
         _get_vectors(vcpu, _XMM),
         features,
         0,
