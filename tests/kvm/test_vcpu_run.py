@@ -18,6 +18,9 @@ from tests.support.tiny import CODE, DATA, IDT, MIB, STACK, Memory, Tiny
 from softkvm import abi
 from softkvm.kvm import Params
 from softkvm.kvm.state import BLOCKING, IN_GUEST_MODE
+from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS
+from softkvm.kvm.x86.svm.vmcb import EXIT_NPF
+from softkvm.kvm.x86.vcpu import Vcpu
 
 MMIO = 0x1000_0000
 
@@ -299,6 +302,22 @@ def test_closing_the_vm_ends_run_with_an_error(code: str) -> None:
             assert error is not None and error.errno == errno.EIO
     with pytest.raises(OSError):
         tiny.vcpu.run()
+
+
+def test_what_an_exit_finds_after_the_close_is_not_told_to_userspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Tiny().real_mode()
+    tiny.load(b"\xeb\xfe")  # whose fetch is the first nested fault
+    handler = EXIT_HANDLERS[EXIT_NPF]
+
+    def overtaken(vcpu: Vcpu) -> bool:
+        tiny.close()
+        assert not handler(vcpu), "the fetch from no memory ends KVM_RUN"
+        return False
+
+    monkeypatch.setitem(EXIT_HANDLERS, EXIT_NPF, overtaken)
+    with pytest.raises(OSError, match="the VM is dead") as caught:
+        tiny.vcpu.run()
+    assert caught.value.errno == errno.EIO
 
 
 def test_memory_may_be_unmapped_when_the_vm_is_closed_under_a_running_vcpu() -> None:

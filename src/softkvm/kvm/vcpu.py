@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.stats import Statistic
 
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
+_DEAD: Final = "the VM is dead"
 #: The requests that :meth:`Vcpu.handle_general_requests` acts on.
 GENERAL_REQUESTS: Final = KVM_REQ_TASK_WORK | KVM_REQ_SIGNAL | KVM_REQ_VM_DEAD
 
@@ -115,6 +116,9 @@ class Vcpu(VcpuState, Closing):
             self.mode = OUTSIDE_GUEST_MODE
             self.running = False
             self.arch_run_end()
+            if self.requests & KVM_REQ_VM_DEAD:
+                # What an exit found after the memory had gone, MMIO for one, is nothing for userspace.
+                raise kvm_error(errno.EIO, _DEAD)
 
     # --- requests ------------------------------------------------------------------------------------
 
@@ -148,7 +152,7 @@ class Vcpu(VcpuState, Closing):
             self.stat_signal_exits += 1
             raise InterruptedError(errno.EINTR, "kicked, or a signal came")
         if self.requests & KVM_REQ_VM_DEAD:
-            raise kvm_error(errno.EIO, "the VM is dead")
+            raise kvm_error(errno.EIO, _DEAD)
 
     def _run_task_work(self) -> None:
         while self.task_work:
