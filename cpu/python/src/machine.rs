@@ -135,6 +135,21 @@ impl PyMachine {
         })
     }
 
+    fn pte_fill(&self, address: usize, count: usize, first: u64, step: u64) -> PyResult<usize> {
+        self.words(address, count, |entries| {
+            let mut value = first;
+            let mut filled = 0;
+            for entry in entries {
+                if entry.load(Ordering::Relaxed) & PRESENT == 0 {
+                    entry.store(value, Ordering::SeqCst);
+                    filled += 1;
+                }
+                value += step;
+            }
+            filled
+        })
+    }
+
     fn pte_clear_bits(&self, address: usize, count: usize, mask: u64) -> PyResult<usize> {
         self.words(address, count, |entries| entries.iter().filter(|e| take_bits(e, mask)).count())
     }
@@ -181,6 +196,8 @@ pub struct Page {
     exports: AtomicUsize,
 }
 
+/// P of an entry of page tables.
+const PRESENT: u64 = 1;
 const FREED: usize = 1 << (usize::BITS - 1);
 
 impl Page {

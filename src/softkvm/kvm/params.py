@@ -36,6 +36,9 @@ class Params:
     force_emulation_prefix: bool = False
     #: Largest nested leaf: 1 = 4 KiB, 2 = 2 MiB, 3 = 1 GiB.
     max_huge_page_level: int = 3
+    #: How many small pages a nested fault maps, those around the missing one with it: a power of 2. (The kernel's
+    #: PTE_PREFETCH_NUM is 8, and no parameter.) A mapping costs no host memory until the guest uses it.
+    pte_prefetch_num: int = 64
     #: Cache MMIO in nested page-table entries.
     enable_mmio_caching: bool = True
     #: Answer the VMware backdoor ports.

@@ -38,7 +38,7 @@ class HostMappings:
     def access(self, hva: int, size: int, wanted: int = READ_WRITE) -> int:
         """Tell what the process may do with all of [hva, hva + size): NO_ACCESS, READ or READ_WRITE.
 
-        What is known is believed if it gives ``wanted``.
+        What is known is believed if it gives ``wanted``: NO_ACCESS asks for that alone.
         """
         found = _lookup(self._map, hva, hva + size)
         if found < wanted:

@@ -40,7 +40,7 @@ class Vm(VmState, vm.Vm):
 
     def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.mmu = TdpMmu(self.machine, params.max_huge_page_level, self.host_mappings)
+        self.mmu = TdpMmu(self.machine, params.max_huge_page_level, self.host_mappings, params.pte_prefetch_num)
         self.tsc = TscSynchronizer()
 
     # --- what virtual machines of all architectures ask for ------------------------------------------

@@ -8,7 +8,9 @@ import random
 import pytest
 
 from softkvm import _softcpu, abi
+from softkvm.kvm.memory.host_mappings import READ, READ_WRITE, HostMappings
 from softkvm.kvm.memory.memslots import MemorySlot, Memslots
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86.mmu.spte import (
     MMIO_SPTE_GEN_LOW_SHIFT,
     PT_DIRTY_MASK,
@@ -70,6 +72,54 @@ def test_the_leaf_is_as_large_as_alignment_and_slot_allow(
     assert mmu.get_spte(gfn)[1] == level
     assert mmu.pages[level] == 1
     assert _walk(mmu, gfn) == hva + (gfn - base_gfn << 12)
+
+
+@pytest.mark.parametrize(
+    ("base_gfn", "npages", "gfn", "mapped"),
+    [
+        (1, 100, 40, (32, 48)),
+        (1, 100, 3, (1, 16)),  # the slot begins within
+        (1, 100, 98, (96, 101)),
+        (500, 100, 511, (500, 512)),
+        (500, 100, 512, (512, 528)),
+    ],
+)
+def test_a_fault_maps_the_small_pages_around_it(base_gfn: int, npages: int, gfn: int, mapped: tuple[int, int]) -> None:
+    mmu = TdpMmu(_softcpu.Machine(), prefetch=16)
+    slot = _slot(base_gfn, npages)
+    assert mmu.map_gfn(slot, gfn, write=True) == RET_PF_FIXED
+    assert [n for n in range(base_gfn + npages) if _walk(mmu, n) is not None] == list(range(*mapped))
+    assert all(_walk(mmu, n) == HVA + (n - base_gfn << 12) for n in range(*mapped))
+    first, end = mapped
+    assert mmu.pages[1] == end - first
+    mmu.zap_range(gfn, gfn + 1)
+    assert mmu.map_gfn(slot, gfn, write=False) == RET_PF_FIXED
+    assert mmu.pages[1] == end - first  # what was there has not been counted again
+    mmu.zap_range(0, base_gfn + npages)
+    assert mmu.pages[1] == 0
+
+
+def test_pages_with_less_access_are_not_mapped_along() -> None:
+    host = HostMappings()
+    host._map = [HVA, HVA + 8 * PAGE_SIZE], [HVA + 8 * PAGE_SIZE, HVA + 100 * PAGE_SIZE], [READ_WRITE, READ]
+    mmu = TdpMmu(_softcpu.Machine(), host=host, prefetch=16)
+    assert mmu.map_gfn(_slot(0, 100), 2, write=True) == RET_PF_FIXED
+    assert mmu.pages[1] == 1
+
+
+def test_frames_that_a_ring_of_dirty_pages_counts_are_mapped_one_by_one() -> None:
+    mmu = TdpMmu(_softcpu.Machine(), prefetch=16)
+    mmu.map_gfn(_slot(0, 100, flags=abi.KVM_MEM_LOG_DIRTY_PAGES), 7, write=False)
+    assert mmu.pages[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "together"), [(-1, 1), (0, 1), (1, 1), (7, 4), (512, 512), (513, 512), (1 << 70, 512)]
+)
+def test_the_number_of_pages_around_is_a_power_of_two_within_a_table(number: int, together: int) -> None:
+    mmu = TdpMmu(_softcpu.Machine(), prefetch=number)
+    mmu.map_gfn(_slot(1, 4096, HVA + 0x1000 * 2), 1500, write=False)
+    assert mmu.pages[1] == together
 
 
 def test_a_slot_under_dirty_logging_gets_small_leaves(mmu: TdpMmu) -> None:

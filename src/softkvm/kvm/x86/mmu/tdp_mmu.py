@@ -91,6 +91,7 @@ class TdpMmu:
         "_free_later",
         "_host",
         "_machine",
+        "_prefetch",
         "mapping_level",
         "max_level",
         "pages",
@@ -98,9 +99,17 @@ class TdpMmu:
         "tables",
     )
 
-    def __init__(self, machine: Machine, max_level: int = PG_LEVEL_1G, host: HostMappings | None = None) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        max_level: int = PG_LEVEL_1G,
+        host: HostMappings | None = None,
+        prefetch: int = 1,
+    ) -> None:
         self._machine = machine
         self._host = host
+        #: How many small pages one fault maps; all of them are in one table.
+        self._prefetch = 1 << min(max(prefetch, 1).bit_length(), SPTES_PER_PAGE.bit_length()) - 1
         self.max_level = max_level
         #: A policy other than "as large as possible": returns the level for a slot, a frame and the largest level.
         self.mapping_level: Callable[[MemorySlot, int, int], int] | None = None
@@ -209,7 +218,27 @@ class TdpMmu:
         if not present:
             self.pages[level] += 1
             table.leaves += 1
+            if level == PG_LEVEL_4K and self._prefetch > 1 and self.mapping_level is None:
+                self._direct_pte_prefetch(slot, table, gfn, access)
         return RET_PF_FIXED
+
+    def _direct_pte_prefetch(self, slot: MemorySlot, table: TdpTable, gfn: int, access: int) -> None:
+        """Map the frames around ``gfn``, too, where the process may do with them all what it may with that one.
+
+        Not for a ring of dirty pages: what is in it has been written.
+        """
+        if slot.dirty_logging and slot.dirty_bitmap is None:
+            return
+        around = gfn & -self._prefetch
+        first, end = max(around, slot.base_gfn), min(around + self._prefetch, slot.end_gfn)
+        hva = (first << PAGE_SHIFT) + slot.hva_offset
+        if self._host is not None and self._host.access(hva, end - first << PAGE_SHIFT, NO_ACCESS) != access:
+            return
+        spte = make_spte(hva, PG_LEVEL_4K, writable=access == READ_WRITE and not slot.readonly)
+        address = table.address + (first & _INDEX_MASK) * 8
+        filled = self._machine.pte_fill(address, end - first, spte, pages_per_hpage(PG_LEVEL_4K) << PAGE_SHIFT)
+        self.pages[PG_LEVEL_4K] += filled
+        table.leaves += filled
 
     def _host_page(self, slot: MemorySlot, gfn: int, level: int) -> tuple[int, int]:
         """Return the address of the host's page at ``level`` and what the process may do with it."""
