@@ -212,6 +212,11 @@ def client_cpuid_sites() -> int:
     """Return in how many places of the client's code CPUID was replaced, to be answered as the silicon does."""
 
 def client_core(
-    open_system: Callable[[int], int], unmapping: Callable[[int, int], None], at_exit: Callable[[], None]
+    open_system: Callable[[int], int],
+    unmapping: Callable[[int, int], None],
+    at_exit: Callable[[], None] | None,
 ) -> int:
-    """Return the address of the functions that a client's side calls (``softkvm_client::Core``)."""
+    """Return the address of the functions that a client's side calls (``softkvm_client::Core``).
+
+    ``at_exit`` is called when the process ends by a call of its own, if there is something to be done then.
+    """

@@ -38,8 +38,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def client(build: Callable[..., Path]) -> Callable[..., Completed]:
     """Runs a program under ``softkvm exec``."""
 
-    def run(program: str, *args: str, options: Sequence[str] = (), env: dict[str, str] | None = None) -> Completed:
-        command = [*EXEC, *options, "--", str(build(program)), *args]
+    def run(
+        program: str,
+        *args: str,
+        options: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+        flags: Sequence[str] = (),
+    ) -> Completed:
+        command = [*EXEC, *options, "--", str(build(program, *flags)), *args]
         return subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, **(env or {})}
         )

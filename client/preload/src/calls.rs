@@ -7,7 +7,7 @@ use softkvm_client::python::core;
 use softkvm_client::seccomp;
 
 use crate::real::set_errno;
-use crate::{cpuid, descriptors, files, memory, paths, real, transfers};
+use crate::{cpuid, descriptors, files, handlers, memory, paths, real, transfers};
 
 /// Does a call about filters; None: it is for the kernel. A process that has nothing to do with KVM, as a program that
 /// the client starts, filters its calls as it likes.
@@ -112,6 +112,11 @@ pub unsafe extern "C-unwind" fn syscall(
             libc::SYS_mremap => {
                 memory::mremap(a as *mut c_void, b as usize, c as usize, d as c_int, e as *mut c_void)
                     as c_long
+            }
+            libc::SYS_exit_group => {
+                handlers::at_exit();
+                let status = a as c_int;
+                real!(_exit(status: c_int) -> !)
             }
             _ if !transfers::by_number(number, fd) => -1,
             _ => filter(number, [a, b, c]).unwrap_or_else(|| kernel(number, [a, b, c, d, e, f])),

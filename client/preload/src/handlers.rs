@@ -106,10 +106,23 @@ pub unsafe extern "C-unwind" fn pthread_cancel(thread: libc::pthread_t) -> c_int
 // ---- the end ---------------------------------------------------------------------------------------------------------
 
 /// The process ends by `exit()`, or by returning from `main()`.
-extern "C" fn at_exit() {
+pub extern "C" fn at_exit() {
     if let Some(core) = core() {
         (core.at_exit)();
     }
+}
+
+/// It ends at once.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn _exit(status: c_int) -> ! {
+    at_exit();
+    real!(_exit(status: c_int) -> !)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn _Exit(status: c_int) -> ! {
+    at_exit();
+    real!(_Exit(status: c_int) -> !)
 }
 
 #[used]

@@ -90,6 +90,7 @@ class Recorder:
         self._stats = settings.stats
         self._lock = threading.Lock()
         self._closed = False
+        self._is_child = False
         self._json = settings.trace.endswith(".json")
         self._file = open(settings.trace, "a", buffering=1) if settings.trace else None  # noqa: SIM115
         self.requests: Counter[tuple[str, str]] = Counter()
@@ -97,6 +98,16 @@ class Recorder:
         self.errors: Counter[tuple[str, str, str]] = Counter()
         """By kind of file, request, and errno's name."""
         self.exits: Counter[str] = Counter()
+        os.register_at_fork(after_in_child=self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """A child counts what it asks for itself, in a file of its own."""
+        if self._stats:
+            name, extension = os.path.splitext(self._stats)
+            self._stats = f"{name}.{os.getpid()}{extension}"
+        for counter in (self.requests, self.errors, self.exits):
+            counter.clear()
+        self._is_child = True
 
     def done(
         self, file: str, request: str, args: Sequence[Any], value: int, result: Any = None, run: Any = None
@@ -164,7 +175,7 @@ class Recorder:
         """The client has ended: write what was counted."""
         if self._file is not None:
             self._file.flush()
-        if not self._stats or self._closed:
+        if not self._stats or self._closed or (self._is_child and not self.requests):
             return
         self._closed = True
         statistics = self.statistics()

@@ -64,11 +64,6 @@ class World:
             flags &= ~os.O_ACCMODE
         return open_memfd(SystemFile(self.open_kvm(), self.recorder), "kvm", flags)
 
-    def at_exit(self) -> None:
-        """The client's process is about to end."""
-        if self.recorder is not None:
-            self.recorder.close()
-
 
 def start(settings: dict[str, Any]) -> int:
     """Make the world; returns the address of what the client's side calls."""
@@ -77,5 +72,7 @@ def start(settings: dict[str, Any]) -> int:
     if counts_steadily():
         _softcpu.use_host_tsc()  # the client executes RDTSC itself
     world = World(Settings(**settings))
-    atexit.register(world.at_exit)  # where the interpreter is the client's own, it ends before the process
-    return _softcpu.client_core(world.open_system, unmapping, world.at_exit)
+    at_exit = world.recorder.close if world.recorder is not None else None
+    if at_exit is not None:
+        atexit.register(at_exit)  # where the interpreter is the client's own, it ends before the process
+    return _softcpu.client_core(world.open_system, unmapping, at_exit)

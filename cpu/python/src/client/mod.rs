@@ -26,7 +26,8 @@ use threads::uninterrupted;
 struct World {
     open_system: Py<PyAny>,
     unmapping: Py<PyAny>,
-    at_exit: Py<PyAny>,
+    /// None where there is nothing to be done.
+    at_exit: Option<Py<PyAny>>,
 }
 
 static WORLD: OnceLock<World> = OnceLock::new();
@@ -221,14 +222,16 @@ extern "C-unwind" fn cpuid(leaf: u32, subleaf: u32, values: &mut [u32; 4]) {
 }
 
 extern "C-unwind" fn at_exit() {
-    if let Some(world) = WORLD.get() {
-        uninterrupted(|| call(&world.at_exit, ()));
+    if let Some(World { at_exit: Some(at_exit), .. }) = WORLD.get()
+        && threads::is_own_process()
+    {
+        uninterrupted(|| call(at_exit, ()));
     }
 }
 
 /// The address of the functions for the client's side, which call these.
 #[pyfunction]
-fn client_core(open_system: Py<PyAny>, unmapping: Py<PyAny>, at_exit: Py<PyAny>) -> usize {
+fn client_core(open_system: Py<PyAny>, unmapping: Py<PyAny>, at_exit: Option<Py<PyAny>>) -> usize {
     if WORLD.set(World { open_system, unmapping, at_exit }).is_ok() {
         threads::follow_forks();
     }

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::ffi::c_int;
 use std::mem::zeroed;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -170,6 +170,19 @@ fn in_python() -> bool {
     request::own().held() || known && !STATE.try_with(|state| state.0.get()).unwrap_or(true)
 }
 
+/// The process that has this memory; a child of vfork() is another.
+static PROCESS: AtomicI32 = AtomicI32::new(0);
+
+fn note_process() {
+    // SAFETY: asks.
+    PROCESS.store(unsafe { libc::getpid() }, Ordering::SeqCst);
+}
+
+pub fn is_own_process() -> bool {
+    // SAFETY: asks.
+    PROCESS.load(Ordering::SeqCst) == unsafe { libc::getpid() }
+}
+
 extern "C" fn before() {
     if !is_there() || in_python() {
         return;
@@ -194,6 +207,7 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    note_process();
     if FORKING.replace(false) {
         // SAFETY: as in `before`.
         unsafe {
@@ -211,6 +225,7 @@ unsafe extern "C" {
 
 /// A child that the client forks has an interpreter of its own: the parent's files are EIO there, new ones work.
 pub fn follow_forks() {
+    note_process();
     // SAFETY: the handlers do what Python's own fork does.
     unsafe { libc::pthread_atfork(Some(before), Some(parent), Some(child)) };
 }
