@@ -10,7 +10,6 @@ import os
 import signal
 import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +146,8 @@ class OutputFile:
 
     def _temporary(self, text: str) -> str:
         """Return a file with *text* in the directory of the target, with the mode that the target has or will have."""
+        import tempfile  # few commands write files, and every start of a client would wait for it
+
         target = self._target()
         fd, path = tempfile.mkstemp(prefix=f".{target.name[:200]}.", dir=target.parent)
         try:

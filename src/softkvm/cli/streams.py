@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import select
-import socket
 import stat
 import threading
 import time
@@ -40,6 +39,8 @@ class Writer:
         self._resources = contextlib.ExitStack()
         mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):
+            import socket  # seldom needed, and every start of a client would wait for it
+
             sock = self._resources.enter_context(socket.socket(fileno=os.dup(fd)))
             self._send = lambda data: sock.send(data, socket.MSG_DONTWAIT)
         elif stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
