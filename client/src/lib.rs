@@ -4,8 +4,10 @@
 //! On the client's side is a library without Python (`preload/`), on the other the extension module (`cpu/python/src/
 //! client/`). They are built together, and meet in a [`Core`], whose address Python hands over.
 
+mod bpf;
 pub mod cpuid;
 pub mod device;
+pub mod kernel;
 pub mod python;
 pub mod seccomp;
 

@@ -5,10 +5,11 @@ use core::ffi::{c_char, c_int, c_uint, c_ulong};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::{siginfo_t, ucontext_t};
-use softkvm_client::{Core, NOT_OURS, device, seccomp};
+use softkvm_client::{Core, NOT_OURS, device};
 
 use crate::donor::{self, Request};
 use crate::elf::HEAP;
+use crate::filter;
 use crate::handlers::{self, Action, OPEN};
 use crate::raw::{raw, syscall};
 
@@ -128,7 +129,7 @@ pub fn handle(info: *mut siginfo_t, context: &mut ucontext_t) {
         libc::SYS_brk => brk(a),
         libc::SYS_rt_sigaction => handlers::sigaction(a as c_int, b as *const Action, c as *mut Action, d),
         libc::SYS_rt_sigprocmask => sigprocmask(mask, a, b as *const u64, c as *mut u64, d),
-        libc::SYS_seccomp | libc::SYS_prctl => seccomp::answer(number, [a, b, c]).unwrap_or_else(as_it_is),
+        libc::SYS_seccomp | libc::SYS_prctl => filter::answer(number, [a, b, c]).unwrap_or_else(as_it_is),
         libc::SYS_exit_group => {
             if softkvm_client::python::core().is_some() && !donor::is_child() {
                 donor::request(end, [0; 3], *mask);

@@ -3,12 +3,17 @@
 //!
 //! Only those that its own code makes: ours, and those of programs that it executes, lie elsewhere.
 
+use core::ffi::c_long;
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::io;
 use std::ops::Range;
 
 use libc::{
     BPF_ABS, BPF_ALU, BPF_AND, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter,
 };
+use softkvm_client::seccomp;
+
+use crate::raw::syscall;
 
 /// Where `struct seccomp_data` has the number, the address and the arguments.
 const NUMBER: u32 = 0;
@@ -87,11 +92,13 @@ fn program(code: &[Range<usize>]) -> Vec<sock_filter> {
         done(TRAP),
         done(ALLOW),
     ]);
-    // prctl(PR_SET_SECCOMP).
+    // prctl() of filters, and of what it takes to have them.
     filter.extend([
-        jump(EQUAL, libc::SYS_prctl as u32, 0, 3),
+        jump(EQUAL, libc::SYS_prctl as u32, 0, 5),
         statement(LOAD, ARGUMENTS),
-        jump(EQUAL, libc::PR_SET_SECCOMP as u32, 0, 1),
+        jump(EQUAL, libc::PR_SET_SECCOMP as u32, 2, 0),
+        jump(EQUAL, libc::PR_SET_NO_NEW_PRIVS as u32, 1, 0),
+        jump(EQUAL, libc::PR_GET_NO_NEW_PRIVS as u32, 0, 1),
         done(TRAP),
         done(ALLOW),
     ]);
@@ -106,11 +113,39 @@ pub fn install(code: &[Range<usize>]) -> io::Result<()> {
     const TSYNC: usize = 1;
     // SAFETY: a filter of this length, read by the kernel during the call.
     unsafe {
-        if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, TSYNC, &program) != 0
-        {
+        let install = || libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, TSYNC, &program) == 0;
+        if install() {
+            return Ok(());
+        }
+        // It takes a right, or this: which the program has not asked for.
+        if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || !install() {
             return Err(io::Error::last_os_error());
         }
     }
+    ASKED.store(false, Ordering::SeqCst);
     Ok(())
+}
+
+/// Whether no_new_privs, where it is set, is the program's wish.
+static ASKED: AtomicBool = AtomicBool::new(true);
+
+fn call(number: c_long, arguments: [usize; 6]) -> isize {
+    // SAFETY: as the calls of who gives it; they change no memory but what is theirs.
+    unsafe { syscall(number, arguments) }
+}
+
+/// What the program gets for a system call about filters, or no_new_privs; None: the kernel's answer.
+pub fn answer(number: c_long, arguments: [usize; 3]) -> Option<isize> {
+    let asked = ASKED.load(Ordering::SeqCst);
+    if number == libc::SYS_prctl {
+        match arguments[0] as i32 {
+            libc::PR_SET_NO_NEW_PRIVS if arguments[1] == 1 => {
+                ASKED.store(true, Ordering::SeqCst);
+                return None;
+            }
+            libc::PR_GET_NO_NEW_PRIVS if !asked => return Some(0),
+            _ => {}
+        }
+    }
+    seccomp::answer(number, arguments, call, || asked && seccomp::may_filter(call))
 }

@@ -3,10 +3,11 @@
 
 use core::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
+use softkvm_client::kernel::are_readable;
 use softkvm_client::python::core;
 use softkvm_client::seccomp;
 
-use crate::real::set_errno;
+use crate::real::{call, set_errno};
 use crate::{cpuid, descriptors, files, handlers, memory, paths, real, transfers};
 
 /// Does a call about filters; None: it is for the kernel. A process that has nothing to do with KVM, as a program that
@@ -15,7 +16,8 @@ fn filter(number: c_long, arguments: [c_ulong; 3]) -> Option<c_long> {
     if core().is_none() && !cpuid::is_client() {
         return None;
     }
-    Some(match seccomp::answer(number, arguments.map(|a| a as usize))? {
+    let arguments = arguments.map(|a| a as usize);
+    Some(match seccomp::answer(number, arguments, call, || seccomp::may_filter(call))? {
         error @ ..0 => {
             set_errno(-error as c_int);
             -1
@@ -51,7 +53,9 @@ struct OpenHow {
 
 /// The flags of an openat2() of the device, None if it is not, or not simply, that.
 fn opened_by_how(directory: c_int, path: *const c_char, how: *const OpenHow, size: usize) -> Option<c_int> {
-    if size != size_of::<OpenHow>() || !paths::is_device(directory, path) || !paths::is_readable(how as usize)
+    if size != size_of::<OpenHow>()
+        || !paths::is_device(directory, path)
+        || !are_readable(call, how as usize, size)
     {
         return None;
     }

@@ -1,27 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Whether a path is `/dev/kvm`'s, which need not be there.
 
-use core::ffi::{CStr, c_char, c_int, c_long};
+use core::ffi::{CStr, c_char, c_int};
 use core::mem::MaybeUninit;
 
+use softkvm_client::kernel::{PAGE, is_readable};
+
 use crate::real;
-use crate::real::{errno, set_errno};
+use crate::real::{call, errno, set_errno};
 
 pub const DEVICE: &CStr = c"/dev/kvm";
-const PAGE: usize = 4096;
-
-/// Whether a page can be read, asked of the kernel: a path that cannot be is an error of the call that has got it. There
-/// is no such `how`, and the kernel finds that after it has read the set.
-pub fn is_readable(address: usize) -> bool {
-    let kept = errno();
-    let (number, how, set, none, size) = (libc::SYS_rt_sigprocmask, -1, address & !7, 0, 8);
-    let result = real!(syscall(
-        number: c_long, how: c_int, set: usize, none: usize, size: usize
-    ) -> c_long);
-    let faulted = result == -1 && errno() == libc::EFAULT;
-    set_errno(kept);
-    !faulted
-}
 
 /// The bytes of a path; None if it cannot be read, or is longer than paths are.
 pub fn bytes_of<'a>(path: *const c_char) -> Option<&'a [u8]> {
@@ -31,7 +19,7 @@ pub fn bytes_of<'a>(path: *const c_char) -> Option<&'a [u8]> {
         return None;
     }
     while end - start < libc::PATH_MAX as usize {
-        if (end == start || end & (PAGE - 1) == 0) && !is_readable(end) {
+        if (end == start || end & (PAGE - 1) == 0) && !is_readable(call, end) {
             return None;
         }
         // SAFETY: its page can be read, and from the path's beginning to here.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The C library's functions, behind ours of the same names.
 
-use core::ffi::{CStr, c_void};
+use core::ffi::{CStr, c_long, c_void};
 use core::sync::atomic::{AtomicPtr, Ordering};
 
 /// The next function of a name, or null.
@@ -57,4 +57,15 @@ pub fn errno() -> i32 {
 pub fn set_errno(error: i32) {
     // SAFETY: errno of this thread.
     unsafe { *libc::__errno_location() = error };
+}
+
+/// Does a system call, and leaves errno as it is.
+pub fn call(number: c_long, [a, b, c, d, e, f]: [usize; 6]) -> isize {
+    let kept = errno();
+    let result = real!(syscall(
+        number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize
+    ) -> c_long);
+    let result = if result == -1 { -errno() as isize } else { result as isize };
+    set_errno(kept);
+    result
 }
