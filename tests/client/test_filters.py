@@ -21,18 +21,6 @@ FILTERS = [
 ]
 
 
-@pytest.fixture
-def holds_static(build: Callable[..., Path]) -> Callable[..., None]:
-    """Runs a case of a program that is linked statically: by the loader."""
-
-    def run(program: str, case: str) -> None:
-        command = [*EXEC, "--", str(build(program, "-static")), case]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ)
-        assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
-
-    return run
-
-
 @pytest.mark.parametrize("case", FILTERS)
 def test_a_client_that_filters_its_calls_runs_guests(holds: Callable[..., None], case: str) -> None:
     holds("filters", case)

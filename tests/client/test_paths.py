@@ -47,6 +47,20 @@ def test_a_client_that_is_built_with_checks_of_its_calls(build: Callable[..., Pa
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "it_is_a_character_device",
+        "it_may_be_read_and_written",
+        "open_has_its_flags",
+        "other_words_for_its_path",
+        "wild_pointers",
+    ],
+)
+def test_a_static_client_finds_the_same_by_the_path(holds_static: Callable[..., None], case: str) -> None:
+    holds_static("paths", case)
+
+
 #: What the host may have in the place of /dev: made in a namespace of its own.
 HOSTS = {
     "none": "mount -t tmpfs none /dev",

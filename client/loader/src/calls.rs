@@ -11,7 +11,7 @@ use crate::donor::{self, Request};
 use crate::elf::HEAP;
 use crate::filter;
 use crate::handlers::{self, Action, OPEN};
-use crate::raw::{raw, syscall};
+use crate::raw::{call, raw, syscall};
 
 const KVM_RUN: usize = 0xAE80;
 
@@ -19,9 +19,8 @@ const KVM_RUN: usize = 0xAE80;
 static HEAP_START: AtomicUsize = AtomicUsize::new(0);
 static HEAP_END: AtomicUsize = AtomicUsize::new(0);
 
-fn is_device(path: usize) -> bool {
-    // SAFETY: a string of the program's; one that is not there is its own fault, and ends it.
-    path >= 4096 && unsafe { device::is_device(path as *const c_char) }
+fn is_device(directory: usize, path: usize) -> bool {
+    device::is_device(directory as c_int, path as *const c_char, call)
 }
 
 fn open_device(request: &Request, core: &'static Core) -> isize {
@@ -90,10 +89,18 @@ fn sigprocmask(mask: &mut u64, how: usize, new: *const u64, old: *mut u64, size:
     0
 }
 
-fn describe(stat: *mut libc::stat) -> isize {
-    // SAFETY: the program's structure.
-    unsafe { device::describe(stat) };
-    0
+/// Has the kernel describe the root, to find out whether there is room for it, and describes the device.
+fn describe<T>(number: i64, arguments: [usize; 6], into: usize, describe: unsafe fn(*mut T)) -> isize {
+    let result = call(number, arguments);
+    if result == 0 {
+        // SAFETY: the program's structure, which the kernel has just written.
+        unsafe { describe(into as *mut T) };
+    }
+    result
+}
+
+fn permission(mode: usize) -> isize {
+    -(device::permission(mode as c_int) as isize)
 }
 
 /// Handles one: its result goes to RAX.
@@ -109,6 +116,8 @@ pub fn handle(info: *mut siginfo_t, context: &mut ucontext_t) {
     let mask = unsafe { &mut *(&raw mut context.uc_sigmask).cast::<u64>() };
     // SAFETY: the program's own call, as it has made it.
     let as_it_is = || unsafe { syscall(number, arguments) };
+    const HERE: usize = libc::AT_FDCWD as usize;
+    let root = c"/".as_ptr() as usize;
     let result = match number {
         libc::SYS_ioctl if donor::is_child() => as_it_is(),
         libc::SYS_ioctl => {
@@ -118,14 +127,24 @@ pub fn handle(info: *mut siginfo_t, context: &mut ucontext_t) {
                 result => result,
             }
         }
-        libc::SYS_open if is_device(a) && !donor::is_child() => donor::request(open_device, [b, 0, 0], *mask),
-        libc::SYS_openat if is_device(b) && !donor::is_child() => {
+        libc::SYS_open if is_device(HERE, a) && !donor::is_child() => {
+            donor::request(open_device, [b, 0, 0], *mask)
+        }
+        libc::SYS_openat if is_device(a, b) && !donor::is_child() => {
             donor::request(open_device, [c, 0, 0], *mask)
         }
-        libc::SYS_access if is_device(a) => 0,
-        libc::SYS_faccessat if is_device(b) => 0,
-        libc::SYS_stat if is_device(a) => describe(b as *mut libc::stat),
-        libc::SYS_newfstatat if is_device(b) => describe(c as *mut libc::stat),
+        libc::SYS_access if is_device(HERE, a) => permission(b),
+        libc::SYS_faccessat if is_device(a, b) => permission(c),
+        libc::SYS_faccessat2 if d & !device::ACCESS_FLAGS == 0 && is_device(a, b) => permission(c),
+        libc::SYS_stat | libc::SYS_lstat if is_device(HERE, a) => {
+            describe(number, [root, b, 0, 0, 0, 0], b, device::describe)
+        }
+        libc::SYS_newfstatat if is_device(a, b) => {
+            describe(number, [a, root, c, d, 0, 0], c, device::describe)
+        }
+        libc::SYS_statx if is_device(a, b) => {
+            describe(number, [a, root, c, d, arguments[4], 0], arguments[4], device::describe_x)
+        }
         libc::SYS_brk => brk(a),
         libc::SYS_rt_sigaction => handlers::sigaction(a as c_int, b as *const Action, c as *mut Action, d),
         libc::SYS_rt_sigprocmask => sigprocmask(mask, a, b as *const u64, c as *mut u64, d),

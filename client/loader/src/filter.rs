@@ -13,7 +13,7 @@ use libc::{
 };
 use softkvm_client::seccomp;
 
-use crate::raw::syscall;
+use crate::raw::call;
 
 /// Where `struct seccomp_data` has the number, the address and the arguments.
 const NUMBER: u32 = 0;
@@ -21,16 +21,19 @@ const ADDRESS: u32 = 8;
 const ARGUMENTS: u32 = 16;
 
 /// Calls that come whatever their arguments are.
-const ALWAYS: [i64; 10] = [
+const ALWAYS: [i64; 13] = [
     libc::SYS_open,
     libc::SYS_openat,
     libc::SYS_access,
     libc::SYS_faccessat,
+    libc::SYS_faccessat2,
     libc::SYS_brk,
     libc::SYS_rt_sigaction,
     libc::SYS_seccomp,
     libc::SYS_exit_group,
     libc::SYS_stat,
+    libc::SYS_lstat,
+    libc::SYS_statx,
     libc::SYS_newfstatat,
 ];
 
@@ -128,11 +131,6 @@ pub fn install(code: &[Range<usize>]) -> io::Result<()> {
 
 /// Whether no_new_privs, where it is set, is the program's wish.
 static ASKED: AtomicBool = AtomicBool::new(true);
-
-fn call(number: c_long, arguments: [usize; 6]) -> isize {
-    // SAFETY: as the calls of who gives it; they change no memory but what is theirs.
-    unsafe { syscall(number, arguments) }
-}
 
 /// What the program gets for a system call about filters, or no_new_privs; None: the kernel's answer.
 pub fn answer(number: c_long, arguments: [usize; 3]) -> Option<isize> {

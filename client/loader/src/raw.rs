@@ -18,6 +18,12 @@ pub unsafe fn syscall(number: i64, arguments: [usize; 6]) -> isize {
     result
 }
 
+/// [`syscall`], for who knows what it does (`softkvm_client::kernel`).
+pub fn call(number: i64, arguments: [usize; 6]) -> isize {
+    // SAFETY: the caller's.
+    unsafe { syscall(number, arguments) }
+}
+
 macro_rules! raw {
     ($number:expr $(, $argument:expr)* $(,)?) => {{
         let given: &[usize] = &[$($argument as usize),*];

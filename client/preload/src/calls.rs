@@ -8,7 +8,7 @@ use softkvm_client::python::core;
 use softkvm_client::seccomp;
 
 use crate::real::{call, set_errno};
-use crate::{cpuid, descriptors, files, handlers, memory, paths, real, transfers};
+use crate::{cpuid, descriptors, files, handlers, memory, real, transfers};
 
 /// Does a call about filters; None: it is for the kernel. A process that has nothing to do with KVM, as a program that
 /// the client starts, filters its calls as it likes.
@@ -54,7 +54,7 @@ struct OpenHow {
 /// The flags of an openat2() of the device, None if it is not, or not simply, that.
 fn opened_by_how(directory: c_int, path: *const c_char, how: *const OpenHow, size: usize) -> Option<c_int> {
     if size != size_of::<OpenHow>()
-        || !paths::is_device(directory, path)
+        || !files::is_device(directory, path)
         || !are_readable(call, how as usize, size)
     {
         return None;

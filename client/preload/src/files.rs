@@ -6,14 +6,18 @@ use core::ffi::{c_char, c_int, c_uint};
 use core::mem::zeroed;
 use std::ffi::CStr;
 
-use softkvm_client::device::{BLOCK, MAJOR, MINOR, MODE};
+use softkvm_client::device::{self, BLOCK, DEVICE};
 use softkvm_client::{KIND_DEVICE, KIND_NONE};
 
 use crate::descriptors::kind;
 use crate::load;
-use crate::paths::{DEVICE, bytes_of, is_device};
 use crate::real;
-use crate::real::set_errno;
+use crate::real::{call, set_errno};
+
+/// Whether a path, relative to a directory, is the device's.
+pub fn is_device(directory: c_int, path: *const c_char) -> bool {
+    device::is_device(directory, path, call)
+}
 
 pub fn open_device(flags: c_int) -> c_int {
     let fd = load().map_or(-libc::ENOENT, |core| (core.open)(flags));
@@ -124,19 +128,17 @@ pub unsafe extern "C-unwind" fn faccessat(
     mode: c_int,
     flags: c_int,
 ) -> c_int {
-    const KNOWN: c_int = libc::AT_EACCESS | libc::AT_SYMLINK_NOFOLLOW | libc::AT_EMPTY_PATH;
-    if flags & !KNOWN == 0 && is_device(directory, path) {
+    if flags as usize & !device::ACCESS_FLAGS == 0 && is_device(directory, path) {
         return permission(mode);
     }
     real!(faccessat(directory: c_int, path: *const c_char, mode: c_int, flags: c_int) -> c_int)
 }
 
 fn permission(mode: c_int) -> c_int {
-    let error = match mode {
-        _ if mode & !(libc::R_OK | libc::W_OK | libc::X_OK) != 0 => libc::EINVAL,
-        _ if mode & libc::X_OK != 0 => libc::EACCES,
-        _ => return 0,
-    };
+    let error = device::permission(mode);
+    if error == 0 {
+        return 0;
+    }
     set_errno(error);
     -1
 }
@@ -167,25 +169,39 @@ pub unsafe extern "C-unwind" fn realpath(path: *const c_char, room: *mut c_char)
 
 /// Whether a call with a path and a descriptor is about the descriptor.
 fn is_own(path: *const c_char, flags: c_int) -> bool {
-    flags & libc::AT_EMPTY_PATH != 0 && (path.is_null() || bytes_of(path).is_some_and(<[u8]>::is_empty))
+    flags & libc::AT_EMPTY_PATH != 0
+        && (path.is_null() || device::path(path, call).is_some_and(<[u8]>::is_empty))
 }
 
-/// Describes a file of the KVM's: what is not said is as the structure has it.
+/// Describes a file of the KVM's. One that is anonymous is of no type.
 fn describe(kind: c_int, stat: *mut libc::stat) {
     // SAFETY: the caller's structure, which the C library has filled in; all of its fields may be zero.
     unsafe {
+        if kind == KIND_DEVICE {
+            return device::describe(stat);
+        }
         let (device, inode) = ((*stat).st_dev, (*stat).st_ino);
         *stat = zeroed();
+        (*stat).st_dev = device;
+        (*stat).st_ino = inode;
+        (*stat).st_mode = 0o600;
         (*stat).st_nlink = 1;
         (*stat).st_blksize = BLOCK.into();
-        if kind == KIND_DEVICE {
-            (*stat).st_mode = MODE;
-            (*stat).st_rdev = libc::makedev(MAJOR, MINOR);
-        } else {
-            // An anonymous file is of no type.
-            (*stat).st_mode = 0o600;
-            (*stat).st_dev = device;
-            (*stat).st_ino = inode;
+    }
+}
+
+fn describe_x(kind: c_int, statx: *mut libc::statx) {
+    // SAFETY: as above.
+    unsafe {
+        let before = *statx;
+        device::describe_x(statx);
+        if kind != KIND_DEVICE {
+            (*statx).stx_dev_major = before.stx_dev_major;
+            (*statx).stx_dev_minor = before.stx_dev_minor;
+            (*statx).stx_ino = before.stx_ino;
+            (*statx).stx_mode = 0o600;
+            (*statx).stx_rdev_major = 0;
+            (*statx).stx_rdev_minor = 0;
         }
     }
 }
@@ -268,26 +284,8 @@ pub unsafe extern "C-unwind" fn statx(
     let result = real!(statx(
         directory: c_int, path: *const c_char, flags: c_int, mask: c_uint, statx: *mut libc::statx
     ) -> c_int);
-    if kind == KIND_NONE || result != 0 {
-        return result;
+    if kind != KIND_NONE && result == 0 {
+        describe_x(kind, statx);
     }
-    // SAFETY: the caller's structure, which the C library has filled in; all of its fields may be zero.
-    unsafe {
-        let before = *statx;
-        *statx = zeroed();
-        (*statx).stx_mask = before.stx_mask & libc::STATX_BASIC_STATS;
-        (*statx).stx_nlink = 1;
-        (*statx).stx_blksize = BLOCK;
-        if kind == KIND_DEVICE {
-            (*statx).stx_mode = MODE as u16;
-            (*statx).stx_rdev_major = MAJOR;
-            (*statx).stx_rdev_minor = MINOR;
-        } else {
-            (*statx).stx_mode = 0o600;
-            (*statx).stx_ino = before.stx_ino;
-            (*statx).stx_dev_major = before.stx_dev_major;
-            (*statx).stx_dev_minor = before.stx_dev_minor;
-        }
-    }
-    0
+    result
 }

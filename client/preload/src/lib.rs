@@ -16,7 +16,6 @@ mod descriptors;
 mod files;
 mod handlers;
 mod memory;
-mod paths;
 mod real;
 mod transfers;
 
