@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from softkvm.client.launch import is_dynamic_go, is_static
-
 EXEC = (sys.executable, "-m", "softkvm.cli.main", "exec")
 OPENS = (sys.executable, "-c", "import os; os.open('/dev/kvm', os.O_RDWR)")
 
@@ -65,19 +63,3 @@ def test_an_exception_of_ours_in_a_request_is_one_line_and_eio(tmp_path: Path) -
     lines = done.stderr.splitlines()
     assert lines[0].startswith("softkvm: ") and "division by zero" in lines[0]
     assert "OSError: [Errno 5]" in lines[-1]
-
-
-def test_kinds_of_programs(tmp_path: Path) -> None:
-    script = tmp_path / "script"
-    script.write_text("#!/bin/sh\n")
-    empty = tmp_path / "empty"
-    empty.touch()
-    go = tmp_path / "go"
-    go.write_bytes(b"\x7fELF\x02" + bytes(60) + b"\x04\0\0\0Go\0\0/dev/kvm\0")
-    assert [is_dynamic_go(str(path)) for path in (script, empty, go, Path(sys.executable))] == [
-        False,
-        False,
-        True,
-        False,
-    ]
-    assert [is_static(str(path)) for path in (script, empty, Path(sys.executable).resolve())] == [False] * 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.support.clients import TIMEOUT_S, run_client
 
-from softkvm.client.launch import is_static
+from softkvm.client.program import is_static
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 RUSTC = ("rustc", "--edition", "2021")

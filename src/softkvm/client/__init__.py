@@ -3,6 +3,7 @@
 
 =================================  ====================================================================================
 :mod:`~softkvm.client.launch`      starts a client with the preloaded library, in the launcher's process
+:mod:`~softkvm.client.program`     what a file is that is to be executed, and what keeps KVM out of it
 ``client/preload`` (Rust)          stands before the C library's functions in the client
 :mod:`~softkvm.client.settings`    what the command line asked for, on its way to the client
 :mod:`~softkvm.client.world`       what the interpreter in the client's process begins with

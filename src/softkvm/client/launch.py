@@ -4,24 +4,19 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import shutil
-import struct
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from softkvm.client import program
 from softkvm.client.settings import Settings
 
 PRELOAD = Path(__file__).parent / "libsoftkvm_preload.so"
 LOADER = Path(__file__).parent / "softkvm-load"
-
-_PT_INTERP = 3
-#: The head of a note of Go's linker with the build's identification (its section is ``.note.go.buildid``).
-_GO_NOTE = struct.pack("<I", 4) + b"Go\0\0"
 
 
 class LaunchError(Exception):
@@ -78,27 +73,6 @@ def environment(before: Mapping[str, str], settings: Settings) -> dict[str, str]
     }
 
 
-def is_static(path: str) -> bool:
-    """Tell whether a file is a program that no dynamic linker loads: one without PT_INTERP."""
-    with open(path, "rb") as file:
-        header = file.read(64)
-        if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-            return False
-        (offset,) = struct.unpack_from("<Q", header, 32)
-        size, count = struct.unpack_from("<HH", header, 54)
-        file.seek(offset)
-        table = file.read(size * count)
-    return all(struct.unpack_from("<I", table, n)[0] != _PT_INTERP for n in range(0, len(table) - 3, size))
-
-
-def is_dynamic_go(path: str) -> bool:
-    """Tell whether a dynamically linked program is a KVM client in Go, which makes its system calls itself."""
-    if not os.path.getsize(path):
-        return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
-        return contents[:4] == b"\x7fELF" and contents.find(_GO_NOTE) >= 0 and contents.find(b"/dev/kvm") >= 0
-
-
 class Client(NamedTuple):
     """A client that is to be started: as ``execve()`` takes it."""
 
@@ -110,21 +84,25 @@ class Client(NamedTuple):
 def prepare(command: Sequence[str], settings: Settings) -> Client:
     """Return how a client is started; LaunchError, or FileNotFoundError, if it cannot be."""
     variables = environment(os.environ, settings)
-    program = shutil.which(command[0])
-    if program is None:
+    path = shutil.which(command[0])
+    if path is None:
         # What is there but may not be executed, execve() has the right word for.
         if os.sep not in command[0] or not os.path.exists(command[0]):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
         return Client(command[0], list(command), variables)
-    if not is_static(program):
-        if is_dynamic_go(program):
-            why = "a dynamically linked Go program makes its system calls itself"
-            raise LaunchError(f"{command[0]}: {why}; build it with CGO_ENABLED=0")
-        return Client(program, list(command), variables)
+    found = program.resolve(path, list(command))
+    why = program.obstacle(found)
+    if why:
+        raise LaunchError(f"{command[0]}: {why}")
+    if found.program.interpreter and not os.path.exists(found.program.interpreter):
+        interpreter = f"{os.strerror(errno.ENOENT)}: its interpreter {found.program.interpreter}"
+        raise FileNotFoundError(errno.ENOENT, interpreter, command[0])
+    if not found.program.is_static:
+        return Client(path, list(command), variables)
     if not LOADER.exists():
         raise LaunchError(f"{LOADER.name} is not built")
     preload = variables.pop("LD_PRELOAD")
-    arguments = [LOADER.name, program, *command[1:]]
+    arguments = [LOADER.name, found.path, *found.arguments[1:]]
     return Client(str(LOADER), arguments, {**variables, "SOFTKVM_PRELOAD": preload})
 
 

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``softkvm exec`` makes of the file that it is given: how it is run, or the one line that says why not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.support.clients import EXEC, TIMEOUT_S, Completed, run_client
+
+from softkvm.client import launch, program
+
+
+def run(*command: str | Path, under: tuple[str, ...] = ()) -> Completed:
+    """Run a command under ``softkvm exec``."""
+    return subprocess.run(
+        [*under, *EXEC, "--", *command], check=False, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def assert_line(done: Completed, status: int, words: str) -> None:
+    """Make sure that it has ended with one line of ours."""
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith("softkvm: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def executable(path: Path, contents: bytes) -> Path:
+    """Make a file that may be executed."""
+    path.write_bytes(contents)
+    path.chmod(0o755)
+    return path
+
+
+def changed(binary: Path, to: Path, offset: int, value: bytes) -> Path:
+    """Make a copy of a program in which some bytes differ."""
+    contents = binary.read_bytes()
+    return executable(to, contents[:offset] + value + contents[offset + len(value) :])
+
+
+#: By name: contents, exit status as a shell's, and what is said.
+FILES = {
+    "no program": (b"neither one nor the other", 126, "Exec format error"),
+    "an empty file": (b"", 126, "Exec format error"),
+    "the beginning of a program": (Path(sys.executable).read_bytes()[:300], 126, ""),
+    "a script whose interpreter is not there": (b"#!/nonexistent/sh\n", 127, "its interpreter /nonexistent/sh"),
+    "a script without an interpreter": (b"#!\n", 126, "Exec format error"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_cannot_be_executed(tmp_path: Path, name: str) -> None:
+    contents, status, words = FILES[name]
+    assert_line(run(executable(tmp_path / "client", contents)), status, words)
+
+
+def test_what_is_no_plain_file(tmp_path: Path) -> None:
+    assert_line(run(tmp_path), 126, "Permission denied")
+    os.mkfifo(tmp_path / "fifo", 0o755)
+    assert_line(run(tmp_path / "fifo"), 126, "Permission denied")
+    (tmp_path / "plain").touch(0o644)
+    assert_line(run(tmp_path / "plain"), 126, "Permission denied")
+    assert_line(run(tmp_path / "plain" / "within"), 127, "")
+    assert_line(run("a-command-that-nobody-has"), 127, "No such file or directory")
+
+
+@pytest.mark.parametrize("options", [(), ("-static",)])
+def test_programs_of_other_machines(build: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]) -> None:
+    binary = build("environments", *options)
+    assert_line(run(changed(binary, tmp_path / "arm", 18, b"\xb7")), 126, "")
+    assert_line(run(changed(binary, tmp_path / "x32", 4, b"\x01")), 1, "32-bit")
+
+
+def test_a_program_whose_dynamic_linker_is_not_there(build: Callable[..., Path], tmp_path: Path) -> None:
+    binary = build("environments")
+    linker = program.read(str(binary)).interpreter
+    at = binary.read_bytes().index(linker.encode())
+    other = "/nonexistent/ld.so"[: len(linker)].encode().ljust(len(linker), b"\0")
+    assert_line(run(changed(binary, tmp_path / "client", at, other)), 127, "its interpreter /nonexistent")
+    musl = b"/lib/ld-musl-x.so.1".ljust(len(linker), b"\0")
+    assert_line(run(changed(binary, tmp_path / "musl", at, musl)), 1, "musl")
+
+
+@pytest.mark.parametrize("options", [(), ("-static",)])
+def test_a_program_with_rights_of_its_own(build: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]) -> None:
+    if os.geteuid() or not shutil.which("setpriv"):
+        pytest.skip("only root can make one")
+    client = tmp_path / "client"
+    shutil.copy(build("environments", *options), client)
+    os.chown(client, 65534, 65534)
+    for mode, words in ((0o4755, "set-user-ID"), (0o2755, "set-group-ID")):
+        client.chmod(mode)
+        if os.statvfs(client).f_flag & os.ST_NOSUID:
+            pytest.skip("it has none on this file system")
+        assert_line(run(client, "works"), 1, words)
+        done = run(client, "works", under=("setpriv", "--no-new-privs"))
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("options", [(), ("-static",)])
+def test_scripts_are_run_by_their_interpreters(
+    build: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    binary = build("environments", *options)
+    (tmp_path / "client").symlink_to(binary)
+    script = executable(tmp_path / "script", f"#! {tmp_path}/client works \n".encode())
+    other = executable(tmp_path / "other", f"#!{script}\n".encode())
+    for file in (script, other):
+        done = run_client([file, "and", "arguments"], tmp_path / "stats", "KVM_RUN")
+        assert (done.returncode, done.stderr) == (0, "")
+    shell = executable(
+        tmp_path / "shell", f'#!/bin/sh\n[ "$*" = "a b" ] && exec {build("environments")} works\n'.encode()
+    )
+    done = run_client([shell, "a", "b"], tmp_path / "stats", "KVM_RUN")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_scripts_lead_to_their_interpreters_with_arguments(tmp_path: Path) -> None:
+    one = executable(tmp_path / "one", b"#!/bin/sh -e -u \n")
+    two = executable(tmp_path / "two", f"#!{one} x\n".encode())
+    found = program.resolve(str(two), ["two", "a", "b"])
+    assert found.path == "/bin/sh"
+    assert found.arguments == ["/bin/sh", "-e -u", str(one), "x", str(two), "a", "b"]
+    assert program.resolve(sys.executable, ["python"]).arguments == ["python"]
+
+
+def test_kinds_of_programs(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    empty = tmp_path / "empty"
+    empty.touch()
+    go = tmp_path / "go"
+    go.write_bytes(b"\x7fELF\x02" + bytes(60) + b"\x04\0\0\0Go\0\0/dev/kvm\0")
+    found = [program.is_dynamic_go(str(path)) for path in (script, empty, go, Path(sys.executable))]
+    assert found == [False, False, True, False]
+    assert [program.is_static(str(path)) for path in (script, empty, Path(sys.executable).resolve())] == [False] * 3
+
+
+OTHER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdarg.h>
+#include <time.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    (void)clock;
+    now->tv_sec = 1;
+    now->tv_nsec = 0;
+    return 0;
+}
+int open(const char *path, int flags, ...) {
+    va_list arguments;
+    va_start(arguments, flags);
+    int mode = va_arg(arguments, int);
+    va_end(arguments);
+    int (*next)(const char *, int, int) = (int (*)(const char *, int, int))dlsym(RTLD_NEXT, "open");
+    return next(path, flags, mode);
+}
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_another_preloaded_library_stands_where_it_likes(
+    build: Callable[..., Path], tmp_path: Path, order: str
+) -> None:
+    library = tmp_path / "other.so"
+    compiler: list[str | Path] = ["cc", "-shared", "-fPIC", "-x", "c", "-o", library, "-"]
+    subprocess.run(compiler, check=True, input=OTHER, text=True, timeout=TIMEOUT_S)
+    client: list[str | Path] = [build("environments"), "works"]
+    if order == "behind":
+        done = run_client(client, tmp_path / "stats", "KVM_RUN", env={**os.environ, "LD_PRELOAD": str(library)})
+    else:
+        shell: list[str | Path] = ["sh", "-c", f'LD_PRELOAD="{library} $LD_PRELOAD" exec "$@"', "sh", *client]
+        done = run_client(shell, tmp_path / "stats", "KVM_RUN")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_python_without_its_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(launch.LaunchError, match=r"this Python has no libpython3\.\d+\.so to load into a client"):
+        launch.python_library()
