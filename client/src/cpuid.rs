@@ -9,7 +9,7 @@
 
 use core::ffi::c_void;
 use core::ops::Range;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::arch::x86_64::__cpuid_count;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
@@ -158,7 +158,8 @@ impl Module<'_> {
         }
     }
 
-    /// Replaces it, wherever it is in the module's code; nobody may run there yet. What cannot be made writable stays.
+    /// Replaces it, wherever it is in the module's code, and SIGILL is handled if anybody runs there. What cannot be made
+    /// writable stays.
     pub fn replace(&self) {
         for (code, flags) in self.segments(libc::PF_X, libc::PF_X) {
             let mut from = 0;
@@ -220,16 +221,17 @@ fn put(address: usize, stays_writable: bool) {
     }
     let page = address & !(PAGE - 1);
     let size = (address + SIZE).next_multiple_of(PAGE) - page;
-    // SAFETY: code of the process's own, before any of it runs; it stays executable.
+    // SAFETY: code of the process's own, which stays executable.
     unsafe {
         let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         if libc::mprotect(page as *mut c_void, size, all) == 0 {
-            (address as *mut [u8; 2]).write_unaligned(UD2);
+            SITES[number].store(address, Ordering::Relaxed);
+            REPLACED.store(number + 1, Ordering::Release);
+            // Their first bytes are the same, so whoever is about to execute it finds either.
+            (*((address + 1) as *const AtomicU8)).store(UD2[1], Ordering::Release);
             if !stays_writable {
                 libc::mprotect(page as *mut c_void, size, libc::PROT_READ | libc::PROT_EXEC);
             }
-            SITES[number].store(address, Ordering::Relaxed);
-            REPLACED.store(number + 1, Ordering::Release);
         }
     }
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.client.conftest import EXEC, TIMEOUT_S
+from tests.support.clients import EXEC, TIMEOUT_S, Completed
 
 CASES = ["is_the_one_of_kvm", "illegal_instructions_are_the_clients", "instructions_that_it_names_can_be_executed"]
 
@@ -20,6 +20,15 @@ LINKED = {"static": ("-static",), "static-pie": ("-static-pie", "-fPIE"), "strip
 @pytest.mark.parametrize("case", CASES)
 def test_cpuid_of_a_dynamic_client(case: str, holds: Callable[..., None]) -> None:
     holds("cpuid", case)
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_cpuid_of_a_client_that_is_a_library(
+    case: str, build: Callable[..., Path], client: Callable[..., Completed]
+) -> None:
+    library = build("cpuid", "-shared", "-fPIC", "-Dmain=client")
+    done = client("library", str(library), case)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
 @pytest.mark.parametrize("linked", LINKED)

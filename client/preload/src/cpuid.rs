@@ -1,19 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-//! CPUID, where the client itself executes it: replaced when the process begins, and answered as SIGILL's handler.
+//! CPUID, where the client itself executes it: replaced, and answered as SIGILL's handler.
+//!
+//! In the program that is done when the process begins, as it may ask before it opens `/dev/kvm`; in libraries, libkrun for
+//! one, when it opens that first. A program that has nothing to do with KVM, and large libraries, does not wait for it.
 
 use core::ffi::{c_int, c_void};
-use core::ptr::{null, null_mut};
+use core::ptr::null_mut;
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::cell::UnsafeCell;
+use std::ffi::CStr;
 use std::mem::{MaybeUninit, zeroed};
+use std::sync::Once;
 
-use softkvm_client::cpuid::{self, Module, is_replaced, replaced};
+use softkvm_client::cpuid::{self, Module, is_replaced};
 
 use crate::handlers::real_sigaction;
 use crate::load;
 
 /// Whether a part of the process has `/dev/kvm` in its constants.
 static IS_CLIENT: AtomicBool = AtomicBool::new(false);
+/// Whether SIGILL is ours.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 // ---- what the client has for SIGILL ----------------------------------------------------------------------------------
 
@@ -25,7 +32,7 @@ static CLIENT: ClientAction = ClientAction(UnsafeCell::new(unsafe { zeroed() }))
 
 /// Does sigaction() for SIGILL, behind our handler; None: that is not there.
 pub fn client_action(new: *const libc::sigaction, old: *mut libc::sigaction) -> Option<c_int> {
-    if replaced() == 0 {
+    if !INSTALLED.load(Ordering::Acquire) {
         return None;
     }
     // SAFETY: the caller's structures, or null.
@@ -92,22 +99,51 @@ fn install() {
         let mut before = MaybeUninit::uninit();
         if real_sigaction(libc::SIGILL, &action, before.as_mut_ptr()) == 0 {
             *CLIENT.0.get() = before.assume_init();
+            INSTALLED.store(true, Ordering::Release);
         }
     }
 }
 
-unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _: usize, _: *mut c_void) -> c_int {
+/// The extension module, which a client in Python may have loaded: its CPUID is the host's.
+const EXTENSION: &[u8] = b"/_softcpu.";
+
+/// Looks at a part of the process, if it is wanted.
+unsafe fn look(info: *mut libc::dl_phdr_info, is_wanted: impl Fn(&Module) -> bool) {
     // SAFETY: the linker's description of a part that is mapped.
-    let module = unsafe {
-        Module {
+    let (module, name) = unsafe {
+        let module = Module {
             base: (*info).dlpi_addr as usize,
             headers: core::slice::from_raw_parts((*info).dlpi_phdr, (*info).dlpi_phnum as usize),
             functions: Vec::new(),
-        }
+        };
+        (module, CStr::from_ptr((*info).dlpi_name).to_bytes())
     };
-    if !module.has_code(look as *const () as usize) && module.is_client() {
+    let is_extension = name.windows(EXTENSION.len()).any(|part| part == EXTENSION);
+    if !is_extension && is_wanted(&module) && module.is_client() {
         IS_CLIENT.store(true, Ordering::Relaxed);
+        if !INSTALLED.load(Ordering::Acquire) {
+            install();
+        }
         module.replace();
+    }
+}
+
+unsafe extern "C" fn look_at_program(info: *mut libc::dl_phdr_info, _: usize, _: *mut c_void) -> c_int {
+    // SAFETY: the linker calls with a description; the first is the program's.
+    unsafe { look(info, |_| true) };
+    1
+}
+
+unsafe extern "C" fn look_at_library(
+    info: *mut libc::dl_phdr_info,
+    _: usize,
+    is_behind_program: *mut c_void,
+) -> c_int {
+    // SAFETY: the linker calls with a description, and with what was given to it.
+    unsafe {
+        if core::mem::replace(&mut *is_behind_program.cast::<bool>(), true) {
+            look(info, |module| !module.has_code(look_at_library as *const () as usize));
+        }
     }
     0
 }
@@ -118,11 +154,18 @@ pub fn is_client() -> bool {
 }
 
 extern "C" fn at_start() {
-    // SAFETY: calls `look` for every part of the process.
-    unsafe { libc::dl_iterate_phdr(Some(look), null::<c_void>().cast_mut()) };
-    if replaced() != 0 {
-        install();
-    }
+    // SAFETY: calls `look_at_program` once.
+    unsafe { libc::dl_iterate_phdr(Some(look_at_program), null_mut()) };
+}
+
+/// The process is about to use KVM: looks at its libraries, once.
+pub fn at_open() {
+    static DONE: Once = Once::new();
+    DONE.call_once(|| {
+        let mut is_behind_program = false;
+        // SAFETY: calls `look_at_library` for every part of the process.
+        unsafe { libc::dl_iterate_phdr(Some(look_at_library), (&raw mut is_behind_program).cast()) };
+    });
 }
 
 #[used]

@@ -23,6 +23,7 @@ use softkvm_client::{Client, Core, python};
 
 /// The KVM, loaded if it is not.
 fn load() -> Option<&'static Core> {
+    cpuid::at_open();
     python::load(|core| {
         (core.start)(&Client {
             mark: descriptors::mark,
