@@ -11,6 +11,7 @@ use core::ffi::c_void;
 use core::ops::Range;
 use core::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
@@ -32,18 +33,42 @@ const INSTRUCTIONS: [(u32, u32, [u32; 4]); 4] = [
     (0x8000_0001, 0, [0, 0, 0x4020_0961, 0x0000_0000]),
 ];
 
-/// What the host's processor answers.
-pub fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
-    let host = __cpuid_count(leaf, subleaf);
-    [host.eax, host.ebx, host.ecx, host.edx]
+/// A leaf, a subleaf unless all are alike, and EAX, EBX, ECX and EDX. What is not among the rows is zero.
+type Row = (u32, Option<u32>, [u32; 4]);
+
+/// What the processor that KVM runs on answers, which `softkvm exec` tells in the environment: who only asks does not
+/// wait for Python.
+static SILICON: OnceLock<Option<Vec<Row>>> = OnceLock::new();
+
+/// `LEAF.SUBLEAF:EAX,EBX,ECX,EDX` in hexadecimal, with `*` for any subleaf.
+fn row(text: &str) -> Option<Row> {
+    let number = |digits| u32::from_str_radix(digits, 16).ok();
+    let (place, values) = text.split_once(':')?;
+    let (leaf, subleaf) = place.split_once('.')?;
+    let values: Vec<u32> = values.split(',').map(number).collect::<Option<_>>()?;
+    let subleaf = if subleaf == "*" { None } else { Some(number(subleaf)?) };
+    Some((number(leaf)?, subleaf, values.try_into().ok()?))
 }
 
-/// What the client gets where KVM's processor answers `values`.
-pub fn limited(leaf: u32, subleaf: u32, mut values: [u32; 4]) -> [u32; 4] {
+/// Reads what the processor answers; before that, and where nobody tells, it is what the host's does.
+fn learn() {
+    SILICON.get_or_init(|| std::env::var("SOFTKVM_CPUID").ok()?.split_whitespace().map(row).collect());
+}
+
+/// What the client gets; takes no locks.
+pub fn answer(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let host = __cpuid_count(leaf, subleaf);
+    let host = [host.eax, host.ebx, host.ecx, host.edx];
+    let Some(Some(rows)) = SILICON.get() else { return host };
+    let row = rows.iter().find(|(l, s, _)| *l == leaf && s.is_none_or(|s| s == subleaf));
+    limited(leaf, subleaf, row.map_or([0; 4], |row| row.2), host)
+}
+
+fn limited(leaf: u32, subleaf: u32, mut values: [u32; 4], host: [u32; 4]) -> [u32; 4] {
     if let Some((_, _, masks)) =
         INSTRUCTIONS.iter().find(|(l, s, _)| *l == leaf && (*s == subleaf || leaf != 7))
     {
-        for ((value, host), mask) in values.iter_mut().zip(host(leaf, subleaf)).zip(masks) {
+        for ((value, host), mask) in values.iter_mut().zip(host).zip(masks) {
             *value &= host | !mask;
         }
     }
@@ -161,6 +186,7 @@ impl Module<'_> {
     /// Replaces it, wherever it is in the module's code, and SIGILL is handled if anybody runs there. What cannot be made
     /// writable stays.
     pub fn replace(&self) {
+        learn();
         for (code, flags) in self.segments(libc::PF_X, libc::PF_X) {
             let mut from = 0;
             while let Some(found) = find(&code[from..], &CPUID) {
@@ -238,7 +264,19 @@ fn put(address: usize, stays_writable: bool) {
 
 #[cfg(test)]
 mod tests {
-    use super::{APPROACH, is_agreed};
+    use super::{APPROACH, is_agreed, row};
+
+    #[test]
+    fn a_row_is_what_softkvm_exec_writes() {
+        assert_eq!(
+            row("80000001.*:830f10,0,1,ffffffff"),
+            Some((0x8000_0001, None, [0x83_0F10, 0, 1, u32::MAX]))
+        );
+        assert_eq!(row("d.9:8,a80,0,0"), Some((0xD, Some(9), [8, 0xA80, 0, 0])));
+        for broken in ["", "1:2,3,4,5", "1.0:2,3,4", "1.0:2,3,4,5,6", "1.x:2,3,4,5", "1.0:2,3,4,100000000"] {
+            assert_eq!(row(broken), None, "{broken}");
+        }
+    }
 
     /// Code as compilers make it: mov eax, N; xor ecx, ecx; push rbx; …
     fn code_before() -> Vec<u8> {

@@ -77,8 +77,6 @@ pub struct Core {
     /// The next KVM_RUN of this thread has these signals blocked, unless KVM_SET_SIGNAL_MASK has said which: the thread
     /// has blocked all.
     pub block_in_run: extern "C-unwind" fn(mask: u64),
-    /// What the processor that KVM runs on answers to CPUID: EAX, EBX, ECX, EDX.
-    pub cpuid: extern "C-unwind" fn(leaf: u32, subleaf: u32, values: &mut [u32; 4]),
     /// The process is about to end.
     pub at_exit: extern "C-unwind" fn(),
     /// The client's side is ready.

@@ -9,10 +9,10 @@ use core::mem::zeroed;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use libc::{siginfo_t, ucontext_t};
-use softkvm_client::{Core, cpuid, python};
+use softkvm_client::{cpuid, python};
 
 use crate::calls;
-use crate::donor::{self, Request};
+use crate::donor;
 use crate::raw::{getpid, gettid, raw};
 
 const END: usize = 65;
@@ -168,14 +168,6 @@ extern "C" fn on_fault(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     call(signal, action.handler, info, context);
 }
 
-fn answer_cpuid(request: &Request, core: &'static Core) -> isize {
-    let [leaf, subleaf, values] = request.arguments;
-    // SAFETY: of `on_illegal`, which waits.
-    let values = unsafe { &mut *(values as *mut [u32; 4]) };
-    (core.cpuid)(leaf as u32, subleaf as u32, values);
-    0
-}
-
 /// An instruction that is none, or that was CPUID.
 extern "C" fn on_illegal(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     use libc::{REG_RAX, REG_RBX, REG_RCX, REG_RDX, REG_RIP};
@@ -186,16 +178,9 @@ extern "C" fn on_illegal(signal: c_int, info: *mut siginfo_t, context: *mut c_vo
         return on_fault(signal, info, context);
     }
     let (leaf, subleaf) = (registers[REG_RAX as usize] as u32, registers[REG_RCX as usize] as u32);
-    // SAFETY: the kernel's sigset_t is 8 bytes.
-    let mask = unsafe { *(&raw const state.uc_sigmask).cast::<u64>() };
-    let mut values = [0u32; 4];
-    let arguments = [leaf as usize, subleaf as usize, &raw mut values as usize];
-    values = if !donor::is_child() && donor::request(answer_cpuid, arguments, mask) == 0 {
-        cpuid::limited(leaf, subleaf, values)
-    } else {
-        cpuid::host(leaf, subleaf)
-    };
-    for (register, value) in [REG_RAX, REG_RBX, REG_RCX, REG_RDX].into_iter().zip(values) {
+    for (register, value) in
+        [REG_RAX, REG_RBX, REG_RCX, REG_RDX].into_iter().zip(cpuid::answer(leaf, subleaf))
+    {
         registers[register as usize] = i64::from(value);
     }
     registers[REG_RIP as usize] += cpuid::SIZE as i64;

@@ -15,7 +15,6 @@ use std::sync::Once;
 use softkvm_client::cpuid::{self, Module, is_replaced};
 
 use crate::handlers::real_sigaction;
-use crate::load;
 
 /// Whether a part of the process has `/dev/kvm` in its constants.
 static IS_CLIENT: AtomicBool = AtomicBool::new(false);
@@ -57,7 +56,7 @@ extern "C-unwind" fn on_illegal(signal: c_int, info: *mut libc::siginfo_t, conte
             let subleaf = registers[libc::REG_RCX as usize] as u32;
             for (register, value) in [libc::REG_RAX, libc::REG_RBX, libc::REG_RCX, libc::REG_RDX]
                 .into_iter()
-                .zip(answer(leaf, subleaf))
+                .zip(cpuid::answer(leaf, subleaf))
             {
                 registers[register as usize] = i64::from(value);
             }
@@ -79,13 +78,6 @@ extern "C-unwind" fn on_illegal(signal: c_int, info: *mut libc::siginfo_t, conte
             handler => core::mem::transmute::<usize, extern "C-unwind" fn(c_int)>(handler)(signal),
         }
     }
-}
-
-fn answer(leaf: u32, subleaf: u32) -> [u32; 4] {
-    let Some(core) = load() else { return cpuid::host(leaf, subleaf) };
-    let mut values = [0; 4];
-    (core.cpuid)(leaf, subleaf, &mut values);
-    cpuid::limited(leaf, subleaf, values)
 }
 
 // ---- when the process begins -----------------------------------------------------------------------------------------

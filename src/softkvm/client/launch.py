@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from softkvm import _softcpu
 from softkvm.client import program
 from softkvm.client.settings import Settings
 
@@ -58,6 +59,19 @@ except BaseException as error:
 """
 
 
+def cpuid_table() -> str:
+    """Return what the silicon answers to CPUID: a row per leaf and subleaf, ``*`` where all subleaves are alike."""
+    rows = []
+    for first in (0, 0x8000_0000):
+        for leaf in range(first, _softcpu.cpuid(first, 0)[0] + 1):
+            answers = [_softcpu.cpuid(leaf, subleaf) for subleaf in range(64)]
+            alike = len(set(answers)) == 1
+            for subleaf, values in enumerate(answers[:1] if alike else answers):
+                if any(values):
+                    rows.append(f"{leaf:x}.{'*' if alike else f'{subleaf:x}'}:{','.join(f'{v:x}' for v in values)}")
+    return " ".join(rows)
+
+
 def environment(before: Mapping[str, str], settings: Settings) -> dict[str, str]:
     """Return the environment of a client that is to be started with ``before``."""
     if not PRELOAD.exists():
@@ -70,6 +84,7 @@ def environment(before: Mapping[str, str], settings: Settings) -> dict[str, str]
         "SOFTKVM_LIBPYTHON": str(python_library()),
         "SOFTKVM_PYTHON": sys.executable,
         "SOFTKVM_WORLD": world_script(path, settings),
+        "SOFTKVM_CPUID": cpuid_table(),
     }
 
 

@@ -47,7 +47,6 @@ static CORE: Core = Core {
     cancelled: threads::cancelled,
     put_off,
     block_in_run,
-    cpuid,
     at_exit,
     start: files::start,
     client_is_python: threads::client_is_python,
@@ -215,10 +214,6 @@ extern "C-unwind" fn put_off(signal: c_int, info: *mut c_void, context: *mut c_v
 
 extern "C-unwind" fn block_in_run(mask: u64) {
     signals::block_in_run(mask);
-}
-
-extern "C-unwind" fn cpuid(leaf: u32, subleaf: u32, values: &mut [u32; 4]) {
-    *values = softcpu::x86::system::cpuid::cpuid(leaf, subleaf);
 }
 
 extern "C-unwind" fn at_exit() {
