@@ -66,12 +66,30 @@ def of_the_api() -> Figures:
 
 def of_a_client(program: Path) -> Figures:
     """What the client's requests take, nanoseconds. Raises BenchmarkError if it does not end well."""
-    command = [sys.executable, "-m", "softkvm.cli.main", "exec", "--", str(program)]
+    command = [*common.COMMAND, "exec", "--", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         raise common.BenchmarkError(f"{program.name} ended with status {done.returncode}:\n{done.stderr}")
     rows = (line.split() for line in done.stdout.splitlines())
     return {name: float(ns) for name, ns in rows}
+
+
+def start_up(program: Path, runs: int) -> dict[str, float]:
+    """What it takes to start: nothing, a program without KVM, and one that opens it; milliseconds."""
+    under = [*common.COMMAND, "exec", "--"]
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "softkvm exec -- true": [*under, "true"],
+        "softkvm exec, a client that opens /dev/kvm": [*under, str(program), "open"],
+    }
+    times: dict[str, list[float]] = {what: [] for what in commands}
+    for _ in range(runs):
+        for what, command in commands.items():
+            start = time.perf_counter()
+            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+                raise common.BenchmarkError(f"{what} failed")
+            times[what].append((time.perf_counter() - start) * 1e3)
+    return {what: common.median(values) for what, values in times.items()}
 
 
 def build(directory: Path, side: str) -> Path:
@@ -100,10 +118,12 @@ def measure() -> None:
             {_API: of_the_api(), **{side: of_a_client(program) for side, program in programs.items()}}
             for _ in range(args.runs)
         ]
+        starts = start_up(programs["preload"], 5 * args.runs)
     sides = {side: _medians([turn[side] for turn in turns]) for side in (_API, *programs)}
     rows = [(what, *(common.number(figures[what] / 1e3, 2) for figures in sides.values())) for what in sides[_API]]
     common.table("Requests, microseconds", ("", *sides), rows)
-    common.save("client", {"ns": sides})
+    common.table("Start-up, milliseconds", ("", "ms"), [(what, common.number(ms)) for what, ms in starts.items()])
+    common.save("client", {"ns": sides, "start_up_ms": starts})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 BENCH_IMAGE = ROOT / "guests" / "build" / "bench.elf"
 
 SOFTKVM, QEMU = "softkvm", "qemu"
+EXEC = "exec"
+"""QEMU as well, on our KVM: under ``softkvm exec``."""
+COMMAND = [sys.executable, "-m", "softkvm.cli.main"]
 
 
 class BenchmarkError(Exception):
@@ -69,15 +72,16 @@ def command(side: str, image: Image, stats: Path | None = None) -> list[str]:
     boot = {"kernel": str(image.kernel), "append": image.append}
     if image.initrd is not None:
         boot["initrd"] = str(image.initrd)
-    if side == QEMU:
-        machine = ["-accel", "tcg", "-m", str(image.memory_mib), "-smp", str(image.vcpus), "-no-reboot"]
+    if side in (QEMU, EXEC):
+        started, accelerator = ([*COMMAND, "exec", "--"], "kvm") if side == EXEC else ([], "tcg")
+        machine = ["-accel", accelerator, "-m", str(image.memory_mib), "-smp", str(image.vcpus), "-no-reboot"]
         devices = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
         options = [word for name, value in boot.items() for word in (f"-{name}", value)]
-        return ["qemu-system-x86_64", *machine, *devices, *options]
+        return [*started, "qemu-system-x86_64", *machine, *devices, *options]
     machine = ["--mem", f"{image.memory_mib}M", "--vcpus", str(image.vcpus)]
     options = [word for name, value in boot.items() for word in (f"--{name}", value)]
     statistics_file = ["--stats", str(stats)] if stats else []
-    return [sys.executable, "-m", "softkvm.cli.main", "run", *machine, *statistics_file, *options]
+    return [*COMMAND, "run", *machine, *statistics_file, *options]
 
 
 def run(side: str, image: Image, timeout_s: float = 300) -> Run:
@@ -114,17 +118,18 @@ def run(side: str, image: Image, timeout_s: float = 300) -> Run:
 
 def sides() -> list[str]:
     """Which sides can be measured here; says on stderr which cannot."""
-    found = []
+    found: list[str] = []
     try:
         import softkvm
 
         softkvm.open().close()
-        found.append(SOFTKVM)
+        found += [SOFTKVM, EXEC]
     except (ImportError, OSError) as error:
         print(f"not measured: softkvm ({error})", file=sys.stderr)
     if shutil.which("qemu-system-x86_64"):
         found.append(QEMU)
     else:
+        found = [side for side in found if side != EXEC]
         print("not measured: QEMU (no qemu-system-x86_64)", file=sys.stderr)
     return found
 
@@ -133,13 +138,13 @@ def arguments(description: str, runs: int) -> argparse.ArgumentParser:
     """The options that every measurement has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--runs", type=int, default=runs, help=f"runs per figure (default: {runs})")
-    parser.add_argument("--sides", default=None, help="comma-separated: softkvm,qemu (default: what there is)")
+    parser.add_argument("--sides", default=None, help="comma-separated: softkvm,exec,qemu (default: what there is)")
     return parser
 
 
-def chosen_sides(args: argparse.Namespace) -> list[str]:
+def chosen_sides(args: argparse.Namespace, default: Sequence[str] = (SOFTKVM, QEMU)) -> list[str]:
     """The sides of ``--sides`` that are there."""
-    wanted = args.sides.split(",") if args.sides else [SOFTKVM, QEMU]
+    wanted = args.sides.split(",") if args.sides else default
     return [side for side in sides() if side in wanted]
 
 

@@ -77,7 +77,7 @@ def measure() -> None:
     append = f'{guest.command_line} softkvm.run="echo {READY}; sleep 1000"'
     image = common.Image(guest.kernel, guest.initrd, append, memory_mib=MEMORY_MIB)
     results, rows = {}, []
-    for side in common.chosen_sides(args):
+    for side in common.chosen_sides(args, (common.SOFTKVM, common.EXEC, common.QEMU)):
         runs = [_measure_once(side, image) for _ in range(args.runs)]
         other, ram = (common.median(values) for values in zip(*runs, strict=True))
         results[side] = {"overhead_mib": other, "guest_ram_resident_mib": ram}
