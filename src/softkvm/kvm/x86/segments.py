@@ -107,35 +107,38 @@ _FROM_KVM: Final = operator.itemgetter(*(place for at in _VMCB_ORDER for place i
 _SS_ATTRIBUTES: Final = _in_kvm(V.SS_OFFSET)[_ATTRIB]
 
 
-# A guest's segments have few kinds of attributes, so what they become is remembered.
+#: Where the VMCB has all of them.
+_IN_VMCB: Final = slice(V.ES_OFFSET, V.ES_OFFSET + _VMCB_SEGMENTS.size)
+
+
+# Userspace that looks at a vCPU often finds the segments that it found before, and sets those: they are remembered.
 
 
 @lru_cache(1024)
-def _all_kvm_attributes(attribs: tuple[int, ...], limits: tuple[int, ...], cpl: int) -> tuple[bytes, ...]:
-    """Return :func:`_kvm_attributes` in kvm_sregs' order; the registers' attributes and limits are in the VMCB's."""
-    by_place = dict(zip(_VMCB_ORDER, zip(attribs, limits, strict=True), strict=True))
-    return tuple(_kvm_attributes(at, by_place[at][0], by_place[at][1] > 0xFFFFF, cpl) for at in SREGS_SEGMENTS)
+def _kvm_image(image: bytes, cpl: int) -> bytes:
+    """Return what kvm_sregs begins with for the VMCB's registers."""
+    values = _VMCB_SEGMENTS.unpack(image)
+    by_place = dict(zip(_VMCB_ORDER, zip(values[_ATTRIB::4], values[_LIMIT::4], strict=True), strict=True))
+    attributes = tuple(_kvm_attributes(at, by_place[at][0], by_place[at][1] > 0xFFFFF, cpl) for at in SREGS_SEGMENTS)
+    return _KVM_SEGMENTS.pack(*_FROM_VMCB(values + attributes))
 
 
 @lru_cache(1024)
-def _all_vmcb_attributes(attributes: tuple[bytes, ...]) -> tuple[int, ...]:
-    """Return :func:`_vmcb_attributes` of each."""
-    return tuple(map(_vmcb_attributes, attributes))
+def _vmcb_image(image: bytes) -> tuple[bytes, int]:
+    """Return the VMCB's registers for what kvm_sregs begins with, and the privilege level."""
+    values = _KVM_SEGMENTS.unpack(image)
+    values += (*map(_vmcb_attributes, values[_KVM_ATTRIBUTES]), 0)
+    return _VMCB_SEGMENTS.pack(*_FROM_KVM(values)), values[_SS_ATTRIBUTES] >> V.SEG_DPL_SHIFT & 3
 
 
 def get_segments(vcpu: Vcpu) -> bytes:
     """Return the segment registers and the tables as KVM reports them, in the layout that kvm_sregs begins with."""
-    values = _VMCB_SEGMENTS.unpack_from(vcpu.b, V.ES_OFFSET)
-    attributes = _all_kvm_attributes(values[_ATTRIB::4], values[_LIMIT::4], vcpu.b[V.CPL])
-    return _KVM_SEGMENTS.pack(*_FROM_VMCB(values + attributes))
+    return _kvm_image(bytes(vcpu.b[_IN_VMCB]), vcpu.b[V.CPL])
 
 
 def set_segments(vcpu: Vcpu, sregs: abi.kvm_sregs | abi.kvm_sregs2) -> None:
     """Load the segment registers and the tables as userspace gives them; SS sets the privilege level."""
-    values = _KVM_SEGMENTS.unpack_from(sregs)
-    values += (*_all_vmcb_attributes(values[_KVM_ATTRIBUTES]), 0)
-    _VMCB_SEGMENTS.pack_into(vcpu.b, V.ES_OFFSET, *_FROM_KVM(values))
-    vcpu.b[V.CPL] = values[_SS_ATTRIBUTES] >> V.SEG_DPL_SHIFT & 3
+    vcpu.b[_IN_VMCB], vcpu.b[V.CPL] = _vmcb_image(bytes(sregs)[:SEGMENTS_SIZE])
 
 
 # --- descriptors -------------------------------------------------------------------------------
