@@ -77,6 +77,22 @@ macro_rules! signals {
 
 signals! { signal bsd_signal ssignal sysv_signal __sysv_signal sigset }
 
+/// It calls the C library's own sigaction(), too, and what it changes is a flag of the client's handler.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn siginterrupt(signal: c_int, interrupts: c_int) -> c_int {
+    let result = real!(siginterrupt(signal: c_int, interrupts: c_int) -> c_int);
+    // SAFETY: all zeros are a sigaction; those of the client, as it calls it.
+    unsafe {
+        let mut action: libc::sigaction = core::mem::zeroed();
+        if result == 0 && sigaction(signal, core::ptr::null(), &mut action) == 0 {
+            action.sa_flags =
+                action.sa_flags & !libc::SA_RESTART | if interrupts == 0 { libc::SA_RESTART } else { 0 };
+            sigaction(signal, &action, core::ptr::null_mut());
+        }
+    }
+    result
+}
+
 // ---- cancellation ----------------------------------------------------------------------------------------------------
 
 /// Whether any thread has made its cancellation asynchronous.
