@@ -8,6 +8,7 @@ mod bpf;
 pub mod cpuid;
 pub mod device;
 pub mod kernel;
+pub mod programs;
 pub mod python;
 pub mod seccomp;
 
@@ -72,8 +73,9 @@ pub struct Core {
     pub handler_changed: extern "C-unwind" fn(signal: c_int, before: usize) -> usize,
     /// A thread whose cancellation may be asynchronous has been cancelled, perhaps in the middle of a request.
     pub cancelled: extern "C-unwind" fn(thread: usize),
-    /// A signal has come to a thread in a request: leaves it to the request's end. The last two are of the handler.
-    pub put_off: extern "C-unwind" fn(signal: c_int, info: *mut c_void, context: *mut c_void),
+    /// A signal has come: leaves it to the end of the request that the thread is in; false if it is in none. The last two
+    /// arguments are of the handler.
+    pub put_off: extern "C-unwind" fn(signal: c_int, info: *mut c_void, context: *mut c_void) -> bool,
     /// The next KVM_RUN of this thread has these signals blocked, unless KVM_SET_SIGNAL_MASK has said which: the thread
     /// has blocked all.
     pub block_in_run: extern "C-unwind" fn(mask: u64),

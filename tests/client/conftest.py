@@ -90,3 +90,14 @@ def in_namespace() -> Callable[..., list[str]]:
         return [*unshare, "sh", "-ec", f'{mounts}\nexec "$@"', "sh", *arguments]
 
     return command
+
+
+@pytest.fixture
+def holds_static(client: Callable[..., Completed]) -> Callable[..., None]:
+    """As ``holds``, of a program that is linked statically: the loader runs it."""
+
+    def run(program: str, case: str) -> None:
+        done = client(program, case, flags=("-static",))
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+    return run

@@ -42,3 +42,7 @@ def test_a_fault_without_a_handler_ends_the_process(holds: Callable[..., None], 
 )
 def test_memory_that_goes_under_a_vcpu_that_runs_is_efault(holds: Callable[..., None], case: str) -> None:
     holds("faults", case)
+
+
+def test_a_vcpu_that_runs_executes_what_comes_in_the_place_of_its_code(holds: Callable[..., None]) -> None:
+    holds("faults", "ram_is_replaced")

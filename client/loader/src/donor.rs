@@ -10,6 +10,7 @@ use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering
 
 use softkvm_client::{Client, Core, cpuid, python};
 
+use crate::descriptors;
 use crate::handlers::all_that_wait;
 use crate::raw::{getpid, gettid, raw, sleep_on, wake};
 
@@ -25,9 +26,12 @@ const COLLECT_NS: i64 = 200_000_000;
 pub struct Donor {
     /// The borrower, 0 for none.
     thread: AtomicU32,
-    /// The thread pointer, 0 until the donor is there, and the stack's free end.
+    /// Whether the thread that lends has been started.
+    started: AtomicBool,
+    /// The thread pointer, and the stack's free end.
     pointer: AtomicUsize,
     stack: AtomicUsize,
+    /// Whether they are known.
     ready: AtomicU32,
     /// It is lent just now.
     pub lent: AtomicBool,
@@ -36,6 +40,7 @@ pub struct Donor {
 static DONORS: [Donor; MOST] = [const {
     Donor {
         thread: AtomicU32::new(0),
+        started: AtomicBool::new(false),
         pointer: AtomicUsize::new(0),
         stack: AtomicUsize::new(0),
         ready: AtomicU32::new(0),
@@ -43,10 +48,15 @@ static DONORS: [Donor; MOST] = [const {
     }
 }; MOST];
 
-/// How many donors are wanted, and were; the manager makes them.
+/// How many donors there are at most, and how often one has been wanted; the manager makes them.
+static USED: AtomicU32 = AtomicU32::new(0);
 static WANTED: AtomicU32 = AtomicU32::new(0);
 static PROCESS: AtomicI32 = AtomicI32::new(0);
 static READY: AtomicU32 = AtomicU32::new(0);
+
+fn donors() -> &'static [Donor] {
+    &DONORS[..USED.load(Ordering::SeqCst).min(MOST as u32) as usize]
+}
 
 extern "C" fn donate(donor: *mut c_void) -> *mut c_void {
     // SAFETY: one of the static array.
@@ -80,16 +90,16 @@ fn spawn(main: extern "C" fn(*mut c_void) -> *mut c_void, argument: *mut c_void,
     }
 }
 
-/// The thread that does for the program's what those cannot: it makes donors, and closes files.
+/// The thread that does for the program's what those cannot: it makes donors, and looks for files that nobody has.
 extern "C" fn manage(_: *mut c_void) -> *mut c_void {
-    let mut made = 0;
     READY.store(1, Ordering::SeqCst);
     wake(&READY);
     loop {
         let wanted = WANTED.load(Ordering::SeqCst);
-        while made < wanted.min(MOST as u32) {
-            spawn(donate, (&raw const DONORS[made as usize]).cast_mut().cast(), STACK);
-            made += 1;
+        for donor in donors() {
+            if donor.thread.load(Ordering::SeqCst) != 0 && !donor.started.swap(true, Ordering::SeqCst) {
+                spawn(donate, (&raw const *donor).cast_mut().cast(), STACK);
+            }
         }
         let time = libc::timespec { tv_sec: 0, tv_nsec: COLLECT_NS };
         let timeout = if python::core().is_some() { &raw const time } else { core::ptr::null() };
@@ -115,16 +125,42 @@ pub fn start() {
     sleep_on(&READY, 0);
 }
 
-/// Whether this is a child that the program has forked: nobody of ours is there.
+/// Whether this is a child that has not been made by `fork.rs`: the memory may be its parent's, and if not, nobody of
+/// ours is there.
 pub fn is_child() -> bool {
     getpid() != PROCESS.load(Ordering::SeqCst)
+}
+
+/// The calling thread is all there is of the parent's: the donor that it has just now stays its.
+pub fn after_fork() {
+    let lent = |donor: &&Donor| donor.lent.load(Ordering::SeqCst) && donor.pointer_is_set();
+    let own = donors().iter().find(lent).map(core::ptr::from_ref);
+    for donor in donors() {
+        if own == Some(core::ptr::from_ref(donor)) {
+            donor.thread.store(gettid(), Ordering::SeqCst);
+            continue;
+        }
+        donor.thread.store(0, Ordering::SeqCst);
+        donor.started.store(false, Ordering::SeqCst);
+        donor.ready.store(0, Ordering::SeqCst);
+        donor.lent.store(false, Ordering::SeqCst);
+    }
+    READY.store(0, Ordering::SeqCst);
+    start();
+}
+
+impl Donor {
+    /// Whether the calling thread runs with its thread pointer.
+    fn pointer_is_set(&self) -> bool {
+        // SAFETY: always succeeds.
+        self.pointer.load(Ordering::SeqCst) == unsafe { libc::pthread_self() } as usize
+    }
 }
 
 /// The calling thread's donor, if it has one.
 pub fn own() -> Option<&'static Donor> {
     let me = gettid();
-    let used = WANTED.load(Ordering::SeqCst).min(MOST as u32) as usize;
-    DONORS[..used].iter().find(|donor| donor.thread.load(Ordering::SeqCst) == me)
+    donors().iter().find(|donor| donor.thread.load(Ordering::SeqCst) == me)
 }
 
 /// Whether a thread of this process is there.
@@ -138,9 +174,8 @@ fn find() -> Option<&'static Donor> {
         return Some(donor);
     }
     let me = gettid();
-    let used = WANTED.load(Ordering::SeqCst).min(MOST as u32) as usize;
     // A borrower that has ended leaves its donor.
-    let left = DONORS[..used].iter().find(|donor| {
+    let left = donors().iter().find(|donor| {
         let thread = donor.thread.load(Ordering::SeqCst);
         !is_alive(thread)
             && donor.thread.compare_exchange(thread, me, Ordering::SeqCst, Ordering::SeqCst).is_ok()
@@ -151,14 +186,16 @@ fn find() -> Option<&'static Donor> {
             donor
         }
         None => {
-            let number = WANTED.fetch_add(1, Ordering::SeqCst) as usize;
-            let donor = DONORS.get(number)?;
+            let donor = DONORS.get(USED.fetch_add(1, Ordering::SeqCst) as usize)?;
             donor.thread.store(me, Ordering::SeqCst);
-            wake(&WANTED);
             donor
         }
     };
-    sleep_on(&donor.ready, 0);
+    if donor.ready.load(Ordering::SeqCst) == 0 {
+        WANTED.fetch_add(1, Ordering::SeqCst);
+        wake(&WANTED);
+        sleep_on(&donor.ready, 0);
+    }
     Some(donor)
 }
 
@@ -186,32 +223,28 @@ const ARCH_GET_FS: usize = 0x1003;
 
 /// What a thread of the program wants, and what comes of it.
 pub struct Request {
-    pub function: fn(&Request, &'static Core) -> isize,
+    function: fn(&Request) -> isize,
     pub arguments: [usize; 3],
     /// The signals that the program's thread has blocked.
     pub mask: u64,
-    pub result: isize,
+    result: isize,
 }
 
-fn serve(request: *mut Request) {
-    // SAFETY: of `request`, which waits for it.
-    let request = unsafe { &mut *request };
-    let core = python::load(|core| {
+/// The KVM, loaded if it is not; in a request.
+pub fn core() -> Option<&'static Core> {
+    python::load(|core| {
         (core.start)(&Client {
-            mark,
+            mark: descriptors::mark,
             sigaction: libc::sigaction,
-            tells_closing: false,
+            tells_closing: true,
             cpuid_sites: cpuid::replaced(),
             handlers: true,
         });
-    });
-    request.result = core.map_or(-(libc::ENOENT as isize), |core| (request.function)(request, core));
+    })
 }
 
-extern "C-unwind" fn mark(_: core::ffi::c_int, _: u8) {}
-
 /// Does a request of the calling thread, all of whose signals are blocked; errno, negated, if it fails.
-pub fn request(function: fn(&Request, &'static Core) -> isize, arguments: [usize; 3], mask: u64) -> isize {
+pub fn request(function: fn(&Request) -> isize, arguments: [usize; 3], mask: u64) -> isize {
     let Some(donor) = find() else { return -(libc::EAGAIN as isize) };
     let mut request = Request { function, arguments, mask, result: 0 };
     let mut pointer = 0usize;
@@ -232,5 +265,7 @@ pub fn request(function: fn(&Request, &'static Core) -> isize, arguments: [usize
 extern "C" fn disable_and_serve(request: *mut c_void) {
     let none = libc::stack_t { ss_sp: core::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
     raw!(libc::SYS_sigaltstack, &raw const none, 0);
-    serve(request.cast());
+    // SAFETY: of `request`, which waits for it.
+    let request = unsafe { &mut *request.cast::<Request>() };
+    request.result = (request.function)(request);
 }

@@ -1,25 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Maps a program as the kernel does (System V ABI, chapter 5).
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString, OsStr};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 
 use libc::{Elf64_Ehdr, Elf64_Phdr, Elf64_Shdr, Elf64_Sym};
 use softkvm_client::cpuid::Module;
 
+use crate::place;
+
 const PAGE: usize = 4096;
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
-/// Room behind a program's data that is its heap, `brk()`'s.
-pub const HEAP: usize = 64 << 30;
-
 /// A program in memory.
 pub struct Image {
     pub entry: usize,
     /// Where its program headers are, and how many.
     pub headers: usize,
     pub header_count: usize,
-    /// Its code.
+    /// Where its dynamic linker's addresses begin, 0 for none, and where to begin: there, or at the entry.
+    pub linker: usize,
+    pub start: usize,
+    /// Where its code is, and what it may load.
     pub code: Vec<Range<usize>>,
 }
 
@@ -36,9 +39,27 @@ fn protection(flags: u32) -> i32 {
         .fold(0, |bits, (_, protection)| bits | protection)
 }
 
-/// Puts the file's bytes into memory and its heap behind them.
+/// Puts a program into memory, and the dynamic linker that it asks for.
 pub fn map(path: &CStr) -> Result<Image, String> {
-    let name = path.to_str().map_err(|_| "its name is no UTF-8".to_string())?;
+    let (mut image, linker) = map_file(path)?;
+    image.linker = 0;
+    if let Some(linker) = linker {
+        let why = |why| format!("its dynamic linker {}: {why}", linker.to_string_lossy());
+        let (mapped, another) = map_file(&linker).map_err(why)?;
+        if another.is_some() {
+            return Err(why("has one itself".into()));
+        }
+        image.linker = mapped.linker;
+        image.start = mapped.entry;
+        image.code.extend(mapped.code);
+    }
+    image.code.push(place::HERE);
+    Ok(image)
+}
+
+/// Puts one file's bytes into memory; also returns what dynamic linker it asks for.
+fn map_file(path: &CStr) -> Result<(Image, Option<CString>), String> {
+    let name = OsStr::from_bytes(path.to_bytes());
     let file = std::fs::read(name).map_err(|error| error.to_string())?;
     let header: Elf64_Ehdr = read(&file, 0).ok_or("no ELF program")?;
     if &header.e_ident[..6] != b"\x7fELF\x02\x01" || header.e_machine != libc::EM_X86_64 {
@@ -51,9 +72,14 @@ pub fn map(path: &CStr) -> Result<Image, String> {
         .map(|n| read(&file, header.e_phoff as usize + n * usize::from(header.e_phentsize)))
         .collect::<Option<_>>()
         .ok_or("its program headers are not in the file")?;
-    if headers.iter().any(|h| h.p_type == libc::PT_INTERP) {
-        return Err("it is dynamically linked".into());
-    }
+    let linker = match headers.iter().find(|h| h.p_type == libc::PT_INTERP) {
+        None => None,
+        Some(h) => {
+            let name = file.get(h.p_offset as usize..(h.p_offset + h.p_filesz) as usize);
+            let name = name.and_then(|name| CStr::from_bytes_until_nul(name).ok());
+            Some(name.ok_or("its dynamic linker's name is not in the file")?.to_owned())
+        }
+    };
     let loads: Vec<&Elf64_Phdr> = headers.iter().filter(|h| h.p_type == libc::PT_LOAD).collect();
     let low = loads.iter().map(|h| h.p_vaddr as usize & !(PAGE - 1)).min().ok_or("it has nothing to load")?;
     let high =
@@ -70,13 +96,18 @@ pub fn map(path: &CStr) -> Result<Image, String> {
     let at = |h: &&&Elf64_Phdr| h.p_offset <= header.e_phoff && header.e_phoff < h.p_offset + h.p_filesz;
     let first =
         loads.iter().find(at).map_or(0, |h| base + (h.p_vaddr + header.e_phoff - h.p_offset) as usize);
-    let code = loads.iter().filter(|h| h.p_flags & libc::PF_X != 0);
-    Ok(Image {
-        entry: base + header.e_entry as usize,
+    let entry = base + header.e_entry as usize;
+    // Code that may be anywhere is where all of that is.
+    let fixed = loads.iter().filter(|h| h.p_flags & libc::PF_X != 0 && header.e_type == ET_EXEC);
+    let image = Image {
+        entry,
         headers: first,
         header_count: headers.len(),
-        code: code.map(|h| base + h.p_vaddr as usize..base + (h.p_vaddr + h.p_memsz) as usize).collect(),
-    })
+        linker: base,
+        start: entry,
+        code: fixed.map(|h| h.p_vaddr as usize..(h.p_vaddr + h.p_memsz) as usize).collect(),
+    };
+    Ok((image, linker))
 }
 
 /// Where functions begin, by the table of symbols, ascending; empty if the program has been stripped of it.
@@ -111,7 +142,11 @@ fn map_memory(address: usize, size: usize, protection: i32, flags: i32) -> Resul
 /// Finds the program's addresses free; returns what to add to those in the file.
 fn reserve(anywhere: bool, low: usize, high: usize) -> Result<usize, String> {
     if anywhere {
-        return map_memory(0, high - low, libc::PROT_NONE, 0).map(|at| at - low);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        return match place::map(high - low, libc::PROT_NONE, flags, -1, 0) {
+            error @ ..0 => Err(std::io::Error::from_raw_os_error(-error as i32).to_string()),
+            at => Ok(at as usize - low),
+        };
     }
     map_memory(low, high - low, libc::PROT_NONE, libc::MAP_FIXED_NOREPLACE)
         .map(|_| 0)

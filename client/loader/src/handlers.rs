@@ -78,13 +78,23 @@ pub fn sigaction(signal: c_int, new: *const Action, old: *mut Action, size: usiz
         return -(libc::EINVAL as isize);
     }
     let before = kept(signal);
-    if !new.is_null() {
+    if !new.is_null() && donor::is_child() {
+        // A child of vfork() has its parent's memory, where nothing may change, and handlers of its own, but for ours.
+        if !is_ours(signal) {
+            // SAFETY: the program's structure.
+            let action = Action { mask: unsafe { *new }.mask & !OPEN, ..unsafe { *new } };
+            raw!(libc::SYS_rt_sigaction, signal, &raw const action, 0, 8);
+        }
+    } else if !new.is_null() {
         // SAFETY: the program's structure.
         let new = unsafe { *new };
         let given = is_ours(signal) || new.handler <= libc::SIG_IGN || {
             let action = Action {
                 handler: on_signal as *const () as usize,
-                flags: new.flags | libc::SA_SIGINFO as u64 | SA_RESTORER as u64,
+                // That it is for once, ours sees to: it may put the signal off.
+                flags: new.flags & !(libc::SA_RESETHAND as u64)
+                    | libc::SA_SIGINFO as u64
+                    | SA_RESTORER as u64,
                 restorer: RESTORER.load(Ordering::SeqCst),
                 mask: new.mask & !OPEN,
             };
@@ -107,6 +117,11 @@ pub fn sigaction(signal: c_int, new: *const Action, old: *mut Action, size: usiz
         unsafe { *old = before };
     }
     0
+}
+
+/// The program's handler was for once.
+fn reset(signal: c_int) {
+    PROGRAM[signal as usize].handler.store(libc::SIG_DFL, Ordering::SeqCst);
 }
 
 /// What a signal does that has no handler.
@@ -132,15 +147,28 @@ fn call(signal: c_int, handler: usize, info: *mut siginfo_t, context: *mut c_voi
 
 extern "C" fn on_signal(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     if donor::own().is_some_and(|donor| donor.lent.load(Ordering::SeqCst)) && !donor::is_child() {
-        if let Some(core) = python::core() {
-            (core.put_off)(signal, info.cast(), context);
+        let put_off = python::core().is_some_and(|core| (core.put_off)(signal, info.cast(), context));
+        if !put_off {
+            // The C library's own signals cannot be blocked by its functions: it pends until the program's mask is back.
+            // SAFETY: the kernel passes it; its sigset_t is 8 bytes.
+            unsafe { *(&raw mut (*context.cast::<ucontext_t>()).uc_sigmask).cast::<u64>() |= bit(signal) };
+            raw!(libc::SYS_rt_tgsigqueueinfo, getpid(), gettid(), signal, info);
         }
         return;
     }
-    match kept(signal).handler {
+    let action = kept(signal);
+    match action.handler {
         libc::SIG_IGN => {}
         libc::SIG_DFL => default(signal, info),
-        handler => call(signal, handler, info, context),
+        handler => {
+            if action.flags & libc::SA_RESETHAND as u64 != 0 {
+                reset(signal);
+                // SAFETY: all zeros are SIG_DFL.
+                let default: Action = unsafe { zeroed() };
+                raw!(libc::SYS_rt_sigaction, signal, &raw const default, 0, 8);
+            }
+            call(signal, handler, info, context);
+        }
     }
 }
 
@@ -159,7 +187,7 @@ extern "C" fn on_fault(signal: c_int, info: *mut siginfo_t, context: *mut c_void
     }
     let has = |flag: c_int| action.flags & flag as u64 != 0;
     if has(libc::SA_RESETHAND) {
-        PROGRAM[signal as usize].handler.store(libc::SIG_DFL, Ordering::SeqCst);
+        reset(signal);
     }
     // The return puts the one before back.
     let itself = if has(libc::SA_NODEFER) { 0 } else { bit(signal) };
@@ -222,5 +250,11 @@ pub fn install() {
         let mut installed: Action = zeroed();
         raw!(libc::SYS_rt_sigaction, libc::SIGSYS, 0, &raw mut installed, 8);
         RESTORER.store(installed.restorer, Ordering::SeqCst);
+        // Nothing may come in a request but faults; the C library would leave its own signals open.
+        for signal in [libc::SIGSYS, libc::SIGILL] {
+            raw!(libc::SYS_rt_sigaction, signal, 0, &raw mut installed, 8);
+            installed.mask = !(OPEN | bit(libc::SIGFPE) | bit(libc::SIGTRAP));
+            raw!(libc::SYS_rt_sigaction, signal, &raw const installed, 0, 8);
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! The program's first stack: arguments, environment and auxiliary vector (System V ABI, AMD64 supplement, 3.4.1).
 
 use core::arch::asm;
+use core::ffi::c_char;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStringExt;
 
@@ -16,19 +17,31 @@ const AT_BASE: usize = 7;
 const AT_ENTRY: usize = 9;
 const AT_EXECFN: usize = 31;
 
-fn auxiliary() -> Vec<(usize, usize)> {
-    let bytes = std::fs::read("/proc/self/auxv").unwrap_or_default();
-    let words: Vec<usize> =
-        bytes.chunks_exact(8).filter_map(|c| c.try_into().ok().map(usize::from_ne_bytes)).collect();
-    words.chunks_exact(2).map(|pair| (pair[0], pair[1])).take_while(|(key, _)| *key != 0).collect()
+unsafe extern "C" {
+    static environ: *const *const c_char;
 }
 
-/// The environment, with what is preloaded into dynamically linked programs: the program may start some.
+/// The vector as the kernel has given it to us: behind the environment.
+///
+/// # Safety
+/// Nobody has changed the environment yet.
+unsafe fn auxiliary() -> Vec<(usize, usize)> {
+    // SAFETY: the environment ends with a null pointer, and the vector with AT_NULL.
+    unsafe {
+        let mut at = environ;
+        while !(*at).is_null() {
+            at = at.add(1);
+        }
+        let vector = at.add(1).cast::<(usize, usize)>();
+        let length = (0..).take_while(|n| (*vector.add(*n)).0 != 0).count();
+        core::slice::from_raw_parts(vector, length).to_vec()
+    }
+}
+
 fn environment() -> Vec<CString> {
     std::env::vars_os()
-        .filter(|(name, _)| name != "LD_PRELOAD")
         .filter_map(|(name, value)| {
-            let mut text = if name == "SOFTKVM_PRELOAD" { b"LD_PRELOAD".to_vec() } else { name.into_vec() };
+            let mut text = name.into_vec();
             text.push(b'=');
             text.extend(value.into_vec());
             CString::new(text).ok()
@@ -36,8 +49,8 @@ fn environment() -> Vec<CString> {
         .collect()
 }
 
-/// Makes the stack; returns its pointer.
-pub fn make(arguments: &[CString], image: &Image) -> usize {
+/// Makes the stack; returns its pointer. `path` is the program's, `arguments` begin with what it is called.
+pub fn make(path: &CString, arguments: &[CString], image: &Image) -> usize {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_STACK;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: new memory.
@@ -46,18 +59,19 @@ pub fn make(arguments: &[CString], image: &Image) -> usize {
         fail("no memory for the program's stack", 1);
     }
     let kept = |strings: Vec<CString>| strings.into_iter().map(|s| s.into_raw() as usize).collect::<Vec<_>>();
+    let name = kept(vec![path.clone()])[0];
     let arguments = kept(arguments.to_vec());
-    let name = arguments[0];
     let mut words = vec![arguments.len()];
     words.extend(arguments);
     words.push(0);
     words.extend(kept(environment()));
     words.push(0);
-    for (key, value) in auxiliary() {
+    // SAFETY: we have not changed it.
+    for (key, value) in unsafe { auxiliary() } {
         let value = match key {
             AT_PHDR => image.headers,
             AT_PHNUM => image.header_count,
-            AT_BASE => 0,
+            AT_BASE => image.linker,
             AT_ENTRY => image.entry,
             AT_EXECFN => name,
             _ => value,

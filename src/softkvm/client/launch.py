@@ -117,7 +117,7 @@ def prepare(command: Sequence[str], settings: Settings) -> Client:
     if not LOADER.exists():
         raise LaunchError(f"{LOADER.name} is not built")
     preload = variables.pop("LD_PRELOAD")
-    arguments = [LOADER.name, found.path, *found.arguments[1:]]
+    arguments = [LOADER.name, found.path, *found.arguments]
     return Client(str(LOADER), arguments, {**variables, "SOFTKVM_PRELOAD": preload})
 
 

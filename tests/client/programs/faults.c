@@ -274,6 +274,25 @@ static void ram_is_covered(void) { goes_under_a_vcpu(-1, cover); }
 static void ram_is_moved(void) { goes_under_a_vcpu(-1, move_away); }
 static void ram_file_is_unmapped(void) { goes_under_a_vcpu(memfd_create("ram", 0), unmap); }
 
+// Other memory comes in the place of the code that a vCPU is in: that is what it executes next.
+static void *run_until_out(void *unused) {
+    CHECK(next_out(&g) == 0);
+    return unused;
+}
+static void ram_is_replaced(void) {
+    g = guest_open(COUNT, sizeof COUNT);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, run_until_out, NULL) == 0);
+    AWAIT(counted(&g), 1000u);
+    uint8_t *page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(page != MAP_FAILED);
+    // nop, wherever the guest is in its loop; xor ax, ax; out 0x10, al; jmp $
+    memset(page, 0x90, 0x10);
+    memcpy(page + 0x10, "\x31\xC0\xE6\x10\xEB\xFE", 6);
+    CHECK(mremap(page, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, g.ram + CODE) == g.ram + CODE);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
 // What a thread that faults does, the others go on.
 static void client_faults_while_a_guest_runs(void) {
     g = guest_open(COUNT, sizeof COUNT);
@@ -289,4 +308,4 @@ static void client_faults_while_a_guest_runs(void) {
 CASES(CASE(handler_before_open), CASE(handler_after_open), CASE(handler_by_other_functions), CASE(on_alternate_stack),
       CASE(handlers_call_the_one_before), CASE(without_a_handler), CASE(handler_for_once), CASE(ram_is_unmapped),
       CASE(ram_is_truncated), CASE(ram_is_protected), CASE(ram_is_read_only), CASE(ram_is_covered), CASE(ram_is_moved),
-      CASE(ram_file_is_unmapped), CASE(client_faults_while_a_guest_runs))
+      CASE(ram_file_is_unmapped), CASE(ram_is_replaced), CASE(client_faults_while_a_guest_runs))

@@ -10,7 +10,7 @@ use std::ffi::c_int;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
@@ -34,13 +34,20 @@ pub struct File {
     release: Py<PyAny>,
 }
 
+impl Drop for File {
+    fn drop(&mut self) {
+        // The number may be the client's next.
+        mark(self.ours.as_raw_fd(), 0);
+    }
+}
+
 /// Where our descriptors begin, if the process may have so many: out of the way of what a client closes by the range.
 const HIGH: c_int = 700;
 
 /// How many descriptors are remembered.
 const REMEMBERED: usize = 256;
 
-struct Files {
+pub struct Files {
     all: Vec<Arc<File>>,
     /// Whose files the descriptors below [`REMEMBERED`] were when they were last asked for: fstat() costs a tenth of a
     /// request. Forgotten whenever one of the KVM's is closed or made.
@@ -59,6 +66,15 @@ fn read_files() -> RwLockReadGuard<'static, Files> {
 /// The files, to be changed.
 fn write_files() -> RwLockWriteGuard<'static, Files> {
     FILES.write().unwrap_or_else(|e| e.into_inner())
+}
+
+/// The locks of this file, held.
+pub type Held = (MutexGuard<'static, ()>, RwLockWriteGuard<'static, Files>);
+
+/// Takes the locks, for a child that is about to be forked to find them as they should be. None of the threads that have
+/// one waits for the interpreter's.
+pub fn hold() -> Held {
+    (COLLECTING.lock().unwrap_or_else(|e| e.into_inner()), write_files())
 }
 
 impl Files {

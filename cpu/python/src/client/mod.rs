@@ -208,8 +208,8 @@ extern "C-unwind" fn handler_changed(signal: c_int, before: usize) -> usize {
     before
 }
 
-extern "C-unwind" fn put_off(signal: c_int, info: *mut c_void, context: *mut c_void) {
-    signals::put_off(signal, info.cast(), context.cast());
+extern "C-unwind" fn put_off(signal: c_int, info: *mut c_void, context: *mut c_void) -> bool {
+    signals::put_off(signal, info.cast(), context.cast())
 }
 
 extern "C-unwind" fn block_in_run(mask: u64) {

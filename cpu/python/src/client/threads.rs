@@ -150,7 +150,10 @@ pub fn request<R>(function: impl FnOnce(Python<'_>) -> R) -> Option<R> {
 
 // ---- forks ---------------------------------------------------------------------------------------------------------
 
-thread_local!(static FORKING: Cell<bool> = const { Cell::new(false) });
+thread_local! {
+    static FORKING: Cell<bool> = const { Cell::new(false) };
+    static HELD: Cell<Option<files::Held>> = const { Cell::new(None) };
+}
 
 static CLIENT_IS_PYTHON: AtomicBool = AtomicBool::new(false);
 
@@ -194,10 +197,12 @@ extern "C" fn before() {
         ffi::PyGILState_Ensure();
         PyOS_BeforeFork();
     }
+    HELD.set(Some(files::hold()));
 }
 
 extern "C" fn parent() {
     if FORKING.replace(false) {
+        HELD.set(None);
         // SAFETY: as in `before`.
         unsafe {
             PyOS_AfterFork_Parent();
@@ -209,6 +214,7 @@ extern "C" fn parent() {
 extern "C" fn child() {
     note_process();
     if FORKING.replace(false) {
+        HELD.set(None);
         // SAFETY: as in `before`.
         unsafe {
             PyOS_AfterFork_Child();

@@ -8,8 +8,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
-use std::sync::Once;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use super::actions::{action_of, call_handler, set_action, set_default};
 use super::guards::{Lost, expecting};
@@ -138,10 +137,14 @@ pub fn watch() {
     }
 }
 
-/// Puts ours in front for the first time.
+/// Puts ours in front for the first time. Threads that come at once all do: nobody waits for one that a child, forked
+/// meanwhile, does not have.
 pub fn install() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(watch);
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if !DONE.load(Ordering::SeqCst) {
+        watch();
+        DONE.store(true, Ordering::SeqCst);
+    }
 }
 
 // ---- for those who are not to know of ours -----------------------------------------------------------------------
