@@ -67,18 +67,6 @@ def holds(client: Callable[..., Completed]) -> Callable[..., None]:
     return run
 
 
-@pytest.fixture
-def holds_static(build: Callable[..., Path]) -> Callable[..., None]:
-    """Runs a case of a program that is linked statically: by the loader."""
-
-    def run(program: str, case: str) -> None:
-        command = [*EXEC, "--", str(build(program, "-static")), case]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
-        assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def in_namespace() -> Callable[..., list[str]]:
     """Gives the command that does another with mounts of its own, which a line of shell has made."""

@@ -152,6 +152,8 @@ impl Drop for PyCpu {
 impl PyCpu {
     #[new]
     fn new(machine: &PyMachine, index: u32) -> PyResult<PyCpu> {
+        // Here nobody forks: the thread has the interpreter's lock.
+        softcpu::x86::decode::prepare();
         let machine = own(&machine.inner)?.clone();
         let mut cpu = Cpu::new(machine.clone(), index);
         let registers = (&raw mut cpu.rb).cast::<u8>();

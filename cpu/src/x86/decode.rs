@@ -9,6 +9,12 @@ pub fn decoder(bits: u32, bytes: &[u8], ip: u64) -> Decoder<'_> {
     Decoder::with_ip(bits, bytes, ip, DecoderOptions::AMD)
 }
 
+/// Has the decoder make its tables, which it does at its first use and has others wait for meanwhile: a child that is
+/// forked then would wait for ever.
+pub fn prepare() {
+    decoder(64, &[], 0);
+}
+
 /// Decodes one instruction. What is no instruction of this processor is invalid.
 pub fn decode(bits: u32, bytes: &[u8], ip: u64) -> Instruction {
     let mut i = decoder(bits, bytes, ip).decode();
