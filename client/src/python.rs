@@ -152,6 +152,23 @@ fn initialize(python: &Interpreter, executable: &CStr) -> Result<(), String> {
     Ok(())
 }
 
+/// The first version that KVM is written for.
+const VERSION: (u32, u32) = (3, 11);
+
+/// Refuses a client whose own interpreter is too old.
+fn check_version(python: &Interpreter) -> Result<(), String> {
+    let text = python!(python.Py_GetVersion() -> *const c_char);
+    // SAFETY: a string that the interpreter keeps.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    let version = text.split_whitespace().next().unwrap_or_default();
+    let mut numbers = version.split('.').map_while(|part| part.parse::<u32>().ok());
+    let (major, minor) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if (major, minor) < VERSION {
+        return Err(format!("the client is Python {version}, expected {}.{} or later", VERSION.0, VERSION.1));
+    }
+    Ok(())
+}
+
 fn start() -> Result<&'static Core, String> {
     let (library, executable) = (setting("SOFTKVM_LIBPYTHON")?, setting("SOFTKVM_PYTHON")?);
     let script = setting("SOFTKVM_WORLD")?;
@@ -166,6 +183,9 @@ fn start() -> Result<&'static Core, String> {
             return Err(dl_error());
         }
         initialize(&python, &executable)?;
+    }
+    if is_client {
+        check_version(&python)?;
     }
     let state = python!(python.PyGILState_Ensure() -> c_int);
     let core = world(&python, &script);

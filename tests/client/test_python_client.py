@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client that is a Python program shares its interpreter with KVM, and ends it before its descriptors are gone."""
 
+import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.clients import requests_of, run_client
+from tests.support.clients import TIMEOUT_S, requests_of, run_client
 
 CLIENT = """
 import fcntl, os, threading
@@ -17,6 +18,24 @@ thread.start()
 thread.join()
 print(fcntl.ioctl(system, 0xAE00, 0))  # KVM_GET_API_VERSION
 """
+
+
+OLD = """
+#include <errno.h>
+#include <fcntl.h>
+int Py_IsInitialized(void) { return 1; }
+const char *Py_GetVersion(void) { return "3.9.18 (main) [of another compiler]"; }
+int main(void) { return open("/dev/kvm", O_RDWR) == -1 && errno == ENOENT ? 7 : 1; }
+"""
+
+
+def test_a_client_that_is_an_older_python_is_told_so(tmp_path: Path) -> None:
+    client = tmp_path / "old"
+    compiler: list[str | Path] = ["cc", "-rdynamic", "-x", "c", "-o", client, "-"]
+    subprocess.run(compiler, check=True, input=OLD, text=True, timeout=TIMEOUT_S)
+    done = run_client([client], tmp_path / "stats")
+    line = "softkvm: the client is Python 3.9.18, expected 3.11 or later\n"
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", line)
 
 
 def test_a_python_program_ends_as_it_would_without_us(tmp_path: Path) -> None:
