@@ -16,6 +16,7 @@ mod descriptors;
 mod files;
 mod handlers;
 mod memory;
+mod programs;
 mod real;
 mod transfers;
 

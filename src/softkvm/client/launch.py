@@ -82,6 +82,7 @@ def environment(before: Mapping[str, str], settings: Settings) -> dict[str, str]
         **before,
         "LD_PRELOAD": " ".join(preloaded),
         "SOFTKVM_LIBPYTHON": str(python_library()),
+        "SOFTKVM_LOADER": str(LOADER),
         "SOFTKVM_PYTHON": sys.executable,
         "SOFTKVM_WORLD": world_script(path, settings),
         "SOFTKVM_CPUID": cpuid_table(),
