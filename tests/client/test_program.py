@@ -81,8 +81,17 @@ def test_a_program_whose_dynamic_linker_is_not_there(build: Callable[..., Path],
     at = binary.read_bytes().index(linker.encode())
     other = "/nonexistent/ld.so"[: len(linker)].encode().ljust(len(linker), b"\0")
     assert_line(run(changed(binary, tmp_path / "client", at, other)), 127, "its interpreter /nonexistent")
-    musl = b"/lib/ld-musl-x.so.1".ljust(len(linker), b"\0")
-    assert_line(run(changed(binary, tmp_path / "musl", at, musl)), 1, "musl")
+
+
+def test_a_program_of_another_c_library_is_for_the_loader(build: Callable[..., Path], tmp_path: Path) -> None:
+    binary = build("environments")
+    found = program.read(str(binary))
+    assert not found.is_for_loader and not found.is_static
+    linker = found.interpreter.encode()
+    at = binary.read_bytes().index(linker)
+    musl = program.read(str(changed(binary, tmp_path / "musl", at, b"/lib/ld-musl-x.so.1".ljust(len(linker), b"\0"))))
+    assert musl.is_for_loader and not musl.is_static
+    assert program.read(str(build("environments", "-static"))).is_for_loader
 
 
 @pytest.mark.parametrize("options", [(), ("-static",)])

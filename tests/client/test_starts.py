@@ -15,7 +15,16 @@ from tests.support.clients import run_client
 def test_by_whatever_function_it_is_started(build: Callable[..., Path], tmp_path: Path, way: str) -> None:
     command: list[str | Path] = [build("starts"), way, build("environments", "-static"), "works"]
     done = run_client(command, tmp_path / "stats")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+def test_a_script_whose_interpreter_is_a_static_client(build: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "client").symlink_to(build("environments", "-static"))
+    script = tmp_path / "script"
+    script.write_text(f"#! {tmp_path}/client works\n")
+    script.chmod(0o755)
+    done = run_client([build("starts"), "execv", script, "more"], tmp_path / "stats")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
 @pytest.mark.parametrize("way", ["execvp", "execvpe", "posix_spawnp"])
@@ -27,7 +36,7 @@ def test_by_a_name_that_is_looked_for(build: Callable[..., Path], tmp_path: Path
     path = f"{tmp_path / 'first'}:/nonexistent:{tmp_path}:{os.environ['PATH']}"
     command: list[str | Path] = [build("starts"), way, "a-static-client", "works"]
     done = run_client(command, tmp_path / "stats", env={**os.environ, "PATH": path})
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
 def test_by_a_shell_and_by_python(build: Callable[..., Path], tmp_path: Path) -> None:
@@ -42,17 +51,17 @@ def test_by_a_shell_and_by_python(build: Callable[..., Path], tmp_path: Path) ->
     commands[-1] = ["make", "-s", "-C", tmp_path, "all"]
     for command in commands:
         done = run_client(command, tmp_path / "stats")
-        assert (done.returncode, done.stderr) == (0, ""), command
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", ""), command
 
 
 def test_what_cannot_be_started_is_the_kernels_error(build: Callable[..., Path], tmp_path: Path) -> None:
     done = run_client([build("starts"), "nothing", "x"], tmp_path / "stats")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
 def test_a_dynamic_client_and_what_is_none_are_started_as_they_are(build: Callable[..., Path], tmp_path: Path) -> None:
     for way in ("execve", "posix_spawn", "execvp"):
         done = run_client([build("starts"), way, build("environments"), "works"], tmp_path / "stats")
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
         done = run_client([build("starts"), way, "/bin/echo", "said"], tmp_path / "stats")
         assert (done.returncode, done.stderr, done.stdout) == (0, "", "said\n")

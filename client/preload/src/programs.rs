@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Programs that the client executes. Nothing is loaded into one that is linked statically: if it is a KVM client, the
-//! loader runs it, as `softkvm exec` has it run.
+//! Programs that the client executes. Nothing is loaded into one without our C library's dynamic linker: if it is a KVM
+//! client, the loader runs it, as `softkvm exec` has it run.
 //!
 //! It may be a child of vfork() that calls, on its parent's memory: no locks, and no memory but what it maps itself.
 
 use core::ffi::{CStr, c_char, c_int, c_void};
 use core::mem::zeroed;
+use core::ptr::null;
 use core::slice;
 
-use libc::{Elf64_Ehdr, Elf64_Phdr, pid_t};
+use libc::pid_t;
 use softkvm_client::device;
+use softkvm_client::programs::{Kind, NAME, Reader, kind_of};
 
 use crate::real;
 use crate::real::call;
@@ -75,7 +77,7 @@ fn executable(path: *const c_char) -> Option<Room> {
     let described = call(libc::SYS_fstat, [fd as usize, (&raw mut stat) as usize, 0, 0, 0, 0]) == 0;
     let plain =
         stat.st_mode & libc::S_IFMT == libc::S_IFREG && stat.st_mode & (libc::S_ISUID | libc::S_ISGID) == 0;
-    let contents = if described && plain && stat.st_size as usize > size_of::<Elf64_Ehdr>() {
+    let contents = if described && plain && stat.st_size > 0 {
         Room::map(stat.st_size as usize, libc::PROT_READ, 0, fd)
     } else {
         None
@@ -84,26 +86,27 @@ fn executable(path: *const c_char) -> Option<Room> {
     contents
 }
 
-/// Whether a file is a program without a dynamic linker that has `/dev/kvm` in it.
-fn is_static_client(path: *const c_char) -> bool {
+/// Reads files by system calls alone.
+struct Calls;
+impl Reader for Calls {
+    fn open(&self, path: &CStr) -> Option<c_int> {
+        let flags = libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let fd = call(libc::SYS_open, [path.as_ptr() as usize, flags as usize, 0, 0, 0, 0]);
+        (fd >= 0).then_some(fd as c_int)
+    }
+    fn read(&self, fd: c_int, bytes: &mut [u8], at: u64) -> usize {
+        let arguments = [fd as usize, bytes.as_mut_ptr() as usize, bytes.len(), at as usize, 0, 0];
+        call(libc::SYS_pread64, arguments).max(0) as usize
+    }
+    fn close(&self, fd: c_int) {
+        call(libc::SYS_close, [fd as usize, 0, 0, 0, 0, 0]);
+    }
+}
+
+/// Whether a file that may be executed has `/dev/kvm` in it.
+fn is_client(path: *const c_char) -> bool {
     let Some(contents) = executable(path) else { return false };
-    let bytes = contents.bytes();
-    // SAFETY: the file is longer; all bits are a header.
-    let header = unsafe { bytes.as_ptr().cast::<Elf64_Ehdr>().read_unaligned() };
-    if header.e_ident[..5] != *b"\x7fELF\x02" || header.e_machine != libc::EM_X86_64 {
-        return false;
-    }
-    for n in 0..usize::from(header.e_phnum) {
-        let at = (header.e_phoff as usize).saturating_add(n * usize::from(header.e_phentsize));
-        let Some(entry) = bytes.get(at..).filter(|rest| rest.len() >= size_of::<Elf64_Phdr>()) else {
-            return false;
-        };
-        // SAFETY: there are as many bytes.
-        if unsafe { entry.as_ptr().cast::<Elf64_Phdr>().read_unaligned() }.p_type == libc::PT_INTERP {
-            return false;
-        }
-    }
-    let what = b"/dev/kvm";
+    let (bytes, what) = (contents.bytes(), b"/dev/kvm");
     // SAFETY: searches within both.
     let found = unsafe { libc::memmem(bytes.as_ptr().cast(), bytes.len(), what.as_ptr().cast(), what.len()) };
     !found.is_null()
@@ -114,51 +117,66 @@ struct Redirected {
     loader: *const c_char,
     arguments: Strings,
     environment: Strings,
-    _room: Room,
+    _lists: Room,
+    _line: Room,
 }
 
-/// How a static client is run in an environment that has ours; None: as it is.
+/// How a client that is not for our dynamic linker is run in an environment that has ours; None: as it is.
 ///
 /// # Safety
 /// As execve()'s.
 unsafe fn redirected(path: *const c_char, arguments: Strings, environment: Strings) -> Option<Redirected> {
-    // SAFETY: lists of strings that end with null; what is written is in the room made for it.
+    const WRITABLE: c_int = libc::PROT_READ | libc::PROT_WRITE;
+    device::path(path, call)?;
+    // SAFETY: strings, and lists of them that end with null; what is written is in the room made for it.
     unsafe {
         let (ours, theirs) = (count(environment), count(arguments));
         let variable = |name: &[u8]| {
             (0..ours).find(|&n| CStr::from_ptr(*environment.add(n)).to_bytes().starts_with(name))
         };
         let (preload, loader) = (variable(PRELOAD)?, variable(LOADER)?);
-        if !is_static_client(path) {
-            return None;
-        }
+        // A script's interpreter, and the argument that it is given.
+        let line = Room::map(2 * NAME, WRITABLE, libc::MAP_ANONYMOUS, -1)?;
+        let text = line.address as *const c_char;
+        let name = if theirs > 0 { *arguments } else { path };
+        // The program's file, its name, and what comes before its arguments.
+        let first = match kind_of(&Calls, CStr::from_ptr(path), &mut *(line.address as *mut [u8; 2 * NAME])) {
+            Kind::Loaded if is_client(path) => [path, name, null(), null()],
+            Kind::Script if executable(path).is_some() && is_client(text) => match *text.add(NAME) {
+                0 => [text, text, path, null()],
+                _ => [text, text, text.add(NAME), path],
+            },
+            _ => return None,
+        };
         let libraries = &CStr::from_ptr(*environment.add(preload)).to_bytes_with_nul()[PRELOAD.len()..];
-        let words = (theirs.max(1) + 2) + (ours + 1);
+        let arguments_size = 1 + first.len() + theirs + 1;
+        let words = arguments_size + ours + 1;
         let size = words * size_of::<usize>() + PRELOAD_OF_PROGRAM.len() + libraries.len();
-        let room = Room::map(size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_ANONYMOUS, -1)?;
-        let list = slice::from_raw_parts_mut(room.address as *mut *const c_char, words);
-        let text = slice::from_raw_parts_mut(
+        let room = Room::map(size, WRITABLE, libc::MAP_ANONYMOUS, -1)?;
+        let lists = slice::from_raw_parts_mut(room.address as *mut *const c_char, words);
+        let entry = slice::from_raw_parts_mut(
             (room.address + words * size_of::<usize>()) as *mut u8,
             PRELOAD_OF_PROGRAM.len() + libraries.len(),
         );
-        let (name, value) = text.split_at_mut(PRELOAD_OF_PROGRAM.len());
-        name.copy_from_slice(PRELOAD_OF_PROGRAM);
-        value.copy_from_slice(libraries);
-        let (new_arguments, new_environment) = list.split_at_mut(theirs.max(1) + 2);
+        entry[..PRELOAD_OF_PROGRAM.len()].copy_from_slice(PRELOAD_OF_PROGRAM);
+        entry[PRELOAD_OF_PROGRAM.len()..].copy_from_slice(libraries);
         // The room is of zeros: null ends both lists.
-        new_arguments[0] = c"softkvm-load".as_ptr();
-        new_arguments[1] = path;
-        for n in 1..theirs {
-            new_arguments[n + 1] = *arguments.add(n);
-        }
+        let (new_arguments, new_environment) = lists.split_at_mut(arguments_size);
+        let given = (1..theirs).map(|n| *arguments.add(n));
+        let all = [c"softkvm-load".as_ptr()]
+            .into_iter()
+            .chain(first.into_iter().filter(|p| !p.is_null()))
+            .chain(given);
+        new_arguments.iter_mut().zip(all).for_each(|(place, argument)| *place = argument);
         for (n, place) in new_environment.iter_mut().enumerate().take(ours) {
-            *place = if n == preload { text.as_ptr().cast() } else { *environment.add(n) };
+            *place = if n == preload { entry.as_ptr().cast() } else { *environment.add(n) };
         }
         Some(Redirected {
             loader: (*environment.add(loader)).add(LOADER.len()),
             arguments: new_arguments.as_ptr(),
             environment: new_environment.as_ptr(),
-            _room: room,
+            _lists: room,
+            _line: line,
         })
     }
 }

@@ -113,7 +113,7 @@ def prepare(command: Sequence[str], settings: Settings) -> Client:
     if found.program.interpreter and not os.path.exists(found.program.interpreter):
         interpreter = f"{os.strerror(errno.ENOENT)}: its interpreter {found.program.interpreter}"
         raise FileNotFoundError(errno.ENOENT, interpreter, command[0])
-    if not found.program.is_static:
+    if not found.program.is_for_loader:
         return Client(path, list(command), variables)
     if not LOADER.exists():
         raise LaunchError(f"{LOADER.name} is not built")

@@ -17,6 +17,9 @@ _PT_INTERP: Final = 3
 #: The head of a note of Go's linker with the build's identification (its section is ``.note.go.buildid``).
 _GO_NOTE: Final = struct.pack("<I", 4) + b"Go\0\0"
 
+#: What the names of our C library's dynamic linkers begin with.
+_LINKER: Final = "ld-linux"
+
 #: So much of a script's first line the kernel looks at (``BINPRM_BUF_SIZE``), and so many scripts may lead to others.
 _SCRIPT_LINE: Final = 256
 _SCRIPTS: Final = 5
@@ -32,6 +35,11 @@ class Program(NamedTuple):
     is_script: bool = False
     is_elf: bool = False
     is_64_bit: bool = False
+
+    @property
+    def is_for_loader(self) -> bool:
+        """A program into which our C library's dynamic linker loads nothing: static, or of another C library."""
+        return self.is_64_bit and not Path(self.interpreter).name.startswith(_LINKER)
 
     @property
     def is_static(self) -> bool:
@@ -133,8 +141,6 @@ def obstacle(command: Command) -> str:
         return f"{gains}: no KVM gets into it with its rights; `setpriv --no-new-privs softkvm …` runs it without them"
     if program.is_static or not program.is_64_bit:
         return ""
-    if Path(program.interpreter).name.startswith("ld-musl"):
-        return "linked dynamically with musl, and what is loaded into it with glibc; build it static"
-    if is_dynamic_go(command.path):
+    if not program.is_for_loader and is_dynamic_go(command.path):
         return "a dynamically linked Go program makes its system calls itself; build it with CGO_ENABLED=0"
     return ""
