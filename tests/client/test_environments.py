@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from tests.support.clients import EXEC, TIMEOUT_S, Completed, run_client
 
-#: open() of the client that has had a line from us.
-NO_KVM = os.strerror(errno.ENOENT)
+LINKED = pytest.mark.parametrize("options", [(), ("-static",)], ids=["dynamic", "static"])
 
 
 def run(command: Sequence[str | Path], cwd: str | Path | None = None) -> Completed:
@@ -84,6 +83,10 @@ def test_what_a_client_has_no_more(holds: Callable[..., None], case: str) -> Non
     holds("environments", case)
 
 
+def test_a_static_client_that_has_no_more_descriptors(holds_static: Callable[..., None]) -> None:
+    holds_static("environments", "no_more_descriptors")
+
+
 def test_no_descriptor_for_the_first_open(client: Callable[..., Completed]) -> None:
     done = client("environments", "no_descriptors_at_the_first_open")
     why = f"{os.strerror(errno.EMFILE)}"
@@ -113,12 +116,13 @@ def test_directories_that_are_not_there(
     assert_well(run(in_namespace(command, *EXEC, "--", str(program), "works")))
 
 
+@LINKED
 def test_without_proc_it_takes_a_right_to_mount_one(
-    build: Callable[..., Path], in_namespace: Callable[..., list[str]]
+    build: Callable[..., Path], in_namespace: Callable[..., list[str]], options: tuple[str, ...]
 ) -> None:
     if os.geteuid():
         pytest.skip("only root may mount one")
-    program = str(build("environments"))
+    program = str(build("environments", *options))
     unshare = ["unshare", "--mount", "--propagation", "private"]
     without = ["sh", "-ec", 'mount -t tmpfs none /proc; exec "$@"', "sh"]
     assert_well(run([*unshare, *without, *EXEC, "--", program, "works_without_proc"]))
@@ -128,8 +132,11 @@ def test_without_proc_it_takes_a_right_to_mount_one(
     assert (done.returncode, done.stderr) == (0, f"softkvm: KVM could not be loaded: {why}\n")
 
 
-def test_a_client_that_changes_its_root(build: Callable[..., Path], in_namespace: Callable[..., list[str]]) -> None:
-    assert_well(run(in_namespace(":", *EXEC, "--", str(build("environments")), "root_changes")))
+@LINKED
+def test_a_client_that_changes_its_root(
+    build: Callable[..., Path], in_namespace: Callable[..., list[str]], options: tuple[str, ...]
+) -> None:
+    assert_well(run(in_namespace(":", *EXEC, "--", str(build("environments", *options)), "root_changes")))
 
 
 def test_another_user(build: Callable[..., Path]) -> None:
