@@ -10,6 +10,7 @@ pub mod device;
 pub mod kernel;
 pub mod programs;
 pub mod python;
+pub mod sanitizers;
 pub mod seccomp;
 
 use core::ffi::{c_int, c_long, c_uint, c_ulong, c_void};

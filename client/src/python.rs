@@ -10,6 +10,7 @@ use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
 use crate::Core;
+use crate::sanitizers::{Unseen, obstacle};
 
 static CORE: AtomicPtr<Core> = AtomicPtr::new(core::ptr::null_mut());
 static LOADING: Mutex<bool> = Mutex::new(false);
@@ -26,6 +27,7 @@ pub fn load(start_it: impl FnOnce(&'static Core)) -> Option<&'static Core> {
         return Some(core);
     }
     let _quiet = Quiet::new();
+    let _unseen = Unseen::new();
     let mut failed = LOADING.lock().unwrap_or_else(|e| e.into_inner());
     if *failed || core().is_some() {
         return core();
@@ -170,6 +172,9 @@ fn check_version(python: &Interpreter) -> Result<(), String> {
 }
 
 fn start() -> Result<&'static Core, String> {
+    if let Some(why) = obstacle() {
+        return Err(why.into());
+    }
     let (library, executable) = (setting("SOFTKVM_LIBPYTHON")?, setting("SOFTKVM_PYTHON")?);
     let script = setting("SOFTKVM_WORLD")?;
     // The client may be Python, linked to the library or with the interpreter in itself.

@@ -174,6 +174,9 @@ def watch_signal(signal: int, main_thread: int) -> None:
     end of that one's run or request, too. Handlers that nobody tells of are found within 20 ms, when a run begins.
     """
 
+def unseen(function: Callable[..., _R], *args: object) -> _R:
+    """Call a function of a thread that is none of the client's: sanitizers that the client has leave it out."""
+
 def uninterrupted(function: Callable[..., _R], *args: object, **named: object) -> _R:
     """Call ``function`` while signals to the thread wait as in a run: handlers run before and behind it.
 

@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from softkvm import _softcpu
+
 #: All signals but those that an instruction raises: they cannot wait.
 _ASYNCHRONOUS: Final = signal.valid_signals() - {
     signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP,
@@ -45,13 +47,20 @@ def inherited_error() -> OSError:
     return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: it belongs to the process that this one was forked from")
 
 
+class _Thread(threading.Thread):
+    """A thread of which no sanitizer of the process's owner sees anything: what makes it ready allocates, too."""
+
+    def _bootstrap(self) -> None:
+        _softcpu.unseen(super()._bootstrap)  # type: ignore[misc]
+
+
 def start_quiet(target: Callable[..., object], name: str, *args: Any) -> threading.Thread:
     """Start a daemon thread that takes no signals, and return it.
 
     A signal for the process goes to any thread that doesn't block it. One that a program blocks in all of its own
     threads, to wait for it, must not end the program because a library has one more.
     """
-    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread = _Thread(target=target, args=args, name=name, daemon=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, _ASYNCHRONOUS)

@@ -18,6 +18,7 @@ mod handlers;
 mod memory;
 mod programs;
 mod real;
+mod sanitizers;
 mod transfers;
 
 use softkvm_client::{Client, Core, python};

@@ -111,6 +111,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(sched_yield, m)?)?;
     m.add_function(wrap_pyfunction!(watch_signal, m)?)?;
     m.add_function(wrap_pyfunction!(request::uninterrupted, m)?)?;
+    m.add_function(wrap_pyfunction!(request::unseen, m)?)?;
     m.add_function(wrap_pyfunction!(cpuid, m)?)?;
     m.add_function(wrap_pyfunction!(exit_name, m)?)?;
     client::add_to(m)?;

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
+use softkvm_client::sanitizers::Unseen;
 
 use crate::signals::Runner;
 
@@ -95,6 +96,14 @@ fn end<'py>(
         return Err(raised);
     }
     result
+}
+
+/// Calls a function of a thread that is none of the client's: its sanitizers leave it out.
+#[pyfunction]
+#[pyo3(signature = (function, *args))]
+pub fn unseen<'py>(function: &Bound<'py, PyAny>, args: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
+    let _unseen = Unseen::new();
+    function.call1(args)
 }
 
 /// Calls a function that no handler of a signal interrupts.

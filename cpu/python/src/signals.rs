@@ -28,6 +28,7 @@ use libc::{c_int, c_void, siginfo_t, sigset_t, ucontext_t};
 use softcpu::clock::clock_ns;
 use softcpu::mem::lost::actions::{action_of, call_handler, set_action, set_default};
 use softcpu::mem::{Shared, futex, lost};
+use softkvm_client::sanitizers::Unseen;
 
 /// How old a look at the handlers may be when a run begins.
 const WATCH_NS: u64 = 20_000_000;
@@ -746,11 +747,15 @@ fn set_mask(how: c_int, set: &sigset_t) {
     unsafe { libc::pthread_sigmask(how, set, core::ptr::null_mut()) };
 }
 
-/// Starts a thread that takes no signal: they are for the client's threads.
+/// Starts a thread that takes no signal, and that no sanitizer looks at: both are for the client's threads.
 pub fn spawn_quiet(name: &str, main: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let mut before = set_of(0);
     // SAFETY: valid sets; the new thread inherits the mask.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set_of(!members_of(is_synchronous)), &mut before) };
+    let main = || {
+        let _unseen = Unseen::new();
+        main();
+    };
     let spawned = std::thread::Builder::new().name(name.into()).spawn(main);
     set_mask(libc::SIG_SETMASK, &before);
     spawned.map(drop)

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use pyo3::ffi;
 use pyo3::prelude::*;
+use softkvm_client::sanitizers::Unseen;
 
 use super::files;
 use crate::signals::Runner;
@@ -121,7 +122,9 @@ pub fn uninterrupted<R>(function: impl FnOnce() -> R) -> R {
     let before = unsafe { *errno };
     let mut cancel = 0;
     unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &mut cancel) };
+    let unseen = Unseen::new();
     let result = function();
+    drop(unseen);
     unsafe { *errno = before };
     if outermost {
         runner.leave(|| set_cancel_state(cancel));
@@ -190,6 +193,7 @@ extern "C" fn before() {
     if !is_there() || in_python() {
         return;
     }
+    let _unseen = Unseen::new();
     keep();
     FORKING.set(true);
     // SAFETY: the lock is held until `parent` or `child`.
@@ -201,6 +205,7 @@ extern "C" fn before() {
 }
 
 extern "C" fn parent() {
+    let _unseen = Unseen::new();
     if FORKING.replace(false) {
         HELD.set(None);
         // SAFETY: as in `before`.
@@ -212,6 +217,7 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    let _unseen = Unseen::new();
     note_process();
     if FORKING.replace(false) {
         HELD.set(None);
