@@ -99,15 +99,17 @@ class LapicTimer:
         self._arm(self._clock() + self.period_ns if running else 0)
 
     def restore(self, tmict: int, tmcct: int) -> None:
-        """Start with *tmcct* left of the initial count *tmict*; the mode and divisor have been set before."""
+        """Start with *tmcct* left of the initial count *tmict*; the mode and divisor have been set before.
+
+        One-shot with nothing left, it fires at once, as with the kernel (``set_target_expiration``): its interrupt may
+        not have been delivered when the state was saved, and QEMU restores the initial count only.
+        """
         if self.mode == APIC_LVT_TIMER_TSCDEADLINE:
             return
         self.set_tmict(tmict)
-        if self.deadline_ns and tmcct:
+        if self.deadline_ns and (tmcct or self.mode == APIC_LVT_TIMER_ONESHOT):
             left = min(tmcct * self.divisor * self.bus_cycle_ns, self.period_ns)
             self._arm(self._clock() + left)
-        elif self.mode == APIC_LVT_TIMER_ONESHOT:
-            self._arm(0)  # had expired
 
     def tmcct(self) -> int:
         """Return the current count register."""
