@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -28,12 +29,11 @@ def package_file(package: str, path: str, *, architecture: str = "amd64", kernel
     With *kernel* the package is one that depends on the kernel's. Skips where it cannot be had, which CI does not
     accept.
     """
-    directory = cache_directory().parent / "systems"
-    kept = directory / f"{package}_{architecture}_{re.sub('[^A-Za-z0-9]+', '-', path)}"
+    kept = kept_directory() / f"{package}_{architecture}_{re.sub('[^A-Za-z0-9]+', '-', path)}"
     if not kept.exists():
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with (directory / ".lock").open("w") as lock:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with (kept.parent / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not kept.exists():
                     _fetch(kept, package, path, architecture, kernel)
@@ -42,15 +42,26 @@ def package_file(package: str, path: str, *, architecture: str = "amd64", kernel
     return kept
 
 
-def _fetch(kept: Path, package: str, path: str, architecture: str, kernel: bool) -> None:
-    with tempfile.TemporaryDirectory(dir=kept.parent) as work:
+def kept_directory() -> Path:
+    """Where files of packages are kept, beside the default guest."""
+    return cache_directory().parent / "systems"
+
+
+@contextmanager
+def open_package(package: str, architecture: str, *, kernel: bool) -> Iterator[Path]:
+    """Download *package*, or with *kernel* the package of the kernel that it depends on, for as long as it is read."""
+    with tempfile.TemporaryDirectory(dir=kept_directory()) as work:
         apt = _apt(architecture)
         name = apt.resolve_kernel([package]) if kernel else package
-        deb = apt.download(name, Path(work), NoProgress())
-        files = read_files(deb.path, lambda member: re.fullmatch(path, member) is not None, count=1)
+        yield apt.download(name, Path(work), NoProgress()).path
+
+
+def _fetch(kept: Path, package: str, path: str, architecture: str, kernel: bool) -> None:
+    with open_package(package, architecture, kernel=kernel) as deb:
+        files = read_files(deb, lambda member: re.fullmatch(path, member) is not None, count=1)
         if not files:
             raise GuestUnavailable(f"has no file {path}")
-        file = Path(work) / "file"
+        file = deb.parent / "file"
         file.write_bytes(next(iter(files.values())))
         os.replace(file, kept)
 
