@@ -8,12 +8,14 @@ pub type Call = fn(number: c_long, arguments: [usize; 6]) -> isize;
 
 pub const PAGE: usize = 4096;
 
-/// Whether a page of the client's can be read: who copies from what a client names has to know before. There is no such
-/// `how` of rt_sigprocmask(), and the kernel finds that after it has read the set.
+/// Whether a page of the client's can be read: who copies from what a client names has to know before. A futex's word is
+/// read to be compared, and with no time to wait that is all.
 pub fn is_readable(call: Call, address: usize) -> bool {
-    let word = address & !7;
-    let result = call(libc::SYS_rt_sigprocmask, [usize::MAX, word, 0, 8, 0, 0]);
-    word != 0 && result != -(libc::EFAULT as isize) // null is no set
+    const WAIT: usize = (libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG) as usize;
+    const UNLIKELY: usize = 0x8DB6_A51E;
+    let no_time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let result = call(libc::SYS_futex, [address & !3, WAIT, UNLIKELY, (&raw const no_time) as usize, 0, 0]);
+    result != -(libc::EFAULT as isize)
 }
 
 /// Whether all pages of a range can be read.

@@ -153,7 +153,13 @@ OTHER = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdarg.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
+void *mmap(void *address, size_t size, int protection, int flags, int fd, off_t offset) {
+    return (void *)syscall(SYS_mmap, address, size, protection, flags, fd, offset);
+}
+int munmap(void *address, size_t size) { return syscall(SYS_munmap, address, size); }
 int clock_gettime(clockid_t clock, struct timespec *now) {
     (void)clock;
     now->tv_sec = 1;

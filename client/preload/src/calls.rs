@@ -106,6 +106,11 @@ pub unsafe extern "C-unwind" fn syscall(
             libc::SYS_dup2 => descriptors::dup2(fd, b as c_int).into(),
             libc::SYS_dup3 => descriptors::dup3(fd, b as c_int, c as c_int).into(),
             libc::SYS_fcntl => descriptors::fcntl(fd, b as c_int, c).into(),
+            libc::SYS_mmap | libc::SYS_munmap | libc::SYS_mprotect | libc::SYS_madvise | libc::SYS_mremap
+                if memory::is_within() =>
+            {
+                kernel(number, [a, b, c, d, e, f])
+            }
             libc::SYS_mmap => {
                 memory::mmap(a as *mut c_void, b as usize, c as c_int, d as c_int, e as c_int, f as i64)
                     as c_long

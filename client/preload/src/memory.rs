@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Mappings: of the KVM's files, and of memory that guests have.
 
+use core::cell::Cell;
 use core::ffi::{c_int, c_void};
 
 use softkvm_client::python::core;
@@ -35,6 +36,22 @@ fn mapped(
     address
 }
 
+thread_local!(static WITHIN: Cell<bool> = const { Cell::new(false) });
+
+/// Calls the C library's function. It may be another library's, behind ours, that makes the system call by its number, as
+/// allocators do: that one is the kernel's.
+fn within<R>(function: impl FnOnce() -> R) -> R {
+    let before = WITHIN.replace(true);
+    let result = function();
+    WITHIN.set(before);
+    result
+}
+
+/// Whether the thread is in the C library's function for one of ours.
+pub fn is_within() -> bool {
+    WITHIN.get()
+}
+
 /// `MAP_FIXED_NOREPLACE` without `MAP_FIXED`.
 const MAP_NOREPLACE: c_int = libc::MAP_FIXED_NOREPLACE & !libc::MAP_FIXED;
 
@@ -51,7 +68,7 @@ fn going(address: *mut c_void, size: usize) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn munmap(address: *mut c_void, size: usize) -> c_int {
     going(address, size);
-    real!(munmap(address: *mut c_void, size: usize) -> c_int)
+    within(|| real!(munmap(address: *mut c_void, size: usize) -> c_int))
 }
 
 #[unsafe(no_mangle)]
@@ -66,13 +83,15 @@ pub unsafe extern "C" fn mremap(
     if flags & libc::MREMAP_FIXED != 0 {
         going(new, new_size);
     }
-    real!(mremap(address: *mut c_void, size: usize, new_size: usize, flags: c_int, new: *mut c_void) -> *mut c_void)
+    within(
+        || real!(mremap(address: *mut c_void, size: usize, new_size: usize, flags: c_int, new: *mut c_void) -> *mut c_void),
+    )
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int {
     going(address, size);
-    real!(mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int)
+    within(|| real!(mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int))
 }
 
 #[unsafe(no_mangle)]
@@ -80,7 +99,7 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, size: usize, advice: c_in
     if matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE) {
         going(address, size);
     }
-    real!(madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int)
+    within(|| real!(madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int))
 }
 
 macro_rules! maps {
@@ -103,9 +122,9 @@ macro_rules! maps {
             if flags & libc::MAP_FIXED != 0 && flags & MAP_NOREPLACE != MAP_NOREPLACE {
                 going(address, size);
             }
-            let result = real!($name(
+            let result = within(|| real!($name(
                 address: *mut c_void, size: usize, protection: c_int, flags: c_int, fd: c_int, offset: i64
-            ) -> *mut c_void);
+            ) -> *mut c_void));
             mapped(result, size, protection, flags, fd, offset)
         }
     )*};
