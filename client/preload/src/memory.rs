@@ -9,7 +9,7 @@ use softkvm_client::{KIND_NONE, KIND_VCPU};
 
 use crate::descriptors::{is_marked, kind};
 use crate::real;
-use crate::real::set_errno;
+use crate::real::{errno, set_errno};
 
 fn mapped(
     address: *mut c_void,
@@ -56,13 +56,30 @@ pub fn is_within() -> bool {
 const MAP_NOREPLACE: c_int = libc::MAP_FIXED_NOREPLACE & !libc::MAP_FIXED;
 
 /// Memory is about to go, or to change: guests that have it must not by then (the kernel's MMU notifiers). Most memory is
-/// no guest's, which is found out without the interpreter: it may be that the thread has its lock.
-fn going(address: *mut c_void, size: usize) {
-    if let Some(core) = core()
-        && (core.concerns)(address as usize, size)
-    {
-        (core.unmapping)(address as usize, size);
+/// no guest's, which is found out without the interpreter: it may be that the thread has its lock. Tells whether it is.
+fn going(address: *mut c_void, size: usize) -> bool {
+    match core() {
+        Some(core) if (core.concerns)(address as usize, size) => {
+            (core.unmapping)(address as usize, size);
+            true
+        }
+        _ => false,
     }
+}
+
+/// [`within`] for a call that puts other memory in the place of some, or other contents: a guest that runs may have looked
+/// at it again between the two.
+fn replacing<R>(memory: &[(*mut c_void, usize)], function: impl FnOnce() -> R) -> R {
+    let concerns = memory.iter().fold(false, |any, &(address, size)| going(address, size) | any);
+    let result = within(function);
+    if concerns {
+        let kept = errno();
+        memory.iter().for_each(|&(address, size)| {
+            going(address, size);
+        });
+        set_errno(kept);
+    }
+    result
 }
 
 #[unsafe(no_mangle)]
@@ -79,13 +96,13 @@ pub unsafe extern "C" fn mremap(
     flags: c_int,
     new: *mut c_void,
 ) -> *mut c_void {
-    going(address, size);
-    if flags & libc::MREMAP_FIXED != 0 {
-        going(new, new_size);
-    }
-    within(
-        || real!(mremap(address: *mut c_void, size: usize, new_size: usize, flags: c_int, new: *mut c_void) -> *mut c_void),
-    )
+    let fixed = flags & libc::MREMAP_FIXED != 0;
+    let memory = [(address, size), (new, if fixed { new_size } else { 0 })];
+    replacing(&memory[..1 + usize::from(fixed)], || {
+        real!(mremap(
+            address: *mut c_void, size: usize, new_size: usize, flags: c_int, new: *mut c_void
+        ) -> *mut c_void)
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -96,10 +113,11 @@ pub unsafe extern "C" fn mprotect(address: *mut c_void, size: usize, protection:
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int {
-    if matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE) {
-        going(address, size);
-    }
-    within(|| real!(madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int))
+    let goes = matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE);
+    replacing(
+        &[(address, size)][..usize::from(goes)],
+        || real!(madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int),
+    )
 }
 
 macro_rules! maps {
@@ -119,10 +137,8 @@ macro_rules! maps {
                 set_errno(libc::ENODEV);
                 return libc::MAP_FAILED;
             }
-            if flags & libc::MAP_FIXED != 0 && flags & MAP_NOREPLACE != MAP_NOREPLACE {
-                going(address, size);
-            }
-            let result = within(|| real!($name(
+            let replaces = flags & libc::MAP_FIXED != 0 && flags & MAP_NOREPLACE != MAP_NOREPLACE;
+            let result = replacing(&[(address, size)][..usize::from(replaces)], || real!($name(
                 address: *mut c_void, size: usize, protection: c_int, flags: c_int, fd: c_int, offset: i64
             ) -> *mut c_void));
             mapped(result, size, protection, flags, fd, offset)
