@@ -7,6 +7,7 @@
 mod bpf;
 pub mod cpuid;
 pub mod device;
+pub mod forks;
 pub mod kernel;
 pub mod programs;
 pub mod python;
@@ -28,6 +29,11 @@ pub const KIND_VM: c_int = 2;
 pub const KIND_VCPU: c_int = 3;
 /// Of statistics, which can be read.
 pub const KIND_STATISTICS: c_int = 4;
+
+/// What [`Core::forking`] is told of: it is about to be, or has been, in the parent and in the child.
+pub const FORK_BEFORE: c_int = 0;
+pub const FORK_PARENT: c_int = 1;
+pub const FORK_CHILD: c_int = 2;
 
 /// A descriptor is the client's, of a file of the KVM's.
 pub const MARK_CLIENTS: u8 = 1;
@@ -80,6 +86,8 @@ pub struct Core {
     /// The next KVM_RUN of this thread has these signals blocked, unless KVM_SET_SIGNAL_MASK has said which: the thread
     /// has blocked all.
     pub block_in_run: extern "C-unwind" fn(mask: u64),
+    /// A fork: `FORK_*`.
+    pub forking: extern "C-unwind" fn(stage: c_int),
     /// The process is about to end.
     pub at_exit: extern "C-unwind" fn(),
     /// The client's side is ready.

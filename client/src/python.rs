@@ -4,16 +4,17 @@
 //! What to load, `softkvm exec` says in the environment; children of the client get the same.
 
 use core::ffi::{c_char, c_int, c_void};
-use core::sync::atomic::{AtomicPtr, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
-use std::sync::Mutex;
 
 use crate::Core;
+use crate::forks::Turn;
 use crate::sanitizers::{Unseen, obstacle};
 
 static CORE: AtomicPtr<Core> = AtomicPtr::new(core::ptr::null_mut());
-static LOADING: Mutex<bool> = Mutex::new(false);
+static LOADING: Turn = Turn::new();
+static FAILED: AtomicBool = AtomicBool::new(false);
 
 /// The KVM, if it is loaded.
 pub fn core() -> Option<&'static Core> {
@@ -21,17 +22,24 @@ pub fn core() -> Option<&'static Core> {
     unsafe { CORE.load(Ordering::Acquire).as_ref() }
 }
 
-/// The KVM, loaded if it is not: `start_it` lets it begin. None, after one line that says why, if that cannot be.
-pub fn load(start_it: impl FnOnce(&'static Core)) -> Option<&'static Core> {
+/// Who loads; forks wait for it.
+pub fn loading() -> &'static Turn {
+    &LOADING
+}
+
+/// The KVM, loaded if it is not: `prepare` is done before, and `start_it` lets it begin. None, after one line that says
+/// why, if that cannot be.
+pub fn load(prepare: impl FnOnce(), start_it: impl FnOnce(&'static Core)) -> Option<&'static Core> {
     if let Some(core) = core() {
         return Some(core);
     }
     let _quiet = Quiet::new();
     let _unseen = Unseen::new();
-    let mut failed = LOADING.lock().unwrap_or_else(|e| e.into_inner());
-    if *failed || core().is_some() {
+    let _turn = LOADING.take()?;
+    if FAILED.load(Ordering::Relaxed) || core().is_some() {
         return core();
     }
+    prepare();
     let loaded = start();
     match loaded {
         Ok(core) => {
@@ -40,7 +48,7 @@ pub fn load(start_it: impl FnOnce(&'static Core)) -> Option<&'static Core> {
         }
         Err(why) => {
             eprintln!("softkvm: {why}");
-            *failed = true;
+            FAILED.store(true, Ordering::Relaxed);
         }
     }
     core()
@@ -191,6 +199,9 @@ fn start() -> Result<&'static Core, String> {
     }
     if is_client {
         check_version(&python)?;
+    }
+    if is_client {
+        LOADING.let_forks_pass();
     }
     let state = python!(python.PyGILState_Ensure() -> c_int);
     let core = world(&python, &script);

@@ -19,6 +19,7 @@ import pytest
         "executed_from_a_thread_that_runs_a_guest",
         "daemon_opens_it",
         "from_many_threads",
+        "while_another_thread_opens",
     ],
 )
 def test_children_have_a_kvm_of_their_own(holds: Callable[..., None], case: str) -> None:

@@ -232,15 +232,18 @@ pub struct Request {
 
 /// The KVM, loaded if it is not; in a request.
 pub fn core() -> Option<&'static Core> {
-    python::load(|core| {
-        (core.start)(&Client {
-            mark: descriptors::mark,
-            sigaction: libc::sigaction,
-            tells_closing: true,
-            cpuid_sites: cpuid::replaced(),
-            handlers: true,
-        });
-    })
+    python::load(
+        || (),
+        |core| {
+            (core.start)(&Client {
+                mark: descriptors::mark,
+                sigaction: libc::sigaction,
+                tells_closing: true,
+                cpuid_sites: cpuid::replaced(),
+                handlers: true,
+            });
+        },
+    )
 }
 
 /// Does a request of the calling thread, all of whose signals are blocked; errno, negated, if it fails.

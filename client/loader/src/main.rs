@@ -30,6 +30,8 @@ use std::ffi::{CStr, CString, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::process::exit;
 
+use softkvm_client::forks;
+
 /// Exit statuses as the shell's.
 const NOT_EXECUTABLE: i32 = 126;
 
@@ -49,6 +51,7 @@ fn main() {
     names::start(path);
     execute::start();
     again::start();
+    forks::follow();
     donor::start();
     handlers::install();
     let name = CStr::to_bytes(path).rsplit(|&byte| byte == b'/').next().unwrap_or_default();

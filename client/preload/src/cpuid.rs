@@ -10,9 +10,9 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use std::cell::UnsafeCell;
 use std::ffi::CStr;
 use std::mem::{MaybeUninit, zeroed};
-use std::sync::Once;
 
 use softkvm_client::cpuid::{self, Module, is_replaced};
+use softkvm_client::forks;
 
 use crate::handlers::real_sigaction;
 
@@ -146,18 +146,16 @@ pub fn is_client() -> bool {
 }
 
 extern "C" fn at_start() {
+    forks::follow();
     // SAFETY: calls `look_at_program` once.
     unsafe { libc::dl_iterate_phdr(Some(look_at_program), null_mut()) };
 }
 
-/// The process is about to use KVM: looks at its libraries, once.
+/// The process is about to use KVM, for the first time: looks at its libraries.
 pub fn at_open() {
-    static DONE: Once = Once::new();
-    DONE.call_once(|| {
-        let mut is_behind_program = false;
-        // SAFETY: calls `look_at_library` for every part of the process.
-        unsafe { libc::dl_iterate_phdr(Some(look_at_library), (&raw mut is_behind_program).cast()) };
-    });
+    let mut is_behind_program = false;
+    // SAFETY: calls `look_at_library` for every part of the process.
+    unsafe { libc::dl_iterate_phdr(Some(look_at_library), (&raw mut is_behind_program).cast()) };
 }
 
 #[used]

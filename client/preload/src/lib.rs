@@ -25,8 +25,7 @@ use softkvm_client::{Client, Core, python};
 
 /// The KVM, loaded if it is not.
 fn load() -> Option<&'static Core> {
-    cpuid::at_open();
-    python::load(|core| {
+    python::load(cpuid::at_open, |core| {
         (core.start)(&Client {
             mark: descriptors::mark,
             sigaction: handlers::real_sigaction,

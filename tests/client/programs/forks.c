@@ -183,5 +183,28 @@ static void from_many_threads(void) {
     new_guest_works();
 }
 
+// Forks while another thread opens /dev/kvm for the first time.
+static void *opens_first(void *unused) {
+    new_guest_works();
+    return unused;
+}
+static void while_another_thread_opens(void) {
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, opens_first, NULL) == 0);
+    for (int n = 0; n < 10; n++) {
+        sleep_ms(10 * n);
+        pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (!pid) {
+            alarm(60);
+            new_guest_works();
+            exit(0);
+        }
+        child_ends(pid);
+    }
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
 CASES(CASE(child), CASE(grandchild), CASE(while_another_thread_runs), CASE(spawned), CASE(opens_it), CASE(executed),
-      CASE(executed_from_a_thread_that_runs_a_guest), CASE(daemon_opens_it), CASE(from_many_threads))
+      CASE(executed_from_a_thread_that_runs_a_guest), CASE(daemon_opens_it), CASE(from_many_threads),
+      CASE(while_another_thread_opens))

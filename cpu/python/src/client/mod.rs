@@ -47,6 +47,7 @@ static CORE: Core = Core {
     cancelled: threads::cancelled,
     put_off,
     block_in_run,
+    forking: threads::forking,
     at_exit,
     start: files::start,
     client_is_python: threads::client_is_python,
@@ -228,7 +229,7 @@ extern "C-unwind" fn at_exit() {
 #[pyfunction]
 fn client_core(open_system: Py<PyAny>, unmapping: Py<PyAny>, at_exit: Option<Py<PyAny>>) -> usize {
     if WORLD.set(World { open_system, unmapping, at_exit }).is_ok() {
-        threads::follow_forks();
+        threads::note_process();
     }
     &raw const CORE as usize
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use softkvm_client::sanitizers::Unseen;
+use softkvm_client::{FORK_BEFORE, FORK_CHILD, FORK_PARENT};
 
 use super::files;
 use crate::signals::Runner;
@@ -179,7 +180,7 @@ fn in_python() -> bool {
 /// The process that has this memory; a child of vfork() is another.
 static PROCESS: AtomicI32 = AtomicI32::new(0);
 
-fn note_process() {
+pub fn note_process() {
     // SAFETY: asks.
     PROCESS.store(unsafe { libc::getpid() }, Ordering::SeqCst);
 }
@@ -189,11 +190,10 @@ pub fn is_own_process() -> bool {
     PROCESS.load(Ordering::SeqCst) == unsafe { libc::getpid() }
 }
 
-extern "C" fn before() {
+fn before() {
     if !is_there() || in_python() {
         return;
     }
-    let _unseen = Unseen::new();
     keep();
     FORKING.set(true);
     // SAFETY: the lock is held until `parent` or `child`.
@@ -204,8 +204,7 @@ extern "C" fn before() {
     HELD.set(Some(files::hold()));
 }
 
-extern "C" fn parent() {
-    let _unseen = Unseen::new();
+fn parent() {
     if FORKING.replace(false) {
         HELD.set(None);
         // SAFETY: as in `before`.
@@ -216,8 +215,7 @@ extern "C" fn parent() {
     }
 }
 
-extern "C" fn child() {
-    let _unseen = Unseen::new();
+fn child() {
     note_process();
     if FORKING.replace(false) {
         HELD.set(None);
@@ -236,8 +234,12 @@ unsafe extern "C" {
 }
 
 /// A child that the client forks has an interpreter of its own: the parent's files are EIO there, new ones work.
-pub fn follow_forks() {
-    note_process();
-    // SAFETY: the handlers do what Python's own fork does.
-    unsafe { libc::pthread_atfork(Some(before), Some(parent), Some(child)) };
+pub extern "C-unwind" fn forking(stage: c_int) {
+    let _unseen = Unseen::new();
+    match stage {
+        FORK_BEFORE => before(),
+        FORK_PARENT => parent(),
+        FORK_CHILD => child(),
+        _ => {}
+    }
 }
