@@ -54,6 +54,7 @@ class VmState(state.VmState):
         # Interrupt chips
         self.chips: KernelIrqchip | None = None
         self.split_irqchip = False
+        self.early_pit: int | None = None  # flags of a PIT that was asked for before the irqchip
         self.bsp_vcpu_id = 0
         self.x2apic_api = 0
 

@@ -95,6 +95,8 @@ class Vm(VmState, vm.Vm):
             chips = KernelIrqchip(_softcpu.clock_ns, min_timer_period_us=self.params.min_timer_period_us)
             self.apply_options(chips)
             chips.attach(self.pio_bus, self.mmio_bus)
+            if self.early_pit is not None:
+                chips.create_pit(self.early_pit, self.pio_bus)
             self.chips = chips
 
     def create_split_irqchip(self, pins: int) -> None:
@@ -136,12 +138,21 @@ class Vm(VmState, vm.Vm):
         apic_map.x2apic_broadcast_quirk_disabled = bool(self.x2apic_api & abi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
 
     def create_pit2(self, flags: int = 0) -> None:
-        """KVM_CREATE_PIT2."""
+        """KVM_CREATE_PIT2: EEXIST for a second one, ENOENT with chips that have no PIC, or with vCPUs and no chips.
+
+        It may come before the irqchip: kernels before 6.9 have it so, and kvmtool asked in that order before 2024.
+        Later kernels have ENOENT for that.
+        """
         with self.lock:
             self.check_open()
-            if self.chips is None:
+            if self.chips is not None:
+                self.chips.create_pit(flags, self.pio_bus)
+            elif self.vcpus:
                 raise kvm_error(errno.ENOENT, "there is no in-kernel irqchip")
-            self.chips.create_pit(flags, self.pio_bus)
+            elif self.early_pit is not None:
+                raise kvm_error(errno.EEXIST, "the PIT exists")
+            else:
+                self.early_pit = flags
 
     def create_pit(self) -> None:
         """KVM_CREATE_PIT."""
