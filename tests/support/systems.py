@@ -29,7 +29,7 @@ def package_file(package: str, path: str, *, architecture: str = "amd64", kernel
     With *kernel* the package is one that depends on the kernel's. Skips where it cannot be had, which CI does not
     accept.
     """
-    kept = kept_directory() / f"{package}_{architecture}_{re.sub('[^A-Za-z0-9]+', '-', path)}"
+    kept = _kept(package, path, architecture)
     if not kept.exists():
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,22 @@ def package_file(package: str, path: str, *, architecture: str = "amd64", kernel
         except (GuestUnavailable, DebError, OSError) as error:
             missing(f"package {package}: {error}")
     return kept
+
+
+def find_package_file(package: str, path: str) -> Path | None:
+    """Return a file as :func:`package_file` does, or None where the system's package sources have no such package."""
+    kept = _kept(package, path, "amd64")
+    if not kept.exists():
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(kept, package, path, "amd64", kernel=False)
+        except (GuestUnavailable, DebError, OSError):
+            return None
+    return kept
+
+
+def _kept(package: str, path: str, architecture: str) -> Path:
+    return kept_directory() / f"{package}_{architecture}_{re.sub('[^A-Za-z0-9]+', '-', path)}"
 
 
 def kept_directory() -> Path:
