@@ -3,7 +3,7 @@
 
 use std::mem::zeroed;
 
-use pyo3::exceptions::PyOSError;
+use pyo3::exceptions::{PyOSError, PyOverflowError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -29,10 +29,24 @@ fn copy(address: usize, size: usize, from: *const u8, to: *mut u8) -> PyResult<(
     unsafe { guarded(&covers, || core::ptr::copy(from, to, size)) }.map_err(|_| fault(address, size))
 }
 
+/// An address, nobody's memory if it is beyond all addresses: of a field behind a pointer that is near the last one.
+pub struct Address(usize);
+
+impl<'py> FromPyObject<'_, 'py> for Address {
+    type Error = PyErr;
+
+    fn extract(number: Borrowed<'_, 'py, PyAny>) -> PyResult<Address> {
+        match number.extract::<usize>() {
+            Err(error) if error.is_instance_of::<PyOverflowError>(number.py()) => Ok(Address(usize::MAX)),
+            address => address.map(Address),
+        }
+    }
+}
+
 /// A copy of the client's memory.
 #[pyfunction]
-pub fn read_memory(py: Python<'_>, address: usize, size: usize) -> PyResult<Bound<'_, PyBytes>> {
-    PyBytes::new_with(py, size, |bytes| copy(address, size, address as *const u8, bytes.as_mut_ptr()))
+pub fn read_memory(py: Python<'_>, address: Address, size: usize) -> PyResult<Bound<'_, PyBytes>> {
+    PyBytes::new_with(py, size, |bytes| copy(address.0, size, address.0 as *const u8, bytes.as_mut_ptr()))
 }
 
 /// The bytes of an object, whatever they are to it.
@@ -59,7 +73,7 @@ impl Drop for Bytes {
 
 /// Puts an object's bytes into the client's memory.
 #[pyfunction]
-pub fn write_memory(address: usize, data: &Bound<'_, PyAny>) -> PyResult<()> {
+pub fn write_memory(address: Address, data: &Bound<'_, PyAny>) -> PyResult<()> {
     let Bytes(view) = &Bytes::of(data)?;
-    copy(address, view.len as usize, view.buf.cast(), address as *mut u8)
+    copy(address.0, view.len as usize, view.buf.cast(), address.0 as *mut u8)
 }
