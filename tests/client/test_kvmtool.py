@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -41,6 +42,17 @@ def lkvm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def is_old(lkvm: Path) -> bool:
+    """Whether it is of before 2021, as Ubuntu 22.04's.
+
+    That one names a processor's vendor that Linux does not know, so that Linux calls its hypervisor as it does on
+    Intel's; and it ends by using what it has freed.
+    """
+    done = subprocess.run([lkvm, "run", "--help"], check=False, capture_output=True, text=True)
+    return "--nodefaults" not in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
 def boot(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options that boot a kernel with virtio and 9P, which finds its CPUs without ACPI."""
     kernel = kernel_with_modules(GENERIC)
@@ -51,10 +63,15 @@ def boot(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def append(commands: str) -> list[str]:
-    return ["--params", f'console=ttyS0 quiet softkvm.run="{commands}"']
+    """The kernel's command line; without paravirtual spinlocks, which would need the right vendor (:func:`is_old`)."""
+    return ["--params", f'console=ttyS0 quiet nopvspin softkvm.run="{commands}"']
 
 
-def test_linux_with_two_cpus_a_disk_and_a_directory(lkvm: Path, boot: list[str], tmp_path: Path) -> None:
+def ends_well(status: int, is_old: bool) -> bool:
+    return status == 0 or (is_old and status == -signal.SIGSEGV)
+
+
+def test_linux_with_two_cpus_a_disk_and_a_directory(lkvm: Path, is_old: bool, boot: list[str], tmp_path: Path) -> None:
     disk, directory = tmp_path / "disk", tmp_path / "directory"
     disk.write_bytes(b"written by the host\n".ljust(MIB, b"\0"))
     directory.mkdir()
@@ -74,7 +91,7 @@ def test_linux_with_two_cpus_a_disk_and_a_directory(lkvm: Path, boot: list[str],
         env={**os.environ, "HOME": str(tmp_path)},
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr + done.stdout
+    assert ends_well(done.returncode, is_old), done.stderr + done.stdout
     assert {"2", "written by the host", "a file of the host"} <= set(lines), done.stdout
     assert disk.read_bytes()[512:].startswith(b"by the guest\n")
     assert (directory / "other").read_text() == "by the guest\n"
@@ -98,7 +115,7 @@ def running(lkvm: Path, directory: Path, *options: str) -> Iterator[tuple[subpro
         process.wait()
 
 
-def test_commands_to_a_machine_that_runs(lkvm: Path, boot: list[str], tmp_path: Path) -> None:
+def test_commands_to_a_machine_that_runs(lkvm: Path, is_old: bool, boot: list[str], tmp_path: Path) -> None:
     def tell(command: str, *options: str) -> str:
         done = subprocess.run(
             [lkvm, command, *options],
@@ -135,9 +152,9 @@ def test_commands_to_a_machine_that_runs(lkvm: Path, boot: list[str], tmp_path: 
         before = counts()[-1][1]
         tell("balloon", "--name", "tested", "--inflate", "64")
         wait_for(lambda: counts()[-1][1] < before - (60 << 10))
-        assert re.search(r"available memory \(in bytes\):[1-9]", tell("stat", "--memory", "--name", "tested"))
+        assert re.search(r"memory.*\(in bytes\):[1-9]\d{6}", tell("stat", "--memory", "--name", "tested"))
         tell("balloon", "--name", "tested", "--deflate", "64")
         wait_for(lambda: counts()[-1][1] > before - (10 << 10))
 
         tell("stop", "--name", "tested")
-        assert process.wait(TIMEOUT_S) == 0
+        assert ends_well(process.wait(TIMEOUT_S), is_old)
