@@ -22,12 +22,13 @@ def test_cpuid_of_a_dynamic_client(case: str, holds: Callable[..., None]) -> Non
     holds("cpuid", case)
 
 
+@pytest.mark.parametrize("options", [(), ("--loader",)])
 @pytest.mark.parametrize("case", CASES[:2])
 def test_cpuid_of_a_client_that_is_a_library(
-    case: str, build: Callable[..., Path], client: Callable[..., Completed]
+    case: str, options: tuple[str, ...], build: Callable[..., Path], client: Callable[..., Completed]
 ) -> None:
     library = build("cpuid", "-shared", "-fPIC", "-Dmain=client")
-    done = client("library", str(library), case)
+    done = client("library", str(library), case, options=options)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 

@@ -11,7 +11,7 @@ use crate::donor::{self, Request};
 use crate::handlers::{self, Action, OPEN};
 use crate::names::{self, is_own_program};
 use crate::raw::call as kernel;
-use crate::{again, descriptors, execute, filter, fork, memory};
+use crate::{again, descriptors, elf, execute, filter, fork, memory};
 
 const KVM_RUN: usize = 0xAE80;
 const KVM_GET_STATS_FD: usize = 0xAECE;
@@ -51,6 +51,9 @@ fn is_device(directory: usize, path: usize) -> bool {
 }
 
 fn open_device(request: &Request) -> isize {
+    if python::core().is_none() {
+        elf::replace_in_libraries();
+    }
     let Some(core) = donor::core() else { return -(libc::ENOENT as isize) };
     if let Err(error) = filter::follow_memory() {
         return -(error.raw_os_error().unwrap_or(libc::EAGAIN) as isize);
@@ -80,7 +83,7 @@ fn end(_: &Request) -> isize {
 
 /// open() of a file of ours; `at` is the argument that has the path.
 fn open(call: &mut Call, directory: usize, at: usize, flags: usize) -> Outcome {
-    let path = call.arguments[at];
+    let (number, path) = (call.number, call.arguments[at]);
     if is_device(directory, path) {
         if donor::is_child() {
             return Result(-(libc::ENODEV as isize));
@@ -88,7 +91,7 @@ fn open(call: &mut Call, directory: usize, at: usize, flags: usize) -> Outcome {
         let mask = *call.mask();
         return Result(donor::request(open_device, [flags, 0, 0], mask));
     }
-    if is_own_program(path) {
+    if number != libc::SYS_creat && is_own_program(path) {
         call.arguments[at] = names::program().as_ptr() as usize;
         return Result(call.make());
     }
@@ -165,6 +168,7 @@ fn outcome(call: &mut Call) -> Outcome {
             }
         }
         libc::SYS_open => open(call, HERE, 0, b),
+        libc::SYS_creat => open(call, HERE, 0, (libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC) as usize),
         libc::SYS_openat => open(call, a, 1, c),
         libc::SYS_openat2 => open_by_structure(call),
         libc::SYS_access => done_if(is_device(HERE, a), || permission(b)),

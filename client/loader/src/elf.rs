@@ -7,8 +7,10 @@ use std::os::unix::ffi::OsStrExt;
 
 use libc::{Elf64_Ehdr, Elf64_Phdr, Elf64_Shdr, Elf64_Sym};
 use softkvm_client::cpuid::Module;
+use softkvm_client::kernel::are_readable;
 
 use crate::place;
+use crate::raw::call;
 
 const PAGE: usize = 4096;
 const ET_EXEC: u16 = 2;
@@ -130,6 +132,34 @@ fn functions(file: &[u8], header: &Elf64_Ehdr, base: usize) -> Option<Vec<usize>
         .collect();
     functions.sort_unstable();
     Some(functions)
+}
+
+/// Replaces CPUID in the libraries that the program has loaded, where they are a KVM client's.
+pub fn replace_in_libraries() {
+    for at in place::libraries() {
+        if !are_readable(call, at, size_of::<Elf64_Ehdr>()) {
+            continue;
+        }
+        // SAFETY: it can be read; the structure may be anything.
+        let header = unsafe { (at as *const Elf64_Ehdr).read() };
+        let (from, count) = (at + header.e_phoff as usize, usize::from(header.e_phnum));
+        let is_library = &header.e_ident[..6] == b"\x7fELF\x02\x01";
+        if !is_library || !are_readable(call, from, count * size_of::<Elf64_Phdr>()) {
+            continue;
+        }
+        // SAFETY: as above; the linker does not write there.
+        let headers = unsafe { core::slice::from_raw_parts(from as *const Elf64_Phdr, count) };
+        let loads = || headers.iter().filter(|h| h.p_type == libc::PT_LOAD);
+        let first = loads().map(|h| h.p_vaddr as usize & !(PAGE - 1)).min().unwrap_or(0);
+        let base = at - first;
+        let is_there = |h: &Elf64_Phdr| {
+            h.p_flags & libc::PF_W != 0 || are_readable(call, base + h.p_vaddr as usize, h.p_memsz as usize)
+        };
+        let module = Module { base, headers, functions: Vec::new() };
+        if loads().all(is_there) && module.is_client() {
+            module.replace();
+        }
+    }
 }
 
 fn map_memory(address: usize, size: usize, protection: i32, flags: i32) -> Result<usize, String> {

@@ -41,8 +41,9 @@ const fn when(number: i64, argument: u32, mask: u32, value: u32) -> Rule {
 }
 
 /// What every program's come for.
-const FROM_THE_START: [Rule; 27] = [
+const FROM_THE_START: [Rule; 28] = [
     always(libc::SYS_open),
+    always(libc::SYS_creat),
     always(libc::SYS_openat),
     always(libc::SYS_openat2),
     always(libc::SYS_access),

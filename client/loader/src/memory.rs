@@ -4,42 +4,60 @@
 use core::ffi::c_int;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use softkvm_client::python;
+use softkvm_client::{KIND_NONE, KIND_VCPU, python};
 
 use crate::calls::Outcome;
 use crate::donor::{self, Request};
 use crate::raw::raw;
 use crate::{descriptors, place};
 
-/// Room for the program's heap, `brk()`'s.
-const HEAP: usize = 64 << 30;
+/// Room for the program's heap, `brk()`'s: as much as there may be.
+const HEAPS: [usize; 3] = [64 << 30, 4 << 30, 256 << 20];
+const PAGE: usize = 4096;
 
-/// Where it begins, and its end. Ours is the C library's.
+/// Where it begins, and its end, and that of the room for it. Ours is the C library's.
 static HEAP_START: AtomicUsize = AtomicUsize::new(0);
 static HEAP_END: AtomicUsize = AtomicUsize::new(0);
+static ROOM_END: AtomicUsize = AtomicUsize::new(0);
+
+fn reserve_heap() -> usize {
+    for room in HEAPS {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // Not to be accessed: mlockall() would fetch it.
+        let at = raw!(libc::SYS_mmap, 0, room, libc::PROT_NONE, flags, usize::MAX, 0);
+        if at >= 0 {
+            ROOM_END.store(at as usize + room, Ordering::SeqCst);
+            return at as usize;
+        }
+    }
+    0
+}
 
 /// brk(): the program's own.
 pub fn brk(wanted: usize) -> isize {
     let mut start = HEAP_START.load(Ordering::SeqCst);
     if start == 0 {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let at = raw!(libc::SYS_mmap, 0, HEAP, libc::PROT_READ | libc::PROT_WRITE, flags, usize::MAX, 0);
-        if at < 0 {
-            return at;
-        }
-        start = at as usize;
+        start = reserve_heap();
         HEAP_END.store(start, Ordering::SeqCst);
         HEAP_START.store(start, Ordering::SeqCst);
     }
-    if (start..=start + HEAP).contains(&wanted) {
-        let before = HEAP_END.swap(wanted, Ordering::SeqCst);
-        if wanted < before {
-            let from = wanted.next_multiple_of(4096);
-            going(from, before.next_multiple_of(4096) - from);
-            raw!(libc::SYS_madvise, from, before.next_multiple_of(4096) - from, libc::MADV_DONTNEED);
-        }
+    let end = HEAP_END.load(Ordering::SeqCst);
+    let (before, after) = (end.next_multiple_of(PAGE), wanted.next_multiple_of(PAGE));
+    if start == 0 || !(start..=ROOM_END.load(Ordering::SeqCst)).contains(&wanted) {
+        return end as isize;
     }
-    HEAP_END.load(Ordering::SeqCst) as isize
+    if after > before {
+        let accessible = libc::PROT_READ | libc::PROT_WRITE;
+        if raw!(libc::SYS_mprotect, before, after - before, accessible) < 0 {
+            return end as isize;
+        }
+    } else if after < before {
+        going(after, before - after);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        raw!(libc::SYS_mmap, after, before - after, libc::PROT_NONE, flags, usize::MAX, 0);
+    }
+    HEAP_END.store(wanted, Ordering::SeqCst);
+    wanted as isize
 }
 
 fn unmap(request: &Request) -> isize {
@@ -95,6 +113,10 @@ fn mapped(request: &Request) -> isize {
     })
 }
 
+fn kind(request: &Request) -> isize {
+    python::core().map_or(KIND_NONE, |core| (core.kind)(request.arguments[0] as c_int)) as isize
+}
+
 /// Has code that may go anywhere, or will have: the linker reserves a library's addresses by its first mapping.
 fn is_library(address: usize, protection: usize, flags: usize, fd: usize) -> bool {
     let is_file = fd as c_int >= 0 && flags as c_int & libc::MAP_ANONYMOUS == 0;
@@ -106,11 +128,17 @@ pub fn mmap(arguments: [usize; 6]) -> Outcome {
     let [address, size, protection, flags, fd, offset] = arguments;
     /// `MAP_FIXED_NOREPLACE` without `MAP_FIXED`.
     const NOREPLACE: usize = (libc::MAP_FIXED_NOREPLACE & !libc::MAP_FIXED) as usize;
+    let is_anonymous = flags & libc::MAP_ANONYMOUS as usize != 0;
+    let may_be_ours = !is_anonymous && !donor::is_child() && descriptors::may_be_ours(fd);
+    let kind = if may_be_ours { donor::request(kind, [fd, 0, 0], u64::MAX) as c_int } else { KIND_NONE };
+    if !matches!(kind, KIND_NONE | KIND_VCPU) && size != 0 && offset % PAGE == 0 {
+        // What is mapped there stays.
+        return Outcome::Result(-(libc::ENODEV as isize));
+    }
     if flags & libc::MAP_FIXED as usize != 0 && flags & NOREPLACE == 0 {
         going(address, size);
     }
-    let is_anonymous = flags & libc::MAP_ANONYMOUS as usize != 0;
-    if !is_anonymous && !donor::is_child() && python::core().is_some() && descriptors::may_be_ours(fd) {
+    if kind == KIND_VCPU {
         let at = raw!(libc::SYS_mmap, address, size, protection, flags, fd, offset);
         if at < 0 {
             return Outcome::Result(at);

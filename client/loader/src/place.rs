@@ -12,6 +12,24 @@ use crate::raw::raw;
 pub const HERE: Range<usize> = 0xAE0_0000_0000..0xAE1_0000_0000;
 const PAGE: usize = 4096;
 
+/// Where files have been mapped from their beginning, as many as are remembered: libraries.
+static FILES: [AtomicUsize; 1024] = [const { AtomicUsize::new(0) }; 1024];
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+/// Where libraries may be: what has been unmapped since is among them.
+pub fn libraries() -> impl Iterator<Item = usize> {
+    let count = COUNT.load(Ordering::SeqCst).min(FILES.len());
+    FILES[..count].iter().map(|file| file.load(Ordering::SeqCst)).filter(|at| *at != 0)
+}
+
+fn remember(at: usize) {
+    if libraries().all(|known| known != at)
+        && let Some(file) = FILES.get(COUNT.fetch_add(1, Ordering::SeqCst))
+    {
+        file.store(at, Ordering::SeqCst);
+    }
+}
+
 static NEXT: AtomicUsize = AtomicUsize::new(HERE.start);
 
 /// Maps something here; the address, or −errno. Where there is no room left, it goes where the kernel likes it.
@@ -26,6 +44,9 @@ pub fn map(size: usize, protection: i32, flags: i32, fd: i32, offset: usize) -> 
             if result != -(libc::EEXIST as isize) {
                 if result >= 0 {
                     NEXT.store(at + pages, Ordering::SeqCst);
+                    if fd >= 0 && offset == 0 {
+                        remember(at);
+                    }
                 }
                 return result;
             }

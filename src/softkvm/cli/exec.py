@@ -33,6 +33,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--plugin", metavar="FILE.py", type=file_name, action="append", default=[], help="change KVM's policy")
     add("--trace", metavar="FILE", type=file_name, help="write every request (JSON lines: FILE.json)")
     add("--stats", metavar="FILE", type=file_name, help="write counts at the end (JSON: FILE.json)")
+    add("--loader", action="store_true", help="follow the client's system calls, not its calls of the C library")
     add("client", metavar="CMD", nargs=argparse.REMAINDER, help="the client and its arguments")
 
 
@@ -66,7 +67,7 @@ def _run(args: Namespace) -> int:
     trace, stats = (os.path.abspath(path) if path else "" for path in (args.trace, args.stats))
     settings = Settings(parameters(args.params), absolute, trace, stats)
     try:
-        execute(client, settings)
+        execute(client, settings, loader=args.loader)
     except LaunchError as error:
         raise CommandError(str(error), EXIT_ERROR) from None
     except FileNotFoundError as error:

@@ -97,8 +97,11 @@ class Client(NamedTuple):
     environment: dict[str, str]
 
 
-def prepare(command: Sequence[str], settings: Settings) -> Client:
-    """Return how a client is started; LaunchError, or FileNotFoundError, if it cannot be."""
+def prepare(command: Sequence[str], settings: Settings, *, loader: bool = False) -> Client:
+    """Return how a client is started, by the loader if need be or asked for.
+
+    Raises LaunchError, or FileNotFoundError, if it cannot be.
+    """
     variables = environment(os.environ, settings)
     path = shutil.which(command[0])
     if path is None:
@@ -113,7 +116,7 @@ def prepare(command: Sequence[str], settings: Settings) -> Client:
     if found.program.interpreter and not os.path.exists(found.program.interpreter):
         interpreter = f"{os.strerror(errno.ENOENT)}: its interpreter {found.program.interpreter}"
         raise FileNotFoundError(errno.ENOENT, interpreter, command[0])
-    if not found.program.is_for_loader:
+    if not (program.needs_loader(found) or (loader and found.program.is_64_bit)):
         return Client(path, list(command), variables)
     if not LOADER.exists():
         raise LaunchError(f"{LOADER.name} is not built")
@@ -122,7 +125,7 @@ def prepare(command: Sequence[str], settings: Settings) -> Client:
     return Client(str(LOADER), arguments, {**variables, "SOFTKVM_PRELOAD": preload})
 
 
-def execute(command: Sequence[str], settings: Settings) -> NoReturn:
+def execute(command: Sequence[str], settings: Settings, *, loader: bool = False) -> NoReturn:
     """Become the client; raises OSError, or LaunchError, if that cannot be."""
-    client = prepare(command, settings)
+    client = prepare(command, settings, loader=loader)
     os.execve(client.executable, client.arguments, client.environment)

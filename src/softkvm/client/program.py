@@ -139,8 +139,9 @@ def obstacle(command: Command) -> str:
         # With such rights the dynamic linker loads nothing that others wish (ld.so(8), "Secure-execution mode"); the
         # loader's process has none.
         return f"{gains}: no KVM gets into it with its rights; `setpriv --no-new-privs softkvm …` runs it without them"
-    if program.is_static or not program.is_64_bit:
-        return ""
-    if not program.is_for_loader and is_dynamic_go(command.path):
-        return "a dynamically linked Go program makes its system calls itself; build it with CGO_ENABLED=0"
     return ""
+
+
+def needs_loader(command: Command) -> bool:
+    """Tell whether it is the loader that brings KVM into a program: into Go's as well, which make system calls themselves."""
+    return command.program.is_for_loader or (command.program.is_64_bit and is_dynamic_go(command.path))
