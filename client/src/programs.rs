@@ -70,7 +70,7 @@ fn program_kind(reader: &impl Reader, fd: i32) -> Kind {
 fn linker_kind(reader: &impl Reader, fd: i32, segment: &Elf64_Phdr) -> Kind {
     let mut name = [0; 64];
     let length = reader.read(fd, &mut name, segment.p_offset).min(segment.p_filesz as usize);
-    const OURS: &[u8] = b"/ld-linux";
+    const OURS: &[u8] = if cfg!(target_env = "musl") { b"/ld-musl" } else { b"/ld-linux" };
     if name[..length].windows(OURS.len()).any(|part| part == OURS) { Kind::Linked } else { Kind::Loaded }
 }
 

@@ -43,6 +43,7 @@ CASES = {
         "executed_from_a_thread_that_runs_a_guest",
         "daemon_opens_it",
         "from_many_threads",
+        "separate_children_have_none",
     ],
     "descriptors": [
         "copies",
@@ -123,7 +124,7 @@ def test_a_client_of_musl(program: str, case: str, linked: str, tmp_path: Path) 
     client = tmp_path / program
     options = [linked] if linked else []
     subprocess.run([*MUSL, "-O1", "-pthread", *options, "-o", client, source], check=True, timeout=TIMEOUT_S)
-    command = [*EXEC, "--", client, case]
+    command: list[str | Path] = [*EXEC, "--", client, case]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
@@ -135,7 +136,18 @@ def test_the_program_is_called_as_without_the_loader(tmp_path: Path) -> None:
     subprocess.run(["cc", "-static", "-o", client, source], check=True, timeout=TIMEOUT_S)
     link = tmp_path / "link"
     link.symlink_to(client)
-    command = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", tmp_path, *EXEC, "--", "./link", "a", "b"]
+    command: list[str | Path] = [
+        "sh",
+        "-c",
+        'cd "$1" && shift && exec "$@"',
+        "sh",
+        tmp_path,
+        *EXEC,
+        "--",
+        "./link",
+        "a",
+        "b",
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["./link", "a", "b", str(client), str(client)]
@@ -156,3 +168,40 @@ int main(int argc, char **argv) {
     return 0;
 }
 """
+
+
+#: Without a C library: forks, and both end by exit(), which ends a thread.
+BARE = """
+    .globl _start
+_start:
+    mov $57, %eax
+    syscall
+    test %eax, %eax
+    jz child
+    xor %edi, %edi
+    dec %rdi
+    lea status(%rip), %rsi
+    xor %edx, %edx
+    xor %r10d, %r10d
+    mov $61, %eax
+    syscall
+    movzbl status+1(%rip), %edi
+    inc %edi
+    mov $60, %eax
+    syscall
+child:
+    mov $41, %edi
+    mov $60, %eax
+    syscall
+    .bss
+status: .long 0
+"""
+
+
+def test_a_process_ends_with_the_main_thread_of_a_program_without_a_c_library(tmp_path: Path) -> None:
+    source = tmp_path / "bare.s"
+    source.write_text(BARE)
+    program = tmp_path / "bare"
+    subprocess.run(["cc", "-nostdlib", "-static", "-o", program, source], check=True, timeout=TIMEOUT_S)
+    done = subprocess.run([*EXEC, "--", program], check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stderr, done.stdout) == (42, "", "")

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.clients import run_client
+from tests.support.clients import TIMEOUT_S, run_client
 
 
 @pytest.mark.parametrize("way", ["execve", "execv", "execvp", "execvpe", "posix_spawn", "posix_spawnp", "vfork"])
@@ -52,6 +53,38 @@ def test_by_a_shell_and_by_python(build: Callable[..., Path], tmp_path: Path) ->
     for command in commands:
         done = run_client(command, tmp_path / "stats")
         assert (done.returncode, done.stderr, done.stdout) == (0, "", ""), command
+
+
+def test_by_a_script(build: Callable[..., Path], tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text(f"#! {build('environments', '-static')}  works \n")
+    script.chmod(0o755)
+    for way in ("execve", "posix_spawn", "vfork"):
+        done = run_client([build("starts"), way, script, "and", "more"], tmp_path / "stats")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("first", ["-static", "-static-pie"])
+@pytest.mark.parametrize("way", ["execve", "posix_spawn", "vfork"])
+def test_by_a_static_client(build: Callable[..., Path], tmp_path: Path, way: str, first: str) -> None:
+    starts = build("starts", first, *(["-fPIE"] if first == "-static-pie" else []))
+    client = build("environments", "-static")
+    for command in ([client, "works"], [build("environments"), "works"], ["/bin/sh", "-c", f"{client} works"]):
+        done = run_client([starts, way, *command], tmp_path / "stats")
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_a_static_program_that_is_no_client_runs_behind_a_static_client(
+    build: Callable[..., Path], tmp_path: Path
+) -> None:
+    # The filter of system calls goes with the process, and both have the same addresses.
+    source = tmp_path / "hello.c"
+    source.write_text('#include <stdio.h>\nint main(int c, char **v) { return c != 3 || printf("%s\\n", v[2]) < 0; }\n')
+    program = tmp_path / "hello"
+    subprocess.run(["cc", "-static", "-o", program, source], check=True, timeout=TIMEOUT_S)
+    for command in ([program, "a", "said"], ["/bin/sh", "-c", f"{program} a said"]):
+        done = run_client([build("starts", "-static"), "execve", *command], tmp_path / "stats")
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "said\n"), command
 
 
 def test_what_cannot_be_started_is_the_kernels_error(build: Callable[..., Path], tmp_path: Path) -> None:

@@ -118,11 +118,35 @@ extern "C" fn manage(_: *mut c_void) -> *mut c_void {
     }
 }
 
-/// Starts what makes donors.
+/// The main thread, and 0 when that has ended; unless the program has the kernel clear a word of its own then, as C
+/// libraries do.
+static MAIN: AtomicU32 = AtomicU32::new(0);
+const WATCHERS_STACK: usize = 64 << 10;
+
+/// What its program gave a main thread to end with, a program without a C library: the process would end with it.
+extern "C" fn watch(_: *mut c_void) -> *mut c_void {
+    loop {
+        match MAIN.load(Ordering::SeqCst) {
+            0 => break,
+            // The kernel wakes who waits for a word that processes share.
+            thread => raw!(libc::SYS_futex, MAIN.as_ptr(), libc::FUTEX_WAIT, thread, 0, 0, 0),
+        };
+    }
+    // The last field (proc_pid_stat(5)) is as wait() has it.
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let status = stat.split_whitespace().last().and_then(|field| field.parse::<i32>().ok()).unwrap_or(0);
+    raw!(libc::SYS_exit_group, status >> 8);
+    core::ptr::null_mut()
+}
+
+/// Starts what makes donors, and what ends the process with the calling thread, its main one.
 pub fn start() {
     PROCESS.store(getpid(), Ordering::SeqCst);
     spawn(manage, core::ptr::null_mut(), STACK);
     sleep_on(&READY, 0);
+    MAIN.store(gettid(), Ordering::SeqCst);
+    raw!(libc::SYS_set_tid_address, MAIN.as_ptr());
+    spawn(watch, core::ptr::null_mut(), WATCHERS_STACK);
 }
 
 /// Whether this is a child that has not been made by `fork.rs`: the memory may be its parent's, and if not, nobody of

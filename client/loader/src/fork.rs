@@ -3,8 +3,8 @@
 //!
 //! They have to know of the fork: locks are held over it, and the child's other threads, our own among them, are not
 //! there. So it is the C library's `fork()` that is called, on a donor's thread pointer, and what the program has asked
-//! for besides is done by hand. What `fork()` cannot do (name spaces, other signals at the end) the kernel does: such a
-//! child has no KVM.
+//! for besides is done by hand. What `fork()` cannot do (name spaces, a stack of the child's own, other signals at the
+//! end) the kernel does: such a child has no KVM.
 
 use core::ffi::c_int;
 
@@ -42,11 +42,12 @@ pub fn fork(call: &mut Call) -> isize {
     let [flags, stack, parent, child, ..] =
         if call.number == libc::SYS_fork { [libc::SIGCHLD as usize, 0, 0, 0, 0, 0] } else { call.arguments };
     let mask = *call.mask();
-    let is_plain = flags & !KNOWN == 0 && flags & 0xFF == libc::SIGCHLD as usize && !donor::is_child();
+    let is_plain =
+        flags & !KNOWN == 0 && flags & 0xFF == libc::SIGCHLD as usize && stack == 0 && !donor::is_child();
     let result = if is_plain {
         donor::request(by_library, [0; 3], mask)
     } else {
-        // The stack is given to it afterwards: this function's frame has to be on it now.
+        // Its stack is given to it afterwards: this function's frame has to be there now.
         let mut arguments = call.arguments;
         if call.number == libc::SYS_clone {
             arguments[1] = 0;

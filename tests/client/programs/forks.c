@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Children of a client: what they inherit is the parent's, what they open is their own.
 #include "client.h"
+#include <sched.h>
 #include <spawn.h>
 
 extern char **environ;
@@ -205,6 +206,34 @@ static void while_another_thread_opens(void) {
     CHECK(pthread_join(thread, NULL) == 0);
 }
 
+// A child that begins on a stack of its own, without its parent's memory, and ends with its function.
+static int tries_on_its_stack(void *here) {
+    char byte;
+    CHECK((char *)&byte < (char *)here && (char *)&byte > (char *)here - 0x20000);
+    FAILS(open("/dev/kvm", O_RDWR), ENODEV);
+    return 0;
+}
+
+// What fork() cannot do, the kernel does; such a child is told that it has no KVM, and so is one on its parent's memory.
+static void separate_children_have_none(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    static const int flags[] = {CLONE_FS | SIGCHLD, CLONE_FILES | SIGCHLD, CLONE_SYSVSEM | SIGCHLD};
+    for (int n = 0; n < 4; n++) {
+        pid_t pid = n < 3 ? (pid_t)syscall(SYS_clone, flags[n], 0, 0, 0, 0) : vfork();
+        CHECK(pid >= 0);
+        if (!pid) {
+            errno = 0;
+            _exit(open("/dev/kvm", O_RDWR) != -1 || errno != ENODEV);
+        }
+        child_ends(pid);
+        CHECK(next_out(&g) == n);
+    }
+    char *stack = mmap(NULL, 0x20000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    pid_t number = 0, pid = clone(tries_on_its_stack, stack + 0x20000, SIGCHLD | CLONE_PARENT_SETTID, stack + 0x20000, &number);
+    CHECK(pid > 0 && number == pid);
+    child_ends(pid);
+}
+
 CASES(CASE(child), CASE(grandchild), CASE(while_another_thread_runs), CASE(spawned), CASE(opens_it), CASE(executed),
       CASE(executed_from_a_thread_that_runs_a_guest), CASE(daemon_opens_it), CASE(from_many_threads),
-      CASE(while_another_thread_opens))
+      CASE(while_another_thread_opens), CASE(separate_children_have_none))
