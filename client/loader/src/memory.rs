@@ -8,7 +8,7 @@ use softkvm_client::{KIND_NONE, KIND_VCPU, python};
 
 use crate::calls::Outcome;
 use crate::donor::{self, Request};
-use crate::raw::raw;
+use crate::raw::{call, raw};
 use crate::{descriptors, place};
 
 /// Room for the program's heap, `brk()`'s: as much as there may be.
@@ -68,39 +68,57 @@ fn unmap(request: &Request) -> isize {
     0
 }
 
-/// Memory is about to go, or to change: guests that have it must not by then (the kernel's MMU notifiers).
-fn going(address: usize, size: usize) {
-    if let Some(core) = python::core()
-        && !donor::is_child()
-        && (core.concerns)(address, size)
-    {
+/// Memory goes, or changes: guests that have it must not (the kernel's MMU notifiers). Whether any has.
+fn going(address: usize, size: usize) -> bool {
+    let concerns = python::core().is_some_and(|core| !donor::is_child() && (core.concerns)(address, size));
+    if concerns {
         donor::request(unmap, [address, size, 0], u64::MAX);
     }
+    concerns
 }
 
-pub fn munmap(address: usize, size: usize) -> Outcome {
-    going(address, size);
-    Outcome::Again
-}
-
-pub fn mprotect(address: usize, size: usize) -> Outcome {
-    going(address, size);
-    Outcome::Again
-}
-
-pub fn madvise(address: usize, size: usize, advice: usize) -> Outcome {
-    if matches!(advice as c_int, libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE) {
-        going(address, size);
+/// Makes a call by which memory goes. Where it is a guest's it is told before and behind, as the kernel's notifiers tell of
+/// a beginning and an end: meanwhile a guest may have come upon what was there once more.
+fn changing(number: i64, arguments: [usize; 6], [address, size]: [usize; 2]) -> Outcome {
+    if !going(address, size) {
+        return Outcome::Again;
     }
-    Outcome::Again
+    let result = call(number, arguments);
+    going(address, size);
+    Outcome::Result(result)
 }
 
-pub fn mremap([address, size, new_size, flags, new, _]: [usize; 6]) -> Outcome {
-    going(address, size);
-    if flags & libc::MREMAP_FIXED as usize != 0 {
-        going(new, new_size);
+pub fn munmap(arguments: [usize; 6]) -> Outcome {
+    changing(libc::SYS_munmap, arguments, [arguments[0], arguments[1]])
+}
+
+pub fn mprotect(arguments: [usize; 6]) -> Outcome {
+    changing(libc::SYS_mprotect, arguments, [arguments[0], arguments[1]])
+}
+
+pub fn madvise(arguments: [usize; 6]) -> Outcome {
+    let [address, size, advice, ..] = arguments;
+    match advice as c_int {
+        libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE => {
+            changing(libc::SYS_madvise, arguments, [address, size])
+        }
+        _ => Outcome::Again,
     }
-    Outcome::Again
+}
+
+pub fn mremap(arguments: [usize; 6]) -> Outcome {
+    let [address, size, new_size, flags, new, _] = arguments;
+    let ranges =
+        [[address, size], if flags & libc::MREMAP_FIXED as usize != 0 { [new, new_size] } else { [0, 0] }];
+    let concerned = ranges.map(|[at, length]| length != 0 && going(at, length));
+    if !concerned.contains(&true) {
+        return Outcome::Again;
+    }
+    let result = call(libc::SYS_mremap, arguments);
+    for [at, length] in ranges {
+        going(at, length);
+    }
+    Outcome::Result(result)
 }
 
 fn mapped(request: &Request) -> isize {
@@ -135,10 +153,14 @@ pub fn mmap(arguments: [usize; 6]) -> Outcome {
         // What is mapped there stays.
         return Outcome::Result(-(libc::ENODEV as isize));
     }
-    if flags & libc::MAP_FIXED as usize != 0 && flags & NOREPLACE == 0 {
-        going(address, size);
+    let replaces = flags & libc::MAP_FIXED as usize != 0 && flags & NOREPLACE == 0;
+    if replaces && kind != KIND_VCPU {
+        return changing(libc::SYS_mmap, arguments, [address, size]);
     }
     if kind == KIND_VCPU {
+        if replaces {
+            going(address, size);
+        }
         let at = raw!(libc::SYS_mmap, address, size, protection, flags, fd, offset);
         if at < 0 {
             return Outcome::Result(at);

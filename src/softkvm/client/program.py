@@ -143,5 +143,5 @@ def obstacle(command: Command) -> str:
 
 
 def needs_loader(command: Command) -> bool:
-    """Tell whether it is the loader that brings KVM into a program: into Go's, too, which make system calls themselves."""
+    """Tell whether it is the loader that brings KVM into a program: Go's make their system calls themselves."""
     return command.program.is_for_loader or (command.program.is_64_bit and is_dynamic_go(command.path))
