@@ -20,6 +20,7 @@ import pytest
         "daemon_opens_it",
         "from_many_threads",
         "while_another_thread_opens",
+        "while_other_threads_make_requests",
     ],
 )
 def test_children_have_a_kvm_of_their_own(holds: Callable[..., None], case: str) -> None:

@@ -234,6 +234,34 @@ static void separate_children_have_none(void) {
     child_ends(pid);
 }
 
+// Forks while other threads make requests all the time, and close and open files.
+static atomic_int over;
+static void *makes_requests(void *unused) {
+    while (!over) {
+        int kvm = open_kvm(O_RDWR);
+        for (int n = 0; n < 200; n++) CHECK(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_IRQCHIP) == 1);
+        CHECK(close(kvm) == 0);
+    }
+    return unused;
+}
+static void while_other_threads_make_requests(void) {
+    pthread_t threads[3];
+    for (int n = 0; n < 3; n++) CHECK(pthread_create(&threads[n], NULL, makes_requests, NULL) == 0);
+    for (int n = 0; n < 100; n++) {
+        pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (!pid) {
+            alarm(60);
+            close(open_kvm(O_RDWR));
+            _exit(0);
+        }
+        child_ends(pid);
+    }
+    over = 1;
+    for (int n = 0; n < 3; n++) CHECK(pthread_join(threads[n], NULL) == 0);
+}
+
 CASES(CASE(child), CASE(grandchild), CASE(while_another_thread_runs), CASE(spawned), CASE(opens_it), CASE(executed),
       CASE(executed_from_a_thread_that_runs_a_guest), CASE(daemon_opens_it), CASE(from_many_threads),
-      CASE(while_another_thread_opens), CASE(separate_children_have_none))
+      CASE(while_another_thread_opens), CASE(while_other_threads_make_requests),
+      CASE(separate_children_have_none))

@@ -43,6 +43,11 @@ impl Guest {
     }
 }
 
+/// In a child nobody is calling.
+pub fn after_fork() {
+    GUESTS.iter().for_each(|guest| guest.callers.store(0, Ordering::SeqCst));
+}
+
 pub extern "C-unwind" fn concerns(address: usize, size: usize) -> bool {
     GUESTS[..USED.load(Ordering::SeqCst)].iter().any(|guest| guest.has(address, size))
 }

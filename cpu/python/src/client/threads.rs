@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use softkvm_client::sanitizers::Unseen;
 use softkvm_client::{FORK_BEFORE, FORK_CHILD, FORK_PARENT};
 
-use super::files;
+use super::{files, guests};
 use crate::signals::Runner;
 use crate::{request, signals};
 
@@ -201,12 +201,10 @@ fn before() {
         ffi::PyGILState_Ensure();
         PyOS_BeforeFork();
     }
-    HELD.set(Some(files::hold()));
 }
 
 fn parent() {
     if FORKING.replace(false) {
-        HELD.set(None);
         // SAFETY: as in `before`.
         unsafe {
             PyOS_AfterFork_Parent();
@@ -218,7 +216,6 @@ fn parent() {
 fn child() {
     note_process();
     if FORKING.replace(false) {
-        HELD.set(None);
         // SAFETY: as in `before`.
         unsafe {
             PyOS_AfterFork_Child();
@@ -237,9 +234,19 @@ unsafe extern "C" {
 pub extern "C-unwind" fn forking(stage: c_int) {
     let _unseen = Unseen::new();
     match stage {
-        FORK_BEFORE => before(),
-        FORK_PARENT => parent(),
-        FORK_CHILD => child(),
+        FORK_BEFORE => {
+            before();
+            HELD.set(Some(files::hold()));
+        }
+        FORK_PARENT => {
+            HELD.take();
+            parent();
+        }
+        FORK_CHILD => {
+            HELD.take();
+            guests::after_fork();
+            child();
+        }
         _ => {}
     }
 }
