@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softkvm import abi
-from softkvm.abi.arguments import Argument, Gives, Nothing, Number, Takes, Value
+from softkvm.abi.arguments import Argument, Gives, Nothing, Number, Takes, Unread, Value
 
 
 class Memory:
@@ -116,6 +116,9 @@ def test_arguments_of_their_own(name: str, data: st.DataObject) -> None:
     packed = argument.pack(*args)
 
     def plain(value: Any) -> Any:
+        if isinstance(value, Unread):
+            assert len(value) == len(bytes(value))
+            return bytes(value)
         return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
     assert plain(argument.take(MEMORY, third(packed))) == plain(args)

@@ -82,6 +82,7 @@ CASES = {
         "structures_that_end_too_early",
         "read_only_memory",
         "lists_that_are_too_short",
+        "arrays_are_read_last",
         "requests_of_other_files",
         "arguments_that_must_be_none",
         "one_vcpu_in_many_threads",

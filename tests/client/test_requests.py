@@ -15,6 +15,7 @@ import pytest
         "structures_that_end_too_early",
         "read_only_memory",
         "lists_that_are_too_short",
+        "arrays_are_read_last",
         "requests_of_other_files",
         "arguments_that_must_be_none",
     ],

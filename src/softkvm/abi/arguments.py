@@ -45,6 +45,31 @@ class Memory(Protocol):
         """Put bytes, or a structure, to ``address``."""
 
 
+class Unread:
+    """Bytes of a client's memory that are read when ``bytes()`` asks for them.
+
+    The kernel reads an array that the structure points to when all else of the request is right: what is wrong with its
+    size, or with whom it is for, is said before EFAULT, and costs nothing.
+    """
+
+    def __init__(self, memory: Memory, address: int, size: int) -> None:
+        self._memory = memory
+        self._address = address
+        self._size = size
+
+    def __len__(self) -> int:
+        """How many bytes there are to be."""
+        return self._size
+
+    def __bytes__(self) -> bytes:
+        """Return a copy; raises OSError with EFAULT."""
+        return self._memory.read(self._address, self._size)
+
+    def __repr__(self) -> str:
+        """Only how many."""
+        return f"{self._size} bytes"
+
+
 class Argument:
     """What a request takes; this one takes nothing and returns nothing.
 

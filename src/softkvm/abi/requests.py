@@ -30,6 +30,7 @@ from softkvm.abi.arguments import (
     SignalMask,
     Takes,
     TakesValue,
+    Unread,
     Value,
     ValueAlone,
     bitmap,
@@ -133,7 +134,8 @@ class ClearDirtyLog(Argument):
         """Three numbers of their fields' sizes, and bytes."""
         types = (ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32)
         numbers = [checks.number(n, arg, *checks.limits(t)) for n, arg, t in zip(names, args, types, strict=False)]
-        return *numbers, checks.data(names[3], args[3])
+        given = args[3]
+        return *numbers, given if isinstance(given, Unread) else checks.data(names[3], given)
 
     def pack(self, slot: int, first_page: int, num_pages: int, given: bytes) -> Any:
         """The structure with the bitmap's address."""
@@ -145,7 +147,7 @@ class ClearDirtyLog(Argument):
     def take(self, memory: Memory, value: int) -> Sequence[Any]:
         """The three numbers, and the bitmap that the structure points to."""
         log = read_structure(memory, self.structure, value)
-        bits = memory.read(log.dirty_bitmap, dirty_bitmap_bytes(log.num_pages))
+        bits = Unread(memory, log.dirty_bitmap, dirty_bitmap_bytes(log.num_pages))
         return log.slot, log.first_page, log.num_pages, bits
 
 

@@ -21,9 +21,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from softkvm import _softcpu, abi
+from softkvm.abi.arguments import Unread
 from softkvm.client.settings import Settings
 
 _SHOWN: Final = 12
+#: Larger arrays are not read for the trace.
+_SHOWN_BYTES: Final = 1 << 16
 """Elements of a list that a line has."""
 
 #: The member of ``kvm_run`` that an exit reason tells to look at.
@@ -68,7 +71,17 @@ def plain(value: Any) -> Any:
         return bytes(value).hex() if value._type_ in (ctypes.c_uint8, ctypes.c_char) else [plain(v) for v in value]
     if isinstance(value, (list, tuple)):
         return [plain(element) for element in value]
+    if isinstance(value, Unread):
+        return _read(value)
     return value.hex() if isinstance(value, bytes) else value
+
+
+def _read(given: Unread) -> str:
+    """Return an array that the client has given in hexadecimal; how large it is if it is too large, or not there."""
+    try:
+        return bytes(given).hex() if len(given) <= _SHOWN_BYTES else repr(given)
+    except OSError:
+        return repr(given)
 
 
 def _names(cls: type) -> list[str]:

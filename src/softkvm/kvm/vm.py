@@ -31,6 +31,7 @@ from softkvm.threads import tell_after_fork
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from softkvm.abi.arguments import Unread
     from softkvm.kvm.irq.irqchip import Irqchip
     from softkvm.kvm.params import Params
     from softkvm.kvm.vcpu import Vcpu
@@ -219,7 +220,7 @@ class Vm(VmState, Closing):
         assert abi.KVM_GET_DIRTY_LOG.argument is not None
         return dirty_log.get_dirty_log(self, *abi.KVM_GET_DIRTY_LOG.argument.accept(("slot",), (slot,)))
 
-    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes | Unread) -> None:
         """KVM_CLEAR_DIRTY_LOG."""
         dirty_log.clear_dirty_log(self, slot, first_page, num_pages, bitmap)
 

@@ -141,6 +141,51 @@ static void lists_that_are_too_short(void) {
     CHECK(next_out(&g) == 0);
 }
 
+// What is wrong with the request is said before an array that it points to is read, so that its size costs nothing.
+static void arrays_are_read_last(void) {
+    g = guest_open(OUTS, sizeof OUTS);
+    size_t huge = 512 << 20;
+    uint8_t *array = mmap(NULL, huge, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(array != MAP_FAILED);
+    long most = status_of("VmHWM");
+    struct kvm_clear_dirty_log log = {.slot = 0x7fff, .num_pages = 0xffffffff, .dirty_bitmap = array};
+    for (int n = 0; n < 2; n++, log.dirty_bitmap = (void *)8) {
+        log.slot = 0x10000, log.first_page = 0;
+        FAILS(ioctl(g.vm, KVM_CLEAR_DIRTY_LOG, &log), EINVAL);
+        log.slot = 5;
+        FAILS(ioctl(g.vm, KVM_CLEAR_DIRTY_LOG, &log), ENOENT);
+        log.first_page = 1;
+        FAILS(ioctl(g.vm, KVM_CLEAR_DIRTY_LOG, &log), EINVAL);
+    }
+    uint8_t *ram = mmap(NULL, 128 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct kvm_userspace_memory_region slot = {
+        .slot = 5, .flags = KVM_MEM_LOG_DIRTY_PAGES, .guest_phys_addr = 1 << 24, .memory_size = 128 * PAGE,
+        .userspace_addr = (uintptr_t)ram};
+    CHECK(ioctl(g.vm, KVM_SET_USER_MEMORY_REGION, &slot) == 0);
+    log.first_page = 0;
+    FAILS(ioctl(g.vm, KVM_CLEAR_DIRTY_LOG, &log), EINVAL);
+    log.num_pages = 128, log.first_page = 64;
+    FAILS(ioctl(g.vm, KVM_CLEAR_DIRTY_LOG, &log), EINVAL);
+    log.num_pages = 64;
+    FAILS(ioctl(g.vm, KVM_CLEAR_DIRTY_LOG, &log), EFAULT);
+    log.num_pages = 0, log.first_page = 128;
+    CHECK(ioctl(g.vm, KVM_CLEAR_DIRTY_LOG, &log) == 0);
+
+    struct kvm_msr_filter filter = {.flags = 2};
+    filter.ranges[0] = (struct kvm_msr_filter_range){.flags = 3, .nmsrs = 64, .bitmap = (void *)8};
+    FAILS(ioctl(g.vm, KVM_X86_SET_MSR_FILTER, &filter), EINVAL);
+    filter.flags = 0;
+    FAILS(ioctl(g.vm, KVM_X86_SET_MSR_FILTER, &filter), EFAULT);
+    filter.ranges[1] = (struct kvm_msr_filter_range){.flags = 4, .nmsrs = 64, .bitmap = array};
+    FAILS(ioctl(g.vm, KVM_X86_SET_MSR_FILTER, &filter), EFAULT);
+    filter.ranges[0].flags = 4;
+    FAILS(ioctl(g.vm, KVM_X86_SET_MSR_FILTER, &filter), EINVAL);
+    filter.ranges[0].flags = 3, filter.ranges[0].nmsrs = 0xffffffff;
+    FAILS(ioctl(g.vm, KVM_X86_SET_MSR_FILTER, &filter), EINVAL);
+    CHECK(status_of("VmHWM") < most + 65536);
+    CHECK(next_out(&g) == 0);
+}
+
 static void requests_of_other_files(void) {
     g = guest_open(OUTS, sizeof OUTS);
     int files[] = {g.kvm, g.vm, g.vcpu};
@@ -316,5 +361,5 @@ static void fuzzer(void) {
     new_guest_works();
 }
 
-CASES(CASE(wild_pointers), CASE(structures_that_end_too_early), CASE(read_only_memory), CASE(lists_that_are_too_short),
+CASES(CASE(wild_pointers), CASE(structures_that_end_too_early), CASE(read_only_memory), CASE(lists_that_are_too_short), CASE(arrays_are_read_last),
       CASE(requests_of_other_files), CASE(arguments_that_must_be_none), CASE(one_vcpu_in_many_threads), CASE(fuzzer))

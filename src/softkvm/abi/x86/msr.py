@@ -6,6 +6,7 @@ from ctypes import Array, Structure
 from typing import Annotated, NamedTuple
 
 from softkvm.abi._layout import layout, u32, u64
+from softkvm.abi.arguments import Unread
 
 KVM_MSR_FILTER_MAX_BITMAP_SIZE = 0x600
 KVM_MSR_FILTER_READ = 1 << 0
@@ -62,7 +63,7 @@ class MsrFilterRange(NamedTuple):
     flags: int
     base: int
     nmsrs: int
-    bitmap: bytes
+    bitmap: bytes | Unread
 
 
 #: What KVM_SET_MSRS takes: values by index, or (index, value) pairs, where an index may occur twice.

@@ -20,6 +20,7 @@ from softkvm.abi.arguments import (
     Nothing,
     Number,
     Takes,
+    Unread,
     Value,
     bitmap,
     fields,
@@ -171,7 +172,8 @@ class MsrFilter(Argument):
         for part in ranges:
             checks.structure(names[1], part, MsrFilterRange)
             numbers = {name: checks.number(name, getattr(part, name), *_U32) for name in ("flags", "base", "nmsrs")}
-            accepted.append(part._replace(bitmap=checks.data("bitmap", part.bitmap), **numbers))
+            bits = part.bitmap if isinstance(part.bitmap, Unread) else checks.data("bitmap", part.bitmap)
+            accepted.append(part._replace(bitmap=bits, **numbers))
         return flags, accepted
 
     def pack(self, flags: int, ranges: Sequence[MsrFilterRange]) -> Any:
@@ -179,7 +181,7 @@ class MsrFilter(Argument):
         msr_filter = self.structure(flags=flags)
         bitmaps = []
         for part, entry in zip(ranges, msr_filter.ranges, strict=False):
-            bits = bitmap(part.bitmap, msr_bitmap_bytes(part.nmsrs), KVM_MSR_FILTER_MAX_BITMAP_SIZE)
+            bits = bitmap(bytes(part.bitmap), msr_bitmap_bytes(part.nmsrs), KVM_MSR_FILTER_MAX_BITMAP_SIZE)
             bitmaps.append(bits)
             entry.flags, entry.base, entry.nmsrs = part.flags, part.base, part.nmsrs
             entry.bitmap = ctypes.addressof(bits)
@@ -189,14 +191,11 @@ class MsrFilter(Argument):
     def take(self, memory: Memory, value: int) -> Sequence[Any]:
         """The flags, and the ranges that have MSRs."""
         given = read_structure(memory, self.structure, value)
-        ranges = []
-        for part in given.ranges:
-            if not part.nmsrs:
-                continue
-            size = msr_bitmap_bytes(part.nmsrs)
-            if size > KVM_MSR_FILTER_MAX_BITMAP_SIZE:
-                raise kvm_error(errno.EINVAL, f"nmsrs={part.nmsrs}, expected {8 * KVM_MSR_FILTER_MAX_BITMAP_SIZE} bits")
-            ranges.append(MsrFilterRange(part.flags, part.base, part.nmsrs, memory.read(part.bitmap, size)))
+        ranges = [
+            MsrFilterRange(part.flags, part.base, part.nmsrs, Unread(memory, part.bitmap, msr_bitmap_bytes(part.nmsrs)))
+            for part in given.ranges
+            if part.nmsrs
+        ]
         return given.flags, ranges
 
 

@@ -16,6 +16,7 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
 
 if TYPE_CHECKING:
+    from softkvm.abi.arguments import Unread
     from softkvm.kvm.memory.memslots import DirtyReport, MemorySlot
     from softkvm.kvm.vm import Vm
 
@@ -73,7 +74,7 @@ def get_dirty_log(vm: Vm, slot_id: int) -> DirtyReport:
         return slot.report_dirty_pages(keep=keep)
 
 
-def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitmap: bytes | Unread) -> None:
     """Clear the dirty bits that ``bitmap`` names, bit 0 being ``first_page``.
 
     EINVAL unless ``first_page`` is a multiple of 64 and ``num_pages`` one too or up to the slot's end; EFAULT if
@@ -100,8 +101,9 @@ def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitma
         if not num_pages:
             return
         # Bits set by the processor since the last log would be reported twice if they stayed behind.
-        clear = int.from_bytes(bitmap[: abi.dirty_bitmap_bytes(num_pages)], "little") & ((1 << num_pages) - 1)
         sync_dirty_log(vm, slot)
+        given = bytes(bitmap)[: abi.dirty_bitmap_bytes(num_pages)]
+        clear = int.from_bytes(given, "little") & ((1 << num_pages) - 1)
         slot.exchange_dirty_bits(first_page, clear, count=num_pages)
 
 

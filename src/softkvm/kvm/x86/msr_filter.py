@@ -33,9 +33,7 @@ class MsrFilter:
         self._default = not flags & abi.KVM_MSR_FILTER_DEFAULT_DENY
         if not self._default and not used:
             raise kvm_error(errno.EINVAL, "KVM_MSR_FILTER_DEFAULT_DENY without a range: no MSR would be left")
-        for part in used:
-            _check(part)
-        self._ranges = tuple((part.flags, part.base, part.base + part.nmsrs, bytes(part.bitmap)) for part in used)
+        self._ranges = tuple(map(_range, used))
 
     def allows(self, index: int, access: int) -> bool:
         """Tell whether the guest may do *access*, KVM_MSR_FILTER_READ or _WRITE; x2APIC registers always."""
@@ -48,8 +46,8 @@ class MsrFilter:
         return self._default
 
 
-def _check(part: abi.MsrFilterRange) -> None:
-    """Raise what KVM_X86_SET_MSR_FILTER says about one range."""
+def _range(part: abi.MsrFilterRange) -> tuple[int, int, int, bytes]:
+    """Return flags, first MSR, end and bitmap of one range; raises what KVM_X86_SET_MSR_FILTER says about it."""
     if not part.flags or part.flags & ~_RANGE_FLAGS:
         raise kvm_error(errno.EINVAL, f"flags={part.flags:#x} of a range, expected KVM_MSR_FILTER_READ|_WRITE")
     size = abi.msr_bitmap_bytes(part.nmsrs)
@@ -57,3 +55,4 @@ def _check(part: abi.MsrFilterRange) -> None:
         raise kvm_error(errno.EINVAL, f"nmsrs={part.nmsrs}, expected at most {abi.KVM_MSR_FILTER_MAX_BITMAP_SIZE * 8}")
     if len(part.bitmap) < size:
         raise kvm_error(errno.EFAULT, f"bitmap of {len(part.bitmap)} bytes, expected {size}")
+    return part.flags, part.base, part.base + part.nmsrs, bytes(part.bitmap)
