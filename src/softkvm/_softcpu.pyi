@@ -203,7 +203,7 @@ def client_file(object: object, fd: int, flags: int, proc: int) -> int:
     """
 
 def client_guest(function: tuple[int, int], add: bool) -> None:
-    """Have a machine, by its ``has_region_function``, asked before memory of the client's goes; ENOMEM above 256."""
+    """Have a machine, by its ``has_region_function``, asked before memory of the client's goes."""
 
 def own_descriptor(fd: int) -> int:
     """Move a descriptor out of the way of a client's, which does not close it, either; returns the new one."""

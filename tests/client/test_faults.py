@@ -44,5 +44,6 @@ def test_memory_that_goes_under_a_vcpu_that_runs_is_efault(holds: Callable[..., 
     holds("faults", case)
 
 
-def test_a_vcpu_that_runs_executes_what_comes_in_the_place_of_its_code(holds: Callable[..., None]) -> None:
-    holds("faults", "ram_is_replaced")
+@pytest.mark.parametrize("case", ["ram_is_replaced", "ram_is_replaced_in_the_last_of_many"])
+def test_a_vcpu_that_runs_executes_what_comes_in_the_place_of_its_code(holds: Callable[..., None], case: str) -> None:
+    holds("faults", case)

@@ -32,6 +32,7 @@ CASES = {
         "ram_is_moved",
         "ram_file_is_unmapped",
         "ram_is_replaced",
+        "ram_is_replaced_in_the_last_of_many",
         "client_faults_while_a_guest_runs",
     ],
     "forks": [

@@ -2,6 +2,7 @@
 // SIGSEGV and SIGBUS: a client's own faults are its handler's, a guest's are KVM_RUN's result.
 #include "client.h"
 #include <setjmp.h>
+#include <sys/resource.h>
 
 static struct guest g;
 static sigjmp_buf out;
@@ -293,6 +294,17 @@ static void ram_is_replaced(void) {
     CHECK(pthread_join(thread, NULL) == 0);
 }
 
+// As many VMs as there may be descriptors: the last is told, too.
+static void ram_is_replaced_in_the_last_of_many(void) {
+    struct rlimit limit;
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    limit.rlim_cur = limit.rlim_max < 4096 ? limit.rlim_max : 4096;
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    int many = limit.rlim_cur < 4096 ? (int)limit.rlim_cur / 2 : 1000, kvm = open_kvm(O_RDWR);
+    for (int n = 0; n < many; n++) CHECK(ioctl(kvm, KVM_CREATE_VM, 0) >= 0);
+    ram_is_replaced();
+}
+
 // What a thread that faults does, the others go on.
 static void client_faults_while_a_guest_runs(void) {
     g = guest_open(COUNT, sizeof COUNT);
@@ -308,4 +320,5 @@ static void client_faults_while_a_guest_runs(void) {
 CASES(CASE(handler_before_open), CASE(handler_after_open), CASE(handler_by_other_functions), CASE(on_alternate_stack),
       CASE(handlers_call_the_one_before), CASE(without_a_handler), CASE(handler_for_once), CASE(ram_is_unmapped),
       CASE(ram_is_truncated), CASE(ram_is_protected), CASE(ram_is_read_only), CASE(ram_is_covered), CASE(ram_is_moved),
-      CASE(ram_file_is_unmapped), CASE(ram_is_replaced), CASE(client_faults_while_a_guest_runs))
+      CASE(ram_file_is_unmapped), CASE(ram_is_replaced),
+      CASE(ram_is_replaced_in_the_last_of_many), CASE(client_faults_while_a_guest_runs))

@@ -2,28 +2,52 @@
 //! The machines whose guests have memory of the client's, to ask without a lock whether some is concerned.
 
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
-use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 
-/// As many machines are asked; those beyond are not told of memory that goes.
-const MOST: usize = 256;
-
-/// A function of a machine and its argument (`Machine.has_region_function`), zeros for none.
+/// A function of a machine and its argument (`Machine.has_region_function`), zeros for none. Never freed, as somebody may
+/// be looking at it; another machine uses it again.
 struct Guest {
+    next: Option<&'static Guest>,
     function: AtomicUsize,
     argument: AtomicUsize,
     /// How many threads are calling it.
     callers: AtomicUsize,
 }
 
-static GUESTS: [Guest; MOST] = [const {
-    Guest { function: AtomicUsize::new(0), argument: AtomicUsize::new(0), callers: AtomicUsize::new(0) }
-}; MOST];
+/// As many as there have been at once.
+static GUESTS: AtomicPtr<Guest> = AtomicPtr::new(core::ptr::null_mut());
 
-/// How many of them there have been at once.
-static USED: AtomicUsize = AtomicUsize::new(0);
+fn guests() -> impl Iterator<Item = &'static Guest> {
+    // SAFETY: guests are never freed.
+    let first = unsafe { GUESTS.load(Ordering::Acquire).as_ref() };
+    std::iter::successors(first, |guest| guest.next)
+}
+
+/// One that is free, or a new one, for the machine with this argument; without a function nobody calls it.
+fn occupy(argument: usize) -> &'static Guest {
+    let free = |guest: &&Guest| {
+        guest.argument.compare_exchange(0, argument, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    };
+    guests().find(free).unwrap_or_else(|| {
+        let new = Box::leak(Box::new(Guest {
+            next: None,
+            function: AtomicUsize::new(0),
+            argument: AtomicUsize::new(argument),
+            callers: AtomicUsize::new(0),
+        }));
+        let mut first = GUESTS.load(Ordering::Acquire);
+        loop {
+            // SAFETY: guests are never freed.
+            new.next = unsafe { first.as_ref() };
+            match GUESTS.compare_exchange(first, new, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => return &*new,
+                Err(now) => first = now,
+            }
+        }
+    })
+}
 
 impl Guest {
     fn has(&self, address: usize, size: usize) -> bool {
@@ -45,38 +69,24 @@ impl Guest {
 
 /// In a child nobody is calling.
 pub fn after_fork() {
-    GUESTS.iter().for_each(|guest| guest.callers.store(0, Ordering::SeqCst));
+    guests().for_each(|guest| guest.callers.store(0, Ordering::SeqCst));
 }
 
 pub extern "C-unwind" fn concerns(address: usize, size: usize) -> bool {
-    GUESTS[..USED.load(Ordering::SeqCst)].iter().any(|guest| guest.has(address, size))
+    guests().any(|guest| guest.has(address, size))
 }
 
 /// Adds a machine by its function and argument, or takes it away.
 #[pyfunction]
-pub fn client_guest(has_region: (usize, usize), add: bool) -> PyResult<()> {
+pub fn client_guest(has_region: (usize, usize), add: bool) {
     let (function, argument) = has_region;
-    if !add {
-        let given = |guest: &&Guest| guest.argument.load(Ordering::SeqCst) == argument;
-        if let Some(guest) = GUESTS.iter().find(given) {
-            guest.function.store(0, Ordering::SeqCst);
-            while guest.callers.load(Ordering::SeqCst) != 0 {
-                std::thread::yield_now();
-            }
-            guest.argument.store(0, Ordering::SeqCst);
+    if add {
+        occupy(argument).function.store(function, Ordering::SeqCst);
+    } else if let Some(guest) = guests().find(|guest| guest.argument.load(Ordering::SeqCst) == argument) {
+        guest.function.store(0, Ordering::SeqCst);
+        while guest.callers.load(Ordering::SeqCst) != 0 {
+            std::thread::yield_now();
         }
-        return Ok(());
+        guest.argument.store(0, Ordering::SeqCst);
     }
-    let free = |guest: &Guest| {
-        guest.argument.compare_exchange(0, argument, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-    };
-    let Some(place) = GUESTS.iter().position(free) else {
-        return Err(PyOSError::new_err((
-            libc::ENOMEM,
-            format!("Cannot allocate memory: {MOST} VMs are all"),
-        )));
-    };
-    USED.fetch_max(place + 1, Ordering::SeqCst);
-    GUESTS[place].function.store(function, Ordering::SeqCst);
-    Ok(())
 }
