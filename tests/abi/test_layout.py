@@ -64,6 +64,10 @@ NOT_IN_HEADER = {
     "kvm_irqchip_state",
     "kvm_irq_routing_target",
     "kvm_nested_state_hdr",
+    "kvm_userspace_memory_region2",
+    "kvm_create_guest_memfd",
+    "kvm_memory_attributes",
+    "kvm_pre_fault_memory",
     "kvm_vmx_nested_state_smm",
 }
 

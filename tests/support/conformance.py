@@ -35,9 +35,11 @@ class Hang(AssertionError):
 class Guest(Closing):
     """A VM with one megabyte of memory at 0 and one vCPU or more, ready for code at CODE."""
 
-    def __init__(self, kvm: api.Kvm, *, irqchip: bool = False, pit: bool = False, vcpus: int = 1) -> None:
+    def __init__(
+        self, kvm: api.Kvm, *, irqchip: bool = False, pit: bool = False, vcpus: int = 1, type: int = 0
+    ) -> None:
         self.kvm = kvm
-        self.vm = kvm.create_vm()
+        self.vm = kvm.create_vm(type)
         self.vm.set_tss_addr(0xFFFB_D000)
         self.memory = mmap.mmap(-1, MEMORY_SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))

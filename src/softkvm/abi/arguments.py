@@ -109,6 +109,11 @@ class Argument:
         """Put the method's result to where the client has it; return what ioctl() returns."""
         return 0
 
+    def serve(self, method: Callable[..., Any], memory: Memory, value: int) -> tuple[Any, int]:
+        """Call the method for an ioctl; returns its result, and what ioctl() returns."""
+        result = method(*self.take(memory, value))
+        return result, self.give(memory, value, result)
+
 
 def read_structure(memory: Memory, structure: Any, address: int) -> Any:
     """Return a copy of a structure, or of a number's type, in a client's memory."""
@@ -191,6 +196,17 @@ class Takes(_Whole):
 
 class TakesValue(Takes, Value):
     """The address of a structure that the request reads; the method returns what ioctl() does."""
+
+
+class Updates(Takes):
+    """The address of a structure that the request reads and changes; the method changes the caller's own."""
+
+    def serve(self, method: Callable[..., Any], memory: Memory, value: int) -> tuple[Any, int]:
+        """The structure goes back as the method has left it."""
+        (given,) = self.take(memory, value)
+        method(given)
+        memory.write(value, given)
+        return given, 0
 
 
 class Gives(_Whole):

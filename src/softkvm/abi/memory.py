@@ -4,10 +4,14 @@
 from ctypes import Structure, Union
 from typing import Annotated
 
-from softkvm.abi._layout import layout, u8, u8s, u32, u64
+from softkvm.abi._layout import layout, u8, u8s, u32, u64, u64s
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
+KVM_MEM_GUEST_MEMFD = 1 << 2
+
+KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
+KVM_MEMORY_EXIT_FLAG_PRIVATE = 1 << 3
 
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
 KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
@@ -37,6 +41,50 @@ class kvm_userspace_memory_region(Structure):
     guest_phys_addr: u64
     memory_size: u64
     userspace_addr: u64
+
+
+@layout
+class kvm_userspace_memory_region2(Structure):
+    """KVM_SET_USER_MEMORY_REGION2: the same, with memory of a guest_memfd beside."""
+
+    slot: u32
+    flags: u32
+    guest_phys_addr: u64
+    memory_size: u64
+    userspace_addr: u64
+    guest_memfd_offset: u64
+    guest_memfd: u32
+    pad1: u32
+    pad2: Annotated[u64s, 14]
+
+
+@layout
+class kvm_create_guest_memfd(Structure):
+    """KVM_CREATE_GUEST_MEMFD; the size in bytes."""
+
+    size: u64
+    flags: u64
+    reserved: Annotated[u64s, 6]
+
+
+@layout
+class kvm_memory_attributes(Structure):
+    """KVM_SET_MEMORY_ATTRIBUTES: attributes of a range of guest-physical addresses, in bytes."""
+
+    address: u64
+    size: u64
+    attributes: u64
+    flags: u64
+
+
+@layout
+class kvm_pre_fault_memory(Structure):
+    """KVM_PRE_FAULT_MEMORY: a range of guest-physical addresses, in bytes; what is left of it afterwards."""
+
+    gpa: u64
+    size: u64
+    flags: u64
+    padding: Annotated[u64s, 5]
 
 
 @layout

@@ -31,6 +31,7 @@ from softkvm.abi.arguments import (
     Takes,
     TakesValue,
     Unread,
+    Updates,
     Value,
     ValueAlone,
     bitmap,
@@ -55,11 +56,15 @@ from softkvm.abi.memory import (
     dirty_bitmap_bytes,
     kvm_clear_dirty_log,
     kvm_coalesced_mmio_zone,
+    kvm_create_guest_memfd,
     kvm_dirty_log,
     kvm_memory_alias,
+    kvm_memory_attributes,
     kvm_memory_region,
+    kvm_pre_fault_memory,
     kvm_translation,
     kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
 )
 from softkvm.abi.one_reg import kvm_one_reg, kvm_reg_list
 from softkvm.abi.vcpu import kvm_mp_state, kvm_signal_mask
@@ -253,6 +258,7 @@ KVM_CREATE_VCPU = IO(0x41, VM, NumberValue)
 KVM_GET_DIRTY_LOG = IOW(0x42, kvm_dirty_log, VM, GetDirtyLog)
 KVM_SET_MEMORY_ALIAS = IOW(0x43, kvm_memory_alias, VM)
 KVM_SET_USER_MEMORY_REGION = IOW(0x46, kvm_userspace_memory_region, VM, Takes)
+KVM_SET_USER_MEMORY_REGION2 = IOW(0x49, kvm_userspace_memory_region2, VM, Takes)
 KVM_CREATE_IRQCHIP = IO(0x60, VM, Nothing)
 KVM_IRQ_LINE = IOW(0x61, kvm_irq_level, VM, fields("irq", "level"))
 KVM_REGISTER_COALESCED_MMIO = IOW(0x67, kvm_coalesced_mmio_zone, VM, fields("addr", "size", "pio"))
@@ -266,12 +272,15 @@ KVM_SIGNAL_MSI = IOW(0xA5, kvm_msi, VM, TakesValue)
 KVM_CREATE_DEVICE = IOWR(0xE0, kvm_create_device, VM)
 KVM_CLEAR_DIRTY_LOG = IOWR(0xC0, kvm_clear_dirty_log, VM, ClearDirtyLog)
 KVM_RESET_DIRTY_RINGS = IO(0xC7, VM, Value)
+KVM_SET_MEMORY_ATTRIBUTES = IOW(0xD2, kvm_memory_attributes, VM, Takes)
+KVM_CREATE_GUEST_MEMFD = IOWR(0xD4, kvm_create_guest_memfd, VM, TakesValue)
 KVM_ENABLE_CAP = IOW(0xA3, kvm_enable_cap, VM | VCPU, Capability)
 KVM_GET_STATS_FD = IO(0xCE, VM | VCPU, Value)
 
 # --- a vCPU ----------------------------------------------------------------------------------------------
 
 KVM_RUN = IO(0x80, VCPU, Nothing)
+KVM_PRE_FAULT_MEMORY = IOWR(0xD5, kvm_pre_fault_memory, VCPU, Updates)
 KVM_TRANSLATE = IOWR(0x85, kvm_translation, VCPU, fields("linear_address", gives="*"))
 KVM_INTERRUPT = IOW(0x86, kvm_interrupt, VCPU, fields("irq"))
 KVM_SET_SIGNAL_MASK = IOW(0x8B, kvm_signal_mask, VCPU, SignalMask)

@@ -16,8 +16,10 @@ from softkvm.abi.run import (
     kvm_run_emulation_failure,
     kvm_run_eoi,
     kvm_run_fail_entry,
+    kvm_run_hypercall,
     kvm_run_internal,
     kvm_run_io,
+    kvm_run_memory_fault,
     kvm_run_mmio,
     kvm_run_page,
 )
@@ -72,6 +74,15 @@ INTERNAL_DATA_Q: Final = index(kvm_run_internal, "data", 8, EXIT)
 EMULATION_FAILURE_FLAGS_Q: Final = index(kvm_run_emulation_failure, "flags", 8, EXIT)
 EMULATION_FAILURE_INSN_SIZE_B: Final = index(kvm_run_emulation_failure, "insn_size", 1, EXIT)
 EMULATION_FAILURE_INSN_BYTES_B: Final = index(kvm_run_emulation_failure, "insn_bytes", 1, EXIT)
+
+HYPERCALL_NR_Q: Final = index(kvm_run_hypercall, "nr", 8, EXIT)
+HYPERCALL_ARGS_Q: Final = index(kvm_run_hypercall, "args", 8, EXIT)
+HYPERCALL_RET_Q: Final = index(kvm_run_hypercall, "ret", 8, EXIT)
+HYPERCALL_LONGMODE_D: Final = index(kvm_run_hypercall, "longmode", 4, EXIT)
+
+MEMORY_FAULT_FLAGS_Q: Final = index(kvm_run_memory_fault, "flags", 8, EXIT)
+MEMORY_FAULT_GPA_Q: Final = index(kvm_run_memory_fault, "gpa", 8, EXIT)
+MEMORY_FAULT_SIZE_Q: Final = index(kvm_run_memory_fault, "size", 8, EXIT)
 
 EOI_VECTOR_B: Final = index(kvm_run_eoi, "vector", 1, EXIT)
 

@@ -66,6 +66,24 @@ class Vm(Closeable, Protocol):
         for that: the process may end with SIGSEGV otherwise.
         """
 
+    def set_user_memory_region2(self, region: abi.kvm_userspace_memory_region2, memory: Buffer | None = None) -> None:
+        """KVM_SET_USER_MEMORY_REGION2: as above, and with KVM_MEM_GUEST_MEMFD a part of a guest_memfd beside.
+
+        The guest has that where its frames are private, and the process's memory where they are shared.
+        """
+
+    def create_guest_memfd(self, wanted: abi.kvm_create_guest_memfd) -> int:
+        """KVM_CREATE_GUEST_MEMFD: a descriptor of memory for this VM's guest, to be closed by the caller.
+
+        Its slots keep the file. ``fallocate()`` with FALLOC_FL_PUNCH_HOLE gives memory back.
+        """
+
+    def set_memory_attributes(self, attributes: abi.kvm_memory_attributes) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES: make guest frames private (KVM_MEMORY_ATTRIBUTE_PRIVATE), or shared.
+
+        EINVAL for attributes that the VM, by its type, cannot have.
+        """
+
     def create_vcpu(self, id: int) -> Vcpu:
         """KVM_CREATE_VCPU: *id* is the architecture's number of the processor."""
 
@@ -133,6 +151,13 @@ class Vcpu(Closeable, Protocol):
 
     Requests of other threads wait until :meth:`run` has ended (``vcpu->mutex``): :meth:`kick` first.
     """
+
+    def pre_fault_memory(self, range: abi.kvm_pre_fault_memory) -> None:
+        """KVM_PRE_FAULT_MEMORY: map *range* before the guest uses it; *range* is what is left of it afterwards.
+
+        Part of it may have been mapped, without an error. ENOENT where there is no slot, EFAULT where there is no
+        memory, EINTR after a kick.
+        """
 
     @property
     def kvm_run(self) -> abi.kvm_run_page:

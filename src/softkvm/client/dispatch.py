@@ -49,9 +49,7 @@ def serve(object: Any, services: Mapping[int, Service], number: int, value: int,
     method: Callable[..., Any] | None = None if service is None else getattr(object, service.method, None)
     if service is None or method is None:
         raise kvm_error(unknown, f"no such request of this kind of file: {number:#x}")
-    argument = service.argument
-    result = method(*argument.take(MEMORY, value))
-    return result, argument.give(MEMORY, value, result)
+    return service.argument.serve(method, MEMORY, value)
 
 
 def arguments(services: Mapping[int, Service], number: int, value: int) -> Sequence[Any]:

@@ -27,9 +27,21 @@ class Vm(Descriptor):
 
     def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
         """KVM_SET_USER_MEMORY_REGION; the slot holds *memory*."""
+        self._set_region(abi.KVM_SET_USER_MEMORY_REGION, region, memory)
+
+    def set_user_memory_region2(self, region: abi.kvm_userspace_memory_region2, memory: Buffer | None = None) -> None:
+        """KVM_SET_USER_MEMORY_REGION2; the slot holds *memory*."""
+        self._set_region(abi.KVM_SET_USER_MEMORY_REGION2, region, memory)
+
+    def _set_region(
+        self,
+        request: abi.Request,
+        region: abi.kvm_userspace_memory_region | abi.kvm_userspace_memory_region2,
+        memory: Buffer | None,
+    ) -> None:
         held = None if memory is None else checks.memory("memory", memory)
         try:
-            call(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
+            call(self.fd, request, region)
         except OSError:
             if held is not None:
                 held.release()

@@ -27,11 +27,13 @@ from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memfd import map_file, map_over, mapping_address, sealed_memfd
+from softkvm.kvm.memory.attributes import PrivateFrames
 from softkvm.kvm.memory.dirty_ring import RING_OFFSET as DIRTY_RING_OFFSET
 from softkvm.kvm.memory.dirty_ring import DirtyRing
+from softkvm.kvm.memory.guest_memfd import GuestMemfds
 from softkvm.kvm.memory.host_mappings import HostMappings
 from softkvm.kvm.memory.memslots import Memslots
-from softkvm.kvm.memory.pages import PAGE_SIZE
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.memory.regions import HostRegions
 from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK
 from softkvm.kvm.signals import watch_python_handlers
@@ -76,6 +78,9 @@ class VmState:
         self.memslots = Memslots()
         self.regions = HostRegions(self.machine)
         self.host_mappings = HostMappings()
+        self.guest_memfds = GuestMemfds()
+        #: Frames with KVM_MEMORY_ATTRIBUTE_PRIVATE; None in VMs that can't have any.
+        self.private_frames: PrivateFrames | None = None
         self.manual_dirty_log_protect = 0
         self.dirty_ring_size = 0  # KVM_CAP_DIRTY_LOG_RING: bytes of each vCPU's ring; 0: bitmaps
 
@@ -287,6 +292,14 @@ class VcpuState:
         self.vcpu_kick()
 
     # --- exits -------------------------------------------------------------------------------------
+
+    def memory_fault(self, gfn: int, why: str, *, private: bool = False) -> OSError:
+        """Describe a fault that KVM can't resolve (KVM_EXIT_MEMORY_FAULT); return what KVM_RUN raises, EFAULT."""
+        self.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_MEMORY_FAULT
+        self.run_q[run_page.MEMORY_FAULT_FLAGS_Q] = abi.KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
+        self.run_q[run_page.MEMORY_FAULT_GPA_Q] = gfn << PAGE_SHIFT
+        self.run_q[run_page.MEMORY_FAULT_SIZE_Q] = PAGE_SIZE
+        return kvm_error(errno.EFAULT, f"gpa={gfn << PAGE_SHIFT:#x}: {why}")
 
     def internal_error(self, suberror: int, data: Sequence[int]) -> None:
         """Describe a KVM_EXIT_INTERNAL_ERROR with ``data``."""

@@ -20,8 +20,17 @@ from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_re
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.irq.io_bus import IoBus
+from softkvm.kvm.memory import attributes as attributes_of
 from softkvm.kvm.memory import dirty_log, dirty_ring
-from softkvm.kvm.memory.memslots import DirtyReport, MemoryChange, MemorySlot, Memslots, classify_change, new_slot
+from softkvm.kvm.memory.memslots import (
+    DirtyReport,
+    MemoryChange,
+    MemorySlot,
+    Memslots,
+    Region,
+    classify_change,
+    new_slot,
+)
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
 from softkvm.kvm.state import IN_GUEST_MODE, VmState
@@ -79,6 +88,13 @@ class Vm(VmState, Closing):
 
     def set_user_memory_region(self, region: abi.kvm_userspace_memory_region, memory: Buffer | None = None) -> None:
         """KVM_SET_USER_MEMORY_REGION."""
+        self._set_region(region, memory)
+
+    def set_user_memory_region2(self, region: abi.kvm_userspace_memory_region2, memory: Buffer | None = None) -> None:
+        """KVM_SET_USER_MEMORY_REGION2."""
+        self._set_region(region, memory)
+
+    def _set_region(self, region: Region, memory: Buffer | None) -> None:
         with self.slots_lock, enomem():
             self.check_open()
             held = None if memory is None else checks.memory("memory", memory)
@@ -89,9 +105,9 @@ class Vm(VmState, Closing):
                     held.release()  # or the traceback would hold the memory
                 raise
 
-    def _change_slot(self, region: abi.kvm_userspace_memory_region, held: memoryview | None) -> None:
+    def _change_slot(self, region: Region, held: memoryview | None) -> None:
         slots = self.memslots
-        change, old = classify_change(slots, region, self.max_gfn)
+        change, old = classify_change(slots, region, self.max_gfn, may_be_private=self.private_frames is not None)
         if change is MemoryChange.NOTHING:
             assert old is not None
             old.held = held or old.held
@@ -104,6 +120,8 @@ class Vm(VmState, Closing):
             new = new_slot(region, old, initially_dirty=initially_dirty, rings=rings)
         if change is MemoryChange.CREATE:
             assert new is not None
+            if isinstance(region, abi.kvm_userspace_memory_region2) and region.flags & abi.KVM_MEM_GUEST_MEMFD:
+                new.private = self.guest_memfds.bind(region)
             self._map_host(new)
         if new is not None:
             new.held = held or (old.held if old is not None else None)
@@ -119,14 +137,44 @@ class Vm(VmState, Closing):
                 dirty_log.stop_logging(self, new)
 
     def _map_host(self, slot: MemorySlot) -> None:
+        size = slot.npages << PAGE_SHIFT
         try:
-            self.regions.get(slot.userspace_addr, slot.npages << PAGE_SHIFT, slot.id)
-        except ValueError as problem:
+            if slot.private is not None:
+                self.regions.get(slot.private.address, size, slot.id)
+            self.regions.get(slot.userspace_addr, size, slot.id)
+        except (ValueError, MemoryError) as problem:
+            self._unmap_private(slot)
+            if isinstance(problem, MemoryError):
+                raise
             raise kvm_error(errno.EINVAL, f"userspace_addr={slot.userspace_addr:#x}: {problem}") from None
 
     def _unmap_host(self, slot: MemorySlot) -> None:
         self.regions.put(slot.userspace_addr, slot.npages << PAGE_SHIFT, slot.id)
+        self._unmap_private(slot)
         slot.release()
+
+    def _unmap_private(self, slot: MemorySlot) -> None:
+        if slot.private is not None:
+            self.regions.put(slot.private.address, slot.npages << PAGE_SHIFT, slot.id)
+            self.guest_memfds.unbind(slot.private)
+
+    def create_guest_memfd(self, wanted: abi.kvm_create_guest_memfd) -> int:
+        """KVM_CREATE_GUEST_MEMFD."""
+        with self.slots_lock:
+            self.check_open()
+            return self.guest_memfds.create(wanted)
+
+    def set_memory_attributes(self, attributes: abi.kvm_memory_attributes) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        frames = self.private_frames
+        start, end = attributes_of.check(attributes, 0 if frames is None else abi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        if frames is None:
+            return
+        with self.slots_lock, self.mmu_lock:
+            flush = self.mmu.zap_range(start, end)
+            frames.set(start, end, private=attributes_of.is_private(attributes))
+            if flush:
+                self.finish_zap()
 
     def _drop_memory(self) -> None:
         """Delete all slots: afterwards no processor reaches their memory, and its owners may unmap it."""

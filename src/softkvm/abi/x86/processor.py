@@ -26,6 +26,10 @@ MC_VECTOR = 18
 XM_VECTOR = 19
 VE_VECTOR = 20
 
+# types of VMs (KVM_CREATE_VM, KVM_CAP_VM_TYPES)
+KVM_X86_DEFAULT_VM = 0
+KVM_X86_SW_PROTECTED_VM = 1
+
 
 @layout
 class kvm_regs(Structure):

@@ -8,6 +8,8 @@ from softkvm.abi._layout import chars, layout, u64
 from softkvm.abi.run import SYNC_REGS_SIZE_BYTES, kvm_run_exits, kvm_run_page
 from softkvm.abi.x86.processor import kvm_debug_exit_arch, kvm_sync_regs
 
+KVM_EXIT_HYPERCALL_LONG_MODE = 1 << 0
+
 
 @layout
 class kvm_run_debug(Structure):

@@ -12,14 +12,15 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, pages_per_hpage
 
 if TYPE_CHECKING:
-    from softkvm.abi import kvm_userspace_memory_region
+    from softkvm.abi import kvm_userspace_memory_region, kvm_userspace_memory_region2
+    from softkvm.kvm.memory.guest_memfd import Binding
 
 KVM_USER_MEM_SLOTS: Final = 32764
 KVM_ADDRESS_SPACE_NUM: Final = 1
@@ -68,6 +69,7 @@ class MemorySlot:
         "id",
         "max_level",
         "npages",
+        "private",
         "readonly",
         "userspace_addr",
     )
@@ -82,20 +84,33 @@ class MemorySlot:
         self.readonly = bool(flags & abi.KVM_MEM_READONLY)
         #: Add to a guest-physical address to get the host virtual address.
         self.hva_offset = userspace_addr - (base_gfn << PAGE_SHIFT)
-        self.max_level = self._max_level()
+        self.max_level = self.level_at(userspace_addr)
+        #: The guest's memory where frames are private.
+        self.private: Binding | None = None
         self.dirty_bitmap: bytearray | None = None
         #: Keeps the memory mapped: a view of the object that owns it.
         self.held: memoryview | None = None
         self._dirty_lock = threading.Lock()
         self._reports: list[DirtyReport] = []
 
-    def _max_level(self) -> int:
-        """Return the largest leaf level at which guest and host addresses are equally aligned."""
+    def level_at(self, address: int) -> int:
+        """Return the largest leaf level at which guest's addresses, and the host's from ``address`` on, are aligned."""
         level = PG_LEVEL_1G
-        misalignment = self.base_gfn ^ (self.userspace_addr >> PAGE_SHIFT)
+        misalignment = self.base_gfn ^ (address >> PAGE_SHIFT)
         while level > PG_LEVEL_4K and misalignment & (pages_per_hpage(level) - 1):
             level -= 1
         return level
+
+    @property
+    def private_offset(self) -> int:
+        """Add to a guest-physical address to get where its private memory is."""
+        assert self.private is not None
+        return self.private.address - (self.base_gfn << PAGE_SHIFT)
+
+    @property
+    def private_level(self) -> int:
+        """``max_level`` of private memory."""
+        return PG_LEVEL_4K if self.private is None else self.level_at(self.private.address)
 
     def release(self) -> None:
         """Let the memory's owner unmap it; no processor may reach it any more."""
@@ -261,10 +276,19 @@ class Memslots:
         self._firsts[index : index + 1] = [chunk.bases[0] for chunk in chunks]
 
 
-def _check_fields(mem: kvm_userspace_memory_region) -> None:
+Region: TypeAlias = "kvm_userspace_memory_region | kvm_userspace_memory_region2"
+
+#: Flags of a slot, and those of one with memory of a guest_memfd, which can be neither logged nor read-only.
+_FLAGS: Final = abi.KVM_MEM_LOG_DIRTY_PAGES | abi.KVM_MEM_READONLY
+_PRIVATE_FLAGS: Final = abi.KVM_MEM_GUEST_MEMFD
+
+
+def _check_fields(mem: Region, *, may_be_private: bool) -> None:
     """Raise EINVAL for fields that no slot can have."""
-    if mem.flags & ~(abi.KVM_MEM_LOG_DIRTY_PAGES | abi.KVM_MEM_READONLY):
-        raise kvm_error(errno.EINVAL, f"flags={mem.flags:#x}, expected KVM_MEM_LOG_DIRTY_PAGES|KVM_MEM_READONLY")
+    private = mem.flags & abi.KVM_MEM_GUEST_MEMFD and may_be_private
+    if mem.flags & ~(_PRIVATE_FLAGS if private else _FLAGS):
+        expected = "KVM_MEM_GUEST_MEMFD alone" if private else "KVM_MEM_LOG_DIRTY_PAGES|KVM_MEM_READONLY"
+        raise kvm_error(errno.EINVAL, f"flags={mem.flags:#x}, expected {expected}")
     if mem.slot >> 16 >= KVM_ADDRESS_SPACE_NUM:
         raise kvm_error(
             errno.EINVAL, f"slot={mem.slot:#x}: address space {mem.slot >> 16}, expected below {KVM_ADDRESS_SPACE_NUM}"
@@ -281,17 +305,22 @@ def _check_fields(mem: kvm_userspace_memory_region) -> None:
         raise kvm_error(errno.EINVAL, f"guest_phys_addr={mem.guest_phys_addr:#x} plus memory_size wraps around")
     if mem.memory_size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:
         raise kvm_error(errno.EINVAL, f"memory_size={mem.memory_size:#x}, expected at most 2**31-1 pages")
+    if private:
+        offset: int = getattr(mem, "guest_memfd_offset")  # noqa: B009 - of the larger structure, which has the flag
+        if offset & (PAGE_SIZE - 1) or offset + mem.memory_size >= 1 << 64:
+            raise kvm_error(errno.EINVAL, f"guest_memfd_offset={offset:#x}, expected a multiple of {PAGE_SIZE}")
 
 
 def classify_change(
-    slots: Memslots, mem: kvm_userspace_memory_region, max_gfn: int
+    slots: Memslots, mem: Region, max_gfn: int, *, may_be_private: bool = False
 ) -> tuple[MemoryChange, MemorySlot | None]:
     """Check ``mem`` against the rules of KVM_SET_USER_MEMORY_REGION.
 
     Returns the kind of change and the slot it changes. Raises ``OSError`` EINVAL for bad fields, changes
-    of size, host address or KVM_MEM_READONLY, and deletion of what does not exist; EEXIST for overlaps.
+    of size, host address or KVM_MEM_READONLY, changes of a slot with a guest_memfd, and deletion of what does not
+    exist; EEXIST for overlaps.
     """
-    _check_fields(mem)
+    _check_fields(mem, may_be_private=may_be_private)
     old = slots.by_id(mem.slot & 0xFFFF)
     if not mem.memory_size:
         if old is None:
@@ -302,6 +331,8 @@ def classify_change(
     if old is None:
         change = MemoryChange.CREATE
     else:
+        if (mem.flags | old.flags) & abi.KVM_MEM_GUEST_MEMFD:
+            raise kvm_error(errno.EINVAL, f"slot={mem.slot}: a slot with a guest_memfd can only be deleted")
         if mem.userspace_addr != old.userspace_addr or npages != old.npages:
             raise kvm_error(
                 errno.EINVAL, f"slot={mem.slot}: userspace_addr and memory_size of an existing slot can't change"
@@ -327,9 +358,7 @@ def classify_change(
     return change, old
 
 
-def new_slot(
-    mem: kvm_userspace_memory_region, old: MemorySlot | None, *, initially_dirty: bool, rings: bool = False
-) -> MemorySlot:
+def new_slot(mem: Region, old: MemorySlot | None, *, initially_dirty: bool, rings: bool = False) -> MemorySlot:
     """Return the slot that ``mem`` describes; a continued dirty log keeps its bitmap. With ``rings`` there is none."""
     slot = MemorySlot(
         mem.slot & 0xFFFF,

@@ -71,9 +71,18 @@ CAPABILITIES: Final[dict[int, int]] = GENERAL_CAPABILITIES | {
     abi.KVM_CAP_ASYNC_PF: 0,
     abi.KVM_CAP_ASYNC_PF_INT: 0,
     abi.KVM_CAP_STEAL_TIME: 1,
-    abi.KVM_CAP_VM_TYPES: 1,
+    abi.KVM_CAP_VM_TYPES: 1 << abi.KVM_X86_DEFAULT_VM | 1 << abi.KVM_X86_SW_PROTECTED_VM,
+    abi.KVM_CAP_USER_MEMORY2: 1,
+    abi.KVM_CAP_MEMORY_FAULT_INFO: 1,
+    abi.KVM_CAP_MEMORY_ATTRIBUTES: abi.KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    abi.KVM_CAP_GUEST_MEMFD: 1,
+    abi.KVM_CAP_PRE_FAULT_MEMORY: 1,
+    abi.KVM_CAP_EXIT_HYPERCALL: 1 << abi.KVM_HC_MAP_GPA_RANGE,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: 1,
 }
+
+#: What a VM has only if its memory can be private.
+OF_PRIVATE_MEMORY: Final = frozenset({abi.KVM_CAP_MEMORY_ATTRIBUTES, abi.KVM_CAP_GUEST_MEMFD})
 
 
 def check_extension(cap: int) -> int:

@@ -72,6 +72,7 @@ class VmState(state.VmState):
         self.user_space_msr_mask = 0
         self.msr_filter: MsrFilter | None = None
         self.guest_can_read_msr_platform_info = True
+        self.hypercall_exits = 0  # KVM_CAP_EXIT_HYPERCALL: a bit per number
 
         # Time
         self.default_tsc_khz = _softcpu.tsc_khz()

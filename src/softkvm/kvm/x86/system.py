@@ -11,7 +11,7 @@ from softkvm.kvm import system
 from softkvm.kvm.errors import enomem, kvm_error
 from softkvm.kvm.params import Params
 from softkvm.kvm.x86 import cpuid, mce, msrs
-from softkvm.kvm.x86.capabilities import check_extension
+from softkvm.kvm.x86.capabilities import CAPABILITIES, check_extension
 from softkvm.kvm.x86.vm import Vm
 
 
@@ -29,11 +29,11 @@ class Kvm(system.Kvm):
         return check_extension(cap)
 
     def create_vm(self, type: int = 0) -> Vm:
-        """KVM_CREATE_VM: EINVAL for a type other than the default."""
-        if type:
-            raise kvm_error(errno.EINVAL, f"type={type}, expected 0")
+        """KVM_CREATE_VM: EINVAL for a type that KVM_CAP_VM_TYPES doesn't have."""
+        if type >= 64 or not CAPABILITIES[abi.KVM_CAP_VM_TYPES] >> type & 1:
+            raise kvm_error(errno.EINVAL, f"type={type}, expected KVM_X86_DEFAULT_VM or KVM_X86_SW_PROTECTED_VM")
         with enomem():
-            vm = Vm(self.params)
+            vm = Vm(self.params, type)
         for created in self.vm_created:
             created(vm)
         return vm

@@ -22,6 +22,7 @@ from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
 from softkvm.kvm.x86.features import X86_FEATURE_GBPAGES, X86_FEATURE_TSC_DEADLINE_TIMER, X86_FEATURE_X2APIC
 from softkvm.kvm.x86.irqchip.lapic import Lapic
+from softkvm.kvm.x86.mmu.fault import pre_fault_memory
 from softkvm.kvm.x86.mmu.paging import walk
 from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
@@ -157,6 +158,10 @@ class VcpuIoctls(Vcpu):
                 break
             count += 1
         return count
+
+    def pre_fault_memory(self, range: abi.kvm_pre_fault_memory) -> None:
+        """KVM_PRE_FAULT_MEMORY."""
+        pre_fault_memory(self, range)
 
     def x86_setup_mce(self, mcg_cap: int) -> None:
         """KVM_X86_SETUP_MCE."""

@@ -15,9 +15,10 @@ from softkvm.kvm.capabilities import KVM_MAX_IRQ_ROUTES, KVM_MAX_VCPU_IDS
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.ioctl import serve, uninterrupted
 from softkvm.kvm.irq.irqchip import Irqchip
+from softkvm.kvm.memory.attributes import PrivateFrames
 from softkvm.kvm.params import Params
 from softkvm.kvm.x86 import vm_caps
-from softkvm.kvm.x86.capabilities import check_extension
+from softkvm.kvm.x86.capabilities import OF_PRIVATE_MEMORY, check_extension
 from softkvm.kvm.x86.irqchip.i8254 import Pit
 from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
 from softkvm.kvm.x86.mmu.spte import MMIO_SPTE_GEN_MASK
@@ -38,9 +39,17 @@ KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO: Final = 50
 class Vm(VmState, vm.Vm):
     """One virtual machine of x86 (implements :class:`softkvm.api.Vm`)."""
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, type: int = abi.KVM_X86_DEFAULT_VM) -> None:
         super().__init__(params)
-        self.mmu = TdpMmu(self.machine, params.max_huge_page_level, self.host_mappings, params.pte_prefetch_num)
+        if type == abi.KVM_X86_SW_PROTECTED_VM:
+            self.private_frames = PrivateFrames()
+        self.mmu = TdpMmu(
+            self.machine,
+            params.max_huge_page_level,
+            self.host_mappings,
+            params.pte_prefetch_num,
+            self.private_frames,
+        )
         self.tsc = TscSynchronizer()
 
     # --- what virtual machines of all architectures ask for ------------------------------------------
@@ -62,7 +71,9 @@ class Vm(VmState, vm.Vm):
         return created
 
     def arch_check_extension(self, cap: int) -> int:
-        """The table of :mod:`.capabilities`."""
+        """The table of :mod:`.capabilities`; private memory in VMs that have it."""
+        if cap in OF_PRIVATE_MEMORY and self.private_frames is None:
+            return 0
         return check_extension(cap)
 
     def arch_enable_cap(self, cap: int, value: int) -> None:

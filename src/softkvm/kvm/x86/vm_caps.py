@@ -91,6 +91,12 @@ def _msr_platform_info(vm: Vm, value: int) -> None:
     vm.guest_can_read_msr_platform_info = bool(value)
 
 
+def _exit_hypercall(vm: Vm, value: int) -> None:
+    if value & ~CAPABILITIES[abi.KVM_CAP_EXIT_HYPERCALL]:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 1 << KVM_HC_MAP_GPA_RANGE or 0")
+    vm.hypercall_exits = value
+
+
 def _apic_bus_cycles(vm: Vm, value: int) -> None:
     if not 0 < value <= _MAX_BUS_CYCLE_NS:
         raise kvm_error(errno.EINVAL, f"args[0]={value}, expected a period of 1 to {_MAX_BUS_CYCLE_NS} ns")
@@ -112,5 +118,6 @@ _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE: _exit_on_emulation_failure,
     abi.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
     abi.KVM_CAP_MSR_PLATFORM_INFO: _msr_platform_info,
+    abi.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
 }

@@ -208,8 +208,8 @@ def vmcall(e: Emulator, i: Insn) -> None:
         e.write_linear(svm.linear_rip(e.vcpu), b"\x0f\x01\xd9")
         e.rip_written = e.step_inhibited = True  # the patched instruction is executed next
         return
-    if not hypercalls.emulate_hypercall(e.vcpu):
-        e.exit_to_userspace = True
+    if not hypercalls.emulate_hypercall(e.vcpu, lambda vcpu: io.advance(vcpu, i.length)):
+        e.rip_written = e.exit_to_userspace = True
 
 
 @handler("xsetbv")

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Final
 
+from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.dirty_ring import mark_page_dirty
-from softkvm.kvm.memory.pages import PAGE_SHIFT
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE, pages_per_hpage
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED
 from softkvm.kvm.x86.svm.vmcb import PFERR_GUEST_FINAL
 
 if TYPE_CHECKING:
+    from softkvm.abi import kvm_pre_fault_memory
+    from softkvm.kvm.memory.memslots import MemorySlot
     from softkvm.kvm.x86.state import VcpuState as Vcpu
+
+_NOT_PRIVATE: Final = "it is private, and there is no slot with a guest_memfd"
 
 
 def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
@@ -20,6 +26,8 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
 
     RET_PF_EMULATE: there is no memory, or the access is a write to read-only memory. What has no memory is found again
     without a look at the slots: the last frame in the vCPU's state, others by their MMIO SPTE.
+
+    Raises EFAULT, described in the run page, for memory that the process cannot reach, and for private frames without.
     """
     gfn = gpa >> PAGE_SHIFT
     vm = vcpu.vm
@@ -35,10 +43,60 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
         if slot is not None:
             vcpu.stat_pf_taken += 1
             write = bool(error & PFERR_WRITE)
-            result = vm.mmu.map_gfn(slot, gfn, write=write)
+            result = _map(vcpu, slot, gfn, write=write)
             if write and result == RET_PF_FIXED and vm.dirty_ring_size:
                 mark_page_dirty(vm, slot, gfn, vcpu)
             return result
+        if vm.private_frames is not None and gfn in vm.private_frames:
+            raise vcpu.memory_fault(gfn, _NOT_PRIVATE, private=True)
         if vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
             vm.mmu.set_mmio_spte(gfn, slots)
     return RET_PF_EMULATE
+
+
+def _map(vcpu: Vcpu, slot: MemorySlot, gfn: int, *, write: bool) -> int:
+    """Map a frame of a slot; EFAULT, described in the run page, for what cannot be."""
+    vm = vcpu.vm
+    if vm.private_frames is not None and gfn in vm.private_frames and slot.private is None:
+        raise vcpu.memory_fault(gfn, _NOT_PRIVATE, private=True)
+    try:
+        return vm.mmu.map_gfn(slot, gfn, write=write)
+    except OSError as problem:
+        raise vcpu.memory_fault(gfn, str(problem.strerror)) from None
+
+
+def pre_fault_memory(vcpu: Vcpu, wanted: kvm_pre_fault_memory) -> None:
+    """Map a range as reads of it would, one leaf after the other; *wanted* is what is left of it afterwards.
+
+    EINVAL for flags, or what is no range of whole pages. An error is raised if nothing has been mapped: ENOENT without
+    a slot, EFAULT without memory, EINTR after a kick.
+    """
+    if wanted.flags:
+        raise kvm_error(errno.EINVAL, f"flags={wanted.flags:#x}, expected 0")
+    gpa, size = wanted.gpa, wanted.size
+    if (gpa | size) & (PAGE_SIZE - 1) or not 0 < size <= (1 << 64) - 1 - gpa:
+        raise kvm_error(errno.EINVAL, f"gpa={gpa:#x} size={size:#x}, expected a range of pages of {PAGE_SIZE} bytes")
+    while wanted.size:
+        try:
+            done = _pre_fault(vcpu, wanted.gpa >> PAGE_SHIFT)
+        except OSError:
+            if wanted.size == size:
+                raise
+            return
+        done = min(done << PAGE_SHIFT, wanted.size)
+        wanted.gpa += done
+        wanted.size -= done
+
+
+def _pre_fault(vcpu: Vcpu, gfn: int) -> int:
+    """Map the leaf of ``gfn``; returns how many frames there are from there to the leaf's end."""
+    vm = vcpu.vm
+    if vcpu.cpu.take_interrupt():
+        raise InterruptedError(errno.EINTR, "kicked, or a signal came")
+    with vm.mmu_lock:
+        slot = vm.memslots.gfn_to_memslot(gfn)
+        if slot is None:
+            raise kvm_error(errno.ENOENT, f"gpa={gfn << PAGE_SHIFT:#x}: there is no memory slot")
+        _map(vcpu, slot, gfn, write=False)
+        size = pages_per_hpage(vm.mmu.get_spte(gfn)[1])
+        return size - gfn % size

@@ -49,6 +49,7 @@ from softkvm.kvm.x86.mmu.spte import (
 
 if TYPE_CHECKING:
     from softkvm._softcpu import Machine, Page
+    from softkvm.kvm.memory.attributes import PrivateFrames
     from softkvm.kvm.memory.memslots import MemorySlot, Memslots
 
 _INDEX_MASK: Final = SPTES_PER_PAGE - 1
@@ -92,6 +93,7 @@ class TdpMmu:
         "_host",
         "_machine",
         "_prefetch",
+        "_private",
         "mapping_level",
         "max_level",
         "pages",
@@ -105,9 +107,12 @@ class TdpMmu:
         max_level: int = PG_LEVEL_1G,
         host: HostMappings | None = None,
         prefetch: int = 1,
+        private: PrivateFrames | None = None,
     ) -> None:
         self._machine = machine
         self._host = host
+        #: Frames that are mapped from their slot's guest_memfd; None: there are none.
+        self._private = private
         #: How many small pages one fault maps; all of them are in one table.
         self._prefetch = 1 << min(max(prefetch, 1).bit_length(), SPTES_PER_PAGE.bit_length()) - 1
         self.max_level = max_level
@@ -175,13 +180,16 @@ class TdpMmu:
     # --- mapping -----------------------------------------------------------------------------------
 
     def max_mapping_level(self, slot: MemorySlot, gfn: int) -> int:
-        """Return the largest level at which ``gfn`` may be mapped: alignment, slot size, dirty logging."""
-        level = min(self.max_level, slot.max_level)
+        """Return the largest level at which ``gfn`` may be mapped: alignment, slot size, dirty logging, attributes."""
+        private = self._private
+        is_private = private is not None and gfn in private
+        level = min(self.max_level, slot.private_level if is_private else slot.max_level)
         if slot.dirty_logging:
             return PG_LEVEL_4K
         while level > PG_LEVEL_4K:
             first = gfn_round_for_level(gfn, level)
-            if first >= slot.base_gfn and first + pages_per_hpage(level) <= slot.end_gfn:
+            end = first + pages_per_hpage(level)
+            if first >= slot.base_gfn and end <= slot.end_gfn and (private is None or private.are_alike(first, end)):
                 break
             level -= 1
         return level
@@ -208,7 +216,7 @@ class TdpMmu:
             hva, access = self._host_page(slot, gfn, level)
         if access == NO_ACCESS or (write and access != READ_WRITE):
             self._machine.fill_holes(hva)
-            raise kvm_error(errno.EFAULT, f"gpa={gfn << PAGE_SHIFT:#x}: no host memory at userspace_addr={hva:#x}")
+            raise kvm_error(errno.EFAULT, f"no host memory at userspace_addr={hva:#x}")
         table = self._descend(gfn, level)
         writable = access == READ_WRITE and not slot.readonly
         if slot.dirty_logging and slot.dirty_bitmap is None:
@@ -231,7 +239,9 @@ class TdpMmu:
             return
         around = gfn & -self._prefetch
         first, end = max(around, slot.base_gfn), min(around + self._prefetch, slot.end_gfn)
-        hva = (first << PAGE_SHIFT) + slot.hva_offset
+        if self._private is not None and not self._private.are_alike(first, end):
+            return
+        hva = (first << PAGE_SHIFT) + self._offset(slot, gfn)
         if self._host is not None and self._host.access(hva, end - first << PAGE_SHIFT, NO_ACCESS) != access:
             return
         spte = make_spte(hva, PG_LEVEL_4K, writable=access == READ_WRITE and not slot.readonly)
@@ -240,9 +250,13 @@ class TdpMmu:
         self.pages[PG_LEVEL_4K] += filled
         table.leaves += filled
 
+    def _offset(self, slot: MemorySlot, gfn: int) -> int:
+        """Return what is added to guest-physical addresses in ``gfn`` to get the host's."""
+        return slot.private_offset if self._private is not None and gfn in self._private else slot.hva_offset
+
     def _host_page(self, slot: MemorySlot, gfn: int, level: int) -> tuple[int, int]:
         """Return the address of the host's page at ``level`` and what the process may do with it."""
-        hva = (gfn_round_for_level(gfn, level) << PAGE_SHIFT) + slot.hva_offset
+        hva = (gfn_round_for_level(gfn, level) << PAGE_SHIFT) + self._offset(slot, gfn)
         if self._host is None:
             return hva, READ_WRITE
         return hva, self._host.access(hva, pages_per_hpage(level) << PAGE_SHIFT)

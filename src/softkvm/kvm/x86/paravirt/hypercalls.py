@@ -6,10 +6,13 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.abi import run_page
 from softkvm.kvm.memory.guest_memory import write_guest
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86.paravirt.pv_ipi import pv_send_ipi
 from softkvm.kvm.x86.svm import vmcb as V
 
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
 _U64: Final = (1 << 64) - 1
 _U32: Final = (1 << 32) - 1
 
-Hypercall = Callable[["Vcpu", int, int, int, int], int]
+#: Returns the result; None if it is userspace's to find.
+Hypercall = Callable[["Vcpu", int, int, int, int], int | None]
+Skip = Callable[["Vcpu"], int]
 
 
 def _vapic_poll_irq(vcpu: Vcpu, a0: int, a1: int, a2: int, a3: int) -> int:
@@ -63,6 +68,22 @@ def _sched_yield(vcpu: Vcpu, apic_id: int, a1: int, a2: int, a3: int) -> int:
     return 0
 
 
+def _map_gpa_range(vcpu: Vcpu, gpa: int, npages: int, attributes: int, a3: int) -> int | None:
+    """Userspace's to do (KVM_CAP_EXIT_HYPERCALL): a range is to be encrypted, or shared."""
+    if not vcpu.vm.hypercall_exits >> abi.KVM_HC_MAP_GPA_RANGE & 1:
+        return -abi.KVM_ENOSYS
+    if gpa & (PAGE_SIZE - 1) or not npages or (gpa >> PAGE_SHIFT) + npages > _U64:
+        return -abi.KVM_EINVAL
+    arguments = (gpa, npages, attributes)
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_HYPERCALL
+    vcpu.run_q[run_page.HYPERCALL_NR_Q] = abi.KVM_HC_MAP_GPA_RANGE
+    for n, value in enumerate(arguments):
+        vcpu.run_q[run_page.HYPERCALL_ARGS_Q + n] = value
+    vcpu.run_q[run_page.HYPERCALL_RET_Q] = 0
+    vcpu.run_d[run_page.HYPERCALL_LONGMODE_D] = abi.KVM_EXIT_HYPERCALL_LONG_MODE if vcpu.is_64bit_code() else 0
+    return None
+
+
 def yield_to(target: Vcpu) -> None:
     """Give the host's processor away for a moment, if the other one could use it."""
     _softcpu.sched_yield()
@@ -74,12 +95,19 @@ HYPERCALLS: Final[dict[int, tuple[Hypercall, int | None]]] = {
     abi.KVM_HC_KICK_CPU: (_kick_cpu, abi.KVM_FEATURE_PV_UNHALT),
     abi.KVM_HC_CLOCK_PAIRING: (_clock_pairing, None),
     abi.KVM_HC_SEND_IPI: (_send_ipi, abi.KVM_FEATURE_PV_SEND_IPI),
+    abi.KVM_HC_MAP_GPA_RANGE: (_map_gpa_range, None),
     abi.KVM_HC_SCHED_YIELD: (_sched_yield, abi.KVM_FEATURE_PV_SCHED_YIELD),
 }
 
 
-def emulate_hypercall(vcpu: Vcpu) -> bool:
-    """Carry out the hypercall in the guest's registers; False to leave for userspace (none does yet)."""
+def _complete_hypercall(vcpu: Vcpu, skip: Skip) -> int:
+    """After KVM_EXIT_HYPERCALL: the result is userspace's."""
+    vcpu.gpr[0] = vcpu.run_q[run_page.HYPERCALL_RET_Q] & (_U64 if vcpu.is_64bit_code() else _U32)
+    return skip(vcpu)
+
+
+def emulate_hypercall(vcpu: Vcpu, skip: Skip) -> bool:
+    """Carry out the hypercall in the guest's registers; False to leave for userspace, behind which ``skip`` goes on."""
     gpr = vcpu.gpr
     vcpu.stat_hypercalls += 1
     number, a0, a1, a2, a3 = gpr[0], gpr[3], gpr[1], gpr[2], gpr[6]
@@ -95,6 +123,10 @@ def emulate_hypercall(vcpu: Vcpu) -> bool:
         else:
             function, feature = entry
             denied = feature is not None and vcpu.pv_cpuid_enforce and not vcpu.cpuid.kvm_features >> feature & 1
-            result = -abi.KVM_ENOSYS if denied else function(vcpu, a0, a1, a2, a3)
+            answer = -abi.KVM_ENOSYS if denied else function(vcpu, a0, a1, a2, a3)
+            if answer is None:
+                vcpu.complete_userspace_io = partial(_complete_hypercall, skip=skip)
+                return False
+            result = answer
     gpr[0] = result & (_U64 if long_mode else _U32)
     return True

@@ -172,7 +172,7 @@ def interrupt_window_interception(vcpu: Vcpu) -> int:
 
 def vmmcall_interception(vcpu: Vcpu) -> int:
     """VMMCALL."""
-    if not hypercalls.emulate_hypercall(vcpu):
+    if not hypercalls.emulate_hypercall(vcpu, skip_emulated_instruction):
         return 0
     return skip_emulated_instruction(vcpu)
 
