@@ -150,8 +150,12 @@ impl PyMachine {
         })
     }
 
-    fn pte_clear_bits(&self, address: usize, count: usize, mask: u64) -> PyResult<usize> {
-        self.words(address, count, |entries| entries.iter().filter(|e| take_bits(e, mask)).count())
+    #[pyo3(signature = (address, count, mask, having = 0))]
+    fn pte_clear_bits(&self, address: usize, count: usize, mask: u64, having: u64) -> PyResult<usize> {
+        let is_meant = |e: &&AtomicU64| e.load(Ordering::Relaxed) & having == having;
+        self.words(address, count, |entries| {
+            entries.iter().filter(is_meant).filter(|e| take_bits(e, mask)).count()
+        })
     }
 
     fn pte_test_and_clear<'py>(

@@ -22,6 +22,7 @@ from softkvm.kvm.irq.eventfd import Eventfds
 from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memory import attributes as attributes_of
 from softkvm.kvm.memory import dirty_log, dirty_ring
+from softkvm.kvm.memory.collapse import Collapser
 from softkvm.kvm.memory.memslots import (
     DirtyReport,
     MemoryChange,
@@ -52,6 +53,7 @@ class Vm(VmState, Closing):
     def __init__(self, params: Params) -> None:
         super().__init__(params)
         self.eventfds = Eventfds(self)
+        self.collapser = Collapser(self)
         tell_after_fork(self)
 
     # --- what an architecture provides ---------------------------------------------------------------
@@ -134,7 +136,7 @@ class Vm(VmState, Closing):
             if new.dirty_logging and not old.dirty_logging:
                 dirty_log.start_logging(self, new)
             elif old.dirty_logging and not new.dirty_logging:
-                dirty_log.stop_logging(self, new)
+                self.collapser.note(new)
 
     def _map_host(self, slot: MemorySlot) -> None:
         size = slot.npages << PAGE_SHIFT

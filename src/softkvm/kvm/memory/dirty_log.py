@@ -2,8 +2,9 @@
 """The dirty log of a memory slot (KVM API, KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG).
 
 Pages that the guest wrote are found by the dirty bits that the processor sets in the nested leaves, collected
-512 at a time; pages that KVM itself wrote are in the slot's bitmap already. Nothing is write-protected, so a
-guest under logging runs without extra faults.
+512 at a time; pages that KVM itself wrote are in the slot's bitmap already. Only large leaves are write-protected,
+until the first write splits them: a guest under logging takes one fault for each. What small leaves logging leaves
+behind, :mod:`.collapse` gives up.
 """
 
 from __future__ import annotations
@@ -108,20 +109,12 @@ def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitma
 
 
 def start_logging(vm: Vm, slot: MemorySlot) -> None:
-    """Prepare a slot whose KVM_MEM_LOG_DIRTY_PAGES has just been set: 4 KiB leaves with dirty clear, or protected."""
+    """Prepare a slot whose KVM_MEM_LOG_DIRTY_PAGES has just been set: leaves with dirty clear, or protected."""
     with vm.mmu_lock:
-        flush = vm.mmu.split_huge_pages(slot.base_gfn, slot.end_gfn)
+        flush = vm.mmu.protect_huge_pages(slot.base_gfn, slot.end_gfn)
         if vm.dirty_ring_size:
             flush |= vm.mmu.write_protect(slot.base_gfn, slot.end_gfn)
         else:
             flush |= vm.mmu.clear_dirty(slot.base_gfn, slot.end_gfn)
         if flush:
             vm.flush_remote_tlbs()
-            vm.mmu.free_zapped()
-
-
-def stop_logging(vm: Vm, slot: MemorySlot) -> None:
-    """Let large leaves come back after KVM_MEM_LOG_DIRTY_PAGES has been cleared."""
-    with vm.mmu_lock:
-        if vm.mmu.zap_collapsible(slot):
-            vm.finish_zap()

@@ -29,8 +29,8 @@ class Mmu(Protocol):
     def free_zapped(self, mark_dirty: Callable[[int, int], None] | None = None) -> None:
         """Free the tables of what was forgotten, after the TLBs; dirty leaves are reported as (gfn, count)."""
 
-    def split_huge_pages(self, start: int, end: int) -> bool:
-        """Replace large leaves by small ones, for the dirty log; True if a TLB may hold one."""
+    def protect_huge_pages(self, start: int, end: int) -> bool:
+        """Let writes to large leaves fault, which splits them for the dirty log; True if a TLB may hold one."""
 
     def clear_dirty(self, start: int, end: int) -> bool:
         """Clear the dirty bits of frames; True if a TLB may hold a dirty one."""
@@ -41,5 +41,5 @@ class Mmu(Protocol):
     def harvest_dirty(self, start: int, end: int) -> tuple[int, bool]:
         """Return and clear the dirty bits of frames, bit 0 being ``start``, and whether TLBs have to be flushed."""
 
-    def zap_collapsible(self, slot: MemorySlot) -> bool:
-        """Forget small leaves that a large one may replace; True if a TLB may hold one."""
+    def collapse(self, slot: MemorySlot, start: int, most: int) -> tuple[int, bool]:
+        """Forget small leaves that large ones may replace, ``most`` tables; where to go on, and whether to flush."""

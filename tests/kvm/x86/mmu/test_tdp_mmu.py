@@ -260,8 +260,10 @@ def test_whatever_comes_and_goes_every_table_has_a_slot() -> None:
             if slots.gfn_to_memslot(gfn) is None:
                 mmu.set_mmio_spte(gfn, slots)
                 assert mmu.lookup_mmio(gfn, slots.generation)
-        elif action == "split":
-            mmu.split_huge_pages(base, base + 512)
+        elif action == "split" and old is not None:
+            mmu.protect_huge_pages(base, base + 512)
+            logged = MemorySlot(which, old.base_gfn, old.npages, abi.KVM_MEM_LOG_DIRTY_PAGES, old.userspace_addr)
+            mmu.map_gfn(logged, rng.randrange(old.base_gfn, old.end_gfn), write=True)
         elif action == "zap":
             mmu.zap_range(base, base + rng.choice((1, 600, PAGES_1G)))
         if rng.random() < 0.3:
@@ -302,15 +304,48 @@ def test_a_look_up_that_meets_a_zap_finds_nothing(mmu: TdpMmu) -> None:
     assert not mmu.lookup_mmio(0xFEE00, 1)
 
 
+def _logged(npages: int) -> MemorySlot:
+    slot = _slot(0, npages, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
+    slot.dirty_bitmap = bytearray(slot.dirty_bitmap_bytes)
+    return slot
+
+
 def test_splitting_keeps_every_translation(mmu: TdpMmu) -> None:
-    slot = _slot(0, PAGES_1G)
-    mmu.map_gfn(slot, 0, write=True)
-    assert mmu.split_huge_pages(PAGES_2M + 7, 2 * PAGES_2M)
+    mmu.map_gfn(_slot(0, PAGES_1G), 0, write=True)
+    assert mmu.protect_huge_pages(PAGES_2M + 7, 2 * PAGES_2M)
+    assert mmu.map_gfn(_logged(PAGES_1G), PAGES_2M + 7, write=True) == RET_PF_FIXED
     assert mmu.get_spte(PAGES_2M + 9)[1] == 1
     assert mmu.get_spte(3)[1] == 2  # only what meets the range goes down to 4 KiB
     for gfn in (0, 511, 512, 700, 1023, 1024, PAGES_1G - 1):
         assert _walk(mmu, gfn) == HVA + (gfn << 12)
     assert mmu.pages[1:] == [512, 511, 0]
+
+
+def test_logging_protects_large_leaves_until_they_are_split(mmu: TdpMmu) -> None:
+    mmu.map_gfn(_slot(0, 4 * PAGES_2M), 0, write=True)
+    mmu.map_gfn(_slot(0, 4 * PAGES_2M), PAGES_2M, write=True)
+    mmu.root.children[0].children[0].q[0] |= PT_DIRTY_MASK  # before the log began
+    assert mmu.protect_huge_pages(0, 4 * PAGES_2M)
+    assert not mmu.protect_huge_pages(0, 4 * PAGES_2M)
+    for gfn in (3, PAGES_2M + 3):
+        assert mmu.get_spte(gfn)[0] & (PT_WRITABLE_MASK | PT_DIRTY_MASK) == 0
+        assert _walk(mmu, gfn) == HVA + (gfn << 12), "reads go on"
+    slot = _logged(4 * PAGES_2M)
+    assert mmu.map_gfn(slot, 3, write=False) == RET_PF_SPURIOUS
+    assert mmu.map_gfn(slot, 3, write=True) == RET_PF_FIXED
+    for gfn in (0, 3, 511):  # one fault for all
+        spte, level = mmu.get_spte(gfn)
+        assert (level, spte & (PT_WRITABLE_MASK | PT_DIRTY_MASK)) == (1, PT_WRITABLE_MASK)
+    assert mmu.get_spte(PAGES_2M)[1] == 2
+    assert mmu.harvest_dirty(0, 4 * PAGES_2M) == (0, False)
+
+
+def test_for_rings_the_pages_of_a_split_leaf_stay_protected(mmu: TdpMmu) -> None:
+    mmu.map_gfn(_slot(0, PAGES_2M), 0, write=True)
+    mmu.protect_huge_pages(0, PAGES_2M)
+    assert mmu.map_gfn(_slot(0, PAGES_2M, flags=abi.KVM_MEM_LOG_DIRTY_PAGES), 3, write=True) == RET_PF_FIXED
+    assert mmu.get_spte(3)[0] & PT_WRITABLE_MASK
+    assert not mmu.get_spte(4)[0] & PT_WRITABLE_MASK
 
 
 def test_zapping_removes_the_range_and_nothing_else(mmu: TdpMmu) -> None:
@@ -349,7 +384,10 @@ def test_small_tables_are_given_up_for_large_leaves(mmu: TdpMmu) -> None:
     for gfn in range(0, 2 * PAGES_2M, 3):
         mmu.map_gfn(logged, gfn, write=True)
     plain = _slot(0, 2 * PAGES_2M)
-    assert mmu.zap_collapsible(plain)
+    assert mmu.collapse(plain, 0, 1) == (PAGES_2M, True)
+    assert mmu.get_spte(PAGES_2M)[1] == 1
+    assert mmu.collapse(plain, PAGES_2M, 2) == (2 * PAGES_2M, True)
+    assert mmu.collapse(plain, 0, 2) == (2 * PAGES_2M, False)
     mmu.free_zapped()
     assert mmu.map_gfn(plain, 5, write=True) == RET_PF_FIXED
     assert mmu.get_spte(5)[1] == 2

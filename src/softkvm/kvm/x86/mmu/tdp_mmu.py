@@ -38,6 +38,7 @@ from softkvm.kvm.x86.mmu.spte import (
     PT_PRESENT_MASK,
     PT_WRITABLE_MASK,
     ROOT_LEVEL,
+    SPTE_HOST_WRITABLE,
     SPTES_PER_PAGE,
     is_mmio_spte,
     make_mmio_spte,
@@ -157,8 +158,11 @@ class TdpMmu:
             return False
         return is_mmio_spte(spte) and self.mmio_generation_matches(spte, generation)
 
-    def _descend(self, gfn: int, to_level: int) -> TdpTable:
-        """Return the table of ``to_level`` for ``gfn``, making those that are missing, splitting leaves."""
+    def _descend(self, gfn: int, to_level: int, *, log: bool = False) -> TdpTable:
+        """Return the table of ``to_level`` for ``gfn``, making those that are missing, splitting leaves.
+
+        With ``log`` the leaves that a protected one is split into are writable and clean: their dirty bits are the log.
+        """
         table = self.root
         level = ROOT_LEVEL
         while level > to_level:
@@ -169,7 +173,7 @@ class TdpMmu:
                 self.tables += 1
                 old = table.q[index]
                 if old & PT_PRESENT_MASK:
-                    self._split_into(table, index, child)
+                    self._split_into(table, index, child, log)
                 else:
                     self._machine.pte_store(table.address + index * 8, make_nonleaf_spte(child.address))
                 table.children[index] = child
@@ -217,7 +221,7 @@ class TdpMmu:
         if access == NO_ACCESS or (write and access != READ_WRITE):
             self._machine.fill_holes(hva)
             raise kvm_error(errno.EFAULT, f"no host memory at userspace_addr={hva:#x}")
-        table = self._descend(gfn, level)
+        table = self._descend(gfn, level, log=slot.dirty_logging and slot.dirty_bitmap is not None)
         writable = access == READ_WRITE and not slot.readonly
         if slot.dirty_logging and slot.dirty_bitmap is None:
             writable = write  # the first write goes into a ring
@@ -367,12 +371,14 @@ class TdpMmu:
 
     # --- dirty logging -----------------------------------------------------------------------------
 
-    def _split_into(self, table: TdpTable, index: int, child: TdpTable) -> None:
+    def _split_into(self, table: TdpTable, index: int, child: TdpTable, log: bool) -> None:
         """Replace the large leaf at ``index`` by ``child``, filled with the same mappings one level down."""
         address = table.address + index * 8
         huge = self._machine.pte_load(address)
         while True:
             first = make_small_spte(huge, table.level, 0)
+            if log and first & SPTE_HOST_WRITABLE:
+                first = first & ~PT_DIRTY_MASK | PT_WRITABLE_MASK
             step = pages_per_hpage(child.level) << PAGE_SHIFT
             child.q[:] = memoryview(array("Q", range(first, first + SPTES_PER_PAGE * step, step)))
             # The processor may set accessed or dirty in the large leaf while the table is being filled.
@@ -385,26 +391,24 @@ class TdpMmu:
         table.leaves -= 1
         child.leaves = SPTES_PER_PAGE
 
-    def split_huge_pages(self, start: int, end: int) -> bool:
-        """Replace every large leaf that meets [start, end) by 4 KiB leaves; True if a flush is needed."""
-        return self._split(self.root, start, end)
+    def protect_huge_pages(self, start: int, end: int) -> bool:
+        """Let writes to large leaves that meet [start, end) fault, and forget that they are dirty; True to flush.
 
-    def _split(self, table: TdpTable, start: int, end: int) -> bool:
-        flush = False
-        shift = (table.level - 1) * 9
+        Each is split by the first write to it.
+        """
+        return self._protect(self.root, start, end)
+
+    def _protect(self, table: TdpTable, start: int, end: int) -> bool:
         if table.level == PG_LEVEL_4K:
             return False
-        for index in self._overlapping(table, start, end):
-            child = table.children.get(index)
-            if child is None:
-                if not table.q[index] & PT_PRESENT_MASK:
-                    continue
-                child = TdpTable(self._machine.alloc_page(), table.level - 1, table.gfn + (index << shift))
-                self.tables += 1
-                self._split_into(table, index, child)
-                table.children[index] = child
-                flush = True
-            flush |= self._split(child, start, end)
+        indexes = self._overlapping(table, start, end)
+        flush = False
+        if table.leaves and indexes:
+            address, bits = table.address + indexes.start * 8, PT_WRITABLE_MASK | PT_DIRTY_MASK
+            flush = bool(self._machine.pte_clear_bits(address, len(indexes), bits, PT_PRESENT_MASK | PT_PAGE_SIZE_MASK))
+        for index, child in table.children.items():
+            if index in indexes:
+                flush |= self._protect(child, start, end)
         return flush
 
     def leaf_tables(self, start: int, end: int) -> Iterator[tuple[TdpTable, int, int]]:
@@ -459,24 +463,30 @@ class TdpMmu:
             changed += clear(table.address + first * 8, count, PT_WRITABLE_MASK)
         return bool(changed)
 
-    def zap_collapsible(self, slot: MemorySlot) -> bool:
-        """Unlink 4 KiB tables whose frames a large leaf could map again; True if a flush is needed."""
-        flush = False
+    def collapse(self, slot: MemorySlot, start: int, most: int) -> tuple[int, bool]:
+        """Unlink tables of small leaves, from frame ``start`` on, whose frames a large one could map: ``most`` of them.
+
+        Returns the frame to go on at, the slot's end after the last, and whether a flush is needed.
+        """
         doomed: list[tuple[TdpTable, int]] = []
-        self._collapsible(self.root, slot, doomed)
+        for table, index in self._collapsible(self.root, slot, start):
+            doomed.append((table, index))
+            if len(doomed) == most:
+                break
         for table, index in doomed:
             self._unlink(table, index)
-            flush = True
-        return flush
+        if len(doomed) < most:
+            return slot.end_gfn, bool(doomed)
+        table, index = doomed[-1]
+        return table.gfn + (index + 1) * pages_per_hpage(table.level), True
 
-    def _collapsible(self, table: TdpTable, slot: MemorySlot, out: list[tuple[TdpTable, int]]) -> None:
-        shift = (table.level - 1) * 9
-        for index in self._overlapping(table, slot.base_gfn, slot.end_gfn):
+    def _collapsible(self, table: TdpTable, slot: MemorySlot, start: int) -> Iterator[tuple[TdpTable, int]]:
+        for index in self._overlapping(table, max(start, slot.base_gfn), slot.end_gfn):
             child = table.children.get(index)
             if child is None:
                 continue
-            first = table.gfn + (index << shift)
+            first = table.gfn + (index << (table.level - 1) * 9)
             if PG_LEVEL_2M <= table.level <= PG_LEVEL_1G and self.max_mapping_level(slot, first) >= table.level:
-                out.append((table, index))
+                yield table, index
             else:
-                self._collapsible(child, slot, out)
+                yield from self._collapsible(child, slot, start)
