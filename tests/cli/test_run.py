@@ -16,7 +16,8 @@ import pytest
 from tests.support.machines import KVMS
 
 from softkvm.cli import run as run_module
-from softkvm.cli.run import parse_size, split_modules
+from softkvm.cli.arguments import size as size_of
+from softkvm.cli.run import split_modules
 from softkvm.vmm.memory import GIB, KIB, MIB
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import ConsoleWatcher
@@ -361,7 +362,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, accel: str, argument
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert size_of("--mem", text) == size
 
 
 @pytest.mark.parametrize(

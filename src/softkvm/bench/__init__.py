@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements, as a library: :mod:`softkvm.bench.vmexit`."""
+"""Measurements, as a library: :mod:`softkvm.bench.vmexit`, :mod:`softkvm.bench.dirty_log`."""

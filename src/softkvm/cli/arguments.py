@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterable
 
 from softkvm.cli import CommandError
@@ -45,6 +46,19 @@ def count(option: str, text: str, low: int, high: int) -> int:
     if text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
         return int(text)
     raise CommandError(f"{option} {text}: expected a number from {low} to {high}")
+
+
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(option: str, text: str, unit: int = 4096) -> int:
+    """Return the bytes that ``256M``, ``1G``, ``65536K`` or ``256`` (MiB) name: a multiple of *unit*, not 0."""
+    match = re.fullmatch(r"(\d{1,12})(?:([KMGT])(?:i?B)?)?", text, re.IGNORECASE)
+    value = int(match[1]) * _UNITS[(match[2] or "M").upper()] if match else 0
+    if match is None or value % unit:
+        multiple = f"{unit >> 20}M" if unit >> 20 else f"{unit >> 10}K"
+        raise CommandError(f"{option} {text}: expected a size such as 256M or 2G, a multiple of {multiple}")
+    return value
 
 
 def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:

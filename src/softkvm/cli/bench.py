@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``softkvm bench``: measurements. ``vmexit`` is what an exit costs."""
+"""``softkvm bench``: measurements. ``vmexit`` is what an exit costs; the others have modules of their own."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 
 from softkvm import qemu
 from softkvm.bench import vmexit
 from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, SoftkvmSide
 from softkvm.bench.vmexit import Figure, Kind, Report
-from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError, bench_dirty_log
 from softkvm.cli.arguments import count, file_name, seconds
 from softkvm.cli.output import STDOUT, OutputFile, say, warn
 from softkvm.progress import StatusLine
@@ -22,9 +23,10 @@ EXIT_FAILED = 1
 
 EPILOG = """\
 measurements:
-  vmexit   nanoseconds for each kind of exit, QEMU's TCG beside it
+  vmexit      nanoseconds for each kind of exit, QEMU's TCG beside it
+  dirty-log   what dirty logging costs: turning it on and off, passes over memory, fetching the log
 
-`softkvm bench vmexit --help` explains it.
+`softkvm bench MEASUREMENT --help` explains it.
 """
 
 VMEXIT_EPILOG = """\
@@ -48,7 +50,10 @@ examples:
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    measurements = parser.add_subparsers(dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit")
+    measurements = parser.add_subparsers(
+        dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit, dirty-log"
+    )
+    bench_dirty_log.add(measurements)
     command = measurements.add_parser(
         "vmexit",
         description="Measure what an exit costs, kind by kind.",
@@ -56,6 +61,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    command.set_defaults(measure=_vmexit)
     add = command.add_argument
     add("directory", metavar="DIR", type=file_name, nargs="?", help="build of kvm-unit-tests (default: our own guest)")
     add("--runs", metavar="N", default="1", help="runs; the figure is their median (default: 1)")
@@ -99,6 +105,11 @@ def _sides(args: Namespace) -> list[Side]:
 
 
 def _run(args: Namespace) -> int:
+    measure: Callable[[Namespace], int] = args.measure
+    return measure(args)
+
+
+def _vmexit(args: Namespace) -> int:
     runs = count("--runs", args.runs, 1, 1000)
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
     file = OutputFile("--json", args.json) if args.json else None

@@ -120,23 +120,24 @@ class OutputFile:
         try:
             self._direct = _is_special(name)
             if not self._direct:
-                os.unlink(self._temporary(""))
+                os.unlink(self._temporary(b""))
             elif not os.access(name, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise CommandError(f"{self._what}: {error.strerror}") from None
 
-    def write(self, text: str) -> None:
+    def write(self, contents: str | bytes) -> None:
         """Write all of it; CommandError with status 1 if the disk does not take it."""
-        if self.name == STDOUT:
-            say(text.removesuffix("\n"))
+        if self.name == STDOUT and isinstance(contents, str):
+            say(contents.removesuffix("\n"))
             return
+        data = _encode(contents) if isinstance(contents, str) else contents
         try:
             if self._direct:
                 with open(os.open(self.name, os.O_WRONLY | os.O_APPEND), "wb") as file:
-                    file.write(_encode(text))
+                    file.write(data)
             else:
-                os.replace(self._temporary(text), self._target())
+                os.replace(self._temporary(data), self._target())
         except OSError as error:
             raise CommandError(f"{self._what}: {error.strerror}", EXIT_ERROR) from None
 
@@ -144,15 +145,15 @@ class OutputFile:
         """The file itself where *name* is a symbolic link."""
         return Path(os.path.realpath(self.name))
 
-    def _temporary(self, text: str) -> str:
-        """Return a file with *text* in the directory of the target, with the mode that the target has or will have."""
+    def _temporary(self, data: bytes) -> str:
+        """Return a file with *data* in the directory of the target, with the mode that the target has or will have."""
         import tempfile  # few commands write files, and every start of a client would wait for it
 
         target = self._target()
         fd, path = tempfile.mkstemp(prefix=f".{target.name[:200]}.", dir=target.parent)
         try:
             with open(fd, "wb") as file:
-                file.write(_encode(text))
+                file.write(data)
                 os.fchmod(fd, stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
         except BaseException:
             with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ import softkvm
 from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
-from softkvm.cli.arguments import count, file_name, seconds
+from softkvm.cli.arguments import count, file_name, seconds, size
 from softkvm.cli.output import OutputFile, say_printed, warn
 from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
 from softkvm.progress import TerminalProgress
@@ -32,7 +32,7 @@ from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.errors import ImageError, LoadTimeout, MachineError, show_traceback
 from softkvm.vmm.guest import GuestUnavailable, demo_kernel, prepare
 from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
-from softkvm.vmm.memory import GIB, KIB, MIB, PAGE_SIZE
+from softkvm.vmm.memory import KIB
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import STATS_VERSION, ConsoleWatcher
 
@@ -75,8 +75,6 @@ on the console:
   Ctrl-A x ends the machine, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A
 """
 
-_UNITS = {"K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
-
 
 @dataclass(frozen=True, slots=True)
 class _Image:
@@ -89,15 +87,6 @@ class _Image:
     """None: what the kind of kernel has by default."""
     raw: bool = False
     entry: Entry | None = None
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that ``256M``, ``1G``, ``65536K`` or ``256`` (MiB) name; CommandError if it names none."""
-    match = re.fullmatch(r"(\d{1,12})(?:([KMGT])(?:i?B)?)?", text, re.IGNORECASE)
-    size = int(match[1]) * _UNITS[(match[2] or "M").upper()] if match else 0
-    if match is None or size % PAGE_SIZE:
-        raise CommandError(f"--mem {text}: expected a size such as 256M or 2G, a multiple of 4K")
-    return size
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -369,7 +358,7 @@ def _run(args: Namespace) -> int:
 def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitStack) -> int:
     """Boot what *args* say; *files* closes the images."""
     try:
-        config = Config(parse_size(args.mem), count("--vcpus", args.vcpus, 1, MAX_VCPUS))
+        config = Config(size("--mem", args.mem), count("--vcpus", args.vcpus, 1, MAX_VCPUS))
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         image = _choose_image(args)
         deadline = Deadline(timeout_s)
