@@ -29,6 +29,8 @@ pub const KIND_VM: c_int = 2;
 pub const KIND_VCPU: c_int = 3;
 /// Of statistics, which can be read.
 pub const KIND_STATISTICS: c_int = 4;
+/// Of memory for guests alone, a plain file that can be neither read, written nor mapped.
+pub const KIND_GUEST_MEMFD: c_int = 5;
 
 /// What [`Core::forking`] is told of: it is about to be, or has been, in the parent and in the child.
 pub const FORK_BEFORE: c_int = 0;

@@ -19,6 +19,7 @@ import pytest
         "ranges",
         "over_a_socket",
         "mapping_outlives_its_descriptor",
+        "guest_memory",
     ],
 )
 def test_descriptors_are_copied_passed_and_closed_as_the_kernels(holds: Callable[..., None], case: str) -> None:

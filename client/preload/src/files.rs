@@ -7,7 +7,7 @@ use core::mem::zeroed;
 use std::ffi::CStr;
 
 use softkvm_client::device::{self, BLOCK, DEVICE};
-use softkvm_client::{KIND_DEVICE, KIND_NONE};
+use softkvm_client::{KIND_DEVICE, KIND_GUEST_MEMFD, KIND_NONE};
 
 use crate::descriptors::kind;
 use crate::load;
@@ -173,10 +173,17 @@ fn is_own(path: *const c_char, flags: c_int) -> bool {
         && (path.is_null() || device::path(path, call).is_some_and(<[u8]>::is_empty))
 }
 
+/// Type and permissions of a file of guest memory.
+const GUEST_MEMFD_MODE: libc::mode_t = libc::S_IFREG | 0o600;
+
 /// Describes a file of the KVM's. One that is anonymous is of no type.
 fn describe(kind: c_int, stat: *mut libc::stat) {
     // SAFETY: the caller's structure, which the C library has filled in; all of its fields may be zero.
     unsafe {
+        if kind == KIND_GUEST_MEMFD {
+            (*stat).st_mode = GUEST_MEMFD_MODE;
+            return;
+        }
         if kind == KIND_DEVICE {
             return device::describe(stat);
         }
@@ -193,6 +200,10 @@ fn describe(kind: c_int, stat: *mut libc::stat) {
 fn describe_x(kind: c_int, statx: *mut libc::statx) {
     // SAFETY: as above.
     unsafe {
+        if kind == KIND_GUEST_MEMFD {
+            (*statx).stx_mode = GUEST_MEMFD_MODE as u16;
+            return;
+        }
         let before = *statx;
         device::describe_x(statx);
         if kind != KIND_DEVICE {

@@ -7,7 +7,7 @@ use core::ffi::{c_int, c_void};
 use softkvm_client::python::core;
 use softkvm_client::{KIND_NONE, KIND_VCPU};
 
-use crate::descriptors::{is_marked, kind};
+use crate::descriptors::kind;
 use crate::real;
 use crate::real::{errno, set_errno};
 
@@ -21,7 +21,7 @@ fn mapped(
 ) -> *mut c_void {
     if address != libc::MAP_FAILED
         && fd >= 0
-        && is_marked(fd)
+        && kind(fd) != KIND_NONE
         && let Some(core) = core()
     {
         let shared = flags & libc::MAP_TYPE != libc::MAP_PRIVATE;

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from softkvm import _softcpu, abi
+from softkvm.abi.arguments import read_structure
 from softkvm.client import dispatch
 from softkvm.client.trace import Recorder
 from softkvm.kvm import procfs
@@ -148,7 +149,21 @@ class VmFile(File):
         """KVM_GET_STATS_FD."""
         return StatisticsFile(self.object, self).descriptor()
 
-    makers = {abi.KVM_CREATE_VCPU: create_vcpu, abi.KVM_GET_STATS_FD: get_stats_fd}
+    def create_guest_memfd(self, argument: int) -> int:
+        """KVM_CREATE_GUEST_MEMFD."""
+        fd = _softcpu.own_descriptor(
+            self.object.create_guest_memfd(read_structure(dispatch.MEMORY, abi.kvm_create_guest_memfd, argument))
+        )
+        try:
+            return GuestMemfdFile(self.object, self.recorder).open(fd, os.O_RDWR)
+        finally:
+            _softcpu.close_own_descriptor(fd)
+
+    makers = {
+        abi.KVM_CREATE_VCPU: create_vcpu,
+        abi.KVM_GET_STATS_FD: get_stats_fd,
+        abi.KVM_CREATE_GUEST_MEMFD: create_guest_memfd,
+    }
 
     def use(self) -> None:
         """One more needs the VM."""
@@ -201,6 +216,17 @@ class VcpuFile(File):
         """The vCPU goes, and the VM may."""
         self.object.close()
         self._vm.release()
+
+
+class GuestMemfdFile(File):
+    """Memory for a VM's guest, which knows it by its inode: the descriptor is all that there is to it."""
+
+    kind = abi.File(0)
+    nature = 5
+    name = "guest_memfd"
+
+    def release(self) -> None:
+        """Slots that have it keep it."""
 
 
 class StatisticsFile(File):

@@ -2,6 +2,7 @@
 // Descriptors: copies of them, their order of going, and what stays behind them.
 #include "client.h"
 #include <sys/socket.h>
+#include <sys/stat.h>
 
 static struct guest g;
 
@@ -198,6 +199,62 @@ static void mapping_outlives_its_descriptor(void) {
     CHECK(more == MAP_FAILED || !memcmp(more, g.run, 64));
 }
 
+// ---- memory for guests alone ----------------------------------------------------------------------------------------
+
+// As in Linux 6.8's <linux/kvm.h>, which may be younger than the system's.
+struct region2 {
+    uint32_t slot, flags;
+    uint64_t guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset;
+    uint32_t guest_memfd, pad1;
+    uint64_t pad2[14];
+};
+struct create_guest_memfd {
+    uint64_t size, flags, reserved[6];
+};
+struct attributes {
+    uint64_t address, size, attributes, flags;
+};
+#define SET_REGION2 _IOW(KVMIO, 0x49, struct region2)
+#define SET_ATTRIBUTES _IOW(KVMIO, 0xd2, struct attributes)
+#define CREATE_GUEST_MEMFD _IOWR(KVMIO, 0xd4, struct create_guest_memfd)
+enum { SW_PROTECTED_VM = 1, MEM_GUEST_MEMFD = 1 << 2, ATTRIBUTE_PRIVATE = 1 << 3 };
+
+static void guest_memory(void) {
+    int kvm = open_kvm(O_RDWR), vm = ioctl(kvm, KVM_CREATE_VM, SW_PROTECTED_VM);
+    CHECK(vm >= 0);
+    struct create_guest_memfd wanted = {.size = RAM_SIZE};
+    int fd = ioctl(vm, CREATE_GUEST_MEMFD, &wanted);
+    CHECK(fd >= 0);
+    FAILS(ioctl(vm, CREATE_GUEST_MEMFD, NULL), EFAULT);
+    struct stat described;
+    char byte = 0;
+    CHECK(fstat(fd, &described) == 0);
+    CHECK(S_ISREG(described.st_mode) && described.st_size == RAM_SIZE);
+    FAILS(read(fd, &byte, 1), EINVAL);
+    FAILS(write(fd, &byte, 1), EINVAL);
+    CHECK(mmap(NULL, RAM_SIZE, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED && errno == ENODEV);
+    FAILS(ioctl(fd, KVM_CREATE_VCPU, 0), ENOTTY);
+
+    uint8_t *ram = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    static const uint8_t code[] = {0xC6, 0x06, 0x00, 0x20, 0x42, 0xA0, 0x00, 0x20, 0xE6, 0x10}; // [0x2000] = 0x42; al = it; out
+    memcpy(ram + CODE, code, sizeof code);
+    struct region2 region = {.flags = MEM_GUEST_MEMFD, .memory_size = RAM_SIZE, .userspace_addr = (uintptr_t)ram,
+                             .guest_memfd = fd};
+    CHECK(ioctl(vm, SET_REGION2, &region) == 0);
+    struct attributes private = {.address = 0x2000, .size = 0x1000, .attributes = ATTRIBUTE_PRIVATE};
+    CHECK(ioctl(vm, SET_ATTRIBUTES, &private) == 0);
+    CHECK(close(fd) == 0);
+    g.vm = vm;
+    g.vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+    CHECK(g.vcpu >= 0);
+    g.run = mmap(NULL, 0x3000, PROT_READ | PROT_WRITE, MAP_SHARED, g.vcpu, 0);
+    CHECK(g.run != MAP_FAILED);
+    vcpu_at(g.vcpu, CODE);
+    CHECK(ioctl(g.vcpu, KVM_RUN, 0) == 0 && g.run->exit_reason == KVM_EXIT_IO);
+    CHECK(((uint8_t *)g.run)[g.run->io.data_offset] == 0x42);
+    CHECK(ram[0x2000] == 0); // the guest has it, the process has not
+}
+
 // ---- nothing grows --------------------------------------------------------------------------------------------------
 
 static void cycle(void) {
@@ -236,4 +293,4 @@ static void threads_leave_nothing(void) { grows_not(thread_cycle, 100, 500); }
 
 CASES(CASE(copies), CASE(close_on_exec_as_the_kernels), CASE(numbers_are_the_lowest_free), CASE(vm_is_closed_first),
       CASE(raw_close), CASE(numbers_are_used_again), CASE(ranges), CASE(over_a_socket),
-      CASE(mapping_outlives_its_descriptor), CASE(vms_leave_nothing), CASE(vcpus_leave_nothing), CASE(threads_leave_nothing))
+      CASE(mapping_outlives_its_descriptor), CASE(guest_memory), CASE(vms_leave_nothing), CASE(vcpus_leave_nothing), CASE(threads_leave_nothing))
