@@ -234,13 +234,16 @@ static void separate_children_have_none(void) {
     child_ends(pid);
 }
 
-// Forks while other threads make requests all the time, and close and open files.
-static atomic_int over;
+// Forks while other threads make requests all the time, on each other's files, too, and close and open files.
+static atomic_int over, last = -1;
 static void *makes_requests(void *unused) {
     while (!over) {
         int kvm = open_kvm(O_RDWR);
-        for (int n = 0; n < 200; n++) CHECK(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_IRQCHIP) == 1);
-        CHECK(close(kvm) == 0);
+        for (int n = 0; n < 20; n++) CHECK(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_IRQCHIP) == 1);
+        int others = atomic_exchange(&last, kvm);
+        // It may go meanwhile.
+        for (int n = 0; n < 20; n++) ioctl(last, KVM_CHECK_EXTENSION, KVM_CAP_IRQCHIP);
+        if (others >= 0) CHECK(close(others) == 0);
     }
     return unused;
 }

@@ -54,10 +54,17 @@ pub struct Files {
     by_descriptor: [Option<Arc<File>>; REMEMBERED],
     /// How often they have been forgotten.
     forgotten: u64,
+    /// Files that the client has no more, until no request has one: their last reference goes with the interpreter's lock.
+    /// Without it PyO3 takes a lock of its own, which a child that is forked just then would find held for ever.
+    retired: Vec<Arc<File>>,
 }
 
-static FILES: RwLock<Files> =
-    RwLock::new(Files { all: Vec::new(), by_descriptor: [const { None }; REMEMBERED], forgotten: 0 });
+static FILES: RwLock<Files> = RwLock::new(Files {
+    all: Vec::new(),
+    by_descriptor: [const { None }; REMEMBERED],
+    forgotten: 0,
+    retired: Vec::new(),
+});
 
 fn read_files() -> RwLockReadGuard<'static, Files> {
     FILES.read().unwrap_or_else(|e| e.into_inner())
@@ -247,11 +254,13 @@ pub extern "C-unwind" fn collect() {
     threads::uninterrupted(|| {
         write_files().forget();
         let gone = take_gone();
-        if !gone.is_empty() {
+        let has_retired = !read_files().retired.is_empty();
+        if has_retired {
             threads::request(|py| {
                 for file in gone {
                     result_of(py, file.release.bind(py).call0());
                 }
+                drop(take_unused());
             });
         }
     });
@@ -266,6 +275,16 @@ fn take_gone() -> Vec<Arc<File>> {
         let mut files = write_files();
         files.all.retain(|file| !gone.iter().any(|g| Arc::ptr_eq(file, g)));
         files.forget(); // another thread may just have found one of them
+        files.retired.extend_from_slice(&gone);
     }
     gone
+}
+
+/// Takes the retired files that no request has; none finds one any more.
+fn take_unused() -> Vec<Arc<File>> {
+    let mut files = write_files();
+    let (unused, used) =
+        std::mem::take(&mut files.retired).into_iter().partition(|file| Arc::strong_count(file) == 1);
+    files.retired = used;
+    unused
 }
