@@ -25,7 +25,8 @@ _vms: set[Any] = set()
 
 def unmapping(address: int, size: int) -> None:
     """Memory of the client's is about to go: take it from the VMs that have it."""
-    for vm in tuple(_vms):
+    # Not by tuple(): the garbage that its allocation may collect runs code, and another thread makes a VM meanwhile.
+    for vm in _vms.copy():
         vm.host_unmapped(address, size)
 
 
