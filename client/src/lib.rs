@@ -32,6 +32,17 @@ pub const KIND_STATISTICS: c_int = 4;
 /// Of memory for guests alone, a plain file that can be neither read, written nor mapped.
 pub const KIND_GUEST_MEMFD: c_int = 5;
 
+/// Whether an advice of `madvise()` takes memory away, or what it holds: guests that have it are told.
+pub fn takes_memory(advice: c_int) -> bool {
+    /// Of Linux 5.18, and of 6.13: pages that fault from now on.
+    const MADV_DONTNEED_LOCKED: c_int = 24;
+    const MADV_GUARD_INSTALL: c_int = 102;
+    matches!(
+        advice,
+        libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE | MADV_DONTNEED_LOCKED | MADV_GUARD_INSTALL
+    )
+}
+
 /// What [`Core::forking`] is told of: it is about to be, or has been, in the parent and in the child.
 pub const FORK_BEFORE: c_int = 0;
 pub const FORK_PARENT: c_int = 1;

@@ -4,7 +4,7 @@
 use core::ffi::c_int;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use softkvm_client::{KIND_NONE, KIND_VCPU, python};
+use softkvm_client::{KIND_NONE, KIND_VCPU, python, takes_memory};
 
 use crate::calls::Outcome;
 use crate::donor::{self, Request};
@@ -98,12 +98,10 @@ pub fn mprotect(arguments: [usize; 6]) -> Outcome {
 
 pub fn madvise(arguments: [usize; 6]) -> Outcome {
     let [address, size, advice, ..] = arguments;
-    match advice as c_int {
-        libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE => {
-            changing(libc::SYS_madvise, arguments, [address, size])
-        }
-        _ => Outcome::Again,
+    if !takes_memory(advice as c_int) {
+        return Outcome::Again;
     }
+    changing(libc::SYS_madvise, arguments, [address, size])
 }
 
 pub fn mremap(arguments: [usize; 6]) -> Outcome {

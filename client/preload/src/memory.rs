@@ -5,7 +5,7 @@ use core::cell::Cell;
 use core::ffi::{c_int, c_void};
 
 use softkvm_client::python::core;
-use softkvm_client::{KIND_NONE, KIND_VCPU};
+use softkvm_client::{KIND_NONE, KIND_VCPU, takes_memory};
 
 use crate::descriptors::kind;
 use crate::real;
@@ -67,8 +67,7 @@ fn going(address: *mut c_void, size: usize) -> bool {
     }
 }
 
-/// [`within`] for a call that puts other memory in the place of some, or other contents: a guest that runs may have looked
-/// at it again between the two.
+/// [`within`] for a call by which memory goes, or changes: a guest that runs may have looked at it again between the two.
 fn replacing<R>(memory: &[(*mut c_void, usize)], function: impl FnOnce() -> R) -> R {
     let concerns = memory.iter().fold(false, |any, &(address, size)| going(address, size) | any);
     let result = within(function);
@@ -84,8 +83,7 @@ fn replacing<R>(memory: &[(*mut c_void, usize)], function: impl FnOnce() -> R) -
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn munmap(address: *mut c_void, size: usize) -> c_int {
-    going(address, size);
-    within(|| real!(munmap(address: *mut c_void, size: usize) -> c_int))
+    replacing(&[(address, size)], || real!(munmap(address: *mut c_void, size: usize) -> c_int))
 }
 
 #[unsafe(no_mangle)]
@@ -107,15 +105,16 @@ pub unsafe extern "C" fn mremap(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int {
-    going(address, size);
-    within(|| real!(mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int))
+    replacing(
+        &[(address, size)],
+        || real!(mprotect(address: *mut c_void, size: usize, protection: c_int) -> c_int),
+    )
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int {
-    let goes = matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_FREE);
     replacing(
-        &[(address, size)][..usize::from(goes)],
+        &[(address, size)][..usize::from(takes_memory(advice))],
         || real!(madvise(address: *mut c_void, size: usize, advice: c_int) -> c_int),
     )
 }
