@@ -7,13 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.clients import EXEC, TIMEOUT_S, Completed, run_client
+from tests.support.clients import EXEC, TIMEOUT_S, Completed, assert_ours, run_client
 
 from softkvm.client import launch, program
+from softkvm.client.settings import Settings
 
 
 def run(*command: str | Path, under: tuple[str, ...] = ()) -> Completed:
@@ -197,3 +199,62 @@ def test_a_python_without_its_library_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Path, "exists", lambda path: False)
     with pytest.raises(launch.LaunchError, match=r"this Python has no libpython3\.\d+\.so to load into a client"):
         launch.python_library()
+
+
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> Path:
+    """The preloaded library in a directory of this name."""
+    directory = tmp_path / name
+    directory.mkdir()
+    library = directory / launch.PRELOAD.name
+    shutil.copy(launch.PRELOAD, library)
+    monkeypatch.setattr(launch, "PRELOAD", library)
+    return library
+
+
+# What ld.so(8) takes for the end of a name in LD_PRELOAD, or for the begin of a token.
+@pytest.mark.parametrize("name", ["two words", "a:b", "a$LIB", "tab\tbed"])
+def test_a_softkvm_whose_path_cannot_be_preloaded(
+    build: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    library = installed(tmp_path, monkeypatch, name)
+    stats = tmp_path / "stats"
+    settings = Settings({}, [], "", str(stats))
+    for _ in range(2):  # the second finds the first's link
+        client = launch.prepare([str(build("environments")), "works"], settings)
+        assert Path(client.environment["LD_PRELOAD"].split()[0]).samefile(library)
+        done = subprocess.run(
+            [client.executable, *client.arguments[1:]],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=client.environment,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert_ours(stats, "KVM_RUN")
+    link = Path(client.environment["LD_PRELOAD"].split()[0])
+    link.unlink()
+    link.parent.rmdir()
+
+
+def test_a_path_of_other_characters_is_preloaded_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = installed(tmp_path, monkeypatch, "äöü,;%")
+    assert launch.preloadable(library) == library
+
+
+def test_no_link_is_made_where_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = installed(tmp_path, monkeypatch, "two words")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    link = launch.preloadable(library)
+    assert link.parent.parent == tmp_path
+    link.parent.chmod(0o777)
+    elsewhere = launch.preloadable(library)
+    assert elsewhere.parent.parent != tmp_path
+    elsewhere.unlink()
+    elsewhere.parent.rmdir()
+
+
+def test_a_path_that_cannot_be_preloaded_and_no_place_for_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: os.rmdir("/nonexistent"))
+    with pytest.raises(launch.LaunchError, match="/a b/c: LD_PRELOAD takes no path with a space"):
+        launch.preloadable(Path("/a b/c"))

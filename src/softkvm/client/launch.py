@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import stat
 import sys
 import sysconfig
+import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -59,6 +63,38 @@ except BaseException as error:
 """
 
 
+_SEPARATORS = frozenset(" \t\n\v\f\r:$")
+"""What a dynamic linker does not take for a character of a file's name in LD_PRELOAD (ld.so(8))."""
+
+
+def preloadable(library: Path) -> Path:
+    """Return a path of the library that LD_PRELOAD can have: its own, or a link's in a directory for temporary files.
+
+    The link's name is the same every time, as others may still start programs by it. Raises LaunchError.
+    """
+    if _SEPARATORS.isdisjoint(str(library)):
+        return library
+    name = f"softkvm-{os.getuid()}-{zlib.crc32(os.fsencode(library)):08x}"
+    for place in dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]):
+        directory = Path(place, name)
+        link = directory / library.name
+        if not _SEPARATORS.isdisjoint(str(directory)):
+            continue
+        try:
+            directory.mkdir(0o755, exist_ok=True)
+            status = directory.lstat()
+            # What others can write is not for a process to load.
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+                continue
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(library)
+            if link.samefile(library):
+                return link
+        except OSError:
+            continue
+    raise LaunchError(f"{library}: LD_PRELOAD takes no path with a space, `:` or `$`, and no directory can have a link")
+
+
 def cpuid_table() -> str:
     """Return what the silicon answers to CPUID: a row per leaf and subleaf, ``*`` where all subleaves are alike."""
     rows = []
@@ -76,7 +112,7 @@ def environment(before: Mapping[str, str], settings: Settings) -> dict[str, str]
     """Return the environment of a client that is to be started with ``before``."""
     if not PRELOAD.exists():
         raise LaunchError(f"{PRELOAD.name} is not built")
-    preloaded = [str(PRELOAD), *before.get("LD_PRELOAD", "").split()]
+    preloaded = [str(preloadable(PRELOAD)), *before.get("LD_PRELOAD", "").split()]
     path = [str(Path(entry).absolute()) for entry in sys.path]
     return {
         **before,
