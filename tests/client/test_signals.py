@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from tests.support.clients import TIMEOUT_S, run_client
 
 
 @pytest.mark.parametrize(
@@ -60,3 +64,27 @@ def test_a_handler_that_does_not_return_and_a_cancelled_thread_leave_nothing_hel
 @pytest.mark.parametrize("case", ["threads_end_while_others_run", "exit_under_a_guest", "main_thread_ends_first"])
 def test_threads_and_the_process_end_while_guests_run(holds: Callable[..., None], case: str) -> None:
     holds("signals", case)
+
+
+INTERRUPTED = """
+#include <err.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+int main(void) {
+    if (open("/dev/kvm", O_RDWR) < 0) err(1, "/dev/kvm");
+    raise(SIGINT);
+    return 7;
+}
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-static",)])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigint_does_what_it_does_without_kvm(tmp_path: Path, options: tuple[str, ...], ignored: bool) -> None:
+    program, stats = tmp_path / "interrupted", tmp_path / "stats"
+    compiler = ["cc", "-x", "c", "-o", str(program), *options, "-"]
+    subprocess.run(compiler, check=True, input=INTERRUPTED, text=True, timeout=TIMEOUT_S)
+    shell = ["sh", "-c", """trap '' INT; exec "$@" """, "sh"]
+    done = run_client([program], stats, under=shell if ignored else ())
+    assert (done.returncode, done.stderr) == (7 if ignored else -signal.SIGINT, "")

@@ -49,6 +49,10 @@ def world_script(path: Sequence[str], settings: Settings) -> str:
     return f"""import sys
 if sys.flags.no_site and sys.flags.ignore_environment:
     sys.path[:] = {list(path)!r}
+    # The module's first import has SIGINT raise KeyboardInterrupt in this interpreter, where it would end the client.
+    import _signal
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 else:  # the client's own interpreter
     sys.path.append({package!r})
 try:
