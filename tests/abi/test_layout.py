@@ -59,6 +59,7 @@ REQUESTS = {
 # classes that name an anonymous C structure or member, and headers newer than 6.1
 NOT_IN_HEADER_PREFIXES = (
     "kvm_run_", "kvm_vcpu_events_", "kvm_hyperv_exit_", "kvm_xen_exit_", "kvm_ioapic_redirect_", "pvclock_",
+    "hv_", "ms_hyperv_",
 )  # fmt: skip
 NOT_IN_HEADER = {
     "kvm_irqchip_state",

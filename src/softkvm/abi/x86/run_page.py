@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from softkvm.abi.run import kvm_run_msr, kvm_run_tpr_access
+from softkvm.abi.run import (
+    kvm_hyperv_exit,
+    kvm_hyperv_exit_hcall,
+    kvm_hyperv_exit_syndbg,
+    kvm_run_msr,
+    kvm_run_system_event,
+    kvm_run_tpr_access,
+)
 from softkvm.abi.run_page import EXIT, index
 from softkvm.abi.x86.processor import kvm_debug_exit_arch
 from softkvm.abi.x86.run import kvm_run
@@ -21,6 +28,18 @@ DEBUG_EXCEPTION_D: Final = index(kvm_debug_exit_arch, "exception", 4, EXIT)
 DEBUG_PC_Q: Final = index(kvm_debug_exit_arch, "pc", 8, EXIT)
 DEBUG_DR6_Q: Final = index(kvm_debug_exit_arch, "dr6", 8, EXIT)
 DEBUG_DR7_Q: Final = index(kvm_debug_exit_arch, "dr7", 8, EXIT)
+
+#: kvm_run.hyperv: its type, and what each says.
+HYPERV_TYPE_D: Final = index(kvm_hyperv_exit, "type", 4, EXIT)
+_HYPERV_U: Final = index(kvm_hyperv_exit, "u", 1, EXIT)
+HYPERV_HCALL_INPUT_Q: Final = index(kvm_hyperv_exit_hcall, "input", 8, _HYPERV_U)
+HYPERV_HCALL_RESULT_Q: Final = index(kvm_hyperv_exit_hcall, "result", 8, _HYPERV_U)
+HYPERV_HCALL_PARAMS_Q: Final = index(kvm_hyperv_exit_hcall, "params", 8, _HYPERV_U)
+HYPERV_SYNDBG_MSR_D: Final = index(kvm_hyperv_exit_syndbg, "msr", 4, _HYPERV_U)
+HYPERV_SYNDBG_STATUS_Q: Final = index(kvm_hyperv_exit_syndbg, "status", 8, _HYPERV_U)
+
+SYSTEM_EVENT_TYPE_D: Final = index(kvm_run_system_event, "type", 4, EXIT)
+SYSTEM_EVENT_NDATA_D: Final = index(kvm_run_system_event, "ndata", 4, EXIT)
 
 TPR_RIP_Q: Final = index(kvm_run_tpr_access, "rip", 8, EXIT)
 TPR_IS_WRITE_D: Final = index(kvm_run_tpr_access, "is_write", 4, EXIT)
