@@ -22,6 +22,9 @@ class Kvm(common.Kvm, Protocol):
     def get_emulated_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_EMULATED_CPUID."""
 
+    def get_supported_hv_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID: Hyper-V's leaves, as KVM can give them to a guest."""
+
     def get_msr_index_list(self) -> list[int]:
         """KVM_GET_MSR_INDEX_LIST: the MSRs to save and restore."""
 
@@ -97,6 +100,13 @@ class Vm(common.Vm, Protocol):
 
     def set_clock(self, clock: abi.kvm_clock_data) -> None:
         """KVM_SET_CLOCK."""
+
+    def hyperv_eventfd(self, conn_id: int, fd: int, flags: int = 0) -> None:
+        """KVM_HYPERV_EVENTFD: a guest's HVCALL_SIGNAL_EVENT of a connection signals eventfd *fd*.
+
+        KVM_HYPERV_EVENTFD_DEASSIGN takes it away. EINVAL for other flags and an id of more than 24 bits, EEXIST for a
+        connection that has one, ENOENT to take away what isn't there.
+        """
 
     def x86_set_msr_filter(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
         """KVM_X86_SET_MSR_FILTER: which MSRs the guest may read and write; replaces the filter before.
@@ -213,6 +223,9 @@ class Vcpu(common.Vcpu, Protocol):
 
     def set_cpuid2(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2."""
+
+    def get_supported_hv_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID: Hyper-V's leaves, as KVM can give them to this vCPU."""
 
     def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_CPUID2."""

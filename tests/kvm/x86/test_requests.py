@@ -17,6 +17,7 @@ from softkvm.kvm import requests as general
 from softkvm.kvm.memfd import sealed_memfd
 from softkvm.kvm.memory.dirty_ring import RING_OFFSET, DirtyRing
 from softkvm.kvm.x86 import requests
+from softkvm.kvm.x86.hyperv.vp import vp_of
 from softkvm.kvm.x86.paravirt import steal_time
 
 HANDLER = CODE + 0x100
@@ -139,11 +140,15 @@ def _work_is_done(tiny: Tiny) -> None:
     _done.clear()
 
 
-def _interrupt(tiny: Tiny) -> None:
+def _enable_apic(tiny: Tiny) -> None:
     lapic = tiny.vcpu.get_lapic()
     lapic.regs[0xF0:0xF2] = [0xFF, 1]  # SPIV: enabled
     tiny.vcpu.set_lapic(lapic)
     tiny.vcpu.take_request(requests.KVM_REQ_EVENT)
+
+
+def _interrupt(tiny: Tiny) -> None:
+    _enable_apic(tiny)
     tiny.vm.signal_msi(abi.kvm_msi(address_lo=0xFEE0_0000, data=0x40))
 
 
@@ -168,6 +173,38 @@ def _access_tpr(tiny: Tiny) -> None:
 def _access_is_reported(tiny: Tiny) -> None:
     assert _run(tiny) == abi.KVM_EXIT_TPR_ACCESS
     assert _port(tiny) == 0x11
+
+
+def _expire_stimer(tiny: Tiny) -> None:
+    """A synthetic timer whose time has passed, by an interrupt of its own; its registers are restored by userspace."""
+    _enable_apic(tiny)
+    tiny.vcpu.enable_cap(abi.KVM_CAP_HYPERV_SYNIC2, 0)
+    config = abi.HV_STIMER_ENABLE | abi.HV_STIMER_DIRECT_MODE | 0x40 << abi.HV_STIMER_APIC_VECTOR_SHIFT
+    count, control = abi.HV_X64_MSR_STIMER0_COUNT, abi.HV_X64_MSR_STIMER0_CONFIG
+    assert tiny.vcpu.set_msrs({count: 1, control: config}) == 2
+
+
+def _ask_userspace(request: int) -> Callable[[Tiny], object]:
+    def ask(tiny: Tiny) -> None:
+        vp_of(tiny.vcpu).exit = abi.kvm_hyperv_exit(type=abi.KVM_EXIT_HYPERV_SYNIC)
+        tiny.vcpu.make_request(request)
+
+    return ask
+
+
+def _leaves_for(name: str) -> Callable[[Tiny], None]:
+    def check(tiny: Tiny) -> None:
+        assert _run(tiny) == _HYPERV_EXITS[name]
+        assert _port(tiny) == 0x11
+
+    return check
+
+
+_HYPERV_EXITS = {
+    "KVM_REQ_HV_EXIT": abi.KVM_EXIT_HYPERV,
+    "KVM_REQ_HV_CRASH": abi.KVM_EXIT_SYSTEM_EVENT,
+    "KVM_REQ_HV_RESET": abi.KVM_EXIT_SYSTEM_EVENT,
+}
 
 
 def _fill_ring(tiny: Tiny) -> None:
@@ -213,6 +250,8 @@ _CASES = {
     "KVM_REQ_TASK_WORK": _Case(lambda tiny: tiny.vcpu.call_soon(lambda: _done.append(1)), _work_is_done),
     "KVM_REQ_IOAPIC_EOI_EXIT": _Case(_eoi, _eoi_is_userspaces),
     "KVM_REQ_REPORT_TPR_ACCESS": _Case(_access_tpr, _access_is_reported),
+    "KVM_REQ_HV_STIMER": _Case(_expire_stimer, _handler_runs),
+    **{name: _Case(_ask_userspace(_KVM_REQ[name]), _leaves_for(name)) for name in _HYPERV_EXITS},
 }
 
 
@@ -288,6 +327,8 @@ def test_a_request_that_ends_no_halt_is_not_lost_by_one(tiny: Tiny, name: str) -
         assert _run(tiny) == abi.KVM_EXIT_IOAPIC_EOI
     elif name == "KVM_REQ_REPORT_TPR_ACCESS":
         assert _run(tiny) == abi.KVM_EXIT_TPR_ACCESS
+    elif name in _HYPERV_EXITS:
+        assert _run(tiny) == _HYPERV_EXITS[name]
     _handler_runs(tiny)
     if name == "KVM_REQ_CLOCK_UPDATE":
         assert 1000 * _SECOND_NS <= _clock_ns(tiny) < 2000 * _SECOND_NS

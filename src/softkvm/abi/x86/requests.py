@@ -249,7 +249,7 @@ KVM_GET_EMULATED_CPUID = IOWR(0x09, kvm_cpuid2, SYSTEM, gives_table(kvm_cpuid_en
 KVM_GET_MSR_FEATURE_INDEX_LIST = IOWR(0x0A, kvm_msr_list, SYSTEM, gives_table(c_uint32, "nmsrs", "indices", tells=True))
 KVM_X86_GET_MCE_CAP_SUPPORTED = IOR(0x9D, c_uint64, SYSTEM, Gives)
 KVM_GET_MSRS = IOWR(0x88, kvm_msrs, SYSTEM | VCPU, GetMsrs)
-KVM_GET_SUPPORTED_HV_CPUID = IOWR(0xC1, kvm_cpuid2, SYSTEM | VCPU)
+KVM_GET_SUPPORTED_HV_CPUID = IOWR(0xC1, kvm_cpuid2, SYSTEM | VCPU, gives_table(kvm_cpuid_entry2, "nent"))
 
 # --- a VM ------------------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ KVM_GET_CLOCK = IOR(0x7C, kvm_clock_data, VM, Gives)
 KVM_GET_PIT2 = IOR(0x9F, kvm_pit_state2, VM, Gives)
 KVM_SET_PIT2 = IOW(0xA0, kvm_pit_state2, VM, Takes)
 KVM_SET_PMU_EVENT_FILTER = IOW(0xB2, kvm_pmu_event_filter, VM)
-KVM_HYPERV_EVENTFD = IOW(0xBD, kvm_hyperv_eventfd, VM)
+KVM_HYPERV_EVENTFD = IOW(0xBD, kvm_hyperv_eventfd, VM, fields("conn_id", "fd", "flags"))
 KVM_X86_SET_MSR_FILTER = IOW(0xC6, kvm_msr_filter, VM, MsrFilter)
 
 # --- a vCPU ----------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ _HYPERVISOR: Final = X86_FEATURE_HYPERVISOR.mask
 _APIC: Final = X86_FEATURE_APIC.mask  # at the same place in leaf 0x80000001
 _OSPKE: Final = X86_FEATURE_OSPKE.mask
 _SVM: Final = X86_FEATURE_SVM.mask
+_ADVANCED_POWER: Final = 0x8000_0007
+_INVTSC: Final = 1 << 8  # there, EDX
 
 #: Vendors whose processors KVM takes for AMD's; every other one is Intel-compatible.
 _AMD_COMPATIBLE: Final = frozenset({b"AuthenticAMD", b"AMDisbetter!", b"HygonGenuine"})
@@ -240,7 +242,7 @@ class CpuidTable:
         for e in self.entries:
             copy = type(e).from_buffer_copy(e)
             leaf = self.leaf(e.function, e.index)
-            if leaf is not None:
+            if leaf is not None and e.function != _ADVANCED_POWER:  # what is hidden there, the guest alone doesn't see
                 copy.eax, copy.ebx, copy.ecx, copy.edx = leaf
             result.append(copy)
         return result
@@ -326,6 +328,13 @@ class CpuidTable:
         leaf = self._base_d1
         if leaf is not None and leaf[EAX] & 0xA:  # XSAVEC or XSAVES
             self._replace(0xD, 1, (leaf[EAX], xstate_size(vcpu.xcr0, compacted=True), leaf[ECX], leaf[EDX]))
+
+    def hide_invariant_tsc(self, hidden: bool) -> None:
+        """Show the guest the invariant TSC as the table has it, or not (``kvm_hv_invtsc_suppressed``)."""
+        entry = next((e for e in self.entries if e.function == _ADVANCED_POWER), None)
+        if entry is not None and _ADVANCED_POWER in self.plain:
+            edx = entry.edx & ~_INVTSC if hidden else entry.edx
+            self.plain[_ADVANCED_POWER] = (entry.eax, entry.ebx, entry.ecx, edx)
 
     def _replace(self, function: int, index: int, leaf: Leaf) -> None:
         if function in self.plain:

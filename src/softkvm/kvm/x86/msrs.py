@@ -28,6 +28,7 @@ from softkvm.kvm.x86.features import (
     X86_FEATURE_XSAVES,
     Feature,
 )
+from softkvm.kvm.x86.hyperv import msrs as hyperv_msrs
 from softkvm.kvm.x86.irqchip import apic_base
 from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.svm import vmcb as V
@@ -450,6 +451,7 @@ MSRS: Final[dict[int, Msr]] = {
     **{index: Msr(_read_x2apic, _write_x2apic, save=False) for index in range(M.MSR_X2APIC, M.MSR_X2APIC + 0x100)},
     # paravirtual
     **{index: Msr(read, write) for index, (read, write) in kvmclock.MSRS.items()},
+    **{index: Msr(*row) for index, row in hyperv_msrs.MSRS.items()},
 }
 
 #: MSRs that say what this KVM supports (KVM_GET_MSR_FEATURE_INDEX_LIST), and their values.

@@ -21,3 +21,10 @@ KVM_REQ_NMI: Final = 1 << _BASE + 4
 KVM_REQ_IOAPIC_EOI_EXIT: Final = 1 << _BASE + 5
 #: An instruction has accessed the APIC's task priority, and userspace wants to know: KVM_EXIT_TPR_ACCESS.
 KVM_REQ_REPORT_TPR_ACCESS: Final = 1 << _BASE + 6
+#: Hyper-V's synthetic timers have to be looked at.
+KVM_REQ_HV_STIMER: Final = 1 << _BASE + 7
+#: A guest of Hyper-V's has done what userspace has to know: KVM_EXIT_HYPERV.
+KVM_REQ_HV_EXIT: Final = 1 << _BASE + 8
+#: It has crashed, or wants to be reset: KVM_EXIT_SYSTEM_EVENT.
+KVM_REQ_HV_CRASH: Final = 1 << _BASE + 9
+KVM_REQ_HV_RESET: Final = 1 << _BASE + 10

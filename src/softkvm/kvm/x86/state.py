@@ -16,6 +16,7 @@ from softkvm.abi import run_page
 from softkvm.abi.x86 import run_page as x86_run_page
 from softkvm.kvm import state
 from softkvm.kvm.x86.exceptions import DR7_FIXED_1
+from softkvm.kvm.x86.hyperv.partition import Partition
 from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
 from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.cpuid import CpuidTable
     from softkvm.kvm.x86.emulate.table import Emulator
     from softkvm.kvm.x86.exceptions import QueuedException
+    from softkvm.kvm.x86.hyperv.vp import VirtualProcessor
     from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
     from softkvm.kvm.x86.irqchip.lapic import Lapic
     from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
@@ -79,6 +81,8 @@ class VmState(state.VmState):
         self.kvmclock_offset = -_softcpu.clock_ns()
         self.wall_clock_msr = 0
         self.boot_vcpu_runs_old_kvmclock = False
+
+        self.hyperv = Partition()
 
     def has_quirk(self, quirk: int) -> bool:
         """Tell whether a deviation from the architecture that old userspace relies on is in force."""
@@ -167,6 +171,9 @@ class ParavirtState:
 
     pv_cpuid_enforce: bool = False
     pv_unhalted: bool = False
+    #: The guest's CPUID has Hyper-V's interface; its state, once there is any.
+    hyperv_enabled: bool = False
+    hyperv: VirtualProcessor | None = None
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from softkvm.kvm.errors import enomem, kvm_error
 from softkvm.kvm.params import Params
 from softkvm.kvm.x86 import cpuid, mce, msrs
 from softkvm.kvm.x86.capabilities import CAPABILITIES, check_extension
+from softkvm.kvm.x86.hyperv.cpuid import get_supported_hv_cpuid
 from softkvm.kvm.x86.vm import Vm
 
 
@@ -48,6 +49,10 @@ class Kvm(system.Kvm):
     def get_emulated_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_EMULATED_CPUID."""
         return cpuid.get_emulated_cpuid()
+
+    def get_supported_hv_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID on the system: of a vCPU with a local APIC in KVM."""
+        return get_supported_hv_cpuid(lapic_in_kernel=True)
 
     def get_msr_index_list(self) -> list[int]:
         """KVM_GET_MSR_INDEX_LIST."""

@@ -84,6 +84,9 @@ def set_offset(vcpu: Vcpu, offset: int) -> None:
     vcpu.q[V.TSC_OFFSET] = vcpu.tsc_offset
     if vcpu.apic is not None:
         vcpu.apic.timer.tsc_changed()
+    vcpu.vm.hyperv.clock_changed()
+    if vcpu.vm.hyperv.tsc_page_outdated:
+        vcpu.make_request(KVM_REQ_CLOCK_UPDATE)
     if vcpu.msr_values.get(abi.MSR_KVM_SYSTEM_TIME_NEW, 0) & abi.KVM_MSR_ENABLED:
         vcpu.make_request(KVM_REQ_CLOCK_UPDATE)
 

@@ -32,6 +32,9 @@ from softkvm.kvm.x86 import events, reset, sync_regs, tsc
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException
+from softkvm.kvm.x86.hyperv import clock as hyperv_clock
+from softkvm.kvm.x86.hyperv import requests as hyperv_requests
+from softkvm.kvm.x86.hyperv import stimer
 from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_CHECK_VAPIC, KVM_APIC_PV_EOI_PENDING
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.msr_index import MCG_CAP
@@ -41,6 +44,7 @@ from softkvm.kvm.x86.paravirt.vapic import Vapic
 from softkvm.kvm.x86.requests import (
     KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
+    KVM_REQ_HV_STIMER,
     KVM_REQ_IOAPIC_EOI_EXIT,
     KVM_REQ_NMI,
     KVM_REQ_REPORT_TPR_ACCESS,
@@ -59,7 +63,9 @@ _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
 _HALTED: Final = abi.KVM_MP_STATE_HALTED
 _UNINITIALIZED: Final = abi.KVM_MP_STATE_UNINITIALIZED
 #: What is done although the vCPU stays halted, beside GENERAL_REQUESTS. All others wait until it is runnable.
-_SERVED_WHILE_BLOCKED: Final = KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_STEAL_UPDATE
+_SERVED_WHILE_BLOCKED: Final = KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_STEAL_UPDATE | KVM_REQ_HV_STIMER
+#: What is still to be done after KVM_EXIT_IOAPIC_EOI.
+_BEHIND_EOI_EXIT: Final = KVM_REQ_EVENT | KVM_REQ_NMI | hyperv_requests.REQUESTS
 #: What is still to be done after KVM_EXIT_TPR_ACCESS.
 _BEHIND_TPR_ACCESS: Final = ~(KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_REPORT_TPR_ACCESS)
 
@@ -262,7 +268,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.stat_tlb_flush += 1
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
-            kvmclock.update_guest_time(self)
+            self._update_clocks()
         if requests & KVM_REQ_REPORT_TPR_ACCESS:
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_TPR_ACCESS
             self.make_request(requests & _BEHIND_TPR_ACCESS)
@@ -271,12 +277,14 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             steal_time.record(self)
         if requests & KVM_REQ_TRIPLE_FAULT:
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
-            self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI | KVM_REQ_IOAPIC_EOI_EXIT))
+            self.make_request(requests & (_BEHIND_EOI_EXIT | KVM_REQ_IOAPIC_EOI_EXIT))
             return False
         if requests & KVM_REQ_IOAPIC_EOI_EXIT:
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_IOAPIC_EOI
             self.run_b[EOI_VECTOR_B] = self.pending_ioapic_eoi
-            self.make_request(requests & (KVM_REQ_EVENT | KVM_REQ_NMI))
+            self.make_request(requests & _BEHIND_EOI_EXIT)
+            return False
+        if requests & hyperv_requests.REQUESTS and not hyperv_requests.handle(self, requests):
             return False
         if requests & KVM_REQ_NMI:
             events.process_nmi(self)
@@ -284,6 +292,12 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if requests & KVM_REQ_EVENT:
             self._handle_event()
         return True
+
+    def _update_clocks(self) -> None:
+        """Write the guest's clock structure, and the page of Hyper-V's reference time, if it has them."""
+        kvmclock.update_guest_time(self)
+        if self.vm.hyperv.tsc_page_outdated:
+            hyperv_clock.update_tsc_page(self)
 
     def _handle_event(self) -> None:
         """Accept INIT and SIPI, inject what may be injected, ask for windows for the rest."""
@@ -376,9 +390,11 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if requests & KVM_REQ_TLB_FLUSH:
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
-            kvmclock.update_guest_time(self)
+            self._update_clocks()
         if requests & KVM_REQ_STEAL_UPDATE:
             steal_time.record(self)
+        if requests & KVM_REQ_HV_STIMER:
+            stimer.process(self)
 
     # --- what the local APIC asks of its vCPU (irqchip.seams.ApicVcpu) -------------------------------
 

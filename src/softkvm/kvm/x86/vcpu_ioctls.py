@@ -21,6 +21,9 @@ from softkvm.kvm.x86 import regs as registers
 from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
 from softkvm.kvm.x86.features import X86_FEATURE_GBPAGES, X86_FEATURE_TSC_DEADLINE_TIMER, X86_FEATURE_X2APIC
+from softkvm.kvm.x86.hyperv import vcpu_caps as hyperv_caps
+from softkvm.kvm.x86.hyperv import vp as hyperv_vp
+from softkvm.kvm.x86.hyperv.cpuid import get_supported_hv_cpuid
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.fault import pre_fault_memory
 from softkvm.kvm.x86.mmu.paging import walk
@@ -251,6 +254,7 @@ class VcpuIoctls(Vcpu):
                 raise kvm_error(errno.EINVAL, "the vCPU has run: its CPUID can't change any more")
             return
         self.cpuid.set(self, entries)
+        hyperv_vp.cpuid_changed(self)
         svm.set_instruction_intercepts(self)
         svm.recalc_msr_intercepts(self)
         leaf = self.cpuid.leaf(0x8000_0008, 0)
@@ -266,6 +270,10 @@ class VcpuIoctls(Vcpu):
     def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_CPUID2."""
         return self.cpuid.get()
+
+    def get_supported_hv_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID."""
+        return get_supported_hv_cpuid(lapic_in_kernel=self.apic is not None)
 
     def interrupt(self, irq: int) -> None:
         """KVM_INTERRUPT: EINVAL for no vector, ENXIO with in-kernel chips, EEXIST if one waits."""
@@ -343,7 +351,8 @@ class VcpuIoctls(Vcpu):
         if cap == abi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
             self.pv_cpuid_enforce = bool(args and args[0])
             return
-        raise kvm_error(errno.EINVAL, f"cap={cap}, expected KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
+        if not hyperv_caps.enable_cap(self, cap, args[0] if args else 0):
+            raise kvm_error(errno.EINVAL, f"cap={cap}, expected one that can be enabled on a vCPU")
 
     @property
     def arch_stats(self) -> Sequence[Statistic]:

@@ -19,6 +19,7 @@ from softkvm.kvm.memory.attributes import PrivateFrames
 from softkvm.kvm.params import Params
 from softkvm.kvm.x86 import vm_caps
 from softkvm.kvm.x86.capabilities import OF_PRIVATE_MEMORY, check_extension
+from softkvm.kvm.x86.hyperv import connections, synic
 from softkvm.kvm.x86.irqchip.i8254 import Pit
 from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
 from softkvm.kvm.x86.mmu.spte import MMIO_SPTE_GEN_MASK
@@ -92,6 +93,7 @@ class Vm(VmState, vm.Vm):
         """Stop the chips' timers."""
         if self.chips is not None:
             self.chips.close()
+        self.hyperv.connections = {}
 
     # --- interrupt chips -----------------------------------------------------------------------------
 
@@ -108,7 +110,7 @@ class Vm(VmState, vm.Vm):
             chips.attach(self.pio_bus, self.mmio_bus)
             if self.early_pit is not None:
                 chips.create_pit(self.early_pit, self.pio_bus)
-            self.chips = chips
+            self._install_chips(chips)
 
     def create_split_irqchip(self, pins: int) -> None:
         """KVM_CAP_SPLIT_IRQCHIP: local APICs only; *pins* GSIs are those of userspace's IOAPICs.
@@ -129,8 +131,14 @@ class Vm(VmState, vm.Vm):
                 min_timer_period_us=self.params.min_timer_period_us,
             )
             self.apply_options(chips)
-            self.chips = chips
+            self._install_chips(chips)
             self.split_irqchip = True
+
+    def _install_chips(self, chips: KernelIrqchip) -> None:
+        """Let the VM have *chips*; GSIs may be routed to SynICs."""
+        chips.routing.set_sint = partial(synic.set_sint, self)
+        chips.routing.on_change.append(partial(synic.routing_changed, self))
+        self.chips = chips
 
     def _ioapic_eoi_exit(self, vcpu_id: int, vector: int) -> None:
         """An EOI that userspace's IOAPIC waits for: KVM_EXIT_IOAPIC_EOI from that vCPU."""
@@ -224,6 +232,10 @@ class Vm(VmState, vm.Vm):
         if self.chips is None:
             raise kvm_error(errno.EINVAL, "there is no in-kernel irqchip")
         return self.chips.routing.signal_msi(msi)
+
+    def hyperv_eventfd(self, conn_id: int, fd: int, flags: int = 0) -> None:
+        """KVM_HYPERV_EVENTFD."""
+        connections.hyperv_eventfd(self, conn_id, fd, flags)
 
     # --- processors, MSRs, time ----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from softkvm.kvm.x86.emulate.emulator import Emulator, handler
 from softkvm.kvm.x86.emulate.operands import CR, DR, Insn
 from softkvm.kvm.x86.exceptions import DR6_BD, DR7_GD, Unhandleable, X86Exception, gp
 from softkvm.kvm.x86.halt import halt
+from softkvm.kvm.x86.hyperv import hypercalls as hyperv_hypercalls
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
@@ -208,7 +209,8 @@ def vmcall(e: Emulator, i: Insn) -> None:
         e.write_linear(svm.linear_rip(e.vcpu), b"\x0f\x01\xd9")
         e.rip_written = e.step_inhibited = True  # the patched instruction is executed next
         return
-    if not hypercalls.emulate_hypercall(e.vcpu, lambda vcpu: io.advance(vcpu, i.length)):
+    hypercall = hyperv_hypercalls if hyperv_hypercalls.is_enabled(e.vcpu) else hypercalls
+    if not hypercall.emulate_hypercall(e.vcpu, lambda vcpu: io.advance(vcpu, i.length)):
         e.rip_written = e.exit_to_userspace = True
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from softkvm.abi import (
     KVM_IOAPIC_NUM_PINS,
+    KVM_IRQ_ROUTING_HV_SINT,
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
     KVM_IRQCHIP_IOAPIC,
@@ -86,6 +87,10 @@ class IrqRouting:
         self._targets: dict[int, tuple[_Target, ...]] = {}
         self._gsi_of_pin: dict[tuple[int, int], int] = {}
         self._msis: dict[int, Msi] = {}
+        #: Routes to sources of SynICs (Hyper-V): index of the virtual processor, and the source; by GSI.
+        self.sints: dict[int, tuple[int, int]] = {}
+        #: Raises a source; the VM's, which has the SynICs.
+        self.set_sint: Callable[[int, int], int] = lambda vp_index, sint: IRQ_IGNORED
         self._ack_notifiers: dict[int, tuple[AckNotifier, ...]] = {}
         self._mask_notifiers: dict[int, tuple[MaskNotifier, ...]] = {}
         self.on_change: list[Callable[[], None]] = []  # called after a new table is in force
@@ -101,6 +106,7 @@ class IrqRouting:
         chips: defaultdict[int, list[int | None]] = defaultdict(list)  # by GSI; None is not a chip
         gsi_of_pin: dict[tuple[int, int], int] = {}
         msis: dict[int, Msi] = {}
+        sints: dict[int, tuple[int, int]] = {}
         for entry in entries:
             gsi = entry.gsi
             if gsi >= KVM_MAX_IRQ_ROUTES:
@@ -116,11 +122,15 @@ class IrqRouting:
                 pin = entry.u.irqchip.pin
                 targets[gsi].append(self._chip_target(gsi, chip, pin))
                 gsi_of_pin[chip, pin] = gsi
+            elif entry.type == KVM_IRQ_ROUTING_HV_SINT:
+                sints[gsi] = entry.u.hv_sint.vcpu, entry.u.hv_sint.sint
+                targets[gsi].append(self._sint_target(*sints[gsi]))
             else:
                 msis[gsi] = self._routed_msi(gsi, entry)
                 targets[gsi].append(self._msi_target(msis[gsi]))
         self._gsi_of_pin = gsi_of_pin
         self._msis = msis
+        self.sints = sints
         self._targets = {gsi: tuple(found) for gsi, found in targets.items()}
         for notify in self.on_change:
             notify()
@@ -142,7 +152,9 @@ class IrqRouting:
 
     def _routed_msi(self, gsi: int, entry: kvm_irq_routing_entry) -> Msi:
         if entry.type != KVM_IRQ_ROUTING_MSI:
-            raise kvm_error(errno.EINVAL, f"type of GSI {gsi}: {entry.type}, expected IRQCHIP (1) or MSI (2)")
+            raise kvm_error(
+                errno.EINVAL, f"type of GSI {gsi}: {entry.type}, expected IRQCHIP (1), MSI (2) or HV_SINT (4)"
+            )
         msi = entry.u.msi
         self._check_msi(msi.address_hi)
         return msi.address_lo, msi.address_hi, msi.data
@@ -155,6 +167,9 @@ class IrqRouting:
         apic_map = self._map
         message = msi_message(msi, apic_map.x2apic_format)
         return lambda source, level: apic_map.deliver(message) if level else IRQ_IGNORED
+
+    def _sint_target(self, vp_index: int, sint: int) -> _Target:
+        return lambda source, level: self.set_sint(vp_index, sint) if level else IRQ_IGNORED
 
     def routed_msi(self, gsi: int) -> Msi | None:
         """Return the message that *gsi* is routed to, if it is."""
@@ -199,7 +214,11 @@ class IrqRouting:
 
     def notify_acked(self, irqchip: int, pin: int) -> None:
         """A pin's interrupt was acknowledged (``kvm_notify_acked_irq``)."""
-        for notify in self._ack_notifiers.get(self.gsi_of(irqchip, pin), ()):
+        self.notify_acked_gsi(self.gsi_of(irqchip, pin))
+
+    def notify_acked_gsi(self, gsi: int) -> None:
+        """The interrupt of a GSI was acknowledged (``kvm_notify_acked_gsi``)."""
+        for notify in self._ack_notifiers.get(gsi, ()):
             notify()
 
     def add_mask_notifier(self, gsi: int, notify: MaskNotifier) -> None:

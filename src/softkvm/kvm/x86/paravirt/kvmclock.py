@@ -79,6 +79,7 @@ def set_clock(vm: Vm, data: abi.kvm_clock_data) -> None:
     if data.flags & abi.KVM_CLOCK_REALTIME:
         now += max(time.time_ns() - data.realtime, 0)
     vm.kvmclock_offset = now - _softcpu.clock_ns()
+    vm.hyperv.clock_changed()
     vm.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
 
 

@@ -31,6 +31,7 @@ from softkvm.kvm.x86.exceptions import (
 )
 from softkvm.kvm.x86.features import X86_FEATURE_MWAIT
 from softkvm.kvm.x86.halt import halt
+from softkvm.kvm.x86.hyperv import hypercalls as hyperv_hypercalls
 from softkvm.kvm.x86.mmu.fault import page_fault
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
@@ -172,6 +173,8 @@ def interrupt_window_interception(vcpu: Vcpu) -> int:
 
 def vmmcall_interception(vcpu: Vcpu) -> int:
     """VMMCALL."""
+    if vcpu.hyperv_enabled and hyperv_hypercalls.is_enabled(vcpu):
+        return hyperv_hypercalls.hypercall(vcpu, skip_emulated_instruction)
     if not hypercalls.emulate_hypercall(vcpu, skip_emulated_instruction):
         return 0
     return skip_emulated_instruction(vcpu)

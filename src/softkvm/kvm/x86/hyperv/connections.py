@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections whose events are eventfds (KVM API 4.112, KVM_HYPERV_EVENTFD): HVCALL_SIGNAL_EVENT signals them."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from softkvm import abi
+from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.irq.eventfd import EventFile
+
+if TYPE_CHECKING:
+    from softkvm.kvm.x86.state import VmState as Vm
+
+
+def hyperv_eventfd(vm: Vm, conn_id: int, fd: int, flags: int) -> None:
+    """Give a connection an eventfd, or take it away.
+
+    EINVAL for flags and for an id of more than 24 bits; EEXIST for a connection that has one, ENOENT to take away
+    what isn't there; EBADF and EINVAL for what is no eventfd.
+    """
+    if flags & ~abi.KVM_HYPERV_EVENTFD_DEASSIGN:
+        raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected KVM_HYPERV_EVENTFD_DEASSIGN or none")
+    if conn_id & ~abi.KVM_HYPERV_CONN_ID_MASK:
+        raise kvm_error(errno.EINVAL, f"conn_id={conn_id:#x}, expected 24 bits")
+    hv = vm.hyperv
+    if flags:
+        with hv.lock:
+            if hv.connections.pop(conn_id, None) is None:
+                raise kvm_error(errno.ENOENT, f"conn_id={conn_id:#x} has no eventfd")
+        return
+    file = EventFile(fd)
+    with hv.lock:
+        if conn_id in hv.connections:
+            raise kvm_error(errno.EEXIST, f"conn_id={conn_id:#x} has an eventfd already")
+        hv.connections[conn_id] = file

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HVCALL_FLUSH_VIRTUAL_ADDRESS_*: the guest has changed its page tables, for many processors at once (TLFS, 9.4.3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from softkvm import abi
+from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH
+from softkvm.kvm.state import IN_GUEST_MODE
+from softkvm.kvm.x86.hyperv.call import Call
+from softkvm.kvm.x86.hyperv.vp_set import VpSet
+
+if TYPE_CHECKING:
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
+
+_INVALID: Final = abi.HV_STATUS_INVALID_HYPERCALL_INPUT
+_EX: Final = (abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE_EX, abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST_EX)
+_LISTS: Final = (abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST, abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST_EX)
+#: A longer list is a flush of everything (the kernel keeps 16 entries for each processor, one of which means that).
+_MAX_RANGES: Final = 15
+
+
+class GvaRange(NamedTuple):
+    """Pages to flush: the first one's linear address, and how many."""
+
+    gva: int
+    pages: int
+
+
+def flush_virtual_address(vcpu: Vcpu, call: Call) -> int:
+    """Any of the four calls. All of a list is done at once: "reps completed" is what was asked for.
+
+    Which address space is meant doesn't matter: a running processor's CR3 isn't known.
+    """
+    extended = call.code in _EX
+    words = call.words(vcpu, 0, 4 if extended else 3)
+    if words is None:
+        return _INVALID
+    done = abi.HV_STATUS_SUCCESS | call.rep_count << abi.HV_HYPERCALL_REP_COMP_OFFSET
+    flags = words[1]
+    targets: Sequence[Vcpu] = vcpu.vm.vcpus
+    list_at = 3
+    if not extended:
+        # Windows Server 2012 names no processor when it means all.
+        if words[2] and not flags & abi.HV_FLUSH_ALL_PROCESSORS:
+            targets = VpSet({0: words[2]}).members(vcpu.vm)
+    else:
+        kind, valid_banks = words[2:]
+        if call.var_count != valid_banks.bit_count():
+            return _INVALID
+        if kind == abi.HV_GENERIC_SET_SPARSE_4K:
+            if not valid_banks:
+                return done
+            banks = call.words(vcpu, 4, call.var_count)
+            if banks is None:
+                return _INVALID
+            targets = VpSet.sparse(valid_banks, banks).members(vcpu.vm)
+        list_at = 4 + call.var_count
+    ranges = None
+    if call.code in _LISTS and call.rep_count <= _MAX_RANGES:
+        entries = call.words(vcpu, list_at, call.rep_count)
+        if entries is None:
+            return _INVALID
+        if not flags & abi.HV_FLUSH_USE_EXTENDED_RANGE_FORMAT:
+            ranges = [GvaRange(entry & ~0xFFF, (entry & 0xFFF) + 1) for entry in entries]
+    flush_guest_tlbs(targets, ranges)
+    return done
+
+
+def flush_guest_tlbs(vcpus: Sequence[Vcpu], ranges: Sequence[GvaRange] | None) -> None:
+    """Flush *ranges* of linear addresses, or all of them, on some processors; returns when that is so.
+
+    The one place that ranges come to: the silicon has INVLPGA, but no way to ask another processor for it, so each
+    flushes all it has before its next instruction.
+    """
+    waiting = []
+    for vcpu in vcpus:
+        seen = vcpu.stat_tlb_flush
+        vcpu.make_request(KVM_REQ_TLB_FLUSH)
+        if vcpu.mode == IN_GUEST_MODE:
+            vcpu.cpu.kick()
+            waiting.append((vcpu, seen))
+    for vcpu, seen in waiting:
+        while vcpu.mode == IN_GUEST_MODE and vcpu.stat_tlb_flush == seen:
+            time.sleep(0)

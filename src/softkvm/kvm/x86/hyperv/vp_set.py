@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sets of virtual processors in the input of hypercalls (TLFS, 7.8.7.3): up to 64 banks of 64 indices each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from softkvm import abi
+
+if TYPE_CHECKING:
+    from softkvm.kvm.x86.state import VcpuState as Vcpu
+    from softkvm.kvm.x86.state import VmState as Vm
+
+_BANK: Final = abi.HV_VCPUS_PER_SPARSE_BANK
+
+
+@dataclass(frozen=True, slots=True)
+class VpSet:
+    """Banks by their number: bit n of bank b is index 64 * b + n."""
+
+    banks: dict[int, int]
+
+    @classmethod
+    def sparse(cls, valid_banks: int, contents: list[int]) -> VpSet:
+        """Return a set of which only the banks of a mask are there, in ascending order."""
+        numbers = [number for number in range(abi.HV_MAX_SPARSE_VCPU_BANKS) if valid_banks >> number & 1]
+        return cls(dict(zip(numbers, contents, strict=True)))
+
+    def members(self, vm: Vm) -> list[Vcpu]:
+        """Return those of the VM's vCPUs that are in the set."""
+        return [vcpu for at, vcpu in enumerate(vm.vcpus) if self._has(vcpu.hyperv.index if vcpu.hyperv else at)]
+
+    def _has(self, index: int) -> bool:
+        return bool(self.banks.get(index // _BANK, 0) >> index % _BANK & 1)
