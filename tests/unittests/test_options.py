@@ -84,7 +84,8 @@ def test_feature_that_the_kvm_lacks_is_told() -> None:
     ("option", "ignored"),
     [
         ("max,migratable=no", ["-cpu migratable=no"]),
-        ("host,hv_passthrough", ["-cpu hv_passthrough"]),
+        ("host,hv_passthrough", []),
+        ("host,hv-passthrough=maybe", ["-cpu hv-passthrough=maybe"]),
         ("Pentium9", ["-cpu Pentium9"]),
         ("max,vendor=short", ["-cpu vendor=short"]),
         ("max,phys-bits=99", ["-cpu phys-bits=99"]),
@@ -111,6 +112,19 @@ def test_platform_of_nothing_is_the_default() -> None:
         False,
         "qemu64",
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "hyperv"), [("host", False), ("host,hv_passthrough", True), ("max,+hv-passthrough=off", False)]
+)
+def test_a_model_may_be_a_partition_of_hyper_v(option: str, hyperv: bool) -> None:
+    assert cpumodel.parse(option).hyperv is hyperv
+
+
+def test_the_hyper_v_test_device_is_there_when_it_is_asked_for() -> None:
+    platform = options.parse("-cpu host,hv_passthrough -device hyperv-testdev")
+    assert (platform.hyperv_testdev, platform.missing, platform.ignored) == (True, [], [])
+    assert not options.parse("-device pci-testdev").hyperv_testdev
 
 
 def test_options_that_mean_something() -> None:

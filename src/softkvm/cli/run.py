@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "console=ttyS0"
 
+#: Whose paravirtual interfaces a guest is offered.
+CPU_KVM, CPU_HYPERV = "kvm", "hv"
+
 EXIT_STATUS = {
     End.POWER_OFF: EXIT_OK,
     End.ERROR: EXIT_ERROR,
@@ -122,6 +125,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     add("-m", "--mem", metavar="SIZE", default="256M", help="guest memory, MiB without a unit (default: 256M)")
     add("-c", "--vcpus", metavar="N", default="1", help="virtual processors, 1 to 16 (default: 1)")
+    add(
+        "--cpu",
+        choices=(CPU_KVM, CPU_HYPERV),
+        default=CPU_KVM,
+        help="paravirtual interfaces: kvm, KVM's clock and hypercalls (default); hv, Hyper-V's in their place",
+    )
     add(
         "--accel",
         choices=(SOFT, KVM, AUTO),
@@ -358,7 +367,8 @@ def _run(args: Namespace) -> int:
 def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitStack) -> int:
     """Boot what *args* say; *files* closes the images."""
     try:
-        config = Config(size("--mem", args.mem), count("--vcpus", args.vcpus, 1, MAX_VCPUS))
+        vcpus = count("--vcpus", args.vcpus, 1, MAX_VCPUS)
+        config = Config(size("--mem", args.mem), vcpus, hyperv=args.cpu == CPU_HYPERV)
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         image = _choose_image(args)
         deadline = Deadline(timeout_s)

@@ -97,6 +97,8 @@ class CpuModel:
     removed: set[str] = field(default_factory=set)
     vendor: str | None = None
     phys_bits: int | None = None
+    hyperv: bool = False
+    """Hyper-V's interfaces, all that the KVM has."""
     ignored: list[str] = field(default_factory=list)
     """Parts of the option that mean nothing here."""
 
@@ -202,10 +204,16 @@ def _host_phys_bits(model: CpuModel, value: str) -> bool:
     return value in ("on", "off")
 
 
+def _hv_passthrough(model: CpuModel, value: str) -> bool:
+    model.hyperv = value == "on"
+    return value in ("on", "off")
+
+
 _PROPERTIES: dict[str, Callable[[CpuModel, str], bool]] = {
     "vendor": _vendor,
     "phys-bits": _phys_bits,
     "host-phys-bits": _host_phys_bits,
+    "hv_passthrough": _hv_passthrough,
 }
 
 

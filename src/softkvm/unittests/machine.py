@@ -15,8 +15,10 @@ from softkvm import abi, api
 from softkvm.reports.result import Place
 from softkvm.unittests.options import Platform
 from softkvm.unittests.symbols import Symbols
-from softkvm.vmm.devices import fw_cfg, pci_testdev, testdev, vmport
+from softkvm.vmm.devices import fw_cfg, hyperv_testdev, pci_testdev, testdev, vmport
 from softkvm.vmm.machine import Config, Machine
+from softkvm.vmm.routing import pc_routing
+from softkvm.vmm.sint_routes import SintRoutes
 from softkvm.vmm.stats import REASONS
 from softkvm.vmm.vcpu_thread import VcpuThread
 
@@ -65,11 +67,13 @@ class TestMachine(Machine):
     ) -> None:
         self.platform = platform
         self._console = console
+        self._hyperv_testdev: hyperv_testdev.HypervTestDevice | None = None
         config = Config(
             platform.memory_size,
             vcpus,
             cpuid=platform.cpu.apply,
             pit=platform.pit,
+            hyperv=platform.cpu.hyperv,
             devices=self._add_test_devices,
         )
         super().__init__(kvm, config, console)
@@ -84,6 +88,10 @@ class TestMachine(Machine):
         self.pio.add(fw_cfg.FW_CFG_PORT, fw_cfg.FW_CFG_SIZE, fw_cfg.FwCfg(items), "fw_cfg")
         if self.platform.vmport:
             self.pio.add(vmport.VMPORT, 4, vmport.VmPort(self.current_vcpu), "vmport")
+        if self.platform.hyperv_testdev:
+            routes = SintRoutes(self.vm, pc_routing())
+            device = self._hyperv_testdev = hyperv_testdev.HypervTestDevice(self.hyperv, self.memory, routes)
+            self.pio.add(hyperv_testdev.CONTROL_PORT, hyperv_testdev.CONTROL_SIZE, device, "hyperv-testdev")
         self._pci_testdev = pci_testdev.PciTestDevice(self.vm)
         self._pci_testdev.connect(self.pio, self.mmio)
         self.board.pci_config.add(PCI_TESTDEV_SLOT, 0, self._pci_testdev)
@@ -92,6 +100,8 @@ class TestMachine(Machine):
         """Give back everything, the test device's eventfds too."""
         self._pci_testdev.close()
         super().close()
+        if self._hyperv_testdev is not None:
+            self._hyperv_testdev.close()
 
     def _flush_page(self, gpa: int) -> None:
         """Take the page at *gpa* out of KVM's page tables: its next use is a fault."""

@@ -18,6 +18,7 @@ from softkvm.vmm.memory import GIB, KIB, MIB
 
 DEFAULT_MEMORY = 128 * MIB
 PRESENT_DEVICES = ("pc-testdev", "isa-debug-exit", "pci-testdev", "testdev")
+HYPERV_TESTDEV = "hyperv-testdev"
 MACHINES = ("pc", "i440fx")
 _UNITS = {"": MIB, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
 
@@ -30,6 +31,7 @@ class Platform:
     cpu: CpuModel = field(default_factory=CpuModel)
     pit: bool = True
     vmport: bool = False
+    hyperv_testdev: bool = False
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -65,7 +67,10 @@ def _machine(platform: Platform, value: str) -> None:
 
 
 def _device(platform: Platform, value: str) -> None:
-    if value.split(",")[0] not in PRESENT_DEVICES:
+    name = value.split(",")[0]
+    if name == HYPERV_TESTDEV:
+        platform.hyperv_testdev = True
+    elif name not in PRESENT_DEVICES:
         platform.missing.append(f"-device {value}")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import softkvm
-from softkvm import api
+from softkvm import abi, api
 from softkvm.reports.result import Result, Status
 from softkvm.reports.suite import Suite
 from softkvm.unittests import config, options
@@ -248,6 +248,9 @@ def _execute(
     console: Callable[[bytes], None] | None,
 ) -> None:
     """Run the test program and fill in what came out."""
+    if platform.cpu.hyperv and not kvm.check_extension(abi.KVM_CAP_HYPERV_CPUID):
+        platform.cpu.hyperv = False
+        result.ignored.append("-cpu hv_passthrough (this KVM has not got it)")
     supported = kvm.get_supported_cpuid()
     result.ignored += [f"-cpu +{name} (this KVM has not got it)" for name in platform.cpu.missing(supported)]
     output = bytearray()

@@ -18,6 +18,7 @@ from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.halt_watch import HaltWatch
+from softkvm.vmm.hyperv import Hyperv
 from softkvm.vmm.memory import MIB
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.standstill import Standstill
@@ -40,6 +41,8 @@ class Config:
     """Last word on every vCPU's CPUID table: gets what it would be, returns what it is."""
     pit: bool = True
     """Whether there is an i8254."""
+    hyperv: bool = False
+    """Whether its processors have Hyper-V's interfaces, in place of KVM's own."""
     hpet: bool = True
     """Whether there is a high precision event timer."""
     end_when_halted: bool = True
@@ -119,6 +122,7 @@ class Machine(Closing):
         resources.callback(self.vm.close)
         self.board = Pc(self, console, resources)
         self.memory = self.board.memory
+        self.hyperv = Hyperv(self.memory)
         for index, vcpu in enumerate(self.board.create_vcpus(kvm)):
             thread = VcpuThread(self, index, vcpu)
             resources.callback(thread.close)

@@ -179,6 +179,10 @@ class VcpuThread:
         else:
             self.machine.end(Outcome(end, "KVM_EXIT_SYSTEM_EVENT"))
 
+    def _hyperv(self) -> None:
+        """KVM_EXIT_HYPERV: a SynIC's pages have changed, or a hypercall is ours to answer."""
+        self.machine.hyperv.handle(self.index, self.vcpu.kvm_run.hyperv)
+
     def _internal_error(self) -> None:
         """KVM_EXIT_INTERNAL_ERROR: KVM cannot go on."""
         internal = self.vcpu.kvm_run.internal
@@ -208,6 +212,7 @@ _EXIT_HANDLERS: dict[int, Callable[[VcpuThread], None]] = {
     abi.KVM_EXIT_SET_TPR: VcpuThread._nothing,
     abi.KVM_EXIT_INTERNAL_ERROR: VcpuThread._internal_error,
     abi.KVM_EXIT_SYSTEM_EVENT: VcpuThread._system_event,
+    abi.KVM_EXIT_HYPERV: VcpuThread._hyperv,
 }
 
 _SYSTEM_EVENTS = {

@@ -19,6 +19,8 @@ from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
 from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial, shutdown_ports
 from softkvm.vmm.errors import ImageError
+from softkvm.vmm.hyperv import enable as enable_hyperv
+from softkvm.vmm.hyperv import hyperv_cpuid
 from softkvm.vmm.memory import GuestMemory
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.reset import ResetState
@@ -67,6 +69,9 @@ class Pc(Board):
         for apic_id in range(count):
             vcpu = vm.create_vcpu(apic_id)
             cpuid = vcpu_cpuid(supported, apic_id, count, deadline_timer=deadline_timer)
+            if config.hyperv:
+                enable_hyperv(vcpu, vm)
+                cpuid = hyperv_cpuid(cpuid, vcpu.get_supported_hv_cpuid())
             if config.cpuid is not None:
                 cpuid = config.cpuid(cpuid)
             vcpu.set_cpuid2(cpuid)
