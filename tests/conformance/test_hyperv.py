@@ -503,6 +503,43 @@ def test_hypercalls_are_for_protected_mode(hv: HypervGuest) -> None:
         hv.finish()
 
 
+def test_in_32_bit_code_registers_are_pairs(hv: HypervGuest) -> None:
+    hv.enable_hypercalls()
+    hv.enable_apic()
+    sregs = hv.guest.cpu.get_sregs()
+    sregs.cr0 &= ~abi.X86_CR0_PG
+    sregs.efer &= ~(abi.EFER_LME | abi.EFER_LMA)
+    sregs.cs.l, sregs.cs.db = 0, 1
+    hv.guest.cpu.set_sregs(sregs)
+    hv.guest.write(0x5000, bytes.fromhex("ffd5 e6ea f4"))  # call ebp; out 0xea, al
+    fast_flush = abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST | abi.HV_HYPERCALL_FAST_BIT
+    calls = {
+        (abi.HVCALL_SEND_IPI | abi.HV_HYPERCALL_FAST_BIT, 0x55, 1): OK,
+        (abi.HVCALL_SEND_IPI | abi.HV_HYPERCALL_FAST_BIT, 1 << 32 | 0x55, 1): INVALID_INPUT,
+        (fast_flush | 3 << 32, 0, 1): OK | 3 << 32,
+    }
+    for (control, ingpa, outgpa), result in calls.items():
+        registers = {"rdx": control >> 32, "rax": control, "rbx": ingpa >> 32, "rcx": ingpa, "rdi": 0, "rsi": outgpa}
+        low = {name: value & 0xFFFF_FFFF for name, value in registers.items()}
+        hv.guest.cpu.set_regs(abi.kvm_regs(rip=0x5000, rflags=2, rsp=0x7000, rbp=HYPERCALL_PAGE, **low))
+        regs = hv.finish()
+        assert regs.rdx << 32 | regs.rax == result
+    assert hv.vectors() == [0x55]
+
+
+def test_banks_of_indices_that_cannot_be_are_not_looked_at(hv: HypervGuest) -> None:
+    """The highest index is KVM_CAP_MAX_VCPUS - 1: input may end behind its bank."""
+    hv.enable_hypercalls()
+    banks = -(-hv.guest.vm.check_extension(abi.KVM_CAP_MAX_VCPUS) // 64)
+    if banks >= 64:
+        pytest.skip("every bank can be")
+    words = [0, 0, abi.HV_GENERIC_SET_SPARSE_4K, (1 << 64) - 1, *[0] * banks]
+    call = abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE_EX
+    end = 1 << 20
+    assert hv.slow(call, *words, var=64, at=end - 8 * len(words)) == OK
+    assert hv.slow(call, *words[:-1], var=64, at=end - 8 * len(words[:-1])) == INVALID_INPUT
+
+
 def test_reserved_bits_and_forms_are_checked(hv: HypervGuest) -> None:
     hv.enable_hypercalls()
     spin = abi.HVCALL_NOTIFY_LONG_SPIN_WAIT

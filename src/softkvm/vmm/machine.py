@@ -41,14 +41,14 @@ class Config:
     """Last word on every vCPU's CPUID table: gets what it would be, returns what it is."""
     pit: bool = True
     """Whether there is an i8254."""
-    hyperv: bool = False
-    """Whether its processors have Hyper-V's interfaces, in place of KVM's own."""
     hpet: bool = True
     """Whether there is a high precision event timer."""
     end_when_halted: bool = True
     """Whether the machine ends (HALTED) when nothing that it has can wake any vCPU any more."""
     devices: Callable[[Machine], None] | None = None
     """Called after the standard devices are on the buses, to add more."""
+    hyperv: bool = False
+    """Whether its processors have Hyper-V's interfaces, in place of KVM's own."""
 
     def __post_init__(self) -> None:
         for name in ("memory_size", "vcpus"):

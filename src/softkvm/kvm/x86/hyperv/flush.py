@@ -54,10 +54,10 @@ def flush_virtual_address(vcpu: Vcpu, call: Call) -> int:
         if kind == abi.HV_GENERIC_SET_SPARSE_4K:
             if not valid_banks:
                 return done
-            banks = call.words(vcpu, 4, call.var_count)
-            if banks is None:
+            named = VpSet.read(vcpu, call, 4, valid_banks)
+            if named is None:
                 return _INVALID
-            targets = VpSet.sparse(valid_banks, banks).members(vcpu.vm)
+            targets = named.members(vcpu.vm)
         list_at = 4 + call.var_count
     ranges = None
     if call.code in _LISTS and call.rep_count <= _MAX_RANGES:

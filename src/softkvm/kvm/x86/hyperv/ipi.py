@@ -39,10 +39,10 @@ def send_ipi(vcpu: Vcpu, call: Call) -> int:
         else:
             if not valid_banks:
                 return abi.HV_STATUS_SUCCESS
-            banks = call.words(vcpu, 3, call.var_count)
-            if banks is None:
+            named = VpSet.read(vcpu, call, 3, valid_banks)
+            if named is None:
                 return _INVALID
-            targets = VpSet.sparse(valid_banks, banks).members(vcpu.vm)
+            targets = named.members(vcpu.vm)
     if not abi.HV_IPI_LOW_VECTOR <= vector <= abi.HV_IPI_HIGH_VECTOR:
         return _INVALID
     for target in targets:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.kvm.capabilities import KVM_MAX_VCPUS
+from softkvm.kvm.x86.hyperv.call import Call
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
     from softkvm.kvm.x86.state import VmState as Vm
 
 _BANK: Final = abi.HV_VCPUS_PER_SPARSE_BANK
+_MAX_BANKS: Final = -(-KVM_MAX_VCPUS // _BANK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +25,14 @@ class VpSet:
     banks: dict[int, int]
 
     @classmethod
-    def sparse(cls, valid_banks: int, contents: list[int]) -> VpSet:
-        """Return a set of which only the banks of a mask are there, in ascending order."""
+    def read(cls, vcpu: Vcpu, call: Call, first: int, valid_banks: int) -> VpSet | None:
+        """Return a set of which only the banks of a mask are there, in ascending order, from input word *first* on.
+
+        None if the input isn't there. Banks behind those of the highest index that there can be aren't looked at.
+        """
         numbers = [number for number in range(abi.HV_MAX_SPARSE_VCPU_BANKS) if valid_banks >> number & 1]
-        return cls(dict(zip(numbers, contents, strict=True)))
+        contents = call.words(vcpu, first, len(numbers) if call.fast else min(len(numbers), _MAX_BANKS))
+        return None if contents is None else cls(dict(zip(numbers, contents, strict=False)))
 
     def members(self, vm: Vm) -> list[Vcpu]:
         """Return those of the VM's vCPUs that are in the set."""
