@@ -112,6 +112,14 @@ def test_kernel_may_stand_alone_and_options_have_kvmtools_letters(tmp_path: Path
     assert "is there, too" in both.stderr
 
 
+@pytest.mark.parametrize(("cpu", "leaves"), [("kvm", b"KVMK"), ("hv", b"Micr")])
+def test_whose_guest_it_is(tmp_path: Path, cpu: str, leaves: bytes) -> None:
+    """mov eax, 0x40000000; cpuid; then EBX to the console, a byte at a time."""
+    code = bytes.fromhex("66b800000040 0fa2 baf803" + 4 * "88d8 ee 66c1eb08")
+    done = run("--accel", "soft", "--cpu", cpu, "--timeout", "30", "--kernel", flat(tmp_path, code + POWER_OFF))
+    assert (done.returncode, done.stdout.strip().encode()) == (0, leaves), done.stderr
+
+
 def test_console_to_a_file(tmp_path: Path, accel: str) -> None:
     log = tmp_path / "log"
     done = run("--accel", accel, "--console", f"file:{log}", "--kernel", flat(tmp_path, printing(b"hi") + POWER_OFF))
