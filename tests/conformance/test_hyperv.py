@@ -60,6 +60,7 @@ def test_the_interfaces_come_together(guest: Guest) -> None:
 
 
 def test_the_offered_leaves_are_the_specifications(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_CPUID)
     leaves = {entry.function: entry for entry in hv.guest.cpu.get_supported_hv_cpuid()}
     assert sorted(leaves) == [*range(0x40000000, 0x40000006), 0x4000000A, *range(0x40000080, 0x40000083)]
     assert leaves[0x40000000].eax == 0x40000082, "the highest leaf"
@@ -112,6 +113,7 @@ def test_the_list_of_registers_has_the_partitions(hv: HypervGuest) -> None:
 
 
 def test_the_hypercall_page_waits_for_the_guests_identity(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV)
     hv.wrmsr(abi.HV_X64_MSR_HYPERCALL, HYPERCALL_PAGE | 1)
     assert hv.rdmsr(abi.HV_X64_MSR_HYPERCALL) == 0
     hv.enable_hypercalls()
@@ -131,6 +133,7 @@ def test_a_hypercall_page_without_memory_is_refused(hv: HypervGuest) -> None:
 
 def test_every_virtual_processor_has_its_index(make: Make) -> None:
     hv = HypervGuest(make, vcpus=2)
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_VP_INDEX)
     assert [hv.rdmsr(abi.HV_X64_MSR_VP_INDEX, vcpu=n) for n in (0, 1)] == [0, 1]
     with pytest.raises(GeneralProtection):
         hv.wrmsr(abi.HV_X64_MSR_VP_INDEX, 5)
@@ -222,6 +225,7 @@ def page_time(hv: HypervGuest) -> int:
 
 
 def test_the_page_gives_the_time_of_the_counter(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_TIME)
     before_page = hv.rdmsr(abi.HV_X64_MSR_TIME_REF_COUNT)
     hv.wrmsr(abi.HV_X64_MSR_REFERENCE_TSC, TSC_PAGE | 1)
     assert tsc_page(hv).tsc_sequence not in (0, 0xFFFF_FFFF)
@@ -256,6 +260,7 @@ def test_a_page_without_memory_leaves_the_counter(hv: HypervGuest) -> None:
 
 
 def test_the_task_priority_and_eois_have_registers(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_VAPIC)
     hv.wrmsr(abi.HV_X64_MSR_TPR, 0x40)
     assert hv.rdmsr(abi.HV_X64_MSR_TPR) == 0x40
     with pytest.raises(GeneralProtection):
@@ -295,6 +300,7 @@ def test_the_assist_page_saves_an_eoi(hv: HypervGuest) -> None:
 
 
 def test_userspace_learns_of_a_synics_pages(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_SYNIC2)
     assert hv.rdmsr(abi.HV_X64_MSR_SVERSION) == 1
     assert hv.rdmsr(abi.HV_X64_MSR_SCONTROL) == 1, "SYNIC2 leaves it enabled"
     hv.guest.write(MESSAGES, b"\xaa")
@@ -541,6 +547,7 @@ def test_banks_of_indices_that_cannot_be_are_not_looked_at(hv: HypervGuest) -> N
 
 
 def test_reserved_bits_and_forms_are_checked(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_SPIN)
     hv.enable_hypercalls()
     spin = abi.HVCALL_NOTIFY_LONG_SPIN_WAIT
     assert hv.fast(spin) == OK
@@ -554,6 +561,7 @@ def test_reserved_bits_and_forms_are_checked(hv: HypervGuest) -> None:
 
 
 def test_a_flush_reports_all_of_its_list_done(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_TLBFLUSH)
     hv.enable_hypercalls()
     for call in (hv.fast, hv.slow):
         assert call(abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE, 0, 0, 1) == OK
@@ -594,6 +602,7 @@ def test_a_flush_makes_others_see_a_changed_page_table(hv: HypervGuest) -> None:
 
 def test_an_ipi_reaches_those_that_are_named(make: Make) -> None:
     hv = HypervGuest(make, vcpus=3)
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_SEND_IPI)
     hv.enable_hypercalls()
     for vcpu in range(3):
         hv.enable_apic(vcpu)
@@ -640,6 +649,7 @@ def test_without_a_synic_there_are_no_messages(make: Make) -> None:
 
 
 def test_an_event_signals_its_eventfd(hv: HypervGuest) -> None:
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_EVENTFD)
     hv.enable_hypercalls()
     file = os.eventfd(0, os.EFD_NONBLOCK)
     try:
@@ -763,6 +773,7 @@ def test_a_hypercall_needs_its_privilege_when_that_is_enforced(
 def test_xmm_registers_need_their_privilege(make: Make) -> None:
     leaves = {FEATURES: {"edx": 0}}
     hv = HypervGuest(make, leaves=leaves, enforce=True)
+    assert hv.guest.vm.check_extension(abi.KVM_CAP_HYPERV_ENFORCE_CPUID)
     hv.enable_hypercalls()
     with pytest.raises(InvalidOpcode):
         hv.fast(abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE, 0, 1, 0)

@@ -7,6 +7,7 @@ Its constants, in order and each once: tests/abi/test_hyperv.py. One processor a
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -69,9 +70,10 @@ def test_a_flush_is_seen_by_a_processor_that_runs(make: Make, listed: bool) -> N
     hv.guest.write(NEW, b"\x02")
     # mov al, [rbx]; mov [0x33000], al; cmp al, 2; jne back; out 0xea, al; hlt
     hv.start("8a03 880425 00300300 3c02 75f3 e6ea f4", vcpu=1, rbx=WINDOW)
-    with running(hv, 1):
+    with running(hv, 1) as thread:
         while hv.guest.memory[0x33000] != 1:
-            pass
+            assert thread.is_alive()
+            time.sleep(0.001)
         map_window(hv, NEW)
         if listed:
             assert hv.fast(abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST, 0, 0, 0b10, WINDOW, rep=1) == 1 << 32
