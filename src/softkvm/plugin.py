@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of KVM's policy from outside: ``softkvm run --plugin FILE.py``; docs/hacking.md has examples.
+"""Changes of KVM's policy from outside: ``softkvm run --plugin FILE.py``, and ``exec``; docs/hacking.md has examples.
 
 A plugin is a Python file with a function ``softkvm_plugin(policy)``. It is called once, before there is a virtual
 machine, and changes what :class:`Policy` holds: the tables that KVM itself looks into.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import runpy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,16 @@ class Policy:
         self.vm_created: list[Callable[[Vm], object]] = kvm.vm_created
         """Functions that see each new VM, before it has memory: to set ``vm.mmu.mapping_level``, for example."""
         self.at_end: list[Callable[[], object]] = []
-        """Functions that are called when ``softkvm run`` has ended: to print what was counted."""
+        """Functions that are called when ``softkvm run``, or a client, has ended: to print what was counted."""
+
+    def end(self) -> None:
+        """Call what was left for the end, each whatever the others do; what it raises is one line on stderr."""
+        for function in self.at_end:
+            try:
+                function()
+            except Exception as error:
+                print(f"softkvm: at_end: {unexpected(error)}", file=sys.stderr)
+        sys.stdout.flush()
 
 
 def load(path: str | os.PathLike[str], policy: Policy) -> None:

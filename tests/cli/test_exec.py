@@ -30,6 +30,12 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         (("--params", "nope=1", "--", "true"), 2, "nope=1: no such parameter"),
         (("--plugin", "/nowhere.py", "--", "true"), 2, "--plugin /nowhere.py: No such file or directory"),
         (("--trace", "/nowhere/trace", "--", "true"), 2, "--trace /nowhere/trace: No such file or directory"),
+        (("--trace", "-", "--", "true"), 2, "--trace -: expected a file: the standard output is the client's"),
+        (
+            ("--trace", "/dev/null", "--stats", "/dev/null", "--", "true"),
+            2,
+            "expected another file than that of --trace",
+        ),
         (("--", "/nowhere/client"), 127, "/nowhere/client: No such file or directory"),
         (("--", "/etc/passwd"), 126, "/etc/passwd: Permission denied"),
     ],
@@ -53,6 +59,35 @@ def test_a_plugin_that_fails_is_one_line_and_open_fails(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert lines[0] == f"softkvm: {plugin}: softkvm_plugin: RuntimeError: boom (plugin.py:2)"
     assert "OSError: [Errno 5]" in lines[-1]
+
+
+def test_a_plugin_has_the_last_word(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "def softkvm_plugin(policy):\n"
+        "    seen = []\n"
+        "    policy.vm_created.append(seen.append)\n"
+        "    policy.at_end += [lambda: 1 / 0, lambda: print(len(seen), 'VMs')]\n"
+    )
+    program = "import fcntl, os; [fcntl.ioctl(os.open('/dev/kvm', os.O_RDWR), 0xAE01, 0)]; os._exit(3)"
+    done = run("--plugin", str(plugin), "--", sys.executable, "-c", program)
+    assert (done.returncode, done.stdout) == (3, "1 VMs\n")
+    assert done.stderr == "softkvm: at_end: ZeroDivisionError: division by zero (plugin.py:4)\n"
+
+
+def test_a_trace_that_cannot_be_written_is_one_line_and_changes_nothing() -> None:
+    program = "import fcntl, os; print(fcntl.ioctl(os.open('/dev/kvm', os.O_RDWR), 0xAE00, 0))"
+    done = run("--trace", "/dev/full", "--", sys.executable, "-c", program)
+    assert (done.returncode, done.stdout) == (0, "12\n")
+    assert done.stderr == "softkvm: --trace: No space left on device\n"
+
+
+def test_a_program_beside_us_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hello-beside").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run("--", "hello-beside").stderr == (
+        "softkvm: hello-beside: No such file or directory in PATH; ./hello-beside is\n"
+    )
 
 
 def test_an_exception_of_ours_in_a_request_is_one_line_and_eio(tmp_path: Path) -> None:

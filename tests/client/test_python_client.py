@@ -44,3 +44,25 @@ def test_a_python_program_ends_as_it_would_without_us(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "12\n", "")
     requests = requests_of(stats)
     assert requests["KVM_CREATE_VM"] == requests["KVM_CREATE_VCPU"] == 1
+
+
+FORKS = """
+import concurrent.futures, fcntl, multiprocessing, os
+
+def version(_):
+    return fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC), 0xAE00, 0)  # KVM_GET_API_VERSION
+
+if __name__ == "__main__":
+    version(0)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        print(sum(threads.map(version, range(4))))
+    for way in ("fork", "spawn", "forkserver"):
+        with multiprocessing.get_context(way).Pool(2) as processes:
+            print(way, sum(processes.map(version, range(4))))
+"""
+
+
+def test_a_python_program_forks_as_it_would_without_us(tmp_path: Path) -> None:
+    (tmp_path / "forks.py").write_text(FORKS)
+    done = run_client([sys.executable, str(tmp_path / "forks.py")], tmp_path / "stats")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "48\nfork 48\nspawn 48\nforkserver 48\n", "")

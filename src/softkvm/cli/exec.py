@@ -60,6 +60,8 @@ def _run(args: Namespace) -> int:
         raise CommandError("expected CMD, the client to run; `softkvm exec --help` explains")
     for option, path in (("--trace", args.trace), ("--stats", args.stats)):
         _check_writable(option, path)
+    if args.trace and args.stats and os.path.samefile(args.trace, args.stats):
+        raise CommandError(f"--stats {args.stats}: expected another file than that of --trace")
     for path in args.plugin:
         if not os.path.exists(path):
             raise CommandError(f"--plugin {path}: {os.strerror(2)}")
@@ -71,13 +73,17 @@ def _run(args: Namespace) -> int:
     except LaunchError as error:
         raise CommandError(str(error), EXIT_ERROR) from None
     except FileNotFoundError as error:
-        raise CommandError(f"{client[0]}: {error.strerror}", NOT_FOUND) from None
+        here = os.path.join(".", client[0])
+        there = f" in PATH; {here} is" if "/" not in client[0] and os.path.exists(here) else ""
+        raise CommandError(f"{client[0]}: {error.strerror}{there}", NOT_FOUND) from None
     except OSError as error:
         raise CommandError(f"{client[0]}: {error.strerror}", NOT_EXECUTABLE) from None
 
 
 def _check_writable(option: str, path: str | None) -> None:
     """Begin the file anew, or say why it cannot be written."""
+    if path == "-":
+        raise CommandError(f"{option} -: expected a file: the standard output is the client's")
     if path:
         try:
             open(path, "w").close()

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import json
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -167,7 +168,13 @@ class Recorder:
         else:
             line = f"[{thread}] {seconds:12.6f} {file} {request}{line}"
         with self._lock:
-            self._file.write(line + "\n")
+            if self._file is None:
+                return
+            try:
+                self._file.write(line + "\n")
+            except OSError as error:  # the client's request is done, whatever becomes of the line
+                self._file = None
+                print(f"softkvm: --trace: {error.strerror}", file=sys.stderr)
 
     def statistics(self) -> dict[str, Any]:
         """Return what was counted."""
@@ -186,8 +193,6 @@ class Recorder:
 
     def close(self) -> None:
         """The client has ended: write what was counted."""
-        if self._file is not None:
-            self._file.flush()
         if not self._stats or self._closed or (self._is_child and not self.requests):
             return
         self._closed = True
@@ -197,7 +202,8 @@ class Recorder:
                 json.dump(statistics, out, indent=2)
                 out.write("\n")
                 return
-            print(f"{statistics['cpuid_sites']:12} places in the client's code where CPUID is answered", file=out)
+            if statistics["cpuid_sites"]:
+                print(f"{statistics['cpuid_sites']:12} places in the client's code where CPUID is answered", file=out)
             for row in statistics["requests"]:
                 print(f"{row['count']:12} {row['file']:6} {row['request']}", file=out)
             for row in statistics["errors"]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import atexit
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softkvm import _softcpu
 from softkvm.client.files import SystemFile, open_memfd, unmapping
 from softkvm.client.settings import Settings
 from softkvm.client.trace import Recorder
 from softkvm.kvm import Kvm, procfs
+
+if TYPE_CHECKING:
+    from softkvm.plugin import Policy
 
 #: What the host's kernel takes for its time if it does not trust the time-stamp counter.
 _OTHER_CLOCKS = ("hpet", "acpi_pm", "jiffies", "refined-jiffies")
@@ -44,6 +47,7 @@ class World:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.recorder = Recorder(settings) if settings.trace or settings.stats else None
+        self._policies: list[Policy] = []
 
     def open_kvm(self) -> Kvm:
         """Open a KVM as the settings want it."""
@@ -56,7 +60,15 @@ class World:
             policy = plugin.Policy(kvm)
             for file in self.settings.plugins:
                 plugin.load(file, policy)
+            self._policies.append(policy)
         return kvm
+
+    def at_exit(self) -> None:
+        """The client's process is about to end: what plugins have to say, and what was counted."""
+        while self._policies:
+            self._policies.pop(0).end()
+        if self.recorder is not None:
+            self.recorder.close()
 
     def open_system(self, flags: int) -> int:
         """Open ``/dev/kvm`` with flags of open(); returns the client's descriptor."""
@@ -72,7 +84,7 @@ def start(settings: dict[str, Any]) -> int:
     if counts_steadily():
         _softcpu.use_host_tsc()  # the client executes RDTSC itself
     world = World(Settings(**settings))
-    at_exit = world.recorder.close if world.recorder is not None else None
+    at_exit = world.at_exit if settings["plugins"] or world.recorder is not None else None
     if at_exit is not None:
         atexit.register(at_exit)  # where the interpreter is the client's own, it ends before the process
     return _softcpu.client_core(world.open_system, unmapping, at_exit)

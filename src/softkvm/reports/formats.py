@@ -114,7 +114,7 @@ def markdown(results: Sequence[Result], suite: Suite) -> str:
         "",
         f"<!-- Generated: softkvm {suite.command} DIR --markdown docs/{suite.page} -->",
         "",
-        f"{counts[Status.PASS]} pass, {counts[Status.FAIL]} fail, {counts[Status.SKIP]} are skipped,"
+        f"{counts[Status.PASS]} pass, {counts[Status.FAIL]} fail, {counts[Status.SKIP]} skipped,"
         f" of {len(results)} entries ({suite.where}).",
         "",
         f"`softkvm {suite.command} DIR` runs the suite from your own build of it; nothing of it is in this repository.",

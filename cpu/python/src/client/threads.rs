@@ -191,7 +191,9 @@ pub fn is_own_process() -> bool {
 }
 
 fn before() {
-    if !is_there() || in_python() {
+    // A fork of Python's own does all of this itself, and holds the interpreter's lock.
+    // SAFETY: asks.
+    if !is_there() || in_python() || unsafe { PyGILState_Check() } != 0 {
         return;
     }
     keep();
@@ -225,6 +227,7 @@ fn child() {
 }
 
 unsafe extern "C" {
+    fn PyGILState_Check() -> c_int;
     fn PyOS_BeforeFork();
     fn PyOS_AfterFork_Parent();
     fn PyOS_AfterFork_Child();
