@@ -64,8 +64,9 @@ _HALTED: Final = abi.KVM_MP_STATE_HALTED
 _UNINITIALIZED: Final = abi.KVM_MP_STATE_UNINITIALIZED
 #: What is done although the vCPU stays halted, beside GENERAL_REQUESTS. All others wait until it is runnable.
 _SERVED_WHILE_BLOCKED: Final = KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_STEAL_UPDATE | KVM_REQ_HV_STIMER
+_HYPERV: Final = hyperv_requests.REQUESTS
 #: What is still to be done after KVM_EXIT_IOAPIC_EOI.
-_BEHIND_EOI_EXIT: Final = KVM_REQ_EVENT | KVM_REQ_NMI | hyperv_requests.REQUESTS
+_BEHIND_EOI_EXIT: Final = KVM_REQ_EVENT | KVM_REQ_NMI | _HYPERV
 #: What is still to be done after KVM_EXIT_TPR_ACCESS.
 _BEHIND_TPR_ACCESS: Final = ~(KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_REPORT_TPR_ACCESS)
 
@@ -284,7 +285,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.run_b[EOI_VECTOR_B] = self.pending_ioapic_eoi
             self.make_request(requests & _BEHIND_EOI_EXIT)
             return False
-        if requests & hyperv_requests.REQUESTS and not hyperv_requests.handle(self, requests):
+        if requests & _HYPERV and not hyperv_requests.handle(self, requests):
             return False
         if requests & KVM_REQ_NMI:
             events.process_nmi(self)
