@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import pytest
+from tests.support.descriptors import open_descriptors
 from tests.support.forks import in_child
 from tests.support.tiny import CODE, MIB, Tiny
 
@@ -176,12 +177,12 @@ def test_a_childs_close_leaves_the_parents_irqfds_alone(tiny: Tiny) -> None:
 
 def test_a_child_gives_back_the_descriptors_that_it_inherited(tiny: Tiny) -> None:
     eventfd = os.eventfd(0)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     tiny.vm.irqfd(eventfd, 3)
 
     def close() -> None:
         tiny.vm.close()
-        assert len(os.listdir("/proc/self/fd")) == before - 1  # what the irqfd took, and the ring of coalesced writes
+        assert len(open_descriptors()) == before - 1  # what the irqfd took, and the ring of coalesced writes
 
     in_child(close)
     os.close(eventfd)

@@ -8,6 +8,7 @@ import gc
 import os
 
 import pytest
+from tests.support.descriptors import open_descriptors
 from tests.support.tiny import Tiny
 
 
@@ -23,7 +24,7 @@ def test_nobody_can_cut_off_the_pages_under_those_who_map_them() -> None:
 
 def test_descriptors_are_given_back_by_a_close_and_without_one() -> None:
     gc.collect()
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     tiny = Tiny(vcpus=3)
     closed = tiny.vcpus[0].shared_fd
     tiny.vcpus[0].close()
@@ -34,4 +35,4 @@ def test_descriptors_are_given_back_by_a_close_and_without_one() -> None:
     tiny.close()
     del tiny
     gc.collect()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

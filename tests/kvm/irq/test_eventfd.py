@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from tests.support.descriptors import open_descriptors
 from tests.support.tiny import Tiny
 
 import softkvm
@@ -237,14 +238,14 @@ def test_there_may_be_more_ioeventfds_than_devices_on_a_bus(tiny: Tiny, fd: int)
 
 def test_an_eventfd_taken_away_while_it_is_signalled_stays_open_until_that_is_done(tiny: Tiny, fd: int) -> None:
     tiny.vm.ioeventfd(fd, MMIO, 4)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     (device,) = tiny.vm.mmio_bus.devices(MMIO, 4)  # a vCPU is on its way to it
     tiny.vm.ioeventfd(fd, MMIO, 4, flags=abi.KVM_IOEVENTFD_FLAG_DEASSIGN)
     assert device.io_write(MMIO, 4, 1)
     assert _counter(fd) == 1
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
     del device
-    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert len(open_descriptors()) == before - 1
 
 
 @pytest.mark.parametrize("blocking", [True, False])
@@ -283,13 +284,13 @@ def test_an_irqfd_that_could_not_be_made_leaves_nothing_behind(
     tiny: Tiny, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gc.collect()  # what tests before left to the collector would go meanwhile
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = len(open_descriptors()), threading.active_count()
     for where, what in ((os, "eventfd"), (threading.Thread, "start")):
         with monkeypatch.context() as patch:
             patch.setattr(where, what, _no_more)
             with pytest.raises(OSError, match="no more"):
                 tiny.vm.irqfd(fd, 20)
-        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+        assert (len(open_descriptors()), threading.active_count()) == before
     _unmasked_ioapic_pin(tiny, 20, 0x45)
     tiny.vm.irqfd(fd, 20)
     os.eventfd_write(fd, 1)
@@ -302,7 +303,7 @@ def _no_more(*_: object) -> None:
 
 def test_a_closed_vm_has_given_back_its_eventfds_and_its_thread() -> None:
     gc.collect()  # what tests before left to the collector would go meanwhile
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = len(open_descriptors()), threading.active_count()
     machine = Tiny(irqchip=True)
     raised, resample, notified = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
     machine.vm.irqfd(raised, 20, abi.KVM_IRQFD_FLAG_RESAMPLE, resample)
@@ -312,4 +313,4 @@ def test_a_closed_vm_has_given_back_its_eventfds_and_its_thread() -> None:
         os.close(descriptor)
     del machine  # the pages that a vCPU shares stay as long as somebody may look into them
     gc.collect()
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert (len(open_descriptors()), threading.active_count()) == before

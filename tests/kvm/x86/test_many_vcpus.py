@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.support.conformance import refused
+from tests.support.descriptors import open_descriptors
 
 from softkvm import abi, kvm
 
@@ -39,10 +40,10 @@ def test_a_vm_has_room_for_1024_vcpus_and_a_message_to_all_reaches_each() -> Non
     assert MOST == 1024
     with kvm.Kvm().create_vm() as vm:
         vm.create_irqchip()
-        files = len(os.listdir("/proc/self/fd"))
+        files = len(open_descriptors())
         before = resident_bytes()
         vcpus = [vm.create_vcpu(number) for number in range(MOST)]
-        assert len(os.listdir("/proc/self/fd")) - files <= MOST, "one descriptor each"
+        assert len(open_descriptors()) - files <= MOST, "one descriptor each"
         assert resident_bytes() - before < MOST * 448 * 1024  # a TLB alone has 528
         refused(errno.EINVAL, lambda: vm.create_vcpu(MOST))
         for vcpu in vcpus:

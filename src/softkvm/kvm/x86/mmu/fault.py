@@ -62,6 +62,8 @@ def _map(vcpu: Vcpu, slot: MemorySlot, gfn: int, *, write: bool) -> int:
     try:
         return vm.mmu.map_gfn(slot, gfn, write=write)
     except OSError as problem:
+        if problem.errno != errno.EFAULT:  # none of the guest's: no descriptor to look at the process's mappings with
+            raise
         raise vcpu.memory_fault(gfn, str(problem.strerror)) from None
 
 
