@@ -15,11 +15,12 @@ use std::sync::OnceLock;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
+use crate::kernel::PAGE;
+
 const CPUID: [u8; 2] = [0x0F, 0xA2];
 const UD2: [u8; 2] = [0x0F, 0x0B];
 /// How long both are.
 pub const SIZE: usize = 2;
-const PAGE: usize = 4096;
 /// All flags of a segment.
 const ALL: u32 = libc::PF_R | libc::PF_W | libc::PF_X;
 

@@ -148,7 +148,8 @@ def test_kinds_of_programs(tmp_path: Path) -> None:
     go.write_bytes(b"\x7fELF\x02" + bytes(60) + b"\x04\0\0\0Go\0\0/dev/kvm\0")
     found = [program.is_dynamic_go(str(path)) for path in (script, empty, go, Path(sys.executable))]
     assert found == [False, False, True, False]
-    assert [program.is_static(str(path)) for path in (script, empty, Path(sys.executable).resolve())] == [False] * 3
+    others = (script, empty, Path(sys.executable).resolve())
+    assert [program.read(str(path)).is_static for path in others] == [False] * 3
 
 
 OTHER = """

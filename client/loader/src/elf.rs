@@ -7,12 +7,12 @@ use std::os::unix::ffi::OsStrExt;
 
 use libc::{Elf64_Ehdr, Elf64_Phdr, Elf64_Shdr, Elf64_Sym};
 use softkvm_client::cpuid::Module;
+use softkvm_client::kernel::PAGE;
 use softkvm_client::kernel::are_readable;
 
 use crate::place;
 use crate::raw::call;
 
-const PAGE: usize = 4096;
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 /// A program in memory.

@@ -4,6 +4,7 @@
 use core::ffi::c_int;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use softkvm_client::kernel::PAGE;
 use softkvm_client::{KIND_NONE, KIND_VCPU, python, takes_memory};
 
 use crate::calls::Outcome;
@@ -13,7 +14,6 @@ use crate::{descriptors, place};
 
 /// Room for the program's heap, `brk()`'s: as much as there may be.
 const HEAPS: [usize; 3] = [64 << 30, 4 << 30, 256 << 20];
-const PAGE: usize = 4096;
 
 /// Where it begins, and its end, and that of the room for it. Ours is the C library's.
 static HEAP_START: AtomicUsize = AtomicUsize::new(0);

@@ -8,9 +8,9 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::raw::raw;
+use softkvm_client::kernel::PAGE;
 
 pub const HERE: Range<usize> = 0xAE0_0000_0000..0xAE1_0000_0000;
-const PAGE: usize = 4096;
 
 /// Where files have been mapped from their beginning, as many as are remembered: libraries.
 static FILES: [AtomicUsize; 1024] = [const { AtomicUsize::new(0) }; 1024];

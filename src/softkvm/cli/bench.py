@@ -14,7 +14,7 @@ from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, Softkv
 from softkvm.bench.vmexit import Figure, Kind, Report
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError, bench_dirty_log
 from softkvm.cli.arguments import count, file_name, seconds
-from softkvm.cli.output import STDOUT, OutputFile, say, warn
+from softkvm.cli.output import STDOUT, OutputFile, say, table, warn
 from softkvm.progress import StatusLine
 from softkvm.unittests.config import SuiteError
 from softkvm.unittests.runner import DEVICES
@@ -162,12 +162,7 @@ def render(report: Report) -> str:
     titles = [f"{facts['title']} ns" for facts in report.sides.values()]
     header = ["exit", "what it does", *titles, *(["ratio"] if QEMU in sides else [])]
     rows = [_row(kind, sides) for kind in report.kinds]
-    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
-        cells += [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    lines = table(header, rows)
     problems = [
         f"{kind.name} on {report.sides[side]['title']}: " + ", ".join(filter(None, (figure.problem, figure.detail)))
         for kind in report.kinds

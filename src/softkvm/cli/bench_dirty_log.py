@@ -11,7 +11,7 @@ import softkvm
 from softkvm.bench import dirty_log, plot
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
 from softkvm.cli.arguments import count, file_name, size
-from softkvm.cli.output import STDOUT, OutputFile, say
+from softkvm.cli.output import STDOUT, OutputFile, say, table
 from softkvm.progress import StatusLine
 from softkvm.unittests.runner import DEVICES
 
@@ -121,13 +121,6 @@ def _milliseconds(report: dirty_log.Report) -> dict[str, dict[str, float]]:
 
 def render(report: dirty_log.Report) -> str:
     """Return the report as a table for people."""
-    header = ["phase", "what it is", "ms", "pages/s"]
-    rows = dirty_log.rows([report])
-    widths = [max(len(row[n]) for row in (header, *rows)) for n in range(len(header))]
-    lines = [_title(report.options), ""]
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
-        cells += [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    lines = [_title(report.options), "", *table(["phase", "what it is", "ms", "pages/s"], dirty_log.rows([report]))]
     logs = ", ".join(f"{pages:,}" for pages in report.dirty_pages)
     return "\n".join([*lines, "", f"pages in the logs: {logs} of {report.options.pages:,}"])

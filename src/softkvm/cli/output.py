@@ -11,7 +11,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from softkvm.cli import EXIT_ERROR, CommandError
@@ -61,6 +61,17 @@ def say(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
     except OSError as error:
         raise stdout_error(error) from None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Return the lines of a table for people: the first *left* columns to the left, figures to the right."""
+    widths = [max(len(row[n]) for row in (header, *rows)) for n in range(len(header))]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [text.ljust(width) for text, width in zip(row[:left], widths[:left], strict=True)]
+        cells += [text.rjust(width) for text, width in zip(row[left:], widths[left:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def say_printed(function: Callable[[], object]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from softkvm import _softcpu, abi
-from softkvm.abi.arguments import read_structure
 from softkvm.client import dispatch
 from softkvm.client.trace import Recorder
 from softkvm.kvm import procfs
@@ -152,9 +151,7 @@ class VmFile(File):
 
     def create_guest_memfd(self, argument: int) -> int:
         """KVM_CREATE_GUEST_MEMFD."""
-        fd = _softcpu.own_descriptor(
-            self.object.create_guest_memfd(read_structure(dispatch.MEMORY, abi.kvm_create_guest_memfd, argument))
-        )
+        _, fd = dispatch.serve(self.object, self.services, abi.KVM_CREATE_GUEST_MEMFD, argument, self.unknown)
         try:
             return GuestMemfdFile(self.object, self.recorder).open(fd, os.O_RDWR)
         finally:

@@ -10,8 +10,6 @@ import shutil
 import stat
 import sys
 import sysconfig
-import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -78,6 +76,9 @@ def preloadable(library: Path) -> Path:
     """
     if _SEPARATORS.isdisjoint(str(library)):
         return library
+    import tempfile  # where it is needed: every start of a client would wait for them
+    import zlib
+
     name = f"softkvm-{os.getuid()}-{zlib.crc32(os.fsencode(library)):08x}"
     for place in dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]):
         directory = Path(place, name)

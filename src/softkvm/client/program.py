@@ -94,11 +94,6 @@ def resolve(path: str, arguments: list[str]) -> Command:
     return Command(path, arguments, program)
 
 
-def is_static(path: str) -> bool:
-    """Tell whether a file is a program that no dynamic linker loads."""
-    return read(path).is_static
-
-
 def is_dynamic_go(path: str) -> bool:
     """Tell whether a dynamically linked program is a KVM client in Go, which makes its system calls itself."""
     if not os.path.getsize(path):

@@ -7,7 +7,6 @@ What an architecture has to provide are the methods named ``arch_*``.
 from __future__ import annotations
 
 import errno
-import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
@@ -33,9 +32,10 @@ from softkvm.kvm.memory.memslots import (
     new_slot,
 )
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
-from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH, KVM_REQ_VM_DEAD
-from softkvm.kvm.state import IN_GUEST_MODE, VmState
+from softkvm.kvm.requests import KVM_REQ_VM_DEAD
+from softkvm.kvm.state import VmState
 from softkvm.kvm.stats import VM_STATS, scalars
+from softkvm.kvm.tlb import flush_tlbs
 from softkvm.threads import tell_after_fork
 
 if TYPE_CHECKING:
@@ -286,19 +286,8 @@ class Vm(VmState, Closing):
         A vCPU outside of guest mode flushes before its next entry; one inside is kicked and waited for.
         """
         self.stat_remote_tlb_flush_requests += 1
-        waiting = []
-        for vcpu in self.vcpus:
-            seen = vcpu.stat_tlb_flush  # before the request: one that is answered at once must not be waited for
-            vcpu.make_request(KVM_REQ_TLB_FLUSH)
-            if vcpu.mode == IN_GUEST_MODE:
-                vcpu.cpu.kick()
-                waiting.append((vcpu, seen))
-        if waiting:
+        if flush_tlbs(self.vcpus):
             self.stat_remote_tlb_flush += 1
-        for vcpu, seen in waiting:
-            # A vCPU that left guest mode meanwhile has flushed, or will before it enters again.
-            while vcpu.mode == IN_GUEST_MODE and vcpu.stat_tlb_flush == seen:
-                time.sleep(0)
 
     # --- vCPUs ---------------------------------------------------------------------------------------
 

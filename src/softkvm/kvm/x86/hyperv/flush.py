@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from softkvm import abi
-from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH
-from softkvm.kvm.state import IN_GUEST_MODE
+from softkvm.kvm.tlb import flush_tlbs
 from softkvm.kvm.x86.hyperv.call import Call
 from softkvm.kvm.x86.hyperv.vp_set import VpSet
 
@@ -76,13 +74,4 @@ def flush_guest_tlbs(vcpus: Sequence[Vcpu], ranges: Sequence[GvaRange] | None) -
     The one place that ranges come to: the silicon has INVLPGA, but no way to ask another processor for it, so each
     flushes all it has before its next instruction.
     """
-    waiting = []
-    for vcpu in vcpus:
-        seen = vcpu.stat_tlb_flush
-        vcpu.make_request(KVM_REQ_TLB_FLUSH)
-        if vcpu.mode == IN_GUEST_MODE:
-            vcpu.cpu.kick()
-            waiting.append((vcpu, seen))
-    for vcpu, seen in waiting:
-        while vcpu.mode == IN_GUEST_MODE and vcpu.stat_tlb_flush == seen:
-            time.sleep(0)
+    flush_tlbs(vcpus)
