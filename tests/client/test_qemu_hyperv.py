@@ -25,9 +25,7 @@ def test_linux_on_hyper_vs_interfaces_is_migrated_to_a_file_and_back(tmp_path: P
         before.expect(PROMPT)
         assert before.shell(CLOCKSOURCE) == "hyperv_clocksource_tsc_page\n"
         before.shell("x=$(cut -d. -f1 /proc/uptime)")
-        before.do("migrate", uri=f"exec:cat > {state}")
-        wait_for(lambda: before.do("query-migrate")["status"] in ("completed", "failed"))
-        assert before.do("query-migrate")["status"] == "completed"
+        before.migrate(state)
         before.quit()
     with machine(tmp_path / "two", *options, "-incoming", f"exec:cat {state}") as after:
         wait_for(lambda: bool(after.do("query-status")["status"] == "running"))

@@ -463,13 +463,7 @@ def test_timers_need_a_synic(make: Make) -> None:
 def test_hypercalls_are_for_ring_0(hv: HypervGuest) -> None:
     hv.enable_hypercalls()
     hv.start("ffd0", rax=HYPERCALL_PAGE, rcx=abi.HVCALL_NOTIFY_LONG_SPIN_WAIT)
-    sregs = hv.guest.cpu.get_sregs()
-    for name in ("cs", "ss"):
-        segment = getattr(sregs, name)
-        segment.dpl, segment.selector = 3, segment.selector | 3
-    sregs.tr = abi.kvm_segment(base=0x24000, limit=0x67, selector=24, type=11, present=1)
-    hv.guest.write(0x24004, (0x7800).to_bytes(8, "little"))  # ring 0's stack
-    hv.guest.cpu.set_sregs(sregs)
+    hv.enter_ring_3()
     with pytest.raises(InvalidOpcode):
         hv.finish()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.support.conformance import TABLES, Guest, refused
+from tests.support.segments import enter_ring_3
 
 from softkvm import abi, api
 
@@ -473,11 +474,7 @@ def test_cpuid_faults_outside_of_ring_0_when_the_guest_asks_for_it(guest: Guest,
     guest.expect(abi.KVM_EXIT_HLT)
     guest.long("0fa2 ebfe")
     sregs = guest.cpu.get_sregs()
-    for name in ("cs", "ss"):
-        segment = getattr(sregs, name)
-        segment.dpl = 3
-        segment.selector |= 3
-        setattr(sregs, name, segment)
+    enter_ring_3(sregs)
     guest.cpu.set_sregs(sregs)
     guest.expect(abi.KVM_EXIT_SHUTDOWN)  # #GP, and there is no IDT
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from tests.support.conformance import GDT, IDT, TABLES, Guest
+from tests.support.segments import enter_ring_3
 
 from softkvm import abi, api
 
@@ -15,12 +16,14 @@ HANDLERS = 0x2000
 HYPERCALL_PAGE = 0x3000
 INPUT = 0x4000
 MESSAGES, EVENTS, TSC_PAGE, ASSIST = 0x20000, 0x21000, 0x22000, 0x23000
+TSS = 0x24000
 LINUX = abi.HV_LINUX_VENDOR_ID << 48
 
 _DONE, _GP, _UD = 0xEA, 0xE9, 0xE8
 _CODE = 0x5000
 _CODE_SIZE = 0x200
 _STACK = 0x7000
+_RING_0_STACK = 0x7800
 _IRR, _ISR, _SPIV = 0x200, 0x100, 0xF0
 
 
@@ -108,6 +111,14 @@ class HypervGuest:
             cpu.set_sregs(sregs)
             cpu.set_mp_state(abi.kvm_mp_state(abi.KVM_MP_STATE_RUNNABLE))
         cpu.set_regs(abi.kvm_regs(rip=at, rflags=rflags, rsp=_STACK - vcpu * 0x400, **registers))
+
+    def enter_ring_3(self) -> None:
+        """Let the first vCPU, in 64-bit mode already, be at user's level, and have a stack for its exceptions."""
+        sregs = self.guest.cpu.get_sregs()
+        enter_ring_3(sregs)
+        sregs.tr = abi.kvm_segment(base=TSS, limit=0x67, selector=24, type=11, present=1)
+        self.guest.write(TSS + 4, _RING_0_STACK.to_bytes(8, "little"))
+        self.guest.cpu.set_sregs(sregs)
 
     def finish(self, vcpu: int = 0) -> abi.kvm_regs:
         """Run to the end of what was started; the registers then. Raises what the guest had, or left for."""

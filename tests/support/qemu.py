@@ -133,6 +133,12 @@ class Machine:
         self.type(f'echo "<"begin; {line}; echo "<"end')
         return self.expect(rb"(?s)<begin\r\n(.*?)<end\r\n.*?" + PROMPT)[1].decode().replace("\r\n", "\n")
 
+    def migrate(self, state: Path) -> None:
+        """Migrate the machine to a file; it has to complete."""
+        self.do("migrate", uri=f"exec:cat > {state}")
+        wait_for(lambda: self.do("query-migrate")["status"] in ("completed", "failed"))
+        assert self.do("query-migrate")["status"] == "completed"
+
     def quit(self) -> None:
         """End QEMU by its monitor; it has to end well."""
         self.do("quit")

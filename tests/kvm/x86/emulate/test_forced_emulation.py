@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.support.conformance import watchdog
+from tests.support.segments import enter_ring_3
 from tests.support.tiny import CODE, DATA, Tiny
 
 from softkvm import abi
@@ -157,11 +158,7 @@ def test_a_forced_cpuid_faults_outside_of_ring_0_when_the_guest_asks_for_it(tiny
     assert tiny.vcpu.set_msrs({misc_features_enables: 1}) == 1
     assert _run(tiny, FEP + "0fa2", rax=0).rbp == 0
     sregs = tiny.vcpu.get_sregs()
-    for name in ("cs", "ss"):
-        segment = getattr(sregs, name)
-        segment.dpl = 3
-        segment.selector |= 3
-        setattr(sregs, name, segment)
+    enter_ring_3(sregs)
     tiny.vcpu.set_sregs(sregs)
     tiny.load(bytes.fromhex(FEP + "0fa2") + b"\xeb\xfe")
     with watchdog(tiny.vcpu, 5):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tests.support.segments import enter_ring_3
 from tests.support.tiny import CODE, CODE_SELECTOR, Tiny
 
 from softkvm import abi
@@ -60,9 +61,7 @@ def test_an_emulated_jump_is_single_stepped(tiny: Tiny) -> None:
 def _compatibility(tiny: Tiny) -> None:
     """32-bit user code under a 64-bit kernel."""
     sregs = tiny.vcpu.get_sregs()
-    for name in ("cs", "ss", "ds", "es"):
-        segment: abi.kvm_segment = getattr(sregs, name)
-        segment.dpl, segment.selector = 3, segment.selector | 3
+    enter_ring_3(sregs, ("cs", "ss", "ds", "es"))
     sregs.cs.l, sregs.cs.db = 0, 1
     tiny.vcpu.set_sregs(sregs)
 

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from tests.support.segments import enter_ring_3
 from tests.support.tiny import CODE, DATA_SELECTOR, GDT, IDT, STACK, Tiny
 
 from softkvm import abi
@@ -118,9 +119,7 @@ def _task_gate(dpl: int, selector: int = NEW_SELECTOR) -> bytes:
 
 def _user_mode(tiny: Tiny) -> None:
     sregs = tiny.vcpu.get_sregs()
-    for name in ("cs", "ds", "es", "ss"):
-        segment = getattr(sregs, name)
-        segment.dpl, segment.selector = 3, segment.selector | 3
+    enter_ring_3(sregs, ("cs", "ss", "ds", "es"))
     tiny.vcpu.set_sregs(sregs)
 
 

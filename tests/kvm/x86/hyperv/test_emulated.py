@@ -44,12 +44,6 @@ def test_userspaces_result_is_behind_the_instruction(hv: HypervGuest, instructio
 
 
 def test_a_hypercall_that_may_not_be_is_invalid_there_too(hv: HypervGuest) -> None:
-    sregs = hv.guest.cpu.get_sregs()
-    for name in ("cs", "ss"):
-        segment = getattr(sregs, name)
-        segment.dpl, segment.selector = 3, segment.selector | 3
-    sregs.tr = abi.kvm_segment(base=0x24000, limit=0x67, selector=24, type=11, present=1)
-    hv.guest.write(0x24004, (0x7800).to_bytes(8, "little"))  # ring 0's stack
-    hv.guest.cpu.set_sregs(sregs)
+    hv.enter_ring_3()
     with pytest.raises(InvalidOpcode):
         hv.execute(FORCED + VMMCALL, rcx=abi.HVCALL_NOTIFY_LONG_SPIN_WAIT)

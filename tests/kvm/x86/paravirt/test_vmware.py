@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from tests.support.segments import enter_ring_3
 from tests.support.tiny import DATA, Tiny
 
 from softkvm import _softcpu, abi
@@ -45,9 +46,7 @@ def closed() -> Iterator[Tiny]:
 def _user(tiny: Tiny, code: str, **registers: int) -> int:
     """Run code at CPL 3 with no ports of its own; returns the exit reason."""
     sregs = tiny.vcpu.get_sregs()
-    for name in ("cs", "ss", "ds", "es"):
-        segment: abi.kvm_segment = getattr(sregs, name)
-        segment.dpl, segment.selector = 3, segment.selector | 3
+    enter_ring_3(sregs, ("cs", "ss", "ds", "es"))
     sregs.tr.base, sregs.tr.limit, sregs.tr.selector, sregs.tr.type = _TSS, 104 + 0xFF, 0x18, 11
     sregs.tr.present, sregs.tr.s, sregs.tr.unusable = 1, 0, 0
     tiny.vcpu.set_sregs(sregs)

@@ -42,15 +42,10 @@ class SynicLapic(Lapic):
 
     def get_interrupt(self) -> int:
         """Acknowledge the deliverable interrupt; one with AutoEOI is never in service."""
-        with self.lock:
-            vector = self.irr.bit_length() - 1
-            if vector < 0 or vector & 0xF0 <= self.ppr or not self.hw_enabled:
-                return -1
-            bit = 1 << vector
-            self.irr ^= bit
-            if not self.synic.auto_eoi_vectors & bit:
-                self.isr |= bit
-        self.update_ppr()
+        vector = super().get_interrupt()
+        if vector >= 0 and self.synic.auto_eoi_vectors >> vector & 1:
+            self.isr &= ~(1 << vector)
+            self.update_ppr()
         return vector
 
     def eoi(self) -> None:
