@@ -6,7 +6,7 @@ import pytest
 
 from softkvm.unittests import config
 from softkvm.unittests.config import SuiteError, expand, parse
-from softkvm.unittests.runner import Settings, timeout_of
+from softkvm.unittests.runner import Settings, skip_reason, timeout_of
 
 
 def test_entry_with_every_key() -> None:
@@ -73,3 +73,35 @@ def test_directory_that_is_no_build(tmp_path: Path) -> None:
 def test_the_x86_directory_itself_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "unittests.cfg").write_text("[a]\nfile = a.flat\n")
     assert config.find(tmp_path) == tmp_path
+
+
+def test_what_a_build_is_for(tmp_path: Path) -> None:
+    """An image's ELF file first, whose class is the fifth byte (ELF: EI_CLASS), then what ./configure noted."""
+    programs = tmp_path / "x86"
+    programs.mkdir()
+    (programs / "unittests.cfg").write_text("[a]\nfile = a.flat\n")
+    assert config.architecture(tmp_path) == "x86_64"
+    (tmp_path / "config.mak").write_text("SRCDIR=/src\nARCH=i386\nARCH_NAME=i386\n")
+    (programs / "old.elf").write_bytes(b"\x7fELF\x01\x01")
+    (programs / "new.elf").write_bytes(b"\x7fELF\x02\x01")
+    assert config.architecture(tmp_path) == config.architecture(programs) == "i386"
+    assert config.architecture(tmp_path, "old.flat") == "i386"
+    assert config.architecture(tmp_path, "new.flat") == "x86_64"
+    assert config.architecture(tmp_path, "missing.flat") == "i386"
+
+
+@pytest.mark.parametrize("text", ["", "ARCH\n", "ARCH=arm64\n", "\0\xff=\n"])
+def test_a_build_whose_notes_say_nothing_is_taken_for_the_usual_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x86").mkdir()
+    (tmp_path / "x86" / "unittests.cfg").write_text("[a]\nfile = a.flat\n")
+    (tmp_path / "config.mak").write_text(text, "latin-1")
+    assert config.architecture(tmp_path) == "x86_64"
+
+
+def test_entries_run_where_they_are_built_for(tmp_path: Path) -> None:
+    (tmp_path / "unittests.cfg").write_text("[a]\nfile = a.flat\n")
+    (tmp_path / "a.flat").touch()
+    (tmp_path / "a.elf").write_bytes(b"\x7fELF\x01")
+    assert skip_reason(tmp_path, config.Entry("a", "a.flat", arch="i386"), Settings(), "kvm") == ""
+    assert skip_reason(tmp_path, config.Entry("a", "a.flat"), Settings(), "kvm") == ""
+    assert skip_reason(tmp_path, config.Entry("a", "a.flat", arch="x86_64"), Settings(), "kvm") == "needs x86_64 build"

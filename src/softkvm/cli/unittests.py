@@ -21,8 +21,8 @@ from softkvm.unittests.suite import SuiteRun, select
 EXIT_FAILED = 1
 
 EPILOG = """\
-DIR is your own build of kvm-unit-tests: a checkout after `./configure && make`. FILE - is standard output, in place of
-the lines.
+DIR is your own build of kvm-unit-tests: a checkout after `./configure && make`, or `./configure --arch=i386 && make`.
+FILE - is standard output, in place of the lines.
 
 exit status:
   0  nothing failed
@@ -142,7 +142,7 @@ def _run(args: Namespace) -> int:
     finally:
         printer.clear()
     printer.summary()
-    files.write(results, suite_of(settings.accel))
+    files.write(results, suite_of(settings.accel, config.architecture(directory)))
     return EXIT_FAILED if any(result.status is Status.FAIL for result in results) else EXIT_OK
 
 

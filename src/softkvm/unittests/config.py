@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIG = "unittests.cfg"
+ARCHITECTURES = ("x86_64", "i386")
+"""What the suite can be built for, by its names; the first is its default on a 64-bit host."""
+_BUILD = "config.mak"
+_CLASSES = {b"\x7fELF\x01": "i386", b"\x7fELF\x02": "x86_64"}
 _SECTION = re.compile(r"^\[(.*)\]\s*$")
 _ASSIGNMENT = re.compile(r"^(\w+)\s*=\s*(.*)$")
 _QUOTES = '"""'
@@ -134,6 +138,30 @@ def find(directory: Path) -> Path:
     except OSError as error:
         raise SuiteError(f"{directory}: {error.strerror}") from None
     raise SuiteError(f"{directory}: expected a build of kvm-unit-tests, with x86/{CONFIG}")
+
+
+def architecture(directory: Path, file: str = "") -> str:
+    """Return what the image *file* of a build was made for, or the build as a whole: ``x86_64`` or ``i386``.
+
+    An image tells nothing (``.flat`` is a 32-bit ELF file in either, since Multiboot enters programs in 32-bit mode);
+    the ELF file that it was made of does. Without one, what ``./configure`` wrote down counts. SuiteError if
+    *directory* is no build.
+    """
+    programs = find(directory)
+    if file:
+        try:
+            with (programs / file).with_suffix(".elf").open("rb") as elf:
+                made_for = _CLASSES.get(elf.read(5))
+        except OSError:
+            made_for = None
+        if made_for:
+            return made_for
+    try:
+        lines = (programs.parent / _BUILD).read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return ARCHITECTURES[0]
+    written = dict(line.split("=", 1) for line in lines if "=" in line).get("ARCH", "").strip()
+    return written if written in ARCHITECTURES else ARCHITECTURES[0]
 
 
 def read(directory: Path) -> list[Entry]:

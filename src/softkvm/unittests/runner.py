@@ -25,7 +25,6 @@ from softkvm.vmm.errors import ImageError, MachineError
 from softkvm.vmm.machine import MAX_VCPUS
 from softkvm.vmm.outcome import End, Outcome
 
-ARCHITECTURE = "x86_64"
 DEFAULT_TIMEOUT_S = 90.0
 TIMEOUT_MAX_S = 1e9
 NODEFAULT = "nodefault"
@@ -52,10 +51,11 @@ class Settings:
     """Variables that the test program sees."""
 
 
-def suite_of(accel: str) -> Suite:
-    """Return what reports say of the suite."""
+def suite_of(accel: str, architecture: str = config.ARCHITECTURES[0]) -> Suite:
+    """Return what reports say of the suite, built for *architecture*."""
     engine = "KVM in Python on the software CPU" if accel == "soft" else "/dev/kvm"
-    return Suite("kvm-unit-tests", "kvm-unit-tests", "unittests", accel, engine, f"`--accel {accel}`")
+    where = f"`--accel {accel}`" if architecture == config.ARCHITECTURES[0] else f"`--accel {accel}`, {architecture}"
+    return Suite("kvm-unit-tests", "kvm-unit-tests", "unittests", accel, engine, where)
 
 
 def scale_of(settings: Settings) -> float:
@@ -112,7 +112,7 @@ def skip_reason(directory: Path, entry: Entry, settings: Settings, accel: str) -
     """Return why the suite would not run *entry* with *accel* (``kvm``, ``tcg``); empty if it would."""
     if NODEFAULT in entry.groups and not settings.run_nodefault:
         return "test marked as manual run only"
-    if entry.arch and entry.arch != ARCHITECTURE:
+    if entry.arch and entry.arch != config.architecture(directory, entry.file):
         return f"needs {entry.arch} build"
     wanted = entry.accel.split(",")[0]
     if wanted and wanted != accel:
