@@ -20,14 +20,14 @@ from softkvm.abi.run_page import (
     PIO_DATA_OFFSET,
 )
 from softkvm.kvm.x86.svm import svm
-from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, NEXT_RIP, RFLAGS, RIP
+from softkvm.kvm.x86.svm.svm import STEP_FLAGS
+from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, RFLAGS, RIP
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 KVM_EXIT_IO: Final = abi.KVM_EXIT_IO
 KVM_EXIT_MMIO: Final = abi.KVM_EXIT_MMIO
-_STEP_FLAGS: Final = X86_EFLAGS_TF | X86_EFLAGS_RF
 _PORT_7E: Final = 0x7E
 _SIZE_MASKS: Final = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF)
 
@@ -82,16 +82,21 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
 
 
 def skip_pio(vcpu: Vcpu) -> int:
-    """Skip an IN or OUT, unless userspace moved RIP meanwhile; the exit gives the next RIP in EXITINFO2."""
+    """Skip an IN or OUT, unless userspace moved RIP meanwhile.
+
+    The exit has the next RIP in EXITINFO2 (APM vol. 2, 15.10.2), also without the NRIP feature.
+    """
     q = vcpu.q
     if q[RIP] != vcpu.pio_rip and vcpu.pio_rip >= 0:
         return 1
-    if vcpu.nrips and not q[RFLAGS] & X86_EFLAGS_TF:
-        q[RIP] = q[EXIT_INFO_2]
-        vcpu.b[INT_STATE_B] = 0
-        return 1
-    q[NEXT_RIP] = q[EXIT_INFO_2]
-    return svm.skip_emulated_instruction(vcpu)
+    q[RIP] = q[EXIT_INFO_2]
+    vcpu.b[INT_STATE_B] = 0
+    flags = q[RFLAGS]
+    if flags & STEP_FLAGS:
+        q[RFLAGS] = flags & ~X86_EFLAGS_RF
+        if flags & X86_EFLAGS_TF:
+            return svm.do_singlestep(vcpu)
+    return 1
 
 
 def _load_accumulator(vcpu: Vcpu, size: int, value: int) -> None:
@@ -154,7 +159,7 @@ def advance(vcpu: Vcpu, length: int) -> int:
     q[RIP] = rip
     vcpu.b[INT_STATE_B] = 0
     flags = q[RFLAGS]
-    if flags & _STEP_FLAGS:
+    if flags & STEP_FLAGS:
         q[RFLAGS] = flags & ~X86_EFLAGS_RF
         if flags & X86_EFLAGS_TF:
             return svm.do_singlestep(vcpu)

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+#: What the end of an instruction looks at.
+STEP_FLAGS: Final = X86_EFLAGS_TF | X86_EFLAGS_RF
 MSR_PAT_DEFAULT: Final = 0x0007_0406_0007_0406
 ASID_GUEST: Final = 1
 
@@ -422,7 +424,7 @@ def next_rip(vcpu: Vcpu) -> int | None:
 
 
 def skip_emulated_instruction(vcpu: Vcpu) -> int:
-    """Advance RIP past the intercepted instruction and end its interrupt shadow.
+    """Advance RIP past the intercepted instruction, end its interrupt shadow and RFLAGS.RF (APM vol. 2, 13.1.3.2).
 
     Returns 1 to go on, 0 to leave for userspace (single step; an instruction that can't be decoded).
     """
@@ -436,8 +438,11 @@ def skip_emulated_instruction(vcpu: Vcpu) -> int:
         rip = decoded
     q[RIP] = rip
     vcpu.b[INT_STATE_B] = 0
-    if q[RFLAGS] & X86_EFLAGS_TF:
-        return do_singlestep(vcpu)
+    flags = q[RFLAGS]
+    if flags & STEP_FLAGS:
+        q[RFLAGS] = flags & ~X86_EFLAGS_RF
+        if flags & X86_EFLAGS_TF:
+            return do_singlestep(vcpu)
     return 1
 
 
