@@ -6,7 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use softcpu::engine::architecture::{Architecture, OPERANDS_BYTES, Operands};
+use softcpu::engine::architecture::{Architecture, OPERANDS_BYTES, Operands, Space};
 use softcpu::engine::draft::Draft;
 use softcpu::engine::op::{Op, Res, Stop};
 use softcpu::engine::processor::{Code, Decoder, Exited, Processor};
@@ -76,9 +76,19 @@ impl Operands for Constant {
     }
 }
 
+/// There is one address space.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Nowhere;
+
+impl Space for Nowhere {
+    fn guest(&self) -> u32 {
+        0
+    }
+}
+
 impl Architecture for Toy {
     type Operands = Constant;
-    type Space = ();
+    type Space = Nowhere;
     type Rights = ();
     const MAX_INSTRUCTION: usize = 2;
     const TABLE_SHIFT: u32 = 21;

@@ -5,7 +5,7 @@ Physical addresses are host virtual addresses (*hva*). Guest state lives in the 
 appendix B) and in the register block (:attr:`Cpu.registers`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from typing_extensions import Buffer
@@ -167,6 +167,23 @@ def clocks() -> tuple[int, int]: ...
 def use_host_tsc() -> int: ...
 def sched_yield() -> int:
     """Let another thread have the host's processor, and the interpreter's lock with it; returns for how many ns."""
+
+FLUSH_MAX_RANGES: Final[int]
+"""Ranges that one :func:`flush_physical` or :func:`flush_linear` takes."""
+
+def flush_physical(cpus: Sequence[Cpu], ranges: Sequence[tuple[int, int]] | None, /) -> int:
+    """Have processors forget what is known of guest-physical pages: (first page, count) each; None: everything.
+
+    When this returns none of them executes an instruction by a translation made before. A processor within a guest
+    does it between two instructions and doesn't leave for that; any other before its next instruction. Returns how many
+    were within one. Translations of other pages stay. ``ValueError`` for too many ranges.
+    """
+
+def flush_linear(cpus: Sequence[Cpu], asid: int, ranges: Sequence[tuple[int, int]] | None, /) -> int:
+    """Have processors forget linear pages in every address space of a guest, as :func:`flush_physical`.
+
+    As INVLPGB with an ASID and addresses, or without addresses for None (APM vol. 3). A large page goes as a whole.
+    """
 
 def watch_signal(signal: int, main_thread: int) -> None:
     """Tell that Python has a handler for ``signal``: from now on it is known to :meth:`Cpu.run`.

@@ -13,6 +13,7 @@ import softkvm
 from softkvm import abi
 from softkvm.kvm import Vm
 from softkvm.kvm.state import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
+from softkvm.kvm.tlb import request_flush
 
 
 def test_a_vm_that_is_closed_makes_no_new_thread_or_mapping() -> None:
@@ -74,15 +75,11 @@ class _Answers:
 
 
 def test_a_flush_that_is_answered_before_one_looks_is_not_waited_for() -> None:
-    vm = softkvm.open().create_vm()
-    assert isinstance(vm, Vm)
-    vm.vcpus = (_Answers(),)  # type: ignore[assignment]
-    flush = threading.Thread(target=vm.flush_remote_tlbs, daemon=True)
+    vcpu = _Answers()
+    flush = threading.Thread(target=request_flush, args=([vcpu],), daemon=True)
     flush.start()
     flush.join(10)
     waits = flush.is_alive()
-    vm.vcpus[0].mode = OUTSIDE_GUEST_MODE
+    vcpu.mode = OUTSIDE_GUEST_MODE
     flush.join()
     assert not waits
-    vm.vcpus = ()
-    vm.close()

@@ -3,6 +3,7 @@
 
 mod client;
 mod decode;
+mod flush;
 mod machine;
 mod processor;
 mod request;
@@ -102,6 +103,9 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("REGISTER_OFFSETS", register_offsets())?;
     m.add("RUN_INTERRUPTED", processor::RUN_INTERRUPTED)?;
     m.add("RUN_WATCHED", processor::RUN_WATCHED)?;
+    m.add("FLUSH_MAX_RANGES", softcpu::mem::flush::MAX_RANGES)?;
+    m.add_function(wrap_pyfunction!(flush::flush_physical, m)?)?;
+    m.add_function(wrap_pyfunction!(flush::flush_linear, m)?)?;
     m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
     softcpu::clock::begin_measurement();
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;

@@ -70,6 +70,12 @@ impl PyCpu {
         Ok(f(unsafe { &mut *self.inner.get() }))
     }
 
+    /// What other threads touch of it; EIO in a child of the process that has made it.
+    pub fn shared(&self) -> PyResult<Arc<Shared>> {
+        own(&self.machine)?;
+        Ok(self.shared.clone())
+    }
+
     /// Whether a watched word isn't 0.
     fn watches(&self) -> bool {
         self.watched.get().is_some_and(|words| {

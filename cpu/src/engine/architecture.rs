@@ -9,13 +9,19 @@ pub trait Architecture: Sized + 'static {
     type Operands: Operands;
     /// What translations belong to, a number for the guest and one for its address space: x86's (ASID, PCID), arm64's
     /// (VMID, ASID).
-    type Space: Copy + Eq + Hash;
+    type Space: Space;
     /// The rights that the tables above the last level leave.
     type Rights: Copy + Default;
     /// Bytes of the longest instruction, at most 16.
     const MAX_INSTRUCTION: usize;
     /// log2 of the bytes that a last-level table of the guest translates, at the least.
     const TABLE_SHIFT: u32;
+}
+
+/// What translations belong to.
+pub trait Space: Copy + Eq + Hash {
+    /// The number of the guest.
+    fn guest(&self) -> u32;
 }
 
 /// An op: two of them make a cache line.

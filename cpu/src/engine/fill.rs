@@ -12,6 +12,8 @@ use super::tlb::{INVALID, PAGE_MASK, SLOW};
 pub struct Mapping {
     /// Host address of the page, which is in registered memory.
     pub host: u64,
+    /// Its guest-physical address.
+    pub physical: u64,
     /// Reads are allowed.
     pub read: bool,
     /// Writes are allowed, and need no mark in the tables.
@@ -67,8 +69,10 @@ impl<P: Architecture> Engine<P> {
                 .regions
                 .page_near(mapping.host as usize, &mut self.region_guess)
                 .is_some_and(|p| p.code.load(Ordering::SeqCst) != 0);
+        let known = self.tlb.physical(bank, linear);
         let entry = self.tlb.entry_mut(bank, linear);
         let same = entry.addend == addend
+            && known == mapping.physical
             && [entry.read, entry.write, entry.exec].iter().all(|t| *t == INVALID || *t & !SLOW == want);
         if !same {
             entry.read = INVALID;
@@ -90,7 +94,7 @@ impl<P: Architecture> Engine<P> {
             entry.read |= SLOW;
             entry.write |= SLOW;
         }
-        self.tlb.note_size(bank, linear, mapping.size);
+        self.tlb.note(bank, linear, mapping.size, mapping.physical);
         (mapping.host | (linear & !PAGE_MASK)) as usize
     }
 }

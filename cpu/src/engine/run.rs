@@ -23,6 +23,9 @@ pub fn in_guest<P: Processor, R>(cpu: &mut P, f: impl FnOnce(&mut P) -> R) -> R 
     if shared.synced.load(Ordering::SeqCst) != engine.machine.generation() {
         engine.catch_up();
     }
+    if shared.wants_flush() {
+        engine.flush_asked();
+    }
     f(cpu)
 }
 
@@ -163,6 +166,9 @@ fn attend<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
     }
     if p & pending::BUS != 0 {
         engine.machine.bus().give_way(&engine.shared);
+    }
+    if p & pending::FLUSH != 0 {
+        engine.flush_asked();
     }
     if p & pending::CODE_CHANGED != 0 {
         engine.shared.pending.fetch_and(!pending::CODE_CHANGED, Ordering::SeqCst);

@@ -113,8 +113,29 @@ impl<P: Architecture> Engine<P> {
         self.tlb.flush_all();
     }
 
+    /// Forgets what other threads have asked for ([`crate::mem::flush`]).
+    #[cold]
+    pub(super) fn flush_asked(&mut self) {
+        let (shared, tlb) = (&self.shared, &mut self.tlb);
+        shared.flush(|what| {
+            if what.all {
+                tlb.flush_all();
+                return;
+            }
+            if !what.physical.is_empty() {
+                tlb.flush_physical(&what.physical);
+            }
+            for guest in &what.guests {
+                tlb.flush_guest(*guest);
+            }
+            for (guest, pages) in &what.linear {
+                tlb.flush_linear(*guest, pages);
+            }
+        });
+    }
+
     /// What has been counted since the processor was made, by name.
-    pub fn statistics(&self) -> [(&'static str, u64); 9] {
+    pub fn statistics(&self) -> [(&'static str, u64); 10] {
         [
             ("instructions", self.instructions),
             ("decoded_blocks", self.blocks.decoded_blocks),
@@ -125,6 +146,7 @@ impl<P: Architecture> Engine<P> {
             ("code_writes", self.blocks.invalidations),
             ("tlb_fills", self.tlb.fills),
             ("tlb_flushes", self.tlb.flushes),
+            ("tlb_range_flushes", self.tlb.range_flushes),
         ]
     }
 

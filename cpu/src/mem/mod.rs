@@ -6,6 +6,7 @@
 //! processor to check its decoded code against memory again (see `engine::block`).
 
 mod bus;
+pub mod flush;
 mod forks;
 pub mod futex;
 mod holes;

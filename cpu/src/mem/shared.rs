@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use super::flush::FlushQueue;
 use super::futex;
 use crate::clock::clock_ns;
 
@@ -17,6 +18,8 @@ pub mod pending {
     pub const CODE_CHANGED: u32 = 8;
     /// Another processor wants the bus ([`super::bus`]).
     pub const BUS: u32 = 16;
+    /// Translations are to be forgotten ([`super::flush`]).
+    pub const FLUSH: u32 = 32;
 }
 
 /// Why a wait is over.
@@ -30,8 +33,8 @@ pub enum Wake {
     Interrupted,
 }
 
-/// The part of a processor that other threads touch: atomics only, so that nobody who stops half-way (a signal
-/// handler, a process that forks) keeps another from it.
+/// The part of a processor that other threads touch: atomics, so that nobody who stops half-way (a signal handler, a
+/// process that forks) keeps another from it; but for flushes, which neither asks for.
 #[derive(Default)]
 pub struct Shared {
     /// Physical events; see [`pending`]. Waiting threads sleep on it.
@@ -44,6 +47,7 @@ pub struct Shared {
     pub(crate) synced: AtomicU64,
     /// Threads inside [`Shared::wait_for`].
     waiting: AtomicU32,
+    pub(super) flushes: FlushQueue,
 }
 
 impl Shared {
@@ -55,13 +59,19 @@ impl Shared {
             standing: AtomicBool::new(false),
             synced: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
+            flushes: FlushQueue::new(),
         }
     }
 
     /// A physical interrupt: the processor leaves the guest with VMEXIT_INTR, now or at its next VMRUN.
     /// Async-signal-safe, but for `errno`.
     pub fn kick(&self) {
-        self.pending.fetch_or(pending::KICK, Ordering::SeqCst);
+        self.set_pending(pending::KICK);
+    }
+
+    /// Sets pending bits, and wakes who waits for them.
+    pub(super) fn set_pending(&self, bits: u32) {
+        self.pending.fetch_or(bits, Ordering::SeqCst);
         // Whoever is about to sleep has counted itself before it looked at `pending`.
         if self.waiting.load(Ordering::SeqCst) != 0 {
             futex::wake(&self.pending);
@@ -86,6 +96,11 @@ impl Shared {
     /// Whether it executes nothing now.
     pub(super) fn stands(&self) -> bool {
         !self.running.load(Ordering::SeqCst) || self.standing.load(Ordering::SeqCst)
+    }
+
+    /// Whether a thread is inside [`Shared::wait_for`].
+    pub(super) fn waits(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) != 0
     }
 
     /// Whether a kick is pending.

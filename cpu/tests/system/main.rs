@@ -6,6 +6,7 @@ mod common;
 
 mod canonical;
 mod exceptions;
+mod flush;
 mod fused;
 mod fuzz;
 mod intercepts;

@@ -41,6 +41,7 @@ from softkvm.kvm.signals import watch_python_handlers
 if TYPE_CHECKING:
     from softkvm.kvm.memory.mmu import Mmu
     from softkvm.kvm.params import Params
+    from softkvm.kvm.tlb import RemoteTlbs
 
 OUTSIDE_GUEST_MODE: Final = 0
 IN_GUEST_MODE: Final = 1
@@ -64,6 +65,7 @@ class VmState:
     """One virtual machine: memory, buses, vCPUs."""
 
     mmu: Mmu
+    remote_tlbs: RemoteTlbs
     #: The first frame number that no slot may reach.
     max_gfn: int
 
@@ -101,6 +103,10 @@ class VmState:
         # Statistics
         self.stat_remote_tlb_flush = 0
         self.stat_remote_tlb_flush_requests = 0
+        self.stat_remote_tlb_flush_skipped = 0
+        self.stat_remote_tlb_flush_ranged = 0
+        self.stat_remote_tlb_flush_full = 0
+        self.stat_remote_tlb_flush_failed = 0
 
         #: What its statistics call it: the process that made it.
         self.stats_id = f"kvm-{os.getpid()}"

@@ -91,6 +91,10 @@ VCPU_STATS: Final[tuple[Statistic, ...]] = (
 VM_STATS: Final[tuple[Statistic, ...]] = (
     counter("remote_tlb_flush"),
     counter("remote_tlb_flush_requests"),
+    counter("remote_tlb_flush_skipped"),
+    counter("remote_tlb_flush_ranged"),
+    counter("remote_tlb_flush_full"),
+    counter("remote_tlb_flush_failed"),
     instant("pages_4k", _pages(1)),
     instant("pages_2m", _pages(2)),
     instant("pages_1g", _pages(3)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from softkvm import abi
@@ -35,7 +36,7 @@ from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.requests import KVM_REQ_VM_DEAD
 from softkvm.kvm.state import VmState
 from softkvm.kvm.stats import VM_STATS, scalars
-from softkvm.kvm.tlb import flush_tlbs
+from softkvm.kvm.tlb import RemoteTlbs, TlbRange, memslot_range
 from softkvm.threads import tell_after_fork
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Vm(VmState, Closing):
         super().__init__(params)
         self.eventfds = Eventfds(self)
         self.collapser = Collapser(self)
+        self.remote_tlbs = RemoteTlbs(self)
         tell_after_fork(self)
 
     # --- what an architecture provides ---------------------------------------------------------------
@@ -81,6 +83,14 @@ class Vm(VmState, Closing):
     @abstractmethod
     def arch_memslots_updated(self, generation: int) -> bool:
         """A generation of memory slots is in force, with ``mmu_lock`` held; True if TLBs have to be flushed."""
+
+    @abstractmethod
+    def arch_flush_remote_tlbs(self) -> bool:
+        """Have all processors forget every translation of the VM's; False if the architecture can't, all at once."""
+
+    @abstractmethod
+    def arch_flush_remote_tlbs_range(self, ranges: Sequence[TlbRange]) -> bool:
+        """Have them forget those of some frames; False if it can't."""
 
     @abstractmethod
     def arch_destroy(self) -> None:
@@ -245,7 +255,7 @@ class Vm(VmState, Closing):
 
         ``old`` is a slot that has just been replaced: its log goes on in its successor's.
         """
-        self.flush_remote_tlbs()
+        self.flush_dirty_tlbs()
 
         def mark_dirty(gfn: int, count: int) -> None:
             for slot in (*self.memslots.meeting(gfn, gfn + count), *((old,) if old else ())):
@@ -281,13 +291,20 @@ class Vm(VmState, Closing):
     # --- requests to all vCPUs ---------------------------------------------------------------------
 
     def flush_remote_tlbs(self) -> None:
-        """Make sure that no processor uses a translation made before; returns when that is so.
+        """Make sure that no processor uses a translation made before; returns when that is so."""
+        self.remote_tlbs.flush_all()
 
-        A vCPU outside of guest mode flushes before its next entry; one inside is kicked and waited for.
-        """
-        self.stat_remote_tlb_flush_requests += 1
-        if flush_tlbs(self.vcpus):
-            self.stat_remote_tlb_flush += 1
+    def flush_remote_tlbs_range(self, gfn: int, pages: int) -> None:
+        """The same for translations of some frames."""
+        self.remote_tlbs.flush_ranges((TlbRange(gfn, pages),))
+
+    def flush_remote_tlbs_memslot(self, slot: MemorySlot) -> None:
+        """The same for those of a slot's frames."""
+        self.remote_tlbs.flush_ranges((memslot_range(slot),))
+
+    def flush_dirty_tlbs(self) -> None:
+        """The same for what has changed in the tables (``mmu.tlbs_dirty``), unless that has been flushed already."""
+        self.remote_tlbs.flush_dirty()
 
     # --- vCPUs ---------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from softkvm.kvm.memfd import sealed_memfd
 from softkvm.kvm.memory.dirty_ring import RING_OFFSET, DirtyRing
 from softkvm.kvm.x86 import requests
 from softkvm.kvm.x86.hyperv.vp import vp_of
+from softkvm.kvm.x86.mmu.root_tdp import INVALID_PAGE
 from softkvm.kvm.x86.paravirt import steal_time
 
 HANDLER = CODE + 0x100
@@ -235,8 +236,19 @@ def _reset_ring(tiny: Tiny) -> None:
     assert len(ring.take_collected()) == 192
 
 
+def _lose_root(tiny: Tiny) -> None:
+    tiny.vcpu.load_root_tdp(INVALID_PAGE)
+    tiny.vcpu.make_request(requests.KVM_REQ_LOAD_MMU_PGD)
+
+
+def _has_root(tiny: Tiny) -> None:
+    assert _port(tiny) == 0x11
+    assert tiny.vcpu.root_tdp == tiny.vm.mmu.root_address
+
+
 _CASES = {
     "KVM_REQ_DIRTY_RING_SOFT_FULL": _Case(_fill_ring, _ring_is_full_until_it_is_reset),
+    "KVM_REQ_LOAD_MMU_PGD": _Case(_lose_root, _has_root),
     "KVM_REQ_TLB_FLUSH": _Case(_move_window, _window_is_new),
     "KVM_REQ_VM_DEAD": _Case(lambda tiny: tiny.vcpu.make_request(general.KVM_REQ_VM_DEAD), _dies),
     "KVM_REQ_TRIPLE_FAULT": _Case(lambda tiny: tiny.vcpu.make_request(requests.KVM_REQ_TRIPLE_FAULT), _shuts_down),

@@ -33,6 +33,15 @@ pub struct Entry {
     pub addend: u64,
 }
 
+impl Entry {
+    /// A tag that is in the entry, but for [`SLOW`]; [`INVALID`]: there is none.
+    #[inline]
+    pub(super) fn tag(&self) -> u64 {
+        let some = [self.read, self.exec, self.write].map(|tag| tag & !SLOW);
+        some.into_iter().find(|tag| *tag != INVALID).unwrap_or(INVALID)
+    }
+}
+
 pub(super) const EMPTY: Entry = Entry { read: INVALID, write: INVALID, exec: INVALID, addend: 0 };
 
 /// Number of the entry in its bank that would hold `linear`.

@@ -14,14 +14,19 @@ mod sizes;
 
 use std::collections::HashMap;
 
-use super::architecture::Architecture;
+use super::architecture::{Architecture, Space};
 use super::zeroed::Zeroed;
+use crate::mem::flush::Pages;
 use directory::Directories;
 use entry::{CONTEXT_BITS, CONTEXTS, EMPTY, FIRST_CONTEXT, TLB_SIZE};
 use sizes::Sizes;
 
+/// So many pages are looked for one by one, more in the whole TLB.
+const FEW_PAGES: u64 = 32;
+
 pub use directory::Directory;
 pub use entry::{BANKS, Entry, INVALID, PAGE_MASK, PAGE_SHIFT, SLOW, TLB_BITS, index};
+use physical::contains;
 pub use physical::{Frame, Frames, LARGE_SHIFT};
 
 /// The TLB of one processor.
@@ -32,6 +37,8 @@ pub struct Tlb<P: Architecture> {
     /// Epoch and context in one word of which bits 1:0 are clear.
     key: u64,
     entries: Zeroed<Entry>,
+    /// The guest-physical page behind each entry.
+    physical: Zeroed<u64>,
     sizes: Sizes,
     contexts: HashMap<P::Space, u64>,
     current: Option<P::Space>,
@@ -44,6 +51,8 @@ pub struct Tlb<P: Architecture> {
     pub(crate) fills: u64,
     /// Whole flushes, for statistics.
     pub(crate) flushes: u64,
+    /// Flushes of ranges of pages, for statistics.
+    pub(crate) range_flushes: u64,
 }
 
 impl<P: Architecture> Default for Tlb<P> {
@@ -51,6 +60,8 @@ impl<P: Architecture> Default for Tlb<P> {
         Tlb {
             // SAFETY: EMPTY is all zeros.
             entries: unsafe { Zeroed::new(TLB_SIZE * (BANKS + 1)) },
+            // SAFETY: numbers.
+            physical: unsafe { Zeroed::new(TLB_SIZE * (BANKS + 1)) },
             sizes: Sizes::default(),
             context: FIRST_CONTEXT,
             contexts: HashMap::new(),
@@ -62,6 +73,7 @@ impl<P: Architecture> Default for Tlb<P> {
             key: 0,
             fills: 0,
             flushes: 0,
+            range_flushes: 0,
         }
     }
 }
@@ -101,9 +113,16 @@ impl<P: Architecture> Tlb<P> {
         (e.exec == self.tag(linear)).then(|| e.addend.wrapping_add(linear) as usize)
     }
 
-    /// Notes the guest page size (log2) behind the entry of `linear` in `bank`.
-    pub fn note_size(&mut self, bank: usize, linear: u64, size: u8) {
+    /// Notes the size (log2) of the guest's page behind the entry of `linear` in `bank`, and the guest-physical address.
+    pub fn note(&mut self, bank: usize, linear: u64, size: u8, physical: u64) {
         self.sizes.note(bank, linear, size);
+        self.physical[(bank << TLB_BITS) + index(linear)] = physical;
+    }
+
+    /// The guest-physical address that was noted last.
+    #[inline]
+    pub fn physical(&self, bank: usize, linear: u64) -> u64 {
+        self.physical[(bank << TLB_BITS) + index(linear)]
     }
 
     /// As long as it is the same, so are translations. Bits 1:0 are clear.
@@ -222,17 +241,75 @@ impl<P: Architecture> Tlb<P> {
         }
     }
 
-    /// Forgets the translations of the space in force and of those that `which` names.
-    pub fn flush_spaces(&mut self, which: impl Fn(&P::Space) -> bool) {
-        self.contexts.retain(|space, _| !which(space));
-        self.flush_current();
+    /// Forgets the translations of every space of a guest.
+    pub fn flush_guest(&mut self, guest: u32) {
+        self.contexts.retain(|space, _| space.guest() != guest);
+        if self.current.is_some_and(|space| space.guest() == guest) {
+            self.flush_current();
+        } else {
+            self.advance();
+        }
     }
 
     /// Forgets the page of `linear`, in every context, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
         self.advance();
+        self.forget_page(linear, |_| true);
+    }
+
+    /// Forgets some pages of linear addresses in every space of a guest, whatever their size.
+    pub fn flush_linear(&mut self, guest: u32, pages: &Pages) {
+        self.advance();
+        self.range_flushes += 1;
+        let mut of_guest = [0u64; CONTEXTS as usize / 64];
+        for (_, context) in self.contexts.iter().filter(|(space, _)| space.guest() == guest) {
+            of_guest[*context as usize / 64] |= 1 << (context % 64);
+        }
+        let meant = |tag: u64| {
+            let context = tag & (CONTEXTS - 1);
+            of_guest[context as usize / 64] >> (context % 64) & 1 != 0
+        };
+        if pages.end.saturating_sub(pages.start) <= FEW_PAGES {
+            for page in pages.clone() {
+                self.forget_page(page << PAGE_SHIFT, meant);
+            }
+            return;
+        }
+        for (at, e) in self.entries.iter_mut().enumerate() {
+            let tag = e.tag();
+            if tag == INVALID || !meant(tag) {
+                continue;
+            }
+            let size = self.sizes.range(at, 1)[0];
+            let first = tag >> PAGE_SHIFT >> size << size;
+            if first < pages.end && pages.start < first + (1 << size) {
+                *e = EMPTY;
+            }
+        }
+    }
+
+    /// Forgets what is known of some guest-physical pages, and what was made of them. `ranges` are sorted, and don't meet.
+    pub fn flush_physical(&mut self, ranges: &[Pages]) {
+        self.advance();
+        self.range_flushes += 1;
+        self.frames.forget(ranges);
+        let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else { return };
+        let (start, length) = (first.start, last.end - first.start);
+        for (physical, e) in self.physical.iter().zip(self.entries.iter_mut()) {
+            let page = physical >> PAGE_SHIFT;
+            if page.wrapping_sub(start) < length && contains(ranges, page) && e.tag() != INVALID {
+                *e = EMPTY;
+            }
+        }
+    }
+
+    /// Forgets the page of `linear` in the contexts of tags that are `meant`.
+    fn forget_page(&mut self, linear: u64, meant: impl Fn(u64) -> bool) {
         for bank in 0..BANKS {
-            *self.entry_mut(bank, linear) = EMPTY;
+            let e = self.entry_mut(bank, linear);
+            if meant(e.tag()) {
+                *e = EMPTY;
+            }
         }
         let Some((first, count)) = self.sizes.around(linear) else { return };
         for bank in 0..BANKS {
@@ -244,8 +321,11 @@ impl<P: Architecture> Tlb<P> {
                     continue;
                 }
                 for (size, e) in sizes.iter_mut().zip(entries) {
-                    let tag = if e.read & !SLOW != INVALID { e.read } else { e.exec };
-                    if *size > 0 && (tag == INVALID || (tag ^ linear) >> (PAGE_SHIFT as u8 + *size) == 0) {
+                    let tag = e.tag();
+                    if *size > 0
+                        && (tag == INVALID
+                            || ((tag ^ linear) >> (PAGE_SHIFT as u8 + *size) == 0 && meant(tag)))
+                    {
                         *e = EMPTY;
                         *size = 0;
                     }

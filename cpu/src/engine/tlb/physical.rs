@@ -2,6 +2,7 @@
 //! Caches of nested translations: from guest-physical pages to host memory.
 
 use super::entry::{PAGE_MASK, PAGE_SHIFT};
+use crate::mem::flush::Pages;
 
 /// log2 of the bytes that one large entry covers.
 pub const LARGE_SHIFT: u32 = 21;
@@ -52,6 +53,17 @@ fn piece_slot(gpa: u64) -> usize {
     (gpa >> LARGE_SHIFT) as usize & ((1 << LARGE_BITS) - 1)
 }
 
+/// Whether one of `ranges`, sorted and apart, meets the pages from `start` to before `end`.
+fn meets(ranges: &[Pages], start: u64, end: u64) -> bool {
+    let behind = ranges.partition_point(|pages| pages.end <= start);
+    ranges.get(behind).is_some_and(|pages| pages.start < end)
+}
+
+/// Whether `page` is in one of them.
+pub(super) fn contains(ranges: &[Pages], page: u64) -> bool {
+    meets(ranges, page, page + 1)
+}
+
 impl Frames {
     /// The translation of the page of `gpa`, if it is known to allow the access.
     #[inline]
@@ -79,6 +91,21 @@ impl Frames {
             self.pieces[piece_slot(gpa)] = (gpa & !LARGE_MASK | rights, frame.host & !LARGE_MASK);
         } else {
             self.pages[page_slot(gpa)] = (gpa & PAGE_MASK | rights, frame.host);
+        }
+    }
+
+    /// Forgets the translations of some pages, and of the large pieces that they are in.
+    pub(super) fn forget(&mut self, ranges: &[Pages]) {
+        for slot in &mut *self.pages {
+            if slot.0 & PRESENT != 0 && contains(ranges, slot.0 >> PAGE_SHIFT) {
+                *slot = EMPTY;
+            }
+        }
+        for slot in &mut *self.pieces {
+            let first = slot.0 >> LARGE_SHIFT << (LARGE_SHIFT - PAGE_SHIFT);
+            if slot.0 & PRESENT != 0 && meets(ranges, first, first + (1 << (LARGE_SHIFT - PAGE_SHIFT))) {
+                *slot = EMPTY;
+            }
         }
     }
 

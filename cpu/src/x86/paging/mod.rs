@@ -86,6 +86,7 @@ impl Cpu {
         let nested = self.nested(guest.gpa | (linear & 0xfff), write, access == Access::Fetch, NPF_FINAL)?;
         let mapping = Mapping {
             host: nested.host,
+            physical: guest.gpa,
             read: guest.read,
             write: guest.write && nested.write,
             exec: guest.exec && nested.exec,

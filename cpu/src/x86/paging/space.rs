@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What translations are tagged with: the guest's ASID (APM vol. 2, 15.16) and its PCID (5.5.1).
 
+use crate::engine::architecture;
 use crate::x86::state::{Cpu, cr4};
 
 /// An address space of a guest.
@@ -8,6 +9,12 @@ use crate::x86::state::{Cpu, cr4};
 pub struct Space {
     asid: u32,
     pcid: u16,
+}
+
+impl architecture::Space for Space {
+    fn guest(&self) -> u32 {
+        self.asid
+    }
 }
 
 impl Cpu {
@@ -29,7 +36,6 @@ impl Cpu {
 
     /// Forgets those of every PCID of the ASID in force.
     pub fn flush_asid(&mut self) {
-        let asid = self.ctl.asid;
-        self.engine.tlb.flush_spaces(|space| space.asid == asid);
+        self.engine.tlb.flush_guest(self.ctl.asid);
     }
 }

@@ -47,11 +47,15 @@ def _logged_slot(vm: Vm, slot_id: int) -> MemorySlot:
     return slot
 
 
-def sync_dirty_log(vm: Vm, slot: MemorySlot) -> None:
-    """Move the processor's dirty bits into the slot's bitmap, and flush the TLBs if any were set."""
+def sync_dirty_log(vm: Vm, slot: MemorySlot, first_page: int = 0, num_pages: int | None = None) -> None:
+    """Move the processor's dirty bits of some pages, by default all, into the slot's bitmap.
+
+    Translations of those that were dirty are flushed, all others stay. ``first_page`` is a multiple of 64.
+    """
     flush = False
-    for first in range(0, slot.npages, _BATCH_PAGES):
-        count = min(_BATCH_PAGES, slot.npages - first)
+    end = slot.npages if num_pages is None else first_page + num_pages
+    for first in range(first_page, end, _BATCH_PAGES):
+        count = min(_BATCH_PAGES, end - first)
         start = slot.base_gfn + first
         with vm.mmu_lock:
             dirty, flushable = vm.mmu.harvest_dirty(start, start + count)
@@ -59,7 +63,7 @@ def sync_dirty_log(vm: Vm, slot: MemorySlot) -> None:
             slot.exchange_dirty_bits(first, 0, add=dirty, count=count)
         flush |= flushable
     if flush:
-        vm.flush_remote_tlbs()
+        vm.flush_dirty_tlbs()
 
 
 def get_dirty_log(vm: Vm, slot_id: int) -> DirtyReport:
@@ -102,7 +106,7 @@ def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitma
         if not num_pages:
             return
         # Bits set by the processor since the last log would be reported twice if they stayed behind.
-        sync_dirty_log(vm, slot)
+        sync_dirty_log(vm, slot, first_page, num_pages)
         given = bytes(bitmap)[: abi.dirty_bitmap_bytes(num_pages)]
         clear = int.from_bytes(given, "little") & ((1 << num_pages) - 1)
         slot.exchange_dirty_bits(first_page, clear, count=num_pages)
@@ -117,4 +121,4 @@ def start_logging(vm: Vm, slot: MemorySlot) -> None:
         else:
             flush |= vm.mmu.clear_dirty(slot.base_gfn, slot.end_gfn)
         if flush:
-            vm.flush_remote_tlbs()
+            vm.flush_dirty_tlbs()

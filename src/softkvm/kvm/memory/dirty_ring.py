@@ -146,7 +146,7 @@ def reset(vm: Vm) -> int:
                 count += len(taken)
                 _protect(vm, taken)
         if count:
-            vm.flush_remote_tlbs()
+            vm.flush_dirty_tlbs()
     return count
 
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from softkvm.kvm.memory.memslots import MemorySlot
+    from softkvm.kvm.tlb import TlbsDirty
 
 
 class Mmu(Protocol):
     """The tables that translate guest-physical addresses; all calls with the VM's ``mmu_lock`` held."""
 
+    #: Frames whose translations may be in TLBs although their entries have changed: what "to flush" means below.
+    tlbs_dirty: TlbsDirty
     #: Leaves by level, and tables.
     pages: list[int]
     tables: int

@@ -28,3 +28,5 @@ KVM_REQ_HV_EXIT: Final = 1 << _BASE + 8
 #: It has crashed, or wants to be reset: KVM_EXIT_SYSTEM_EVENT.
 KVM_REQ_HV_CRASH: Final = 1 << _BASE + 9
 KVM_REQ_HV_RESET: Final = 1 << _BASE + 10
+#: The vCPU is to use the VM's nested tables: once, at its first KVM_RUN.
+KVM_REQ_LOAD_MMU_PGD: Final = 1 << _BASE + 11

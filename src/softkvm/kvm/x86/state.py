@@ -18,6 +18,7 @@ from softkvm.kvm import state
 from softkvm.kvm.x86.exceptions import DR7_FIXED_1
 from softkvm.kvm.x86.hyperv.partition import Partition
 from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
+from softkvm.kvm.x86.mmu.root_tdp import INVALID_PAGE, FlushGuestMapping, flush_by_silicon
 from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
 from softkvm.kvm.x86.svm import vmcb as V
@@ -84,6 +85,10 @@ class VmState(state.VmState):
 
         self.hyperv = Partition()
 
+        # TLBs (:mod:`.mmu.root_tdp`)
+        self.root_tdp = INVALID_PAGE
+        self.flush_guest_mapping: FlushGuestMapping = flush_by_silicon
+
     def has_quirk(self, quirk: int) -> bool:
         """Tell whether a deviation from the architecture that old userspace relies on is in force."""
         return not self.quirks_disabled & quirk
@@ -114,6 +119,8 @@ class ControlState:
     guest_has_gbpages: bool = True
     #: CPUID raises #GP outside of ring 0 (MSR_MISC_FEATURES_ENABLES).
     cpuid_faulting: bool = False
+    #: The nested tables that the processor uses, from the first KVM_RUN on.
+    root_tdp: int = INVALID_PAGE
     mcg_cap: int = 0
 
 
@@ -388,6 +395,11 @@ class VcpuState(
             return self.apic.apic_base
         bsp = MSR_IA32_APICBASE_BSP if self.is_bsp() else 0
         return self.msr_values.get(MSR_IA32_APICBASE, APICBASE_RESET | bsp)
+
+    def load_root_tdp(self, root: int) -> None:
+        """Let the processor use these nested tables from its next entry on; vCPU thread only."""
+        self.root_tdp = root
+        self.q[V.NESTED_CR3] = root
 
     def flush_tlb_guest(self) -> None:
         """Drop every translation of this vCPU at the next entry; vCPU thread only."""

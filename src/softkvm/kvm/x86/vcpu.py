@@ -37,6 +37,7 @@ from softkvm.kvm.x86.hyperv import requests as hyperv_requests
 from softkvm.kvm.x86.hyperv import stimer
 from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_CHECK_VAPIC, KVM_APIC_PV_EOI_PENDING
 from softkvm.kvm.x86.irqchip.lapic import Lapic
+from softkvm.kvm.x86.mmu.root_tdp import load_root_tdp
 from softkvm.kvm.x86.msr_index import MCG_CAP
 from softkvm.kvm.x86.paravirt import kvmclock, steal_time
 from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
@@ -46,6 +47,7 @@ from softkvm.kvm.x86.requests import (
     KVM_REQ_EVENT,
     KVM_REQ_HV_STIMER,
     KVM_REQ_IOAPIC_EOI_EXIT,
+    KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_NMI,
     KVM_REQ_REPORT_TPR_ACCESS,
     KVM_REQ_STEAL_UPDATE,
@@ -94,6 +96,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if self.apic is not None and not self.is_bsp():
             self.mp_state = _UNINITIALIZED
         tsc.set_offset(self, vm.tsc.offset)
+        self.make_request(KVM_REQ_LOAD_MMU_PGD)
         #: What the loop uses at every exit, in one tuple: KVM_RUN is called often, too.
         self._loop = (
             self.cpu.vmrun,
@@ -265,6 +268,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def arch_handle_requests(self, requests: int) -> bool:
         """Act on x86's requests and on flushes (``vcpu_enter_guest``); False to leave for userspace."""
+        if requests & KVM_REQ_LOAD_MMU_PGD:
+            load_root_tdp(self)
         if requests & KVM_REQ_TLB_FLUSH:
             self.stat_tlb_flush += 1
             self.flush_tlb_guest()

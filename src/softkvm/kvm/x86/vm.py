@@ -17,11 +17,13 @@ from softkvm.kvm.ioctl import serve, uninterrupted
 from softkvm.kvm.irq.irqchip import Irqchip
 from softkvm.kvm.memory.attributes import PrivateFrames
 from softkvm.kvm.params import Params
+from softkvm.kvm.tlb import TlbRange
 from softkvm.kvm.x86 import vm_caps
 from softkvm.kvm.x86.capabilities import OF_PRIVATE_MEMORY, check_extension
 from softkvm.kvm.x86.hyperv import connections, synic
 from softkvm.kvm.x86.irqchip.i8254 import Pit
 from softkvm.kvm.x86.irqchip.kernel import KernelIrqchip
+from softkvm.kvm.x86.mmu.root_tdp import flush_remote_tlbs_range
 from softkvm.kvm.x86.mmu.spte import MMIO_SPTE_GEN_MASK
 from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
 from softkvm.kvm.x86.msr_filter import MsrFilter
@@ -88,6 +90,14 @@ class Vm(VmState, vm.Vm):
     def arch_memslots_updated(self, generation: int) -> bool:
         """MMIO SPTEs hold some bits of the generation: when those wrap, old ones would look valid."""
         return not generation & MMIO_SPTE_GEN_MASK and self.mmu.zap_all()
+
+    def arch_flush_remote_tlbs(self) -> bool:
+        """Flush every root, as :mod:`.mmu.root_tdp` has it."""
+        return flush_remote_tlbs_range(self, None)
+
+    def arch_flush_remote_tlbs_range(self, ranges: Sequence[TlbRange]) -> bool:
+        """The same for some frames."""
+        return flush_remote_tlbs_range(self, ranges)
 
     def arch_destroy(self) -> None:
         """Stop the chips' timers."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from softkvm import abi
-from softkvm.kvm.tlb import flush_tlbs
+from softkvm import _softcpu, abi
+from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.x86.hyperv.call import Call
 from softkvm.kvm.x86.hyperv.vp_set import VpSet
+from softkvm.kvm.x86.svm.svm import ASID_GUEST
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -71,7 +72,9 @@ def flush_virtual_address(vcpu: Vcpu, call: Call) -> int:
 def flush_guest_tlbs(vcpus: Sequence[Vcpu], ranges: Sequence[GvaRange] | None) -> None:
     """Flush *ranges* of linear addresses, or all of them, on some processors; returns when that is so.
 
-    The one place that ranges come to: the silicon has INVLPGA, but no way to ask another processor for it, so each
-    flushes all it has before its next instruction.
+    None of them leaves its guest for it, and nested translations stay (INVLPGB's way, APM vol. 3).
     """
-    flush_tlbs(vcpus)
+    pages = None if ranges is None else [(gva >> PAGE_SHIFT, pages) for gva, pages in ranges]
+    _softcpu.flush_linear([vcpu.cpu for vcpu in vcpus], ASID_GUEST, pages)
+    for vcpu in vcpus:
+        vcpu.stat_tlb_flush += 1

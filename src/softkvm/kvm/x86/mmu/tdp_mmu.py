@@ -30,6 +30,7 @@ from softkvm.kvm.memory.pages import (
     gfn_round_for_level,
     pages_per_hpage,
 )
+from softkvm.kvm.tlb import TlbsDirty
 from softkvm.kvm.x86.mmu.spte import (
     ACC_ALL,
     MMIO_SPTE_GEN_MASK,
@@ -100,6 +101,7 @@ class TdpMmu:
         "pages",
         "root",
         "tables",
+        "tlbs_dirty",
     )
 
     def __init__(
@@ -120,6 +122,8 @@ class TdpMmu:
         #: A policy other than "as large as possible": returns the level for a slot, a frame and the largest level.
         self.mapping_level: Callable[[MemorySlot, int, int], int] | None = None
         self.root = TdpTable(machine.alloc_page(), ROOT_LEVEL, 0)
+        #: What has been taken from the entries and may be in TLBs: wherever a method tells to flush, this says what.
+        self.tlbs_dirty = TlbsDirty()
         self._free_later: list[TdpTable] = []
         #: Frames and sizes in pages of leaves zapped while dirty.
         self._dirty_later: list[tuple[int, int]] = []
@@ -302,6 +306,12 @@ class TdpMmu:
         """Take the child at ``index`` out of ``table``."""
         self._machine.pte_exchange(table.address + index * 8, 0)
         self._drop(table.children.pop(index))
+        self._note_dirty_tlbs(table, index, index + 1)
+
+    def _note_dirty_tlbs(self, table: TdpTable, first: int, end: int) -> None:
+        """Entries of a table have changed: what they were, whole leaves, may be in TLBs."""
+        shift = (table.level - 1) * 9
+        self.tlbs_dirty.add(table.gfn + (first << shift), table.gfn + (end << shift))
 
     def zap_range(self, start: int, end: int) -> bool:
         """Remove every mapping of the guest frames [start, end); True if a TLB flush is needed.
@@ -314,6 +324,7 @@ class TdpMmu:
         flush = False
         shift = (table.level - 1) * 9
         q = table.q
+        gone: list[int] = []
         for index in self._overlapping(table, start, end):
             child = table.children.get(index)
             first = table.gfn + (index << shift)
@@ -329,9 +340,12 @@ class TdpMmu:
                 if old & PT_PRESENT_MASK:
                     self.pages[table.level] -= 1
                     table.leaves -= 1
-                    flush = True
+                    gone.append(index)
                     if old & PT_DIRTY_MASK:
                         self._dirty_later.append((first, 1 << shift))
+        if gone:
+            self._note_dirty_tlbs(table, gone[0], gone[-1] + 1)
+            flush = True
         return flush
 
     def zap_all(self) -> bool:
@@ -406,6 +420,8 @@ class TdpMmu:
         if table.leaves and indexes:
             address, bits = table.address + indexes.start * 8, PT_WRITABLE_MASK | PT_DIRTY_MASK
             flush = bool(self._machine.pte_clear_bits(address, len(indexes), bits, PT_PRESENT_MASK | PT_PAGE_SIZE_MASK))
+            if flush:
+                self._note_dirty_tlbs(table, indexes.start, indexes.stop)
         for index, child in table.children.items():
             if index in indexes:
                 flush |= self._protect(child, start, end)
@@ -438,6 +454,8 @@ class TdpMmu:
             bits = int.from_bytes(test_and_clear(table.address + first * 8, count, PT_DIRTY_MASK), "little")
             if bits:
                 parts.append((table.gfn + first - start, bits))
+                lowest, end_bit = (bits & -bits).bit_length() - 1, bits.bit_length()
+                self._note_dirty_tlbs(table, first + lowest, first + end_bit)
         dirty = bytearray((end - start + 7) // 8 + 66)
         for offset, bits in parts:
             byte = offset >> 3
@@ -449,19 +467,20 @@ class TdpMmu:
 
     def clear_dirty(self, start: int, end: int) -> bool:
         """Clear the dirty bits of the 4 KiB leaves in [start, end); True if a flush is needed."""
-        clear = self._machine.pte_clear_bits
-        changed = 0
-        for table, first, count in self.leaf_tables(start, end):
-            changed += clear(table.address + first * 8, count, PT_DIRTY_MASK)
-        return bool(changed)
+        return self._clear(start, end, PT_DIRTY_MASK)
 
     def write_protect(self, start: int, end: int) -> bool:
         """Let writes to the 4 KiB leaves in [start, end) fault; True if a flush is needed."""
+        return self._clear(start, end, PT_WRITABLE_MASK)
+
+    def _clear(self, start: int, end: int, bits: int) -> bool:
         clear = self._machine.pte_clear_bits
-        changed = 0
+        flush = False
         for table, first, count in self.leaf_tables(start, end):
-            changed += clear(table.address + first * 8, count, PT_WRITABLE_MASK)
-        return bool(changed)
+            if clear(table.address + first * 8, count, bits):
+                self._note_dirty_tlbs(table, first, first + count)
+                flush = True
+        return flush
 
     def collapse(self, slot: MemorySlot, start: int, most: int) -> tuple[int, bool]:
         """Unlink tables of small leaves, from frame ``start`` on, whose frames a large one could map: ``most`` of them.
