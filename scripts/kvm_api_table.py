@@ -25,13 +25,59 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 CONFORMANCE: Final = ROOT / "tests" / "conformance"
 SUPPORT: Final = ROOT / "tests" / "support" / "conformance.py"
 
-#: Requests that no x86 KVM has (any more), or that belong to other objects.
-OBSOLETE: Final = frozenset(
-    {"KVM_SET_MEMORY_REGION", "KVM_SET_MEMORY_ALIAS", "KVM_SET_NR_MMU_PAGES", "KVM_GET_NR_MMU_PAGES"}
-)
 #: Methods that exist only to refuse.
-REFUSED: Final = {"KVM_SMI": "ENOTTY: there is no system management mode (KVM_CAP_X86_SMM is 0)"}
-OTHER_ARCHITECTURES: Final = ("_S390_", "_PPC_", "_ARM_", "_MIPS_", "_SPAPR_", "_XICS", "_MPIC", "_PCI_")
+REFUSED: Final = {
+    "KVM_SMI": "ENOTTY: there is no system management mode (KVM_CAP_X86_SMM is 0)",
+    "KVM_CREATE_DEVICE": "ENODEV: x86 has VFIO's device only, which needs hardware",
+}
+OTHER_ARCHITECTURES: Final = ("_S390_", "_PPC_", "_ARM_", "_MIPS_", "_SPAPR_", "_XICS", "_MPIC")
+
+_ARM64: Final = "arm64 has it"
+_NESTING: Final = "to come, with nesting"
+_ENCRYPTION: Final = "encrypted memory (SEV) needs hardware"
+#: Capabilities whose value is not the same everywhere.
+OF_THE_HOST: Final = {"KVM_CAP_NR_VCPUS": "the host's processors"}
+#: Why what Linux 6.12's headers name is not there.
+REASONS: Final = {
+    "KVM_SET_MEMORY_REGION": "removed: KVM_SET_USER_MEMORY_REGION took its place",
+    "KVM_SET_MEMORY_ALIAS": "removed in Linux 2.6.36",
+    "KVM_GET_ONE_REG": "EINVAL on x86 until Linux 6.18",
+    "KVM_SET_ONE_REG": "EINVAL on x86 until Linux 6.18",
+    "KVM_GET_REG_LIST": "EINVAL on x86 until Linux 6.18",
+    "KVM_SET_PMU_EVENT_FILTER": "to come, with the PMU",
+    "KVM_CAP_PV_MMU": "obsolete: shadow page tables need no help of the guest's",
+    "KVM_CAP_IOMMU": "removed in Linux 4.12, with device assignment; VFIO is its successor",
+    "KVM_CAP_ASSIGN_DEV_IRQ": "removed in Linux 4.12, with device assignment",
+    "KVM_CAP_PCI_2_3": "removed in Linux 4.12, with device assignment",
+    "KVM_CAP_XEN_HVM": "Xen's interfaces",
+    "KVM_CAP_ASYNC_PF": "to come",
+    "KVM_CAP_ASYNC_PF_INT": "to come",
+    "KVM_CAP_TSC_CONTROL": "the silicon has no TSC scaling",
+    "KVM_CAP_VM_TSC_CONTROL": "the silicon has no TSC scaling",
+    "KVM_CAP_SW_TLB": "PowerPC has it",
+    "KVM_CAP_ONE_REG": "other architectures have it, x86 from Linux 6.18 on",
+    "KVM_CAP_VM_ATTRIBUTES": "s390 has it; x86's VMs have no attributes",
+    "KVM_CAP_X86_SMM": "to come, with system management mode",
+    "KVM_CAP_GUEST_DEBUG_HW_BPS": f"{_ARM64}; x86 has four, always",
+    "KVM_CAP_GUEST_DEBUG_HW_WPS": f"{_ARM64}; x86 has four, always",
+    "KVM_CAP_MSI_DEVID": _ARM64,
+    "KVM_CAP_HYPERV_ENLIGHTENED_VMCS": _NESTING,
+    "KVM_CAP_HYPERV_DIRECT_TLBFLUSH": _NESTING,
+    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT": "withdrawn: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is it, mended",
+    "KVM_CAP_PMU_EVENT_FILTER": "to come, with the PMU",
+    "KVM_CAP_PMU_EVENT_MASKED_EVENTS": "to come, with the PMU",
+    "KVM_CAP_PMU_CAPABILITY": "to come, with the PMU",
+    "KVM_CAP_SMALLER_MAXPHYADDR": "0 on AMD's processors with nested paging: only Intel's tell such faults apart",
+    "KVM_CAP_X86_BUS_LOCK_EXIT": "to come",
+    "KVM_CAP_X86_NOTIFY_VMEXIT": "to come",
+    "KVM_CAP_SGX_ATTRIBUTE": "enclaves (SGX) need hardware",
+    "KVM_CAP_VM_COPY_ENC_CONTEXT_FROM": _ENCRYPTION,
+    "KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM": _ENCRYPTION,
+    "KVM_CAP_PTP_KVM": f"{_ARM64}; x86's guests find the hypercall in CPUID",
+    "KVM_CAP_VM_GPA_BITS": "RISC-V has it",
+    "KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP": "arm64 needs it, whose chips write memory outside of any vCPU; no x86 has it",
+    "KVM_CAP_COUNTER_OFFSET": _ARM64,
+}
 
 #: Differences that no test can show, or that are not differences of one test.
 NOTES: Final = (
@@ -181,15 +227,18 @@ def owner(request: str) -> str:
     return ", ".join(cls.__name__.removesuffix("Ioctls") for cls in found)
 
 
+def absent(name: str) -> str:
+    """Return what the table says of what is not there: why."""
+    return f"no: {REASONS[name]}" if name in REASONS else "no"
+
+
 def ioctl_rows(tests: dict[str, list[str]]) -> Iterator[str]:
     """Yield the table of ioctls."""
     yield "| ioctl | software side | test (tests/conformance) |"
     yield "|---|---|---|"
     for name in ioctls():
-        if name in OBSOLETE:
-            continue
         where = owner(name)
-        state = REFUSED.get(name) or (f"yes: `{where}.{abi.method_name(name)}`" if where else "no")
+        state = REFUSED.get(name) or (f"yes: `{where}.{abi.method_name(name)}`" if where else absent(name))
         yield f"| {name} | {state} | {covered(tests.get(abi.method_name(name), []) if where else [])} |"
 
 
@@ -201,7 +250,7 @@ def capability_rows(tests: dict[str, list[str]]) -> Iterator[str]:
         if not name.startswith("KVM_CAP_") or any(mark in name for mark in OTHER_ARCHITECTURES):
             continue
         value = check_extension(number)
-        state = "no" if not value else "yes" if value == 1 else f"yes: {value}"
+        state = absent(name) if not value else "yes" if value == 1 else f"yes: {OF_THE_HOST.get(name, value)}"
         yield f"| {name} | {number} | {state} | {covered(tests.get(name, []))} |"
 
 
@@ -225,8 +274,12 @@ def main() -> None:
     tests, needs, differs = read_tests()
     print("# The KVM API: what is there, and what tests it")
     print()
-    print(f"Generated by `{COMMAND}`. Tests are those of `tests/conformance`, which run on the software side and,")
-    print("where it opens, on `/dev/kvm`; `(+n)` is the number of further tests.")
+    print(f"Generated by `{COMMAND}`: what Linux 6.12's headers name")
+    print("for x86, but for Xen's interfaces, encrypted memory and what needs other hardware. Tests are those of")
+    print(
+        "`tests/conformance`, which run on the software side and, where it opens, on `/dev/kvm`; `(+n)` is the number"
+    )
+    print("of further tests. What is not there has its reason.")
     print()
     print("\n".join(["## Differences between the sides", "", *difference_rows(needs, differs), ""]))
     print("\n".join(["## Ioctls", "", *ioctl_rows(tests), ""]))

@@ -4,6 +4,8 @@
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 from tests.support.conformance import CODE, Guest, refused
@@ -11,6 +13,7 @@ from tests.support.conformance import CODE, Guest, refused
 from softkvm import abi
 
 UNKNOWN_MSR = 0x1234_5678
+CAP_SYS_BOOT = 22
 
 
 def supported(guest: Guest, cap: int) -> int:
@@ -271,6 +274,49 @@ def test_without_system_management_mode_an_smi_is_enotty(guest: Guest) -> None:
     if guest.vm.check_extension(abi.KVM_CAP_X86_SMM):
         pytest.skip("this KVM has system management mode")
     refused(errno.ENOTTY, guest.cpu.smi)
+
+
+def test_there_are_no_devices_of_other_architectures(guest: Guest) -> None:
+    """KVM API 4.79: ENODEV for a type that is not there, whether it is made or asked for."""
+    supported(guest, abi.KVM_CAP_DEVICE_CTRL)
+    for flags in (0, abi.KVM_CREATE_DEVICE_TEST):
+        for kind in (abi.KVM_DEV_TYPE_ARM_VGIC_V3, abi.KVM_DEV_TYPE_XICS, 0, 0xFFFF, 0xFFFF_FFFF):
+            refused(errno.ENODEV, partial(guest.vm.create_device, kind, flags))
+
+
+def test_huge_pages_of_code_may_be_asked_for_before_the_first_vcpu(make: Callable[..., Guest]) -> None:
+    """KVM API 7.32: EPERM without CAP_SYS_BOOT, EINVAL with an argument or for a VM with vCPUs."""
+    guest, late = make(vcpus=0), make(vcpus=1)
+    supported(guest, abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES)
+    status = Path("/proc/thread-self/status").read_text()
+    capabilities = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), 16)
+    if not capabilities >> CAP_SYS_BOOT & 1:
+        refused(errno.EPERM, lambda: guest.vm.enable_cap(abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES))
+        return
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES, 1))
+    refused(errno.EINVAL, lambda: late.vm.enable_cap(abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES))
+    guest.vm.enable_cap(abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES)
+
+
+def test_an_exit_of_the_guest_itself_is_none_of_a_nested_one(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_X86_GUEST_MODE)
+    guest.real("f4")
+    assert not guest.expect(abi.KVM_EXIT_HLT).flags & abi.KVM_RUN_X86_GUEST_MODE
+
+
+def test_an_event_that_cannot_be_delivered_names_the_processor(
+    guest: Guest, device_differs: Callable[[str], None]
+) -> None:
+    """KVM API 5, KVM_EXIT_INTERNAL_ERROR: the last datum is the processor of the last entry into the guest."""
+    supported(guest, abi.KVM_CAP_LAST_CPU)
+    device_differs("an event that KVM delivers itself (here: all) is tried again and again where there is no memory")
+    guest.real("cd20")  # int 0x20
+    sregs = guest.cpu.get_sregs()
+    sregs.idt.base = 0xF000_0000  # no memory there
+    guest.cpu.set_sregs(sregs)
+    internal = guest.expect(abi.KVM_EXIT_INTERNAL_ERROR).internal
+    assert internal.suberror == abi.KVM_INTERNAL_ERROR_DELIVERY_EV
+    assert internal.data[internal.ndata - 1] < (os.cpu_count() or 1)
 
 
 def test_resampling_needs_the_kernels_ioapic(make: Callable[..., Guest]) -> None:

@@ -143,7 +143,10 @@ def test_the_guest_may_ask_for_a_reset(hv: HypervGuest) -> None:
     with pytest.raises(Left) as left:
         hv.wrmsr(abi.HV_X64_MSR_RESET, 1)
     assert left.value.reason == abi.KVM_EXIT_SYSTEM_EVENT
-    assert hv.guest.kvm_run.system_event.type == abi.KVM_SYSTEM_EVENT_RESET
+    event = hv.guest.kvm_run.system_event
+    assert event.type == abi.KVM_SYSTEM_EVENT_RESET
+    if hv.guest.vm.check_extension(abi.KVM_CAP_SYSTEM_EVENT_DATA):
+        assert event.ndata == 0
     assert hv.rdmsr(abi.HV_X64_MSR_RESET) == 0
 
 

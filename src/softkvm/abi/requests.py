@@ -269,7 +269,7 @@ KVM_SET_GSI_ROUTING = IOW(
 KVM_IRQFD = IOW(0x76, kvm_irqfd, VM, fields("fd", "gsi", "flags", "resamplefd"))
 KVM_IOEVENTFD = IOW(0x79, kvm_ioeventfd, VM, IoEventfd)
 KVM_SIGNAL_MSI = IOW(0xA5, kvm_msi, VM, TakesValue)
-KVM_CREATE_DEVICE = IOWR(0xE0, kvm_create_device, VM)
+KVM_CREATE_DEVICE = IOWR(0xE0, kvm_create_device, VM, fields("type", "flags", gives="fd"))
 KVM_CLEAR_DIRTY_LOG = IOWR(0xC0, kvm_clear_dirty_log, VM, ClearDirtyLog)
 KVM_RESET_DIRTY_RINGS = IO(0xC7, VM, Value)
 KVM_SET_MEMORY_ATTRIBUTES = IOW(0xD2, kvm_memory_attributes, VM, Takes)

@@ -78,6 +78,12 @@ class Vm(Closeable, Protocol):
         Its slots keep the file. ``fallocate()`` with FALLOC_FL_PUNCH_HOLE gives memory back.
         """
 
+    def create_device(self, type: int, flags: int) -> int:
+        """KVM_CREATE_DEVICE: a descriptor of a device in the kernel. ENODEV for a type that this KVM has not got.
+
+        With KVM_CREATE_DEVICE_TEST in *flags* only whether it has.
+        """
+
     def set_memory_attributes(self, attributes: abi.kvm_memory_attributes) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES: make guest frames private (KVM_MEMORY_ATTRIBUTE_PRIVATE), or shared.
 

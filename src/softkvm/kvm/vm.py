@@ -176,6 +176,10 @@ class Vm(VmState, Closing):
             self.check_open()
             return self.guest_memfds.create(wanted)
 
+    def create_device(self, type: int, flags: int) -> int:
+        """KVM_CREATE_DEVICE: no architecture here has devices beside its interrupt chips; VFIO's needs hardware."""
+        raise kvm_error(errno.ENODEV, f"type={type}: there are no such devices")
+
     def set_memory_attributes(self, attributes: abi.kvm_memory_attributes) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES."""
         frames = self.private_frames

@@ -92,6 +92,10 @@ CAPABILITIES: Final[dict[int, int]] = GENERAL_CAPABILITIES | {
     abi.KVM_CAP_PRE_FAULT_MEMORY: 1,
     abi.KVM_CAP_EXIT_HYPERCALL: 1 << abi.KVM_HC_MAP_GPA_RANGE,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: 1,
+    abi.KVM_CAP_X86_GUEST_MODE: 1,
+    abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: 1,
+    abi.KVM_CAP_LAST_CPU: 1,
+    abi.KVM_CAP_PCI_SEGMENT: 1,
 }
 
 #: What a VM has only if its memory can be private.

@@ -19,6 +19,7 @@ _X2APIC_API: Final = abi.KVM_X2APIC_API_USE_32BIT_IDS | abi.KVM_X2APIC_API_DISAB
 _MSR_EXIT_REASONS: Final = (
     abi.KVM_MSR_EXIT_REASON_INVAL | abi.KVM_MSR_EXIT_REASON_UNKNOWN | abi.KVM_MSR_EXIT_REASON_FILTER
 )
+_CAP_SYS_BOOT: Final = 22
 #: The longest timer, 2**32-1 periods of the largest divisor, has to fit into 64 bits.
 _MAX_BUS_CYCLE_NS: Final = ((1 << 64) - 1) // (((1 << 32) - 1) * 128)
 
@@ -106,6 +107,22 @@ def _apic_bus_cycles(vm: Vm, value: int) -> None:
     chips.apic_map.bus_cycle_ns = value
 
 
+def _disable_nx_huge_pages(vm: Vm, value: int) -> None:
+    """Nothing to turn off: this silicon has no erratum that executable huge pages would be split for."""
+    if not _may_reboot():
+        raise kvm_error(errno.EPERM, "the process has not got CAP_SYS_BOOT")
+    with vm.lock:
+        if value or vm.vcpus:
+            raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 0, before the first vCPU")
+
+
+def _may_reboot() -> bool:
+    """Tell whether the calling thread has CAP_SYS_BOOT (capabilities(7))."""
+    with open("/proc/thread-self/status") as status:
+        effective = next(line for line in status if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> _CAP_SYS_BOOT & 1)
+
+
 _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_MAX_VCPU_ID: _max_vcpu_id,
     abi.KVM_CAP_DISABLE_QUIRKS: _disable_quirks,
@@ -120,4 +137,5 @@ _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_MSR_PLATFORM_INFO: _msr_platform_info,
     abi.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
+    abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: _disable_nx_huge_pages,
 }
