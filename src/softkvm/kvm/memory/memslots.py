@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, pages_per_hpage
+from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, hpage_gfn_mask
 
 if TYPE_CHECKING:
     from softkvm.abi import kvm_userspace_memory_region, kvm_userspace_memory_region2
@@ -97,7 +97,7 @@ class MemorySlot:
         """Return the largest leaf level at which guest's addresses, and the host's from ``address`` on, are aligned."""
         level = PG_LEVEL_1G
         misalignment = self.base_gfn ^ (address >> PAGE_SHIFT)
-        while level > PG_LEVEL_4K and misalignment & (pages_per_hpage(level) - 1):
+        while level > PG_LEVEL_4K and misalignment & ~hpage_gfn_mask(level):
             level -= 1
         return level
 

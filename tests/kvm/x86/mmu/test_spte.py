@@ -50,3 +50,9 @@ def test_gfns_are_rounded_to_their_leaf() -> None:
     assert pages.gfn_round_for_level(0x12345, 1) == 0x12345
     assert pages.gfn_round_for_level(0x12345, 2) == 0x12200
     assert pages.gfn_round_for_level(0x7_2345, 3) == 0x4_0000
+
+
+def test_one_helper_says_which_bits_of_a_gfn_are_a_leafs() -> None:
+    for level, size in ((1, 1), (2, 512), (3, 512**2), (4, 512**3)):
+        assert pages.pages_per_hpage(level) == size
+        assert pages.hpage_gfn_mask(level) == -size

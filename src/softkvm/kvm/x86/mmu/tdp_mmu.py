@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.host_mappings import NO_ACCESS, READ_WRITE, HostMappings
 from softkvm.kvm.memory.pages import (
+    HPAGE_GFN_SHIFT,
     PAGE_SHIFT,
     PG_LEVEL_1G,
     PG_LEVEL_2M,
@@ -143,7 +144,7 @@ class TdpMmu:
         table = self.root
         level = ROOT_LEVEL
         while True:
-            index = (gfn >> ((level - 1) * 9)) & _INDEX_MASK
+            index = gfn >> HPAGE_GFN_SHIFT[level] & _INDEX_MASK
             child = table.children.get(index)
             if child is None:
                 return table.q[index], level
@@ -170,7 +171,7 @@ class TdpMmu:
         table = self.root
         level = ROOT_LEVEL
         while level > to_level:
-            index = (gfn >> ((level - 1) * 9)) & _INDEX_MASK
+            index = gfn >> HPAGE_GFN_SHIFT[level] & _INDEX_MASK
             child = table.children.get(index)
             if child is None:
                 child = TdpTable(self._machine.alloc_page(), level - 1, gfn_round_for_level(gfn, level))
@@ -230,7 +231,7 @@ class TdpMmu:
         if slot.dirty_logging and slot.dirty_bitmap is None:
             writable = write  # the first write goes into a ring
         spte = make_spte(hva, level, writable=writable)
-        self._machine.pte_store(table.address + ((gfn >> ((level - 1) * 9)) & _INDEX_MASK) * 8, spte)
+        self._machine.pte_store(table.address + (gfn >> HPAGE_GFN_SHIFT[level] & _INDEX_MASK) * 8, spte)
         if not present:
             self.pages[level] += 1
             table.leaves += 1
@@ -280,7 +281,7 @@ class TdpMmu:
             if next(slots.meeting(first, first + pages_per_hpage(level)), None) is None:
                 break
             level -= 1
-        shift = (level - 1) * 9
+        shift = HPAGE_GFN_SHIFT[level]
         self._machine.pte_store(
             self._descend(gfn, level).address + (gfn >> shift & _INDEX_MASK) * 8,
             make_mmio_spte(gfn_round_for_level(gfn, level), slots.generation & MMIO_SPTE_GEN_MASK, access),
@@ -290,7 +291,7 @@ class TdpMmu:
 
     def _overlapping(self, table: TdpTable, start: int, end: int) -> range:
         """Return the indexes of ``table`` whose frames meet [start, end)."""
-        shift = (table.level - 1) * 9
+        shift = HPAGE_GFN_SHIFT[table.level]
         first = max(start - table.gfn, 0) >> shift
         last = min((end - table.gfn + (1 << shift) - 1) >> shift, SPTES_PER_PAGE)
         return range(first, max(first, last))
@@ -310,7 +311,7 @@ class TdpMmu:
 
     def _note_dirty_tlbs(self, table: TdpTable, first: int, end: int) -> None:
         """Entries of a table have changed: what they were, whole leaves, may be in TLBs."""
-        shift = (table.level - 1) * 9
+        shift = HPAGE_GFN_SHIFT[table.level]
         self.tlbs_dirty.add(table.gfn + (first << shift), table.gfn + (end << shift))
 
     def zap_range(self, start: int, end: int) -> bool:
@@ -322,7 +323,7 @@ class TdpMmu:
 
     def _zap(self, table: TdpTable, start: int, end: int) -> bool:
         flush = False
-        shift = (table.level - 1) * 9
+        shift = HPAGE_GFN_SHIFT[table.level]
         q = table.q
         gone: list[int] = []
         for index in self._overlapping(table, start, end):
@@ -370,7 +371,7 @@ class TdpMmu:
             table.page.free()
 
     def _mark_dirty_leaves(self, table: TdpTable, mark_dirty: Callable[[int, int], None]) -> None:
-        address, shift = table.address, (table.level - 1) * 9
+        address, shift = table.address, HPAGE_GFN_SHIFT[table.level]
         bits = int.from_bytes(self._machine.pte_test_and_clear(address, SPTES_PER_PAGE, PT_DIRTY_MASK), "little")
         while bits:
             index = (bits & -bits).bit_length() - 1
@@ -504,7 +505,7 @@ class TdpMmu:
             child = table.children.get(index)
             if child is None:
                 continue
-            first = table.gfn + (index << (table.level - 1) * 9)
+            first = table.gfn + (index << HPAGE_GFN_SHIFT[table.level])
             if PG_LEVEL_2M <= table.level <= PG_LEVEL_1G and self.max_mapping_level(slot, first) >= table.level:
                 yield table, index
             else:
