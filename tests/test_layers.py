@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "softkvm"
 #: What each layer may import of the package, itself aside. ``softkvm.__init__`` opens either KVM, when it is asked to.
 BELOW: dict[str, set[str]] = {
     "abi": set(),
-    "api": {"abi"},
-    "kvm": {"abi", "closing", "threads"},
-    "devkvm": {"abi", "api", "closing", "threads"},
-    "vmm": {"abi", "api", "closing", "progress", "threads"},
+    "api": {"abi", "cputime"},
+    "kvm": {"abi", "closing", "cputime", "threads"},
+    "devkvm": {"abi", "api", "closing", "cputime", "threads"},
+    "vmm": {"abi", "api", "closing", "cputime", "progress", "threads"},
     "reports": set(),
     "unittests": {"abi", "api", "vmm", "qemu", "reports"},
     "bench": {"abi", "api", "vmm", "unittests", "qemu", "reports"},

@@ -81,8 +81,8 @@ class Cpu:
     def run(self, function: Callable[[int], object], mask: int | None = None) -> None:
         """Call ``function`` as the one that runs the processor on this thread.
 
-        It is told :data:`RUN_INTERRUPTED` if :attr:`interrupted`, and :data:`RUN_WATCHED` if a word of :meth:`watch`
-        isn't 0.
+        It is told :data:`RUN_INTERRUPTED` if :attr:`interrupted`, :data:`RUN_WATCHED` if a word of :meth:`watch` isn't
+        0, and :data:`RUN_MOVED` if the time is accounted and was on another thread before.
 
         Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run behind
         it, before what the function raises is raised. Python handlers whose signals came before run now; what one
@@ -122,8 +122,34 @@ class Cpu:
     def clear_kick(self) -> bool: ...
     def set_timer(self, deadline_ns: int) -> None:
         """Kick the processor when :func:`clock_ns` reaches ``deadline_ns``; 0: not. One deadline at a time."""
+    def account(self) -> None:
+        """Account the processor time of the thread that is in :meth:`run`, and of those after it, from now on.
+
+        ``RuntimeError`` on another thread. It can't be ended.
+        """
+    def cpu_times(self) -> tuple[int, int]:
+        """Return the processor time that is accounted in ns, and the guest's share; neither ever falls.
+
+        The first is exact: the threads' clocks, from the first run's :meth:`account` on. What a thread does between
+        two runs counts when it is in the second. The share is measured around VMRUN and scaled
+        (:func:`cputime_adjust`). Outside of runs both are what they were when the last one ended.
+        """
+    def cpu_thread(self) -> tuple[int, int]:
+        """Return the native identifier of the thread that is accounted and in :meth:`run`, 0 for none, and by how much
+        the time accounted is ahead of that thread's clock (negative: behind it)."""
     def flush_tlb(self) -> None: ...
     def stats(self) -> dict[str, int]: ...
+
+class ThreadTimer:
+    """A timer of the host's on the processor time of a thread of this process.
+
+    It sends ``signal`` to the thread ``receiver``, which should have it blocked and wait for it. ``tid`` and
+    ``receiver`` are native identifiers. ``OSError``: EINVAL if there is no such thread, EAGAIN for too many timers.
+    """
+
+    def __init__(self, tid: int, signal: int, receiver: int) -> None: ...
+    def arm(self, deadline_ns: int) -> None:
+        """Have the signal sent once the thread's clock reads ``deadline_ns``, at the host's next tick; 0: not."""
 
 class Instruction:
     """A decoded instruction: lengths and operands."""
@@ -156,6 +182,7 @@ class Instruction:
 
 RUN_INTERRUPTED: Final[int]
 RUN_WATCHED: Final[int]
+RUN_MOVED: Final[int]
 
 REGISTER_OFFSETS: Final[dict[str, int]]
 """Where the fields of the register block (:attr:`Cpu.registers`) begin, in bytes; their names are the crate's."""
@@ -165,6 +192,9 @@ def rdtsc() -> int: ...
 def tsc_khz() -> int: ...
 def clocks() -> tuple[int, int]: ...
 def use_host_tsc() -> int: ...
+def cputime_adjust(run: int, guest: int, host: int, told: tuple[int, int]) -> tuple[int, int]:
+    """Split ``run`` as ``guest`` and ``host`` are to each other, which were measured; neither is less than ``told``."""
+
 def sched_yield() -> int:
     """Let another thread have the host's processor, and the interpreter's lock with it; returns for how many ns."""
 

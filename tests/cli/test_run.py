@@ -78,6 +78,33 @@ def test_status_tells_how_the_guest_ended(tmp_path: Path, accel: str, code: byte
     assert done.stderr.count("\n") == (1 if status else 0)
 
 
+def test_cpu_time_is_limited(tmp_path: Path, accel: str) -> None:
+    stats_path = tmp_path / "stats.json"
+    done = run(
+        "--accel", accel, "--cpu-time-limit", "0.2", "--cpu-quota", "50%", "-c", "2", "--timeout", "60",
+        "--stats", stats_path, flat(tmp_path, SPIN),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (10, "softkvm: CPU time limit: 0.2 s\n")
+    stats = json.loads(stats_path.read_text())
+    assert (stats["end"], stats["exit_status"]) == ("CPU time limit", 10)
+    assert set(stats["vcpus"][0]["cpu_quota"]) == {"nr_periods", "nr_throttled", "throttled_ns"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--cpu-time-limit", "0", "expected a number of seconds above 0, up to 1e9"),
+        ("--cpu-time-limit", "nan", "expected a number of seconds above 0, up to 1e9"),
+        ("--cpu-quota", "0.5", "expected a number of percent from 1 to 100"),
+        ("--cpu-quota", "101", "expected a number of percent from 1 to 100"),
+        ("--cpu-quota", "%", "expected a number of percent from 1 to 100"),
+    ],
+)
+def test_cpu_time_that_is_none_is_one_line(tmp_path: Path, option: str, value: str, expected: str) -> None:
+    done = run(f"{option}={value}", flat(tmp_path, SPIN))
+    assert (done.returncode, done.stderr) == (2, f"softkvm: {option} {value}: {expected}\n")
+
+
 def test_console_output_is_standard_output_and_stats_are_complete(tmp_path: Path, accel: str) -> None:
     stats_path = tmp_path / "stats.json"
     code = printing(b"Linux version 6.1 (x)\nRun /init as init process\n") + POWER_OFF

@@ -2,6 +2,7 @@
 //! Python binding of softcpu: `softkvm._softcpu`. Types and documentation are in `_softcpu.pyi`.
 
 mod client;
+mod cputime;
 mod decode;
 mod flush;
 mod machine;
@@ -90,6 +91,7 @@ extern "C" fn after_fork() {
     softcpu::mem::forked();
     signals::after_fork();
     timer::after_fork();
+    cputime::after_fork();
 }
 
 #[pymodule]
@@ -99,6 +101,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<machine::PyMachine>()?;
     m.add_class::<machine::Page>()?;
     m.add_class::<processor::PyCpu>()?;
+    m.add_class::<cputime::PyThreadTimer>()?;
     m.add_class::<decode::PyInstruction>()?;
     m.add("REGISTER_OFFSETS", register_offsets())?;
     m.add("RUN_INTERRUPTED", processor::RUN_INTERRUPTED)?;
@@ -106,6 +109,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("FLUSH_MAX_RANGES", softcpu::mem::flush::MAX_RANGES)?;
     m.add_function(wrap_pyfunction!(flush::flush_physical, m)?)?;
     m.add_function(wrap_pyfunction!(flush::flush_linear, m)?)?;
+    m.add("RUN_MOVED", processor::RUN_MOVED)?;
     m.add_function(wrap_pyfunction!(clock_ns, m)?)?;
     softcpu::clock::begin_measurement();
     m.add_function(wrap_pyfunction!(rdtsc, m)?)?;
@@ -114,6 +118,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(use_host_tsc, m)?)?;
     m.add_function(wrap_pyfunction!(sched_yield, m)?)?;
     m.add_function(wrap_pyfunction!(watch_signal, m)?)?;
+    m.add_function(wrap_pyfunction!(cputime::cputime_adjust, m)?)?;
     m.add_function(wrap_pyfunction!(request::uninterrupted, m)?)?;
     m.add_function(wrap_pyfunction!(request::unseen, m)?)?;
     m.add_function(wrap_pyfunction!(cpuid, m)?)?;

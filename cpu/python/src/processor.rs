@@ -4,7 +4,7 @@
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::ffi::c_int;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use pyo3::buffer::PyBuffer;
@@ -16,7 +16,9 @@ use softcpu::clock::clock_ns;
 use softcpu::engine::state::Engine;
 use softcpu::mem::{Machine, Shared, Wake};
 use softcpu::x86::state::Cpu;
+use softcpu::x86::vmrun::BadVmcb;
 
+use crate::cputime::{Account, GUEST, HOST, OFF};
 use crate::machine::{PyMachine, own};
 use crate::request;
 use crate::signals::{self, Runner};
@@ -35,9 +37,11 @@ pub struct PyCpu {
     machine: Arc<Machine>,
     runner: &'static Runner,
     deadline: AtomicU64,
-    /// Processors to kick at the next entry, and whether there are any.
+    /// Processors to kick at the next entry.
     held: Mutex<Vec<Arc<Shared>>>,
-    holding: AtomicBool,
+    account: Account,
+    /// What there is to do around an entry.
+    at_entry: AtomicU32,
     /// What [`PyCpu::run`] looks at when it begins.
     watched: OnceLock<PyBuffer<u64>>,
 }
@@ -45,6 +49,11 @@ pub struct PyCpu {
 /// What the function of [`PyCpu::run`] is told.
 pub const RUN_INTERRUPTED: u32 = 1;
 pub const RUN_WATCHED: u32 = 2;
+pub const RUN_MOVED: u32 = 4;
+
+/// Bits of [`PyCpu::at_entry`]: processors are to be kicked; the processor's time is accounted.
+const HOLDING: u32 = 1;
+const ACCOUNTED: u32 = 2;
 
 // SAFETY: `inner` is only reached through `exclusive`, which hands it to one thread at a time; `registers` points into
 // the boxed Cpu and is only turned into a Python buffer.
@@ -85,9 +94,29 @@ impl PyCpu {
         })
     }
 
+    fn accounted(&self) -> bool {
+        self.at_entry.load(Ordering::Relaxed) & ACCOUNTED != 0
+    }
+
+    /// Enters the guest where there is something to do around that; also whether the time is accounted.
+    #[cold]
+    fn enter_attended(&self, vmcb: usize) -> (PyResult<Result<u64, BadVmcb>>, bool) {
+        self.send_held();
+        let accounted = self.accounted();
+        if accounted {
+            self.account.switch(GUEST);
+        }
+        let result = self.exclusive(|cpu| cpu.vmrun_gprs(vmcb));
+        if accounted {
+            self.account.switch(OFF); // until it has the interpreter
+        }
+        (result, accounted)
+    }
+
     /// Sends the kicks that were held back.
     fn send_held(&self) {
-        if self.holding.swap(false, Ordering::SeqCst) {
+        if self.at_entry.load(Ordering::Relaxed) & HOLDING != 0 {
+            self.at_entry.fetch_and(!HOLDING, Ordering::SeqCst);
             for shared in self.held.lock().unwrap_or_else(|e| e.into_inner()).drain(..) {
                 shared.kick();
             }
@@ -174,7 +203,8 @@ impl PyCpu {
             runner,
             deadline: AtomicU64::new(0),
             held: Mutex::default(),
-            holding: AtomicBool::new(false),
+            account: Account::default(),
+            at_entry: AtomicU32::new(0),
             watched: OnceLock::new(),
         })
     }
@@ -192,11 +222,16 @@ impl PyCpu {
 
     fn vmrun(&self, py: Python<'_>, vmcb: usize) -> PyResult<u64> {
         own(&self.machine)?;
-        let result = py.detach(|| {
-            self.send_held();
-            self.exclusive(|cpu| cpu.vmrun_gprs(vmcb))
-        })?;
-        result.map_err(|_| {
+        let (result, accounted) = py.detach(|| {
+            if self.at_entry.load(Ordering::Relaxed) == 0 {
+                return (self.exclusive(|cpu| cpu.vmrun_gprs(vmcb)), false);
+            }
+            self.enter_attended(vmcb)
+        });
+        if accounted {
+            self.account.switch(HOST);
+        }
+        result?.map_err(|_| {
             PyValueError::new_err(format!(
                 "vmcb {vmcb:#x}: expected a 4096-byte aligned page of registered memory"
             ))
@@ -206,10 +241,16 @@ impl PyCpu {
     #[pyo3(signature = (function, mask = None, /))]
     fn run(&self, function: &Bound<'_, PyAny>, mask: Option<u64>) -> PyResult<()> {
         let run = |interrupted: bool| {
-            let told =
+            let mut told =
                 if interrupted { RUN_INTERRUPTED } else { 0 } | if self.watches() { RUN_WATCHED } else { 0 };
+            if self.accounted() && self.account.enter_run() {
+                told |= RUN_MOVED;
+            }
             let result = function.call1((told,));
             self.send_held();
+            if self.accounted() {
+                self.account.leave_run();
+            }
             result
         };
         request::run(self.runner, mask, run, function.py()).map(drop)
@@ -265,15 +306,23 @@ impl PyCpu {
 
     fn kick_at_entry(&self, other: &PyCpu) {
         self.held.lock().unwrap_or_else(|e| e.into_inner()).push(other.shared.clone());
-        self.holding.store(true, Ordering::SeqCst);
+        self.at_entry.fetch_or(HOLDING, Ordering::SeqCst);
     }
 
     #[pyo3(signature = (timeout_ns = -1))]
     fn wait(&self, py: Python<'_>, timeout_ns: i64) -> bool {
-        py.detach(|| {
+        let accounted = self.accounted() && self.runner.held();
+        if accounted {
+            self.account.switch(OFF);
+        }
+        let kicked = py.detach(|| {
             self.send_held();
             self.sleep((timeout_ns >= 0).then(|| clock_ns().saturating_add(timeout_ns as u64)))
-        })
+        });
+        if accounted {
+            self.account.switch(HOST);
+        }
+        kicked
     }
 
     fn poll(&self, py: Python<'_>, timeout_ns: u64) -> bool {
@@ -281,6 +330,25 @@ impl PyCpu {
             self.send_held();
             self.spin(timeout_ns)
         })
+    }
+
+    fn account(&self) -> PyResult<()> {
+        if !self.runner.held() {
+            return Err(PyRuntimeError::new_err("the thread does not run the processor"));
+        }
+        if !self.accounted() {
+            self.account.begin();
+            self.at_entry.fetch_or(ACCOUNTED, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn cpu_times(&self) -> (u64, u64) {
+        self.account.times()
+    }
+
+    fn cpu_thread(&self) -> (i32, i64) {
+        self.account.thread()
     }
 
     fn set_timer(&self, deadline_ns: u64) {

@@ -6,7 +6,7 @@ Structures that differ between architectures are in their own modules, :mod:`sof
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -14,6 +14,8 @@ from softkvm import abi
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from softkvm.cputime import CpuClock
 
 
 class Closeable(Protocol):
@@ -191,6 +193,18 @@ class Vcpu(Closeable, Protocol):
         Not an ioctl: it is what a signal does to the thread of a real vCPU. One or more kicks end one run. A signal's
         handler may kick.
         """
+
+    def call_soon(self, work: Callable[[], None]) -> None:
+        """Have :meth:`run` call ``work`` on its thread, before it enters the guest again (task work); from any thread.
+
+        A guest that runs is interrupted for it, and goes on; one that halts is woken, and halts again. What ``work``
+        raises, ``run`` raises, and the rest is done in the next one. Not an ioctl: it is what the kernel does for
+        itself.
+        """
+
+    @property
+    def cpu_clock(self) -> CpuClock:
+        """The CPU time of the vCPU, and timers on it, from the first question for it on."""
 
     def get_mp_state(self) -> abi.kvm_mp_state:
         """KVM_GET_MP_STATE."""

@@ -41,6 +41,14 @@ def factor(option: str, text: str) -> float:
     raise CommandError(f"{option} {text}: expected a number above 0, up to 1e6")
 
 
+def percent(option: str, text: str) -> float:
+    """Return the part of a whole that *text* names, from 1 to 100 percent."""
+    value = _number(text.removesuffix("%"))
+    if 1 <= value <= 100:
+        return value
+    raise CommandError(f"{option} {text}: expected a number of percent from 1 to 100")
+
+
 def count(option: str, text: str, low: int, high: int) -> int:
     """Return the number from *low* to *high* that *text* names."""
     if text.isdecimal() and len(text) < 20 and low <= int(text) <= high:

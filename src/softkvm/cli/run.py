@@ -21,7 +21,7 @@ import softkvm
 from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
-from softkvm.cli.arguments import count, file_name, seconds, size
+from softkvm.cli.arguments import count, file_name, percent, seconds, size
 from softkvm.cli.output import OutputFile, say_printed, warn
 from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
 from softkvm.progress import TerminalProgress
@@ -54,6 +54,7 @@ EXIT_STATUS = {
     End.STOPPED: 7,
     End.DEBUG_EXIT: 8,
     End.HALTED: 9,
+    End.CPU_TIME: 10,
 }
 """Exit status of ``softkvm run`` for every end of a machine. 2 is a usage error, 128 + n an end by signal n."""
 
@@ -72,6 +73,7 @@ exit status:
   7  ended from the console with Ctrl-A x
   8  the guest wrote the debug-exit port
   9  the guest halted for good, with interrupts disabled
+  10 --cpu-time-limit
   128 + n  ended by signal n; 141: nobody reads the console
 
 on the console:
@@ -146,6 +148,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="stdio (default), pty, file:PATH or none",
     )
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
+    add("--cpu-time-limit", metavar="SECONDS", help="end the machine when its vCPUs have used so much CPU time in all")
+    add(
+        "--cpu-quota",
+        metavar="PERCENT",
+        help="CPU time of each vCPU, 1 to 100 percent of every 100 ms; it stands for the rest",
+    )
     add(
         "--plugin",
         metavar="FILE.py",
@@ -368,7 +376,14 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
     """Boot what *args* say; *files* closes the images."""
     try:
         vcpus = count("--vcpus", args.vcpus, 1, MAX_VCPUS)
-        config = Config(size("--mem", args.mem), vcpus, hyperv=args.cpu == CPU_HYPERV)
+        limit, quota = args.cpu_time_limit, args.cpu_quota
+        config = Config(
+            size("--mem", args.mem),
+            vcpus,
+            hyperv=args.cpu == CPU_HYPERV,
+            cpu_time_limit_s=None if limit is None else seconds("--cpu-time-limit", limit),
+            cpu_quota=None if quota is None else percent("--cpu-quota", quota),
+        )
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         image = _choose_image(args)
         deadline = Deadline(timeout_s)

@@ -9,11 +9,14 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from threading import get_native_id
 from typing import TYPE_CHECKING
 
 from softkvm import abi, api
 from softkvm.abi import checks
+from softkvm.cputime import CpuClock
+from softkvm.devkvm.cputime import ThreadTime
 from softkvm.devkvm.ioctl import Descriptor, add_requests
 from softkvm.devkvm.kick import install_handler, signal_thread
 from softkvm.devkvm.stats import read_stats
@@ -37,8 +40,11 @@ class Vcpu(Descriptor):
         libc = ctypes.CDLL(None, use_errno=True)
         self._ioctl = libc.ioctl
         self._ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
-        self._kicked = False
-        self._immediate_exit = 0  # the client's own value while a kick occupies the field
+        self._interrupted = False
+        self._immediate_exit = 0  # the client's own value while an interruption occupies the field
+        self._task_work: list[Callable[[], None]] = []
+        self._time = ThreadTime()
+        self._clock: CpuClock | None = None
         self._native_id = 0  # the thread that is in run(), or 0
 
     if not TYPE_CHECKING:
@@ -61,13 +67,26 @@ class Vcpu(Descriptor):
             self._run_failed(ctypes.get_errno())
 
     def _run_failed(self, error: int) -> None:
-        """Take back a kick's immediate_exit, then raise the error of KVM_RUN."""
+        """Take back an interruption's immediate_exit, do what was called for, then raise the error of KVM_RUN."""
         if error == errno.EINTR:
             with self._lock:
-                if self._kicked:
-                    self._kicked = False
+                if self._interrupted:
+                    self._interrupted = False
                     self.shared[_IMMEDIATE_EXIT] = self._immediate_exit
+            if self._clock is not None and self._time.tid not in (0, get_native_id()):
+                self._time.account()
+                self._clock.moved()
+            self._run_task_work()
         raise OSError(error, os.strerror(error))
+
+    def _run_task_work(self) -> None:
+        try:
+            while self._task_work:
+                self._task_work.pop(0)()
+        finally:
+            with self._lock:
+                if self._task_work:  # the rest is for the next KVM_RUN
+                    self._interrupt()
 
     def after_fork(self) -> None:
         """In a child the vCPU is its parent's, and the lock's holder, if there is one, too."""
@@ -76,18 +95,44 @@ class Vcpu(Descriptor):
 
     def kick(self) -> None:
         with self._lock:
-            if self.fd < 0 or self._inherited:  # there is nobody to end, and the parent shares immediate_exit
-                return
-            if not self._kicked:
-                self._kicked = True
-                self._immediate_exit = self.shared[_IMMEDIATE_EXIT]
-            # immediate_exit catches a thread that is on its way into the kernel, the signal one that is inside
-            self.shared[_IMMEDIATE_EXIT] = 1
-            native_id = self._native_id
-            if native_id:
-                signal_thread(native_id)
+            self._interrupt()
+
+    def call_soon(self, work: Callable[[], None]) -> None:
+        """Have :meth:`run` call ``work`` on its thread before the guest is entered again.
+
+        The device knows no work of ours: ``run`` raises InterruptedError behind it.
+        """
+        with self._lock:
+            self._task_work.append(work)
+            self._interrupt()
+
+    @property
+    def cpu_clock(self) -> CpuClock:
+        with self._lock:
+            if self._clock is not None:
+                return self._clock
+        clock = CpuClock(self._time, self.call_soon)
+        with self._lock:
+            self._clock = self._clock or clock
+            return self._clock
+
+    def _interrupt(self) -> None:
+        """Make KVM_RUN return EINTR, now or at its next call; the lock is held."""
+        if self.fd < 0 or self._inherited:  # there is nobody to end, and the parent shares immediate_exit
+            return
+        if not self._interrupted:
+            self._interrupted = True
+            self._immediate_exit = self.shared[_IMMEDIATE_EXIT]
+        # immediate_exit catches a thread that is on its way into the kernel, the signal one that is inside
+        self.shared[_IMMEDIATE_EXIT] = 1
+        native_id = self._native_id
+        if native_id:
+            signal_thread(native_id)
 
     def close(self) -> None:
+        clock = vars(self).get("_clock")
+        if clock is not None:
+            clock.close()
         with self._lock:
             super().close()
             if "kvm_run" in vars(self):

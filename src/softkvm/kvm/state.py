@@ -39,6 +39,7 @@ from softkvm.kvm.requests import KVM_REQ_SIGNAL, KVM_REQ_TASK_WORK
 from softkvm.kvm.signals import watch_python_handlers
 
 if TYPE_CHECKING:
+    from softkvm.cputime import CpuClock
     from softkvm.kvm.memory.mmu import Mmu
     from softkvm.kvm.params import Params
     from softkvm.kvm.tlb import RemoteTlbs
@@ -170,6 +171,8 @@ class VcpuState:
     signal_mask: int | None = field(default=None, init=False)
     mp_state: int = field(default=abi.KVM_MP_STATE_RUNNABLE, init=False)
     task_work: list[Callable[[], None]] = field(default_factory=list, init=False)
+    #: Its CPU time, from the first question for it on.
+    accounted: CpuClock | None = field(default=None, init=False)
     #: How long the vCPU waits awake when it halts, and whether it does so now (:mod:`.halt_poll`).
     halt_poll_ns: int = field(default=0, init=False)
     halt_polling: bool = field(default=False, init=False)
@@ -296,6 +299,12 @@ class VcpuState:
             self.task_work.append(work)
             self.requests |= KVM_REQ_TASK_WORK
         self.vcpu_kick()
+
+    def end_timers(self) -> None:
+        """Have no timer of the vCPU's expire any more."""
+        self.cpu.set_timer(0)
+        if self.accounted is not None:
+            self.accounted.close()
 
     # --- exits -------------------------------------------------------------------------------------
 

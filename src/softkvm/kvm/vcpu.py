@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.abi.run_page import EXIT_REASON_D, IMMEDIATE_EXIT_B
 from softkvm.closing import Closing
+from softkvm.cputime import CpuClock
 from softkvm.kvm import halt_poll, stats_file
 from softkvm.kvm.errors import kvm_error, refuse_requests
 from softkvm.kvm.ioctl import uninterrupted
@@ -94,6 +95,8 @@ class Vcpu(VcpuState, Closing):
                 if told & _softcpu.RUN_INTERRUPTED:
                     self.make_request(KVM_REQ_SIGNAL)
                 self.syncs_regs = bool(told & _softcpu.RUN_WATCHED)
+                if told & _softcpu.RUN_MOVED:
+                    self.cpu_clock.moved()
             self.running = True
             self.arch_run_begin()
             complete = self.complete_userspace_io
@@ -155,10 +158,15 @@ class Vcpu(VcpuState, Closing):
             raise kvm_error(errno.EIO, _DEAD)
 
     def _run_task_work(self) -> None:
-        while self.task_work:
-            with self.request_lock:
-                work = self.task_work.pop(0)
-            work()
+        try:
+            while self.task_work:
+                with self.request_lock:
+                    work = self.task_work.pop(0)
+                work()
+        except BaseException:
+            if self.task_work:  # the rest is for the next KVM_RUN
+                self.make_request(KVM_REQ_TASK_WORK)
+            raise
 
     # --- blocking ------------------------------------------------------------------------------------
 
@@ -218,6 +226,16 @@ class Vcpu(VcpuState, Closing):
             log_hist_update(self.stat_halt_wait_hist, end - asleep)
         halt_poll.adapt(self, end - start)
 
+    # --- CPU time ------------------------------------------------------------------------------------
+
+    @property
+    def cpu_clock(self) -> CpuClock:
+        """The vCPU's CPU time, and timers on it. It is accounted from the first time on that somebody asks for it."""
+        with self.vm.lock:
+            if self.accounted is None:
+                self.accounted = CpuClock(self.cpu, self.call_soon)
+            return self.accounted
+
     # --- the file ------------------------------------------------------------------------------------
 
     @property
@@ -251,4 +269,4 @@ class Vcpu(VcpuState, Closing):
             refuse_requests(self, abi.File.VCPU)
             self.close_shared_fd()
             if not self.vm.inherited:
-                self.cpu.set_timer(0)
+                self.end_timers()

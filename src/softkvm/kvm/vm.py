@@ -415,7 +415,7 @@ class Vm(VmState, Closing):
         refuse_requests(self, abi.File.VM)
         self.make_all_cpus_request(KVM_REQ_VM_DEAD)
         for vcpu in self.vcpus:
-            vcpu.cpu.set_timer(0)
+            vcpu.end_timers()
         self.eventfds.close()
         self.arch_destroy()
         self.coalesced.close_fd()

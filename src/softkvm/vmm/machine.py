@@ -16,6 +16,7 @@ from softkvm.closing import Closing
 from softkvm.threads import inherited_error, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.bus import Bus
+from softkvm.vmm.cpu_limits import PERIOD_NS, Bandwidth, CpuTimeLimit
 from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.hyperv import Hyperv
@@ -27,6 +28,7 @@ from softkvm.vmm.vcpu_thread import VcpuThread
 _P = ParamSpec("_P")
 
 MAX_VCPUS = 16
+MAX_SECONDS = 1e9
 MIN_MEMORY = 32 * MIB
 MAX_MEMORY = 1 << 40
 
@@ -49,12 +51,22 @@ class Config:
     """Called after the standard devices are on the buses, to add more."""
     hyperv: bool = False
     """Whether its processors have Hyper-V's interfaces, in place of KVM's own."""
+    cpu_time_limit_s: float | None = None
+    """CPU time of the host's for all vCPUs together, with which the machine ends (CPU_TIME); None: no limit."""
+    cpu_quota: float | None = None
+    """CPU time of the host's for each vCPU in every 100 ms of the wall clock, in percent of that; None: all."""
 
     def __post_init__(self) -> None:
         for name in ("memory_size", "vcpus"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{name}={value!r}: expected a number")
+        for name, limit in (("cpu_time_limit_s", MAX_SECONDS), ("cpu_quota", 100)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+                raise ConfigError(f"{name}={value!r}: expected a number")
+            if value is not None and not 0 < value <= limit:
+                raise ConfigError(f"{name}={value!r}: expected a number above 0, up to {limit:g}")
         for name in ("cpuid", "devices"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -132,9 +144,20 @@ class Machine(Closing):
                 self.vcpus, self.standstill, self.board.halted_for_good, self.ended, self._halted
             )
             resources.callback(self._halt_watch.close)
+        self._limit_cpu()
         if self.config.devices is not None:
             self.config.devices(self)
         self.board.built()
+
+    def _limit_cpu(self) -> None:
+        limit_s, quota = self.config.cpu_time_limit_s, self.config.cpu_quota
+        if limit_s is not None:
+            outcome = Outcome(End.CPU_TIME, f"{limit_s:g} s")
+            vcpus = [thread.vcpu for thread in self.vcpus]
+            self._cpu_time_limit = CpuTimeLimit(vcpus, int(limit_s * 1e9), lambda: self.end(outcome))
+        if quota is not None:
+            for thread in self.vcpus:
+                thread.bandwidth = Bandwidth(thread.vcpu, max(int(PERIOD_NS * quota / 100), 1))
 
     def current_vcpu(self) -> api.Vcpu:
         """Return the vCPU on whose thread we are: for a device that looks at the registers of its caller."""
@@ -188,6 +211,8 @@ class Machine(Closing):
         self._expect(started=False)
         self.started_ns = time.monotonic_ns()
         for vcpu in self.vcpus:
+            if vcpu.bandwidth is not None:
+                vcpu.bandwidth.start()
             vcpu.thread.start()
         if self._halt_watch is not None:
             self._halt_watch.start()
@@ -269,6 +294,8 @@ class Machine(Closing):
         vcpus = []
         for vcpu in self.vcpus:
             entry = {"cpu_ns": vcpu.cpu_time_ns, **vcpu.stats.as_dict()}
+            if vcpu.bandwidth is not None:
+                entry["cpu_quota"] = vcpu.bandwidth.as_dict()
             kvm_stats = getattr(vcpu.vcpu, "stats", None)
             if kvm_stats is not None:
                 try:

@@ -16,6 +16,7 @@ class End(enum.Enum):
     TRIPLE_FAULT = "triple fault"
     HALTED = "halted"
     TIMEOUT = "timeout"
+    CPU_TIME = "CPU time limit"
     STOPPED = "stopped"
     DEBUG_EXIT = "debug exit"
     ERROR = "internal error"

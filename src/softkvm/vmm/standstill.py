@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from softkvm.vmm.vcpu_thread import VcpuThread
 
+_LOOK_S = 0.1  # the end wakes nobody
 _KICK_AGAIN_S = 0.01  # a kick that came between two runs may be lost
 
 
@@ -50,11 +51,17 @@ class Standstill:
                 self._changed.wait(min(remaining_s, _KICK_AGAIN_S))
         return False
 
-    def stand(self, thread: VcpuThread) -> None:
-        """Let *thread*, which calls this, stand until nobody holds it or the machine ends."""
+    def stand(self, thread: VcpuThread, until_ns: int = 0) -> None:
+        """Let *thread*, which calls this, stand until nobody holds it and the clock reads *until_ns*.
+
+        The machine's end comes before that.
+        """
         with self._changed:
             self._standing.add(thread)
             self._changed.notify_all()
-            while self.held and not self._ended.is_set():
-                self._changed.wait(0.1)
+            while not self._ended.is_set():
+                left_s = (until_ns - time.monotonic_ns()) / 1e9
+                if not self.held and left_s <= 0:
+                    break
+                self._changed.wait(_LOOK_S if self.held else min(left_s, _LOOK_S))
             self._standing.discard(thread)

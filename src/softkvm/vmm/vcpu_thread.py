@@ -31,6 +31,7 @@ from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import REASONS, ExitStats
 
 if TYPE_CHECKING:
+    from softkvm.vmm.cpu_limits import Bandwidth
     from softkvm.vmm.machine import Machine
 
 _IO = struct.Struct("<BBHIQ")  # kvm_run.io
@@ -46,6 +47,7 @@ class VcpuThread:
         self.vcpu = vcpu
         self.stats = ExitStats()
         self.cpu_time_ns = 0
+        self.bandwidth: Bandwidth | None = None
         self.thread = threading.Thread(target=self._main, name=f"vcpu {index}", daemon=True)
         self.handlers: list[Callable[[], None]] = [self._unexpected] * REASONS
         self.handlers[abi.KVM_EXIT_IO] = self._io
@@ -92,6 +94,9 @@ class VcpuThread:
                         return
                     if standstill.held:
                         standstill.stand(self)
+                        before = clock()
+                    if self.bandwidth is not None and self.bandwidth.throttled:
+                        self.bandwidth.wait(self)
                         before = clock()
                     continue
                 after = clock()
