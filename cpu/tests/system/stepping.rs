@@ -268,3 +268,32 @@ fn the_instruction_count_is_exact() {
     g.expect_exit(exit::HLT);
     assert_eq!(g.cpu.engine.instructions(), 1 + 2000 + 3, "a repeated instruction is one");
 }
+
+/// Two writes to the block that follows, a third to where no code is.
+#[test]
+fn writes_to_code_are_counted() {
+    let mut g = Guest::long(|a| {
+        let mut target = a.create_label();
+        let mut done = a.create_label();
+        a.lea(rdi, qword_ptr(target)).unwrap();
+        a.mov(ecx, 0).unwrap();
+        a.jmp(target).unwrap();
+        // In a chunk of its own.
+        a.nops_with_size(64).unwrap();
+        a.set_label(&mut target).unwrap();
+        a.mov(al, 1).unwrap();
+        a.inc(ecx).unwrap();
+        a.cmp(ecx, 3).unwrap();
+        a.je(done).unwrap();
+        a.mov(byte_ptr(rdi + 1), cl).unwrap();
+        a.jmp(target).unwrap();
+        a.nops_with_size(64).unwrap();
+        a.set_label(&mut done).unwrap();
+        a.mov(byte_ptr(DATA), cl).unwrap();
+        a.hlt().unwrap();
+    });
+    g.expect_exit(exit::HLT);
+    let counted: std::collections::BTreeMap<_, _> = g.cpu.engine.statistics().into();
+    assert_eq!(g.rax() & 0xFF, 2, "the second write is what ran last");
+    assert_eq!(counted["code_writes"], 2);
+}
