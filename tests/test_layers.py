@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "softkvm"
 BELOW: dict[str, set[str]] = {
     "abi": set(),
     "api": {"abi", "cputime"},
-    "kvm": {"abi", "closing", "cputime", "threads"},
+    "trace": {"threads"},
+    "kvm": {"abi", "closing", "cputime", "threads", "trace"},
     "devkvm": {"abi", "api", "closing", "cputime", "threads"},
     "vmm": {"abi", "api", "closing", "cputime", "progress", "threads"},
     "reports": set(),
     "unittests": {"abi", "api", "vmm", "qemu", "reports"},
     "bench": {"abi", "api", "vmm", "unittests", "qemu", "reports"},
-    "client": {"abi", "kvm", "plugin", "threads"},
+    "client": {"abi", "kvm", "plugin", "threads", "trace"},
     "selftests": {"abi", "client", "reports"},
     "cli": {
         "abi",
@@ -38,6 +39,7 @@ BELOW: dict[str, set[str]] = {
         "kvm",
         "plugin",
         "progress",
+        "trace",
     },
 }
 

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 from softkvm import abi
-from softkvm.kvm import Kvm, Params, Vm
+from softkvm.kvm import TRACEPOINTS, Kvm, Params, Vm
 from softkvm.kvm.x86.msrs import MSRS, Msr
 from softkvm.kvm.x86.paravirt.hypercalls import HYPERCALLS, Hypercall
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
+from softkvm.trace.tracepoint import Tracepoints
 from softkvm.vmm.errors import unexpected
 
 ENTRY_POINT = "softkvm_plugin"
@@ -44,6 +45,8 @@ class Policy:
     hypercalls: dict[int, tuple[Hypercall, int | None]] = HYPERCALLS
     """By number: a function of the vCPU and four arguments that returns the result, and the feature bit that
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID demands, or None."""
+    tracepoints: Tracepoints = TRACEPOINTS
+    """By name: ``tracepoints["kvm_msr"].register(function)`` has a function called with the values of the fields."""
 
     def __init__(self, kvm: Kvm) -> None:
         self.params: Params = kvm.params

@@ -32,6 +32,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--params", metavar="NAME=VALUE,…", action="append", default=[], help="module parameters of kvm and kvm_amd")
     add("--plugin", metavar="FILE.py", type=file_name, action="append", default=[], help="change KVM's policy")
     add("--trace", metavar="FILE", type=file_name, help="write every request (JSON lines: FILE.json)")
+    add(
+        "--trace-kvm",
+        metavar="FILE",
+        type=file_name,
+        help="record KVM's tracepoints: a file of trace-cmd's, or FILE.json for Perfetto (`softkvm trace --help`)",
+    )
+    add("--trace-event", metavar="GLOB", action="append", default=[], help="tracepoints to record (default: all)")
+    add("--trace-filter", metavar="[EVENT:]CONDITION", action="append", default=[], help="record those alone")
     add("--stats", metavar="FILE", type=file_name, help="write counts at the end (JSON: FILE.json)")
     add("--loader", action="store_true", help="follow the client's system calls, not its calls of the C library")
     add("client", metavar="CMD", nargs=argparse.REMAINDER, help="the client and its arguments")
@@ -58,16 +66,21 @@ def _run(args: Namespace) -> int:
     client = args.client[1:] if args.client[:1] == ["--"] else args.client
     if not client:
         raise CommandError("expected CMD, the client to run; `softkvm exec --help` explains")
-    for option, path in (("--trace", args.trace), ("--stats", args.stats)):
+    _check_tracepoints(args)
+    written = (("--trace", args.trace), ("--stats", args.stats), ("--trace-kvm", args.trace_kvm))
+    for n, (option, path) in enumerate(written):
         _check_writable(option, path)
-    if args.trace and args.stats and os.path.samefile(args.trace, args.stats):
-        raise CommandError(f"--stats {args.stats}: expected another file than that of --trace")
+        for other, earlier in written[:n]:
+            if path and earlier and os.path.samefile(path, earlier):
+                raise CommandError(f"{option} {path}: expected another file than that of {other}")
     for path in args.plugin:
         if not os.path.exists(path):
             raise CommandError(f"--plugin {path}: {os.strerror(2)}")
     absolute = [os.path.abspath(path) for path in args.plugin]
-    trace, stats = (os.path.abspath(path) if path else "" for path in (args.trace, args.stats))
-    settings = Settings(parameters(args.params), absolute, trace, stats)
+    trace, stats, tracepoints = (os.path.abspath(path) if path else "" for _, path in written)
+    settings = Settings(
+        parameters(args.params), absolute, trace, stats, tracepoints, args.trace_event, args.trace_filter
+    )
     try:
         execute(client, settings, loader=args.loader)
     except LaunchError as error:
@@ -78,6 +91,20 @@ def _run(args: Namespace) -> int:
         raise CommandError(f"{client[0]}: {error.strerror}{there}", NOT_FOUND) from None
     except OSError as error:
         raise CommandError(f"{client[0]}: {error.strerror}", NOT_EXECUTABLE) from None
+
+
+def _check_tracepoints(args: Namespace) -> None:
+    """CommandError for tracepoints that are not there, and filters that are none."""
+    if not args.trace_kvm:
+        if args.trace_event or args.trace_filter:
+            raise CommandError("--trace-event and --trace-filter need --trace-kvm FILE")
+        return
+    from softkvm.kvm import TRACEPOINTS, trace
+
+    try:
+        trace.filters_of(trace.select(TRACEPOINTS, args.trace_event), args.trace_filter)
+    except trace.TraceError as error:
+        raise CommandError(f"--trace-kvm: {error}") from None
 
 
 def _check_writable(option: str, path: str | None) -> None:

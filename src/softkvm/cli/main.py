@@ -23,6 +23,7 @@ from softkvm.vmm.errors import show_traceback, unexpected
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
     "exec": ("softkvm.cli.exec", "run an unmodified KVM client: QEMU, kvmtool, Firecracker, your own"),
+    "trace": ("softkvm.cli.trace", "record KVM's tracepoints, print them, open them in Perfetto"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
     "selftests": ("softkvm.cli.selftests", "run the kernel's KVM selftests from a build of them"),
@@ -94,7 +95,11 @@ def _dispatch(arguments: list[str]) -> int:
     overview.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="what to do")
     if not arguments:
         overview.error(f"expected a command: {', '.join(COMMANDS)}; `softkvm --help` explains them")
-    name = overview.parse_args(arguments[:1]).command
+    return run_command(overview.parse_args(arguments[:1]).command, arguments[1:])
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Run the command *name*; return the exit status."""
     module, _summary = COMMANDS[name]
     command: Command = importlib.import_module(module).command
     parser = _Parser(
@@ -106,7 +111,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     command.add_arguments(parser)
     parse = parser.parse_intermixed_args if command.intermixed else parser.parse_args
-    return command.run(parse(arguments[1:]))
+    return command.run(parse(arguments))
 
 
 def _say_why(text: str, status: int) -> int:

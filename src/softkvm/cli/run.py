@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import resource
@@ -22,7 +23,7 @@ from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import count, file_name, percent, seconds, size
-from softkvm.cli.output import OutputFile, say_printed, warn
+from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
 from softkvm.progress import TerminalProgress
 from softkvm.vmm.boot.bzimage import Entry
@@ -38,6 +39,7 @@ from softkvm.vmm.stats import STATS_VERSION, ConsoleWatcher
 
 if TYPE_CHECKING:
     from softkvm.plugin import Policy
+    from softkvm.trace.record import Recorder
 
 COMMAND_LINE = "console=ttyS0"
 
@@ -163,6 +165,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="let a Python file change KVM's policy (may be repeated); docs/hacking.md",
     )
     add(
+        "--trace",
+        metavar="FILE",
+        type=file_name,
+        help="record KVM's tracepoints: a file of trace-cmd's, or FILE.json for Perfetto (`softkvm trace --help`)",
+    )
+    add("--trace-event", metavar="GLOB", action="append", default=[], help="tracepoints to record (default: all)")
+    add("--trace-filter", metavar="[EVENT:]CONDITION", action="append", default=[], help="record those alone")
+    add(
         "--stats",
         metavar="FILE",
         type=file_name,
@@ -199,6 +209,42 @@ def _choose_image(args: Namespace) -> _Image:
         return _Image(demo_kernel(), (), COMMAND_LINE + more)
     except GuestUnavailable as error:
         raise CommandError(str(error), EXIT_ERROR) from None
+
+
+def _start_trace(kvm: api.Kvm, args: Namespace, stack: contextlib.ExitStack) -> Recorder | None:
+    """Begin to record what --trace asks for; *stack* ends that. None if nothing is asked for."""
+    if args.trace is None:
+        if args.trace_event or args.trace_filter:
+            raise CommandError("--trace-event and --trace-filter need --trace FILE")
+        return None
+    from softkvm.kvm import TRACEPOINTS, trace
+    from softkvm.kvm import Kvm as SoftKvm
+
+    if not isinstance(kvm, SoftKvm):
+        raise CommandError("--trace records KVM in Python: it needs --accel soft; trace-cmd records the kernel's")
+    try:
+        return stack.enter_context(contextlib.closing(trace.start(TRACEPOINTS, args.trace_event, args.trace_filter)))
+    except trace.TraceError as error:
+        raise CommandError(f"--trace: {error}") from None
+
+
+def _trace_file(name: str | None) -> OutputFile | None:
+    if name == STDOUT:
+        raise CommandError("--trace -: expected a file: the console has standard output")
+    return None if name is None else OutputFile("--trace", name)
+
+
+def _write_trace(recorder: Recorder, file: OutputFile) -> None:
+    """Write the trace; say what it lacks."""
+    from softkvm.trace.save import save
+
+    contents = io.BytesIO()
+    save(recorder, contents, file.name)
+    file.write(contents.getvalue())
+    if recorder.problem:
+        warn(f"--trace {file.name}: it is not complete: {recorder.problem}")
+    if recorder.lost:
+        warn(f"--trace {file.name}: {recorder.lost:,} events were lost: they came faster than they could be written")
 
 
 def _load_plugins(kvm: api.Kvm, files: Sequence[str]) -> Policy | None:
@@ -385,6 +431,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             cpu_quota=None if quota is None else percent("--cpu-quota", quota),
         )
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
+        trace_file = _trace_file(args.trace)
         image = _choose_image(args)
         deadline = Deadline(timeout_s)
         loaded = _open_images(image, config.memory_size, deadline, files)
@@ -399,6 +446,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         kvm, accel = open_kvm(args.accel)
         stack.enter_context(kvm)
         policy = _load_plugins(kvm, args.plugin)
+        recorder = _start_trace(kvm, args, stack)
         watcher = ConsoleWatcher()
         panic = _PanicWatch(watcher, crash_kernel=bool(re.search(r"\bcrashkernel=", loaded.command_line)))
 
@@ -452,6 +500,8 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         status = 128 + caught[0] if caught else EXIT_STATUS[outcome.end]
         if outcome.end is not End.POWER_OFF:
             warn(outcome.detail if outcome in failed else str(outcome))
+        if recorder is not None and trace_file is not None:
+            _write_trace(recorder, trace_file)
         for report in policy.at_end if policy is not None else ():
             say_printed(report)
         if stats_file is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from softkvm import _softcpu
@@ -15,6 +16,7 @@ from softkvm.kvm import Kvm, procfs
 
 if TYPE_CHECKING:
     from softkvm.plugin import Policy
+    from softkvm.trace.record import Recorder as Recording
 
 #: What the host's kernel takes for its time if it does not trust the time-stamp counter.
 _OTHER_CLOCKS = ("hpet", "acpi_pm", "jiffies", "refined-jiffies")
@@ -48,9 +50,12 @@ class World:
         self.settings = settings
         self.recorder = Recorder(settings) if settings.trace or settings.stats else None
         self._policies: list[Policy] = []
+        self._tracing: Recording | None = None
 
     def open_kvm(self) -> Kvm:
         """Open a KVM as the settings want it."""
+        if self.settings.trace_kvm and self._tracing is None:
+            self._tracing = self._start_tracing()
         kvm = Kvm()
         for name, text in self.settings.params.items():
             kvm.params.assign(name, text)
@@ -69,6 +74,32 @@ class World:
             self._policies.pop(0).end()
         if self.recorder is not None:
             self.recorder.close()
+        if self._tracing is not None:
+            self._write_trace(self._tracing)
+
+    def _start_tracing(self) -> Recording:
+        """Begin to record what KVM's tracepoints tell; a child that the client forks does not."""
+        from softkvm.kvm import TRACEPOINTS, trace
+
+        return trace.start(TRACEPOINTS, self.settings.trace_events, self.settings.trace_filters)
+
+    def _write_trace(self, recording: Recording) -> None:
+        """Write the trace. Another process that the client has executed may have written one: then beside that."""
+        from softkvm.trace.save import save
+
+        self._tracing = None
+        if not recording.owned:
+            return
+        name = self.settings.trace_kvm
+        if os.path.exists(name) and os.path.getsize(name):
+            stem, extension = os.path.splitext(name)
+            name = f"{stem}.{os.getpid()}{extension}"
+        try:
+            with open(name, "wb") as file:
+                save(recording, file, name)
+        except OSError as error:
+            print(f"softkvm: --trace-kvm: {name}: {error.strerror}", file=sys.stderr)
+        recording.close()
 
     def open_system(self, flags: int) -> int:
         """Open ``/dev/kvm`` with flags of open(); returns the client's descriptor."""
@@ -84,7 +115,7 @@ def start(settings: dict[str, Any]) -> int:
     if counts_steadily():
         _softcpu.use_host_tsc()  # the client executes RDTSC itself
     world = World(Settings(**settings))
-    at_exit = world.at_exit if settings["plugins"] or world.recorder is not None else None
+    at_exit = world.at_exit if any((settings["plugins"], settings["trace_kvm"], world.recorder)) else None
     if at_exit is not None:
         atexit.register(at_exit)  # where the interpreter is the client's own, it ends before the process
     return _softcpu.client_core(world.open_system, unmapping, at_exit)

@@ -14,16 +14,18 @@ from softkvm.kvm.params import Params
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.system import Kvm
+    from softkvm.kvm.x86.trace import TRACEPOINTS
     from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls as Vcpu
     from softkvm.kvm.x86.vm import Vm
 
-__all__ = ["Kvm", "Params", "Vcpu", "Vm"]
+__all__ = ["TRACEPOINTS", "Kvm", "Params", "Vcpu", "Vm"]
 
 #: Loaded when they are asked for: who wants parameters alone, as every start of a client, waits for nothing else.
 _CLASSES: Final = {
     "Kvm": ("softkvm.kvm.x86.system", "Kvm"),
     "Vcpu": ("softkvm.kvm.x86.vcpu_ioctls", "VcpuIoctls"),
     "Vm": ("softkvm.kvm.x86.vm", "Vm"),
+    "TRACEPOINTS": ("softkvm.kvm.x86.trace", "TRACEPOINTS"),
 }
 
 

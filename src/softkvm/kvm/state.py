@@ -54,6 +54,9 @@ VCPU_MMAP_SIZE: Final = 3 * PAGE_SIZE
 #: Buckets of the histograms of halts.
 HALT_POLL_HIST_COUNT: Final = 32
 
+#: The virtual machines of this process that are there (``vm_list``); for tracing and live statistics.
+VM_LIST: Final[weakref.WeakSet[VmState]] = weakref.WeakSet()
+
 _LOG_BURST: Final = 10
 _LOG_INTERVAL_S: Final = 5.0
 
@@ -114,6 +117,7 @@ class VmState:
 
         self._log_window_start = 0.0
         self._log_count = 0
+        VM_LIST.add(self)
 
     def running_vcpu(self) -> VcpuState | None:
         """Return the vCPU that the calling thread runs, or is in a request of (``kvm_get_running_vcpu``)."""

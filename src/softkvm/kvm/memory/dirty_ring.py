@@ -62,6 +62,11 @@ class DirtyRing:
         #: What had no room, as nobody collects while KVM writes by itself.
         self._waiting: list[tuple[int, int]] = []
 
+    @property
+    def indices(self) -> tuple[int, int]:
+        """How many entries have been pushed, and reset."""
+        return self._dirty_index, self._reset_index
+
     def soft_full(self) -> bool:
         """Tell whether the vCPU may not run before a reset."""
         return self._dirty_index - self._reset_index >= self._soft_limit
