@@ -107,6 +107,11 @@ NOTES: Final = (
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A signal whose handler a library of another language installed (Python's are known at once) may not end KVM_RUN"
     " on the software side until the next KVM_RUN that begins 20 ms later or more; one in HLT it ends always.",
+    "An irqfd takes what KVM itself signals (ioeventfds, resample eventfds, connections of Hyper-V's) before anybody "
+    "sees it, on both sides. What is written into the descriptor wakes the client's pollers, too, on the software "
+    "side, and a thread takes it at once: a poller may find nothing, or be quicker and have the event in the irqfd's "
+    "place. Don't poll an eventfd while it is an irqfd. A second irqfd on it is EBUSY in whichever VM, as from Linux "
+    "6.17 on.",
     "Requests to a vCPU whose KVM_RUN is under way on another thread wait for its end on both sides, a second KVM_RUN "
     "among them: kick the vCPU first. On the software side a request of KVM_RUN's own thread (an exit handler, task "
     "work) is done at once, and only a KVM_RUN there is EBUSY.",

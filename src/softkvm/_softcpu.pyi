@@ -140,6 +140,24 @@ class Cpu:
     def flush_tlb(self) -> None: ...
     def stats(self) -> dict[str, int]: ...
 
+class EventPoller:
+    """The eventfds that one thread waits for. It takes their counters without the interpreter's lock: soon.
+
+    Each descriptor has to stay open until it is removed. The first, ``wake``, is not taken from: it ends a wait.
+    """
+
+    wake: int
+    def __init__(self, wake: int) -> None: ...
+    def add(self, fd: int) -> None: ...
+    def remove(self, fd: int) -> int:
+        """Take nothing from an eventfd from now on; return what was taken before, and not asked for."""
+    def take(self, fd: int) -> int:
+        """Return what was taken from an eventfd since it was asked last; 0 if it is none of ours."""
+    def wait(self) -> list[int]:
+        """Wait until there is something; return the eventfds that something was found in. It may have been taken."""
+    def close(self) -> None:
+        """Close the descriptor that it waits with; in a child, too. No thread may wait."""
+
 class ThreadTimer:
     """A timer of the host's on the processor time of a thread of this process.
 

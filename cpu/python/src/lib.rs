@@ -4,6 +4,7 @@
 mod client;
 mod cputime;
 mod decode;
+mod events;
 mod flush;
 mod machine;
 mod processor;
@@ -102,6 +103,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<machine::Page>()?;
     m.add_class::<processor::PyCpu>()?;
     m.add_class::<cputime::PyThreadTimer>()?;
+    m.add_class::<events::PyEventPoller>()?;
     m.add_class::<decode::PyInstruction>()?;
     m.add("REGISTER_OFFSETS", register_offsets())?;
     m.add("RUN_INTERRUPTED", processor::RUN_INTERRUPTED)?;

@@ -16,7 +16,7 @@ from tests.support.tiny import Tiny
 
 import softkvm
 from softkvm import abi
-from softkvm.kvm.irq.eventfd import EventFile
+from softkvm.kvm.irq.eventfile import EventFile
 
 MMIO = 0x1000_0000
 

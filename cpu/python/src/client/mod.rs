@@ -5,7 +5,7 @@
 //! the client's handlers. A request is done like a system call: no handler runs in its middle, it is no cancellation
 //! point, and the interpreter's lock is held only where Python runs.
 
-mod files;
+pub mod files;
 mod guests;
 mod memory;
 mod threads;

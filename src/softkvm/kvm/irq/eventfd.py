@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """irqfd and ioeventfd (KVM API, KVM_IRQFD and KVM_IOEVENTFD).
 
-One thread per VM polls the eventfds that raise interrupts; it consumes each counter and drives the line. An
-ioeventfd is a device on a bus whose write adds one to a counter.
+An irqfd waits with priority in its eventfd's queue (:mod:`.eventfile`) for what this process signals. One thread per VM
+takes what others write into the descriptors, at once. An ioeventfd is a device on a bus whose write signals.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import select
-import struct
 import threading
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
-from softkvm.kvm import procfs
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.irq.eventfile import EventFile
 from softkvm.kvm.irq.irqchip import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
+from softkvm.kvm.irq.wait import WaitEntry
 from softkvm.threads import start_quiet
 
 if TYPE_CHECKING:
@@ -27,72 +25,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.irq.irqchip import Irqchip
     from softkvm.kvm.vm import Vm
 
-_ONE: Final = struct.pack("=Q", 1)
 _LENGTHS: Final = (0, 1, 2, 4, 8)
-
-
-class EventFile:
-    """An eventfd that stays open beyond its owner's close: until nobody refers to the object any more.
-
-    Whoever is about to signal it when it is taken away still has it, so its number is nobody else's meanwhile. The
-    open file is the client's, who may want to block in it: O_NONBLOCK is a property of the file, so it is not set, and
-    each access makes sure by itself that it doesn't wait.
-    Raises ``OSError``: EBADF for no descriptor, EINVAL for another kind of file.
-    """
-
-    __slots__ = ("fd", "id")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = -1
-        self.fd = _softcpu.own_descriptor(os.dup(ctypes.c_int32(fd).value))  # the structures have it unsigned
-        try:
-            kind = procfs.link_of_own(f"fd/{self.fd}")
-        except OSError:
-            kind = ""
-        if kind != "anon_inode:[eventfd]":
-            raise kvm_error(errno.EINVAL, f"fd={fd} is {kind or 'unknown'}, expected an eventfd")
-        #: The eventfd's own number, the same for all its descriptors.
-        self.id = _eventfd_id(self.fd)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            _softcpu.close_own_descriptor(self.fd)
-
-    def signal(self) -> None:
-        """Add one to the counter; a full counter is signalled already."""
-        room = select.poll()
-        room.register(self.fd, select.POLLOUT)
-        if room.poll(0):
-            try:
-                os.write(self.fd, _ONE)
-            except BlockingIOError:  # the client's O_NONBLOCK: somebody has filled it meanwhile
-                pass
-
-    def consume(self) -> bool:
-        """Take the counter; False if it was 0."""
-        try:
-            # The client may have read it since it was found readable.
-            os.preadv(self.fd, (bytearray(8),), -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            return self._consume_if_readable()
-        return True
-
-    def _consume_if_readable(self) -> bool:
-        """Take the counter on kernels before 5.8, which know no RWF_NOWAIT for eventfds."""
-        readable = select.poll()
-        readable.register(self.fd, select.POLLIN)
-        if not readable.poll(0):
-            return False
-        os.read(self.fd, 8)
-        return True
-
-    def same(self, other: EventFile) -> bool:
-        """Tell whether two descriptors are one eventfd."""
-        return self.id == other.id
 
 
 class Resampler:
@@ -127,9 +60,23 @@ class Resampler:
 
 
 class Irqfd:
-    """An eventfd that raises a GSI."""
+    """An eventfd that raises a GSI. It waits with priority for what this process signals, and takes what others write.
 
-    __slots__ = ("_chips", "file", "gsi", "resample_file", "resampler")
+    What came is counted first and delivered second, so that whoever delivers does it for all.
+    """
+
+    __slots__ = (
+        "_active",
+        "_chips",
+        "_count",
+        "_delivering",
+        "_lock",
+        "entry",
+        "file",
+        "gsi",
+        "resample_file",
+        "resampler",
+    )
 
     def __init__(self, chips: Irqchip, file: EventFile, gsi: int, resample_file: EventFile | None) -> None:
         self._chips = chips
@@ -137,16 +84,47 @@ class Irqfd:
         self.gsi = gsi
         self.resample_file = resample_file
         self.resampler: Resampler | None = None
+        self.entry = WaitEntry(self.wake)
+        self._lock = threading.Lock()
+        self._count = 0
+        self._active = False
+        #: Held while the line is driven. It is one thread's for all that this may lead to.
+        self._delivering = threading.RLock()
 
-    def consume(self) -> None:
-        """Take the counter and drive the line: a pulse, or up until acknowledged with a resample eventfd."""
-        if not self.file.consume():
-            return
-        if self.resampler is not None:
-            self.resampler.set_line(1)
-        else:
-            self._chips.set_gsi(self.gsi, 1)
-            self._chips.set_gsi(self.gsi, 0)
+    def begin(self) -> None:
+        """Take what comes, from now on."""
+        with self._lock:
+            self._active = True
+
+    def wake(self, count: int) -> bool:
+        """Take events (``irqfd_wakeup``); False before and behind its time: they are others'."""
+        with self._lock:
+            if not self._active:
+                return False
+            self._count += count
+        self.deliver()
+        return True
+
+    def deliver(self) -> None:
+        """Drive the line if anything came: a pulse for all, or up until acknowledged with a resample eventfd."""
+        with self._delivering:
+            with self._lock:
+                count, self._count = self._count, 0
+            if not count:
+                return
+            if self.resampler is not None:
+                self.resampler.set_line(1)
+            else:
+                self._chips.set_gsi(self.gsi, 1)
+                self._chips.set_gsi(self.gsi, 0)
+
+    def shut_down(self, left: int) -> None:
+        """Take nothing from now on. What was taken, ``left`` of it from the descriptor, is delivered before the end."""
+        with self._lock:
+            self._active = False
+            self._count += left
+        self.file.queue.remove(self.entry)
+        self.deliver()
 
 
 class Ioeventfd:
@@ -202,8 +180,7 @@ class Eventfds:
         self._resamplers: dict[int, Resampler] = {}
         self._ioeventfds: list[Ioeventfd] = []
         self._thread: threading.Thread | None = None
-        self._epoll: select.epoll | None = None
-        self._wake = -1
+        self._poller: _softcpu.EventPoller | None = None
         self._stopping = False
 
     # --- irqfd -------------------------------------------------------------------------------------
@@ -213,7 +190,7 @@ class Eventfds:
         if flags & ~(abi.KVM_IRQFD_FLAG_DEASSIGN | abi.KVM_IRQFD_FLAG_RESAMPLE):
             raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected KVM_IRQFD_FLAG_DEASSIGN or _RESAMPLE")
         if flags & abi.KVM_IRQFD_FLAG_DEASSIGN:
-            self._deassign(EventFile(fd), gsi)
+            self._deassign(EventFile.of(fd), gsi)
             return
         chips = self._vm.arch_irqchip()
         if chips is None:
@@ -221,19 +198,27 @@ class Eventfds:
         resample = bool(flags & abi.KVM_IRQFD_FLAG_RESAMPLE)
         if resample and not chips.can_resample:
             raise kvm_error(errno.EINVAL, "KVM_IRQFD_FLAG_RESAMPLE: the in-kernel chips have no pins")
-        irqfd = Irqfd(chips, EventFile(fd), gsi, EventFile(resamplefd) if resample else None)
+        irqfd = Irqfd(chips, EventFile.of(fd), gsi, EventFile.of(resamplefd) if resample else None)
         with self._lock:
-            if any(other.file.same(irqfd.file) for other in self._irqfds.values()):
-                raise kvm_error(errno.EBUSY, f"fd={fd} is an irqfd already")
-            self._start().register(irqfd.file.fd, select.EPOLLIN)
-            # The thread looks for the irqfd under the lock, so not before all is in place.
-            self._irqfds[irqfd.file.fd] = irqfd
+            poller = self._start()
+            try:
+                irqfd.file.queue.add_priority(irqfd.entry)
+            except OSError:
+                raise kvm_error(errno.EBUSY, f"fd={fd} is an irqfd already") from None
+            try:
+                # The thread looks for the irqfd under the lock, so not before all is in place.
+                poller.add(irqfd.file.fd)
+            except OSError:
+                irqfd.file.queue.remove(irqfd.entry)
+                raise
             if resample:
                 resampler = self._resamplers.get(gsi)
                 if resampler is None:
                     resampler = self._resamplers[gsi] = Resampler(chips, gsi)
                 resampler.irqfds = (*resampler.irqfds, irqfd)
                 irqfd.resampler = resampler
+            self._irqfds[irqfd.file.fd] = irqfd
+            irqfd.begin()
 
     def _deassign(self, file: EventFile, gsi: int) -> None:
         with self._lock:
@@ -242,8 +227,9 @@ class Eventfds:
                     self._drop(irqfd)
 
     def _drop(self, irqfd: Irqfd) -> None:
-        assert self._epoll is not None
-        self._epoll.unregister(irqfd.file.fd)
+        """Shut an irqfd down: events are its eventfd's readers' from now on, and nothing is delivered any more."""
+        assert self._poller is not None
+        irqfd.shut_down(self._poller.remove(irqfd.file.fd))
         del self._irqfds[irqfd.file.fd]
         resampler = irqfd.resampler
         if resampler is not None:
@@ -252,28 +238,28 @@ class Eventfds:
                 del self._resamplers[irqfd.gsi]
                 resampler.close()
 
-    def _start(self) -> select.epoll:
-        """Return what the thread polls, starting it with the first irqfd; EBADF if the VM has been closed."""
+    def _start(self) -> _softcpu.EventPoller:
+        """Return what takes events, starting its thread with the first irqfd; EBADF if the VM has been closed."""
         if self._stopping:
             raise kvm_error(errno.EBADF, "the VM is closed")
-        if self._epoll is None:
+        if self._poller is None:
             with contextlib.ExitStack() as undo:
-                epoll = undo.enter_context(select.epoll())
                 wake = _softcpu.own_descriptor(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
                 undo.callback(_softcpu.close_own_descriptor, wake)
-                epoll.register(wake, select.EPOLLIN)
-                thread = start_quiet(self._main, "kvm-irqfd", epoll)
+                poller = _softcpu.EventPoller(wake)
+                undo.callback(poller.close)
+                thread = start_quiet(self._main, "kvm-irqfd", poller)
                 undo.pop_all()
-            self._epoll, self._wake, self._thread = epoll, wake, thread
-        return self._epoll
+            self._poller, self._thread = poller, thread
+        return self._poller
 
-    def _main(self, epoll: select.epoll) -> None:
+    def _main(self, poller: _softcpu.EventPoller) -> None:
         while not self._stopping:
-            for fd, _ in epoll.poll():
+            for fd in poller.wait():
                 with self._lock:
                     irqfd = self._irqfds.get(fd)
-                    if irqfd is not None:
-                        irqfd.consume()
+                    if irqfd is not None:  # one that was shut down meanwhile has had what was taken
+                        irqfd.wake(poller.take(fd))
 
     # --- ioeventfd ---------------------------------------------------------------------------------
 
@@ -292,7 +278,7 @@ class Eventfds:
             raise kvm_error(errno.EINVAL, "len=0 can't be combined with a datamatch")
         bus = self._vm.pio_bus if flags & abi.KVM_IOEVENTFD_FLAG_PIO else self._vm.mmio_bus
         match = (datamatch or 0) if flags & abi.KVM_IOEVENTFD_FLAG_DATAMATCH else None
-        new = Ioeventfd(EventFile(fd), bus, addr, length, match)
+        new = Ioeventfd(EventFile.of(fd), bus, addr, length, match)
         with self._lock:
             if flags & abi.KVM_IOEVENTFD_FLAG_DEASSIGN:
                 self._remove(new)
@@ -316,17 +302,15 @@ class Eventfds:
         """Close a child's descriptors. The epoll's files are polled for the parent, too: nothing is unregistered."""
         self._stopping = True
         self._irqfds, self._resamplers, self._ioeventfds = {}, {}, []
-        if self._epoll is not None:
-            self._epoll.close()
-            _softcpu.close_own_descriptor(self._wake)
-            self._epoll = None
+        self._close_poller()
 
     def close(self) -> None:
         """Stop the thread and let go of every eventfd."""
         with self._lock:
             self._stopping = True
         if self._thread is not None:
-            os.eventfd_write(self._wake, 1)
+            assert self._poller is not None
+            os.eventfd_write(self._poller.wake, 1)
             if self._thread is not threading.current_thread():
                 self._thread.join()
             self._thread = None
@@ -336,18 +320,10 @@ class Eventfds:
             for entry in self._ioeventfds:
                 entry.bus.remove(entry)
             self._ioeventfds = []
-            if self._epoll is not None:
-                self._epoll.close()
-                _softcpu.close_own_descriptor(self._wake)
-                self._epoll = None
+            self._close_poller()
 
-
-def _eventfd_id(fd: int) -> str:
-    """Return the number that fdinfo gives an eventfd."""
-    try:
-        for line in procfs.read_own(f"fdinfo/{fd}").decode().splitlines():
-            if line.startswith("eventfd-id:"):
-                return line.split(":")[1].strip()
-    except OSError:
-        pass
-    return f"fd {fd}"
+    def _close_poller(self) -> None:
+        if self._poller is not None:
+            self._poller.close()
+            _softcpu.close_own_descriptor(self._poller.wake)
+            self._poller = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from softkvm import abi
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.irq.eventfd import EventFile
+from softkvm.kvm.irq.eventfile import EventFile
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VmState as Vm
@@ -30,7 +30,7 @@ def hyperv_eventfd(vm: Vm, conn_id: int, fd: int, flags: int) -> None:
             if hv.connections.pop(conn_id, None) is None:
                 raise kvm_error(errno.ENOENT, f"conn_id={conn_id:#x} has no eventfd")
         return
-    file = EventFile(fd)
+    file = EventFile.of(fd)
     with hv.lock:
         if conn_id in hv.connections:
             raise kvm_error(errno.EEXIST, f"conn_id={conn_id:#x} has an eventfd already")

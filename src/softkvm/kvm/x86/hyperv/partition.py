@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm import abi
 
 if TYPE_CHECKING:
-    from softkvm.kvm.irq.eventfd import EventFile
+    from softkvm.kvm.irq.eventfile import EventFile
 
 
 class TscPageStatus(enum.Enum):
