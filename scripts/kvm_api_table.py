@@ -50,8 +50,6 @@ REASONS: Final = {
     "KVM_CAP_ASSIGN_DEV_IRQ": "removed in Linux 4.12, with device assignment",
     "KVM_CAP_PCI_2_3": "removed in Linux 4.12, with device assignment",
     "KVM_CAP_XEN_HVM": "Xen's interfaces",
-    "KVM_CAP_ASYNC_PF": "to come",
-    "KVM_CAP_ASYNC_PF_INT": "to come",
     "KVM_CAP_TSC_CONTROL": "the silicon has no TSC scaling",
     "KVM_CAP_VM_TSC_CONTROL": "the silicon has no TSC scaling",
     "KVM_CAP_SW_TLB": "PowerPC has it",
@@ -103,6 +101,10 @@ NOTES: Final = (
     "is mapped is kept free: memory comes there by MAP_FIXED only (a wish gets another place, MAP_FIXED_NOREPLACE is "
     "EEXIST). Memory that is unmapped under a slot without `host_unmapped`, and whose place is given to something else "
     "before any guest touches it, is not noticed: the guest reaches what is there then.",
+    "A kernel finds out in get_user_pages() that a page is long in coming. The software side knows it of memory with a "
+    "userfaultfd, for which it looks when a guest enables asynchronous page faults, and of what "
+    "`softkvm.kvm.Vm.set_slow_memory` is told; elsewhere a guest that touches such a page sleeps as any thread does, "
+    "and no kick ends its KVM_RUN before the page has come.",
     "The device tried here does not report KVM_CAP_INTR_SHADOW, although KVM_GET_VCPU_EVENTS has the shadow, nor "
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A signal whose handler a library of another language installed (Python's are known at once) may not end KVM_RUN"

@@ -126,3 +126,40 @@ def test_paravirtual_eoi_needs_memory(make: Callable[..., Guest]) -> None:
     assert guest.cpu.set_msrs({msr: AREA + 2}) == 0, "not aligned"
     assert guest.cpu.get_msrs([msr]) == [AREA | abi.KVM_MSR_ENABLED]
     assert guest.cpu.set_msrs({msr: nowhere}) == 1, "not enabled"
+
+
+def async_pf_guest(make: Callable[..., Guest]) -> Guest:
+    """A guest with a software-enabled local APIC that may have asynchronous page faults."""
+    guest = make(irqchip=True)
+    supported(guest, abi.KVM_CAP_ASYNC_PF, abi.KVM_FEATURE_ASYNC_PF)
+    supported(guest, abi.KVM_CAP_ASYNC_PF_INT, abi.KVM_FEATURE_ASYNC_PF_INT)
+    lapic = guest.cpu.get_lapic()
+    lapic.regs[0xF0:0xF2] = [0xFF, 0x01]
+    guest.cpu.set_lapic(lapic)
+    return guest
+
+
+def test_a_guest_that_enables_asynchronous_page_faults_is_told_to_wake_all(make: Callable[..., Guest]) -> None:
+    """It may have been waiting on another host: an interrupt, and the token that is none."""
+    guest = async_pf_guest(make)
+    guest.write(AREA, bytes(64))
+    guest.ivt(0x51, 0x1800)
+    guest.write(0x1800, bytes.fromhex("e651 cf"))  # out 0x51, al; iret
+    on = abi.KVM_ASYNC_PF_ENABLED | abi.KVM_ASYNC_PF_SEND_ALWAYS | abi.KVM_ASYNC_PF_DELIVERY_AS_INT
+    msrs = {abi.MSR_KVM_ASYNC_PF_INT: 0x51, abi.MSR_KVM_ASYNC_PF_EN: AREA | on}
+    assert guest.cpu.set_msrs(msrs) == 2
+    assert guest.cpu.get_msrs(list(msrs)) == list(msrs.values())
+    guest.real("fb 90 90 f4")  # sti; nop; nop; hlt
+    guest.expect(abi.KVM_EXIT_IO)
+    assert guest.kvm_run.io.port == 0x51
+    area = abi.kvm_vcpu_pv_apf_data.from_buffer_copy(guest.memory, AREA)
+    assert (area.flags, area.token) == (0, 0xFFFF_FFFF)
+
+
+def test_asynchronous_page_faults_reserved_bits_are_refused(make: Callable[..., Guest]) -> None:
+    guest = async_pf_guest(make)
+    for bit in (4, 5):
+        assert guest.cpu.set_msrs({abi.MSR_KVM_ASYNC_PF_EN: AREA | abi.KVM_ASYNC_PF_ENABLED | 1 << bit}) == 0, bit
+    assert guest.cpu.set_msrs({abi.MSR_KVM_ASYNC_PF_INT: 0x100}) == 0
+    on = abi.KVM_ASYNC_PF_ENABLED | abi.KVM_ASYNC_PF_DELIVERY_AS_INT
+    assert guest.cpu.set_msrs({abi.MSR_KVM_ASYNC_PF_EN: 1 << 30 | on}) == 0, "there is no memory"

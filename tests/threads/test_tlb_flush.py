@@ -6,13 +6,14 @@ The silicon's part: cpu/tests/system/flush.rs.
 
 from __future__ import annotations
 
+import mmap
 import random
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
-from tests.support.threads import running
+from tests.support.threads import running, until
 from tests.support.tiny import MIB, Memory, Tiny
 
 from softkvm import abi
@@ -302,3 +303,86 @@ def test_no_write_is_missing_in_the_log_while_ranges_are_protected_and_zapped(se
             thread.join()
         tiny.close()
     assert flushes(tiny)["remote_tlb_flush_ranged"] > 0
+
+
+class Ring:
+    """A vCPU's ring of dirty pages, as userspace sees it."""
+
+    def __init__(self, tiny: Tiny, vcpu: int) -> None:
+        offset = abi.KVM_DIRTY_LOG_PAGE_OFFSET * 4096
+        self._entries = mmap.mmap(tiny.vcpus[vcpu].shared_fd, RING_BYTES, offset=offset)
+        self._words = memoryview(self._entries).cast("I")
+        self._next = 0
+
+    def collect(self) -> set[int]:
+        """Take what is there: pages of slot 1."""
+        found: set[int] = set()
+        while True:
+            at = self._next % (RING_BYTES // 16) * 4
+            if self._words[at] != abi.KVM_DIRTY_GFN_F_DIRTY:
+                return found
+            if self._words[at + 1] == 1:
+                found.add(self._words[at + 2])
+            self._words[at] = abi.KVM_DIRTY_GFN_F_RESET
+            self._next += 1
+
+
+RING_BYTES = 8 << 10
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["bitmap", "ring"])
+def test_a_migration_copies_what_the_guest_has_written_to_the_last_byte(ring: bool, memory: Memory) -> None:
+    """Pages are copied while the guest writes, as the log names them; in the end both memories are the same."""
+    vcpus, rounds = 2, 30
+    tiny = Tiny(vcpus=vcpus, dirty_ring=RING_BYTES if ring else 0)
+    for n, vcpu in enumerate(tiny.vcpus):
+        tiny.vcpu = vcpu
+        tiny.protected_mode()
+        tiny.load(_WRITER, rax=0, rbx=GPA + 4 * n, rsi=77 * n)
+    log(tiny, memory)
+    rings = [Ring(tiny, n) for n in range(vcpus)] if ring else []
+    copy = bytearray(memory.read(0, SIZE))
+    stop, full = threading.Event(), [0]
+
+    def run(n: int) -> None:
+        while not stop.is_set():
+            try:
+                tiny.vcpus[n].run()
+            except InterruptedError:
+                continue
+            assert tiny.vcpus[n].kvm_run.exit_reason == abi.KVM_EXIT_DIRTY_RING_FULL
+            full[0] += 1
+
+    def dirty_pages() -> Iterable[int]:
+        if not ring:
+            bits = int.from_bytes(tiny.vm.get_dirty_log(1), "little")
+            return [page for page in range(PAGES) if bits >> page & 1]
+        found = set[int]().union(*(each.collect() for each in rings))
+        tiny.vm.reset_dirty_rings()
+        return found
+
+    def copy_dirty() -> int:
+        pages = dirty_pages()
+        for page in pages:
+            copy[page << 12 : (page + 1) << 12] = memory.read(page << 12, 4096)
+        return len(set(pages))
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(vcpus)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: full[0] or not ring)  # vCPUs stop when nobody has their rings reset
+        copied = sum(copy_dirty() for _ in range(rounds))
+        until(lambda: copy_dirty() or copied)
+    finally:
+        stop.set()
+        for thread in threads:
+            while thread.is_alive():
+                for vcpu in tiny.vcpus:
+                    vcpu.kick()
+                thread.join(0.01)
+    while copy_dirty():
+        pass
+    assert copied > 0
+    assert bytes(copy) == memory.read(0, SIZE)
+    tiny.close()

@@ -179,6 +179,11 @@ impl PyMachine {
         PyBytes::new_with(py, size, |out| machine.read(hva, out).map_err(|e| access_error(e, hva, size)))
     }
 
+    fn populate(&self, py: Python<'_>, hva: usize) -> PyResult<()> {
+        let machine = own(&self.inner)?;
+        py.detach(|| machine.populate(hva)).map_err(|e| access_error(e, hva, 1))
+    }
+
     fn write(&self, hva: usize, data: &[u8]) -> PyResult<()> {
         own(&self.inner)?.write(hva, data).map_err(|e| access_error(e, hva, data.len()))
     }

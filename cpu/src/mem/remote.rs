@@ -42,6 +42,20 @@ impl Machine {
         self.access(address, out.len(), || unsafe { host_read(address as *const u8, out) })
     }
 
+    /// Reads a byte of the page at `address`, to have the owner of the memory, or the host, put something there. That may
+    /// take as long as they like: no lock is held.
+    pub fn populate(&self, address: usize) -> Result<(), AccessError> {
+        let regions: &RegionTable = &self.regions();
+        if !regions.contains(address, 1) {
+            return Err(AccessError::Unregistered);
+        }
+        let covers = |lost: usize| lost == address;
+        let mut byte = [0];
+        // SAFETY: registered memory is mapped, or its loss is expected; there is nothing to drop.
+        unsafe { guarded(&covers, || host_read(address as *const u8, &mut byte)) }?;
+        Ok(())
+    }
+
     /// Copies bytes into memory.
     pub fn write(&self, address: usize, bytes: &[u8]) -> Result<(), AccessError> {
         // SAFETY: as above.

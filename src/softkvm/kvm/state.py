@@ -127,6 +127,10 @@ class VmState:
     def host_unmapped(self, hva: int, size: int) -> None:
         """Tell that the process's memory at ``hva`` is another or none now."""
 
+    @abstractmethod
+    def find_slow_memory(self) -> None:
+        """Look for slots whose memory has a userfaultfd."""
+
     def make_all_cpus_request(self, request: int) -> None:
         """Set a request in every vCPU and kick those that run; doesn't wait."""
         for vcpu in self.vcpus:

@@ -33,6 +33,7 @@ from softkvm.kvm.memory.memslots import (
     new_slot,
 )
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
+from softkvm.kvm.memory.slow_memory import SlowMemory, with_userfaultfd
 from softkvm.kvm.requests import KVM_REQ_VM_DEAD
 from softkvm.kvm.state import VmState
 from softkvm.kvm.stats import VM_STATS, scalars
@@ -253,6 +254,30 @@ class Vm(VmState, Closing):
                     flush |= self.mmu.zap_range(start >> PAGE_SHIFT, -(-stop >> PAGE_SHIFT))
             if flush:
                 self.finish_zap()
+
+    @uninterrupted
+    def set_slow_memory(self, hva: int, size: int, *, slow: bool = True) -> None:
+        """Tell that pages of a range may be long in coming when they are touched, or no longer are (whole pages).
+
+        No ioctl: the kernel finds out in get_user_pages(). From now on they are mapped one by one, when they are there.
+        A vCPU that touches another one waits outside of its guest, where a kick reaches it; or its guest does something
+        else meanwhile (KVM_CAP_ASYNC_PF). Who takes pages of such a range away tells by :meth:`host_unmapped`, before.
+        Memory with a userfaultfd is found by :meth:`find_slow_memory`.
+        """
+        known = self.host_mappings.slow or SlowMemory([])
+        start, end = hva & -PAGE_SIZE, hva + size + PAGE_SIZE - 1 & -PAGE_SIZE
+        known = known.with_range(start, end) if slow else known.without_range(start, end)
+        self.host_mappings.slow = known if known.ranges else None
+        if slow:
+            self.host_unmapped(start, end - start)
+
+    @uninterrupted
+    def find_slow_memory(self) -> None:
+        """Look for slots whose memory has a userfaultfd: when a guest asks for asynchronous page faults."""
+        known = self.host_mappings.slow
+        for start, end in with_userfaultfd():
+            if self.regions.users(start, end) and (known is None or (start, end) not in known.ranges):
+                self.set_slow_memory(start, end - start)
 
     def finish_zap(self, old: MemorySlot | None = None) -> None:
         """Flush after a zap, keep what was dirty in the dirty log, free the tables; with ``mmu_lock`` held.

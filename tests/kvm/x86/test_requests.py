@@ -246,7 +246,29 @@ def _has_root(tiny: Tiny) -> None:
     assert tiny.vcpu.root_tdp == tiny.vm.mmu.root_address
 
 
+def _halt_for_page(tiny: Tiny) -> None:
+    """A page has come, so that the halt ends at once."""
+    tiny.vcpu.apf.wake_all(lambda: None)
+    tiny.vcpu.make_request(requests.KVM_REQ_APF_HALT)
+
+
+def _page_has_come(tiny: Tiny) -> None:
+    tiny.vcpu.apf.wake_all(lambda: tiny.vcpu.make_request(requests.KVM_REQ_APF_READY))
+
+
+def _port_is_next(tiny: Tiny) -> None:
+    assert _port(tiny) == 0x11
+    assert not tiny.vcpu.apf.halted
+
+
+def _nothing_is_waited_for(tiny: Tiny) -> None:
+    assert _port(tiny) == 0x11
+    assert tiny.vcpu.apf.queued == 0
+
+
 _CASES = {
+    "KVM_REQ_APF_HALT": _Case(_halt_for_page, _port_is_next),
+    "KVM_REQ_APF_READY": _Case(_page_has_come, _nothing_is_waited_for),
     "KVM_REQ_DIRTY_RING_SOFT_FULL": _Case(_fill_ring, _ring_is_full_until_it_is_reset),
     "KVM_REQ_LOAD_MMU_PGD": _Case(_lose_root, _has_root),
     "KVM_REQ_TLB_FLUSH": _Case(_move_window, _window_is_new),

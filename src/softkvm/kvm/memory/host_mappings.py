@@ -11,6 +11,8 @@ from bisect import bisect_right
 from typing import Final
 
 from softkvm.kvm import procfs
+from softkvm.kvm.memory.pages import PAGE_SIZE
+from softkvm.kvm.memory.slow_memory import SlowMemory
 
 NO_ACCESS: Final = 0
 READ: Final = 1
@@ -25,9 +27,11 @@ class HostMappings:
     memory's owner, if it is told who that is.
     """
 
-    __slots__ = ("_map",)
+    __slots__ = ("_map", "slow")
 
     def __init__(self) -> None:
+        #: Memory of which pages may be long in coming; None: there is none.
+        self.slow: SlowMemory | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -38,8 +42,11 @@ class HostMappings:
     def access(self, hva: int, size: int, wanted: int = READ_WRITE) -> int:
         """Tell what the process may do with all of [hva, hva + size): NO_ACCESS, READ or READ_WRITE.
 
-        What is known is believed if it gives ``wanted``: NO_ACCESS asks for that alone.
+        What is known is believed if it gives ``wanted``: NO_ACCESS asks for that alone. NO_ACCESS, too, for more than a
+        page of slow memory that isn't all there.
         """
+        if self.slow is not None and size > PAGE_SIZE and not self.slow.is_there(hva, size):
+            return NO_ACCESS  # page by page, where there is one
         found = _lookup(self._map, hva, hva + size)
         if found < wanted:
             mappings = self._map = _read_mappings()

@@ -30,3 +30,7 @@ KVM_REQ_HV_CRASH: Final = 1 << _BASE + 9
 KVM_REQ_HV_RESET: Final = 1 << _BASE + 10
 #: The vCPU is to use the VM's nested tables: once, at its first KVM_RUN.
 KVM_REQ_LOAD_MMU_PGD: Final = 1 << _BASE + 11
+#: A page that the guest has touched isn't there, and it can't be told: the vCPU halts until it has come.
+KVM_REQ_APF_HALT: Final = 1 << _BASE + 12
+#: Pages that the vCPU waited for have come.
+KVM_REQ_APF_READY: Final = 1 << _BASE + 13

@@ -8,7 +8,7 @@ here. What happens to it is in the modules that take it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
@@ -19,6 +19,7 @@ from softkvm.kvm.x86.exceptions import DR7_FIXED_1
 from softkvm.kvm.x86.hyperv.partition import Partition
 from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
 from softkvm.kvm.x86.mmu.root_tdp import INVALID_PAGE, FlushGuestMapping, flush_by_silicon
+from softkvm.kvm.x86.paravirt.apf import Apf
 from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
 from softkvm.kvm.x86.svm import vmcb as V
@@ -178,6 +179,7 @@ class ParavirtState:
 
     pv_cpuid_enforce: bool = False
     pv_unhalted: bool = False
+    apf: Apf = field(default_factory=Apf)
     #: The guest's CPUID has Hyper-V's interface; its state, once there is any.
     hyperv_enabled: bool = False
     hyperv: VirtualProcessor | None = None
@@ -203,6 +205,8 @@ class Statistics:
     stat_insn_emulation: int = 0
     stat_insn_emulation_fail: int = 0
     stat_hypercalls: int = 0
+    stat_async_pf_not_present: int = 0
+    stat_async_pf_ready: int = 0
     stat_req_event: int = 0
 
 

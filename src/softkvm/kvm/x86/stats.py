@@ -30,6 +30,8 @@ VCPU_STATS: Final[tuple[Statistic, ...]] = (
     counter("irq_injections"),
     counter("nmi_injections"),
     counter("req_event"),
+    counter("async_pf_not_present"),
+    counter("async_pf_ready"),
 )
 
 

@@ -39,10 +39,12 @@ from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_CHECK_VAPIC, KVM_APIC_PV_EO
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.root_tdp import load_root_tdp
 from softkvm.kvm.x86.msr_index import MCG_CAP
-from softkvm.kvm.x86.paravirt import kvmclock, steal_time
+from softkvm.kvm.x86.paravirt import async_pf, kvmclock, steal_time
 from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
 from softkvm.kvm.x86.paravirt.vapic import Vapic
 from softkvm.kvm.x86.requests import (
+    KVM_REQ_APF_HALT,
+    KVM_REQ_APF_READY,
     KVM_REQ_CLOCK_UPDATE,
     KVM_REQ_EVENT,
     KVM_REQ_HV_STIMER,
@@ -70,7 +72,9 @@ _HYPERV: Final = hyperv_requests.REQUESTS
 #: What is still to be done after KVM_EXIT_IOAPIC_EOI.
 _BEHIND_EOI_EXIT: Final = KVM_REQ_EVENT | KVM_REQ_NMI | _HYPERV
 #: What is still to be done after KVM_EXIT_TPR_ACCESS.
-_BEHIND_TPR_ACCESS: Final = ~(KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_REPORT_TPR_ACCESS)
+_BEHIND_TPR_ACCESS: Final = ~(
+    KVM_REQ_TLB_FLUSH | KVM_REQ_CLOCK_UPDATE | KVM_REQ_APF_READY | KVM_REQ_LOAD_MMU_PGD | KVM_REQ_REPORT_TPR_ACCESS
+)
 
 
 class Vcpu(VcpuState, vcpu.Vcpu):
@@ -275,6 +279,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
             self._update_clocks()
+        if requests & KVM_REQ_APF_READY:
+            async_pf.check_completion(self)
         if requests & KVM_REQ_REPORT_TPR_ACCESS:
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_TPR_ACCESS
             self.make_request(requests & _BEHIND_TPR_ACCESS)
@@ -297,7 +303,17 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             requests |= KVM_REQ_EVENT
         if requests & KVM_REQ_EVENT:
             self._handle_event()
+        if requests & KVM_REQ_APF_HALT:
+            self._halt_for_page()
         return True
+
+    def _halt_for_page(self) -> None:
+        """Sleep in the middle of an instruction until a page has come or an event can be taken."""
+        self.apf.halted = True
+        try:
+            self.block()
+        finally:
+            self.apf.halted = False
 
     def _update_clocks(self) -> None:
         """Write the guest's clock structure, and the page of Hyper-V's reference time, if it has them."""
@@ -344,9 +360,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def is_runnable(self) -> bool:
         """Tell whether a halted vCPU has a reason to go on (``kvm_arch_vcpu_runnable``)."""
-        if self.mp_state == _RUNNABLE or self.pv_unhalted:
+        if (self.mp_state == _RUNNABLE and not self.apf.halted) or self.pv_unhalted or self.apf.done:
             return True
-        if self.mp_state == _HALTED:
+        if self.mp_state == _HALTED or self.apf.halted:
             if self.exception.pending or self.exception.injected or self.nmi_queued or self.interrupt_injected:
                 return True
             if self.nmi_pending and not svm.nmi_blocked(self):

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.dirty_ring import mark_page_dirty
+from softkvm.kvm.memory.guest_memory import wait_for_page
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE, pages_per_hpage
+from softkvm.kvm.vcpu import GENERAL_REQUESTS
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
-from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED
+from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
+from softkvm.kvm.x86.paravirt import async_pf
 from softkvm.kvm.x86.svm.vmcb import PFERR_GUEST_FINAL
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
     if not error & PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
         vcpu.mmio_gfn, vcpu.mmio_slots = gfn, slots
         return RET_PF_EMULATE
+    if vm.host_mappings.slow is not None and not _is_there(vcpu, gfn):
+        return RET_PF_RETRY
     with vm.mmu_lock:
         slots = vm.memslots
         slot = slots.gfn_to_memslot(gfn)
@@ -52,6 +57,19 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
         if vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
             vm.mmu.set_mmio_spte(gfn, slots)
     return RET_PF_EMULATE
+
+
+def _is_there(vcpu: Vcpu, gfn: int) -> bool:
+    """Tell whether a frame's page can be mapped at once; if not, see to it that it will be."""
+    vm = vcpu.vm
+    slot, slow = vm.memslots.gfn_to_memslot(gfn), vm.host_mappings.slow
+    if slot is None or slow is None or (vm.private_frames is not None and gfn in vm.private_frames):
+        return True
+    hva = (gfn << PAGE_SHIFT) + slot.hva_offset
+    if slow.is_there(hva, PAGE_SIZE):
+        return True
+    async_pf.fault_in(vcpu, gfn, hva, GENERAL_REQUESTS)
+    return False
 
 
 def _map(vcpu: Vcpu, slot: MemorySlot, gfn: int, *, write: bool) -> int:
@@ -95,6 +113,9 @@ def _pre_fault(vcpu: Vcpu, gfn: int) -> int:
     vm = vcpu.vm
     if vcpu.cpu.take_interrupt():
         raise InterruptedError(errno.EINTR, "kicked, or a signal came")
+    slot = vm.memslots.gfn_to_memslot(gfn)
+    if slot is not None:
+        wait_for_page(vm, (gfn << PAGE_SHIFT) + slot.hva_offset)
     with vm.mmu_lock:
         slot = vm.memslots.gfn_to_memslot(gfn)
         if slot is None:

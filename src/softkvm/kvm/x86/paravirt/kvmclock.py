@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
-from softkvm.kvm.x86.paravirt import steal_time
+from softkvm.kvm.x86.paravirt import async_pf, steal_time
 from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def reset(vcpu: Vcpu) -> None:
     for msr in _RESET_MSRS:
         vcpu.msr_values.pop(msr, None)
     vcpu.steal_enabled = False
+    async_pf.reset(vcpu)
     if vcpu.pv_eoi is not None:
         vcpu.pv_eoi.reset()
 
@@ -222,16 +223,10 @@ _ASYNC_PF_DELIVERY: Final = (
 def _write_async_pf_en(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF, host):
         return False
-    if data & 0x30:  # reserved
-        return False
     for delivery, feature in _ASYNC_PF_DELIVERY:
         if data & delivery and _feature_denied(vcpu, feature, host):
             return False
-    if vcpu.apic is None:
-        return not data
-    vcpu.msr_values[index] = data
-    on = abi.KVM_ASYNC_PF_ENABLED | abi.KVM_ASYNC_PF_DELIVERY_AS_INT
-    return data & on != on or read_guest(vcpu.vm, data & ~0x3F, 8) is not None
+    return async_pf.set_enabled(vcpu, data)
 
 
 def _write_async_pf_int(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -246,7 +241,10 @@ def _read_async_pf_ack(vcpu: Vcpu, index: int, host: bool) -> int | None:
 
 
 def _write_async_pf_ack(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    return not _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host)
+    if _feature_denied(vcpu, abi.KVM_FEATURE_ASYNC_PF_INT, host):
+        return False
+    async_pf.acknowledge(vcpu, data)
+    return True
 
 
 def _write_steal_time(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
