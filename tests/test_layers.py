@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "vmm": {"abi", "api", "closing", "cputime", "progress", "threads"},
     "reports": set(),
     "unittests": {"abi", "api", "vmm", "qemu", "reports"},
-    "bench": {"abi", "api", "vmm", "unittests", "qemu", "reports"},
+    "bench": {"abi", "api", "cputime", "vmm", "unittests", "qemu", "reports"},
     "client": {"abi", "kvm", "plugin", "threads", "trace"},
     "selftests": {"abi", "client", "reports"},
     "cli": {

@@ -15,6 +15,7 @@ early.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import enum
 import errno
@@ -329,12 +330,21 @@ class _Monitor:
         """A clock is no more; the thread ends with the last one."""
         with self._lock:
             self._clocks.discard(clock)
-            thread = self._thread
-            if thread is None or self._clocks:
+        self.end(idle=True)
+
+    def end(self, *, idle: bool = False) -> None:
+        """End the thread, with ``idle`` if it has no clocks, and wait for it.
+
+        One that is still there when the interpreter ends may abort the process: it is cancelled in the middle of ours.
+        """
+        with self._lock:
+            if self._thread is None or (idle and self._clocks):
                 return
-            self._thread = None
+            thread, self._thread = self._thread, None
             assert thread.ident is not None
             signal.pthread_kill(thread.ident, SIGNAL)
+        if thread is not threading.current_thread():
+            thread.join()
 
     def _main(self) -> None:
         while self._look():
@@ -360,3 +370,4 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(lambda: _monitor.end())

@@ -12,7 +12,7 @@ from softkvm import qemu
 from softkvm.bench import vmexit
 from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, SoftkvmSide
 from softkvm.bench.vmexit import Figure, Kind, Report
-from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError, bench_dirty_log
+from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError, bench_dirty_log, bench_task_work
 from softkvm.cli.arguments import count, file_name, seconds
 from softkvm.cli.output import STDOUT, OutputFile, say, table, warn
 from softkvm.progress import StatusLine
@@ -25,6 +25,7 @@ EPILOG = """\
 measurements:
   vmexit      nanoseconds for each kind of exit, QEMU's TCG beside it
   dirty-log   what dirty logging costs: turning it on and off, passes over memory, fetching the log
+  task-work   how soon a vCPU's thread does what was called for, and how late CPU timers are
 
 `softkvm bench MEASUREMENT --help` explains it.
 """
@@ -51,9 +52,10 @@ examples:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     measurements = parser.add_subparsers(
-        dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit, dirty-log"
+        dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit, dirty-log, task-work"
     )
     bench_dirty_log.add(measurements)
+    bench_task_work.add(measurements)
     command = measurements.add_parser(
         "vmexit",
         description="Measure what an exit costs, kind by kind.",
