@@ -212,6 +212,66 @@ fn xrstor_loads_pkru_or_its_initial_state() {
     assert_eq!(run_with_pkru(0x3333_3333, data, &keep).2, 0x3333_3333);
 }
 
+/// XSAVES [rdi], XRSTORS [rdi]
+const XSAVES: [u8; 3] = [0x0f, 0xc7, 0x2f];
+const XRSTORS: [u8; 3] = [0x0f, 0xc7, 0x1f];
+
+#[test]
+fn xsaves_is_xsavec_and_xrstors_takes_that_format_only() {
+    let mut data = [0; DATA_SIZE];
+    let (exit, by_s, _) = run_with_pkru(0x1234_5678, data, &XSAVES);
+    let (_, by_c, _) = run_with_pkru(0x1234_5678, data, &XSAVEC);
+    assert_eq!((exit, by_s), (EXIT_HLT, by_c));
+    assert_eq!(word(&by_s, 520), 1 << 63 | 0x203);
+    let (exit, _, pkru) = run_with_pkru(0, by_s, &XRSTORS);
+    assert_eq!((exit, pkru), (EXIT_HLT, 0x1234_5678));
+    // The standard format, components outside of the layout, layouts outside of XCR0, bytes that have to be 0.
+    for (state, layout, rest) in [
+        (0x200u64, 0u64, 0u64),
+        (3, 1 << 63 | 1, 0),
+        (0, 1 << 63 | 4, 0),
+        (0, 1 << 63 | 1 << 11, 0),
+        (0, 1 << 63, 1),
+    ] {
+        data[512..520].copy_from_slice(&state.to_le_bytes());
+        data[520..528].copy_from_slice(&layout.to_le_bytes());
+        data[528..536].copy_from_slice(&rest.to_le_bytes());
+        assert_eq!(run_with_pkru(0, data, &XRSTORS).0, EXIT_GP, "{state:x} {layout:x} {rest:x}");
+    }
+}
+
+#[test]
+fn the_supervisors_forms_are_for_cpl_0_where_xsave_is_on() {
+    for instruction in [XSAVES, XRSTORS] {
+        let mut data = [0; DATA_SIZE];
+        data[520..528].copy_from_slice(&(1u64 << 63).to_le_bytes());
+        assert_eq!(run(CR0 | TS, data, &[&instruction, &HLT]).0, EXIT_NM);
+        for (cr4, cpl, exit) in [(0, 0, EXIT_UD), (1u64 << 18, 3, EXIT_GP), (1 << 18, 0, EXIT_HLT)] {
+            let mut guest = Guest::new();
+            guest.cpu.rb.xcr0 = 3;
+            let v = guest.vmcb();
+            let old: u64 = v.get(save::CR4);
+            v.set(save::CR4, old & !(1 << 18) | cr4);
+            v.set(save::CPL, cpl as u8);
+            let mut room = data;
+            guest.run(&[&instruction[..], &HLT].concat(), &mut room);
+            assert_eq!(guest.exit(), exit, "{instruction:02x?} CR4.OSXSAVE {cr4:x} CPL {cpl}");
+        }
+    }
+}
+
+#[test]
+fn xgetbv_1_tells_what_is_in_use() {
+    let data = [0; DATA_SIZE];
+    let xgetbv = [0xb9, 1, 0, 0, 0, 0x0f, 0x01, 0xd0]; // mov ecx, 1; xgetbv
+    let (exit, _, _, guest) = run(CR0, data, &[&xgetbv, &HLT]);
+    assert_eq!((exit, guest.cpu.rb.gpr[0], guest.cpu.rb.gpr[2]), (EXIT_HLT, 0, 0));
+    let (_, _, _, guest) = run(CR0, data, &[&FLD1, &xgetbv, &HLT]);
+    assert_eq!(guest.cpu.rb.gpr[0], 1);
+    let (exit, ..) = run(CR0, data, &[&[0xb9, 2, 0, 0, 0, 0x0f, 0x01, 0xd0], &HLT]);
+    assert_eq!(exit, EXIT_GP);
+}
+
 #[test]
 fn fnstenv_has_the_format_of_mode_and_operand_size() {
     let data = [0; DATA_SIZE];

@@ -167,7 +167,6 @@ fn missing(probe: &Probe, i: &Instruction) -> bool {
                 | CET_SS
                 | MOVDIRI
                 | MOVDIR64B
-                | XSAVES
         )
     })
 }

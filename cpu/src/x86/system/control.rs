@@ -351,15 +351,16 @@ pub(super) fn invpcid(cpu: &mut Cpu, op: &Op) -> Res {
     Err(cpu.end_block(op))
 }
 
-/// XGETBV.
+/// XGETBV: XCR0, and with ECX = 1 those of its components that are in use.
 pub(super) fn xgetbv(cpu: &mut Cpu, _: &Op) -> Res {
     if cpu.cr4 & cr4::OSXSAVE == 0 {
         return Err(cpu.ud());
     }
-    if cpu.rb.gpr[reg::RCX] as u32 != 0 {
-        return Err(cpu.gp(0));
-    }
-    let v = cpu.rb.xcr0;
+    let v = match cpu.rb.gpr[reg::RCX] as u32 {
+        0 => cpu.rb.xcr0,
+        1 => cpu.rb.xcr0 & cpu.xinuse(),
+        _ => return Err(cpu.gp(0)),
+    };
     super::msr::set_edx_eax(cpu, v);
     Ok(())
 }

@@ -70,8 +70,8 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
         7 if subleaf == 0 => [0, LEAF7_EBX, LEAF7_ECX, LEAF7_EDX],
         0xD => match subleaf {
             0 => [SUPPORTED_XCR0 as u32, xsave_size(1) as u32, xsave_size(SUPPORTED_XCR0) as u32, 0],
-            // XSAVEOPT XSAVEC.
-            1 => [3, compacted_size(1) as u32, 0, 0],
+            // XSAVEOPT XSAVEC XGETBV(1) XSAVES.
+            1 => [0xf, compacted_size(1) as u32, 0, 0],
             9 => [PKRU_SIZE as u32, PKRU_AT as u32, 0, 0],
             _ => [0; 4],
         },
@@ -109,7 +109,7 @@ mod tests {
     fn protection_keys_and_their_component_are_reported_as_on_amd_processors() {
         assert_eq!(cpuid(7, 0)[2] >> 3 & 1, 1);
         assert_eq!(cpuid(0xD, 0), [0x203, 0x240, 0x988, 0]);
-        assert_eq!(cpuid(0xD, 1), [3, 0x240, 0, 0]);
+        assert_eq!(cpuid(0xD, 1), [0xf, 0x240, 0, 0]);
         assert_eq!(cpuid(0xD, 9), [8, 0x980, 0, 0]);
     }
 

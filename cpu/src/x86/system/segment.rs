@@ -34,7 +34,7 @@ pub(super) fn set_register(cpu: &mut Cpu, op: &Op, v: u64) {
 
 impl Cpu {
     /// #GP(0) unless at CPL 0.
-    pub(super) fn privileged(&mut self) -> Res {
+    pub(in super::super) fn privileged(&mut self) -> Res {
         if self.cpl == 0 { Ok(()) } else { Err(self.gp(0)) }
     }
 

@@ -209,10 +209,14 @@ fn control(code: Code) -> Option<Handler> {
         Code::Xsave64_mem => handler(xsave::xsave::<true, false>),
         Code::Xsaveopt_mem => handler(xsave::xsave::<false, true>),
         Code::Xsaveopt64_mem => handler(xsave::xsave::<true, true>),
-        Code::Xsavec_mem => handler(xsave::xsavec::<false>),
-        Code::Xsavec64_mem => handler(xsave::xsavec::<true>),
-        Code::Xrstor_mem => handler(xsave::xrstor::<false>),
-        Code::Xrstor64_mem => handler(xsave::xrstor::<true>),
+        Code::Xsavec_mem => handler(xsave::xsavec::<false, false>),
+        Code::Xsavec64_mem => handler(xsave::xsavec::<true, false>),
+        Code::Xsaves_mem => handler(xsave::xsavec::<false, true>),
+        Code::Xsaves64_mem => handler(xsave::xsavec::<true, true>),
+        Code::Xrstor_mem => handler(xsave::xrstor::<false, false>),
+        Code::Xrstor64_mem => handler(xsave::xrstor::<true, false>),
+        Code::Xrstors_mem => handler(xsave::xrstor::<false, true>),
+        Code::Xrstors64_mem => handler(xsave::xrstor::<true, true>),
         _ => return None,
     })
 }

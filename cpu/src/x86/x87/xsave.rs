@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! XSAVE, XSAVEOPT, XSAVEC, XRSTOR and the rules of XCR0 (APM vol. 2, 11.5; SDM vol. 1, chapter 13).
+//! XSAVE, XSAVEOPT, XSAVEC, XSAVES, XRSTOR, XRSTORS and the rules of XCR0 (APM vol. 2, 11.5; SDM vol. 1, chapter 13).
 //!
-//! XSAVES and XRSTORS aren't offered: XSS stays zero, and they raise #UD. Nor is XGETBV with ECX = 1.
+//! There are no supervisor components: XSS is zero, and XSAVES and XRSTORS do what their user forms do, at CPL 0.
 
 use super::super::access::Access;
 use super::super::op::{Op, Res, Stop};
@@ -80,10 +80,13 @@ impl Cpu {
         u64::from(x87) | u64::from(sse) << 1 | u64::from(avx) << 2 | u64::from(rb.pkru != 0) << 9
     }
 
-    /// #UD, #NM and the mask of requested components: EDX:EAX and XCR0.
-    fn xsave_enter(&mut self) -> Result<u64, Stop> {
+    /// #UD, #NM, #GP(0) for the supervisor's forms elsewhere, and the mask of requested components: EDX:EAX and XCR0.
+    fn xsave_enter(&mut self, supervisor: bool) -> Result<u64, Stop> {
         if self.cr4 & cr4::OSXSAVE == 0 {
             return Err(self.ud());
+        }
+        if supervisor {
+            self.privileged()?;
         }
         if self.cr0 & cr0::TS != 0 {
             return Err(self.nm());
@@ -145,7 +148,7 @@ impl Cpu {
 
 /// XSAVE, and XSAVEOPT (`OPT`), which leaves out components in their initial state. `WIDE`: the form with REX.W.
 pub fn xsave<const WIDE: bool, const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Res {
-    let mask = cpu.xsave_enter()?;
+    let mask = cpu.xsave_enter(false)?;
     let size = xsave_size(mask);
     let linear = cpu.save_area(op, size, 64, Access::Write)?;
     let mut old = [0; 8];
@@ -159,9 +162,9 @@ pub fn xsave<const WIDE: bool, const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.write_part(op, linear, HEADER, &header.to_le_bytes())
 }
 
-/// XSAVEC: the compacted format. `WIDE`: the form with REX.W.
-pub fn xsavec<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
-    let mask = cpu.xsave_enter()?;
+/// XSAVEC and XSAVES (`SUPERVISOR`): the compacted format. `WIDE`: the form with REX.W.
+pub fn xsavec<const WIDE: bool, const SUPERVISOR: bool>(cpu: &mut Cpu, op: &Op) -> Res {
+    let mask = cpu.xsave_enter(SUPERVISOR)?;
     let size = compacted_size(mask);
     let linear = cpu.save_area(op, size, 64, Access::Write)?;
     cpu.probe_write(op.seg, linear, size)?;
@@ -176,9 +179,10 @@ pub fn xsavec<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.write_part(op, linear, HEADER, &header.to_le_bytes())
 }
 
-/// XRSTOR in both formats, with the header checks that raise #GP(0). `WIDE`: the form with REX.W.
-pub fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
-    let mask = cpu.xsave_enter()?;
+/// XRSTOR in both formats, XRSTORS (`SUPERVISOR`) in the compacted one, with the header checks that raise #GP(0).
+/// `WIDE`: the form with REX.W.
+pub fn xrstor<const WIDE: bool, const SUPERVISOR: bool>(cpu: &mut Cpu, op: &Op) -> Res {
+    let mask = cpu.xsave_enter(SUPERVISOR)?;
     let linear = cpu.save_area(op, EXTENDED, 64, Access::Read)?;
     let mut area = [0; EXTENDED + AVX_SIZE];
     cpu.read_bytes(cpu.mmu, op.seg, linear, &mut area[..EXTENDED])?;
@@ -193,7 +197,7 @@ pub fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Res {
         let components = layout & !COMPACTED;
         components & !cpu.rb.xcr0 == 0 && state & !components == 0 && (2..8).all(|i| word(i) == 0)
     } else {
-        state & !cpu.rb.xcr0 == 0 && layout == 0 && word(2) == 0
+        !SUPERVISOR && state & !cpu.rb.xcr0 == 0 && layout == 0 && word(2) == 0
     };
     let mxcsr = mxcsr_of(&area);
     // The standard format loads MXCSR whenever SSE or AVX is asked for, the compacted one as part of SSE.
