@@ -25,10 +25,15 @@ pub fn clock_ns() -> u64 {
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
 
+/// In order: not before what a guest has loaded before it, although a processor may do that (SDM vol. 2, RDTSC). Here there
+/// is more between the two than one instruction, and a guest's counters would seem to go backwards much oftener.
 #[cfg(target_arch = "x86_64")]
 fn host_tsc() -> u64 {
-    // SAFETY: an instruction that every x86-64 processor has.
-    unsafe { core::arch::x86_64::_rdtsc() }
+    // SAFETY: instructions that every x86-64 processor has.
+    unsafe {
+        core::arch::x86_64::_mm_lfence();
+        core::arch::x86_64::_rdtsc()
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -68,6 +68,10 @@ class Cpu:
     registers: memoryview
     instructions: int
     next_rip: bool
+    waitpkg: bool
+    """Guests have UMONITOR, UMWAIT and TPAUSE (SDM vol. 2), which no AMD processor has; off at first."""
+    tsc_ratio: int
+    """The TSC ratio MSR, C000_0104h: guests' ticks for one of the processor's, 8.32 bits (APM vol. 2, 15.30.5)."""
     def __init__(self, machine: Machine, index: int) -> None: ...
     def vmrun(self, vmcb: int) -> int:
         """VMLOAD, VMRUN, VMSAVE; returns EXITCODE (APM vol. 2, appendix C).

@@ -84,7 +84,7 @@ fn register_offsets() -> BTreeMap<&'static str, usize> {
     macro_rules! offsets {
         ($($field:ident)*) => { BTreeMap::from([$((stringify!($field), offset_of!(RegisterBlock, $field))),*]) };
     }
-    offsets!(gpr dr xcr0 pkru mxcsr tsc_aux fcw fsw ftw fop fip fdp fcs fds st ymm)
+    offsets!(gpr dr xcr0 pkru mxcsr tsc_aux fcw fsw ftw fop fip fdp fcs fds umwait_control st ymm)
 }
 
 /// In a child that has been forked there is one thread, and no other's work goes on.

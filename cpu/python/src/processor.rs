@@ -379,6 +379,26 @@ impl PyCpu {
         self.exclusive(|cpu| cpu.next_rip_enabled = on)
     }
 
+    #[getter]
+    fn waitpkg(&self) -> PyResult<bool> {
+        self.exclusive(|cpu| cpu.waitpkg)
+    }
+
+    #[setter]
+    fn set_waitpkg(&self, on: bool) -> PyResult<()> {
+        self.exclusive(|cpu| cpu.waitpkg = on)
+    }
+
+    #[getter]
+    fn tsc_ratio(&self) -> PyResult<u64> {
+        self.exclusive(|cpu| cpu.tsc_ratio)
+    }
+
+    #[setter]
+    fn set_tsc_ratio(&self, ratio: u64) -> PyResult<()> {
+        self.exclusive(|cpu| cpu.tsc_ratio = ratio)
+    }
+
     /// Counters of the processor's insides.
     fn stats(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         self.exclusive(|cpu| cpu.engine.statistics().into())

@@ -7,7 +7,7 @@ use super::architecture::Architecture;
 use super::block::Block;
 use super::op::{Res, Stop};
 use super::state::Engine;
-use crate::mem::{PAGE_SIZE, chunk_mask, host_equal, pending};
+use crate::mem::{PAGE_SIZE, PageInfo, chunk_mask, host_equal, pending};
 
 impl<P: Architecture> Engine<P> {
     /// Before a write of `size` bytes at a host address: [`Stop::SelfModify`] if it hits the running block.
@@ -61,6 +61,39 @@ impl<P: Architecture> Engine<P> {
         self.shared.synced.store(generation, Ordering::SeqCst);
     }
 
+    /// Marks chunks of the page with the host address `host` in it; returns the generation that knows of them.
+    fn mark(&mut self, page: &PageInfo, host: usize, mask: u64) -> u64 {
+        let (generation, first) = self.machine.mark_code(page, mask, &self.shared);
+        // This processor, too, may write the page by a translation from before the first mark.
+        if self.shared.synced.load(Ordering::SeqCst) < generation {
+            self.tlb.protect_host_page((host - host % PAGE_SIZE) as u64);
+        }
+        if first {
+            // Its own mark is no reason to catch up, if there was none before.
+            let _ = self.shared.synced.compare_exchange(
+                generation - 1,
+                generation,
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            );
+        }
+        generation
+    }
+
+    /// Has the next store to the chunk of memory at `host` change this processor's stamp, or be pending
+    /// ([`pending::CODE_CHANGED`]), as if code lay there. Counts from when the generation that it returns is
+    /// [settled](Engine::settled). None if no region has the chunk.
+    pub fn watch(&mut self, host: usize) -> Option<u64> {
+        let regions = self.regions.clone();
+        let page = regions.page(host)?;
+        Some(self.mark(page, host, chunk_mask(host % PAGE_SIZE, 1)))
+    }
+
+    /// Whether all other processors that run know the marks of `generation`.
+    pub fn settled(&self, generation: u64) -> bool {
+        self.machine.caught_up(generation, Some(&self.shared))
+    }
+
     /// Marks the block's chunks as code; true when every running processor is known to respect the marks.
     fn arm(&mut self, b: &mut Block<P>) -> bool {
         let fresh = b.generation == 0;
@@ -74,21 +107,7 @@ impl<P: Architecture> Engine<P> {
             let page = unsafe { &*page };
             let mask = chunk_mask(offset, len);
             if fresh || page.code.load(Ordering::SeqCst) & mask != mask {
-                let (generation, first) = self.machine.mark_code(page, mask, &self.shared);
-                // This processor, too, may write the page by a translation from before the first mark.
-                if self.shared.synced.load(Ordering::SeqCst) < generation {
-                    self.tlb.protect_host_page((host - host % PAGE_SIZE) as u64);
-                }
-                if first {
-                    // Its own mark is no reason to catch up, if there was none before.
-                    let _ = self.shared.synced.compare_exchange(
-                        generation - 1,
-                        generation,
-                        Ordering::SeqCst,
-                        Ordering::SeqCst,
-                    );
-                }
-                b.generation = generation;
+                b.generation = self.mark(page, host, mask);
                 b.settled = false;
             }
         }

@@ -48,6 +48,8 @@ pub struct Shared {
     /// Threads inside [`Shared::wait_for`].
     waiting: AtomicU32,
     pub(super) flushes: FlushQueue,
+    /// The processor's thread is inside [`Shared::wait_watching`].
+    watching: AtomicBool,
 }
 
 impl Shared {
@@ -60,6 +62,7 @@ impl Shared {
             synced: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             flushes: FlushQueue::new(),
+            watching: AtomicBool::new(false),
         }
     }
 
@@ -103,6 +106,11 @@ impl Shared {
         self.waiting.load(Ordering::SeqCst) != 0
     }
 
+    /// Whether anything is pending.
+    pub fn is_pending(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) != 0
+    }
+
     /// Whether a kick is pending.
     pub fn kicked(&self) -> bool {
         self.pending.load(Ordering::SeqCst) & pending::KICK != 0
@@ -137,6 +145,14 @@ impl Shared {
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         wake
     }
+
+    /// As [`Shared::wait_for`] anything, which is noticed at once, whatever it is; on the processor's own thread.
+    pub fn wait_watching(&self, deadline: u64) -> Wake {
+        self.watching.store(true, Ordering::SeqCst);
+        let wake = self.wait_for(u32::MAX, Some(deadline));
+        self.watching.store(false, Ordering::SeqCst);
+        wake
+    }
 }
 
 /// Sets pending bits of each of these processors but `me`.
@@ -144,6 +160,10 @@ pub(super) fn signal(processors: &[Arc<Shared>], me: Option<&Arc<Shared>>, bits:
     for shared in processors {
         if me.is_none_or(|m| !Arc::ptr_eq(m, shared)) {
             shared.pending.fetch_or(bits, Ordering::SeqCst);
+            // Whoever is about to watch has said so before it looks at `pending`.
+            if shared.watching.load(Ordering::SeqCst) {
+                futex::wake(&shared.pending);
+            }
         }
     }
 }

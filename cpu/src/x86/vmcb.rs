@@ -28,6 +28,7 @@ pub mod control {
     pub const NRIP: usize = 0x0C8;
     pub const BYTES_FETCHED: usize = 0x0D0;
     pub const INSTRUCTION_BYTES: usize = 0x0D1;
+    pub const BUS_LOCK_COUNTER: usize = 0x120;
 }
 
 /// Offsets in the state save area, from the start of the VMCB.

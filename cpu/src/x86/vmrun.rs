@@ -145,8 +145,12 @@ impl Cpu {
             nested_cr3,
             pause_count: v.get(control::PAUSE_COUNT),
             pause_threshold: v.get(control::PAUSE_THRESHOLD),
+            bus_locks: 0,
         };
         self.sys.pause_left = self.ctl.pause_count;
+        if self.intercepted(exitcode::BUSLOCK) {
+            self.ctl.bus_locks = v.get(control::BUS_LOCK_COUNTER);
+        }
         self.shadow = v.get::<u64>(control::INTERRUPT_SHADOW) & 1 != 0;
         let (mode, breakpoints) = (self.paging_mode(), self.dr7 & 0xff);
         self.state_registers(|at, field| *field = v.get(at));
@@ -235,6 +239,9 @@ impl Cpu {
         v.set(control::EXITINFO2, e.info2);
         v.set(control::EXITINTINFO, self.delivering);
         v.set(control::TLB_CONTROL, 0u8);
+        if self.intercepted(exitcode::BUSLOCK) {
+            v.set(control::BUS_LOCK_COUNTER, self.ctl.bus_locks);
+        }
         let next = if self.next_rip_enabled
             && ((self.delivering == 0 && saves_next_rip(e.code)) || self.delivering_software())
         {

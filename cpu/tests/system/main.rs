@@ -16,3 +16,5 @@ mod returns;
 mod stepping;
 mod threads;
 mod transfers;
+mod tsc;
+mod waitpkg;

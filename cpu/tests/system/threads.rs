@@ -282,7 +282,7 @@ fn locked_increments_across_a_cache_line_or_page_are_never_lost() {
 }
 
 /// Two processors of one memory, each with its code.
-fn pair(first: impl FnOnce(&mut CodeAssembler), second: impl FnOnce(&mut CodeAssembler)) -> [Guest; 2] {
+pub fn pair(first: impl FnOnce(&mut CodeAssembler), second: impl FnOnce(&mut CodeAssembler)) -> [Guest; 2] {
     let memory = Memory::new();
     let mut a = Guest::bare(memory.clone(), 0);
     a.assemble(64, CODE, first);

@@ -5,7 +5,8 @@ use super::Access;
 use crate::mem::{PATIENCE, host_cas, host_load, host_store, is_atomic};
 use crate::x86::flags::{Int, LazyFlags};
 use crate::x86::op::{Op, Res, Stop};
-use crate::x86::state::Cpu;
+use crate::x86::state::{Cpu, LINE};
+use crate::x86::system::exitcode;
 
 impl Cpu {
     /// What `f` returns, and the flags that hold when that has been stored: memory may be lost until then.
@@ -117,6 +118,9 @@ impl Cpu {
                 return Ok(());
             }
         }
+        if linear as usize % LINE + T::BYTES > LINE {
+            self.count_bus_lock()?;
+        }
         // SAFETY: an instruction has nothing to drop.
         unsafe {
             self.with_bus(|cpu| {
@@ -127,6 +131,18 @@ impl Cpu {
                 Ok(())
             })
         }?
+    }
+
+    /// A locked operation is about to take the bus as it goes across cache lines: #VMEXIT before it when the guest has
+    /// none left (Bus Lock Threshold: APM vol. 2, 15.14.5).
+    fn count_bus_lock(&mut self) -> Res {
+        if self.intercepted(exitcode::BUSLOCK) {
+            match self.ctl.bus_locks.checked_sub(1) {
+                Some(left) => self.ctl.bus_locks = left,
+                None => return Err(self.vmexit(exitcode::BUSLOCK, 0, 0)),
+            }
+        }
+        Ok(())
     }
 
     /// Calls `f` while no other processor executes anything ([`Bus::lock`]).

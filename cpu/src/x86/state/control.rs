@@ -56,6 +56,8 @@ pub struct Control {
     pub pause_count: u16,
     /// Pause filter threshold in cycles, which are instructions.
     pub pause_threshold: u16,
+    /// Bus locks that the guest may still take, if they are intercepted.
+    pub bus_locks: u16,
 }
 
 /// Bookkeeping of the system instructions beside the architectural state.
@@ -71,8 +73,26 @@ pub struct SystemState {
     pub pause_last: u64,
     /// MONITOR has run and MWAIT has not.
     pub monitor_armed: bool,
+    /// What UMONITOR has armed.
+    pub monitor: Monitor,
     /// What the instruction that runs by itself goes on with if it doesn't retire.
     pub held: Held,
+}
+
+/// Bytes of a cache line; as many as one mark of decoded code stands for.
+pub const LINE: usize = 64;
+
+/// A line of memory that is monitored (UMONITOR).
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Monitor {
+    /// There is one.
+    pub armed: bool,
+    /// Its host address.
+    pub line: usize,
+    /// The engine's stamp when it was armed: another one says that something has been stored.
+    pub stamp: u64,
+    /// What it held then.
+    pub contents: [u64; LINE / 8],
 }
 
 /// State that ends with the next instruction.

@@ -14,7 +14,7 @@ mod control;
 mod numbers;
 mod registers;
 
-pub use control::{Control, Exception, Exit, Held, SystemState};
+pub use control::{Control, Exception, Exit, Held, LINE, Monitor, SystemState};
 pub use numbers::{cr0, cr4, efer, mxcsr, reg, sreg, vector};
 pub use registers::{Msrs, RegisterBlock, Segment, TableRegister};
 
@@ -30,6 +30,9 @@ pub mod attention {
     /// An instruction breakpoint is armed in DR7, or RF is set.
     pub const DEBUG: u32 = 8;
 }
+
+/// The TSC ratio of a guest whose counter ticks with the processor's.
+pub const TSC_RATIO_ONE: u64 = 1 << 32;
 
 /// One logical processor.
 #[repr(C)]
@@ -97,6 +100,11 @@ pub struct Cpu {
     pub(crate) sys: SystemState,
     /// Host state: NEXT_RIP is saved on instruction intercepts.
     pub next_rip_enabled: bool,
+    /// Host state: guests have UMONITOR, UMWAIT and TPAUSE.
+    pub waitpkg: bool,
+    /// Host state: the TSC ratio MSR, what a guest's TSC ticks for one of the processor's, in units of 2^-32 (APM vol. 2,
+    /// 15.30.5).
+    pub tsc_ratio: u64,
     /// Protection keys of the pages that the TLB has ever been filled with (a bit each).
     pub(crate) keys: u16,
     /// Number of this processor in its machine.
@@ -144,6 +152,8 @@ impl Cpu {
             debug_hits: 0,
             sys: Default::default(),
             next_rip_enabled: true,
+            waitpkg: false,
+            tsc_ratio: TSC_RATIO_ONE,
             keys: 0,
             index,
         })

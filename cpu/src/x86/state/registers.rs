@@ -36,7 +36,9 @@ pub struct RegisterBlock {
     pub fcs: u16,
     /// Data selector.
     pub fds: u16,
-    pad0: [u8; 0x180 - 0x11C],
+    /// 0x11C: IA32_UMWAIT_CONTROL, of guests that have UMWAIT.
+    pub umwait_control: u32,
+    pad0: [u8; 0x180 - 0x120],
     /// 0x180: physical x87 registers R0..R7: significand, then sign and exponent in the low 16 bits.
     pub st: [[u64; 2]; 8],
     /// 0x200: vector registers; the low two words are XMM.

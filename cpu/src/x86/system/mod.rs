@@ -23,6 +23,7 @@ mod software;
 mod stack;
 pub mod syscall;
 pub mod task;
+pub mod waitpkg;
 
 impl Cpu {
     /// #VMEXIT `code` with no further information, if its intercept bit is set.
@@ -350,6 +351,16 @@ pub fn translate(i: &Instruction, op: &mut Op, _: &Context) -> Option<Handler> {
             handler(idle::monitor)
         }
         Mnemonic::Mwait | Mnemonic::Mwaitx => handler(idle::mwait),
+        Mnemonic::Umonitor => {
+            op.src = gpr(i.op_register(0));
+            op.asize = i.op_register(0).size() as u8;
+            op.seg = segment_number(i.segment_prefix());
+            handler(waitpkg::umonitor)
+        }
+        Mnemonic::Umwait | Mnemonic::Tpause => {
+            op.src = gpr(i.op_register(0));
+            if i.mnemonic() == Mnemonic::Umwait { handler(waitpkg::umwait) } else { handler(waitpkg::tpause) }
+        }
         Mnemonic::Invd => handler(idle::invd),
         Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => handler(idle::wbinvd),
 

@@ -6,7 +6,7 @@ use super::segment::set_base;
 use crate::mem::host_load;
 use crate::x86::flags::Int;
 use crate::x86::op::{Op, Res};
-use crate::x86::state::{Cpu, cr0, cr4, efer, reg, sreg};
+use crate::x86::state::{Cpu, TSC_RATIO_ONE, cr0, cr4, efer, reg, sreg};
 
 /// MSR numbers (APM vol. 2, appendix A).
 pub mod index {
@@ -127,9 +127,15 @@ impl Cpu {
         Some(())
     }
 
-    /// The guest's time-stamp counter.
+    /// The guest's time-stamp counter: the processor's times the TSC ratio, and the offset (APM vol. 2, 15.30.5).
     pub fn tsc(&self) -> u64 {
-        crate::clock::tsc().wrapping_add(self.ctl.tsc_offset)
+        let tsc = crate::clock::tsc();
+        let scaled = if self.tsc_ratio == TSC_RATIO_ONE {
+            tsc
+        } else {
+            (tsc as u128 * self.tsc_ratio as u128 >> 32) as u64
+        };
+        scaled.wrapping_add(self.ctl.tsc_offset)
     }
 
     /// #GP(0) when CR4.TSD keeps the counter from this privilege level.
