@@ -50,8 +50,6 @@ REASONS: Final = {
     "KVM_CAP_ASSIGN_DEV_IRQ": "removed in Linux 4.12, with device assignment",
     "KVM_CAP_PCI_2_3": "removed in Linux 4.12, with device assignment",
     "KVM_CAP_XEN_HVM": "Xen's interfaces",
-    "KVM_CAP_TSC_CONTROL": "the silicon has no TSC scaling",
-    "KVM_CAP_VM_TSC_CONTROL": "the silicon has no TSC scaling",
     "KVM_CAP_SW_TLB": "PowerPC has it",
     "KVM_CAP_ONE_REG": "other architectures have it, x86 from Linux 6.18 on",
     "KVM_CAP_VM_ATTRIBUTES": "s390 has it; x86's VMs have no attributes",
@@ -66,8 +64,7 @@ REASONS: Final = {
     "KVM_CAP_PMU_EVENT_MASKED_EVENTS": "to come, with the PMU",
     "KVM_CAP_PMU_CAPABILITY": "to come, with the PMU",
     "KVM_CAP_SMALLER_MAXPHYADDR": "0 on AMD's processors with nested paging: only Intel's tell such faults apart",
-    "KVM_CAP_X86_BUS_LOCK_EXIT": "to come",
-    "KVM_CAP_X86_NOTIFY_VMEXIT": "to come",
+    "KVM_CAP_X86_NOTIFY_VMEXIT": "a VMX control (a window in cycles); AMD-V has nothing like it, and kvm_amd 0",
     "KVM_CAP_SGX_ATTRIBUTE": "enclaves (SGX) need hardware",
     "KVM_CAP_VM_COPY_ENC_CONTEXT_FROM": _ENCRYPTION,
     "KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM": _ENCRYPTION,
@@ -132,7 +129,11 @@ NOTES: Final = (
     "With rings of dirty pages (KVM_CAP_DIRTY_LOG_RING) a page is mapped for writing by a guest's write only, so it is "
     "announced once until it is reset; the kernel maps what is read for writing, too, and announces it. What KVM "
     "writes while no vCPU runs goes into the first vCPU's ring, where the kernel forgets it.",
-    "KVM_SET_TSC_KHZ takes the silicon's frequency only (within 250 ppm): it has no TSC scaling.",
+    "KVM_CAP_X86_BUS_LOCK_EXIT comes with the silicon's bus-lock threshold; kvm_amd has it from Linux 6.16 on, before "
+    "that kvm_intel alone.",
+    "KVM_GET_EMULATED_CPUID has WAITPKG (UMONITOR, UMWAIT, TPAUSE) on the software side: a vCPU has the instructions "
+    "and IA32_UMWAIT_CONTROL if the CPUID that it was given has the bit, which KVM_GET_SUPPORTED_CPUID doesn't, as no "
+    "AMD processor has them. IA32_UMWAIT_CONTROL is in KVM_GET_MSR_INDEX_LIST always.",
 )
 
 

@@ -81,6 +81,16 @@ def test_pause_may_stay_in_the_guest(make: Callable[..., Guest]) -> None:
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_X86_DISABLE_EXITS, abi.KVM_X86_DISABLE_EXITS_PAUSE))
 
 
+def test_bus_lock_detection_is_off_or_on(make: Callable[..., Guest]) -> None:
+    guest = make()
+    modes = guest.vm.check_extension(abi.KVM_CAP_X86_BUS_LOCK_EXIT)
+    assert modes in (0, abi.KVM_BUS_LOCK_DETECTION_OFF | abi.KVM_BUS_LOCK_DETECTION_EXIT)
+    for wrong in (abi.KVM_BUS_LOCK_DETECTION_OFF | abi.KVM_BUS_LOCK_DETECTION_EXIT, 1 << 2):
+        refused(errno.EINVAL, partial(guest.vm.enable_cap, abi.KVM_CAP_X86_BUS_LOCK_EXIT, wrong))
+    if modes:
+        guest.vm.enable_cap(abi.KVM_CAP_X86_BUS_LOCK_EXIT, abi.KVM_BUS_LOCK_DETECTION_OFF)
+
+
 def test_unknown_quirks_are_einval(guest: Guest) -> None:
     bits = supported(guest, abi.KVM_CAP_DISABLE_QUIRKS2)
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, 1 << 40))

@@ -421,6 +421,35 @@ def test_the_tsc_frequency_can_be_read_and_set_to_itself(guest: Guest) -> None:
     assert guest.cpu.get_tsc_khz() == khz
 
 
+def test_the_tsc_may_tick_at_another_frequency(make: Callable[..., Guest], needs: Callable[[str], None]) -> None:
+    guest = make()
+    host = guest.cpu.get_tsc_khz()
+    if not guest.vm.check_extension(abi.KVM_CAP_TSC_CONTROL):
+        refused(errno.EINVAL, lambda: guest.cpu.set_tsc_khz(host // 2))
+        return
+    needs("TSC offsets")
+    refused(errno.EINVAL, lambda: guest.cpu.set_tsc_khz(0xFFFF_FFFF))
+    guest.cpu.set_tsc_khz(2 * host)
+    assert guest.cpu.get_tsc_khz() == 2 * host
+    guest.cpu.set_device_attr(abi.KVM_VCPU_TSC_CTRL, abi.KVM_VCPU_TSC_OFFSET, 0)
+    (doubled,) = guest.cpu.get_msrs([0x10])
+    guest.cpu.set_tsc_khz(0)
+    (plain,) = guest.cpu.get_msrs([0x10])
+    assert 2 * plain >= doubled > plain
+
+
+def test_vcpus_have_the_tsc_frequency_of_their_vm(make: Callable[..., Guest]) -> None:
+    guest = make()
+    if not guest.vm.check_extension(abi.KVM_CAP_VM_TSC_CONTROL):
+        return
+    host = guest.vm.get_tsc_khz()
+    guest.vm.set_tsc_khz(host // 2)
+    assert guest.vm.get_tsc_khz() == host // 2
+    with guest.vm.create_vcpu(1) as vcpu:
+        assert vcpu.get_tsc_khz() == host // 2
+    assert guest.cpu.get_tsc_khz() == host
+
+
 def test_the_clock_runs_and_can_be_set(guest: Guest) -> None:
     first = guest.vm.get_clock().clock
     assert guest.vm.get_clock().clock >= first

@@ -52,6 +52,7 @@ class Tiny:
         params: Params | None = None,
         vcpus: int = 1,
         dirty_ring: int = 0,
+        caps: dict[int, int] | None = None,
     ) -> None:
         self.kvm = Kvm(params) if params is not None else cast(Kvm, softkvm.open())
         self.vm: Vm = self.kvm.create_vm()
@@ -59,6 +60,8 @@ class Tiny:
             self.vm.create_irqchip()
         if dirty_ring:
             self.vm.enable_cap(abi.KVM_CAP_DIRTY_LOG_RING, dirty_ring)
+        for cap, value in (caps or {}).items():
+            self.vm.enable_cap(cap, value)
         self.memory = Memory(size)
         self.slot(0, 0, size, self.memory.address)
         self.vcpus: list[Vcpu] = []

@@ -108,6 +108,12 @@ class Vm(common.Vm, Protocol):
         connection that has one, ENOENT to take away what isn't there.
         """
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ on a VM: the TSC's frequency of vCPUs that are created from now on."""
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ on a VM."""
+
     def x86_set_msr_filter(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
         """KVM_X86_SET_MSR_FILTER: which MSRs the guest may read and write; replaces the filter before.
 
@@ -240,7 +246,7 @@ class Vcpu(common.Vcpu, Protocol):
         """KVM_SET_GUEST_DEBUG."""
 
     def set_tsc_khz(self, khz: int) -> None:
-        """KVM_SET_TSC_KHZ."""
+        """KVM_SET_TSC_KHZ: EINVAL for what KVM_CAP_TSC_CONTROL doesn't cover; 0 is the host's frequency."""
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""

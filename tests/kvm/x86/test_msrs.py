@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from tests.support.tiny import Tiny
 
 from softkvm import abi
-from softkvm.kvm import Kvm
+from softkvm.kvm import Kvm, Vcpu
 from softkvm.kvm.params import Params
 from softkvm.kvm.x86.msrs import get_msr, set_msr
 from softkvm.kvm.x86.tsc import TscSynchronizer
@@ -83,14 +85,15 @@ def test_counters_written_to_the_same_value_on_several_threads_agree() -> None:
     try:
         for _ in range(20):
             tsc = TscSynchronizer()
+            vcpu = cast(Vcpu, SimpleNamespace(tsc_khz=1_000_000, tsc_ratio=1 << 32))
             offsets: list[int] = []
             barrier = threading.Barrier(4)
 
-            def write(tsc: TscSynchronizer, barrier: threading.Barrier, offsets: list[int]) -> None:
+            def write(tsc: TscSynchronizer, vcpu: Vcpu, barrier: threading.Barrier, offsets: list[int]) -> None:
                 barrier.wait()
-                offsets.append(tsc.write(5_000_000_000, 1_000_000))
+                offsets.append(tsc.write(vcpu, 5_000_000_000))
 
-            threads = [threading.Thread(target=write, args=(tsc, barrier, offsets)) for _ in range(4)]
+            threads = [threading.Thread(target=write, args=(tsc, vcpu, barrier, offsets)) for _ in range(4)]
             for thread in threads:
                 thread.start()
             for thread in threads:

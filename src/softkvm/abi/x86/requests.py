@@ -276,8 +276,8 @@ KVM_X86_SET_MSR_FILTER = IOW(0xC6, kvm_msr_filter, VM, MsrFilter)
 
 # --- a vCPU ----------------------------------------------------------------------------------------------
 
-KVM_SET_TSC_KHZ = IO(0xA2, VCPU, Number)
-KVM_GET_TSC_KHZ = IO(0xA3, VCPU, Value)
+KVM_SET_TSC_KHZ = IO(0xA2, VM | VCPU, Number)
+KVM_GET_TSC_KHZ = IO(0xA3, VM | VCPU, Value)
 KVM_GET_REGS = IOR(0x81, kvm_regs, VCPU, Gives)
 KVM_SET_REGS = IOW(0x82, kvm_regs, VCPU, Takes)
 KVM_GET_SREGS = IOR(0x83, kvm_sregs, VCPU, Gives)

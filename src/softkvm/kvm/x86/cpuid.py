@@ -21,9 +21,11 @@ from softkvm.kvm.x86.features import (
     X86_FEATURE_MWAIT,
     X86_FEATURE_OSPKE,
     X86_FEATURE_OSXSAVE,
+    X86_FEATURE_RDPID,
     X86_FEATURE_SVM,
     X86_FEATURE_TSC_ADJUST,
     X86_FEATURE_TSC_DEADLINE_TIMER,
+    X86_FEATURE_WAITPKG,
     X86_FEATURE_X2APIC,
     X86_FEATURE_XSAVE,
     Feature,
@@ -154,9 +156,13 @@ def get_supported_cpuid() -> list[abi.kvm_cpuid_entry2]:
 
 
 def get_emulated_cpuid() -> list[abi.kvm_cpuid_entry2]:
-    """KVM_GET_EMULATED_CPUID: features that only the emulator provides (MOVBE, RDPID)."""
+    """KVM_GET_EMULATED_CPUID: features that no AMD processor has, or that only the emulator provides.
+
+    MOVBE and RDPID by the emulator, WAITPKG by the silicon: it is a guest's whose CPUID has it, but not among those
+    that every guest gets.
+    """
     entries = [_entry(0, 0, (7, 0, 0, 0), indexed=False), _entry(1, 0, (0, 0, 1 << 22, 0), indexed=False)]
-    entries.append(_entry(7, 0, (0, 0, 1 << 22, 0), indexed=True))
+    entries.append(_entry(7, 0, (0, 0, X86_FEATURE_RDPID.mask | X86_FEATURE_WAITPKG.mask, 0), indexed=True))
     return entries
 
 

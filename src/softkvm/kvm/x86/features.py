@@ -44,6 +44,7 @@ X86_FEATURE_SMAP: Final = Feature(0x7, 0, EBX, 20)
 X86_FEATURE_UMIP: Final = Feature(0x7, 0, ECX, 2)
 X86_FEATURE_PKU: Final = Feature(0x7, 0, ECX, 3)
 X86_FEATURE_OSPKE: Final = Feature(0x7, 0, ECX, 4)
+X86_FEATURE_WAITPKG: Final = Feature(0x7, 0, ECX, 5)
 X86_FEATURE_LA57: Final = Feature(0x7, 0, ECX, 16)
 X86_FEATURE_RDPID: Final = Feature(0x7, 0, ECX, 22)
 

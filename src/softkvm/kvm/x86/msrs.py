@@ -23,6 +23,7 @@ from softkvm.kvm.x86.features import (
     X86_FEATURE_RDTSCP,
     X86_FEATURE_TSC_ADJUST,
     X86_FEATURE_VIRT_SSBD,
+    X86_FEATURE_WAITPKG,
     X86_FEATURE_X2APIC,
     X86_FEATURE_XMM3,
     X86_FEATURE_XSAVES,
@@ -346,6 +347,14 @@ def _read_tsc_aux(vcpu: Vcpu, index: int, host: bool) -> int | None:
     return vcpu.tsc_aux if _has_tsc_aux(vcpu, host) else None
 
 
+def _write_umwait_control(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    """The longest wait in bits 31:2, and bit 0: C0.2 is not allowed. The rest is reserved (SDM vol. 4)."""
+    if data & ~M.UMWAIT_CONTROL_VALID:
+        return False
+    vcpu.umwait_control = data
+    return True
+
+
 def _write_xss(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return not data
 
@@ -392,6 +401,9 @@ MSRS: Final[dict[int, Msr]] = {
     0x1DD: Msr(lambda vcpu, index, host: vcpu.q[V.LAST_EXCP_FROM], lambda vcpu, index, data, host: False, False),
     0x1DE: Msr(lambda vcpu, index, host: vcpu.q[V.LAST_EXCP_TO], lambda vcpu, index, data, host: False, False),
     M.MSR_IA32_POWER_CTL: _stored(),
+    M.MSR_IA32_UMWAIT_CONTROL: _with(
+        X86_FEATURE_WAITPKG, Msr(lambda vcpu, index, host: vcpu.umwait_control, _write_umwait_control)
+    ),
     M.MSR_IA32_TSC_DEADLINE: Msr(_read_tsc_deadline, _write_tsc_deadline),
     M.MSR_IA32_PERF_CAPABILITIES: _with(
         X86_FEATURE_PDCM, Msr(lambda vcpu, index, host: 0, lambda vcpu, index, data, host: host and not data)

@@ -17,6 +17,7 @@ XCR0_Q: Final = _AT["xcr0"] // 8
 PKRU_D: Final = _AT["pkru"] // 4
 MXCSR_D: Final = _AT["mxcsr"] // 4
 TSC_AUX_Q: Final = _AT["tsc_aux"] // 8
+UMWAIT_CONTROL_D: Final = _AT["umwait_control"] // 4
 
 FCW_W: Final = _AT["fcw"] // 2
 FSW_W: Final = _AT["fsw"] // 2

@@ -31,6 +31,7 @@ def vcpu_reset(vcpu: Vcpu, init_event: bool) -> None:
         msrs.set_misc_features_enables(vcpu, 0)
         fpu.reset(vcpu)
         vcpu.tsc_aux = 0
+    vcpu.umwait_control = 0
     for n in range(16):
         vcpu.gpr[n] = 0
     leaf = vcpu.cpuid.leaf(1, 0)

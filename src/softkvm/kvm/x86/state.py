@@ -20,7 +20,7 @@ from softkvm.kvm.x86.hyperv.partition import Partition
 from softkvm.kvm.x86.irqchip.apicdef import APICBASE_RESET, MSR_IA32_APICBASE_BSP
 from softkvm.kvm.x86.mmu.root_tdp import INVALID_PAGE, FlushGuestMapping, flush_by_silicon
 from softkvm.kvm.x86.paravirt.apf import Apf
-from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, XCR0_Q
+from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, UMWAIT_CONTROL_D, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
 from softkvm.kvm.x86.svm import vmcb as V
 
@@ -76,6 +76,7 @@ class VmState(state.VmState):
         self.user_space_msr_mask = 0
         self.msr_filter: MsrFilter | None = None
         self.guest_can_read_msr_platform_info = True
+        self.bus_lock_detection = False  # KVM_CAP_X86_BUS_LOCK_EXIT
         self.hypercall_exits = 0  # KVM_CAP_EXIT_HYPERCALL: a bit per number
 
         # Time
@@ -166,6 +167,8 @@ class ClockState:
 
     tsc_offset: int = 0
     tsc_khz: int = 0
+    #: What the guest's TSC ticks for one of the processor's, in units of 2**-32 (APM vol. 2, 15.30.5).
+    tsc_ratio: int = 1 << 32
     tsc_adjust: int = 0
     pvclock_set_guest_stopped: bool = False
     steal_enabled: bool = False
@@ -330,6 +333,15 @@ class VcpuState(
     @tsc_aux.setter
     def tsc_aux(self, value: int) -> None:
         self.rq[TSC_AUX_Q] = value
+
+    @property
+    def umwait_control(self) -> int:
+        """IA32_UMWAIT_CONTROL."""
+        return self.rd[UMWAIT_CONTROL_D]
+
+    @umwait_control.setter
+    def umwait_control(self, value: int) -> None:
+        self.rd[UMWAIT_CONTROL_D] = value
 
     @property
     def db(self) -> memoryview | list[int]:

@@ -8,7 +8,7 @@ import logging
 from functools import partial
 from typing import Final
 
-from softkvm import _softcpu, abi
+from softkvm import abi
 from softkvm.abi.run_page import (
     APIC_BASE_Q,
     CR8_Q,
@@ -99,7 +99,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         self.vcpu_reset(False)
         if self.apic is not None and not self.is_bsp():
             self.mp_state = _UNINITIALIZED
-        tsc.set_offset(self, vm.tsc.offset)
+        tsc.start(self)
         self.make_request(KVM_REQ_LOAD_MMU_PGD)
         #: What the loop uses at every exit, in one tuple: KVM_RUN is called often, too.
         self._loop = (
@@ -426,9 +426,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def tsc_deadline_to_ns(self, guest_tsc: int) -> int:
         """Return the clock's value when the guest's TSC reaches ``guest_tsc``."""
-        host_tsc, now = _softcpu.clocks()
-        ahead = guest_tsc - tsc.offset_signed(self) - host_tsc
-        return now - -ahead * 1_000_000 // self.tsc_khz
+        return tsc.time_of(self, guest_tsc)
 
     def inject_smi(self) -> None:
         """There is no system management mode: an SMI is dropped, with a note in the log."""

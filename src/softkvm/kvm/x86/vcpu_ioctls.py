@@ -20,7 +20,12 @@ from softkvm.kvm.x86 import msrs as msr_access
 from softkvm.kvm.x86 import regs as registers
 from softkvm.kvm.x86.cpuid import check_entry_count
 from softkvm.kvm.x86.exceptions import X86Exception
-from softkvm.kvm.x86.features import X86_FEATURE_GBPAGES, X86_FEATURE_TSC_DEADLINE_TIMER, X86_FEATURE_X2APIC
+from softkvm.kvm.x86.features import (
+    X86_FEATURE_GBPAGES,
+    X86_FEATURE_TSC_DEADLINE_TIMER,
+    X86_FEATURE_WAITPKG,
+    X86_FEATURE_X2APIC,
+)
 from softkvm.kvm.x86.hyperv import vcpu_caps as hyperv_caps
 from softkvm.kvm.x86.hyperv import vp as hyperv_vp
 from softkvm.kvm.x86.hyperv.cpuid import get_supported_hv_cpuid
@@ -257,6 +262,7 @@ class VcpuIoctls(Vcpu):
         hyperv_vp.cpuid_changed(self)
         svm.set_instruction_intercepts(self)
         svm.recalc_msr_intercepts(self)
+        self.cpu.waitpkg = self.cpuid.has(X86_FEATURE_WAITPKG)
         leaf = self.cpuid.leaf(0x8000_0008, 0)
         self.maxphyaddr = leaf[0] & 0xFF if leaf is not None and leaf[0] & 0xFF else 36
         self.guest_has_gbpages = self.cpuid.has(X86_FEATURE_GBPAGES)
@@ -316,12 +322,8 @@ class VcpuIoctls(Vcpu):
         return result
 
     def set_tsc_khz(self, khz: int) -> None:
-        """KVM_SET_TSC_KHZ: EINVAL for another frequency, as the silicon doesn't scale."""
-        host = self.vm.default_tsc_khz
-        khz = khz or host
-        if abs(khz - host) * 1_000_000 > 250 * host:
-            raise kvm_error(errno.EINVAL, f"tsc_khz={khz}, expected {host}: the processor has no TSC scaling")
-        self.tsc_khz = host
+        """KVM_SET_TSC_KHZ; 0 is the processor's own frequency. EINVAL for one that the TSC ratio cannot make."""
+        tsc.set_khz(self, tsc.check_khz(khz))
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
@@ -340,7 +342,7 @@ class VcpuIoctls(Vcpu):
     def set_device_attr(self, group: int, attr: int, value: int) -> None:
         """KVM_SET_DEVICE_ATTR: KVM_VCPU_TSC_OFFSET; new vCPUs get the same."""
         self.has_device_attr(group, attr)
-        tsc.set_offset(self, self.vm.tsc.write_offset(value))
+        tsc.set_offset(self, self.vm.tsc.write_offset(self, value))
 
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL."""

@@ -18,7 +18,7 @@ from softkvm.kvm.irq.irqchip import Irqchip
 from softkvm.kvm.memory.attributes import PrivateFrames
 from softkvm.kvm.params import Params
 from softkvm.kvm.tlb import TlbRange
-from softkvm.kvm.x86 import vm_caps
+from softkvm.kvm.x86 import tsc, vm_caps
 from softkvm.kvm.x86.capabilities import OF_PRIVATE_MEMORY, check_extension
 from softkvm.kvm.x86.hyperv import connections, synic
 from softkvm.kvm.x86.irqchip.i8254 import Pit
@@ -289,6 +289,14 @@ class Vm(VmState, vm.Vm):
             self.bsp_vcpu_id = id
             if self.chips is not None:
                 self.apply_options(self.chips)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: the frequency of vCPUs from now on; 0 is the processor's own."""
+        self.default_tsc_khz = tsc.check_khz(khz)
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ."""
+        return self.default_tsc_khz
 
     def get_clock(self) -> abi.kvm_clock_data:
         """KVM_GET_CLOCK."""

@@ -92,6 +92,13 @@ def _msr_platform_info(vm: Vm, value: int) -> None:
     vm.guest_can_read_msr_platform_info = bool(value)
 
 
+def _bus_lock_exit(vm: Vm, value: int) -> None:
+    off, detect = abi.KVM_BUS_LOCK_DETECTION_OFF, abi.KVM_BUS_LOCK_DETECTION_EXIT
+    if value & ~(off | detect) or value == off | detect:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_BUS_LOCK_DETECTION_OFF or _EXIT")
+    vm.bus_lock_detection |= bool(value & detect)
+
+
 def _exit_hypercall(vm: Vm, value: int) -> None:
     if value & ~CAPABILITIES[abi.KVM_CAP_EXIT_HYPERCALL]:
         raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected 1 << KVM_HC_MAP_GPA_RANGE or 0")
@@ -136,6 +143,7 @@ _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
     abi.KVM_CAP_MSR_PLATFORM_INFO: _msr_platform_info,
     abi.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
+    abi.KVM_CAP_X86_BUS_LOCK_EXIT: _bus_lock_exit,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
     abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: _disable_nx_huge_pages,
 }

@@ -50,11 +50,11 @@ def _write_page(vm: Vm, vcpu: Vcpu, gpa: int) -> bool:
     if page.tsc_sequence and hv.tsc_page_frozen:
         hv.tsc_scale, hv.tsc_offset = page.tsc_scale, page.tsc_offset
         return True
-    scale = (abi.HV_CLOCK_HZ << 64) // (vcpu.tsc_khz * 1000)
+    scale = (abi.HV_CLOCK_HZ << 64 + tsc.RATIO_BITS) // tsc.frequency(vcpu)
     if scale > _U64 or not write_guest(vm, gpa, bytes(4)):
         return False
     host_tsc, now = _softcpu.clocks()
-    guest_tsc = (host_tsc + vm.vcpus[0].tsc_offset) & _U64
+    guest_tsc = tsc.guest_tsc_at(vm.vcpus[0], host_tsc)
     hv.tsc_scale = scale
     hv.tsc_offset = (now + vm.kvmclock_offset) // _NS - (guest_tsc * scale >> 64)
     sequence = page.tsc_sequence + 1

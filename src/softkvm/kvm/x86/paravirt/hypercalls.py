@@ -15,6 +15,7 @@ from softkvm.kvm.memory.guest_memory import write_guest
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86.paravirt.pv_ipi import pv_send_ipi
 from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.tsc import guest_tsc_at
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -42,14 +43,14 @@ def _kick_cpu(vcpu: Vcpu, flags: int, apic_id: int, a2: int, a3: int) -> int:
 
 
 def _clock_pairing(vcpu: Vcpu, gpa: int, kind: int, a2: int, a3: int) -> int:
-    """Host wall clock and the guest's TSC at one moment."""
-    if kind != abi.KVM_CLOCK_PAIRING_WALLCLOCK:
+    """Host wall clock and the guest's TSC at one moment; not where the guest's clock isn't the TSC of all its vCPUs."""
+    if kind != abi.KVM_CLOCK_PAIRING_WALLCLOCK or not vcpu.vm.tsc.agree:
         return -abi.KVM_EOPNOTSUPP
     before = _softcpu.rdtsc()
     now = time.time_ns()
     tsc = (before + _softcpu.rdtsc()) // 2
     seconds, nanoseconds = divmod(now, 1_000_000_000)
-    data = struct.pack("<qqQI36x", seconds, nanoseconds, (tsc + vcpu.tsc_offset) & _U64, 0)
+    data = struct.pack("<qqQI36x", seconds, nanoseconds, guest_tsc_at(vcpu, tsc), 0)
     return 0 if write_guest(vcpu.vm, gpa, data) else -abi.KVM_EFAULT
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvmclock, wall clock and the paravirtual MSRs (KVM's Documentation/virt/kvm/x86/msr.rst).
 
-The physical TSC ticks once per nanosecond of the clock, the same for every processor, so the guest's clock
-is always stable (PVCLOCK_TSC_STABLE_BIT): all vCPUs share one (TSC, nanoseconds) pair, the master clock.
+The physical TSC is the same for every processor and the clock's, so the guest's clock is stable
+(PVCLOCK_TSC_STABLE_BIT) as long as all vCPUs' counters agree: a guest may then compute the time on any of them by one's
+structure, as Linux's vDSO does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
+from softkvm.kvm.x86 import tsc
 from softkvm.kvm.x86.paravirt import async_pf, steal_time
 from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE
 
@@ -33,23 +35,21 @@ Reader = Callable[["Vcpu", int, bool], "int | None"]
 Writer = Callable[["Vcpu", int, int, bool], bool]
 
 
-def get_time_scale(scaled_hz: int, base_hz: int) -> tuple[int, int]:
-    """Return (shift, multiplier) so that ticks of ``base_hz`` become ticks of ``scaled_hz``.
+def get_time_scale(frequency: int) -> tuple[int, int]:
+    """Return (shift, multiplier) so that ticks of ``frequency`` 2**-32 Hz become nanoseconds.
 
-    ``time = ((ticks << shift) * multiplier) >> 32``, a right shift if ``shift`` is negative.
+    ``ns = ((ticks << shift) * multiplier) >> 32``, a right shift if ``shift`` is negative. The multiplier has 32
+    significant bits.
     """
-    scaled, tps = scaled_hz, base_hz
     shift = 0
-    while tps > scaled * 2 or tps >> 32:
-        tps >>= 1
-        shift -= 1
-    while tps <= scaled or scaled >> 32:
-        if scaled >> 32 or tps & 0x8000_0000:
-            scaled >>= 1
-        else:
-            tps <<= 1
+    numerator, denominator = NSEC_PER_SEC << 32 + tsc.RATIO_BITS, frequency
+    while numerator // denominator >> 32:
+        denominator <<= 1
         shift += 1
-    return shift, (scaled << 32) // tps
+    while not numerator // denominator >> 31:
+        numerator <<= 1
+        shift -= 1
+    return shift, numerator // denominator
 
 
 # --- the clock of the VM -----------------------------------------------------------------------
@@ -62,12 +62,13 @@ def get_kvmclock_ns(vm: Vm) -> int:
 
 def get_clock(vm: Vm) -> abi.kvm_clock_data:
     """KVM_GET_CLOCK."""
-    tsc, now = _softcpu.clocks()
+    host_tsc, now = _softcpu.clocks()
     data = abi.kvm_clock_data()
     data.clock = (now + vm.kvmclock_offset) & _U64
-    data.flags = abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_REALTIME | abi.KVM_CLOCK_HOST_TSC
-    data.realtime = time.time_ns()
-    data.host_tsc = tsc
+    if vm.tsc.agree:
+        data.flags = abi.KVM_CLOCK_TSC_STABLE | abi.KVM_CLOCK_REALTIME | abi.KVM_CLOCK_HOST_TSC
+        data.realtime = time.time_ns()
+        data.host_tsc = host_tsc
     return data
 
 
@@ -98,16 +99,18 @@ def update_guest_time(vcpu: Vcpu) -> None:
         return
     version, _, _, _, _, _, old_flags = _PVCLOCK.unpack(old)
     version = (version + (1 if version & 1 else 0)) & 0xFFFF_FFFF
-    shift, multiplier = get_time_scale(NSEC_PER_SEC, vcpu.tsc_khz * 1000)
+    shift, multiplier = get_time_scale(tsc.frequency(vcpu))
     host_tsc, now = _softcpu.clocks()
-    flags = abi.PVCLOCK_TSC_STABLE_BIT | (old_flags & abi.PVCLOCK_GUEST_STOPPED)
+    flags = old_flags & abi.PVCLOCK_GUEST_STOPPED
+    if vm.tsc.agree:
+        flags |= abi.PVCLOCK_TSC_STABLE_BIT
     if vcpu.pvclock_set_guest_stopped:
         flags |= abi.PVCLOCK_GUEST_STOPPED
         vcpu.pvclock_set_guest_stopped = False
     body = _PVCLOCK.pack(
         version + 1 & 0xFFFF_FFFF,
         0,
-        (host_tsc + vcpu.tsc_offset) & _U64,
+        tsc.guest_tsc_at(vcpu, host_tsc),
         (now + vm.kvmclock_offset) & _U64,
         multiplier,
         shift,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
@@ -57,6 +58,8 @@ log = logging.getLogger(__name__)
 Handler = Callable[["Vcpu"], int]
 
 _U32: Final = (1 << 32) - 1
+#: kvm_run.flags' first byte.
+_RUN_FLAGS_B: Final = 2 * run_page.FLAGS_W
 #: VMCALL and VMMCALL.
 _HYPERCALLS: Final = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")
 #: SYSENTER and SYSEXIT, which AMD's processors don't have in long mode.
@@ -161,6 +164,22 @@ def pause_interception(vcpu: Vcpu) -> int:
     else:
         svm.shrink_ple_window(vcpu)
     return skip_emulated_instruction(vcpu)
+
+
+def bus_lock_interception(vcpu: Vcpu) -> int:
+    """A locked operation across cache lines, which has not happened: KVM_EXIT_X86_BUS_LOCK (KVM API, 8.15 and 5)."""
+    vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_X86_BUS_LOCK
+    vcpu.run_b[_RUN_FLAGS_B] |= abi.KVM_RUN_X86_BUS_LOCK
+    vcpu.complete_userspace_io = partial(_complete_bus_lock, rip=svm.linear_rip(vcpu))
+    return 0
+
+
+def _complete_bus_lock(vcpu: Vcpu, rip: int) -> int:
+    """The guest may take this bus lock now, if userspace has not sent it elsewhere."""
+    vcpu.run_b[_RUN_FLAGS_B] &= ~abi.KVM_RUN_X86_BUS_LOCK
+    if svm.linear_rip(vcpu) == rip:
+        vcpu.w[V.BUS_LOCK_COUNTER] = 1
+    return 1
 
 
 def interrupt_window_interception(vcpu: Vcpu) -> int:
@@ -453,5 +472,6 @@ EXIT_HANDLERS: Final[dict[int, Handler]] = {
     V.EXIT_XSETBV: xsetbv_interception,
     V.EXIT_RDPRU: ud_on_interception,
     V.EXIT_INVPCID: ud_on_interception,
+    V.EXIT_BUSLOCK: bus_lock_interception,
     V.EXIT_NPF: npf_interception,
 }

@@ -171,6 +171,9 @@ def init_vmcb(vcpu: Vcpu) -> None:
         w[V.PAUSE_FILTER_COUNT] = params.pause_filter_count
         w[V.PAUSE_FILTER_THRESH] = params.pause_filter_thresh
         d[V.INTERCEPT_WORD3] |= V.PAUSE
+    if vcpu.vm.bus_lock_detection:
+        d[V.INTERCEPT_WORD5] |= V.BUSLOCK
+        w[V.BUS_LOCK_COUNTER] = 0
     if vcpu.vm.disable_hlt_exits:
         d[V.INTERCEPT_WORD3] &= ~V.HLT
     set_exception_intercepts(vcpu)

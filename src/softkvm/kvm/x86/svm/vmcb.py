@@ -47,6 +47,7 @@ CLEAN: Final = 0x0C0 // 4
 # --- control area, 16-bit elements (view ``w``) and bytes (view ``b``) -------------------------
 PAUSE_FILTER_THRESH: Final = 0x03C // 2
 PAUSE_FILTER_COUNT: Final = 0x03E // 2
+BUS_LOCK_COUNTER: Final = 0x120 // 2
 TLB_CTL: Final = 0x05C
 V_TPR: Final = 0x060
 INT_STATE_B: Final = 0x068
@@ -176,6 +177,7 @@ RDPRU: Final = 1 << 14
 # Word 5 (offset 014h)
 INVLPGB: Final = 1 << 0
 INVPCID: Final = 1 << 2
+BUSLOCK: Final = 1 << 5
 
 # --- interrupt control (offset 060h) -----------------------------------------------------------
 V_TPR_MASK: Final = 0x0F
@@ -277,6 +279,7 @@ EXIT_XSETBV: Final = 0x08D
 EXIT_RDPRU: Final = 0x08E
 EXIT_INVLPGB: Final = 0x0A0
 EXIT_INVPCID: Final = 0x0A2
+EXIT_BUSLOCK: Final = 0x0A5
 EXIT_NPF: Final = 0x400
 EXIT_ERR: Final = (1 << 64) - 1
 
@@ -351,6 +354,7 @@ _SINGLE_EXITS: Final = {
     "rdpru": EXIT_RDPRU,
     "invlpgb": EXIT_INVLPGB,
     "invpcid": EXIT_INVPCID,
+    "buslock": EXIT_BUSLOCK,
     "npf": EXIT_NPF,
     "invalid": EXIT_ERR,
 }
