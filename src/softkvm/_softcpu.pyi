@@ -61,6 +61,8 @@ class Machine:
     def populate(self, hva: int) -> None:
         """Read a byte, so that its page comes; waits for that without the interpreter's lock. EFAULT if it can't."""
     def write(self, hva: int, data: bytes) -> None: ...
+    def discard(self, hva: int, size: int, shared: bool) -> None:
+        """Give pages back to the host: they read as zeroes then (MADV_DONTNEED, for shared memory MADV_REMOVE)."""
 
 class Cpu:
     """One logical processor."""

@@ -338,3 +338,12 @@ def test_resampling_needs_the_kernels_ioapic(make: Callable[..., Guest]) -> None
         refused(errno.EINVAL, lambda: guest.vm.irqfd(event, 6, abi.KVM_IRQFD_FLAG_RESAMPLE, event))
     finally:
         os.close(event)
+
+
+def test_a_guest_may_be_let_tell_of_unused_pages(guest: Guest) -> None:
+    """Softkvm's own capability: a kernel has no such number."""
+    bits = guest.vm.check_extension(abi.KVM_CAP_UNUSED_PAGE_HINT)
+    assert bits in (0, 7)
+    refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_UNUSED_PAGE_HINT, 1 << 3))
+    if bits:
+        guest.vm.enable_cap(abi.KVM_CAP_UNUSED_PAGE_HINT, abi.KVM_UNUSED_PAGE_HINT_ENABLE)

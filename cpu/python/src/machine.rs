@@ -110,6 +110,11 @@ impl PyMachine {
         Page::new(own(&self.inner)?.clone(), count)
     }
 
+    fn discard(&self, py: Python<'_>, hva: usize, size: usize, shared: bool) -> PyResult<()> {
+        let machine = own(&self.inner)?;
+        Ok(py.detach(|| machine.discard(hva, size, shared))?)
+    }
+
     fn notify_write(&self, hva: usize, size: usize) -> PyResult<()> {
         own(&self.inner)?.notify_write(hva, size);
         Ok(())

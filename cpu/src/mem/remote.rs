@@ -86,6 +86,27 @@ impl Machine {
         })
     }
 
+    /// Gives `size` bytes of pages at `address` back to the host: they read as zeroes from then on, and are memory again
+    /// when they are touched. `shared` memory (a memfd's, of which no other mapping keeps it either) has holes punched. No
+    /// translation leads there meanwhile; that is the caller's to see to.
+    ///
+    /// The system call is made here: the C library's function may be one of ours, which has KVM told of what it does.
+    pub fn discard(&self, address: usize, size: usize, shared: bool) -> std::io::Result<()> {
+        let regions = self.regions();
+        if address % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 || !regions.contains(address, size) {
+            return Err(std::io::Error::from_raw_os_error(libc::EFAULT));
+        }
+        let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        // SAFETY: registered memory is the guests', to whom it may become zero as by any write.
+        let result =
+            self.bus.with_host_access(|| unsafe { libc::syscall(libc::SYS_madvise, address, size, advice) });
+        if result != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        self.notify_write(address, size);
+        Ok(())
+    }
+
     /// The host wrote `size` bytes at `address` (a device, KVM): cached code there is checked again before it runs.
     pub fn notify_write(&self, address: usize, size: usize) {
         if self.regions().take_code(address, size) {

@@ -247,3 +247,14 @@ class kvm_enable_cap(Structure):
     flags: u32
     args: Annotated[u64s, 4]
     pad: Annotated[u8s, 64]
+
+
+# softkvm's own
+#: On a VM; the argument is KVM_UNUSED_PAGE_HINT_* bits. "sk", 1.
+KVM_CAP_UNUSED_PAGE_HINT = 0x736B0001
+#: The guest may call KVM_HC_UNUSED_PAGE_HINT.
+KVM_UNUSED_PAGE_HINT_ENABLE = 1 << 0
+#: A device is assigned to the guest, which has to find its memory where it was: nothing is given back.
+KVM_UNUSED_PAGE_HINT_DEVICE_ASSIGNED = 1 << 1
+#: The guest writes patterns into free pages, and looks for them later: nothing is given back.
+KVM_UNUSED_PAGE_HINT_PAGE_POISONING = 1 << 2

@@ -8,6 +8,7 @@ touches them. Leaves are made only for memory that is mapped at that moment.
 from __future__ import annotations
 
 from bisect import bisect_right
+from enum import Enum, auto
 from typing import Final
 
 from softkvm.kvm import procfs
@@ -17,6 +18,19 @@ from softkvm.kvm.memory.slow_memory import SlowMemory
 NO_ACCESS: Final = 0
 READ: Final = 1
 READ_WRITE: Final = 2
+
+
+class Backing(Enum):
+    """What memory of the process is, as far as it can be given back."""
+
+    #: None, or not writable.
+    NONE = auto()
+    #: The process's own, of no file: zeroes when it is new.
+    ANONYMOUS = auto()
+    #: A shared mapping: a memfd's, or a file's.
+    SHARED = auto()
+    #: A private mapping of a file, or several kinds.
+    OTHER = auto()
 
 
 class HostMappings:
@@ -52,6 +66,26 @@ class HostMappings:
             mappings = self._map = _read_mappings()
             found = _lookup(mappings, hva, hva + size)
         return found
+
+    def backing(self, hva: int, size: int) -> Backing:
+        """Tell what all of [hva, hva + size) is, as of now."""
+        kinds = set()
+        for line in procfs.read_own("maps").splitlines():
+            span, permissions, _, _, inode = line.split(None, 5)[:5]
+            first, last = (int(part, 16) for part in span.split(b"-"))
+            if last <= hva:
+                continue
+            if first > hva or permissions[1:2] != b"w":
+                return Backing.NONE
+            if permissions[3:4] == b"s":
+                kinds.add(Backing.SHARED)
+            else:
+                kinds.add(Backing.ANONYMOUS if inode == b"0" else Backing.OTHER)
+            size -= last - hva
+            hva = last
+            if size <= 0:
+                return kinds.pop() if len(kinds) == 1 else Backing.OTHER
+        return Backing.NONE
 
 
 def _lookup(mappings: tuple[list[int], list[int], list[int]], start: int, end: int) -> int:

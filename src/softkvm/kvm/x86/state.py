@@ -76,6 +76,7 @@ class VmState(state.VmState):
         self.user_space_msr_mask = 0
         self.msr_filter: MsrFilter | None = None
         self.guest_can_read_msr_platform_info = True
+        self.unused_page_hints = 0  # KVM_CAP_UNUSED_PAGE_HINT: its bits
         self.bus_lock_detection = False  # KVM_CAP_X86_BUS_LOCK_EXIT
         self.hypercall_exits = 0  # KVM_CAP_EXIT_HYPERCALL: a bit per number
 

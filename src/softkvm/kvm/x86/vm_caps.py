@@ -92,6 +92,13 @@ def _msr_platform_info(vm: Vm, value: int) -> None:
     vm.guest_can_read_msr_platform_info = bool(value)
 
 
+def _unused_page_hint(vm: Vm, value: int) -> None:
+    if value & ~CAPABILITIES[abi.KVM_CAP_UNUSED_PAGE_HINT]:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_UNUSED_PAGE_HINT_* bits")
+    with vm.mmu_lock:  # behind it no hint is under way that an assigned device forbids
+        vm.unused_page_hints = value
+
+
 def _bus_lock_exit(vm: Vm, value: int) -> None:
     off, detect = abi.KVM_BUS_LOCK_DETECTION_OFF, abi.KVM_BUS_LOCK_DETECTION_EXIT
     if value & ~(off | detect) or value == off | detect:
@@ -144,6 +151,7 @@ _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_MSR_PLATFORM_INFO: _msr_platform_info,
     abi.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
     abi.KVM_CAP_X86_BUS_LOCK_EXIT: _bus_lock_exit,
+    abi.KVM_CAP_UNUSED_PAGE_HINT: _unused_page_hint,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
     abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: _disable_nx_huge_pages,
 }

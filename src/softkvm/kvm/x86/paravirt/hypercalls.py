@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
+from softkvm.kvm.memory.discard import discard
 from softkvm.kvm.memory.guest_memory import write_guest
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.x86.paravirt.pv_ipi import pv_send_ipi
@@ -18,10 +20,12 @@ from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.tsc import guest_tsc_at
 
 if TYPE_CHECKING:
+    from softkvm.kvm.vm import Vm
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 _U64: Final = (1 << 64) - 1
 _U32: Final = (1 << 32) - 1
+HUGE_PAGE_SIZE: Final = 1 << 21
 
 #: Returns the result; None if it is userspace's to find.
 Hypercall = Callable[["Vcpu", int, int, int, int], int | None]
@@ -85,6 +89,31 @@ def _map_gpa_range(vcpu: Vcpu, gpa: int, npages: int, attributes: int, a3: int) 
     return None
 
 
+_HINT_ERRORS: Final = {errno.EFAULT: -abi.KVM_EFAULT, errno.EOPNOTSUPP: -abi.KVM_EOPNOTSUPP}
+
+
+def _unused_page_hint(vcpu: Vcpu, gpa: int, size: int, a2: int, a3: int) -> int:
+    """The guest does not use a huge page: the host gets its memory back.
+
+    -KVM_ENOSYS unless userspace allows it (KVM_CAP_UNUSED_PAGE_HINT), -KVM_EINVAL for what is no aligned huge page,
+    -KVM_EOPNOTSUPP where the memory has to stay, -KVM_EFAULT where there is none of the guest's.
+    """
+    vm = vcpu.vm
+    with vm.mmu_lock:
+        hints = vm.unused_page_hints
+        if not hints & abi.KVM_UNUSED_PAGE_HINT_ENABLE:
+            return -abi.KVM_ENOSYS
+        if size != HUGE_PAGE_SIZE or gpa & (HUGE_PAGE_SIZE - 1):
+            return -abi.KVM_EINVAL
+        if hints != abi.KVM_UNUSED_PAGE_HINT_ENABLE:
+            return -abi.KVM_EOPNOTSUPP
+        try:
+            discard(cast("Vm", vm), gpa, size)
+        except OSError as error:
+            return _HINT_ERRORS.get(error.errno or 0, -abi.KVM_EFAULT)
+    return 0
+
+
 def yield_to(target: Vcpu) -> None:
     """Give the host's processor away for a moment, if the other one could use it."""
     _softcpu.sched_yield()
@@ -98,6 +127,7 @@ HYPERCALLS: Final[dict[int, tuple[Hypercall, int | None]]] = {
     abi.KVM_HC_SEND_IPI: (_send_ipi, abi.KVM_FEATURE_PV_SEND_IPI),
     abi.KVM_HC_MAP_GPA_RANGE: (_map_gpa_range, None),
     abi.KVM_HC_SCHED_YIELD: (_sched_yield, abi.KVM_FEATURE_PV_SCHED_YIELD),
+    abi.KVM_HC_UNUSED_PAGE_HINT: (_unused_page_hint, abi.KVM_FEATURE_UNUSED_PAGE_HINT),
 }
 
 
