@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's kernels with the modules that the default guest goes without: virtio and 9P."""
+"""Debian's kernels with the modules that the default guest goes without: virtio, 9P and PTP."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ GENERIC = "linux-image-amd64"
 
 _IMAGE = "vmlinuz"
 _WANTED = re.compile(
-    r"boot/vmlinuz-.*|lib/modules/[^/]+/kernel/(?:drivers/(?:virtio|block|net)|net/(?:core|9p)|fs/(?:9p|fscache|netfs))"
+    r"boot/vmlinuz-.*|lib/modules/[^/]+/kernel/(?:drivers/(?:virtio|block|net|ptp|pps)|net/(?:core|9p)|fs/(?:9p|fscache|netfs))"
     r"/[^/]+\.ko"
 )
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
@@ -64,7 +65,8 @@ class Kernel:
 
 def kernel_with_modules(package: str = CLOUD) -> Kernel:
     """Return the newest kernel that *package* depends on; skips where it cannot be had, which CI does not accept."""
-    directory = kept_directory() / f"{package}_modules"
+    kind = hashlib.sha256(_WANTED.pattern.encode()).hexdigest()[:8]
+    directory = kept_directory() / f"{package}_modules_{kind}"
     if not directory.exists():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
