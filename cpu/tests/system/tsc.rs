@@ -28,7 +28,7 @@ fn a_guests_counter_is_the_processors_times_the_ratio_and_the_offset() {
     for ratio in [1u64 << 31, 1 << 32, 5 << 31, (1 << 40) - 1] {
         for offset in [0, 12345, 0u64.wrapping_sub(1 << 40)] {
             let [before, guest, after] = read(ratio, offset);
-            let scale = |tsc: u64| ((tsc as u128 * ratio as u128 >> 32) as u64).wrapping_add(offset);
+            let scale = |tsc: u64| (((tsc as u128 * ratio as u128) >> 32) as u64).wrapping_add(offset);
             let (from, to) = (scale(before), scale(after));
             assert!(guest.wrapping_sub(from) <= to.wrapping_sub(from), "{ratio:#x} {offset:#x}");
         }

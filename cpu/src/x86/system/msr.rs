@@ -133,7 +133,7 @@ impl Cpu {
         let scaled = if self.tsc_ratio == TSC_RATIO_ONE {
             tsc
         } else {
-            (tsc as u128 * self.tsc_ratio as u128 >> 32) as u64
+            ((tsc as u128 * self.tsc_ratio as u128) >> 32) as u64
         };
         scaled.wrapping_add(self.ctl.tsc_offset)
     }
