@@ -12,7 +12,15 @@ from softkvm import qemu
 from softkvm.bench import vmexit
 from softkvm.bench.sides import QEMU, SOFTKVM, QemuSide, Side, SideError, SoftkvmSide
 from softkvm.bench.vmexit import Figure, Kind, Report
-from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError, bench_dirty_log, bench_task_work
+from softkvm.cli import (
+    EXIT_ERROR,
+    EXIT_OK,
+    Command,
+    CommandError,
+    bench_demand_paging,
+    bench_dirty_log,
+    bench_task_work,
+)
 from softkvm.cli.arguments import count, file_name, seconds
 from softkvm.cli.output import STDOUT, OutputFile, say, table, warn
 from softkvm.progress import StatusLine
@@ -23,9 +31,10 @@ EXIT_FAILED = 1
 
 EPILOG = """\
 measurements:
-  vmexit      nanoseconds for each kind of exit, QEMU's TCG beside it
-  dirty-log   what dirty logging costs: turning it on and off, passes over memory, fetching the log
-  task-work   how soon a vCPU's thread does what was called for, and how late CPU timers are
+  vmexit         nanoseconds for each kind of exit, QEMU's TCG beside it
+  dirty-log      what dirty logging costs: turning it on and off, passes over memory, fetching the log
+  demand-paging  what memory costs that comes page by page
+  task-work      how soon a vCPU's thread does what was called for, and how late CPU timers are
 
 `softkvm bench MEASUREMENT --help` explains it.
 """
@@ -52,9 +61,10 @@ examples:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     measurements = parser.add_subparsers(
-        dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit, dirty-log, task-work"
+        dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit, dirty-log, demand-paging, task-work"
     )
     bench_dirty_log.add(measurements)
+    bench_demand_paging.add(measurements)
     bench_task_work.add(measurements)
     command = measurements.add_parser(
         "vmexit",

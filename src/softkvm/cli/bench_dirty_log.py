@@ -77,7 +77,7 @@ def _options(args: Namespace) -> dirty_log.Options:
 def run(args: Namespace) -> int:
     """Measure, print, write files."""
     options = _options(args)
-    form = _format(args.plot) if args.plot else ""
+    form = picture_format(args.plot) if args.plot else ""
     files = {option: OutputFile(f"--{option}", name) for option in ("json", "plot") if (name := getattr(args, option))}
     line = StatusLine()
     try:
@@ -101,7 +101,8 @@ def run(args: Namespace) -> int:
     return EXIT_OK
 
 
-def _format(name: str) -> str:
+def picture_format(name: str) -> str:
+    """Return the format of a picture by its name."""
     form = name.rpartition(".")[2].lower()
     if form not in plot.FORMATS:
         raise CommandError(f"--plot {name}: expected a name that ends with .png or .svg")
