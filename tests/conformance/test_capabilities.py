@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.support.conformance import CODE, Guest, refused
+from tests.support.conformance import CODE, Guest, pio_data, refused
 
 from softkvm import abi
 
@@ -96,6 +96,20 @@ def test_unknown_quirks_are_einval(guest: Guest) -> None:
     refused(errno.EINVAL, lambda: guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, 1 << 40))
     guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, bits & 1)
     assert guest.vm.check_extension(abi.KVM_CAP_DISABLE_QUIRKS)
+
+
+def test_without_the_quirk_a_slot_that_goes_cannot_be_reached(guest: Guest) -> None:
+    """KVM_X86_QUIRK_SLOT_ZAP_ALL (Linux 6.12): without it, what is behind the slot itself has to go all the same."""
+    if not supported(guest, abi.KVM_CAP_DISABLE_QUIRKS2) & abi.KVM_X86_QUIRK_SLOT_ZAP_ALL:
+        pytest.skip("this KVM does not have the quirk")
+    guest.vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, abi.KVM_X86_QUIRK_SLOT_ZAP_ALL)
+    guest.region(9, 0x8000_0000, 0x1000, offset=0x5_0000)
+    guest.write(0x5_0000, b"\x5a")
+    guest.protected("a000000080 e610 ebf7")  # 1: mov al, [0x80000000]; out 0x10, al; jmp 1b
+    guest.expect(abi.KVM_EXIT_IO)
+    assert pio_data(guest.cpu) == b"\x5a"
+    guest.region(9, 0x8000_0000, 0, offset=0x5_0000)
+    assert guest.expect(abi.KVM_EXIT_MMIO).mmio.phys_addr == 0x8000_0000
 
 
 def test_lint0_is_masked_after_reset_without_the_quirk(make: Callable[..., Guest]) -> None:
