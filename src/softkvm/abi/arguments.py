@@ -24,12 +24,14 @@ from typing import Any, Protocol
 from softkvm.abi import checks
 from softkvm.abi._layout import flexible
 from softkvm.abi.checks import kvm_error
+from softkvm.abi.sizes import Size
 
 #: The most elements that a table is grown to when the kernel says E2BIG.
 _MOST_ENTRIES = 1 << 16
 
 #: The size of a signal set in the kernel's own interface.
-_SIGSET_BYTES = 8
+_SIGSET_BYTES = Size("kvm_signal_mask.len", 8, errno.EINVAL, least=8, where=__name__)
+_CAP_ARGS = Size("args of KVM_ENABLE_CAP", 4, errno.EINVAL, element=8, where=__name__)
 
 _U32 = checks.limits(ctypes.c_uint32)
 _U64 = _ULONG = checks.limits(ctypes.c_uint64)
@@ -279,28 +281,13 @@ class _Table(Argument):
         entry: Any,
         count: str,
         entries: str,
-        most: tuple[int, int] = (_MOST_ENTRIES, errno.E2BIG),
         tells: bool = False,
     ) -> None:
         super().__init__(structure)
         self.entry = entry
         self.count = count
         self.entries = entries
-        self.most = most
         self.tells = tells
-
-    def read_rows(self, memory: Memory, address: int) -> Sequence[Any]:
-        """Return copies of a table's entries in a client's memory."""
-        header = read_structure(memory, self.structure, address)
-        length = getattr(header, self.count)
-        most, error = self.most
-        if length > most:
-            raise kvm_error(error, f"{self.count}={length}, expected at most {most}")
-        if getattr(header, "flags", 0):
-            raise kvm_error(errno.EINVAL, f"flags={header.flags:#x}, expected 0")
-        size = ctypes.sizeof(self.entry)
-        data = memory.read(address + ctypes.sizeof(self.structure), length * size) if length else b""
-        return [self.entry.from_buffer_copy(data, n * size) for n in range(length)]
 
     def table(self, length: int) -> Any:
         """Return an empty table of ``length`` entries."""
@@ -308,6 +295,22 @@ class _Table(Argument):
 
 
 class _TakesTable(_Table):
+    def __init__(self, structure: Any, most: tuple[int, int], **layout: Any) -> None:
+        super().__init__(structure, **layout)
+        limit, error = most
+        name, element = f"{structure.__name__}.{self.count}", ctypes.sizeof(self.entry)
+        self.size = Size(name, limit, error, element=element, where="softkvm.abi.requests")
+
+    def read_rows(self, memory: Memory, address: int) -> Sequence[Any]:
+        """Return copies of a table's entries in a client's memory."""
+        header = read_structure(memory, self.structure, address)
+        length = self.size.check(getattr(header, self.count))
+        if getattr(header, "flags", 0):
+            raise kvm_error(errno.EINVAL, f"flags={header.flags:#x}, expected 0")
+        size = self.size.bytes(length)
+        data = memory.read(address + ctypes.sizeof(self.structure), size) if length else b""
+        return [self.entry.from_buffer_copy(data, at) for at in range(0, size, self.size.element)]
+
     def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
         for index, row in enumerate(checks.sequence(names[0], args[0], self.entry.__name__)):
             if not isinstance(row, self.entry):
@@ -378,8 +381,7 @@ class Capability(Argument):
     def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
         """A number of 32 bits, the others of 64; EINVAL for more."""
         cap, *rest = args
-        if len(rest) > 4:
-            raise kvm_error(errno.EINVAL, f"{len(rest)} arguments of a capability, expected at most 4")
+        _CAP_ARGS.check(len(rest), called="number of arguments")
         cap = checks.number(names[0], cap, *_U32)
         return cap, *(checks.number(f"args[{n}]", value, *_U64) for n, value in enumerate(rest))
 
@@ -417,9 +419,7 @@ class SignalMask(Argument):
         if not value:
             return (None,)
         mask = read_structure(memory, self.structure, value)
-        if mask.len != _SIGSET_BYTES:
-            raise kvm_error(errno.EINVAL, f"sigset of {mask.len} bytes, expected {_SIGSET_BYTES}")
-        return (memory.read(value + ctypes.sizeof(self.structure), mask.len),)
+        return (memory.read(value + ctypes.sizeof(self.structure), _SIGSET_BYTES.bytes(mask.len)),)
 
 
 def bitmap(given: bytes, size: int, most: int | None = None) -> Any:

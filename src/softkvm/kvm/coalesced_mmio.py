@@ -17,6 +17,7 @@ import weakref
 from typing import Any, Final, Protocol
 
 from softkvm import _softcpu, abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.irq.io_bus import IoBus
 from softkvm.kvm.memfd import map_file, map_over, mappings_of, sealed_memfd
 from softkvm.kvm.memory.pages import PAGE_SIZE
@@ -27,6 +28,14 @@ RING_OFFSET: Final = abi.KVM_COALESCED_MMIO_PAGE_OFFSET * PAGE_SIZE
 _HEADER: Final = ctypes.sizeof(abi.kvm_coalesced_mmio_ring)
 _ENTRY: Final = ctypes.sizeof(abi.kvm_coalesced_mmio)
 KVM_COALESCED_MMIO_MAX: Final = (PAGE_SIZE - _HEADER) // _ENTRY
+RING_ENTRIES: Final = Size(
+    "indexes in the ring of coalesced MMIO",
+    KVM_COALESCED_MMIO_MAX,
+    None,
+    element=_ENTRY,
+    effect="the write is an exit",
+    where=__name__,
+)
 # In doublewords: the header's fields, then those of an entry.
 _FIRST_D: Final = 0
 _LAST_D: Final = 1
@@ -131,7 +140,7 @@ class CoalescedRing:
                 return False
             d = self._d
             last = d[_LAST_D]
-            if last >= KVM_COALESCED_MMIO_MAX:  # userspace may write anything there
+            if not RING_ENTRIES.allows(last + 1):  # userspace may write anything there
                 return False
             after = (last + 1) % KVM_COALESCED_MMIO_MAX
             if after == d[_FIRST_D]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
 from softkvm.abi import checks
+from softkvm.abi.sizes import Size
 from softkvm.closing import Closing
 from softkvm.kvm import stats_file, vm_caps
 from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from softkvm.kvm.irq.irqchip import Irqchip
     from softkvm.kvm.params import Params
     from softkvm.kvm.vcpu import Vcpu
+
+VCPUS: Final = Size("vCPUs of a VM", KVM_MAX_VCPUS, errno.EINVAL, where=__name__)
 
 
 class Vm(VmState, Closing):
@@ -343,8 +346,7 @@ class Vm(VmState, Closing):
             self.check_open()
             if not 0 <= id < KVM_MAX_VCPU_IDS:
                 raise kvm_error(errno.EINVAL, f"id={id}, expected below {KVM_MAX_VCPU_IDS}")
-            if len(self.vcpus) >= KVM_MAX_VCPUS:
-                raise kvm_error(errno.EINVAL, f"{KVM_MAX_VCPUS} vCPUs exist: there can't be more")
+            VCPUS.check(len(self.vcpus) + 1, called="vCPUs")
             self.arch_vcpu_precreate(id)
             if id in self.vcpu_by_id:
                 raise kvm_error(errno.EEXIST, f"id={id} exists")

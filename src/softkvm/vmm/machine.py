@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec
 
 from softkvm import abi, api
+from softkvm.abi.sizes import Size
 from softkvm.closing import Closing
 from softkvm.threads import inherited_error, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
@@ -28,6 +29,7 @@ from softkvm.vmm.vcpu_thread import VcpuThread
 _P = ParamSpec("_P")
 
 MAX_VCPUS = 16
+_VCPUS = Size("vCPUs of a machine", MAX_VCPUS, ConfigError, least=1, effect="ConfigError", where=__name__)
 MAX_SECONDS = 1e9
 MIN_MEMORY = 32 * MIB
 MAX_MEMORY = 1 << 40
@@ -71,7 +73,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise ConfigError(f"{name}={value!r}: expected a function")
-        if not 1 <= self.vcpus <= MAX_VCPUS:
+        if not _VCPUS.allows(self.vcpus):
             raise ConfigError(f"{self.vcpus} vCPUs: expected 1 to {MAX_VCPUS}")
         if not MIN_MEMORY <= self.memory_size <= MAX_MEMORY:
             raise ConfigError(

@@ -32,6 +32,7 @@ from softkvm.abi.arguments import (
 from softkvm.abi.checks import kvm_error
 from softkvm.abi.irq import kvm_irq_level
 from softkvm.abi.requests import IO, IOR, IOW, IOWR, SYSTEM, VCPU, VM, requests_in
+from softkvm.abi.x86 import request_sizes
 from softkvm.abi.x86.irqchip import (
     kvm_hyperv_eventfd,
     kvm_irqchip,
@@ -43,7 +44,6 @@ from softkvm.abi.x86.irqchip import (
 )
 from softkvm.abi.x86.msr import (
     KVM_MSR_FILTER_MAX_BITMAP_SIZE,
-    KVM_MSR_FILTER_MAX_RANGES,
     MsrFilterRange,
     MsrValues,
     kvm_msr_entry,
@@ -140,22 +140,16 @@ class SetMsrs(Value):
         return ([(entry & _INDEX, data) for entry, data in zip(entries[::2], entries[1::2], strict=True)],)
 
 
-#: KVM_GET_MSRS and KVM_SET_MSRS take fewer than so many (``MAX_IO_MSRS``).
-_MAX_IO_MSRS = 256
-
-
 #: The index in an entry's first quadword; the rest of it is reserved.
 _INDEX = _U32[1]
 
 
 def read_msrs(memory: Memory, address: int) -> Sequence[int]:
     """Return copies of the entries of a ``kvm_msrs`` in a client's memory, two quadwords each: index, data."""
-    count = read_structure(memory, kvm_msrs, address).nmsrs
-    if count >= _MAX_IO_MSRS:
-        raise kvm_error(errno.E2BIG, f"nmsrs={count}, expected at most {_MAX_IO_MSRS - 1}")
-    if not count:
+    size = request_sizes.NMSRS.bytes(read_structure(memory, kvm_msrs, address).nmsrs)
+    if not size:
         return ()
-    data = memory.read(address + ctypes.sizeof(kvm_msrs), count * ctypes.sizeof(kvm_msr_entry))
+    data = memory.read(address + ctypes.sizeof(kvm_msrs), size)
     return memoryview(data).cast("Q").tolist()
 
 
@@ -166,8 +160,7 @@ class MsrFilter(Argument):
         """A number, and ranges with numbers and bytes in them; EINVAL for too many."""
         flags = checks.number(names[0], args[0], *_U32)
         ranges = checks.sequence(names[1], args[1], "MsrFilterRange")
-        if len(ranges) > KVM_MSR_FILTER_MAX_RANGES:
-            raise kvm_error(errno.EINVAL, f"{len(ranges)} ranges, expected at most {KVM_MSR_FILTER_MAX_RANGES}")
+        request_sizes.FILTER_RANGES.check(len(ranges))
         accepted = []
         for part in ranges:
             checks.structure(names[1], part, MsrFilterRange)

@@ -12,13 +12,14 @@ import threading
 from bisect import bisect_right
 from typing import Final, Protocol
 
-from softkvm.kvm.errors import kvm_error
+from softkvm.abi.sizes import Size
 
 #: Look-ups remembered per bus; addresses come from the guest, so the memo is bounded.
 _MEMO_ENTRIES: Final = 4096
 
 #: The most ranges of a bus that count.
 NR_IOBUS_DEVS: Final = 1000
+BUS_RANGES: Final = Size("ranges of devices on a bus", NR_IOBUS_DEVS, errno.ENOSPC, where=__name__)
 
 
 class IoDevice(Protocol):
@@ -70,8 +71,8 @@ class IoBus:
         """Register ``device`` for [start, start + length); ENOSPC for one too many of those that count."""
         with self._lock:
             ranges = self.table.ranges
-            if counts and sum(r[3] for r in ranges) >= NR_IOBUS_DEVS:
-                raise kvm_error(errno.ENOSPC, f"expected at most {NR_IOBUS_DEVS} ranges on a bus")
+            if counts:
+                BUS_RANGES.check(sum(r[3] for r in ranges) + 1, called="ranges on a bus")
             self.table = _Table(sorted([*ranges, (start, start + length, device, counts)], key=lambda r: r[0]))
 
     def remove(self, device: IoDevice, start: int | None = None) -> None:

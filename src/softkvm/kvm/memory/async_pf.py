@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from softkvm.abi.sizes import Size
 from softkvm.kvm.state import BLOCKING, OUTSIDE_GUEST_MODE
 from softkvm.threads import start_quiet
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: So many pages may a vCPU wait for at the same time without waiting.
 ASYNC_PF_PER_VCPU: Final = 64
+_PAGES: Final = Size(
+    "pages that a vCPU waits for", ASYNC_PF_PER_VCPU, None, giver="guest", effect="the vCPU waits", where=__name__
+)
 
 
 class Work:
@@ -74,7 +78,7 @@ class AsyncPf:
     def setup(self, machine: Machine, work: Work, ready: Callable[[], None]) -> bool:
         """Have a page waited for; False if there are too many. ``ready`` is called when the list of pages begins."""
         with self._lock:
-            if len(self._outstanding) >= ASYNC_PF_PER_VCPU:
+            if not _PAGES.allows(len(self._outstanding) + 1):
                 return False
             self._outstanding.add(work)
         start_quiet(self._work, "kvm-async-pf", machine, work, ready)

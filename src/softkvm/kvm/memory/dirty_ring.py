@@ -14,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memfd import map_file
 from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
@@ -32,6 +33,7 @@ RING_OFFSET: Final = abi.KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE
 KVM_DIRTY_RING_MAX_ENTRIES: Final = 65536
 #: What KVM_CHECK_EXTENSION says: the most bytes of a ring.
 KVM_DIRTY_RING_MAX_BYTES: Final = KVM_DIRTY_RING_MAX_ENTRIES * _ENTRY
+RING_BYTES: Final = Size("bytes of a ring of dirty pages", KVM_DIRTY_RING_MAX_BYTES, errno.E2BIG, where=__name__)
 #: Entries that stay free when KVM_RUN ends for a full ring: what one exit's handling may need.
 KVM_DIRTY_RING_RSVD_ENTRIES: Final = 64
 
@@ -40,8 +42,7 @@ def check_size(size: int) -> None:
     """EINVAL for bytes that are no power of two, or too few; E2BIG for too many."""
     if not size or size & (size - 1) or size < max(PAGE_SIZE, KVM_DIRTY_RING_RSVD_ENTRIES * _ENTRY):
         raise kvm_error(errno.EINVAL, f"args[0]={size}, expected a power of two, at least {PAGE_SIZE} bytes")
-    if size > KVM_DIRTY_RING_MAX_BYTES:
-        raise kvm_error(errno.E2BIG, f"args[0]={size}, expected at most {KVM_DIRTY_RING_MAX_BYTES} bytes")
+    RING_BYTES.check(size, called="args[0]")
 
 
 class DirtyRing:

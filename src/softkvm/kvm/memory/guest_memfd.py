@@ -10,6 +10,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memfd import map_file, mapping_address, sealed_memfd
 from softkvm.kvm.memory.pages import PAGE_SIZE
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from softkvm.abi import kvm_create_guest_memfd, kvm_userspace_memory_region2
 
 _LARGEST: Final = (1 << 63) - 1
+_FILE_BYTES: Final = Size("bytes of a guest_memfd", _LARGEST, errno.EINVAL, least=1, where=__name__)
 
 
 class Binding:
@@ -52,8 +54,9 @@ class GuestMemfds:
         """Return the descriptor of a new file, which is the caller's; EINVAL for flags, or a size of no whole pages."""
         if wanted.flags:
             raise kvm_error(errno.EINVAL, f"flags={wanted.flags:#x}, expected 0")
-        if not 0 < wanted.size <= _LARGEST or wanted.size % PAGE_SIZE:
+        if wanted.size % PAGE_SIZE:
             raise kvm_error(errno.EINVAL, f"size={wanted.size:#x}, expected a multiple of {PAGE_SIZE}")
+        _FILE_BYTES.check(wanted.size, called="size")
         fd = sealed_memfd("kvm-gmem", wanted.size)
         os.set_inheritable(fd, True)  # as the kernel's
         status = os.fstat(fd)

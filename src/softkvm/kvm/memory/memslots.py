@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE, PG_LEVEL_1G, PG_LEVEL_4K, hpage_gfn_mask
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 KVM_USER_MEM_SLOTS: Final = 32764
 KVM_ADDRESS_SPACE_NUM: Final = 1
 KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
+SLOTS: Final = Size("memory slots of a VM", KVM_USER_MEM_SLOTS, errno.EINVAL, where=__name__)
+#: Pages of a slot, of which the dirty log has a bit each.
+SLOT_PAGES: Final = Size(
+    "pages of kvm_userspace_memory_region.memory_size",
+    KVM_MEM_MAX_NR_PAGES,
+    errno.EINVAL,
+    element=PAGE_SIZE,
+    where=__name__,
+)
 #: End of the user half of the host's address space: what access_ok() accepts.
 TASK_SIZE_MAX: Final = (1 << 47) - PAGE_SIZE
 
@@ -293,8 +303,7 @@ def _check_fields(mem: Region, *, may_be_private: bool) -> None:
         raise kvm_error(
             errno.EINVAL, f"slot={mem.slot:#x}: address space {mem.slot >> 16}, expected below {KVM_ADDRESS_SPACE_NUM}"
         )
-    if mem.slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
-        raise kvm_error(errno.EINVAL, f"slot={mem.slot:#x}, expected below {KVM_USER_MEM_SLOTS}")
+    SLOTS.check((mem.slot & 0xFFFF) + 1, called="slot+1")
     for name in ("memory_size", "guest_phys_addr", "userspace_addr"):
         value: int = getattr(mem, name)
         if value & (PAGE_SIZE - 1):
@@ -303,8 +312,7 @@ def _check_fields(mem: Region, *, may_be_private: bool) -> None:
         raise kvm_error(errno.EINVAL, f"userspace_addr={mem.userspace_addr:#x}, expected an address of this process")
     if mem.guest_phys_addr + mem.memory_size >= 1 << 64:
         raise kvm_error(errno.EINVAL, f"guest_phys_addr={mem.guest_phys_addr:#x} plus memory_size wraps around")
-    if mem.memory_size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:
-        raise kvm_error(errno.EINVAL, f"memory_size={mem.memory_size:#x}, expected at most 2**31-1 pages")
+    SLOT_PAGES.check(mem.memory_size >> PAGE_SHIFT, called="pages of memory_size")
     if private:
         offset: int = getattr(mem, "guest_memfd_offset")  # noqa: B009 - of the larger structure, which has the flag
         if offset & (PAGE_SIZE - 1) or offset + mem.memory_size >= 1 << 64:

@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.abi.x86 import request_sizes as sizes
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.features import (
     EAX,
@@ -171,8 +172,7 @@ def get_emulated_cpuid() -> list[abi.kvm_cpuid_entry2]:
 
 def check_entry_count(entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
     """Raise E2BIG for more entries than KVM_SET_CPUID2 takes."""
-    if len(entries) > KVM_MAX_CPUID_ENTRIES:
-        raise kvm_error(errno.E2BIG, f"nent={len(entries)}, expected at most {KVM_MAX_CPUID_ENTRIES}")
+    sizes.CPUID_ENTRIES.check(len(entries), called="nent")
 
 
 def _vendor(leaf: Leaf) -> bytes:

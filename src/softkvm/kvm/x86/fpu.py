@@ -12,6 +12,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
+from softkvm.abi.x86 import request_sizes as sizes
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86.exceptions import X86Exception
@@ -236,9 +237,9 @@ def get_xcrs(vcpu: Vcpu) -> abi.kvm_xcrs:
 
 def set_xcrs(vcpu: Vcpu, xcrs: abi.kvm_xcrs) -> None:
     """KVM_SET_XCRS: EINVAL for flags, too many registers, or an XCR0 that XSETBV would refuse."""
-    if xcrs.nr_xcrs > abi.KVM_MAX_XCRS or xcrs.flags:
-        raise kvm_error(errno.EINVAL, f"nr_xcrs={xcrs.nr_xcrs} flags={xcrs.flags:#x}, expected up to 16 and 0")
-    for i in range(xcrs.nr_xcrs):
+    if xcrs.flags:
+        raise kvm_error(errno.EINVAL, f"flags={xcrs.flags:#x}, expected 0")
+    for i in range(sizes.XCRS.check(xcrs.nr_xcrs)):
         if xcrs.xcrs[i].xcr == 0:
             if not cr.kvm_set_xcr(vcpu, 0, xcrs.xcrs[i].value):
                 raise kvm_error(errno.EINVAL, f"XCR0={xcrs.xcrs[i].value:#x}, expected what XSETBV takes")

@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.exceptions import queue_exception
 from softkvm.kvm.x86.msr_index import (
@@ -38,6 +39,7 @@ _NEEDS_ACTION: Final = MCI_STATUS_PCC | MCI_STATUS_S | MCI_STATUS_AR
 SUPPORTED_MCE_CAP: Final = MCG_CTL_P | MCG_SER_P
 _BANKS: Final = 0xFF
 _EXTENDED_REGISTERS: Final = 0xFF_0000
+BANKS: Final = Size("banks in mcg_cap", KVM_MAX_MCE_BANKS, errno.EINVAL, element=32, least=1, where=__name__)
 
 _ALL: Final = (1 << 64) - 1
 
@@ -45,8 +47,9 @@ _ALL: Final = (1 << 64) - 1
 def setup_mce(vcpu: Vcpu, mcg_cap: int) -> None:
     """Set IA32_MCG_CAP, and the control registers to all ones; EINVAL for what isn't supported."""
     banks = mcg_cap & _BANKS
-    if not 0 < banks <= KVM_MAX_MCE_BANKS or mcg_cap & ~(SUPPORTED_MCE_CAP | _BANKS | _EXTENDED_REGISTERS):
-        raise kvm_error(errno.EINVAL, f"mcg_cap={mcg_cap:#x}, expected 1 to {KVM_MAX_MCE_BANKS} banks and known bits")
+    BANKS.check(banks)
+    if mcg_cap & ~(SUPPORTED_MCE_CAP | _BANKS | _EXTENDED_REGISTERS):
+        raise kvm_error(errno.EINVAL, f"mcg_cap={mcg_cap:#x}, expected known bits")
     vcpu.mcg_cap = mcg_cap
     if mcg_cap & MCG_CTL_P:
         vcpu.msr_values[MSR_IA32_MCG_CTL] = _ALL

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from softkvm import abi
+from softkvm.abi.x86 import request_sizes as sizes
 from softkvm.kvm.errors import kvm_error
 
 _RANGE_FLAGS: Final = abi.KVM_MSR_FILTER_READ | abi.KVM_MSR_FILTER_WRITE
@@ -27,8 +28,7 @@ class MsrFilter:
     def __init__(self, flags: int, ranges: Sequence[abi.MsrFilterRange]) -> None:
         if flags & ~abi.KVM_MSR_FILTER_DEFAULT_DENY:
             raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected 0 or KVM_MSR_FILTER_DEFAULT_DENY")
-        if len(ranges) > abi.KVM_MSR_FILTER_MAX_RANGES:
-            raise kvm_error(errno.EINVAL, f"{len(ranges)} ranges, expected at most {abi.KVM_MSR_FILTER_MAX_RANGES}")
+        sizes.FILTER_RANGES.check(len(ranges))
         used = [part for part in ranges if part.nmsrs]
         self._default = not flags & abi.KVM_MSR_FILTER_DEFAULT_DENY
         if not self._default and not used:
@@ -50,9 +50,7 @@ def _range(part: abi.MsrFilterRange) -> tuple[int, int, int, bytes]:
     """Return flags, first MSR, end and bitmap of one range; raises what KVM_X86_SET_MSR_FILTER says about it."""
     if not part.flags or part.flags & ~_RANGE_FLAGS:
         raise kvm_error(errno.EINVAL, f"flags={part.flags:#x} of a range, expected KVM_MSR_FILTER_READ|_WRITE")
-    size = abi.msr_bitmap_bytes(part.nmsrs)
-    if size > abi.KVM_MSR_FILTER_MAX_BITMAP_SIZE:
-        raise kvm_error(errno.EINVAL, f"nmsrs={part.nmsrs}, expected at most {abi.KVM_MSR_FILTER_MAX_BITMAP_SIZE * 8}")
+    size = abi.msr_bitmap_bytes(sizes.FILTER_MSRS.check(part.nmsrs))
     if len(part.bitmap) < size:
         raise kvm_error(errno.EFAULT, f"bitmap of {len(part.bitmap)} bytes, expected {size}")
     return part.flags, part.base, part.base + part.nmsrs, bytes(part.bitmap)

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Callable, Sequence
 
 from softkvm import abi
+from softkvm.abi.x86 import request_sizes as sizes
 from softkvm.kvm import system
 from softkvm.kvm.errors import enomem, kvm_error
 from softkvm.kvm.params import Params
@@ -78,8 +79,7 @@ class Kvm(system.Kvm):
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         """KVM_GET_MSRS on the system: feature MSRs, up to the first that isn't one."""
-        if len(indices) >= 256:
-            raise kvm_error(errno.E2BIG, f"nmsrs={len(indices)}, expected fewer than 256")
+        sizes.NMSRS.check(len(indices))
         values = []
         for index in indices:
             value = msrs.FEATURE_MSRS.get(index, 0 if self.params.ignore_msrs else None)

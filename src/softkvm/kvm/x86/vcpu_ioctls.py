@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from softkvm import abi
+from softkvm.abi.x86 import request_sizes as sizes
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.ioctl import serve, with_mutex
 from softkvm.kvm.stats import Statistic
@@ -51,14 +52,6 @@ _MP_STATES: Final = frozenset(
         abi.KVM_MP_STATE_SIPI_RECEIVED,
     }
 )
-
-#: One call takes fewer MSRs than this (``MAX_IO_MSRS``).
-_MAX_IO_MSRS: Final = 256
-
-
-def _check_msr_count(count: int) -> None:
-    if count >= _MAX_IO_MSRS:
-        raise kvm_error(errno.E2BIG, f"nmsrs={count}, expected fewer than {_MAX_IO_MSRS}")
 
 
 class VcpuIoctls(Vcpu):
@@ -147,7 +140,7 @@ class VcpuIoctls(Vcpu):
 
     def get_msrs(self, indices: Sequence[int]) -> list[int]:
         """KVM_GET_MSRS: values up to the first MSR that cannot be read; E2BIG for 256 or more."""
-        _check_msr_count(len(indices))
+        sizes.NMSRS.check(len(indices))
         values = []
         for index in indices:
             value = msr_access.get_msr(self, index, host=True)
@@ -159,7 +152,7 @@ class VcpuIoctls(Vcpu):
     def set_msrs(self, msrs: abi.MsrValues) -> int:
         """KVM_SET_MSRS: how many were set, up to the first that cannot be; E2BIG for 256 or more."""
         pairs = abi.msr_pairs(msrs)
-        _check_msr_count(len(pairs))
+        sizes.NMSRS.check(len(pairs))
         count = 0
         for index, data in pairs:
             if not msr_access.set_msr(self, index, data, host=True):

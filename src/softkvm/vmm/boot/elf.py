@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from softkvm.abi.sizes import Size
 from softkvm.vmm.boot.image import Image
 from softkvm.vmm.boot.placement import Segment
 from softkvm.vmm.errors import ImageError
@@ -38,7 +39,19 @@ _MACHINES = {
     243: "RISC-V",
     258: "LoongArch",
 }
-_NOTES_MAX = 1 << 16
+_NOTES = Size(
+    "bytes of an ELF file's notes", 1 << 16, None, giver="file", effect="later ones aren't read", where=__name__
+)
+#: More program headers than the field can count are PN_XNUM.
+_PROGRAM_HEADERS = Size(
+    "program headers of an ELF file",
+    PN_XNUM - 1,
+    lambda message: ImageError(f"kernel is an ELF file of which {message}"),
+    element=56,
+    giver="file",
+    effect="ImageError",
+    where=__name__,
+)
 _NOTE = struct.Struct("<III")
 
 # e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize, e_phentsize, e_phnum
@@ -94,7 +107,7 @@ def parse(image: Image) -> Executable:
             if entry is None and header.vaddr <= e_entry < header.vaddr + header.memory_size:
                 entry = e_entry - header.vaddr + header.paddr
         elif header.type == PT_NOTE and pvh_entry is None:
-            pvh_entry = _pvh_entry(image.read(header.offset, min(header.file_size, _NOTES_MAX)))
+            pvh_entry = _pvh_entry(image.read(header.offset, _NOTES.cut(header.file_size)))
     if not segments:
         raise ImageError("ELF file has no loadable segment")
     return Executable(segments, entry, pvh_entry)
@@ -118,8 +131,7 @@ def _headers(image: Image) -> tuple[list[ProgramHeader], int]:
     expected = 56 if wide else 32
     if entry_size != expected and count:
         raise ImageError(f"kernel is a damaged ELF file: program headers of {entry_size} bytes, expected {expected}")
-    if count == PN_XNUM:
-        raise ImageError(f"kernel is an ELF file with {count} program headers or more: expected fewer")
+    _PROGRAM_HEADERS.check(count, called="e_phnum")
     table = image.read(offset, count * expected)
     if len(table) < count * expected:
         raise ImageError(f"kernel is a damaged ELF file of {image.size} bytes: its headers cannot be read")

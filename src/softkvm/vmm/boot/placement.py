@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import layout
 from softkvm.vmm.boot.image import Deadline, Image
 from softkvm.vmm.errors import ImageError
@@ -41,6 +42,11 @@ class Module(NamedTuple):
     command_line: bytes = b""
 
 
+_COMMAND_LINES = Size(
+    "bytes of a guest's command lines", layout.COMMAND_LINE_MAX, ImageError, effect="ImageError", where=__name__
+)
+
+
 class Strings:
     """The command lines, the kernel's first, as they lie in memory from ``layout.COMMAND_LINE`` on."""
 
@@ -50,7 +56,7 @@ class Strings:
         for text in (command_line, *(module.command_line for module in modules)):
             self.addresses.append(layout.COMMAND_LINE + len(self.data))
             self.data += text + b"\0"
-            if len(self.data) > layout.COMMAND_LINE_MAX:
+            if not _COMMAND_LINES.allows(len(self.data)):
                 of = "command line has" if text is command_line else "command lines of kernel and modules have"
                 raise ImageError(f"{of} {len(self.data) - 1} bytes: at most {layout.COMMAND_LINE_MAX - 1}")
 

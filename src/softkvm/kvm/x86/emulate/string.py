@@ -11,6 +11,7 @@ from typing import Final
 
 from softkvm import abi
 from softkvm.abi import run_page
+from softkvm.abi.sizes import Size
 from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86.emulate.alu import DF, STATUS, ZF, sub_flags
 from softkvm.kvm.x86.emulate.emulator import Emulator, PioNeeded, handler
@@ -20,7 +21,9 @@ from softkvm.kvm.x86.svm import vmcb as V
 
 _U64: Final = (1 << 64) - 1
 #: Steps of a repeated instruction done in one emulation before the guest is entered again.
-_MAX_STEPS: Final = 1024
+_STEPS: Final = Size(
+    "steps of a repeated string instruction", 1024, None, giver="guest", effect="the rest comes later", where=__name__
+)
 #: The VMware backdoor's ports, open to user mode whatever the permission map says.
 VMWARE_PORTS: Final = (0x5658, 0x5659)
 RSI: Final = 6
@@ -208,7 +211,7 @@ def _batch(e: Emulator, i: Insn, register: int, size: int) -> int:
     count = _count(e, i)
     within = _offset(e, i, register) & (PAGE_SIZE - 1)
     room = (within + size) // size if e.q[V.RFLAGS] & DF else (PAGE_SIZE - within) // size
-    return max(1, min(count, room, run_page.PIO_PAGE_SIZE // size, _MAX_STEPS))
+    return max(1, _STEPS.cut(min(count, room, run_page.PIO_PAGE_SIZE // size)))
 
 
 @handler("insb", "insw", "insd")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from softkvm import _softcpu, abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.x86.hyperv.call import Call
 from softkvm.kvm.x86.hyperv.vp_set import VpSet
@@ -19,7 +20,15 @@ _INVALID: Final = abi.HV_STATUS_INVALID_HYPERCALL_INPUT
 _EX: Final = (abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE_EX, abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST_EX)
 _LISTS: Final = (abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST, abi.HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST_EX)
 #: A longer list is a flush of everything (the kernel keeps 16 entries for each processor, one of which means that).
-_MAX_RANGES: Final = 15
+_RANGES: Final = Size(
+    "rep_count of HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST",
+    15,
+    None,
+    element=8,
+    giver="guest",
+    effect="everything is flushed",
+    where=__name__,
+)
 
 
 class GvaRange(NamedTuple):
@@ -59,7 +68,7 @@ def flush_virtual_address(vcpu: Vcpu, call: Call) -> int:
             targets = named.members(vcpu.vm)
         list_at = 4 + call.var_count
     ranges = None
-    if call.code in _LISTS and call.rep_count <= _MAX_RANGES:
+    if call.code in _LISTS and _RANGES.allows(call.rep_count):
         entries = call.words(vcpu, list_at, call.rep_count)
         if entries is None:
             return _INVALID

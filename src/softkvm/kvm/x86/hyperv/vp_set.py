@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.capabilities import KVM_MAX_VCPUS
 from softkvm.kvm.x86.hyperv.call import Call
 
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VmState as Vm
 
 _BANK: Final = abi.HV_VCPUS_PER_SPARSE_BANK
-_MAX_BANKS: Final = -(-KVM_MAX_VCPUS // _BANK)
+_BANKS: Final = Size(
+    "banks of a sparse set of virtual processors",
+    -(-KVM_MAX_VCPUS // _BANK),
+    None,
+    element=8,
+    giver="guest",
+    effect="higher ones aren't read",
+    where=__name__,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +40,7 @@ class VpSet:
         None if the input isn't there. Banks behind those of the highest index that there can be aren't looked at.
         """
         numbers = [number for number in range(abi.HV_MAX_SPARSE_VCPU_BANKS) if valid_banks >> number & 1]
-        contents = call.words(vcpu, first, len(numbers) if call.fast else min(len(numbers), _MAX_BANKS))
+        contents = call.words(vcpu, first, len(numbers) if call.fast else _BANKS.cut(len(numbers)))
         return None if contents is None else cls(dict(zip(numbers, contents, strict=False)))
 
     def members(self, vm: Vm) -> list[Vcpu]:

@@ -21,6 +21,7 @@ from softkvm.abi import (
     kvm_irq_routing_entry,
     kvm_msi,
 )
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.irq.irqchip import KVM_USERSPACE_IRQ_SOURCE_ID, AckNotifier
 from softkvm.kvm.x86.irqchip.apic_map import ApicMap
@@ -30,6 +31,7 @@ from softkvm.kvm.x86.irqchip.ioapic import IoApic
 from softkvm.kvm.x86.irqchip.seams import IRQ_IGNORED, LapicIrq, MaskNotifier
 
 KVM_MAX_IRQ_ROUTES: Final = 4096
+ROUTES: Final = Size("routes of a VM", KVM_MAX_IRQ_ROUTES, errno.EINVAL, where=__name__)
 
 _PIC_PINS: Final = 8  # of one chip
 _PINS: Final = {
@@ -100,8 +102,7 @@ class IrqRouting:
     def set_routing(self, entries: Iterable[kvm_irq_routing_entry]) -> None:
         """Replace the table; EINVAL, with the old one in force, for an entry that is not valid."""
         entries = list(entries)
-        if len(entries) > KVM_MAX_IRQ_ROUTES:
-            raise kvm_error(errno.EINVAL, f"nr: {len(entries)} routes, expected at most {KVM_MAX_IRQ_ROUTES}")
+        ROUTES.check(len(entries), called="nr")
         targets: defaultdict[int, list[_Target]] = defaultdict(list)
         chips: defaultdict[int, list[int | None]] = defaultdict(list)  # by GSI; None is not a chip
         gsi_of_pin: dict[tuple[int, int], int] = {}

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long arrays may be whose length somebody else gives: a client, a guest, a file.
+
+Each such length is a :class:`Size`, which is looked at before anything is read or made of that length, and is in
+:data:`ALL`, of which ``scripts/sizes_table.py`` makes ``docs/sizes.md``. A size's largest product with the bytes of an
+element fits a C size_t, which is looked at when it is defined: behind :meth:`Size.check` nothing can overflow
+(``krealloc_array``, ``check_mul_overflow``).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final
+
+from softkvm.abi.checks import kvm_error
+
+SIZE_MAX: Final = (1 << 64) - 1
+
+#: Makes an exception of what is wrong.
+Raises = Callable[[str], Exception]
+
+
+def os_error(code: int) -> Raises:
+    """Return the maker of an OSError with an errno."""
+    return lambda message: kvm_error(code, message)
+
+
+class Size:
+    """The length of one kind of array: at most ``most`` elements of ``element`` bytes, at least ``least``.
+
+    ``giver`` is who gives the length, ``where`` the module that looks at it. A length out of these bounds is ``error``:
+    an errno, or what makes an exception of a message; None for where it isn't an error, but a status or a cut
+    (``effect`` says which).
+    """
+
+    __slots__ = ("code", "effect", "element", "giver", "least", "most", "name", "raises", "where")
+
+    def __init__(
+        self,
+        name: str,
+        most: int,
+        error: int | Raises | None,
+        *,
+        where: str,
+        element: int = 1,
+        least: int = 0,
+        giver: str = "client",
+        effect: str = "",
+    ) -> None:
+        if not 0 <= least <= most or element < 1 or most * element > SIZE_MAX:
+            raise ValueError(f"{name}: {least} to {most} elements of {element} bytes are no size")
+        self.name = name
+        self.most = most
+        self.least = least
+        self.element = element
+        self.giver = giver
+        self.where = where
+        self.code = error if isinstance(error, int) else None
+        self.raises = os_error(error) if isinstance(error, int) else error
+        self.effect = effect or (errno.errorcode[error] if isinstance(error, int) else "")
+        ALL.append(self)
+
+    def allows(self, count: int) -> bool:
+        """Tell whether so many elements may be."""
+        return self.least <= count <= self.most
+
+    def check(self, count: int, *, called: str = "") -> int:
+        """Return ``count`` if so many elements may be, or raise; ``called`` is the length's name in the message."""
+        if self.least <= count <= self.most:
+            return count
+        expected = f"at most {self.most}" if count > self.most else f"at least {self.least}"
+        message = f"{called or self.name.rpartition('.')[2]}={count}, expected {expected}"
+        if self.raises is None:
+            raise kvm_error(errno.EINVAL, message)
+        raise self.raises(message)
+
+    def bytes(self, count: int, *, called: str = "") -> int:
+        """Return how many bytes so many elements have, after :meth:`check`; it fits a size_t."""
+        return self.check(count, called=called) * self.element
+
+    def cut(self, count: int) -> int:
+        """Return ``count``, or ``most`` where that is less: what is behind isn't looked at."""
+        return min(count, self.most)
+
+    def __repr__(self) -> str:
+        return f"<Size {self.name}: {self.least} to {self.most} of {self.element} bytes>"
+
+
+#: Every kind of array, in the order that their modules are loaded.
+ALL: Final[list[Size]] = []

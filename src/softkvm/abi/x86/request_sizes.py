@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the arrays of x86's requests may be whose checks are in more than one place (:mod:`softkvm.abi.sizes`)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from typing import Final
+
+from softkvm.abi.sizes import Size
+from softkvm.abi.x86.msr import (
+    KVM_MSR_FILTER_MAX_BITMAP_SIZE,
+    KVM_MSR_FILTER_MAX_RANGES,
+    kvm_msr_entry,
+    kvm_msr_filter_range,
+)
+from softkvm.abi.x86.processor import KVM_MAX_XCRS, kvm_cpuid_entry2, kvm_xcr
+
+#: KVM_GET_MSRS and KVM_SET_MSRS take fewer than MAX_IO_MSRS, 256.
+NMSRS: Final = Size("kvm_msrs.nmsrs", 255, errno.E2BIG, element=ctypes.sizeof(kvm_msr_entry), where=__name__)
+FILTER_RANGES: Final = Size(
+    "kvm_msr_filter.ranges",
+    KVM_MSR_FILTER_MAX_RANGES,
+    errno.EINVAL,
+    element=ctypes.sizeof(kvm_msr_filter_range),
+    where=__name__,
+)
+#: A bit for each MSR, in whole bytes.
+FILTER_MSRS: Final = Size(
+    "kvm_msr_filter_range.nmsrs", 8 * KVM_MSR_FILTER_MAX_BITMAP_SIZE, errno.EINVAL, where=__name__
+)
+#: KVM_MAX_CPUID_ENTRIES.
+CPUID_ENTRIES: Final = Size(
+    "CPUID entries of a vCPU", 256, errno.E2BIG, element=ctypes.sizeof(kvm_cpuid_entry2), where=__name__
+)
+XCRS: Final = Size("kvm_xcrs.nr_xcrs", KVM_MAX_XCRS, errno.EINVAL, element=ctypes.sizeof(kvm_xcr), where=__name__)
