@@ -66,5 +66,6 @@ def start_quiet(target: Callable[..., object], name: str, *args: Any) -> threadi
         signal.pthread_sigmask(signal.SIG_BLOCK, _ASYNCHRONOUS)
         thread.start()  # which inherits the mask
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Not the mask from before: in a client's request it has signals of the C library's, which Python warns of.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASYNCHRONOUS - before)
     return thread

@@ -23,6 +23,7 @@ from softkvm.vmm.errors import show_traceback, unexpected
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
     "exec": ("softkvm.cli.exec", "run an unmodified KVM client: QEMU, kvmtool, Firecracker, your own"),
+    "stat": ("softkvm.cli.stat", "live counters of a running machine, as kvm_stat has them"),
     "trace": ("softkvm.cli.trace", "record KVM's tracepoints, print them, open them in Perfetto"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),

@@ -247,6 +247,16 @@ def _write_trace(recorder: Recorder, file: OutputFile) -> None:
         warn(f"--trace {file.name}: {recorder.lost:,} events were lost: they came faster than they could be written")
 
 
+def _let_look(accel: str, stack: contextlib.ExitStack) -> None:
+    """Have other processes of the user's ask how the machine is (`softkvm stat`), until *stack* ends."""
+    if accel == SOFT:
+        from softkvm.live.server import serve
+
+        server = serve()
+        if server is not None:
+            stack.enter_context(contextlib.closing(server))
+
+
 def _load_plugins(kvm: api.Kvm, files: Sequence[str]) -> Policy | None:
     """Let the plugins change the policy of *kvm*; None if there are none."""
     if not files:
@@ -447,6 +457,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         stack.enter_context(kvm)
         policy = _load_plugins(kvm, args.plugin)
         recorder = _start_trace(kvm, args, stack)
+        _let_look(accel, stack)
         watcher = ConsoleWatcher()
         panic = _PanicWatch(watcher, crash_kernel=bool(re.search(r"\bcrashkernel=", loaded.command_line)))
 

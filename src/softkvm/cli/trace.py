@@ -38,13 +38,15 @@ Tracepoints have the kernel's names and fields; `softkvm trace list` shows them.
 for all tracepoints that have them or for one.
 
 FILE.json is for Perfetto and Chrome; every other name is a file of trace-cmd's, which `softkvm trace report` and
-trace-cmd read. `softkvm run --trace` and `softkvm exec --trace-kvm` are the same.
+trace-cmd read. `softkvm run --trace` and `softkvm exec --trace-kvm` are the same. With --pid a machine that runs is
+traced, until Ctrl-C; `softkvm stat --list` shows which there are.
 
 exit status: that of `softkvm run` or `softkvm exec`; 2 for usage
 
 examples:
   softkvm trace record -- run
   softkvm trace record -e 'kvm_e*' -e kvm_msr -f 'kvm_exit:exit_reason == 0x7c' -- run --vcpus 2
+  softkvm trace record --pid qemu-system-x86 --duration 2
   softkvm trace record -o boot.json -- exec -- qemu-system-x86_64 -accel kvm -nographic -kernel vmlinuz
 """
 
@@ -60,6 +62,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     record.add_argument(
         "-o", "--output", metavar="FILE", type=file_name, default=DEFAULT_FILE, help="the trace (default: trace.dat)"
     )
+    record.add_argument("--pid", metavar="PID|NAME", help="a machine that runs already, until Ctrl-C")
+    record.add_argument("--duration", metavar="SECONDS", help="with --pid: no longer than this")
     record.add_argument(
         "command", metavar="run|exec …", nargs=REMAINDER, help="the command to trace, and its arguments"
     )
@@ -125,6 +129,14 @@ def _record(args: Namespace) -> int:
     from softkvm.cli.main import run_command
 
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.pid is not None:
+        if command:
+            raise CommandError("--pid is for a machine that runs: expected no command")
+        from softkvm.cli import trace_running
+
+        return trace_running.record(args)
+    if args.duration is not None:
+        raise CommandError("--duration needs --pid; `softkvm run` has --timeout")
     if not command or command[0] not in TRACED:
         raise CommandError(f"expected `-- {'` or `-- '.join(TRACED)}` and its arguments, the command to trace")
     name, *rest = command

@@ -13,6 +13,7 @@ from softkvm.client.files import SystemFile, open_memfd, unmapping
 from softkvm.client.settings import Settings
 from softkvm.client.trace import Recorder
 from softkvm.kvm import Kvm, procfs
+from softkvm.live.server import serve
 
 if TYPE_CHECKING:
     from softkvm.plugin import Policy
@@ -43,6 +44,11 @@ def _check_memfd() -> None:
         raise OSError(error.errno, f"memfd_create: {error.strerror}") from None
 
 
+def _let_look(vm: object) -> None:
+    """Have other processes of the user's ask how the machine is (`softkvm stat`)."""
+    serve()
+
+
 class World:
     """The KVM of a client's process."""
 
@@ -57,6 +63,7 @@ class World:
         if self.settings.trace_kvm and self._tracing is None:
             self._tracing = self._start_tracing()
         kvm = Kvm()
+        kvm.vm_created.append(_let_look)
         for name, text in self.settings.params.items():
             kvm.params.assign(name, text)
         if self.settings.plugins:

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 from softkvm.trace.cformat import FormatError
 from softkvm.trace.event import COMMON, Event, parse
@@ -47,7 +47,7 @@ def _sized(data: bytes, size: str = "<Q") -> bytes:
 
 
 def write(
-    file: BinaryIO, events: Iterable[Event], threads: Mapping[int, str], streams: Sequence[Iterable[bytes]]
+    file: IO[bytes], events: Iterable[Event], threads: Mapping[int, str], streams: Sequence[Iterable[bytes]]
 ) -> None:
     """Write a file: *threads* are names by number, *streams* the pages of each "processor"."""
     file.write(_MAGIC + _VERSION + bytes([0, 8]) + struct.pack("<I", PAGE_SIZE))

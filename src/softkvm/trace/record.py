@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, BinaryIO, Final
 
 from softkvm.threads import start_quiet, tell_after_fork
 from softkvm.trace import dat
@@ -71,7 +71,8 @@ class Recorder:
         filters: Mapping[str, Predicate] | None = None,
         ring_size: int = RING_SIZE,
     ) -> None:
-        self._spool = spool if spool is not None else tempfile.TemporaryFile("w+b")  # noqa: SIM115 (closed by close)
+        #: The pages, each with its thread's number before it.
+        self.spool = spool if spool is not None else tempfile.TemporaryFile("w+b")  # noqa: SIM115 (closed by close)
         self._rings: list[_Ring] = []
         self._local = threading.local()
         self._ring_size = ring_size
@@ -137,7 +138,7 @@ class Recorder:
         if not data or self._problem:
             return
         try:
-            self._spool.write(data)
+            self.spool.write(data)
         except OSError as error:  # the machine goes on, whatever becomes of its trace
             self._problem = error.strerror or str(error)
 
@@ -156,7 +157,7 @@ class Recorder:
             if page := ring.pages.flush():
                 self._put(ring, _STREAM.pack(ring.tid) + page)
         with contextlib.suppress(OSError):
-            self._spool.flush()
+            self.spool.flush()
 
     def after_fork(self) -> None:
         """In a child nothing is recorded: the rings, and the thread that empties them, are its parent's."""
@@ -190,15 +191,15 @@ class Recorder:
 
     def save(self, file: BinaryIO) -> None:
         """Write the trace file; recording has been stopped."""
-        assemble(file, self._spool, self.events, self.threads)
+        assemble(file, self.spool, self.events, self.threads)
 
     def close(self) -> None:
         """Stop, and let the spool go."""
         self.stop()
-        self._spool.close()
+        self.spool.close()
 
 
-def assemble(file: BinaryIO, spool: BinaryIO, events: Sequence[Event], threads: Mapping[int, str]) -> None:
+def assemble(file: IO[bytes], spool: IO[bytes], events: Sequence[Event], threads: Mapping[int, str]) -> None:
     """Make a trace file of a spool."""
     places: dict[int, list[int]] = {tid: [] for tid in threads}
     spool.seek(0)
@@ -211,7 +212,7 @@ def assemble(file: BinaryIO, spool: BinaryIO, events: Sequence[Event], threads: 
     dat.write(file, events, threads, [_pages(spool, places[tid]) for tid in order])
 
 
-def _pages(spool: BinaryIO, places: Sequence[int]) -> Iterator[bytes]:
+def _pages(spool: IO[bytes], places: Sequence[int]) -> Iterator[bytes]:
     for place in places:
         spool.seek(place)
         page = spool.read(PAGE_SIZE)

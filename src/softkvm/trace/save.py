@@ -3,24 +3,32 @@
 
 from __future__ import annotations
 
-import io
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from softkvm.trace import chrome
 from softkvm.trace.dat import TraceFile
-from softkvm.trace.record import Recorder
+from softkvm.trace.event import Event
+from softkvm.trace.record import Recorder, assemble
 
 JSON = ".json"
 
 
 def save(recorder: Recorder, file: BinaryIO, name: str) -> None:
-    """Write what was recorded: Chrome's trace events if *name* ends in ``.json``, else a file of trace-cmd's."""
+    """Write what was recorded, and stop that; see :func:`write`."""
     recorder.stop()
+    write(file, name, recorder.spool, recorder.events, recorder.threads)
+
+
+def write(file: BinaryIO, name: str, spool: BinaryIO, events: Sequence[Event], threads: Mapping[int, str]) -> None:
+    """Write what a spool has: Chrome's trace events if *name* ends in ``.json``, else a file of trace-cmd's."""
     if not name.endswith(JSON):
-        recorder.save(file)
+        assemble(file, spool, events, threads)
         return
-    whole = io.BytesIO()
-    recorder.save(whole)
-    trace = TraceFile.parse(whole.getvalue())
-    for piece in chrome.convert(trace, trace.records()):
-        file.write(piece.encode())
+    with tempfile.NamedTemporaryFile("w+b") as whole:
+        assemble(whole.file, spool, events, threads)
+        whole.flush()
+        trace = TraceFile.open(whole.name)
+        for piece in chrome.convert(trace, trace.records()):
+            file.write(piece.encode())
