@@ -319,6 +319,10 @@ def _pvclock(_: None, vcpu: Vcpu) -> tuple[int, ...] | None:
     return vcpu.vcpu_id, version, timestamp, system_time, multiplier, shift, flags
 
 
+def _tsc_offset(vcpu: Vcpu, offset: int, ratio: int, *, new: bool = False) -> tuple[int, ...]:
+    return vcpu.vcpu_id, 0 if new else vcpu.tsc_offset, offset
+
+
 def _ple_window(emit: Emit) -> Wrapper:
     def change(call: Callable[[Vcpu], None], vcpu: Vcpu) -> None:
         old = vcpu.w[V.PAUSE_FILTER_COUNT]
@@ -381,9 +385,7 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
         before(emulator.Emulator.mmio, _emulate_mmio),
         before(emulator.Emulator.failed, _emulation_failed),
     ],
-    "kvm_write_tsc_offset": [
-        before(tsc.set_offset, lambda vcpu, offset: (vcpu.vcpu_id, vcpu.tsc_offset, offset & _U64))
-    ],
+    "kvm_write_tsc_offset": [before(tsc._change, _tsc_offset)],
     "kvm_update_master_clock": [after(kvmclock.set_clock, lambda _, vm, data: (True, HOST_CLOCK_TSC, True))],
     "kvm_ple_window_update": [Probe(svm.grow_ple_window, _ple_window), Probe(svm.shrink_ple_window, _ple_window)],
     "kvm_pvclock_update": [after(kvmclock.update_guest_time, _pvclock)],
