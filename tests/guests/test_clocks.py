@@ -129,23 +129,30 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("options", "sources"),
+    ("options", "sources", "tsc_rate"),
     [
-        pytest.param("", ("kvm-clock", "tsc", "hpet", "acpi_pm"), id="all"),
-        pytest.param("no-kvmclock", ("tsc",), id="calibrated tsc"),
+        pytest.param("", ("kvm-clock", "tsc", "hpet", "acpi_pm"), 1, id="all"),
+        pytest.param("no-kvmclock", ("tsc",), 1, id="calibrated tsc"),
+        # A counter that is not the processor's: KVM_SET_TSC_KHZ.
+        pytest.param("", ("kvm-clock", "tsc"), 2.345678, id="scaled tsc"),
+        pytest.param("no-kvmclock", ("tsc",), 0.7, id="scaled and calibrated tsc"),
         # Without anything better Linux counts ticks. The PIT's, through the IOAPIC: KVM gives it those that it was too
         # slow for later, which it does for no other timer, nor where the handler masks the line as with the i8259.
         # (Linux needs to be told twice to use it: with a TSC deadline timer it takes no other, even where that is off.)
         pytest.param(
-            "no-kvmclock notsc nohpet pmtmr=0 nolapic_timer lapic=notscdeadline", ("refined-jiffies",), id="ticks"
+            "no-kvmclock notsc nohpet pmtmr=0 nolapic_timer lapic=notscdeadline", ("refined-jiffies",), 1, id="ticks"
         ),
     ],
 )
-def test_clocks_keep_time(program: bytes, options: str, sources: tuple[str, ...]) -> None:
+def test_clocks_keep_time(program: bytes, options: str, sources: tuple[str, ...], tsc_rate: float) -> None:
     guest = linux_guest()
     line = f'{guest.command_line} {options} quiet softkvm.run="clock_probe {" ".join(sources)}"'
     console, probe = Console(), Probe()
-    with open_soft() as kvm, Machine(kvm, Config(256 * MIB, 1), console.output) as machine:
+
+    def scaled(machine: Machine) -> None:
+        machine.vm.set_tsc_khz(round(tsc_rate * machine.vm.get_tsc_khz()))
+
+    with open_soft() as kvm, Machine(kvm, Config(256 * MIB, 1, devices=scaled), console.output) as machine:
         machine.pio.add(PROBE_PORT, PROBE_SIZE, probe, "probe")
         machine.load(guest.kernel.read_bytes(), guest.initrd.read_bytes() + program, line)
         machine.start()

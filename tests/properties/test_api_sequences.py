@@ -135,6 +135,8 @@ OPERATIONS: dict[str, Operation] = {
     "set_cpuid2": _op(_cpuid, E.EINVAL, E.E2BIG),
     "translate": _op(lambda g, a, b, p: g.cpu.translate(a)),
     "set_tsc_khz": _op(lambda g, a, b, p: g.cpu.set_tsc_khz(a & 0xFFFF_FFFF), E.EINVAL),
+    "vm_set_tsc_khz": _op(lambda g, a, b, p: g.vm.set_tsc_khz(a & 0xFFFF_FFFF), E.EINVAL),
+    "unused_page_hints": _op(lambda g, a, b, p: g.vm.enable_cap(abi.KVM_CAP_UNUSED_PAGE_HINT, a & 15), E.EINVAL),
     "enable_cap": _op(lambda g, a, b, p: g.vm.enable_cap(a % 250, b), E.EINVAL, E.EEXIST, E.ENXIO, E.EPERM, E.ENOTTY),
     "enable_vcpu_cap": _op(lambda g, a, b, p: g.cpu.enable_cap(a % 250, b), E.EINVAL, E.ENOTTY),
     "check_extension": _op(lambda g, a, b, p: g.vm.check_extension(a & 0x7FFF_FFFF)),

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.tiny import CODE, DATA, Tiny
+from tests.support.guests import linux_guest
+from tests.support.machines import open_soft
+from tests.support.tiny import CODE, DATA, MIB, Tiny
 
 from softkvm import _softcpu, abi
+from softkvm.vmm.console import Console
+from softkvm.vmm.machine import Config, Machine
 
 WAITPKG = 1 << 5  # leaf 7, ECX
 MSR_IA32_UMWAIT_CONTROL = 0xE1
@@ -239,3 +243,30 @@ def test_the_operands_reserved_bits_and_time_stamp_disable_are_gp(tiny: Tiny) ->
         sregs.cr4 |= abi.X86_CR4_TSD
         tiny.vcpu.set_sregs(sregs)
         assert run(tiny, code).rbp == 0  # ring 0
+
+
+@pytest.mark.guest
+@pytest.mark.network
+@pytest.mark.timeout(600)
+def test_linux_uses_them_when_its_cpuid_has_them() -> None:
+    """It waits by TPAUSE in its delays (``use_tpause_delay``), and sets the longest wait of user programs."""
+    guest = linux_guest()
+
+    def offer(entries: list[abi.kvm_cpuid_entry2]) -> list[abi.kvm_cpuid_entry2]:
+        for entry in entries:
+            if (entry.function, entry.index) == (7, 0):
+                entry.ecx |= WAITPKG
+        return entries
+
+    console = Console()
+    control = "/sys/devices/system/cpu/umwait_control"
+    run = f"grep -wc waitpkg /proc/cpuinfo; cat {control}/max_time {control}/enable_c02"
+    with open_soft() as kvm, Machine(kvm, Config(256 * MIB, 2, cpuid=offer), console.output) as machine:
+        initrd = guest.initrd.read_bytes()
+        machine.load(guest.kernel.read_bytes(), initrd, f'{guest.command_line} quiet softkvm.run="{run}"')
+        console.attach(machine)
+        machine.start()
+        console.expect(r"^2\s+100000\s+1\s*$", timeout_s=400)
+        for thread in machine.vcpus:
+            assert thread.vcpu.get_msrs([MSR_IA32_UMWAIT_CONTROL]) == [100_000]
+        machine.wait(60)
