@@ -49,6 +49,7 @@ class Machine:
         """The host wrote memory: code cached from there is dropped at once."""
     def pte_load(self, address: int) -> int: ...
     def pte_store(self, address: int, value: int) -> None: ...
+    def pte_or(self, address: int, mask: int) -> int: ...
     def pte_exchange(self, address: int, value: int) -> int: ...
     def pte_compare_exchange(self, address: int, expected: int, value: int) -> int: ...
     def pte_fill(self, address: int, count: int, first: int, step: int) -> int:
@@ -118,13 +119,19 @@ class Cpu:
     To be called while the object is there."""
     def kick(self) -> None:
         """Physical interrupt: stays pending until VMEXIT_INTR or :meth:`clear_kick` takes it."""
+    def ring(self) -> None:
+        """Ring the doorbell of AVIC (APM vol. 2, 15.29): a running guest looks at its virtual APIC's IRR, without an
+        exit; a wait ends. Stays pending until one of them, or :meth:`clear_kick`."""
     def kick_at_entry(self, other: Cpu) -> None:
         """Kick ``other`` when this processor's thread has left the interpreter: at its next vmrun, wait or poll.
 
         Then the other's thread finds the interpreter's lock free, instead of sleeping once more for that.
         """
     def wait(self, timeout_ns: int = -1) -> bool:
-        """Sleep until a kick is pending, which the timer's is too; False after ``timeout_ns`` (-1: no limit)."""
+        """Sleep until a kick is pending, which the timer's is too, or a :meth:`ring`.
+
+        False after ``timeout_ns`` (-1: no limit).
+        """
     def poll(self, timeout_ns: int) -> bool:
         """Spin until a kick is pending or the timer is due, which this returns, at most for ``timeout_ns``."""
     def clear_kick(self) -> bool: ...

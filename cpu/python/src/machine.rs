@@ -128,6 +128,10 @@ impl PyMachine {
         self.word(address, |e| e.store(value, Ordering::SeqCst))
     }
 
+    fn pte_or(&self, address: usize, mask: u64) -> PyResult<u64> {
+        self.word(address, |e| e.fetch_or(mask, Ordering::SeqCst))
+    }
+
     fn pte_exchange(&self, address: usize, value: u64) -> PyResult<u64> {
         self.word(address, |e| e.swap(value, Ordering::SeqCst))
     }

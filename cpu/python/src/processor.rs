@@ -127,7 +127,7 @@ impl PyCpu {
     /// meanwhile: one wake-up, not the timer thread's and then this one's.
     fn sleep(&self, end: Option<u64>) -> bool {
         let deadline = self.deadline.load(Ordering::SeqCst);
-        if deadline == 0 || self.shared.kicked() {
+        if deadline == 0 || self.shared.woken() {
             return self.wait_until(end);
         }
         timer::arm(&self.shared, deadline, 0);
@@ -160,7 +160,7 @@ impl PyCpu {
         let end = clock_ns().saturating_add(timeout);
         loop {
             for _ in 0..SPINS {
-                if self.shared.kicked() {
+                if self.shared.woken() {
                     return true;
                 }
                 std::hint::spin_loop();
@@ -301,7 +301,12 @@ impl PyCpu {
     }
 
     fn clear_kick(&self) -> bool {
+        self.shared.clear_doorbell();
         self.shared.clear_kick()
+    }
+
+    fn ring(&self) {
+        self.shared.ring();
     }
 
     fn kick_at_entry(&self, other: &PyCpu) {

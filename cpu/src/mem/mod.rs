@@ -280,6 +280,13 @@ impl Machine {
         self.bus.processors.signal(me, bits);
     }
 
+    /// Rings at the processor with a number, if there is one.
+    pub fn doorbell(&self, index: u32) {
+        if let Some(shared) = self.bus.processors.find(index) {
+            shared.ring();
+        }
+    }
+
     /// Whether every running processor but `me` has caught up with `generation`.
     pub fn caught_up(&self, generation: u64, me: Option<&Arc<Shared>>) -> bool {
         self.bus.processors.caught_up(generation, me)

@@ -38,6 +38,14 @@ impl Processors {
         signal(&self.lock(), me, bits);
     }
 
+    /// The one with a number.
+    pub(super) fn find(&self, index: u32) -> Option<Arc<Shared>> {
+        let all = self.lock();
+        // They are numbered as they come, mostly.
+        let guess = all.get(index as usize).filter(|s| s.index() == index);
+        guess.or_else(|| all.iter().find(|s| s.index() == index)).cloned()
+    }
+
     /// Whether each that is running, but `me`, has caught up with `generation`.
     pub(super) fn caught_up(&self, generation: u64, me: Option<&Arc<Shared>>) -> bool {
         self.lock().iter().all(|s| {

@@ -20,6 +20,8 @@ pub mod pending {
     pub const BUS: u32 = 16;
     /// Translations are to be forgotten ([`super::flush`]).
     pub const FLUSH: u32 = 32;
+    /// Another processor, or the host, has set a bit of the virtual APIC's IRR (the doorbell of AVIC).
+    pub const DOORBELL: u32 = 64;
 }
 
 /// Why a wait is over.
@@ -50,6 +52,8 @@ pub struct Shared {
     pub(super) flushes: FlushQueue,
     /// The processor's thread is inside [`Shared::wait_watching`].
     watching: AtomicBool,
+    /// Number of the processor in its machine.
+    index: AtomicU32,
 }
 
 impl Shared {
@@ -63,13 +67,32 @@ impl Shared {
             waiting: AtomicU32::new(0),
             flushes: FlushQueue::new(),
             watching: AtomicBool::new(false),
+            index: AtomicU32::new(u32::MAX),
         }
+    }
+
+    /// Gives the processor its number, by which others ring.
+    pub fn set_index(&self, index: u32) {
+        self.index.store(index, Ordering::SeqCst);
+    }
+
+    /// Its number.
+    pub fn index(&self) -> u32 {
+        self.index.load(Ordering::SeqCst)
     }
 
     /// A physical interrupt: the processor leaves the guest with VMEXIT_INTR, now or at its next VMRUN.
     /// Async-signal-safe, but for `errno`.
     pub fn kick(&self) {
         self.set_pending(pending::KICK);
+    }
+
+    /// The doorbell: a processor in a guest looks at its virtual APIC's IRR without leaving the guest; one that waits is
+    /// woken. It stays pending until either.
+    pub fn ring(&self) {
+        if !self.rung() {
+            self.set_pending(pending::DOORBELL);
+        }
     }
 
     /// Sets pending bits, and wakes who waits for them.
@@ -84,6 +107,21 @@ impl Shared {
     /// Takes a pending kick back; whether there was one.
     pub fn clear_kick(&self) -> bool {
         self.pending.fetch_and(!pending::KICK, Ordering::SeqCst) & pending::KICK != 0
+    }
+
+    /// Takes a pending doorbell back: whoever calls this looks at the IRR behind it.
+    pub fn clear_doorbell(&self) {
+        self.pending.fetch_and(!pending::DOORBELL, Ordering::SeqCst);
+    }
+
+    /// Whether the doorbell is pending.
+    pub fn rung(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) & pending::DOORBELL != 0
+    }
+
+    /// Whether what ends a wait is pending: a kick or the doorbell.
+    pub fn woken(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) & (pending::KICK | pending::DOORBELL) != 0
     }
 
     /// The processor is in a guest from now on; then it may have to wait for the bus ([`super::Bus::enter`]).
@@ -116,10 +154,10 @@ impl Shared {
         self.pending.load(Ordering::SeqCst) & pending::KICK != 0
     }
 
-    /// Blocks until a kick is pending (it stays pending), the physical clock reads `deadline` ns, or a signal has been
-    /// handled.
+    /// Blocks until a kick or the doorbell is pending (it stays pending), the physical clock reads `deadline` ns, or a
+    /// signal has been handled.
     pub fn wait(&self, deadline: Option<u64>) -> Wake {
-        self.wait_for(pending::KICK, deadline)
+        self.wait_for(pending::KICK | pending::DOORBELL, deadline)
     }
 
     /// Blocks until one of `events` is pending, as [`Shared::wait`]. Only kicks are certain to be noticed at once.

@@ -39,13 +39,25 @@ impl Cpu {
 
     /// Takes what may come between two instructions. Whatever is pending beside kicks is the engine's.
     pub(super) fn take_events(&mut self, p: u32) -> Result<(), Exited> {
+        // The write's instruction has retired: without its effect the guest isn't left.
+        if self.engine.attention & attention::APIC != 0 {
+            self.avic_take_writes()?;
+        }
         if p & pending::KICK != 0 {
             self.engine.shared.clear_kick();
             return self.leave(exitcode::INTR);
         }
+        if p & pending::DOORBELL != 0 {
+            self.engine.shared.clear_doorbell();
+            if self.avic.enabled {
+                self.avic_evaluate();
+            }
+        }
         if self.engine.attention & attention::VIRQ != 0 && !self.shadow && self.rflags & rf::IF != 0 {
             let c = self.ctl;
-            if c.v_ign_tpr || c.v_intr_prio > c.v_tpr {
+            if self.avic.enabled {
+                self.avic_deliver().map_err(|_| Exited)?;
+            } else if c.v_ign_tpr || c.v_intr_prio > c.v_tpr {
                 if self.intercepted(exitcode::VINTR) {
                     return self.leave(exitcode::VINTR);
                 }
@@ -63,7 +75,12 @@ impl Cpu {
     }
 
     fn leave(&mut self, code: u64) -> Result<(), Exited> {
-        self.exit = Exit { code, info1: 0, info2: 0 };
+        self.leave_with(code, 0, 0)
+    }
+
+    /// #VMEXIT between two instructions.
+    pub(super) fn leave_with(&mut self, code: u64, info1: u64, info2: u64) -> Result<(), Exited> {
+        self.exit = Exit { code, info1, info2 };
         self.engine.stop_op = core::ptr::null();
         Err(Exited)
     }
@@ -91,7 +108,11 @@ impl Cpu {
         self.debug_hits = 0;
         self.sys.no_step = false;
         let deferred = self.sys.deferred_hits;
+        let written = self.avic.written;
         let stop = run_one(self);
+        if matches!(stop, Stop::Exit | Stop::Fault | Stop::SelfModify) {
+            self.avic.written = written; // the write has not happened
+        }
         match stop {
             // The delivery of a fault ends it.
             Stop::Exit | Stop::Restart | Stop::SelfModify | Stop::Fault => self.hold_on(),

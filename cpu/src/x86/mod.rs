@@ -2,6 +2,7 @@
 //! The AMD-V x86-64 logical processor (AMD64 Architecture Programmer's Manual, "APM").
 
 pub mod access;
+pub mod avic;
 pub mod block;
 pub mod decode;
 pub mod events;

@@ -23,12 +23,16 @@ pub mod control {
     pub const EXITINFO2: usize = 0x080;
     pub const EXITINTINFO: usize = 0x088;
     pub const NP_ENABLE: usize = 0x090;
+    pub const AVIC_BAR: usize = 0x098;
     pub const EVENTINJ: usize = 0x0A8;
     pub const N_CR3: usize = 0x0B0;
     pub const NRIP: usize = 0x0C8;
     pub const BYTES_FETCHED: usize = 0x0D0;
     pub const INSTRUCTION_BYTES: usize = 0x0D1;
     pub const BUS_LOCK_COUNTER: usize = 0x120;
+    pub const AVIC_BACKING_PAGE: usize = 0x0E0;
+    pub const AVIC_LOGICAL_TABLE: usize = 0x0F0;
+    pub const AVIC_PHYSICAL_TABLE: usize = 0x0F8;
 }
 
 /// Offsets in the state save area, from the start of the VMCB.

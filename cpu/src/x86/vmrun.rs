@@ -52,6 +52,9 @@ impl Cpu {
         vmcb.set(control::EVENTINJ, 0u64);
         let next_rip = vmcb.get(control::NRIP);
         let ran = run::guarded(self, |cpu| {
+            if cpu.avic.enabled {
+                cpu.avic_evaluate();
+            }
             if event >> 31 & 1 == 0 || cpu.inject(event, next_rip).is_ok() {
                 cpu.delivering = 0;
                 run::run(cpu);
@@ -147,6 +150,7 @@ impl Cpu {
             pause_threshold: v.get(control::PAUSE_THRESHOLD),
             bus_locks: 0,
         };
+        let avic_moved = self.load_avic(v, v_intr);
         self.sys.pause_left = self.ctl.pause_count;
         if self.intercepted(exitcode::BUSLOCK) {
             self.ctl.bus_locks = v.get(control::BUS_LOCK_COUNTER);
@@ -172,7 +176,7 @@ impl Cpu {
                 if moved {
                     self.engine.tlb.flush_frames();
                 }
-                if watch {
+                if watch || avic_moved {
                     self.engine.tlb.flush_all();
                 } else if changed {
                     self.engine.tlb.flush_current();
@@ -206,6 +210,7 @@ impl Cpu {
             && c.asid != 0
             && (!c.nested_paging || c.nested_cr3 & 0xfff == 0)
             && (self.intercepts_maps_registered())
+            && (!self.avic.enabled || self.avic_consistent())
     }
 
     /// The permission maps lie in registered memory (their intercepts read them).
@@ -228,7 +233,9 @@ impl Cpu {
         v.set(save::CPL, self.cpl);
         v.set(save::RFLAGS, self.rflags());
         let v_intr: u64 = v.get(control::V_INTR);
-        v.set(control::V_INTR, (v_intr & !0x10f) | self.ctl.v_tpr as u64 | (self.ctl.v_irq as u64) << 8);
+        // With AVIC interrupts come from the backing page, and V_IRQ means nothing (APM vol. 2, 15.29.4).
+        let v_irq = if self.avic.enabled { v_intr & 0x100 } else { (self.ctl.v_irq as u64) << 8 };
+        v.set(control::V_INTR, (v_intr & !0x10f) | self.ctl.v_tpr as u64 | v_irq);
         v.set(
             control::INTERRUPT_SHADOW,
             self.shadow as u64 | ((self.rflags & super::flags::rf::IF != 0) as u64) << 1,

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod avic;
 mod canonical;
 mod exceptions;
 mod flush;

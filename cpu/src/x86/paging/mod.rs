@@ -5,6 +5,7 @@ use super::access::Access;
 use super::op::Stop;
 use super::state::{Cpu, attention, cr4, efer, sreg, vector};
 use crate::engine::fill::Mapping;
+use crate::engine::tlb::PAGE_MASK;
 use crate::mem::PATIENCE;
 use entry::NPF_FINAL;
 use guest::{Failure, Guest};
@@ -84,11 +85,16 @@ impl Cpu {
         };
         let write = access == Access::Write;
         let nested = self.nested(guest.gpa | (linear & 0xfff), write, access == Access::Fetch, NPF_FINAL)?;
+        // The registers of a virtual APIC are never in the TLB, but for fetches.
+        let apic = guest.gpa & PAGE_MASK == self.avic.bar;
+        if apic && access != Access::Fetch {
+            return self.avic_access(linear, size, access);
+        }
         let mapping = Mapping {
             host: nested.host,
             physical: guest.gpa,
-            read: guest.read,
-            write: guest.write && nested.write,
+            read: guest.read && !apic,
+            write: guest.write && nested.write && !apic,
             exec: guest.exec && nested.exec,
             size: guest.size,
         };

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::avic::Avic;
 use super::flags::{Int, LazyFlags, rf};
 use super::system::exitcode;
 use crate::engine::op::Stop;
@@ -29,6 +30,8 @@ pub mod attention {
     pub const VIRQ: u32 = 4;
     /// An instruction breakpoint is armed in DR7, or RF is set.
     pub const DEBUG: u32 = 8;
+    /// Registers of the virtual APIC have been written.
+    pub const APIC: u32 = 16;
 }
 
 /// The TSC ratio of a guest whose counter ticks with the processor's.
@@ -88,6 +91,8 @@ pub struct Cpu {
     pub(crate) msr: Msrs,
     /// VMCB control fields.
     pub(crate) ctl: Control,
+    /// The virtual interrupt controller.
+    pub(crate) avic: Avic,
     /// Interrupt shadow is in force for the next instruction.
     pub(crate) shadow: bool,
     /// NMIs are blocked until IRET.
@@ -120,6 +125,8 @@ impl Cpu {
         rb.mxcsr = 0x1f80;
         rb.fcw = 0x37f;
         rb.ftw = 0xffff;
+        let engine = Engine::new(machine);
+        engine.shared().set_index(index);
         Box::new(Cpu {
             rb,
             lf: LazyFlags::default(),
@@ -127,7 +134,7 @@ impl Cpu {
             rip: 0xfff0,
             ea_base: [0; 8],
             mmu: 0,
-            engine: Engine::new(machine),
+            engine,
             cpl: 0,
             code_size: 2,
             exception: Exception::default(),
@@ -146,6 +153,7 @@ impl Cpu {
             dr7: 0,
             msr: Msrs::default(),
             ctl: Control::default(),
+            avic: Avic::default(),
             shadow: false,
             nmi_blocked: false,
             delivering: 0,
@@ -269,6 +277,9 @@ impl Cpu {
         }
         if self.dr7 & 0xff != 0 || self.rflags & rf::RF != 0 {
             a |= attention::DEBUG;
+        }
+        if self.avic.written != 0 {
+            a |= attention::APIC;
         }
         self.engine.attention = a;
     }

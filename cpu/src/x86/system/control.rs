@@ -152,6 +152,9 @@ impl Cpu {
             return Err(self.gp(0));
         }
         self.ctl.v_tpr = v as u8;
+        if self.avic.enabled {
+            self.avic_set_v_tpr();
+        }
         self.update_attention();
         Ok(())
     }

@@ -41,8 +41,9 @@ const EXT1_ECX: u32 = bits(&[0, 2, 4, 5, 7, 8]);
 const EXT1_EDX: u32 = COMMON_EDX | bits(&[11, 20, 22, 26, 27, 29]);
 /// Fn8000_0008_EBX: RstrFpErrPtrs WBNOINVD.
 const EXT8_EBX: u32 = bits(&[2, 9]);
-/// Fn8000_000A_EDX: NP NRIPS TscRateMsr FlushByAsid DecodeAssists PauseFilter PauseFilterThreshold BusLockThreshold.
-const SVM_EDX: u32 = bits(&[0, 3, 4, 6, 7, 10, 12, 29]);
+/// Fn8000_000A_EDX: NP NRIPS TscRateMsr FlushByAsid DecodeAssists PauseFilter PauseFilterThreshold AVIC x2AVIC
+/// BusLockThreshold IdleHltIntercept.
+const SVM_EDX: u32 = bits(&[0, 3, 4, 6, 7, 10, 12, 13, 18, 29, 30]);
 /// Fn8000_0021_EAX: NoNestedDataBp LFenceAlwaysSerializing NullSelectClearsBase.
 const EXT21_EAX: u32 = bits(&[0, 2, 6]);
 /// ASIDs.

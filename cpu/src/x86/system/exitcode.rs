@@ -156,7 +156,7 @@ codes! {
 ///
 /// (A software interrupt's exits during its delivery get it too; see [`super::interrupt`].)
 pub const fn is_instruction(code: u64) -> bool {
-    matches!(code, 0x00..=0x3F | CR0_SEL_WRITE..=TASK_SWITCH | VMRUN..=RDPRU | INVLPGB..=TLBSYNC)
+    matches!(code, 0x00..=0x3F | CR0_SEL_WRITE..=TASK_SWITCH | VMRUN..=RDPRU | INVLPGB..=TLBSYNC | IDLE_HLT)
 }
 
 /// The name of a code, for messages and statistics.

@@ -40,20 +40,29 @@ pub(super) fn cpuid(cpu: &mut Cpu, _: &Op) -> Res {
 /// HLT: not intercepted, it waits for a physical event or a virtual interrupt that can be taken.
 pub(super) fn hlt(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.privileged()?;
-    if cpu.intercepted(exitcode::IDLE_HLT) && !cpu.ctl.v_irq {
-        return Err(cpu.vmexit(exitcode::IDLE_HLT, 0, 0));
+    if cpu.avic.enabled {
+        // One may have come since the block began.
+        cpu.avic_evaluate();
     }
-    cpu.intercept(exitcode::HLT)?;
     let virtual_interrupt = cpu.ctl.v_irq
         && cpu.rflags & rf::IF != 0
         && (cpu.ctl.v_ign_tpr || cpu.ctl.v_intr_prio > cpu.ctl.v_tpr);
+    if !virtual_interrupt {
+        cpu.intercept(exitcode::IDLE_HLT)?;
+    }
+    cpu.intercept(exitcode::HLT)?;
     if !virtual_interrupt {
         let (machine, shared) = (&cpu.engine.machine, &cpu.engine.shared);
         // Only a kick wakes the thread: look for the rest now and then.
         machine.bus().stand(shared, || {
             while shared.wait_for(u32::MAX, Some(clock_ns() + LOOK_AGAIN_NS)) != Wake::Event {}
         });
-        if !shared.kicked() {
+        let (kicked, rung) = (shared.kicked(), shared.rung());
+        if rung && cpu.avic.enabled {
+            cpu.avic_evaluate();
+        }
+        let woken = rung && cpu.ctl.v_irq && cpu.rflags & rf::IF != 0;
+        if !kicked && !woken {
             // What another processor wants is no interrupt: the guest waits on.
             return Err(Stop::Restart);
         }

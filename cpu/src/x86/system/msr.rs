@@ -156,6 +156,11 @@ pub(super) fn rdmsr(cpu: &mut Cpu, _: &Op) -> Res {
     if cpu.msr_intercepted(msr, false) {
         return Err(cpu.vmexit(exitcode::MSR, 0, 0));
     }
+    if cpu.x2avic_msr(msr) {
+        let v = cpu.x2avic_read(msr)?;
+        set_edx_eax(cpu, v);
+        return Ok(());
+    }
     match cpu.read_msr(msr) {
         Some(v) => {
             set_edx_eax(cpu, v);
@@ -173,6 +178,9 @@ pub(super) fn wrmsr(cpu: &mut Cpu, op: &Op) -> Res {
         return Err(cpu.vmexit(exitcode::MSR, 1, 0));
     }
     let v = edx_eax(cpu);
+    if cpu.x2avic_msr(msr) {
+        return Err(cpu.x2avic_write(op, msr, v));
+    }
     if cpu.write_msr(msr, v).is_none() {
         return Err(cpu.gp(0));
     }
