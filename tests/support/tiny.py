@@ -49,6 +49,7 @@ class Tiny:
         size: int = 2 * MIB,
         *,
         irqchip: bool = False,
+        split: int = 0,
         params: Params | None = None,
         vcpus: int = 1,
         dirty_ring: int = 0,
@@ -58,6 +59,8 @@ class Tiny:
         self.vm: Vm = self.kvm.create_vm()
         if irqchip:
             self.vm.create_irqchip()
+        if split:
+            self.vm.enable_cap(abi.KVM_CAP_SPLIT_IRQCHIP, split)
         if dirty_ring:
             self.vm.enable_cap(abi.KVM_CAP_DIRTY_LOG_RING, dirty_ring)
         for cap, value in (caps or {}).items():

@@ -37,6 +37,17 @@ def cpu_has_interrupt(vcpu: Vcpu) -> bool:
     return vcpu.pending_external_vector >= 0
 
 
+def cpu_has_injectable_intr(vcpu: Vcpu) -> bool:
+    """Tell whether there is one for KVM to inject: those of a virtualized APIC the processor takes by itself."""
+    if vcpu.apic is not None:
+        chips = vcpu.chips
+        assert chips is not None
+        if vcpu.vm.split_irqchip and vcpu.pending_external_vector >= 0 and vcpu.apic.accept_pic_intr():
+            return True
+        return chips.cpu_has_injectable_intr(vcpu.apic)
+    return vcpu.pending_external_vector >= 0
+
+
 def cpu_get_interrupt(vcpu: Vcpu) -> int:
     """Acknowledge the next interrupt and return its vector, -1 for none."""
     if vcpu.apic is not None and vcpu.chips is not None:
@@ -94,7 +105,7 @@ def inject_events(vcpu: Vcpu) -> None:
         if vcpu.nmi_pending:
             svm.enable_nmi_window(vcpu)
 
-    if cpu_has_interrupt(vcpu):
+    if cpu_has_injectable_intr(vcpu):
         if can_inject and not svm.interrupt_blocked(vcpu):
             vector = cpu_get_interrupt(vcpu)
             if vector >= 0:
@@ -102,7 +113,7 @@ def inject_events(vcpu: Vcpu) -> None:
                 vcpu.interrupt_nr = vector
                 vcpu.interrupt_soft = False
                 svm.inject_irq(vcpu)
-        if cpu_has_interrupt(vcpu):
+        if cpu_has_injectable_intr(vcpu):
             svm.enable_irq_window(vcpu)
         elif vcpu.irq_window:
             svm.clear_irq_window(vcpu)  # what it was opened for is on its way

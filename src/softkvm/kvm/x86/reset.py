@@ -39,6 +39,9 @@ def vcpu_reset(vcpu: Vcpu, init_event: bool) -> None:
     for n in range(4):
         vcpu.db[n] = 0  # the guest's: a debugger keeps its own
     svm.init_vmcb(vcpu)
+    if vcpu.apic is not None and vcpu.apic.apicv_active:
+        assert vcpu.vm.avic is not None
+        vcpu.vm.avic.init_vmcb(vcpu)
     vcpu.guest_dr7 = 0x400
     vcpu.update_dr7()
     vcpu.make_request(KVM_REQ_EVENT)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.msr_filter import MsrFilter
     from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
     from softkvm.kvm.x86.paravirt.vapic import Vapic
+    from softkvm.kvm.x86.svm.avic import Avic
     from softkvm.kvm.x86.tsc import TscSynchronizer
 
 MSR_IA32_APICBASE = 0x1B
@@ -61,6 +62,10 @@ class VmState(state.VmState):
         self.early_pit: int | None = None  # flags of a PIT that was asked for before the irqchip
         self.bsp_vcpu_id = 0
         self.x2apic_api = 0
+
+        #: The virtual interrupt controller, and the frame of the APICs' registers while it has that mapped (-1: not).
+        self.avic: Avic | None = None
+        self.apic_access_gfn = -1
 
         # Limits, 0 while userspace has set none
         self.max_vcpu_ids = 0

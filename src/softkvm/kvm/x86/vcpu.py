@@ -35,6 +35,7 @@ from softkvm.kvm.x86.exceptions import QueuedException
 from softkvm.kvm.x86.hyperv import clock as hyperv_clock
 from softkvm.kvm.x86.hyperv import requests as hyperv_requests
 from softkvm.kvm.x86.hyperv import stimer
+from softkvm.kvm.x86.irqchip.apic_map import ApicMap
 from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_CHECK_VAPIC, KVM_APIC_PV_EOI_PENDING
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.root_tdp import load_root_tdp
@@ -93,7 +94,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         self.vapic = None
         svm.set_msr_filter(self, vm.msr_filter)
         if self.chips is not None:
-            self.apic = Lapic(self, self.chips.apic_map)
+            self.apic = self.create_apic(self.chips.apic_map)
             self.pv_eoi = PvEoi(self.apic, partial(read_guest, vm), partial(write_guest, vm))
             self.vapic = Vapic(self.apic, partial(read_guest, vm), partial(write_guest, vm))
         self.vcpu_reset(False)
@@ -112,6 +113,10 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.apic,
             self.pic_in_userspace,
         )
+
+    def create_apic(self, apic_map: ApicMap) -> Lapic:
+        """Return the local APIC of a vCPU that has it in KVM."""
+        return Lapic(self, apic_map)
 
     # --- KVM_RUN -----------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from softkvm.kvm.memory.attributes import PrivateFrames
 from softkvm.kvm.params import Params
 from softkvm.kvm.tlb import TlbRange
 from softkvm.kvm.x86 import tsc, vm_caps
+from softkvm.kvm.x86.avic_vcpu import AvicVcpu
 from softkvm.kvm.x86.capabilities import OF_PRIVATE_MEMORY, check_extension
 from softkvm.kvm.x86.hyperv import connections, synic
 from softkvm.kvm.x86.irqchip.i8254 import Pit
@@ -31,6 +32,7 @@ from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.requests import KVM_REQ_IOAPIC_EOI_EXIT
 from softkvm.kvm.x86.state import VmState
 from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm.avic import Avic
 from softkvm.kvm.x86.tsc import TscSynchronizer
 from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
 
@@ -65,7 +67,7 @@ class Vm(VmState, vm.Vm):
 
     def arch_create_vcpu(self, vcpu_id: int) -> VcpuIoctls:
         """A vCPU whose APIC id is ``vcpu_id``."""
-        return VcpuIoctls(self, vcpu_id)
+        return VcpuIoctls(self, vcpu_id) if self.avic is None else AvicVcpu(self, vcpu_id)
 
     def create_vcpu(self, id: int) -> VcpuIoctls:
         """KVM_CREATE_VCPU: EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
@@ -149,6 +151,9 @@ class Vm(VmState, vm.Vm):
         chips.routing.set_sint = partial(synic.set_sint, self)
         chips.routing.on_change.append(partial(synic.routing_changed, self))
         self.chips = chips
+        if self.params.avic:
+            self.avic = Avic(self)
+            chips.apic_map.on_change = self.avic.recalculate
 
     def _ioapic_eoi_exit(self, vcpu_id: int, vector: int) -> None:
         """An EOI that userspace's IOAPIC waits for: KVM_EXIT_IOAPIC_EOI from that vCPU."""

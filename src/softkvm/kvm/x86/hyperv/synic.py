@@ -85,6 +85,9 @@ class Synic:
         self.active = True
         self.dont_zero_pages = dont_zero_pages
         self.control = abi.HV_SYNIC_CONTROL_ENABLE
+        avic = self._vcpu.vm.avic
+        if avic is not None:
+            avic.synic_activated(self._vcpu)
         apic.__class__ = SynicLapic
         assert isinstance(apic, SynicLapic)
         apic.synic = self

@@ -7,6 +7,7 @@ A destination is looked up once and then remembered, until some APIC changes its
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm.kvm.x86.irqchip.apicdef import (
@@ -41,6 +42,7 @@ class ApicMap:
         self.min_timer_period_us = 200  # the module parameter
         self.vector_hashing = True
         self.bsp_vcpu_id = 0  # KVM_SET_BOOT_CPU_ID
+        self.on_change: Callable[[], None] | None = None  # called when destinations may be others
         self._lock = threading.Lock()
         self._cache: dict[tuple[int, bool, bool], tuple[Lapic, ...]] = {}
 
@@ -59,6 +61,8 @@ class ApicMap:
     def changed(self) -> None:
         """Forget the destinations found so far: an APIC has another mode, ID or logical address."""
         self._cache = {}
+        if self.on_change is not None:
+            self.on_change()
 
     def destinations(self, dest: int, logical: bool, ipi: bool) -> tuple[Lapic, ...]:
         """Return the enabled APICs that *dest* names; *ipi* tells a processor's message from a device's."""

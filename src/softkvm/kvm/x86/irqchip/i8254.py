@@ -36,6 +36,10 @@ class Pit:
     *set_irq* drives the interrupt line, *nmi_watchdog* tells the local APICs of a tick. With ``reinject``
     (KVM_REINJECT_CONTROL) ticks that the guest was too slow for are given to it later, one at each acknowledgement;
     without it they coalesce.
+
+    No acknowledgement of an edge-triggered interrupt comes from a local APIC that the processor virtualizes.
+    *eoi_unseen* tells that the last one went to such, and is neither requested nor in service there any more: it is
+    asked at each tick, and while ticks are owed a few times in between.
     """
 
     def __init__(
@@ -44,12 +48,15 @@ class Pit:
         set_irq: Callable[[int], int],
         nmi_watchdog: Callable[[], None] | None = None,
         min_timer_period_us: int = 200,
+        eoi_unseen: Callable[[], bool] | None = None,
     ) -> None:
         self._min_periodic_count = -(-min_timer_period_us * KVM_PIT_FREQ // 1_000_000)
         self._clock = timers.clock
         self._set_irq = set_irq
         self._nmi_watchdog = nmi_watchdog
+        self._eoi_unseen = eoi_unseen
         self._timer = Hrtimer(timers, self._expired)
+        self._reinjection = Hrtimer(timers, self._reinject)
         self._lock = threading.Lock()
         self.reinject = True
         self.reset()
@@ -58,6 +65,7 @@ class Pit:
         """Power up: nothing is programmed, the timer doesn't run."""
         with self._lock:
             self._timer.cancel()
+            self._reinjection.cancel()
             self.channels = [PitChannel(self._clock, gate=int(number != 2)) for number in range(3)]
             self.flags = 0
             self.speaker_data_on = 0
@@ -95,8 +103,36 @@ class Pit:
                 new, self._ticks = max(ticks - self._ticks, 1), ticks
                 deadline = self._tick_ns((ticks + 1) * period)
             self._pending += new
+        self._acked_unseen()
         self._inject()
+        with self._lock:
+            if self.reinject and period and self._pending > 1 and self._eoi_unseen is not None:
+                self._reinjection.start(now_ns + self._reinjection_ns(period))
         return deadline
+
+    def _reinjection_ns(self, clocks: int) -> int:
+        """Return how long after one look for an unseen EOI the next one is: a quarter of the ticks' period."""
+        return clocks * NSEC_PER_SEC // KVM_PIT_FREQ // 4
+
+    def _reinject(self, now_ns: int) -> int:
+        """Ticks are owed: give the next one if the last has been served unseen. Returns the next deadline."""
+        if self._acked_unseen():
+            self._inject()
+        with self._lock:
+            again = self.reinject and self._period_count and self._pending > 1
+            return now_ns + self._reinjection_ns(self._period_count) if again else 0
+
+    def _acked_unseen(self) -> bool:
+        """Take an acknowledgement that nobody has told of; whether there was one."""
+        with self._lock:
+            if self._irq_ack or not self.reinject:
+                return False
+        if self._eoi_unseen is None or not self._eoi_unseen():
+            return False
+        with self._lock:
+            self._irq_ack = True
+            self._pending = max(self._pending - 1, 0)
+        return True
 
     def _inject(self) -> None:
         """Pulse the line, unless the guest still owes an acknowledgement."""

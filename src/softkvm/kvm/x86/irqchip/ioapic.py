@@ -153,6 +153,11 @@ class IoApic:
             self._redirtbl[pin] = entry | _REMOTE_IRR
         return result
 
+    def edge_message(self, pin: int) -> LapicIrq | None:
+        """Return what a pin sends, if it is unmasked and edge-triggered; None for no pin (-1), too."""
+        entry = self._redirtbl[pin] if pin >= 0 else _MASK
+        return None if entry & (_MASK | _LEVEL) else _message(entry)
+
     def update_eoi(self, vector: int, level_triggered: bool, vcpu_id: int = 0) -> None:
         """A local APIC ended the service of *vector*: tell the notifiers, and send again what is still asserted."""
         for pin in self._pins_of_vector.get(vector, ()):

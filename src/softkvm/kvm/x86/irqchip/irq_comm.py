@@ -231,6 +231,11 @@ class IrqRouting:
         for notify in self._mask_notifiers.get(self.gsi_of(irqchip, pin), ()):
             notify(masked)
 
+    def ioapic_pin(self, gsi: int) -> int:
+        """Return the pin of the IOAPIC that *gsi* is routed to, or -1."""
+        pins = (pin for (chip, pin), routed in self._gsi_of_pin.items() if (chip, routed) == (KVM_IRQCHIP_IOAPIC, gsi))
+        return next(pins, -1)
+
     def gsi_of(self, irqchip: int, pin: int) -> int:
         """Return the GSI that is routed to a pin, or -1."""
         return self._gsi_of_pin.get((irqchip, pin), -1)

@@ -105,7 +105,9 @@ class KernelIrqchip:
             raise kvm_error(errno.EEXIST, "the PIT exists")
         if self.pic is None or self.ioapic is None:
             raise kvm_error(errno.ENOENT, "there is no in-kernel PIC and IOAPIC")
-        pit = self.pit = Pit(self.timers, self._pit_irq, self._nmi_watchdog, self.apic_map.min_timer_period_us)
+        pit = self.pit = Pit(
+            self.timers, self._pit_irq, self._nmi_watchdog, self.apic_map.min_timer_period_us, self._pit_eoi_unseen
+        )
         self.routing.add_ack_notifier(PIT_GSI, pit.irq_acked)
         self.routing.add_mask_notifier(PIT_GSI, pit.irq_masked)
         pio_bus.add(*PIT_RANGE, pit)
@@ -142,6 +144,15 @@ class KernelIrqchip:
     def _pit_irq(self, level: int) -> int:
         return self.routing.set_gsi(PIT_GSI, level, KVM_PIT_IRQ_SOURCE_ID)
 
+    def _pit_eoi_unseen(self) -> bool:
+        """Whether the PIT's last interrupt has ended in a local APIC that doesn't tell (see :class:`.Pit`)."""
+        message = None if self.ioapic is None else self.ioapic.edge_message(self.routing.ioapic_pin(PIT_GSI))
+        if message is None:
+            return False
+        targets = self.apic_map.destinations(message.dest, message.logical, False)
+        open_ = any((lapic.irr | lapic.isr) >> message.vector & 1 for lapic in targets)
+        return not open_ and any(lapic.apicv_active for lapic in targets)
+
     def _nmi_watchdog(self) -> None:
         for lapic in self.apic_map.lapics:
             lapic.nmi_watchdog_deliver()
@@ -175,6 +186,10 @@ class KernelIrqchip:
     def cpu_has_interrupt(self, lapic: Lapic) -> bool:
         """Whether the processor would take an interrupt now, RFLAGS.IF permitting."""
         return lapic.has_interrupt() >= 0 or self.has_extint(lapic)
+
+    def cpu_has_injectable_intr(self, lapic: Lapic) -> bool:
+        """Whether KVM would inject one: those of a virtualized APIC the processor takes by itself."""
+        return lapic.has_injectable() >= 0 or self.has_extint(lapic)
 
     def cpu_get_interrupt(self, lapic: Lapic) -> int:
         """Acknowledge the next interrupt. Returns its vector, or -1."""

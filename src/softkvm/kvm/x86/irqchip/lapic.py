@@ -74,6 +74,9 @@ class Lapic:
     *page* is the register page, one 32-bit register at every multiple of 16 (a fresh one by default).
     """
 
+    #: The processor works on the registers (:mod:`.apicv_lapic`).
+    apicv_active = False
+
     def __init__(
         self, vcpu: ApicVcpu, apic_map: ApicMap, clock: Clock | None = None, page: bytearray | memoryview | None = None
     ) -> None:
@@ -260,6 +263,9 @@ class Lapic:
         vector = self.irr.bit_length() - 1
         return vector if vector >= 0 and vector & 0xF0 > self.ppr and self.hw_enabled else -1
 
+    #: The same, for an interrupt that KVM has to inject.
+    has_injectable = has_interrupt
+
     def get_interrupt(self) -> int:
         """Acknowledge the deliverable interrupt: it goes from IRR to ISR. Returns its vector, or -1."""
         with self.lock:
@@ -290,6 +296,15 @@ class Lapic:
         return bool(self.regs[APIC_SPIV >> 2] & APIC_SPIV_DIRECTED_EOI)
 
     # Delivery
+
+    def request_vector(self, vector: int, level_triggered: bool) -> None:
+        """Note an interrupt in IRR and TMR; the lock is held."""
+        bit = 1 << vector
+        if level_triggered:
+            self.tmr |= bit
+        else:
+            self.tmr &= ~bit
+        self.irr |= bit
 
     def accept_irq(
         self,

@@ -274,6 +274,23 @@ def x2apic_icr_write(apic: Lapic, value: int) -> bool:
     return True
 
 
+def write_nodecode(apic: Lapic, offset: int) -> None:
+    """Act on a write of the register at *offset* that the processor has done already (``kvm_apic_write_nodecode``)."""
+    apic.mmio_write(offset, 4, apic.regs[offset >> 2])
+    apic.regs[offset >> 2] = _read(apic, offset) or 0
+
+
+def ipi_targets(apic: Lapic, icr: int, dest: int) -> tuple[Lapic, ...]:
+    """Return the enabled APICs that the low half of an ICR and *dest* name, before arbitration."""
+    apic_map = apic.apic_map
+    shorthand = icr & APIC_SHORT_MASK
+    if not shorthand:
+        return apic_map.destinations(dest, icr & APIC_DEST_LOGICAL != 0, True)
+    if shorthand == APIC_DEST_SELF:
+        return (apic,)
+    return apic_map.enabled(but=None if shorthand == APIC_DEST_ALLINC else apic)
+
+
 def send_ipi(apic: Lapic, icr: int, dest: int) -> None:
     """Send what the low half of the ICR says to *dest* (SDM 11.6.1). It is delivered on return."""
     mode = icr & APIC_MODE_MASK
@@ -281,18 +298,9 @@ def send_ipi(apic: Lapic, icr: int, dest: int) -> None:
     if vector < 16 and mode in (APIC_DM_FIXED, APIC_DM_LOWEST):
         apic.set_error(APIC_ESR_SEND_ILLEGAL_VECTOR)
         return
-    apic_map = apic.apic_map
-    shorthand = icr & APIC_SHORT_MASK
-    if not shorthand:
-        targets = apic_map.destinations(dest, icr & APIC_DEST_LOGICAL != 0, True)
-    elif shorthand == APIC_DEST_SELF:
-        targets = (apic,)
-    elif shorthand == APIC_DEST_ALLINC:
-        targets = apic_map.enabled()
-    else:
-        targets = apic_map.enabled(but=apic)
+    targets = ipi_targets(apic, icr, dest)
     if mode == APIC_DM_LOWEST:
-        targets = apic_map.lowest_priority(targets, vector)
+        targets = apic.apic_map.lowest_priority(targets, vector)
     level, level_triggered = icr & APIC_INT_ASSERT != 0, icr & APIC_INT_LEVELTRIG != 0
     for target in targets:
         target.accept_irq(mode, vector, level, level_triggered, apic.vcpu)

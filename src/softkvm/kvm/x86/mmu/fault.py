@@ -54,6 +54,9 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
             return result
         if vm.private_frames is not None and gfn in vm.private_frames:
             raise vcpu.memory_fault(gfn, _NOT_PRIVATE, private=True)
+        if gfn == vm.apic_access_gfn:
+            assert vm.avic is not None
+            return vm.avic.map_access_page()
         if vm.params.enable_mmio_caching and gfn <= vm.max_gfn:
             vm.mmu.set_mmio_spte(gfn, slots)
     return RET_PF_EMULATE

@@ -38,7 +38,7 @@ from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
-from softkvm.kvm.x86.svm import svm
+from softkvm.kvm.x86.svm import avic, svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.svm import skip_emulated_instruction
 from softkvm.kvm.x86.svm.vmcb import (
@@ -474,4 +474,6 @@ EXIT_HANDLERS: Final[dict[int, Handler]] = {
     V.EXIT_INVPCID: ud_on_interception,
     V.EXIT_BUSLOCK: bus_lock_interception,
     V.EXIT_NPF: npf_interception,
+    V.EXIT_IDLE_HLT: halt_interception,
+    **avic.EXIT_HANDLERS,
 }

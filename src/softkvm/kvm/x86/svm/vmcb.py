@@ -31,6 +31,9 @@ EVENT_INJ: Final = 0x0A8 // 8
 NESTED_CR3: Final = 0x0B0 // 8
 VIRT_EXT: Final = 0x0B8 // 8
 NEXT_RIP: Final = 0x0C8 // 8
+AVIC_BACKING_PAGE: Final = 0x0E0 // 8
+AVIC_LOGICAL_ID: Final = 0x0F0 // 8
+AVIC_PHYSICAL_ID: Final = 0x0F8 // 8
 
 # --- control area, 32-bit elements (view ``d``) ------------------------------------------------
 INTERCEPT_CR: Final = 0x000 // 4
@@ -178,6 +181,7 @@ RDPRU: Final = 1 << 14
 INVLPGB: Final = 1 << 0
 INVPCID: Final = 1 << 2
 BUSLOCK: Final = 1 << 5
+IDLE_HLT: Final = 1 << 6
 
 # --- interrupt control (offset 060h) -----------------------------------------------------------
 V_TPR_MASK: Final = 0x0F
@@ -188,6 +192,7 @@ V_INTR_PRIO_MASK: Final = 0x0F << 16
 V_IGN_TPR: Final = 1 << 20
 V_INTR_MASKING: Final = 1 << 24
 V_GIF_ENABLE: Final = 1 << 25
+X2AVIC_ENABLE: Final = 1 << 30
 AVIC_ENABLE: Final = 1 << 31
 
 INTERRUPT_SHADOW: Final = 1 << 0
@@ -280,7 +285,10 @@ EXIT_RDPRU: Final = 0x08E
 EXIT_INVLPGB: Final = 0x0A0
 EXIT_INVPCID: Final = 0x0A2
 EXIT_BUSLOCK: Final = 0x0A5
+EXIT_IDLE_HLT: Final = 0x0A6
 EXIT_NPF: Final = 0x400
+EXIT_AVIC_INCOMPLETE_IPI: Final = 0x401
+EXIT_AVIC_UNACCELERATED_ACCESS: Final = 0x402
 EXIT_ERR: Final = (1 << 64) - 1
 
 _EXCEPTION_NAMES: Final = {
@@ -355,7 +363,10 @@ _SINGLE_EXITS: Final = {
     "invlpgb": EXIT_INVLPGB,
     "invpcid": EXIT_INVPCID,
     "buslock": EXIT_BUSLOCK,
+    "idle_hlt": EXIT_IDLE_HLT,
     "npf": EXIT_NPF,
+    "avic_incomplete_ipi": EXIT_AVIC_INCOMPLETE_IPI,
+    "avic_unaccelerated_access": EXIT_AVIC_UNACCELERATED_ACCESS,
     "invalid": EXIT_ERR,
 }
 

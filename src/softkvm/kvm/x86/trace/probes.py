@@ -17,7 +17,7 @@ from softkvm.kvm.x86 import vcpu as x86_vcpu
 from softkvm.kvm.x86.emulate import emulator, string
 from softkvm.kvm.x86.emulate import system as emulate_system
 from softkvm.kvm.x86.emulate.operands import STR_SRC
-from softkvm.kvm.x86.irqchip import i8259, ioapic, irq_comm, lapic, lapic_regs
+from softkvm.kvm.x86.irqchip import apicv_lapic, i8259, ioapic, irq_comm, lapic, lapic_regs
 from softkvm.kvm.x86.irqchip.apicdef import APIC_BASE_MSR, APIC_ICR
 from softkvm.kvm.x86.irqchip.seams import IRQ_COALESCED
 from softkvm.kvm.x86.paravirt import hypercalls, kvmclock, pv_eoi
@@ -376,7 +376,11 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
                 triggered,
                 vector,
             ),
-        )
+        ),
+        before(
+            apicv_lapic.ApicvLapic.accept_fixed,
+            lambda apic, mode, vector, level, triggered, sender: (apic.vcpu_id, mode, triggered, vector),
+        ),
     ],
     "kvm_eoi": [before(lapic.Lapic.eoi, _eoi)],
     "kvm_pv_eoi": [Probe(pv_eoi.PvEoi.sync_from_guest, _pv_eoi)],

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AVIC in KVM: when it is in force, what inhibits it, and that no interrupt is lost on the way (APM vol. 2, 15.29)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.support.conformance import watchdog
+from tests.support.threads import running, until
+from tests.support.tiny import CODE, Tiny
+
+from softkvm import abi
+from softkvm.kvm import Params
+from softkvm.kvm.state import BLOCKING, IN_GUEST_MODE
+from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.svm.avic import Inhibit
+
+HANDLER = CODE + 0x400
+APIC = 0xFEE0_0000
+ID, TPR, EOI, LDR, DFR, SPIV, ISR, TMR, IRR, ICR = 0x20, 0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x100, 0x180, 0x200, 0x300
+BASE = bytes.fromhex("41b8 0000e0fe")  # mov r8d, 0xfee00000
+END = bytes.fromhex("e610")  # out 0x10, al
+SELF = 0x44000
+
+
+def store(offset: int, value: int) -> bytes:
+    """Code: ``mov dword [r8 + offset], value``."""
+    return b"\x41\xc7\x80" + offset.to_bytes(4, "little") + value.to_bytes(4, "little")
+
+
+def load(offset: int) -> bytes:
+    """Code: ``mov eax, [r8 + offset]``."""
+    return b"\x41\x8b\x80" + offset.to_bytes(4, "little")
+
+
+class Machine(Tiny):
+    """A 64-bit guest with APICs in KVM that are on. Its handlers add 1 to EBX, and end their interrupt."""
+
+    def __init__(self, *, split: bool = False, vcpus: int = 1, avic: bool = True) -> None:
+        super().__init__(irqchip=not split, split=24 if split else 0, params=Params(avic=avic), vcpus=vcpus)
+        self.long_mode(gigabytes=4)
+        for vcpu in self.vcpus:
+            lapic = vcpu.get_lapic()
+            lapic.regs[SPIV : SPIV + 2] = [0xFF, 1]
+            vcpu.set_lapic(lapic)
+        for vector in (0x51, 0x61, 0x30):
+            self.handler(vector)
+
+    def handler(self, vector: int, code: bytes = b"") -> None:
+        """Handle a vector: ``inc ebx``, *code*, EOI, ``iretq``."""
+        at = HANDLER + 0x40 * (vector >> 4)
+        self.gate64(vector, at)
+        self.memory.write(at, b"\xff\xc3" + code + store(EOI, 0) + b"\x48\xcf")
+
+    def exits(self) -> dict[str, int]:
+        return {V.EXIT_NAMES[code]: count for code, count in self.vcpu.exit_counts.items() if count}
+
+    def bits(self, offset: int) -> int:
+        regs = bytes(self.vcpu.get_lapic())
+        return sum(int.from_bytes(regs[offset + 16 * n :][:4], "little") << 32 * n for n in range(8))
+
+    def msi(self, vector: int, *, level: bool = False) -> int:
+        return self.vm.signal_msi(abi.kvm_msi(address_lo=APIC, data=vector | level << 15))
+
+
+@pytest.fixture(params=[False, True], ids=["kernel", "split"])
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    machine = Machine(split=request.param)
+    with watchdog(machine.vcpu, 30):
+        yield machine
+    machine.close()
+
+
+def active(machine: Machine) -> bool:
+    apic = machine.vcpu.apic
+    assert apic is not None
+    return apic.apicv_active and bool(machine.vcpu.d[V.INT_CTL] & V.AVIC_ENABLE)
+
+
+def test_a_thousand_self_ipis_and_their_eois_cost_no_exit(machine: Machine) -> None:
+    # mov ecx, 1000; again: ICR; sti; nop; cli; dec ecx; jnz again
+    body = store(ICR, SELF | 0x51) + bytes.fromhex("fb 90 fa ffc9")
+    machine.load(BASE + b"\xb9\xe8\x03\x00\x00" + body + b"\x75" + bytes((256 - len(body) - 2,)) + END, rbx=0)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert machine.vcpu.get_regs().rbx == 1000
+    assert sum(machine.exits().values()) < 20, machine.exits()
+
+
+def test_a_halt_with_an_interrupt_pending_costs_no_exit(machine: Machine) -> None:
+    body = store(ICR, SELF | 0x51) + bytes.fromhex("fb f4 fa ffc9")  # sti; hlt; cli
+    machine.load(BASE + b"\xb9\x64\x00\x00\x00" + body + b"\x75" + bytes((256 - len(body) - 2,)) + END, rbx=0)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert machine.vcpu.get_regs().rbx == 100
+    assert sum(machine.exits().values()) < 20, machine.exits()
+
+
+def test_a_message_wakes_a_halted_vcpu_and_interrupts_a_running_one_without_an_exit(machine: Machine) -> None:
+    # sti; hlt; again: cmp ebx, 2; jne again; out
+    machine.load(BASE + bytes.fromhex("fb f4 83fb02 75fb") + END, rbx=0)
+    with running(machine.vcpu):
+        until(lambda: machine.vcpu.mode == BLOCKING)
+        assert machine.msi(0x51) == 1
+        until(lambda: machine.vcpu.mode == IN_GUEST_MODE)
+        before = machine.exits()
+        assert machine.msi(0x51) == 1
+        until(lambda: not machine.vcpu.running)
+    assert machine.vcpu.get_regs().rbx == 2
+    assert sum(machine.exits().values()) - sum(before.values()) <= 2, (before, machine.exits())
+
+
+def test_registers_that_change_without_an_exit_are_in_kvm_get_lapic(machine: Machine) -> None:
+    machine.load(BASE + store(TPR, 0x60) + store(ICR, SELF | 0x51) + END)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert active(machine)
+    assert machine.bits(IRR) == 1 << 0x51
+    state = machine.vcpu.get_lapic()
+    assert (state.regs[TPR], machine.vcpu.kvm_run.cr8) == (0x60, 6)
+    other = Machine(split=machine.vm.split_irqchip)
+    other.vcpu.set_lapic(state)
+    assert other.bits(IRR) == 1 << 0x51
+    other.load(bytes.fromhex("31c0 440f22c0 fb 90 90") + END, rbx=0, r8=APIC)  # xor eax, eax; mov cr8, rax; sti
+    assert other.run() == abi.KVM_EXIT_IO
+    assert other.vcpu.get_regs().rbx == 1
+    other.close()
+
+
+def test_a_level_triggered_interrupt_comes_again_until_its_line_falls() -> None:
+    machine = Machine()
+    with watchdog(machine.vcpu, 30):
+        assert machine.vm.chips is not None
+        ioapic = machine.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC)
+        ioapic.chip.ioapic.redirtbl[20].bits = 0x61 | 1 << 15
+        machine.vm.set_irqchip(ioapic)
+        machine.handler(0x61, bytes.fromhex("e6e9"))  # out 0xe9, al
+        machine.load(BASE + bytes.fromhex("fb 90 90 90") + END, rbx=0)
+        machine.vm.irq_line(20, 1)
+        for _ in range(3):
+            assert machine.run() == abi.KVM_EXIT_IO
+            assert machine.vcpu.kvm_run.io.port == 0xE9
+            assert machine.bits(TMR) == 1 << 0x61
+        machine.vm.irq_line(20, 0)
+        assert machine.run() == abi.KVM_EXIT_IO
+        assert (machine.vcpu.kvm_run.io.port, machine.vcpu.get_regs().rbx) == (0x10, 3)
+        assert machine.exits()["avic_unaccelerated_access"] == 3
+    machine.close()
+
+
+def test_userspaces_ioapic_learns_of_the_eoi_of_its_level_triggered_message() -> None:
+    machine = Machine(split=True)
+    route = abi.kvm_irq_routing_entry(gsi=3, type=abi.KVM_IRQ_ROUTING_MSI)
+    route.u.msi.address_lo, route.u.msi.data = APIC, 0x61 | 1 << 15
+    machine.vm.set_gsi_routing([route])
+    machine.load(BASE + bytes.fromhex("fb 90 90") + END, rbx=0)
+    machine.vm.irq_line(3, 1)
+    with watchdog(machine.vcpu, 30):
+        assert machine.run() == abi.KVM_EXIT_IOAPIC_EOI
+        assert machine.vcpu.kvm_run.eoi.vector == 0x61
+        assert machine.run() == abi.KVM_EXIT_IO
+    machine.close()
+
+
+def test_an_interrupt_of_the_pic_that_has_to_wait_inhibits_it_until_it_is_taken() -> None:
+    machine = Machine()
+    pic = machine.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_MASTER)
+    pic.chip.pic.irq_base, pic.chip.pic.imr, pic.chip.pic.init4 = 0x30, 0xFE, 1
+    machine.vm.set_irqchip(pic)
+    lapic = machine.vcpu.get_lapic()
+    lapic.regs[0x350:0x354] = [0, 7, 0, 0]  # LINT0: ExtINT
+    machine.vcpu.set_lapic(lapic)
+    assert machine.vm.avic is not None
+    machine.load(BASE + bytes.fromhex("e611 fb 90 90") + END, rbx=0)  # out 0x11, al; sti
+    with watchdog(machine.vcpu, 30):
+        assert machine.run() == abi.KVM_EXIT_IO
+        assert active(machine)
+        machine.vm.irq_line(0, 1)
+        machine.memory.write(CODE + 8, END)  # once more before STI
+        machine.memory.write(CODE + 10, bytes.fromhex("fb 90 90") + END)
+        assert machine.run() == abi.KVM_EXIT_IO
+        assert machine.vm.avic.inhibits == Inhibit.IRQWIN and not active(machine)
+        assert machine.msi(0x51) == 1  # an interrupt that comes meanwhile is not lost
+        assert machine.run() == abi.KVM_EXIT_IO
+        assert machine.vcpu.get_regs().rbx == 2
+        assert machine.vm.avic.activated and active(machine)
+    machine.close()
+
+
+def change_id(machine: Machine) -> None:
+    machine.load(BASE + store(ID, 5 << 24) + END)
+    assert machine.run() == abi.KVM_EXIT_IO
+
+
+def move_base(machine: Machine) -> None:
+    sregs = machine.vcpu.get_sregs()
+    sregs.apic_base = sregs.apic_base & 0xFFF | 0xFEC1_0000
+    machine.vcpu.set_sregs(sregs)
+
+
+def block_interrupts(machine: Machine) -> None:
+    control = abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_BLOCKIRQ
+    machine.vcpu.set_guest_debug(abi.kvm_guest_debug(control=control))
+
+
+def unblock_interrupts(machine: Machine) -> None:
+    machine.vcpu.set_guest_debug(abi.kvm_guest_debug())
+
+
+def report_tpr(machine: Machine) -> None:
+    machine.vcpu.tpr_access_reporting(1)
+
+
+def activate_synic(machine: Machine) -> None:
+    machine.vcpu.enable_cap(abi.KVM_CAP_HYPERV_SYNIC)
+
+
+@pytest.mark.parametrize(
+    ("inhibit", "reason"),
+    [
+        (change_id, Inhibit.APIC_ID_MODIFIED),
+        (move_base, Inhibit.APIC_BASE_MODIFIED),
+        (report_tpr, Inhibit.TPR_ACCESS),
+        (activate_synic, Inhibit.HYPERV),
+    ],
+)
+def test_what_is_against_it_is_noted_and_interrupts_come_as_without(machine: Machine, inhibit, reason) -> None:  # type: ignore[no-untyped-def]
+    assert machine.vm.avic is not None
+    machine.load(BASE + END)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert active(machine)
+    inhibit(machine)
+    assert machine.vm.avic.inhibits & reason
+    # The EOI has to reach the registers wherever they are.
+    at = APIC if reason != Inhibit.APIC_BASE_MODIFIED else 0xFEC1_0000
+    machine.load(bytes.fromhex("fb 90 90") + END, rbx=0, r8=at)
+    data = abi.kvm_msi(address_lo=APIC | (5 << 12 if reason == Inhibit.APIC_ID_MODIFIED else 0), data=0x51)
+    assert machine.vm.signal_msi(data) == 1
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert machine.vcpu.get_regs().rbx == 1
+    assert not active(machine)
+    assert machine.bits(ISR) == machine.bits(IRR) == 0
+
+
+def test_a_debugger_that_blocks_interrupts_inhibits_it_as_long(machine: Machine) -> None:
+    machine.load(BASE + bytes.fromhex("fb 90 90") + END + bytes.fromhex("90 90") + END, rbx=0)
+    assert machine.msi(0x51) == 1
+    block_interrupts(machine)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert machine.vcpu.get_regs().rbx == 0
+    unblock_interrupts(machine)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert machine.vcpu.get_regs().rbx == 1
+    assert active(machine)
+
+
+def test_without_the_parameter_nothing_of_it_is_there() -> None:
+    machine = Machine(avic=False)
+    assert machine.vm.avic is None and type(machine.vcpu).__name__ == "VcpuIoctls"
+    machine.close()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a guest writes to its local APIC, the registers are those of an emulated one, and others' are untouched."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.conformance import watchdog
+from tests.support.tiny import Tiny
+
+from softkvm import abi
+from softkvm.kvm import Params
+
+APIC = 0xFEE0_0000
+SPIV, ICR, ICR2, LVTT, TMICT, TMCCT, APR, PPR = 0xF0, 0x300, 0x310, 0x320, 0x380, 0x390, 0x90, 0xA0
+#: Delivery modes that do more than set a bit of the IRR: an NMI, an SMI, INIT and a start-up IPI.
+_EVENTS = 1 << 10 | 1 << 9
+
+offsets = st.one_of(
+    st.sampled_from([0x20, 0x80, 0xB0, 0xD0, 0xE0, SPIV, 0x280, ICR, ICR2, 0x350, 0x360, 0x370, 0x3E0, 0x3F0]),
+    st.integers(0, 0x3FF).map(lambda n: n * 4),
+)
+writes = st.lists(st.tuples(offsets, st.integers(0, (1 << 32) - 1)), max_size=20)
+
+
+def code(accesses: list[tuple[int, int]]) -> bytes:
+    """``mov dword [r8 + offset], value`` for each, then a read of the register, and ``out 0x10, al``."""
+    parts = []
+    for offset, value in accesses:
+        if offset in (LVTT, TMICT):
+            continue  # time would pass
+        if offset == ICR:
+            value &= ~_EVENTS
+        parts.append(b"\x41\xc7\x80" + offset.to_bytes(4, "little") + value.to_bytes(4, "little"))
+        if offset & 0xFF0 not in (TMCCT, APR):
+            parts.append(b"\x41\x8b\x98" + offset.to_bytes(4, "little") + b"\x01\xde")  # mov ebx, ...; add esi, ebx
+    return b"".join(parts) + b"\xe6\x10"
+
+
+def registers(accesses: list[tuple[int, int]], *, avic: bool) -> tuple[int, list[int], bytes]:
+    machine = Tiny(irqchip=True, params=Params(avic=avic), vcpus=2).long_mode(gigabytes=4)
+    for vcpu in machine.vcpus:
+        lapic = vcpu.get_lapic()
+        lapic.regs[SPIV : SPIV + 2] = [0xFF, 1]
+        lapic.regs[0x350 + 2] = 1  # LINT0 masked
+        vcpu.set_lapic(lapic)
+    machine.load(code(accesses), rbx=0, rsi=0, r8=APIC)
+    with watchdog(machine.vcpu, 20):
+        reason = machine.run()
+    state = bytes(machine.vcpu.get_lapic())
+    words = [int.from_bytes(state[at : at + 4], "little") for at in range(0, 0x400, 16)]
+    words[ICR2 >> 4] &= 0xFF00_0000  # the rest is reserved: what is written stays, or doesn't
+    words[TMCCT >> 4] = words[APR >> 4] = 0
+    other = bytes(machine.vcpus[1].get_lapic())
+    machine.close()
+    return reason, words, other
+
+
+@settings(max_examples=60, deadline=None)
+@given(writes)
+def test_a_guests_writes_do_what_they_do_to_an_emulated_apic(accesses: list[tuple[int, int]]) -> None:
+    emulated, virtualized = registers(accesses, avic=False), registers(accesses, avic=True)
+    assert emulated[0] == virtualized[0] == abi.KVM_EXIT_IO
+    assert [hex(word) for word in emulated[1]] == [hex(word) for word in virtualized[1]]
+    assert emulated[2] == virtualized[2]
