@@ -37,7 +37,14 @@ def test_a_limit_ends_the_machine_once_it_is_used_up(kind: str, vcpus: int) -> N
     with machine(kind, SPIN, vcpus=vcpus, cpu_time_limit_s=0.2) as made:
         outcome = made.run(60)
         assert (outcome.end, str(outcome)) == (End.CPU_TIME, "CPU time limit: 0.2 s")
-        assert sum(vcpu["cpu_ns"] for vcpu in made.stats()["vcpus"]) >= 200 * MS
+        stats = made.stats()["vcpus"]
+        assert sum(vcpu["cpu_ns"] for vcpu in stats) >= 200 * MS
+        assert sum(vcpu["cpu_time"]["total_ns"] for vcpu in stats) >= 200 * MS
+        for vcpu in stats:
+            total, guest = vcpu["cpu_time"].values()
+            assert (guest is None) == (kind == "device")
+            assert (guest or 0) <= total <= vcpu["cpu_ns"]
+        assert kind == "device" or stats[0]["cpu_time"]["guest_ns"] > 0
 
 
 def test_a_guest_that_idles_does_not_come_to_its_limit() -> None:

@@ -22,6 +22,16 @@ PERIOD_NS: Final = 100_000_000
 _STEP_NS: Final = 1_000_000
 
 
+def cpu_times(vcpu: api.Vcpu) -> dict[str, int | None]:
+    """Return a vCPU's CPU time and its guest's part of it, None where the KVM doesn't tell, for the statistics file."""
+    clock = vcpu.cpu_clock
+    try:
+        guest_ns: int | None = clock.guest_ns()
+    except OSError:
+        guest_ns = None
+    return {"total_ns": clock.total_ns(), "guest_ns": guest_ns}
+
+
 class CpuTimeLimit:
     """Calls *passed* once the *vcpus* have used *limit_ns* of CPU time, all together; on the thread of one of them."""
 

@@ -17,7 +17,7 @@ from softkvm.closing import Closing
 from softkvm.threads import inherited_error, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.bus import Bus
-from softkvm.vmm.cpu_limits import PERIOD_NS, Bandwidth, CpuTimeLimit
+from softkvm.vmm.cpu_limits import PERIOD_NS, Bandwidth, CpuTimeLimit, cpu_times
 from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.hyperv import Hyperv
@@ -296,6 +296,8 @@ class Machine(Closing):
         vcpus = []
         for vcpu in self.vcpus:
             entry = {"cpu_ns": vcpu.cpu_time_ns, **vcpu.stats.as_dict()}
+            if self.config.cpu_quota is not None or self.config.cpu_time_limit_s is not None:
+                entry["cpu_time"] = cpu_times(vcpu.vcpu)
             if vcpu.bandwidth is not None:
                 entry["cpu_quota"] = vcpu.bandwidth.as_dict()
             kvm_stats = getattr(vcpu.vcpu, "stats", None)
