@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import random
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
-from tests.support.threads import running, until
+from tests.support.threads import beside, running, until
 from tests.support.tiny import CODE, MIB, Memory, Tiny
 
 from softkvm import abi
@@ -280,3 +282,35 @@ def test_ranges_of_slow_memory_join_and_part() -> None:
     memory.write(0, b"x")
     assert is_resident(memory.address, 4096) and not is_resident(memory.address, 8192)
     assert not is_resident(1 << 46, 4096), "nothing is mapped there"
+
+
+# --- what a guest may put there ------------------------------------------------------------------------------
+
+
+def test_whatever_a_guest_writes_into_its_structure_and_registers_its_page_comes(
+    tiny: Tiny, provider: Provider
+) -> None:
+    """Registers are refused as documented, and no contents of the structure keep the vCPU from its page."""
+    rng = random.Random(0)
+    tiny.memory.write(PF, bytes.fromhex("4883c408 48cf"))  # add rsp, 8; iretq: whatever it was told, it looks again
+    tiny.memory.write(INT, bytes.fromhex("50 b8b000e0fe c70000000000 58 48cf"))  # only the EOI
+    told = 0
+    for page in range(60):
+        where = rng.choice([APF, 2 * MIB - 64, 2 * MIB, 1 << 40, GPA + SIZE])
+        data = where | rng.choice([ON, ON, rng.randrange(64)]) | rng.choice([0, abi.KVM_ASYNC_PF_SEND_ALWAYS])
+        vector = rng.choice([VECTOR, VECTOR, 0, 15, 0x100, 0xFFFF_FFFF])
+        assert tiny.vcpu.set_msrs({abi.MSR_KVM_ASYNC_PF_INT: vector}) == (vector < 0x100)
+        missing = data & ON == ON and where >= 2 * MIB
+        assert tiny.vcpu.set_msrs({abi.MSR_KVM_ASYNC_PF_EN: data}) == (not data & 0x30 and not missing)
+        for area in (APF, 2 * MIB - 64):
+            tiny.memory.write(area, rng.choice([bytes(8), rng.randbytes(8)]))
+        tiny.load(_MAIN, rbx=GPA + (page << 12))
+        timer = threading.Timer(0.02, provider.provide, (page, page))
+        with beside(timer), running(tiny.vcpu) as run:
+            assert run.wait() is None
+            timer.join()
+        assert (tiny.vcpu.kvm_run.io.port, tiny.vcpu.get_regs().rax & 0xFF) == (0x10, page)
+        told += tiny.vcpu.stat_async_pf_not_present
+        tiny.vcpu.set_msrs({abi.MSR_KVM_ASYNC_PF_EN: 0})
+        assert tiny.vcpu.apf.queued == 0
+    assert told > 0
