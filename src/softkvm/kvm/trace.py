@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from softkvm.abi.run_page import EXIT_REASON_D
 from softkvm.kvm import halt_poll, vcpu, vm
-from softkvm.kvm.memory import dirty_ring
+from softkvm.kvm.memory import async_pf, dirty_ring
 from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.state import VM_LIST
 from softkvm.kvm.trace_events import EVENTS
@@ -25,6 +25,8 @@ from softkvm.trace.tracepoint import Emit, Probe, Tracepoint, Tracepoints, after
 
 if TYPE_CHECKING:
     from softkvm import abi
+    from softkvm._softcpu import Machine
+    from softkvm.kvm.memory.async_pf import Work
     from softkvm.kvm.memory.dirty_ring import DirtyRing
     from softkvm.kvm.state import VcpuState as Vcpu
     from softkvm.kvm.state import VmState as Vm
@@ -96,6 +98,11 @@ def _ring(ring: DirtyRing) -> tuple[int, int, int]:
     return next(owners, -1), dirty, reset
 
 
+def _completed(_: None, work: Work, machine: Machine) -> tuple[int, int] | None:
+    """A page has come that the guest was told of, or halts for; what the vCPU itself waits for has no frame number."""
+    return (work.hva, work.gfn << PAGE_SHIFT) if work.gfn >= 0 else None
+
+
 def _attributes(vm: Vm, attributes: abi.kvm_memory_attributes) -> tuple[int, int, int]:
     first = attributes.address >> PAGE_SHIFT
     return first, first + (attributes.size >> PAGE_SHIFT), attributes.attributes
@@ -106,6 +113,11 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
     "kvm_vcpu_wakeup": [Probe(vcpu.Vcpu.halt_and_wait, _vcpu_wakeup)],
     "kvm_fpu": [Probe(vcpu.Vcpu._run, _fpu)],
     "kvm_halt_poll_ns": [Probe(halt_poll.adapt, _halt_poll_ns)],
+    "kvm_try_async_get_page": [before(async_pf.AsyncPf.awaits, lambda pages, gfn: (gfn << PAGE_SHIFT, gfn))],
+    "kvm_async_pf_repeated_fault": [
+        after(async_pf.AsyncPf.awaits, lambda awaited, pages, gfn: (gfn << PAGE_SHIFT, gfn) if awaited else None)
+    ],
+    "kvm_async_pf_completed": [after(async_pf.Work.wait, _completed)],
     "kvm_dirty_ring_push": [
         after(dirty_ring.DirtyRing._push, lambda _, ring, slot, offset: (*_ring(ring), slot, offset))
     ],
@@ -120,7 +132,10 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
 
 
 def begin_anew() -> None:
-    """Have every vCPU that runs leave its loop for a moment: what it begins with is found again."""
+    """Have every vCPU that runs leave its loop for a moment: it begins anew with what is there then.
+
+    A vCPU stays in one call of its loop for as long as nobody wants anything of it.
+    """
     for machine in list(VM_LIST):
         for one in machine.vcpus:
             if one.running:

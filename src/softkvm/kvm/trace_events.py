@@ -80,6 +80,15 @@ EVENTS: Final = (
         f'"mmio %s len %u gpa 0x%llx val 0x%llx", __print_symbolic(REC->type, {_MMIO}), REC->len, REC->gpa, REC->val',
     ),
     event("kvm_fpu", "u32 load", '"%s", __print_symbolic(REC->load, {0, "unload"}, {1, "load"})'),
+    event("kvm_try_async_get_page", "__u64 gva; u64 gfn", '"gva = %#llx, gfn = %#llx", REC->gva, REC->gfn'),
+    event("kvm_async_pf_repeated_fault", "__u64 gva; u64 gfn", '"gva = %#llx, gfn = %#llx", REC->gva, REC->gfn'),
+    event("kvm_async_pf_not_present", "__u64 token; __u64 gva", '"token %#llx gva %#llx", REC->token, REC->gva'),
+    event("kvm_async_pf_ready", "__u64 token; __u64 gva", '"token %#llx gva %#llx", REC->token, REC->gva'),
+    event(
+        "kvm_async_pf_completed",
+        "unsigned long address; u64 gva",
+        '"gva %#llx address %#lx", REC->gva, REC->address',
+    ),
     event(
         "kvm_halt_poll_ns",
         "bool grow; unsigned int vcpu_id; unsigned int new; unsigned int old",

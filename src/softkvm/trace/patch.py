@@ -10,6 +10,7 @@ have begun.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -65,6 +66,15 @@ class Patch:
 
 _patches: dict[FunctionType, Patch] = {}
 _lock = threading.Lock()
+
+
+def _begin_anew() -> None:
+    """A child may have been forked while somebody had the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _plain(function: Callable[..., Any]) -> FunctionType:

@@ -162,7 +162,7 @@ class Recorder:
     def after_fork(self) -> None:
         """In a child nothing is recorded: the rings, and the thread that empties them, are its parent's."""
         for tracepoint, consumer in self._tracepoints:
-            tracepoint.unregister(consumer)
+            tracepoint.forget(consumer)
 
     @property
     def owned(self) -> bool:

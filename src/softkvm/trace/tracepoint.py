@@ -67,8 +67,8 @@ class Tracepoint:
         self._consumers: tuple[Consumer, ...] = ()
         self._attached: list[tuple[Callable[..., Any], Wrapper]] = []
         self._lock = threading.Lock()
-        #: Called when the places have been put in.
-        self.on_enable: Callable[[], object] = lambda: None
+        #: Called when the places have been put in, or taken out.
+        self.on_change: Callable[[], object] = lambda: None
 
     @property
     def enabled(self) -> bool:
@@ -90,16 +90,29 @@ class Tracepoint:
                 for function, wrapper in self._attached:
                     patch.attach(function, wrapper)
         if first:
-            self.on_enable()
+            self.on_change()
 
     def unregister(self, consumer: Consumer) -> None:
         """Undo :meth:`register`; with the last consumer the places are gone."""
         with self._lock:
-            self._consumers = tuple(other for other in self._consumers if other != consumer)
-            if not self._consumers:
-                for function, wrapper in self._attached:
-                    patch.detach(function, wrapper)
-                self._attached = []
+            last = self._remove(consumer)
+        if last:
+            self.on_change()
+
+    def forget(self, consumer: Consumer) -> None:
+        """Undo :meth:`register` in a forked child: whoever held the lock is not there, and nothing runs."""
+        self._lock = threading.Lock()
+        self._remove(consumer)
+
+    def _remove(self, consumer: Consumer) -> bool:
+        """Take a consumer away, and the places with the last one; tell whether it was that."""
+        self._consumers = tuple(other for other in self._consumers if other != consumer)
+        if self._consumers or not self._attached:
+            return False
+        for function, wrapper in self._attached:
+            patch.detach(function, wrapper)
+        self._attached = []
+        return True
 
     def __repr__(self) -> str:
         return f"<Tracepoint {self.event.system}:{self.event.name}: {'on' if self.enabled else 'off'}>"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from tests.support.threads import beside, running, until
 from tests.support.tiny import CODE, MIB, Memory, Tiny
+from tests.support.tracing import texts, traced
 
 from softkvm import abi
 from softkvm.bench.userfaultfd import Userfaultfd
@@ -118,6 +119,22 @@ def test_the_guest_runs_on_and_is_told_when_the_page_is_there(tiny: Tiny, provid
     assert port(tiny) == (0x10, 0x5A)
     assert tiny.vcpu.apf.queued == 0
     assert tiny.vm.stats()["pages_2m"] == 1, "the first slot's: of the second, one page is there"
+
+
+def test_tracepoints_tell_of_a_page_from_the_fault_to_its_coming(tiny: Tiny, provider: Provider) -> None:
+    enable(tiny)
+    with traced("kvm_*async*") as seen:
+        assert port(tiny) == (VECTOR, WAKE_ALL)
+        assert port(tiny)[0] == 0x0E
+        with running(tiny.vcpu) as run:
+            provider.provide(0, 0x5A)
+            assert run.wait() is None
+    token = tiny.vcpu.get_sregs().cr2
+    page = f"gva = {GPA:#x}, gfn = {GPA >> 12:#x}"
+    assert texts(seen, "kvm_try_async_get_page") == [page]
+    assert texts(seen, "kvm_async_pf_not_present") == [f"token {token:#x} gva {GPA:#x}"]
+    assert texts(seen, "kvm_async_pf_completed") == [f"gva {GPA:#x} address {provider.memory.address:#x}"]
+    assert texts(seen, "kvm_async_pf_ready") == [f"token {WAKE_ALL:#x} gva 0x0", f"token {token:#x} gva {GPA:#x}"]
 
 
 def test_a_guest_that_cannot_be_told_halts_in_the_instruction_and_takes_events(tiny: Tiny, provider: Provider) -> None:

@@ -11,6 +11,7 @@ from softkvm import abi
 from softkvm.abi import run_page
 from softkvm.kvm import trace
 from softkvm.kvm.memory.guest_memory import read_guest
+from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.trace_events import MMIO_READ, MMIO_READ_UNSATISFIED, MMIO_WRITE
 from softkvm.kvm.x86 import cpuid, events, io, msr_exits, tsc
 from softkvm.kvm.x86 import vcpu as x86_vcpu
@@ -20,7 +21,7 @@ from softkvm.kvm.x86.emulate.operands import STR_SRC
 from softkvm.kvm.x86.irqchip import apicv_lapic, i8259, ioapic, irq_comm, lapic, lapic_regs
 from softkvm.kvm.x86.irqchip.apicdef import APIC_BASE_MSR, APIC_ICR
 from softkvm.kvm.x86.irqchip.seams import IRQ_COALESCED
-from softkvm.kvm.x86.paravirt import hypercalls, kvmclock, pv_eoi
+from softkvm.kvm.x86.paravirt import async_pf, hypercalls, kvmclock, pv_eoi
 from softkvm.kvm.x86.svm import exits, svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.trace.events import (
@@ -403,6 +404,12 @@ GENERAL: Final[dict[str, Sequence[Probe]]] = {
     "kvm_ioapic_set_irq": [Probe(ioapic.IoApic._assert, _ioapic_set_irq)],
     "kvm_msi_set_irq": [before(irq_comm.IrqRouting.set_msi, _msi), before(irq_comm.IrqRouting.set_gsi, _routed_msi)],
     "kvm_ack_irq": [before(irq_comm.IrqRouting.notify_acked, lambda routing, irqchip, pin: (irqchip, pin))],
+    "kvm_async_pf_not_present": [
+        after(async_pf._setup, lambda taken, vcpu, work: (work.token, work.gfn << PAGE_SHIFT) if taken else None)
+    ],
+    "kvm_async_pf_ready": [
+        before(async_pf._present, lambda vcpu, work: (work.token, 0 if work.wakeup_all else work.gfn << PAGE_SHIFT))
+    ],
     "kvm_mmio": [
         after(io.kernel_mmio_read, _mmio_read),
         before(io.kernel_mmio_write, lambda vcpu, gpa, size, value: (MMIO_WRITE, size, gpa, value)),
@@ -418,5 +425,5 @@ def x86() -> list[Tracepoint]:
     found = trace.tracepoints(EVENTS, PROBES)
     for tracepoint in found:
         if tracepoint.event.name in ("kvm_entry", "kvm_exit"):
-            tracepoint.on_enable = trace.begin_anew
+            tracepoint.on_change = trace.begin_anew
     return found
