@@ -111,7 +111,7 @@ fn again(cpu: &mut Toy, _: &Op<Toy>) -> Res {
 struct ToyDecoder;
 
 impl Decoder<Toy> for ToyDecoder {
-    fn new(_: u8) -> Self {
+    fn new(_: u8, _: bool) -> Self {
         ToyDecoder
     }
 

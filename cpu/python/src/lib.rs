@@ -84,7 +84,8 @@ fn register_offsets() -> BTreeMap<&'static str, usize> {
     macro_rules! offsets {
         ($($field:ident)*) => { BTreeMap::from([$((stringify!($field), offset_of!(RegisterBlock, $field))),*]) };
     }
-    offsets!(gpr dr xcr0 pkru mxcsr tsc_aux fcw fsw ftw fop fip fdp fcs fds umwait_control st ymm)
+    offsets!(gpr dr xcr0 pkru mxcsr tsc_aux fcw fsw ftw fop fip fdp fcs fds umwait_control st ymm
+        pmc_enable pmc_status pmc_select pmc_count)
 }
 
 /// In a child that has been forked there is one thread, and no other's work goes on.

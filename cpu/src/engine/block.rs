@@ -17,6 +17,8 @@ use crate::mem::PageInfo;
 pub const CHAIN: u64 = if cfg!(debug_assertions) { 512 } else { 2048 };
 /// In a block's mode: it holds one instruction only, for running one at a time.
 pub const SINGLE: u8 = 0x80;
+/// In a block's mode: what it holds can be counted from outside ([`super::count`]).
+pub const COUNTED: u8 = 0x40;
 
 /// The head of a decoded run of instructions. Its ops and then its bytes lie behind it.
 ///
@@ -40,7 +42,7 @@ pub struct Block<P> {
     pub(super) len: u16,
     /// Bytes in the second page (the last instruction crosses).
     pub(super) tail: u16,
-    /// What decoding depended on, with [`SINGLE`].
+    /// What decoding depended on, with [`SINGLE`] and [`COUNTED`].
     pub(super) mode: u8,
     /// Every running processor knows that the pages hold code.
     pub(super) settled: bool,
@@ -66,6 +68,24 @@ impl<P: Architecture> Block<P> {
         const { assert!(size_of::<Op<P>>() == LINE / 2) };
         // SAFETY: the ops follow the head in the same allocation.
         unsafe { block.add(1).cast() }
+    }
+
+    /// What decoding depended on: the processor's mode.
+    ///
+    /// # Safety
+    /// `block` must point to a live block of the arena.
+    pub unsafe fn mode(block: *const Self) -> u8 {
+        // SAFETY: given.
+        unsafe { (*block).mode & !(SINGLE | COUNTED) }
+    }
+
+    /// Instructions in it.
+    ///
+    /// # Safety
+    /// `block` must point to a live block of the arena.
+    pub unsafe fn count(block: *const Self) -> usize {
+        // SAFETY: given.
+        unsafe { (*block).count as usize }
     }
 
     /// The block's bytes as they were decoded.

@@ -57,7 +57,7 @@ unsafe fn pass_to<P: Processor>(cpu: &mut P, next: *const Block<P>) -> *const Op
 #[inline(always)]
 pub(super) fn chain_far<P: Processor>(cpu: &mut P, op: *const Op<P>) -> *const Op<P> {
     let engine = cpu.engine();
-    if engine.needs_attention() || engine.instructions >= engine.chain_limit || !cpu.flat_code() {
+    if engine.needs_attention() || engine.instructions >= engine.far_limit || !cpu.flat_code() {
         return core::ptr::null();
     }
     let linear = cpu.pc();

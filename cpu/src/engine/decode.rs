@@ -2,7 +2,7 @@
 //! Decoding a block: its bytes out of memory, its ops by the architecture's decoder.
 
 use super::architecture::Operands;
-use super::block::{Block, SINGLE, nowhere};
+use super::block::{Block, COUNTED, SINGLE, nowhere};
 use super::draft::{Draft, MAX_OPS};
 use super::op::{Op, Res, Stop};
 use super::processor::{Code, Decoder, Processor};
@@ -56,7 +56,7 @@ pub(super) fn decode<P: Processor>(
     let mut available = 0;
     let mut host2 = 0;
     let mut draft = Draft::<P>::new(if mode & SINGLE != 0 { 1 } else { MAX_OPS }, limit);
-    let mut decoder = P::Decoder::new(mode & !SINGLE);
+    let mut decoder = P::Decoder::new(mode & !(SINGLE | COUNTED), mode & COUNTED != 0);
     loop {
         if available < limit {
             // A store between this and the first `check` is noticed there: it compares after having marked the chunks.

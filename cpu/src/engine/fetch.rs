@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From the program counter to the next block: look-up, links.
 
-use super::block::{Block, SINGLE, nowhere};
+use super::block::{Block, nowhere};
 use super::decode::{decode, fetch_host, second_page};
 use super::op::{LINK_NONE, LINK_RETURN, Stop};
 use super::processor::{Code, Processor};
@@ -12,7 +12,7 @@ use super::tlb::PAGE_SHIFT;
 #[inline(always)]
 pub(super) fn next_block<P: Processor>(cpu: &mut P, prev: *mut Block<P>) -> Result<*mut Block<P>, Stop> {
     let flushes = cpu.engine().blocks.flushes;
-    let b = lookup(cpu, false)?;
+    let b = lookup(cpu, 0)?;
     // SAFETY: live.
     if !prev.is_null()
         && flushes == cpu.engine().blocks.flushes
@@ -37,12 +37,13 @@ pub(super) fn next_block<P: Processor>(cpu: &mut P, prev: *mut Block<P>) -> Resu
     Ok(b)
 }
 
-/// Looks up (or decodes) the block at the program counter; `single`: one of a single instruction.
+/// Looks up (or decodes) the block at the program counter, of a `kind`: [`super::block::SINGLE`],
+/// [`super::block::COUNTED`] or 0.
 #[inline]
-pub(super) fn lookup<P: Processor>(cpu: &mut P, single: bool) -> Result<*mut Block<P>, Stop> {
+pub(super) fn lookup<P: Processor>(cpu: &mut P, kind: u8) -> Result<*mut Block<P>, Stop> {
     let code = cpu.code()?;
     let host = fetch_host(cpu, code.linear)?;
-    let mode = cpu.mode() | if single { SINGLE } else { 0 };
+    let mode = cpu.mode() | kind;
     let engine = cpu.engine_mut();
     let indirect = engine.link >= LINK_NONE;
     let b = engine.blocks.find(host, mode, indirect);

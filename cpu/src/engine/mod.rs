@@ -10,6 +10,7 @@ pub mod architecture;
 pub mod block;
 pub mod chain;
 mod code;
+pub mod count;
 mod decode;
 pub mod draft;
 mod fetch;

@@ -45,7 +45,7 @@ pub trait Processor: Architecture {
 
     // ---- instruction fetch -------------------------------------------------------------------------------------
 
-    /// What decoding depends on beside the bytes: any number below [`super::block::SINGLE`].
+    /// What decoding depends on beside the bytes: any number below [`super::block::COUNTED`].
     fn mode(&self) -> u8;
     /// Whether code is fetched at [`Processor::pc`] as it is, without a limit. Other code is looked up block by block.
     fn flat_code(&self) -> bool;
@@ -76,8 +76,9 @@ pub trait Processor: Architecture {
 
 /// Makes the ops of one block.
 pub trait Decoder<P: Architecture> {
-    /// For code of a mode ([`Processor::mode`]).
-    fn new(mode: u8) -> Self;
+    /// For code of a mode ([`Processor::mode`]). `counted`: what runs is told from which ops have retired, so what does a
+    /// thing as often as a register says has a block of its own ([`super::count`]).
+    fn new(mode: u8, counted: bool) -> Self;
 
     /// Adds ops to the draft as long as it is open and no instruction ends the block. `bytes` are the block's from its
     /// start. Returns true if they end within an instruction, of which nothing was added then; not if

@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering;
 
 use super::architecture::Operands;
-use super::block::{Block, CHAIN};
+use super::block::{Block, CHAIN, SINGLE};
 use super::chain::retired;
 use super::fetch::{lookup, next_block};
 use super::op::{LINK_NONE, Stop};
@@ -100,7 +100,10 @@ pub fn run<P: Processor>(cpu: &mut P) {
             }
         }
         let stop = match next_block(cpu, prev) {
-            Ok(b) => enter(cpu, b),
+            Ok(b) => {
+                let limit = cpu.engine().instructions + CHAIN;
+                enter(cpu, b, limit, limit)
+            }
             Err(stop) => {
                 cpu.engine_mut().stop_op = core::ptr::null();
                 stop
@@ -128,13 +131,15 @@ pub fn run<P: Processor>(cpu: &mut P) {
 }
 
 /// Runs a block and those chained to it to a stop; counts what retired and leaves the program counter at the instruction
-/// to go on with.
+/// to go on with. No further block is chained once `limit` instructions have retired in all, or `far` if it is not linked
+/// within the page.
 #[inline(always)]
-fn enter<P: Processor>(cpu: &mut P, b: *mut Block<P>) -> Stop {
+pub(super) fn enter<P: Processor>(cpu: &mut P, b: *mut Block<P>, limit: u64, far: u64) -> Stop {
     cpu.begin_block();
     let engine = cpu.engine_mut();
     engine.block = b;
-    engine.chain_limit = if engine.single { 0 } else { engine.instructions + CHAIN };
+    engine.chain_limit = limit;
+    engine.far_limit = far;
     // SAFETY: `b` is a live block; its ops end with one that stops.
     let stop = unsafe {
         let first = Block::first(b);
@@ -157,7 +162,7 @@ fn enter<P: Processor>(cpu: &mut P, b: *mut Block<P>) -> Stop {
 /// Looks at everything that may come between two instructions.
 #[cold]
 #[inline(never)]
-fn attend<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
+pub(super) fn attend<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
     let engine = cpu.engine_mut();
     engine.single = false;
     let p = engine.shared.pending.load(Ordering::SeqCst);
@@ -180,7 +185,7 @@ fn attend<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
 /// Runs one instruction by itself.
 #[cold]
 #[inline(never)]
-fn step<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
+pub(super) fn step<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
     cpu.engine_mut().single = true;
     let done = cpu.step();
     cpu.engine_mut().single = false;
@@ -189,8 +194,8 @@ fn step<P: Processor>(cpu: &mut P) -> Result<(), Exited> {
 
 /// For [`Processor::step`]: runs the instruction at the program counter, to its stop.
 pub fn run_one<P: Processor>(cpu: &mut P) -> Stop {
-    match lookup(cpu, true) {
-        Ok(b) => enter(cpu, b),
+    match lookup(cpu, SINGLE) {
+        Ok(b) => enter(cpu, b, 0, 0),
         Err(stop) => {
             cpu.engine_mut().stop_op = core::ptr::null();
             stop

@@ -37,6 +37,8 @@ pub struct Engine<P: Architecture> {
     pub(crate) instructions: u64,
     /// The run loop gets a look before the next block when so many instructions have retired.
     pub(crate) chain_limit: u64,
+    /// The same for blocks that are not linked within the page: what changes the privilege leads to such.
+    pub(crate) far_limit: u64,
     /// Blocks whose stamp is another one are checked against memory before they run.
     pub(crate) stamp: u64,
     /// Shared with other threads.
@@ -77,6 +79,7 @@ impl<P: Architecture> Engine<P> {
             executing: false,
             instructions: 0,
             chain_limit: 0,
+            far_limit: 0,
             stamp: 0,
             shared,
             returns: Returns::default(),
@@ -224,6 +227,16 @@ impl<P: Architecture> Engine<P> {
         // SAFETY: as above.
         unsafe { store128_for(op, addend, linear, v) };
         Some(())
+    }
+
+    /// The block that runs, or has run last; null when there is none.
+    pub fn running_block(&self) -> *const Block<P> {
+        self.block
+    }
+
+    /// Changes when blocks go: until then their addresses are theirs.
+    pub fn block_generation(&self) -> u64 {
+        self.blocks.flushes
     }
 
     /// Instructions that have retired before `op`, which runs.

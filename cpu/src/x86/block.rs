@@ -7,6 +7,7 @@ use super::decode::{amend, decoder};
 use super::families::translate;
 use super::int::fuse;
 use super::op::{Op, Res, handler_registers};
+use super::pmu::event::repeats;
 use super::state::Cpu;
 use super::translate::Context;
 use crate::engine::architecture::Architecture;
@@ -16,6 +17,7 @@ use crate::engine::processor;
 /// Makes the ops of one block.
 pub struct BlockDecoder {
     code_size: u8,
+    counted: bool,
     now: Instruction,
     before: Instruction,
 }
@@ -26,8 +28,8 @@ fn too_long(cpu: &mut Cpu, _: &Op) -> Res {
 }
 
 impl processor::Decoder<Cpu> for BlockDecoder {
-    fn new(mode: u8) -> BlockDecoder {
-        BlockDecoder { code_size: mode, now: Instruction::default(), before: Instruction::default() }
+    fn new(mode: u8, counted: bool) -> BlockDecoder {
+        BlockDecoder { code_size: mode, counted, now: Instruction::default(), before: Instruction::default() }
     }
 
     fn decode(&mut self, bytes: &[u8], draft: &mut Draft<Cpu>) -> bool {
@@ -39,6 +41,10 @@ impl processor::Decoder<Cpu> for BlockDecoder {
             d.decode_out(&mut self.now);
             amend(&mut self.now, &bytes[draft.at()..]);
             let i = &self.now;
+            let repeated = self.counted && repeats(i);
+            if repeated && draft.count() > 0 {
+                break;
+            }
             let cx = Context { code_size: self.code_size, offset: draft.at() as u16 };
             let mut op = translate(i, &cx);
             if i.is_invalid() && d.last_error() == DecoderError::NoMoreBytes {
@@ -49,8 +55,8 @@ impl processor::Decoder<Cpu> for BlockDecoder {
                 op.len = 1;
                 op.next = cx.offset + 1;
             }
-            let ends = i.is_invalid() || i.flow_control() != FlowControl::Next;
-            if let (true, Some(first)) = (ends, draft.last_mut()) {
+            let ends = repeated || i.is_invalid() || i.flow_control() != FlowControl::Next;
+            if let (true, false, Some(first)) = (ends, repeated, draft.last_mut()) {
                 if let Some(f) = fuse::fuse(&self.before, first, i) {
                     first.f = f;
                 }

@@ -74,7 +74,8 @@ impl Cpu {
         Ok(())
     }
 
-    fn leave(&mut self, code: u64) -> Result<(), Exited> {
+    /// #VMEXIT between two instructions, without information.
+    pub(super) fn leave(&mut self, code: u64) -> Result<(), Exited> {
         self.leave_with(code, 0, 0)
     }
 

@@ -11,6 +11,7 @@ pub mod flags;
 pub mod int;
 pub mod op;
 pub mod paging;
+pub mod pmu;
 pub mod processor;
 pub mod simd;
 pub mod state;

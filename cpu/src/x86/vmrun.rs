@@ -6,6 +6,7 @@
 use super::state::*;
 use super::system::exitcode;
 use super::vmcb::{Vmcb, control, save};
+use crate::engine::count::{Counting, run_counted};
 use crate::engine::run;
 
 /// VMRUN was refused: the VMCB is not in registered memory or not aligned.
@@ -51,16 +52,27 @@ impl Cpu {
         self.delivering = 0;
         vmcb.set(control::EVENTINJ, 0u64);
         let next_rip = vmcb.get(control::NRIP);
+        let counting = self.rb.pmc_enable != 0;
+        if counting {
+            self.start_counting();
+        }
         let ran = run::guarded(self, |cpu| {
             if cpu.avic.enabled {
                 cpu.avic_evaluate();
             }
             if event >> 31 & 1 == 0 || cpu.inject(event, next_rip).is_ok() {
                 cpu.delivering = 0;
-                run::run(cpu);
+                if counting {
+                    run_counted(cpu);
+                } else {
+                    run::run(cpu);
+                }
             }
         });
         if let Err(lost) = ran {
+            if counting {
+                self.account();
+            }
             self.hold_on();
             self.machine_check(lost);
         }

@@ -170,6 +170,20 @@ fn scramble(g: &mut Guest, r: &mut Random) {
     }
 }
 
+/// Programs the performance counters, the first for instructions from 0, the others at random; or none.
+fn count_anything(g: &mut Guest, r: &mut Random) -> bool {
+    let block = &mut g.cpu.rb;
+    block.pmc_status = 0;
+    block.pmc_enable = if r.one_in(2) { r.next() | 1 } else { 0 };
+    for n in 1..block.pmc_select.len() {
+        block.pmc_select[n] = if r.one_in(3) { r.next() } else { 0x70_0000 | (0xC0 + r.below(0x20)) };
+        block.pmc_count[n] = r.value();
+    }
+    block.pmc_select[0] = 0x43_00C0;
+    block.pmc_count[0] = 0;
+    block.pmc_enable != 0
+}
+
 /// Ends the kicks even when the run panics.
 struct SetOnDrop<'a>(&'a AtomicBool);
 
@@ -201,7 +215,16 @@ fn case(seed: u64) {
         });
         let _ends = SetOnDrop(&over);
         for _ in 0..4 {
+            let counted = count_anything(&mut g, &mut r);
+            let before = g.cpu.engine.instructions();
             g.run();
+            if counted && g.cpu.rb.pmc_status & 1 == 0 {
+                assert_eq!(
+                    g.cpu.rb.pmc_count[0],
+                    g.cpu.engine.instructions() - before,
+                    "instructions counted"
+                );
+            }
             if r.one_in(2) {
                 scramble(&mut g, &mut r);
             } else {

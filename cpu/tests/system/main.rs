@@ -13,6 +13,7 @@ mod fuzz;
 mod intercepts;
 mod lost;
 mod paging;
+mod pmu;
 mod returns;
 mod stepping;
 mod threads;

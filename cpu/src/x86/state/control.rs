@@ -75,6 +75,8 @@ pub struct SystemState {
     pub monitor_armed: bool,
     /// What UMONITOR has armed.
     pub monitor: Monitor,
+    /// Events that have been delivered to the guest: exceptions, interrupts, INT n.
+    pub deliveries: u64,
     /// What the instruction that runs by itself goes on with if it doesn't retire.
     pub held: Held,
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::avic::Avic;
 use super::flags::{Int, LazyFlags, rf};
+use super::pmu::counters::Pmu;
 use super::system::exitcode;
 use crate::engine::op::Stop;
 use crate::engine::state::Engine;
@@ -114,6 +115,8 @@ pub struct Cpu {
     pub(crate) keys: u16,
     /// Number of this processor in its machine.
     pub(crate) index: u32,
+    /// What its performance counters count, when there are any that do.
+    pub(crate) pmu: Box<Pmu>,
 }
 
 impl Cpu {
@@ -164,6 +167,7 @@ impl Cpu {
             tsc_ratio: TSC_RATIO_ONE,
             keys: 0,
             index,
+            pmu: Box::default(),
         })
     }
 

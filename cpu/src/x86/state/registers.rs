@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Registers as memory lays them out.
 
+use crate::x86::pmu::counters::COUNTERS;
+
 /// The registers that KVM and the processor share, one page, at the head of [`Cpu`](super::Cpu).
 ///
 /// The layout is part of the interface (see the crate's documentation).
@@ -43,7 +45,15 @@ pub struct RegisterBlock {
     pub st: [[u64; 2]; 8],
     /// 0x200: vector registers; the low two words are XMM.
     pub ymm: [[u64; 4]; 16],
-    pad1: [u8; 4096 - 0x400],
+    /// 0x400: performance counters that run while a guest does: a bit each ([`crate::x86::pmu`]).
+    pub pmc_enable: u64,
+    /// 0x408: counters that have overflowed, a bit each; software clears it.
+    pub pmc_status: u64,
+    /// 0x410: what they count, as PERF_CTL.
+    pub pmc_select: [u64; COUNTERS],
+    /// Their counts, as PERF_CTR.
+    pub pmc_count: [u64; COUNTERS],
+    pad1: [u8; 4096 - 0x410 - 16 * COUNTERS],
 }
 
 /// A segment register with its descriptor cache, laid out as in the VMCB (APM vol. 2, appendix B).

@@ -8,7 +8,7 @@ use crate::x86::x87::{SUPPORTED_XCR0, compacted_size, xsave_size};
 
 /// Highest standard and extended leaf.
 const MAX_STANDARD: u32 = 0xD;
-const MAX_EXTENDED: u32 = 0x8000_0021;
+const MAX_EXTENDED: u32 = 0x8000_0022;
 /// Family 17h, model 31h, stepping 0.
 const SIGNATURE: u32 = 0x0083_0F10;
 const BRAND: &[u8; 48] = b"softkvm software CPU\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
@@ -35,8 +35,8 @@ const LEAF7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 10, 18, 19, 20, 23, 24, 29]);
 const LEAF7_ECX: u32 = bits(&[2, 3, 22]);
 /// Fn0000_0007_EDX_x0: FSRM.
 const LEAF7_EDX: u32 = bits(&[4]);
-/// Fn8000_0001_ECX: LAHF SVM AltMovCr8 ABM MisAlignSse 3DNowPrefetch.
-const EXT1_ECX: u32 = bits(&[0, 2, 4, 5, 7, 8]);
+/// Fn8000_0001_ECX: LAHF SVM AltMovCr8 ABM MisAlignSse 3DNowPrefetch PerfCtrExtCore.
+const EXT1_ECX: u32 = bits(&[0, 2, 4, 5, 7, 8, 23]);
 /// Fn8000_0001_EDX: the common ones and SYSCALL NX MmxExt Page1GB RDTSCP LM.
 const EXT1_EDX: u32 = COMMON_EDX | bits(&[11, 20, 22, 26, 27, 29]);
 /// Fn8000_0008_EBX: RstrFpErrPtrs WBNOINVD.
@@ -88,6 +88,8 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
         0x8000_0008 => [0x3030, EXT8_EBX, 0, 0],
         0x8000_000A => [1, ASIDS, 0, SVM_EDX],
         0x8000_0021 => [EXT21_EAX, 0, 0, 0],
+        // PerfMonV2, six core counters.
+        0x8000_0022 => [1, 6, 0, 0],
         _ => [0; 4],
     }
 }

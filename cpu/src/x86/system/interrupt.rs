@@ -238,6 +238,7 @@ impl Cpu {
         }
         self.delivering = 0;
         self.sys.no_step = true;
+        self.sys.deliveries = self.sys.deliveries.wrapping_add(1);
         self.shadow = false;
         self.update_attention();
         Ok(())
