@@ -121,6 +121,17 @@ class Vm(common.Vm, Protocol):
         KVM_MSR_FILTER_DEFAULT_DENY without a range; EFAULT for a bitmap that is shorter than its range.
         """
 
+    def set_pmu_event_filter(
+        self, action: int, events: Sequence[int], fixed_counter_bitmap: int = 0, flags: int = 0
+    ) -> None:
+        """KVM_SET_PMU_EVENT_FILTER: what performance counters may count, or with KVM_PMU_EVENT_DENY, what not.
+
+        *events* are event numbers and unit masks as in an event select register, or with
+        KVM_PMU_EVENT_FLAG_MASKED_EVENTS of KVM_PMU_ENCODE_MASKED_ENTRY; a bit each of *fixed_counter_bitmap* is a fixed
+        counter. EINVAL for another action, other flags, or bits that a masked event doesn't have; E2BIG for more than
+        300 events.
+        """
+
     def reinject_control(self, pit_reinject: int) -> None:
         """KVM_REINJECT_CONTROL."""
 

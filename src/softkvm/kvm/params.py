@@ -43,6 +43,11 @@ class Params:
     pte_prefetch_num: int = 64
     #: Cache MMIO in nested page-table entries.
     enable_mmio_caching: bool = True
+    #: Guests have performance counters.
+    enable_pmu: bool = True
+    #: Program a counter anew at each overflow and each change of a register, whether or not that makes a difference, as
+    #: kernels did: to measure what it costs (``softkvm bench pmu``).
+    pmu_reprogram_always: bool = False
     #: Answer the VMware backdoor ports.
     enable_vmware_backdoor: bool = False
     #: Longest that a halted vCPU waits awake before its thread sleeps, in ns; 0: never. The kernel's default is 200 us;

@@ -364,6 +364,14 @@ KVM_X86_NOTIFY_VMEXIT_USER = 1 << 1
 KVM_PMU_CAP_DISABLE = 1 << 0
 KVM_PMU_EVENT_ALLOW = 0
 KVM_PMU_EVENT_DENY = 1
+KVM_PMU_EVENT_FLAG_MASKED_EVENTS = 1 << 0
+KVM_PMU_EVENT_FLAGS_VALID_MASK = KVM_PMU_EVENT_FLAG_MASKED_EVENTS
+#: The most events of a filter.
+KVM_PMU_EVENT_FILTER_MAX_EVENTS = 300
+KVM_PMU_MASKED_ENTRY_UMASK_MASK_SHIFT = 56
+KVM_PMU_MASKED_ENTRY_UMASK_MASK = 0xFF << 56
+KVM_PMU_MASKED_ENTRY_UMASK_MATCH = 0xFF << 8
+KVM_PMU_MASKED_ENTRY_EXCLUDE = 1 << 55
 
 KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
@@ -380,6 +388,17 @@ class kvm_sync_regs(Structure):
     regs: kvm_regs
     sregs: kvm_sregs
     events: kvm_vcpu_events
+
+
+def KVM_PMU_ENCODE_MASKED_ENTRY(event_select: int, mask: int, match: int, exclude: bool) -> int:
+    """Return an event of a filter: unit masks that are ``match`` in ``mask``'s bits, or with ``exclude`` not."""
+    return (
+        event_select & 0xFF
+        | (event_select & 0xF00) << 24
+        | (mask & 0xFF) << KVM_PMU_MASKED_ENTRY_UMASK_MASK_SHIFT
+        | (match & 0xFF) << 8
+        | (KVM_PMU_MASKED_ENTRY_EXCLUDE if exclude else 0)
+    )
 
 
 @layout

@@ -14,7 +14,7 @@ from softkvm.abi.x86.msr import (
     kvm_msr_entry,
     kvm_msr_filter_range,
 )
-from softkvm.abi.x86.processor import KVM_MAX_XCRS, kvm_cpuid_entry2, kvm_xcr
+from softkvm.abi.x86.processor import KVM_MAX_XCRS, KVM_PMU_EVENT_FILTER_MAX_EVENTS, kvm_cpuid_entry2, kvm_xcr
 
 #: KVM_GET_MSRS and KVM_SET_MSRS take fewer than MAX_IO_MSRS, 256.
 NMSRS: Final = Size("kvm_msrs.nmsrs", 255, errno.E2BIG, element=ctypes.sizeof(kvm_msr_entry), where=__name__)
@@ -34,3 +34,6 @@ CPUID_ENTRIES: Final = Size(
     "CPUID entries of a vCPU", 256, errno.E2BIG, element=ctypes.sizeof(kvm_cpuid_entry2), where=__name__
 )
 XCRS: Final = Size("kvm_xcrs.nr_xcrs", KVM_MAX_XCRS, errno.EINVAL, element=ctypes.sizeof(kvm_xcr), where=__name__)
+PMU_EVENTS: Final = Size(
+    "kvm_pmu_event_filter.nevents", KVM_PMU_EVENT_FILTER_MAX_EVENTS, errno.E2BIG, element=8, where=__name__
+)

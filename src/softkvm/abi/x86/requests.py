@@ -55,6 +55,9 @@ from softkvm.abi.x86.msr import (
 )
 from softkvm.abi.x86.nested import kvm_nested_state
 from softkvm.abi.x86.processor import (
+    KVM_PMU_EVENT_ALLOW,
+    KVM_PMU_EVENT_DENY,
+    KVM_PMU_EVENT_FLAGS_VALID_MASK,
     kvm_clock_data,
     kvm_cpuid,
     kvm_cpuid2,
@@ -192,6 +195,45 @@ class MsrFilter(Argument):
         return given.flags, ranges
 
 
+class PmuEventFilter(Argument):
+    """KVM_SET_PMU_EVENT_FILTER: ``(action, events, fixed_counter_bitmap, flags)``."""
+
+    def accept(self, names: Sequence[str], args: Sequence[Any]) -> Sequence[Any]:
+        """Numbers of 32 bits, and a sequence of numbers of 64."""
+        action, events, *rest = args
+        action = checks.number(names[0], action, *_U32)
+        events = checks.numbers(lambda n: f"events[{n}]", checks.sequence(names[1], events, "numbers"), "Q")
+        return (
+            action,
+            events,
+            *(checks.number(name, value, *_U32) for name, value in zip(names[2:], rest, strict=False)),
+        )
+
+    def pack(self, action: int, events: Sequence[int], fixed_counter_bitmap: int = 0, flags: int = 0) -> Any:
+        """The structure with its events behind."""
+        table: Any = flexible(self.structure, ctypes.c_uint64, len(events), "events")(
+            action=action, nevents=len(events), fixed_counter_bitmap=fixed_counter_bitmap, flags=flags
+        )
+        table.events[:] = events
+        return table
+
+    def take(self, memory: Memory, value: int) -> Sequence[Any]:
+        """The header's fields, and the events; what is wrong with the header is said before the events are read."""
+        given = read_structure(memory, self.structure, value)
+        check_pmu_event_filter(given.action, given.nevents, given.flags)
+        data = memory.read(value + ctypes.sizeof(self.structure), given.nevents * 8) if given.nevents else b""
+        return given.action, memoryview(data).cast("Q").tolist(), given.fixed_counter_bitmap, given.flags
+
+
+def check_pmu_event_filter(action: int, nevents: int, flags: int) -> None:
+    """Raise EINVAL for an unknown action or flags, E2BIG for too many events."""
+    if action not in (KVM_PMU_EVENT_ALLOW, KVM_PMU_EVENT_DENY):
+        raise kvm_error(errno.EINVAL, f"action={action}, expected KVM_PMU_EVENT_ALLOW or KVM_PMU_EVENT_DENY")
+    if flags & ~KVM_PMU_EVENT_FLAGS_VALID_MASK:
+        raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected KVM_PMU_EVENT_FLAG_MASKED_EVENTS or 0")
+    request_sizes.PMU_EVENTS.check(nevents)
+
+
 class GivesXsave(Gives):
     """KVM_GET_XSAVE2: as many bytes as KVM_CAP_XSAVE2 says, 4096 unless the process has asked for more state (AMX)."""
 
@@ -263,7 +305,7 @@ KVM_SET_CLOCK = IOW(0x7B, kvm_clock_data, VM, Takes)
 KVM_GET_CLOCK = IOR(0x7C, kvm_clock_data, VM, Gives)
 KVM_GET_PIT2 = IOR(0x9F, kvm_pit_state2, VM, Gives)
 KVM_SET_PIT2 = IOW(0xA0, kvm_pit_state2, VM, Takes)
-KVM_SET_PMU_EVENT_FILTER = IOW(0xB2, kvm_pmu_event_filter, VM)
+KVM_SET_PMU_EVENT_FILTER = IOW(0xB2, kvm_pmu_event_filter, VM, PmuEventFilter)
 KVM_HYPERV_EVENTFD = IOW(0xBD, kvm_hyperv_eventfd, VM, fields("conn_id", "fd", "flags"))
 KVM_X86_SET_MSR_FILTER = IOW(0xC6, kvm_msr_filter, VM, MsrFilter)
 

@@ -22,6 +22,8 @@ from softkvm.kvm.x86.features import (
     X86_FEATURE_MWAIT,
     X86_FEATURE_OSPKE,
     X86_FEATURE_OSXSAVE,
+    X86_FEATURE_PERFCTR_CORE,
+    X86_FEATURE_PERFMON_V2,
     X86_FEATURE_RDPID,
     X86_FEATURE_SVM,
     X86_FEATURE_TSC_ADJUST,
@@ -94,7 +96,7 @@ def _supported_leaf(function: int, index: int) -> Leaf:
         ecx &= ~_OSPKE
         edx |= X86_FEATURE_ARCH_CAPABILITIES.mask  # kept by KVM
     elif function in (0xA, 0xF, 0x10, 0x8000_000A):
-        return _ZERO  # no PMU, no resource control, no nested SVM
+        return _ZERO  # Intel's PMU is not the silicon's; no resource control, no nested SVM
     elif function == 0x8000_0001:
         ecx &= ~_SVM
         edx |= _APIC
@@ -137,7 +139,7 @@ def _entry(function: int, index: int, leaf: Leaf, *, indexed: bool) -> abi.kvm_c
     )
 
 
-def get_supported_cpuid() -> list[abi.kvm_cpuid_entry2]:
+def get_supported_cpuid(*, enable_pmu: bool = True) -> list[abi.kvm_cpuid_entry2]:
     """KVM_GET_SUPPORTED_CPUID: the silicon's leaves as KVM can give them to a guest, and KVM's own."""
     entries = []
     for first in (0x0, 0x8000_0000):
@@ -148,12 +150,23 @@ def get_supported_cpuid() -> list[abi.kvm_cpuid_entry2]:
                 _entry(function, index, _supported_leaf(function, index), indexed=indexed)
                 for index in (_subleaves(function) if indexed else (0,))
             ]
+    if not enable_pmu:
+        _take_counters_away(entries)
     signature = [int.from_bytes(abi.KVM_SIGNATURE[i : i + 4], "little") for i in (0, 4, 8)]
     entries.append(
         _entry(abi.KVM_CPUID_SIGNATURE, 0, (abi.KVM_CPUID_FEATURES, *signature), indexed=False)  # type: ignore[arg-type]
     )
     entries.append(_entry(abi.KVM_CPUID_FEATURES, 0, (_KVM_FEATURES, 0, 0, 0), indexed=False))
     return entries
+
+
+def _take_counters_away(entries: list[abi.kvm_cpuid_entry2]) -> None:
+    """Leave out what tells of performance counters."""
+    for entry in entries:
+        if entry.function == X86_FEATURE_PERFCTR_CORE.leaf:
+            entry.ecx &= ~X86_FEATURE_PERFCTR_CORE.mask
+        elif entry.function == X86_FEATURE_PERFMON_V2.leaf:
+            entry.eax = entry.ebx = entry.ecx = entry.edx = 0
 
 
 def get_emulated_cpuid() -> list[abi.kvm_cpuid_entry2]:

@@ -32,6 +32,7 @@ from softkvm.kvm.x86.features import (
 from softkvm.kvm.x86.hyperv import msrs as hyperv_msrs
 from softkvm.kvm.x86.irqchip import apic_base
 from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.pmu import amd, intel, pmu
 from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
@@ -355,6 +356,16 @@ def _write_umwait_control(vcpu: Vcpu, index: int, data: int, host: bool) -> bool
     return True
 
 
+def _write_perf_capabilities(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
+    """Userspace may give a guest with Intel's counters, though it isn't offered, writes of all of a counter's bits."""
+    if not host or data & ~M.PMU_CAP_FW_WRITES:
+        return False
+    if data != vcpu.perf_capabilities:
+        vcpu.perf_capabilities = data
+        pmu.refresh(vcpu)
+    return True
+
+
 def _write_xss(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     return not data
 
@@ -374,7 +385,6 @@ MSRS: Final[dict[int, Msr]] = {
     M.MSR_IA32_TSC_ADJUST: Msr(lambda vcpu, index, host: vcpu.tsc_adjust, _write_tsc_adjust),
     M.MSR_IA32_UCODE_REV: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, M.UCODE_REV), _write_ucode_rev),
     M.MSR_IA32_UCODE_WRITE: _write_only(),
-    **{index: _constant(0) for index in (0xC1, 0xC2, 0x186, 0x187)},  # P6's two performance counters, and what counts
     0xCD: _fixed(3),  # FSB_FREQ
     M.MSR_PLATFORM_INFO: Msr(_read_platform_info, _write_platform_info),
     M.MSR_MISC_FEATURES_ENABLES: Msr(
@@ -406,7 +416,7 @@ MSRS: Final[dict[int, Msr]] = {
     ),
     M.MSR_IA32_TSC_DEADLINE: Msr(_read_tsc_deadline, _write_tsc_deadline),
     M.MSR_IA32_PERF_CAPABILITIES: _with(
-        X86_FEATURE_PDCM, Msr(lambda vcpu, index, host: 0, lambda vcpu, index, data, host: host and not data)
+        X86_FEATURE_PDCM, Msr(lambda vcpu, index, host: vcpu.perf_capabilities, _write_perf_capabilities)
     ),
     **{index: _fixed(0) for index in (0x606, 0x611, 0x619, 0x639, 0x641)},  # RAPL: what the host consumes is its own
     M.MSR_IA32_XSS: _with(X86_FEATURE_XSAVES, Msr(lambda vcpu, index, host: 0, _write_xss)),
@@ -423,10 +433,7 @@ MSRS: Final[dict[int, Msr]] = {
     M.MSR_AMD64_TSC_RATIO: Msr(lambda vcpu, index, host: M.TSC_RATIO_DEFAULT if host else None, _write_tsc_ratio),
     M.MSR_AMD64_SYSCFG: _fixed(0),
     M.MSR_K7_HWCR: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, M.HWCR_TSC_FREQ_SEL), _write_hwcr),
-    **{
-        index: _constant(0)
-        for index in (*range(0xC001_0000, 0xC001_0008), *range(0xC001_0016, 0xC001_001B), 0xC001_001D)
-    },
+    **{index: _constant(0) for index in (*range(0xC001_0016, 0xC001_001B), 0xC001_001D)},
     M.MSR_AMD64_NB_CFG: _constant(0),  # Linux enables extended PCI configuration there on AMD processors
     M.MSR_K7_CLK_CTL: _constant(0x2000_0000),  # a ramp-up count: Linux sets it on the K7s that need that
     M.MSR_AMD64_PATCH_LOADER: _write_only(),
@@ -466,6 +473,30 @@ MSRS: Final[dict[int, Msr]] = {
     **{index: Msr(*row) for index, row in hyperv_msrs.MSRS.items()},
 }
 
+_PMU_MSRS: Final = (
+    *range(M.MSR_CORE_PERF_FIXED_CTR0, M.MSR_CORE_PERF_FIXED_CTR0 + intel.CAPABILITY.counters_fixed),
+    M.MSR_CORE_PERF_FIXED_CTR_CTRL,
+    M.MSR_CORE_PERF_GLOBAL_STATUS,
+    M.MSR_CORE_PERF_GLOBAL_CTRL,
+    *range(M.MSR_IA32_PERFCTR0, M.MSR_IA32_PERFCTR0 + intel.CAPABILITY.counters_gp),
+    *range(M.MSR_P6_EVNTSEL0, M.MSR_P6_EVNTSEL0 + intel.CAPABILITY.counters_gp),
+    *range(M.MSR_K7_EVNTSEL0, M.MSR_K7_PERFCTR0 + amd.AMD64_NUM_COUNTERS),
+    *range(M.MSR_F15H_PERF_CTL0, M.MSR_F15H_PERF_CTL0 + 2 * amd.AMD64_NUM_COUNTERS_CORE),
+    M.MSR_AMD64_PERF_CNTR_GLOBAL_CTL,
+    M.MSR_AMD64_PERF_CNTR_GLOBAL_STATUS,
+    M.MSR_AMD64_PERF_CNTR_GLOBAL_STATUS_CLR,
+)
+#: Performance counters' registers that are saved, by index. Which of them a guest has, its CPUID says
+#: (:mod:`.pmu.pmu`); those that it doesn't have are 0.
+PMU_MSRS_TO_SAVE: Final = dict.fromkeys(_PMU_MSRS)
+#: Those that read 0 and ignore writes where there are no counters: the K7's, and the P6's two.
+_PMU_MSRS_IGNORED: Final = frozenset(
+    {
+        *range(M.MSR_K7_EVNTSEL0, M.MSR_K7_PERFCTR0 + amd.AMD64_NUM_COUNTERS),
+        *(base + n for base in (M.MSR_IA32_PERFCTR0, M.MSR_P6_EVNTSEL0) for n in range(2)),
+    }
+)
+
 #: MSRs that say what this KVM supports (KVM_GET_MSR_FEATURE_INDEX_LIST), and their values.
 FEATURE_MSRS: Final = {
     M.MSR_AMD64_DE_CFG: M.DE_CFG_LFENCE_SERIALIZE,
@@ -475,14 +506,14 @@ FEATURE_MSRS: Final = {
 }
 
 
-def msr_index_list() -> list[int]:
+def msr_index_list(*, enable_pmu: bool = True) -> list[int]:
     """KVM_GET_MSR_INDEX_LIST: the registers to save and restore."""
-    return [index for index, msr in MSRS.items() if msr.save]
+    return [index for index, msr in MSRS.items() if msr.save] + ([*PMU_MSRS_TO_SAVE] if enable_pmu else [])
 
 
-def is_known(index: int) -> bool:
+def is_known(vcpu: Vcpu, index: int) -> bool:
     """Tell whether there is such a register, whatever this guest may do with it."""
-    return index in MSRS
+    return index in MSRS or index in vcpu.pmu.msrs or index in _PMU_MSRS_IGNORED
 
 
 def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int | None:
@@ -490,6 +521,11 @@ def get_msr(vcpu: Vcpu, index: int, *, host: bool) -> int | None:
     row = MSRS.get(index)
     if row is not None:
         return row.read(vcpu, index, host)
+    counter = vcpu.pmu.msrs.get(index)
+    if counter is not None:
+        return counter[0]()
+    if index in _PMU_MSRS_IGNORED or (host and index in PMU_MSRS_TO_SAVE):
+        return 0
     params = vcpu.vm.params
     if params.ignore_msrs:
         if params.report_ignored_msrs:
@@ -505,6 +541,11 @@ def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> bool:
     row = MSRS.get(index)
     if row is not None:
         return row.write(vcpu, index, data & _U64, host)
+    counter = vcpu.pmu.msrs.get(index)
+    if counter is not None:
+        return counter[1](data & _U64, host)
+    if index in _PMU_MSRS_IGNORED or (host and not data and index in PMU_MSRS_TO_SAVE):
+        return True
     params = vcpu.vm.params
     if params.ignore_msrs:
         if params.report_ignored_msrs:

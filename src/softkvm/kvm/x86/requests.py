@@ -34,3 +34,5 @@ KVM_REQ_LOAD_MMU_PGD: Final = 1 << _BASE + 11
 KVM_REQ_APF_HALT: Final = 1 << _BASE + 12
 #: Pages that the vCPU waited for have come.
 KVM_REQ_APF_READY: Final = 1 << _BASE + 13
+#: What the guest's performance counters count has changed.
+KVM_REQ_PMU: Final = 1 << _BASE + 14

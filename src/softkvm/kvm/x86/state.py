@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
     from softkvm.kvm.x86.paravirt.vapic import Vapic
     from softkvm.kvm.x86.svm.avic import Avic
+    from softkvm.kvm.x86.pmu.event_filter import PmuEventFilter
+    from softkvm.kvm.x86.pmu.pmu import Pmu
     from softkvm.kvm.x86.tsc import TscSynchronizer
 
 MSR_IA32_APICBASE = 0x1B
@@ -83,6 +85,8 @@ class VmState(state.VmState):
         self.guest_can_read_msr_platform_info = True
         self.unused_page_hints = 0  # KVM_CAP_UNUSED_PAGE_HINT: its bits
         self.bus_lock_detection = False  # KVM_CAP_X86_BUS_LOCK_EXIT
+        self.enable_pmu = params.enable_pmu
+        self.pmu_event_filter: PmuEventFilter | None = None
         self.hypercall_exits = 0  # KVM_CAP_EXIT_HYPERCALL: a bit per number
 
         # Time
@@ -130,6 +134,8 @@ class ControlState:
     #: The nested tables that the processor uses, from the first KVM_RUN on.
     root_tdp: int = INVALID_PAGE
     mcg_cap: int = 0
+    #: IA32_PERF_CAPABILITIES.
+    perf_capabilities: int = 0
 
 
 @dataclass(eq=False)
@@ -249,6 +255,7 @@ class ProcessorState:
     #: Userspace has the PIC, so it asks for interrupt windows: without in-kernel chips, or with the APICs alone.
     pic_in_userspace: bool
     apic: Lapic | None
+    pmu: Pmu
     pv_eoi: PvEoi | None
     vapic: Vapic | None
 
@@ -426,6 +433,10 @@ class VcpuState(
     def flush_tlb_guest(self) -> None:
         """Drop every translation of this vCPU at the next entry; vCPU thread only."""
         self.b[V.TLB_CTL] = V.TLB_CONTROL_FLUSH_ASID
+
+    def counts_instructions(self, on: bool) -> None:
+        """Count the instructions that KVM carries out in the guest's place, or don't any more."""
+        raise NotImplementedError
 
     # --- events ------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ class Kvm(system.Kvm):
         self.vm_created: list[Callable[[Vm], object]] = []
 
     def arch_check_extension(self, cap: int) -> int:
-        """The table of :mod:`.capabilities`."""
-        return check_extension(cap)
+        """The table of :mod:`.capabilities`; nothing to disable without ``enable_pmu``."""
+        return 0 if cap == abi.KVM_CAP_PMU_CAPABILITY and not self.params.enable_pmu else check_extension(cap)
 
     def create_vm(self, type: int = 0) -> Vm:
         """KVM_CREATE_VM: EINVAL for a type that KVM_CAP_VM_TYPES doesn't have."""
@@ -42,7 +42,7 @@ class Kvm(system.Kvm):
 
     def get_supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID."""
-        entries = cpuid.get_supported_cpuid()
+        entries = cpuid.get_supported_cpuid(enable_pmu=self.params.enable_pmu)
         for change in self.cpuid_changes:
             entries = change(entries)
         return entries
@@ -57,7 +57,7 @@ class Kvm(system.Kvm):
 
     def get_msr_index_list(self) -> list[int]:
         """KVM_GET_MSR_INDEX_LIST."""
-        return msrs.msr_index_list()
+        return msrs.msr_index_list(enable_pmu=self.params.enable_pmu)
 
     def get_msr_feature_index_list(self) -> list[int]:
         """KVM_GET_MSR_FEATURE_INDEX_LIST."""

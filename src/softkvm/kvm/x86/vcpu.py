@@ -43,6 +43,8 @@ from softkvm.kvm.x86.msr_index import MCG_CAP
 from softkvm.kvm.x86.paravirt import async_pf, kvmclock, steal_time
 from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
 from softkvm.kvm.x86.paravirt.vapic import Vapic
+from softkvm.kvm.x86.pmu import pmu
+from softkvm.kvm.x86.pmu.pmu import Pmu
 from softkvm.kvm.x86.requests import (
     KVM_REQ_APF_HALT,
     KVM_REQ_APF_READY,
@@ -52,6 +54,7 @@ from softkvm.kvm.x86.requests import (
     KVM_REQ_IOAPIC_EOI_EXIT,
     KVM_REQ_LOAD_MMU_PGD,
     KVM_REQ_NMI,
+    KVM_REQ_PMU,
     KVM_REQ_REPORT_TPR_ACCESS,
     KVM_REQ_STEAL_UPDATE,
     KVM_REQ_TRIPLE_FAULT,
@@ -59,7 +62,8 @@ from softkvm.kvm.x86.requests import (
 from softkvm.kvm.x86.state import VcpuState, VmState
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
-from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS
+from softkvm.kvm.x86.svm.counting import CountingEmulator, counting_exit_handlers
+from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
 from softkvm.kvm.x86.svm.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RFLAGS, V_TPR
 
 log = logging.getLogger(__name__)
@@ -89,6 +93,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         self.exception = QueuedException()
         self.cpuid = CpuidTable()
         self.emulator = Emulator(self)
+        self.pmu = Pmu(self)
         self.apic = None
         self.pv_eoi = None
         self.vapic = None
@@ -102,6 +107,10 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.mp_state = _UNINITIALIZED
         tsc.start(self)
         self.make_request(KVM_REQ_LOAD_MMU_PGD)
+        self._set_loop(EXIT_HANDLERS)
+        pmu.refresh(self)
+
+    def _set_loop(self, handlers: dict[int, Handler]) -> None:
         #: What the loop uses at every exit, in one tuple: KVM_RUN is called often, too.
         self._loop = (
             self.cpu.vmrun,
@@ -109,7 +118,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.q,
             self.b,
             self.exit_counts,
-            EXIT_HANDLERS,
+            handlers,
             self.apic,
             self.pic_in_userspace,
         )
@@ -117,6 +126,13 @@ class Vcpu(VcpuState, vcpu.Vcpu):
     def create_apic(self, apic_map: ApicMap) -> Lapic:
         """Return the local APIC of a vCPU that has it in KVM."""
         return Lapic(self, apic_map)
+
+    def counts_instructions(self, on: bool) -> None:
+        """Have exits handled, and instructions emulated, by what counts them for the guest's performance counters."""
+        if on == (self._loop[5] is EXIT_HANDLERS):
+            self._set_loop(counting_exit_handlers() if on else EXIT_HANDLERS)
+            self.emulator.__class__ = CountingEmulator if on else Emulator
+            self.make_request(KVM_REQ_PMU)  # leaves the loop, which has the other table
 
     # --- KVM_RUN -----------------------------------------------------------------------------------
 
@@ -286,6 +302,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self._update_clocks()
         if requests & KVM_REQ_APF_READY:
             async_pf.check_completion(self)
+        if requests & KVM_REQ_PMU:
+            pmu.handle_event(self)
         if requests & KVM_REQ_REPORT_TPR_ACCESS:
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_TPR_ACCESS
             self.make_request(requests & _BEHIND_TPR_ACCESS)

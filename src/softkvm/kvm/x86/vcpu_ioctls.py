@@ -34,6 +34,7 @@ from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.fault import pre_fault_memory
 from softkvm.kvm.x86.mmu.paging import walk
 from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.pmu import pmu
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.stats import VCPU_STATS, vcpu_stats
 from softkvm.kvm.x86.svm import svm
@@ -253,6 +254,7 @@ class VcpuIoctls(Vcpu):
             return
         self.cpuid.set(self, entries)
         hyperv_vp.cpuid_changed(self)
+        pmu.refresh(self)
         svm.set_instruction_intercepts(self)
         svm.recalc_msr_intercepts(self)
         self.cpu.waitpkg = self.cpuid.has(X86_FEATURE_WAITPKG)
@@ -265,6 +267,7 @@ class VcpuIoctls(Vcpu):
                 tsc_deadline=self.cpuid.has(X86_FEATURE_TSC_DEADLINE_TIMER),
                 maxphyaddr=self.maxphyaddr,
             )
+            self.apic.masks_lvtpc = self.cpuid.intel_compatible
 
     def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
         """KVM_GET_CPUID2."""

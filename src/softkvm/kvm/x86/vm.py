@@ -29,6 +29,8 @@ from softkvm.kvm.x86.mmu.spte import MMIO_SPTE_GEN_MASK
 from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
 from softkvm.kvm.x86.msr_filter import MsrFilter
 from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.pmu.event_filter import PmuEventFilter
+from softkvm.kvm.x86.pmu.pmu import filter_changed
 from softkvm.kvm.x86.requests import KVM_REQ_IOAPIC_EOI_EXIT
 from softkvm.kvm.x86.state import VmState
 from softkvm.kvm.x86.svm import svm
@@ -78,6 +80,8 @@ class Vm(VmState, vm.Vm):
     def arch_check_extension(self, cap: int) -> int:
         """The table of :mod:`.capabilities`; private memory in VMs that have it."""
         if cap in OF_PRIVATE_MEMORY and self.private_frames is None:
+            return 0
+        if cap == abi.KVM_CAP_PMU_CAPABILITY and not self.params.enable_pmu:
             return 0
         return check_extension(cap)
 
@@ -261,6 +265,16 @@ class Vm(VmState, vm.Vm):
             self.msr_filter = msr_filter
             for vcpu in self.vcpus:
                 vcpu.call_soon(partial(svm.set_msr_filter, vcpu, msr_filter))
+
+    def set_pmu_event_filter(
+        self, action: int, events: Sequence[int], fixed_counter_bitmap: int = 0, flags: int = 0
+    ) -> None:
+        """KVM_SET_PMU_EVENT_FILTER."""
+        event_filter = PmuEventFilter(action, events, fixed_counter_bitmap, flags)
+        with self.lock:
+            self.pmu_event_filter = event_filter
+            for vcpu in self.vcpus:
+                vcpu.call_soon(partial(filter_changed, vcpu))
 
     def set_nr_mmu_pages(self, pages: int) -> None:
         """KVM_SET_NR_MMU_PAGES: kept, and without effect: there are nested page tables only, which don't count."""

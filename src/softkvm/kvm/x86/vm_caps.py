@@ -137,6 +137,15 @@ def _may_reboot() -> bool:
     return bool(int(effective.split()[1], 16) >> _CAP_SYS_BOOT & 1)
 
 
+def _pmu_capability(vm: Vm, value: int) -> None:
+    if not vm.params.enable_pmu or value & ~abi.KVM_PMU_CAP_DISABLE:
+        raise kvm_error(errno.EINVAL, f"args[0]={value:#x}, expected KVM_PMU_CAP_DISABLE or 0, with enable_pmu")
+    with vm.lock:
+        if vm.vcpus:
+            raise kvm_error(errno.EINVAL, "vCPUs exist: whether they have performance counters can't change")
+        vm.enable_pmu = not value & abi.KVM_PMU_CAP_DISABLE
+
+
 _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_MAX_VCPU_ID: _max_vcpu_id,
     abi.KVM_CAP_DISABLE_QUIRKS: _disable_quirks,
@@ -153,5 +162,6 @@ _ENABLE: Final[dict[int, Callable[[Vm, int], None]]] = {
     abi.KVM_CAP_X86_BUS_LOCK_EXIT: _bus_lock_exit,
     abi.KVM_CAP_UNUSED_PAGE_HINT: _unused_page_hint,
     abi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
+    abi.KVM_CAP_PMU_CAPABILITY: _pmu_capability,
     abi.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: _disable_nx_huge_pages,
 }

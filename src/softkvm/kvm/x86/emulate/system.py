@@ -14,6 +14,7 @@ from softkvm.kvm.x86.exceptions import DR6_BD, DR7_GD, Unhandleable, X86Exceptio
 from softkvm.kvm.x86.halt import halt
 from softkvm.kvm.x86.hyperv import hypercalls as hyperv_hypercalls
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
+from softkvm.kvm.x86.pmu import pmu
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 
@@ -189,8 +190,11 @@ def rdtsc(e: Emulator, i: Insn) -> None:
 
 @handler("rdpmc")
 def rdpmc(e: Emulator, i: Insn) -> None:
-    """Performance counters: there are none but VMware's."""
-    value = vmware.read_pmc(e.vcpu, e.gpr[1] & 0xFFFF_FFFF)
+    """A performance counter, or one of VMware's."""
+    index = e.gpr[1] & 0xFFFF_FFFF
+    value = vmware.read_pmc(e.vcpu, index)
+    if value is None:
+        value = pmu.rdpmc(e.vcpu, index)
     if value is None:
         raise gp()
     e.gpr[0] = value & 0xFFFF_FFFF

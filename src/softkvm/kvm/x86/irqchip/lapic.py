@@ -105,6 +105,8 @@ class Lapic:
         self.sw_enabled = False
         self.x2apic_mode = False
         self.lvt_masks = dict(APIC_LVT_MASKS)
+        #: A performance counter's interrupt masks its entry (SDM 11.5.1); on AMD's processors it doesn't.
+        self.masks_lvtpc = True
         self._base_valid = 0
         self.lock = threading.Lock()  # of irr, tmr, pending_esr, pending_events
         self.cpuid_changed(x2apic=True, tsc_deadline=True, maxphyaddr=48)
@@ -362,8 +364,8 @@ class Lapic:
         mode = APIC_DM_FIXED if offset in (APIC_LVTT, APIC_LVTERR) else entry & APIC_MODE_MASK
         level = bool(entry & APIC_LVT_LEVEL_TRIGGER) and mode == APIC_DM_FIXED
         accepted = self.accept_irq(mode, entry & APIC_VECTOR_MASK, True, level)
-        if accepted and offset == APIC_LVTPC:
-            self.regs[offset >> 2] = entry | APIC_LVT_MASKED  # SDM 11.5.1: set by hardware on a PMI
+        if accepted and offset == APIC_LVTPC and self.masks_lvtpc:
+            self.regs[offset >> 2] = entry | APIC_LVT_MASKED
         return bool(accepted)
 
     def set_error(self, error: int) -> None:

@@ -37,6 +37,7 @@ from softkvm.kvm.x86.mmu.fault import page_fault
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE
 from softkvm.kvm.x86.msr_exits import exit_msr, read_msr, write_msr
 from softkvm.kvm.x86.paravirt import hypercalls, vmware
+from softkvm.kvm.x86.pmu import pmu
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.svm import avic, svm
 from softkvm.kvm.x86.svm import vmcb as V
@@ -335,7 +336,8 @@ def gp_interception(vcpu: Vcpu) -> int:
 
 
 def nmi_interception(vcpu: Vcpu) -> int:
-    """A physical NMI: the host's."""
+    """A physical NMI: the host's performance counters, or nothing of ours."""
+    pmu.nmi(vcpu)
     return 1
 
 
@@ -387,8 +389,11 @@ def ud_on_interception(vcpu: Vcpu) -> int:
 
 
 def rdpmc_interception(vcpu: Vcpu) -> int:
-    """RDPMC: there are no counters but VMware's."""
-    value = vmware.read_pmc(vcpu, vcpu.gpr[1] & _U32)
+    """RDPMC: the guest's counters, or VMware's."""
+    index = vcpu.gpr[1] & _U32
+    value = vmware.read_pmc(vcpu, index)
+    if value is None:
+        value = pmu.rdpmc(vcpu, index)
     if value is None:
         inject_gp(vcpu)
         return 1
