@@ -97,6 +97,7 @@ pub(super) fn reg_imm<A: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+#[inline]
 pub(super) fn reg_mem<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let b = E::load::<T>(cpu, op)?;
     let a = cpu.reg::<T>(op.dst);
@@ -118,11 +119,13 @@ fn mem_value<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Res {
     }
 }
 
+#[inline]
 pub(super) fn mem_reg<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let b = cpu.reg::<T>(op.src);
     mem_value::<A, E, T>(cpu, op, b)
 }
 
+#[inline]
 pub(super) fn mem_imm<A: Binary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     mem_value::<A, E, T>(cpu, op, T::from_u64(op.imm))
 }
@@ -225,6 +228,7 @@ pub(super) fn unary_reg<A: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+#[inline]
 fn unary_mem<A: Unary, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     E::modify::<T>(cpu, op, |cpu, a| A::run(&mut cpu.lf, a))
 }
@@ -255,6 +259,7 @@ fn xadd_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+#[inline]
 fn xadd_mem<const LOCK: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let b = cpu.reg::<T>(op.src);
     let mut old = b;
@@ -292,6 +297,7 @@ fn cmpxchg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+#[inline]
 fn cmpxchg_mem<const LOCK: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let (accumulator, new) = (cpu.reg::<T>(0), cpu.reg::<T>(op.src));
     let mut found = accumulator;
@@ -426,6 +432,7 @@ fn adx_reg<const OVERFLOW: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+#[inline]
 fn adx_mem<const OVERFLOW: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let b = cpu.load::<T>(op)?;
     add_carry::<OVERFLOW, T>(cpu, op, b);

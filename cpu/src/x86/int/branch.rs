@@ -66,6 +66,7 @@ fn jcc<const CC: u8, const LONG: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     taken_if::<LONG, T>(cpu, op, taken)
 }
 
+#[inline]
 fn call<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = cpu.rb.gpr[17].wrapping_add(op.imm);
     let target = checked_by::<S, T>(cpu, target)?;
@@ -97,17 +98,20 @@ fn go<const CALL: bool, S: Stack, T: Int>(cpu: &mut Cpu, op: &Op, target: T) -> 
     Err(cpu.jump(target, LINK_NONE))
 }
 
+#[inline]
 fn indirect_reg<const CALL: bool, S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = cpu.reg::<T>(op.src);
     go::<CALL, S, T>(cpu, op, target)
 }
 
+#[inline]
 fn indirect_mem<const CALL: bool, S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = E::load::<T>(cpu, op)?;
     go::<CALL, S, T>(cpu, op, target)
 }
 
 /// RET, with `imm` bytes more to release.
+#[inline]
 fn ret<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let target = S::top::<T>(cpu, op)?;
     if S::LONG && T::BITS == 64 && take_return(cpu, target.to_u64()) {

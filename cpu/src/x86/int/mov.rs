@@ -14,33 +14,39 @@ use crate::x86::state::{Cpu, reg as r};
 
 // ---- MOV -------------------------------------------------------------------------------------------------------
 
+#[inline]
 fn mov_reg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.src);
     cpu.set_reg(op.dst, v);
     Ok(())
 }
 
+#[inline]
 fn mov_reg_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     cpu.set_reg(op.dst, T::from_u64(op.imm));
     Ok(())
 }
 
+#[inline]
 fn mov_reg_mem<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = E::load::<T>(cpu, op)?;
     cpu.set_reg(op.dst, v);
     Ok(())
 }
 
+#[inline]
 fn mov_mem_reg<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.src);
     E::store::<T>(cpu, op, v)
 }
 
+#[inline]
 fn mov_mem_imm<E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     E::store::<T>(cpu, op, T::from_u64(op.imm))
 }
 
 /// MOV AL/eAX, moffs with a 64-bit offset, in `imm`.
+#[inline]
 fn mov_load_offset<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let linear = op.imm.wrapping_add(cpu.ea_base[(op.seg & 7) as usize]);
     let v = cpu.load_at::<T>(op.seg, linear)?;
@@ -49,6 +55,7 @@ fn mov_load_offset<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 /// MOV moffs, AL/eAX with a 64-bit offset.
+#[inline]
 fn mov_store_offset<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let linear = op.imm.wrapping_add(cpu.ea_base[(op.seg & 7) as usize]);
     let v = cpu.reg::<T>(op.src);
@@ -90,12 +97,14 @@ fn extend<const SIGNED: bool, S: Int, D: Int>(v: S) -> D {
     D::from_u64(if SIGNED { v.to_i64() as u64 } else { v.to_u64() })
 }
 
+#[inline]
 fn extend_reg<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<S>(op.src);
     cpu.set_reg(op.dst, extend::<SIGNED, S, D>(v));
     Ok(())
 }
 
+#[inline]
 fn extend_mem<const SIGNED: bool, E: Ea, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = E::load::<S>(cpu, op)?;
     cpu.set_reg(op.dst, extend::<SIGNED, S, D>(v));
@@ -123,6 +132,7 @@ fn extending<const SIGNED: bool>(i: &Instruction, op: &mut Op) -> Option<Handler
 
 // ---- XCHG ------------------------------------------------------------------------------------------------------
 
+#[inline]
 fn xchg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let (a, b) = (cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
     cpu.set_reg(op.src, a);
@@ -131,6 +141,7 @@ fn xchg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 /// Locked whether it says so or not.
+#[inline]
 fn xchg_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let new = cpu.reg::<T>(op.src);
     let mut old = new;
@@ -157,18 +168,21 @@ fn xchg(i: &Instruction, op: &mut Op) -> Option<Handler> {
 
 // ---- LEA -------------------------------------------------------------------------------------------------------
 
+#[inline]
 fn lea_base<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let ea = cpu.reg::<u64>(op.base).wrapping_add(op.disp as i64 as u64);
     cpu.set_reg(op.dst, T::from_u64(ea));
     Ok(())
 }
 
+#[inline]
 fn lea_index<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let ea = cpu.ea_raw(op);
     cpu.set_reg(op.dst, T::from_u64(ea));
     Ok(())
 }
 
+#[inline]
 fn lea_any<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let ea = cpu.ea(op);
     cpu.set_reg(op.dst, T::from_u64(ea));
@@ -189,6 +203,7 @@ fn lea(i: &Instruction, op: &mut Op) -> Option<Handler> {
 
 // ---- conditions ------------------------------------------------------------------------------------------------
 
+#[inline]
 fn cmov_reg<const CC: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let (new, old) = (cpu.reg::<T>(op.src), cpu.reg::<T>(op.dst));
     // Written either way: a 32-bit CMOV clears the upper half even when the condition doesn't hold.
@@ -197,6 +212,7 @@ fn cmov_reg<const CC: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+#[inline]
 fn cmov_mem<const CC: u8, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let new = E::load::<T>(cpu, op)?;
     let old = cpu.reg::<T>(op.dst);
@@ -213,12 +229,14 @@ fn cmov(i: &Instruction, op: &mut Op, cc: u8) -> Option<Handler> {
     })
 }
 
+#[inline]
 fn setcc_reg<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.lf.condition(CC) as u8;
     cpu.set_reg(op.dst, v);
     Ok(())
 }
 
+#[inline]
 fn setcc_mem<const CC: u8, E: Ea>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.lf.condition(CC) as u8;
     E::store(cpu, op, v)
@@ -242,6 +260,7 @@ fn swap<T: Int>(v: T) -> T {
     T::from_u64(v.to_u64().swap_bytes() >> (64 - T::BITS))
 }
 
+#[inline]
 fn bswap<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.dst);
     // The 16-bit form is undefined; processors clear the register.
@@ -249,12 +268,14 @@ fn bswap<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     Ok(())
 }
 
+#[inline]
 fn movbe_load<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.load::<T>(op)?;
     cpu.set_reg(op.dst, swap(v));
     Ok(())
 }
 
+#[inline]
 fn movbe_store<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.src);
     cpu.store(op, swap(v))
@@ -269,6 +290,7 @@ fn movbe(i: &Instruction, op: &mut Op) -> Option<Handler> {
 }
 
 /// CBW, CWDE, CDQE: sign-extends the lower half of the accumulator.
+#[inline]
 fn extend_accumulator<S: Int, D: Int>(cpu: &mut Cpu, _: &Op) -> Res {
     let v = cpu.reg::<S>(0);
     cpu.set_reg(0, extend::<true, S, D>(v));
@@ -276,6 +298,7 @@ fn extend_accumulator<S: Int, D: Int>(cpu: &mut Cpu, _: &Op) -> Res {
 }
 
 /// CWD, CDQ, CQO: fills rDX with the accumulator's sign.
+#[inline]
 fn sign_to_rdx<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
     let sign = cpu.reg::<T>(0).to_i64() >> 63;
     cpu.set_reg(r::RDX as u8 * 8, T::from_u64(sign as u64));
@@ -283,6 +306,7 @@ fn sign_to_rdx<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
 }
 
 /// XLAT: AL = seg:[rBX + AL].
+#[inline]
 fn xlat(cpu: &mut Cpu, op: &Op) -> Res {
     let ea = cpu.rb.gpr[r::RBX].wrapping_add(cpu.reg::<u8>(0) as u64);
     let offset = match op.asize {
@@ -299,12 +323,14 @@ fn xlat(cpu: &mut Cpu, op: &Op) -> Res {
 /// Offset of AH in the register file.
 const AH: u8 = 1;
 
+#[inline]
 fn lahf(cpu: &mut Cpu, _: &Op) -> Res {
     let v = (cpu.lf.bits() & 0xff | rf::FIXED1) as u8;
     cpu.set_reg(AH, v);
     Ok(())
 }
 
+#[inline]
 fn sahf(cpu: &mut Cpu, _: &Op) -> Res {
     let low = rf::CF | rf::PF | rf::AF | rf::ZF | rf::SF;
     let image = cpu.reg::<u8>(AH) as u64 & low | cpu.lf.bits() & rf::OF;

@@ -117,20 +117,24 @@ macro_rules! stacked {
 }
 pub(super) use stacked;
 
+#[inline]
 fn push_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = cpu.reg::<T>(op.src);
     S::push::<T>(cpu, op, v)
 }
 
+#[inline]
 fn push_imm<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     S::push::<T>(cpu, op, T::from_u64(op.imm))
 }
 
+#[inline]
 fn push_mem<S: Stack, E: Ea, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = E::load::<T>(cpu, op)?;
     S::push::<T>(cpu, op, v)
 }
 
+#[inline]
 fn pop_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let v = S::top::<T>(cpu, op)?;
     S::release(cpu, T::BYTES as u64);
@@ -139,6 +143,7 @@ fn pop_reg<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 /// The destination's address is computed with the stack pointer of after the pop.
+#[inline]
 fn pop_mem<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let before = cpu.rb.gpr[r::RSP];
     let v = S::top::<T>(cpu, op)?;
@@ -193,6 +198,7 @@ fn popping(i: &Instruction, op: &mut Op, cx: &Context) -> Option<Handler> {
 
 /// Registers are pushed one by one; a fault finds those before it in memory (as on processors: the manual is silent) and
 /// the stack pointer as it was, so that the instruction can restart.
+#[inline]
 fn pusha<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
     let mut sp = cpu.rb.gpr[r::RSP];
     for n in 0..8 {
@@ -206,6 +212,7 @@ fn pusha<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
 }
 
 /// As PUSHA does: a fault finds the registers before it loaded.
+#[inline]
 fn popa<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
     for n in 0..8 {
         let v = cpu.peek::<T>(T::BYTES as u64 * n)?;
@@ -222,6 +229,7 @@ fn popa<T: Int>(cpu: &mut Cpu, _: &Op) -> Res {
 // ---- ENTER, LEAVE ----------------------------------------------------------------------------------------------
 
 /// ENTER: `imm` = bytes to allocate, `aux` = nesting level.
+#[inline]
 fn enter<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let size = T::BYTES as u64;
     let level = op.aux & 31;
@@ -252,6 +260,7 @@ fn enter<T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
 }
 
 /// LEAVE: the frame is read before anything changes.
+#[inline]
 fn leave<S: Stack, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
     let bp = cpu.rb.gpr[r::RBP];
     let v = S::at::<T>(cpu, op, bp)?;
