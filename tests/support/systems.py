@@ -67,7 +67,7 @@ def kept_directory() -> Path:
 def open_package(package: str, architecture: str, *, kernel: bool) -> Iterator[Path]:
     """Download *package*, or with *kernel* the package of the kernel that it depends on, for as long as it is read."""
     with tempfile.TemporaryDirectory(dir=kept_directory()) as work:
-        apt = _apt(architecture)
+        apt = apt_of(architecture)
         name = apt.resolve_kernel([package]) if kernel else package
         yield apt.download(name, Path(work), NoProgress()).path
 
@@ -83,7 +83,7 @@ def _fetch(kept: Path, package: str, path: str, architecture: str, kernel: bool)
 
 
 @cache
-def _apt(architecture: str) -> Apt:
+def apt_of(architecture: str) -> Apt:
     """The package client with its lists; of another architecture some of the system's sources have none."""
     state = tempfile.mkdtemp(prefix="softkvm-apt-")
     apt = Apt(Path(state), architecture)

@@ -19,6 +19,7 @@ from softkvm.cli import (
     CommandError,
     bench_demand_paging,
     bench_dirty_log,
+    bench_pmu,
     bench_task_work,
 )
 from softkvm.cli.arguments import count, file_name, seconds
@@ -35,6 +36,7 @@ measurements:
   dirty-log      what dirty logging costs: turning it on and off, passes over memory, fetching the log
   demand-paging  what memory costs that comes page by page
   task-work      how soon a vCPU's thread does what was called for, and how late CPU timers are
+  pmu            what performance counters cost: exits while they count, overflows
 
 `softkvm bench MEASUREMENT --help` explains it.
 """
@@ -61,11 +63,15 @@ examples:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     measurements = parser.add_subparsers(
-        dest="measurement", metavar="MEASUREMENT", required=True, help="vmexit, dirty-log, demand-paging, task-work"
+        dest="measurement",
+        metavar="MEASUREMENT",
+        required=True,
+        help="vmexit, dirty-log, demand-paging, task-work, pmu",
     )
     bench_dirty_log.add(measurements)
     bench_demand_paging.add(measurements)
     bench_task_work.add(measurements)
+    bench_pmu.add(measurements)
     command = measurements.add_parser(
         "vmexit",
         description="Measure what an exit costs, kind by kind.",

@@ -41,6 +41,7 @@ _CLEARED: Final = (
     "Acquire::IndexTargets::deb::CNF",
 )
 _URI_LINE: Final = re.compile(r"'(?P<uri>[^']+)' (?P<name>\S+) (?P<size>\d+) (?P<hash>\S+)")
+_URI_PACKAGE: Final = re.compile(r"^'[^']+' ([^_\s]+)_", re.MULTILINE)  # some sources' lines have no hash
 _DEPENDS: Final = re.compile(r"^Depends: (?P<list>.*)$", re.MULTILINE)
 _KERNEL: Final = re.compile(r"^linux-image-(?:unsigned-)?\d+\.")  # not linux-image-686
 
@@ -133,6 +134,15 @@ class Apt:
             raise GuestUnavailable(f"apt-get downloaded no file for package {package}")
         kind, _, digest = match["hash"].partition(":")
         return Package(files[-1], files[-1].name, digest if kind == "SHA256" else None)
+
+    def download_with_dependencies(self, package: str, directory: Path, progress: Progress) -> None:
+        """Download ``package`` and all that it depends on into ``directory``."""
+        progress.step(package)
+        where = self._run("apt-get", "-qq", "install", "--no-install-recommends", "--print-uris", package)
+        if where.returncode != 0:
+            raise _failure("install", where.stderr)
+        names = _URI_PACKAGE.findall(where.stdout)
+        self._fetch(progress, "download", *names, cwd=directory)
 
     # -- running apt
 
