@@ -12,7 +12,7 @@
 //!
 //! An instruction counts for the privilege level at which it began, the delivery of an event for that of its handler.
 
-use super::state::{Cpu, reg};
+use super::state::{Cpu, attention, reg};
 use super::system::exitcode;
 use crate::engine::block::{Block, CHAIN};
 use crate::engine::count::{Counting, Pace};
@@ -192,6 +192,10 @@ impl Counting for Cpu {
 
     fn overflowed(&mut self) -> Result<(), Exited> {
         if self.rb.pmc_status & self.pmu.interrupting != 0 && self.intercepted(exitcode::NMI) {
+            // What the last instruction has written to its APIC takes effect before the guest is left.
+            if self.engine.attention & attention::APIC != 0 {
+                self.avic_take_writes()?;
+            }
             return self.leave(exitcode::NMI);
         }
         Ok(())

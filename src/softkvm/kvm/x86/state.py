@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.msr_filter import MsrFilter
     from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
     from softkvm.kvm.x86.paravirt.vapic import Vapic
-    from softkvm.kvm.x86.svm.avic import Avic
     from softkvm.kvm.x86.pmu.event_filter import PmuEventFilter
     from softkvm.kvm.x86.pmu.pmu import Pmu
+    from softkvm.kvm.x86.svm.avic import Avic
     from softkvm.kvm.x86.tsc import TscSynchronizer
 
 MSR_IA32_APICBASE = 0x1B
