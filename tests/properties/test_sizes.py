@@ -56,7 +56,7 @@ def test_a_length_is_checked_at_its_edges(size: Size) -> None:
         assert size.check(count) == count
         assert size.bytes(count) == count * size.element <= SIZE_MAX
         assert size.cut(count) == count
-    for count in (size.least - 1, size.most + 1, SIZE_MAX, 1 << 70):
+    for count in (size.least - 1, size.most + 1, 1 << 70):
         assert not size.allows(count)
         assert size.cut(count) <= size.most
         if size.raises is None:
@@ -67,6 +67,14 @@ def test_a_length_is_checked_at_its_edges(size: Size) -> None:
         if size.code is not None:
             assert isinstance(caught.value, OSError) and caught.value.errno == size.code
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_an_elements_number_is_below_the_limit(size: Size) -> None:
+    assert size.index(size.most - 1) == size.most - 1
+    for number in (-1, size.most, 1 << 70):
+        with pytest.raises(Exception, match=f"{number}, expected below {size.most}"):
+            size.index(number)
 
 
 def test_a_size_that_overflows_cannot_be_defined() -> None:

@@ -70,10 +70,16 @@ class Size:
         if self.least <= count <= self.most:
             return count
         expected = f"at most {self.most}" if count > self.most else f"at least {self.least}"
-        message = f"{called or self.name.rpartition('.')[2]}={count}, expected {expected}"
-        if self.raises is None:
-            raise kvm_error(errno.EINVAL, message)
-        raise self.raises(message)
+        raise self._error(f"{called or self.name.rpartition('.')[2]}={count}, expected {expected}")
+
+    def index(self, number: int, *, called: str = "") -> int:
+        """Return the number of an element of the longest array, counted from 0, or raise."""
+        if 0 <= number < self.most:
+            return number
+        raise self._error(f"{called or self.name.rpartition('.')[2]}={number}, expected below {self.most}")
+
+    def _error(self, message: str) -> Exception:
+        return kvm_error(errno.EINVAL, message) if self.raises is None else self.raises(message)
 
     def bytes(self, count: int, *, called: str = "") -> int:
         """Return how many bytes so many elements have, after :meth:`check`; it fits a size_t."""

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Final
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.memory.dirty_ring import KVM_DIRTY_RING_MAX_BYTES
 from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
 
 #: As Linux is configured by default (CONFIG_KVM_MAX_NR_VCPUS), and its highest id plus one (KVM_VCPU_ID_RATIO).
 KVM_MAX_VCPUS: Final = 1024
 KVM_MAX_VCPU_IDS: Final = 4 * KVM_MAX_VCPUS
+VCPU_IDS: Final = Size("ids of vCPUs", KVM_MAX_VCPU_IDS, errno.EINVAL, where=__name__)
 #: Routes of one VM, and so the most pins that userspace's interrupt controllers can have.
 KVM_MAX_IRQ_ROUTES: Final = 4096
 

@@ -16,7 +16,7 @@ from softkvm.abi import checks
 from softkvm.abi.sizes import Size
 from softkvm.closing import Closing
 from softkvm.kvm import stats_file, vm_caps
-from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
+from softkvm.kvm.capabilities import KVM_MAX_VCPUS, VCPU_IDS
 from softkvm.kvm.errors import bad_file, enomem, inherited, kvm_error, refuse_requests
 from softkvm.kvm.ioctl import uninterrupted
 from softkvm.kvm.irq.eventfd import Eventfds
@@ -344,8 +344,7 @@ class Vm(VmState, Closing):
         """KVM_CREATE_VCPU: EINVAL for an id out of range or too many vCPUs, EEXIST for a used one."""
         with self.lock, enomem():
             self.check_open()
-            if not 0 <= id < KVM_MAX_VCPU_IDS:
-                raise kvm_error(errno.EINVAL, f"id={id}, expected below {KVM_MAX_VCPU_IDS}")
+            VCPU_IDS.index(id, called="id")
             VCPUS.check(len(self.vcpus) + 1, called="vCPUs")
             self.arch_vcpu_precreate(id)
             if id in self.vcpu_by_id:

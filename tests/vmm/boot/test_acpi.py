@@ -86,7 +86,7 @@ def test_fadt_has_soft_off_and_reset(memory: GuestMemory) -> None:
 
 
 def test_apic_ids_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="APIC id 255"):
+    with pytest.raises(ConfigError, match="APIC id=255"):
         acpi.madt([0, 255])
 
 

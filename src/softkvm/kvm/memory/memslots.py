@@ -303,7 +303,7 @@ def _check_fields(mem: Region, *, may_be_private: bool) -> None:
         raise kvm_error(
             errno.EINVAL, f"slot={mem.slot:#x}: address space {mem.slot >> 16}, expected below {KVM_ADDRESS_SPACE_NUM}"
         )
-    SLOTS.check((mem.slot & 0xFFFF) + 1, called="slot+1")
+    SLOTS.index(mem.slot & 0xFFFF, called="slot")
     for name in ("memory_size", "guest_phys_addr", "userspace_addr"):
         value: int = getattr(mem, name)
         if value & (PAGE_SIZE - 1):

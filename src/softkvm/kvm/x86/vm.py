@@ -10,6 +10,7 @@ from functools import partial
 from typing import Final
 
 from softkvm import _softcpu, abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm import vm
 from softkvm.kvm.capabilities import KVM_MAX_IRQ_ROUTES, KVM_MAX_VCPU_IDS
 from softkvm.kvm.errors import kvm_error
@@ -41,6 +42,8 @@ from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
 #: Limits of what shadow page tables may take.
 KVM_MIN_ALLOC_MMU_PAGES: Final = 64
 KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO: Final = 50
+
+IOAPIC_PINS: Final = Size("pins of userspace's IOAPICs", KVM_MAX_IRQ_ROUTES, errno.EINVAL, where=__name__)
 
 
 class Vm(VmState, vm.Vm):
@@ -135,8 +138,7 @@ class Vm(VmState, vm.Vm):
         """
         with self.lock:
             self.check_open()
-            if pins > KVM_MAX_IRQ_ROUTES:
-                raise kvm_error(errno.EINVAL, f"args[0]={pins}, expected at most {KVM_MAX_IRQ_ROUTES} IOAPIC pins")
+            IOAPIC_PINS.check(pins, called="args[0]")
             if self.chips is not None or self.vcpus:
                 raise kvm_error(errno.EEXIST, "an irqchip or vCPUs exist: the irqchip has to come first")
             chips = KernelIrqchip(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
-from softkvm.kvm.capabilities import KVM_MAX_VCPU_IDS
+from softkvm.kvm.capabilities import VCPU_IDS
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.x86.capabilities import CAPABILITIES
 
@@ -33,8 +33,7 @@ def enable_cap(vm: Vm, cap: int, value: int) -> None:
 
 
 def _max_vcpu_id(vm: Vm, value: int) -> None:
-    if value > KVM_MAX_VCPU_IDS:
-        raise kvm_error(errno.EINVAL, f"args[0]={value}, expected at most {KVM_MAX_VCPU_IDS}")
+    VCPU_IDS.check(value, called="args[0]")
     with vm.lock:
         if vm.max_vcpu_ids not in (0, value):
             raise kvm_error(errno.EINVAL, f"args[0]={value}, and it is {vm.max_vcpu_ids} already")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 
+from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import layout
 from softkvm.vmm.boot.dsdt import definition_block
 from softkvm.vmm.devices import acpi_pm, hpet, rtc_calendar
@@ -132,10 +133,12 @@ def facs() -> bytes:
     return struct.pack("<4sIIIIIQB", b"FACS", 64, 0, 0, 0, 0, 0, 2).ljust(64, b"\0")
 
 
+_APIC_IDS = Size("APIC ids of a MADT's entries", 255, ConfigError, element=8, effect="ConfigError", where=__name__)
+
+
 def madt(apic_ids: Sequence[int]) -> bytes:
     """Return the multiple APIC description table (5.2.12) for one processor per APIC id."""
-    if max(apic_ids) > 254:
-        raise ConfigError(f"APIC id {max(apic_ids)}: local APIC entries go up to 254")
+    _APIC_IDS.index(max(apic_ids), called="APIC id")
     body = struct.pack("<II", LAPIC_BASE, MADT_PCAT_COMPAT)
     for index, apic_id in enumerate(apic_ids):
         body += struct.pack("<BBBBI", MADT_LAPIC, 8, index, apic_id, 1)

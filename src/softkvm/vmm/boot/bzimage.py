@@ -17,6 +17,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from softkvm import abi, api
+from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import layout
 from softkvm.vmm.boot.cpustate import enter_long_mode, enter_protected_mode, enter_real_mode
 from softkvm.vmm.boot.image import Deadline, Image
@@ -303,10 +304,27 @@ def _write_zero_page(
     struct.pack_into("<H", page, EXT_MEM_K, min(high_kib, 0xFC00))
     struct.pack_into("<I", page, ALT_MEM_K, high_kib)
     entries = layout.memory_map(memory)
-    page[E820_ENTRIES] = len(entries)
+    page[E820_ENTRIES] = _E820.check(len(entries))
     for index, row in enumerate(entries):
         struct.pack_into("<QQI", page, E820_TABLE + 20 * index, *row)
     memory.write(layout.ZERO_PAGE, page)
+
+
+#: Where the setup code's heap ends, from its beginning (boot.rst).
+_LOW_HEAP_END, _HIGH_HEAP_END = 0x9800, 0xE000
+
+
+def _setup_size(name: str, most: int) -> Size:
+    def raises(message: str) -> ImageError:
+        return ImageError(f"kernel does not fit: {message}")
+
+    return Size(name, most, raises, giver="file", effect="ImageError", where=__name__)
+
+
+_LOW_SETUP = _setup_size("bytes of a kernel's setup code, loaded low", _LOW_HEAP_END - SECTOR)
+_HIGH_SETUP = _setup_size("bytes of a kernel's setup code, loaded high", _HIGH_HEAP_END - SECTOR)
+#: What the zero page has room for (E820_MAX_ENTRIES_ZEROPAGE).
+_E820 = Size("entries of a guest's memory map", 128, ImageError, element=20, effect="ImageError", where=__name__)
 
 
 def _enter_setup(
@@ -321,9 +339,8 @@ def _enter_setup(
     low: bool,
 ) -> None:
     """Load the real-mode setup code and put *vcpu* at its entry (boot.rst, "Running the Kernel")."""
-    base, heap_end = (layout.LOW_SETUP, 0x9800) if low else (layout.HIGH_SETUP, 0xE000)
-    if header.setup_size > heap_end - SECTOR:
-        raise ImageError(f"kernel has {header.setup_size} bytes of setup code: at most {heap_end - SECTOR} fit")
+    base, heap_end = (layout.LOW_SETUP, _LOW_HEAP_END) if low else (layout.HIGH_SETUP, _HIGH_HEAP_END)
+    (_LOW_SETUP if low else _HIGH_SETUP).check(header.setup_size, called="bytes of setup code")
     setup = bytearray(image.read(0, header.setup_size))
     _fill_header(setup, ramdisk, line_at, command_line)
     setup[LOADFLAGS] |= CAN_USE_HEAP

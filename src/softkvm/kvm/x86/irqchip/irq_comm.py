@@ -110,8 +110,7 @@ class IrqRouting:
         sints: dict[int, tuple[int, int]] = {}
         for entry in entries:
             gsi = entry.gsi
-            if gsi >= KVM_MAX_IRQ_ROUTES:
-                raise kvm_error(errno.EINVAL, f"gsi: {gsi}, expected less than {KVM_MAX_IRQ_ROUTES}")
+            ROUTES.index(gsi, called="gsi")
             flags = KVM_MSI_VALID_DEVID if entry.type == KVM_IRQ_ROUTING_MSI else 0  # which x86 has no use for
             if entry.flags & ~flags:
                 raise kvm_error(errno.EINVAL, f"flags of GSI {gsi}: {entry.flags:#x}, expected {flags}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
+from softkvm.abi.sizes import Size
 from softkvm.kvm.memory.discard import discard
 from softkvm.kvm.memory.guest_memory import write_guest
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 _U64: Final = (1 << 64) - 1
+#: As the kernel has it: the numbers of the frames must not wrap.
+_RANGE: Final = Size(
+    "npages of KVM_HC_MAP_GPA_RANGE",
+    _U64,
+    None,
+    least=1,
+    giver="guest",
+    effect="-KVM_EINVAL",
+    where=__name__,
+)
 _U32: Final = (1 << 32) - 1
 HUGE_PAGE_SIZE: Final = 1 << 21
 
@@ -77,7 +88,7 @@ def _map_gpa_range(vcpu: Vcpu, gpa: int, npages: int, attributes: int, a3: int) 
     """Userspace's to do (KVM_CAP_EXIT_HYPERCALL): a range is to be encrypted, or shared."""
     if not vcpu.vm.hypercall_exits >> abi.KVM_HC_MAP_GPA_RANGE & 1:
         return -abi.KVM_ENOSYS
-    if gpa & (PAGE_SIZE - 1) or not npages or (gpa >> PAGE_SHIFT) + npages > _U64:
+    if gpa & (PAGE_SIZE - 1) or not _RANGE.allows(npages) or (gpa >> PAGE_SHIFT) + npages > _U64:
         return -abi.KVM_EINVAL
     arguments = (gpa, npages, attributes)
     vcpu.run_d[run_page.EXIT_REASON_D] = abi.KVM_EXIT_HYPERCALL
