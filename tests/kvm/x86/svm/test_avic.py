@@ -9,6 +9,7 @@ import pytest
 from tests.support.conformance import watchdog
 from tests.support.threads import running, until
 from tests.support.tiny import CODE, Tiny
+from tests.support.tracing import texts, traced
 
 from softkvm import abi
 from softkvm.kvm import Params
@@ -85,6 +86,25 @@ def test_a_thousand_self_ipis_and_their_eois_cost_no_exit(machine: Machine) -> N
     assert machine.run() == abi.KVM_EXIT_IO
     assert machine.vcpu.get_regs().rbx == 1000
     assert sum(machine.exits().values()) < 20, machine.exits()
+
+
+def test_tracepoints_tell_what_the_processor_left_to_kvm(machine: Machine) -> None:
+    # the initial count; an IPI to nobody; then wait for a message
+    machine.load(BASE + store(0x380, 0) + store(ICR + 0x10, 7 << 24) + store(ICR, 0x4051) + b"\xfb\xeb\xfe", rbx=0)
+    with traced("kvm_avic_*", "kvm_apicv_*") as seen:
+        with running(machine.vcpu):
+            until(lambda: bool(texts(seen, "kvm_avic_incomplete_ipi")))
+            until(lambda: machine.vcpu.mode == IN_GUEST_MODE)
+            assert machine.msi(0x51) == 1
+            until(lambda: bool(texts(seen, "kvm_apicv_accept_irq")))
+            machine.vcpu.kick()
+        debug = abi.kvm_guest_debug(control=abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_BLOCKIRQ)
+        machine.vcpu.set_guest_debug(debug)
+    assert texts(seen, "kvm_avic_unaccelerated_access") == ["vcpu=0, offset=0x380(APIC_TMICT), trap, write, vec=0x0"]
+    assert texts(seen, "kvm_avic_incomplete_ipi")[0].startswith("vcpu=0, icrh:icrl=0x07000000:00004051, id=")
+    assert texts(seen, "kvm_apicv_accept_irq") == ["apicid 0 vec 81 (Fixed|edge)"]
+    assert texts(seen, "kvm_avic_doorbell") in (["vcpuid=0, apicid=0"], [])
+    assert texts(seen, "kvm_apicv_inhibit_changed")[-1] == "set reason=3, inhibits=0x8"
 
 
 def test_a_halt_with_an_interrupt_pending_costs_no_exit(machine: Machine) -> None:

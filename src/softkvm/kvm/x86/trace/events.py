@@ -30,6 +30,8 @@ _OTHER_NAMES: Final = {
     V.EXIT_INTR: "interrupt",
     V.EXIT_ERR & 0xFFFF_FFFF: "invalid_guest_state",
     V.EXIT_EXCP_BASE + 19: "XF excp",
+    V.EXIT_AVIC_UNACCELERATED_ACCESS: "avic_unaccelerated_access",
+    V.EXIT_AVIC_INCOMPLETE_IPI: "avic_incomplete_ipi",
     0x69: "read_rt",  # the kernel's spelling of TR
     0x6D: "write_rt",
     **{V.EXIT_EXCP_BASE + vector: f"{name} excp" for name, vector in _VECTOR_OF.items()},
@@ -49,7 +51,7 @@ APIC_REGISTERS: Final = {
     (_OTHER_REGISTERS[name] if name in _OTHER_REGISTERS else getattr(apicdef, f"APIC_{name}")): f"APIC_{name}"
     for name in _REGISTERS.split()
 }
-_APIC: Final = symbols(sorted(APIC_REGISTERS.items()))
+APIC: Final = symbols(sorted(APIC_REGISTERS.items()))
 _SHORTHANDS: Final = symbols(enumerate(("dst", "self", "all", "all-but-self")))
 _REASONS: Final = symbols(sorted(EXIT_REASONS.items()))
 _EMULATOR_MODES: Final = '{ 0, "real" }, { 3, "vm16" }, { 1, "prot16" }, { 5, "prot32" }, { 9, "prot64" }'
@@ -95,7 +97,7 @@ EVENTS: Final = (
     event(
         "kvm_apic",
         "unsigned int rw; unsigned int reg; u64 val",
-        f'"apic_%s %s = 0x%llx", REC->rw ? "write" : "read", __print_symbolic(REC->reg, {_APIC}), REC->val',
+        f'"apic_%s %s = 0x%llx", REC->rw ? "write" : "read", __print_symbolic(REC->reg, {APIC}), REC->val',
     ),
     event(
         "kvm_inj_virq",
