@@ -112,7 +112,8 @@ impl PyMachine {
 
     fn discard(&self, py: Python<'_>, hva: usize, size: usize, shared: bool) -> PyResult<()> {
         let machine = own(&self.inner)?;
-        Ok(py.detach(|| machine.discard(hva, size, shared))?)
+        py.detach(|| machine.discard(hva, size, shared))
+            .map_err(|e| PyOSError::new_err((e.raw_os_error(), e.to_string())))
     }
 
     fn notify_write(&self, hva: usize, size: usize) -> PyResult<()> {

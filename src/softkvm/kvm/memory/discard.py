@@ -54,7 +54,8 @@ def discard(vm: Vm, gpa: int, size: int) -> None:
             if error.errno in _KEPT:
                 raise kvm_error(errno.EOPNOTSUPP, f"hva={hva:#x} size={size:#x}: the host keeps it") from None
             raise
-        _mark_dirty(slot, start, end)
+        finally:
+            _mark_dirty(slot, start, end)  # also where the host has kept some of it only
 
 
 def _mark_dirty(slot: MemorySlot, start: int, end: int) -> None:
