@@ -114,3 +114,49 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+#[cfg(not(miri))]
+mod tests {
+    use super::*;
+
+    /// Two pages of the process's own memory, or of a file's.
+    fn map(shared: bool) -> usize {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let (kind, fd) = if shared {
+            // SAFETY: a new file.
+            let fd = unsafe { libc::memfd_create(c"memory".as_ptr(), libc::MFD_CLOEXEC) };
+            // SAFETY: a file of this test's.
+            assert_eq!(unsafe { libc::ftruncate(fd, 2 * PAGE_SIZE as i64) }, 0);
+            (libc::MAP_SHARED, fd)
+        } else {
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+        };
+        // SAFETY: a new mapping.
+        let p = unsafe { libc::mmap(core::ptr::null_mut(), 2 * PAGE_SIZE, protection, kind, fd, 0) };
+        assert_ne!(p, libc::MAP_FAILED);
+        p as usize
+    }
+
+    #[test]
+    fn memory_that_is_given_back_reads_as_zeroes_and_is_memory_again() {
+        for shared in [false, true] {
+            let at = map(shared);
+            let machine = Machine::new();
+            // SAFETY: it stays mapped, and is the machine's alone.
+            unsafe { machine.add_region(at, 2 * PAGE_SIZE) }.unwrap();
+            machine.write(at, &[7; 2 * PAGE_SIZE]).unwrap();
+            machine.discard(at, PAGE_SIZE, shared).unwrap();
+            let mut bytes = [1; 2 * PAGE_SIZE];
+            machine.read(at, &mut bytes).unwrap();
+            assert_eq!(bytes[..PAGE_SIZE], [0; PAGE_SIZE]);
+            assert_eq!(bytes[PAGE_SIZE..], [7; PAGE_SIZE]);
+            machine.write(at, &[9]).unwrap();
+            machine.read(at, &mut bytes[..1]).unwrap();
+            assert_eq!(bytes[0], 9);
+            for (address, size) in [(at + 8, PAGE_SIZE), (at, 8), (at, 3 * PAGE_SIZE), (0, PAGE_SIZE)] {
+                assert!(machine.discard(address, size, shared).is_err());
+            }
+        }
+    }
+}

@@ -106,6 +106,10 @@ fn wait(cpu: &mut Cpu, op: &Op, monitored: bool) -> Res {
     if state & !1 != 0 || (cpu.cpl != 0 && cpu.cr4 & cr4::TSD != 0) {
         return Err(cpu.gp(0));
     }
+    if cpu.avic.enabled {
+        // One may have come since the block began.
+        cpu.avic_evaluate();
+    }
     let control = cpu.rb.umwait_control;
     let wanted = cpu.rb.gpr[reg::RAX] & 0xffff_ffff | cpu.rb.gpr[reg::RDX] << 32;
     let limit = match control & CONTROL_MAX_TIME {
