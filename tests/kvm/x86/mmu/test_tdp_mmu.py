@@ -392,3 +392,26 @@ def test_small_tables_are_given_up_for_large_leaves(mmu: TdpMmu) -> None:
     assert mmu.map_gfn(plain, 5, write=True) == RET_PF_FIXED
     assert mmu.get_spte(5)[1] == 2
     assert mmu.pages[1:] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("start", [0, 1, 8, 64, 100, 511])
+@pytest.mark.parametrize("end", [1024, 1029, 1536, 2048])
+def test_dirty_bits_are_collected_wherever_a_slot_begins_and_their_frames_are_to_be_flushed(
+    mmu: TdpMmu, start: int, end: int
+) -> None:
+    rng = random.Random(start + end)
+    slot = _slot(0, 4 * PAGES_2M, HVA + 0x1000)  # 4 KiB leaves
+    dirty = {gfn for first in rng.sample(range(2048), 12) for gfn in range(first, min(first + rng.randrange(90), 2048))}
+    for gfn in dirty:
+        mmu.map_gfn(slot, gfn, write=True)
+        for table, first, _ in mmu.leaf_tables(gfn, gfn + 1):
+            table.q[first] |= PT_DIRTY_MASK
+    bits, flush = mmu.harvest_dirty(start, end)
+    expected = {gfn for gfn in dirty if start <= gfn < end}
+    assert {start + n for n in range(2048) if bits >> n & 1} == expected
+    assert flush == bool(expected)
+    noted = {gfn for first, pages in mmu.tlbs_dirty.take() for gfn in range(first, first + pages)}
+    assert noted >= expected
+    for gfn in noted - expected:
+        neighbours = {other for other in expected if other >> 9 == gfn >> 9}
+        assert neighbours and min(neighbours) < gfn < max(neighbours), "only between dirty ones of the same table"

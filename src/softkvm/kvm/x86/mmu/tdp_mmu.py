@@ -449,22 +449,32 @@ class TdpMmu:
 
         Returns the frames that were dirty as a bit mask relative to ``start``, and whether a flush is needed.
         """
-        parts: list[tuple[int, int]] = []
-        test_and_clear = self._machine.pte_test_and_clear
-        for table, first, count in self.leaf_tables(start, end):
-            bits = int.from_bytes(test_and_clear(table.address + first * 8, count, PT_DIRTY_MASK), "little")
-            if bits:
-                parts.append((table.gfn + first - start, bits))
-                lowest, end_bit = (bits & -bits).bit_length() - 1, bits.bit_length()
-                self._note_dirty_tlbs(table, first + lowest, first + end_bit)
         dirty = bytearray((end - start + 7) // 8 + 66)
-        for offset, bits in parts:
-            byte = offset >> 3
-            chunk = bits << (offset & 7)
-            size = (chunk.bit_length() + 7) // 8
-            merged = int.from_bytes(dirty[byte : byte + size], "little") | chunk
-            dirty[byte : byte + size] = merged.to_bytes(size, "little")
-        return int.from_bytes(dirty, "little"), bool(parts)
+        test_and_clear = self._machine.pte_test_and_clear
+        low = high = -1  # frames to flush that are not noted yet
+        for table, first, count in self.leaf_tables(start, end):
+            found = test_and_clear(table.address + first * 8, count, PT_DIRTY_MASK)
+            bits = int.from_bytes(found, "little")
+            if not bits:
+                continue
+            gfn = table.gfn + first
+            at = gfn - start
+            if at & 7:
+                byte, chunk = at >> 3, bits << (at & 7)
+                size = (chunk.bit_length() + 7) // 8
+                merged = int.from_bytes(dirty[byte : byte + size], "little") | chunk
+                dirty[byte : byte + size] = merged.to_bytes(size, "little")
+            else:
+                dirty[at >> 3 : (at >> 3) + len(found)] = found
+            lowest = gfn + (bits & -bits).bit_length() - 1
+            if lowest != high:
+                if high >= 0:
+                    self.tlbs_dirty.add(low, high)
+                low = lowest
+            high = gfn + bits.bit_length()
+        if high >= 0:
+            self.tlbs_dirty.add(low, high)
+        return int.from_bytes(dirty, "little"), high >= 0
 
     def clear_dirty(self, start: int, end: int) -> bool:
         """Clear the dirty bits of the 4 KiB leaves in [start, end); True if a flush is needed."""
