@@ -189,6 +189,9 @@ class Avic:
 
     def recalculate(self) -> None:
         """Look at the IDs, modes and bases of all APICs: one has changed. The logical table is made anew."""
+        if len(self._lapics()) > X2AVIC_MAX_PHYSICAL_ID + 1:
+            self.set_inhibit(Inhibit.PHYSICAL_ID_ALIASED, True)
+            return
         lapics = [apic for apic in self._lapics() if apic.hw_enabled]
         xapics = [apic for apic in lapics if not apic.x2apic_mode]
         with self._lock:
