@@ -227,7 +227,7 @@ def test_msr_and_control_register_accesses() -> None:
 
 
 def test_an_interrupt_from_the_line_to_its_end() -> None:
-    tiny = Tiny(irqchip=True).long_mode()
+    tiny = Tiny(irqchip=True, params=Params(avic=False)).long_mode()
     # the handler: EOI, then a hypercall, then it stops
     tiny.memory.write(0x2000, bytes.fromhex("31 c0 89 04 25 b0 00 e0 fe  b8 64 00 00 00 0f 01 d9 f4 eb fd"))
     tiny.gate64(0x41, 0x2000)

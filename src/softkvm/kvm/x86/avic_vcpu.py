@@ -141,13 +141,18 @@ class AvicVcpu(VcpuIoctls):
     def set_mp_state(self, state: abi.kvm_mp_state) -> None:
         """KVM_SET_MP_STATE."""
         super().set_mp_state(state)
-        self.request_apicv_update()
+        self.avic.update_access_page()
 
     def set_guest_debug(self, debug: abi.kvm_guest_debug) -> None:
         """KVM_SET_GUEST_DEBUG."""
         super().set_guest_debug(debug)
         blocked = any(vcpu.guest_debug & abi.KVM_GUESTDBG_BLOCKIRQ for vcpu in self.vm.vcpus)
         self.avic.set_inhibit(Inhibit.BLOCKIRQ, blocked)
+
+    def set_vapic_addr(self, vapic_addr: int) -> None:
+        """KVM_SET_VAPIC_ADDR."""
+        super().set_vapic_addr(vapic_addr)
+        self.avic.recalculate()
 
     def tpr_access_reporting(self, enabled: int, flags: int = 0) -> None:
         """KVM_TPR_ACCESS_REPORTING."""

@@ -38,9 +38,15 @@ def load(offset: int) -> bytes:
 class Machine(Tiny):
     """A 64-bit guest with APICs in KVM that are on. Its handlers add 1 to EBX, and end their interrupt."""
 
-    def __init__(self, *, split: bool = False, vcpus: int = 1, avic: bool = True) -> None:
-        super().__init__(irqchip=not split, split=24 if split else 0, params=Params(avic=avic), vcpus=vcpus)
+    def __init__(self, *, split: bool = False, avic: bool = True, x2apic: bool = False) -> None:
+        super().__init__(irqchip=not split, split=24 if split else 0, params=Params(avic=avic))
         self.long_mode(gigabytes=4)
+        self.end = store(EOI, 0)
+        if x2apic:
+            sregs = self.vcpu.get_sregs()
+            sregs.apic_base |= 1 << 10
+            self.vcpu.set_sregs(sregs)
+            self.end = bytes.fromhex("b90b080000 31c0 31d2 0f30")  # mov ecx, 0x80b; xor eax, eax; xor edx, edx; wrmsr
         for vcpu in self.vcpus:
             lapic = vcpu.get_lapic()
             lapic.regs[SPIV : SPIV + 2] = [0xFF, 1]
@@ -52,7 +58,7 @@ class Machine(Tiny):
         """Handle a vector: ``inc ebx``, *code*, EOI, ``iretq``."""
         at = HANDLER + 0x40 * (vector >> 4)
         self.gate64(vector, at)
-        self.memory.write(at, b"\xff\xc3" + code + store(EOI, 0) + b"\x48\xcf")
+        self.memory.write(at, b"\xff\xc3" + code + self.end + b"\x48\xcf")
 
     def exits(self) -> dict[str, int]:
         return {V.EXIT_NAMES[code]: count for code, count in self.vcpu.exit_counts.items() if count}
@@ -145,8 +151,9 @@ def test_registers_that_change_without_an_exit_are_in_kvm_get_lapic(machine: Mac
     other.close()
 
 
-def test_a_level_triggered_interrupt_comes_again_until_its_line_falls() -> None:
-    machine = Machine()
+@pytest.mark.parametrize("x2apic", [False, True], ids=["xapic", "x2apic"])
+def test_a_level_triggered_interrupt_comes_again_until_its_line_falls(x2apic: bool) -> None:
+    machine = Machine(x2apic=x2apic)
     with watchdog(machine.vcpu, 30):
         assert machine.vm.chips is not None
         ioapic = machine.vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC)

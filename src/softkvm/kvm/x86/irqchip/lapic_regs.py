@@ -276,7 +276,7 @@ def x2apic_icr_write(apic: Lapic, value: int) -> bool:
 
 def write_nodecode(apic: Lapic, offset: int) -> None:
     """Act on a write of the register at *offset* that the processor has done already (``kvm_apic_write_nodecode``)."""
-    apic.mmio_write(offset, 4, apic.regs[offset >> 2])
+    mmio_write(apic, offset, apic.regs[offset >> 2])
     apic.regs[offset >> 2] = _read(apic, offset) or 0
 
 

@@ -44,6 +44,7 @@ from softkvm.kvm.x86.irqchip.apicdef import (
     APIC_TDCR,
     APIC_TMICT,
     APIC_TMR,
+    KVM_APIC_CHECK_VAPIC,
 )
 from softkvm.kvm.x86.irqchip.apicv_lapic import AvicLapic
 from softkvm.kvm.x86.svm import svm
@@ -128,7 +129,8 @@ class Inhibit(IntFlag):
     #: Logical IDs are no bit each, or two processors' are the same. Then the logical APIC ID table is empty here, and
     #: interrupts by logical IDs are KVM's: the rest stays the processor's.
     LOGICAL_ID_ALIASED = 1 << 12
-    #: Userspace wants to know of accesses to the task priority (KVM_TPR_ACCESS_REPORTING).
+    #: Userspace wants to know of accesses to the task priority (KVM_TPR_ACCESS_REPORTING), or has that in
+    #: the guest's memory (KVM_SET_VAPIC_ADDR).
     TPR_ACCESS = 1 << 13
 
 
@@ -205,7 +207,7 @@ class Avic:
                 found |= Inhibit.APIC_ID_MODIFIED
             if any(apic.base_address != APIC_DEFAULT_PHYS_BASE for apic in xapics):
                 found |= Inhibit.APIC_BASE_MODIFIED
-            if any(apic.tpr_access_reporting for apic in lapics):
+            if any(apic.tpr_access_reporting or apic.attention & KVM_APIC_CHECK_VAPIC for apic in lapics):
                 found |= Inhibit.TPR_ACCESS
             table = self._logical_entries(xapics, mixed=len(xapics) != len(lapics))
             for index in range(_LOGICAL_ENTRIES):
