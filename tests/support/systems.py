@@ -106,7 +106,7 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     """Return an initramfs of executable *files*, and the directories that hold them."""
     out = io.BytesIO()
     writer = CpioWriter(out)
-    for directory in sorted({str(Path(path).parent) for path in files} - {"."}):
+    for directory in sorted({str(parent) for path in files for parent in Path(path).parents} - {"."}):
         writer.directory(directory)
     for path, data in files.items():
         writer.file(path, data, 0o755)
