@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.guests import demo_image
+from tests.support.guests import demo_image, missing
 
 from softkvm.cli.main import main
 
@@ -46,10 +46,10 @@ def test_report_of_some_events(recorded: Path, capsys: pytest.CaptureFixture[str
 def test_trace_cmd_prints_the_same(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = shutil.which("trace-cmd")
     if program is None:
-        pytest.skip("no trace-cmd")
+        missing("no trace-cmd")
     main(["trace", "report", str(recorded)])
     ours = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    done = subprocess.run([program, "report", "-N", "-i", recorded], capture_output=True, text=True, check=True)
+    done = subprocess.run([str(program), "report", "-N", "-i", recorded], capture_output=True, text=True, check=True)
     theirs = [line.rstrip() for line in done.stdout.splitlines()]
     # libtraceevent takes -EINTR for a large number
     assert [line for line in ours if "reason restart" not in line] == [

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.guests import missing
 
 from softkvm.trace import chrome, dat
 from softkvm.trace.dat import Record, TraceFile, TraceFileError
@@ -143,13 +144,13 @@ def test_a_damaged_file_is_refused_or_read_as_far_as_it_goes(size: int, changes:
 def test_trace_cmd_prints_the_same(tmp_path: Path) -> None:
     program = shutil.which("trace-cmd")
     if program is None:
-        pytest.skip("no trace-cmd")
+        missing("no trace-cmd")
     one = pages(PageWriter(), [(START + 1_234_567 * n, ENTRY.pack(7, (n, n << 30))) for n in range(300)])
     two = pages(PageWriter(), [(START + 40_000_000_321 * n, ODD.pack(8, ODD_VALUES)) for n in range(20)])
     path = tmp_path / "trace.dat"
     path.write_bytes(a_file(one, two))
     trace = TraceFile.open(str(path))
-    done = subprocess.run([program, "report", "-N", "-i", path], capture_output=True, text=True, check=True)
+    done = subprocess.run([str(program), "report", "-N", "-i", path], capture_output=True, text=True, check=True)
     theirs = [line.rstrip() for line in done.stdout.splitlines()]
     ours = [line.rstrip() for line in report(trace, trace.records())]
     assert len(ours) == 321
