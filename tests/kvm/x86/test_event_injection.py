@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.support.conformance import watchdog
-from tests.support.tiny import CODE, IDT, Tiny
+from tests.support.tiny import CODE, IDT, MIB, Tiny
 
 from softkvm import abi
 from softkvm.kvm import Params
@@ -185,4 +185,21 @@ def test_an_interrupt_whose_delivery_faulted_is_given_again() -> None:
     tiny.vcpu.interrupt(0x40)
     assert tiny.run_to_halt().rip == HANDLER + 1
     assert struct.unpack("<I", tiny.memory.read(0x60_0000 - 12, 4)) == (CODE,)
+    tiny.close()
+
+
+def test_an_nmi_waits_for_the_end_of_an_iret_whose_stack_faults_first() -> None:
+    """APM vol. 2, 8.2.3: NMIs are masked until the IRET is done, however many exits its accesses make before."""
+    stack, handler = 0x30_0000, 0x2000
+    tiny = Tiny(size=4 * MIB).long_mode()
+    tiny.gate64(2, handler)
+    tiny.memory.write(handler, b"\xe6\x10\x48\xcf")  # out 0x10, al; iretq
+    tiny.load(b"\xeb\xfe", rsp=stack)  # 1: jmp 1b
+    tiny.vcpu.nmi()
+    assert tiny.run() == abi.KVM_EXIT_IO
+    tiny.vcpu.nmi()
+    tiny.vm.zap_gfn_range((stack >> 12) - 1, 1)
+    assert tiny.run() == abi.KVM_EXIT_IO
+    frame = tiny.vcpu.get_regs().rsp
+    assert int.from_bytes(tiny.memory.read(frame, 8), "little") == CODE
     tiny.close()

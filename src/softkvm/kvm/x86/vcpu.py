@@ -250,9 +250,11 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def _check_iret_completion(self) -> None:
         """After an exit behind an intercepted IRET: NMIs are unmasked once it is done."""
-        if self.q[V.EXIT_CODE] == V.EXIT_IRET:
+        code = self.q[V.EXIT_CODE]
+        if code == V.EXIT_IRET:
             return
-        if self.q[V.RIP] != self.nmi_iret_rip or self.nmi_singlestep:
+        # One that returns to itself is done when its step is; any other exit there, as for its stack, comes before.
+        if self.q[V.RIP] != self.nmi_iret_rip or (self.nmi_singlestep and code == V.EXIT_EXCP_BASE + abi.DB_VECTOR):
             self.awaiting_iret_completion = False
             self.nmi_masked = False
             self.make_request(KVM_REQ_EVENT)
