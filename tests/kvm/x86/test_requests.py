@@ -266,10 +266,23 @@ def _nothing_is_waited_for(tiny: Tiny) -> None:
     assert tiny.vcpu.apf.queued == 0
 
 
+def _change_counter(tiny: Tiny) -> None:
+    """The counter's event is no longer what its register says."""
+    pmu = tiny.vcpu.pmu
+    pmu.gp[0].eventsel = 0x42_00C0  # instructions of the kernel's
+    pmu.request_reprogram(1)
+
+
+def _counter_counts(tiny: Tiny) -> None:
+    assert _port(tiny) == 0x11
+    assert tiny.vcpu.pmu.gp[0].read() > 0
+
+
 _CASES = {
     "KVM_REQ_APF_HALT": _Case(_halt_for_page, _port_is_next),
     "KVM_REQ_APF_READY": _Case(_page_has_come, _nothing_is_waited_for),
     "KVM_REQ_DIRTY_RING_SOFT_FULL": _Case(_fill_ring, _ring_is_full_until_it_is_reset),
+    "KVM_REQ_PMU": _Case(_change_counter, _counter_counts),
     "KVM_REQ_LOAD_MMU_PGD": _Case(_lose_root, _has_root),
     "KVM_REQ_TLB_FLUSH": _Case(_move_window, _window_is_new),
     "KVM_REQ_VM_DEAD": _Case(lambda tiny: tiny.vcpu.make_request(general.KVM_REQ_VM_DEAD), _dies),
