@@ -53,6 +53,9 @@ class FakeVcpu:
     def report_tpr_access(self, *, write: bool) -> None:
         self.calls.append("tpr write" if write else "tpr read")
 
+    def apic_software_enabled(self) -> None:
+        pass
+
     def apic_base_changed(self) -> None:
         self.calls.append("base")
 

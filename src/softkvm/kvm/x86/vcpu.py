@@ -463,6 +463,10 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         self.run_d[TPR_IS_WRITE_D] = write
         self.make_request(KVM_REQ_REPORT_TPR_ACCESS)
 
+    def apic_software_enabled(self) -> None:
+        """Pages that have come while nobody could be told of them (``apic_set_spiv``)."""
+        self.make_request(KVM_REQ_APF_READY)
+
     def apic_base_changed(self) -> None:
         """CPUID.APIC follows the APIC's enable bit."""
         self.cpuid.update_runtime(self)

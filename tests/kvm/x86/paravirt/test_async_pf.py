@@ -331,3 +331,18 @@ def test_whatever_a_guest_writes_into_its_structure_and_registers_its_page_comes
         tiny.vcpu.set_msrs({abi.MSR_KVM_ASYNC_PF_EN: 0})
         assert tiny.vcpu.apf.queued == 0
     assert told > 0
+
+
+def test_who_enables_the_apic_behind_it_is_told_then() -> None:
+    """Linux's first processor does (``apic_set_spiv`` asks for it): what waits would keep it from ever sleeping."""
+    tiny = Tiny(irqchip=True).long_mode(gigabytes=4)
+    tiny.memory.write(INT, _INT)
+    tiny.gate64(VECTOR, INT)
+    enable(tiny)
+    # sti; nop; out 0x10, al; mov ecx, 0xfee000f0; mov dword [rcx], 0x1ff; nop; out 0x11, al; hlt
+    tiny.load(bytes.fromhex("fb 90 e610 b9f000e0fe c701 ff010000 90 e611 f4"))
+    assert port(tiny)[0] == 0x10
+    assert port(tiny) == (VECTOR, WAKE_ALL)
+    assert port(tiny)[0] == 0x11
+    assert not tiny.vcpu.apf.done
+    tiny.close()

@@ -446,7 +446,9 @@ class Lapic:
     def load_spiv(self, value: int) -> None:
         """Set the register alone: loaded LVT entries stay as they are, LINT0 of a reset processor among them."""
         self.regs[APIC_SPIV >> 2] = value
-        self.sw_enabled = bool(value & APIC_SPIV_APIC_ENABLED)
+        was, self.sw_enabled = self.sw_enabled, bool(value & APIC_SPIV_APIC_ENABLED)
+        if self.sw_enabled and not was:
+            self.vcpu.apic_software_enabled()
 
     def mmio_in_range(self, gpa: int) -> bool:
         """Return whether *gpa* lies in the register page and the mode leaves that page to the APIC."""

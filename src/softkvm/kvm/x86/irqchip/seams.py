@@ -65,6 +65,9 @@ class ApicVcpu(Protocol):
     def report_tpr_access(self, *, write: bool) -> None:
         """Tell userspace that the instruction under way accesses the task-priority register. vCPU thread only."""
 
+    def apic_software_enabled(self) -> None:
+        """Software has enabled the APIC: what could not be delivered may be now."""
+
     def apic_base_changed(self) -> None:
         """IA32_APIC_BASE has changed: CPUID.1:EDX.APIC follows, and so do intercepts of x2APIC MSRs and TPR."""
 
