@@ -7,6 +7,7 @@
 
 mod bus;
 pub mod flush;
+mod flush_queue;
 mod forks;
 pub mod futex;
 mod holes;

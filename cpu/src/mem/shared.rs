@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use super::flush::FlushQueue;
+use super::flush_queue::FlushQueue;
 use super::futex;
 use crate::clock::clock_ns;
 

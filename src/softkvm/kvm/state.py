@@ -131,6 +131,10 @@ class VmState:
     def find_slow_memory(self) -> None:
         """Look for slots whose memory has a userfaultfd."""
 
+    @abstractmethod
+    def finish_zap(self) -> None:
+        """Flush after a zap, keep what was dirty in the dirty log, free the tables; with ``mmu_lock`` held."""
+
     def make_all_cpus_request(self, request: int) -> None:
         """Set a request in every vCPU and kick those that run; doesn't wait."""
         for vcpu in self.vcpus:

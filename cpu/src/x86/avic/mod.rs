@@ -8,7 +8,7 @@
 use super::access::Access;
 use super::op::{Op, Res, Stop};
 use super::paging::PHYS_BITS;
-use super::state::Cpu;
+use super::state::{Avic, Cpu};
 use super::system::exitcode;
 use super::vmcb::{Vmcb, control};
 use crate::engine::processor::Exited;
@@ -31,41 +31,6 @@ const NOACCEL_ODD: u64 = 1;
 const X2APIC_MSRS: u32 = 0x800;
 /// Bits of an x2APIC ICR that must be 0: 31:20, 17:16 and 13.
 const X2APIC_ICR_RESERVED: u64 = 0xFFF3_2000;
-
-/// The VMCB's fields of AVIC, and what the running guest has done to its page.
-#[derive(Clone, Copy, Debug)]
-pub struct Avic {
-    /// Virtual interrupts come from the backing page.
-    pub enabled: bool,
-    /// x2APIC mode: registers are MSRs.
-    pub x2: bool,
-    /// Guest-physical page of the registers; no address while there are none.
-    pub bar: u64,
-    /// Host address of the backing page.
-    pub page: usize,
-    /// Host address of the logical APIC ID table.
-    logical: usize,
-    /// Host address of the physical APIC ID table, and its last index.
-    physical: usize,
-    last: u32,
-    /// Registers that were written and have to be acted on: bit n for the one at 16 * n.
-    pub written: u64,
-}
-
-impl Default for Avic {
-    fn default() -> Self {
-        Avic {
-            enabled: false,
-            x2: false,
-            bar: u64::MAX,
-            page: 0,
-            logical: 0,
-            physical: 0,
-            last: 0,
-            written: 0,
-        }
-    }
-}
 
 impl Cpu {
     /// Loads the fields of AVIC; whether translations from before are of no use.

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use super::avic::Avic;
 use super::flags::{Int, LazyFlags, rf};
 use super::pmu::counters::Pmu;
 use super::system::exitcode;
@@ -12,10 +11,12 @@ use crate::engine::state::Engine;
 use crate::mem::Machine;
 use crate::mem::lost::Lost;
 
+mod avic;
 mod control;
 mod numbers;
 mod registers;
 
+pub use avic::Avic;
 pub use control::{Control, Exception, Exit, Held, LINE, Monitor, SystemState};
 pub use numbers::{cr0, cr4, efer, mxcsr, reg, sreg, vector};
 pub use registers::{Msrs, RegisterBlock, Segment, TableRegister};

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.avic_vcpu import AvicVcpu
     from softkvm.kvm.x86.irqchip.lapic import Lapic
     from softkvm.kvm.x86.state import VcpuState as Vcpu
-    from softkvm.kvm.x86.vm import Vm
+    from softkvm.kvm.x86.state import VmState as Vm
 
 #: The slot of the page that guest-physical accesses to the APIC are translated to (``vmx.h``'s name, both vendors').
 APIC_ACCESS_PAGE_PRIVATE_MEMSLOT: Final = KVM_USER_MEM_SLOTS + 1
