@@ -42,3 +42,7 @@ def test_what_is_not_there_has_a_reason(rows: list[tuple[str, str, str]]) -> Non
 def test_reasons_are_of_names_that_there_are() -> None:
     known = vars(abi).keys() | abi.REQUESTS.keys() | abi.X86_REQUESTS.keys()
     assert sorted(table.REASONS.keys() - known) == []
+
+
+def test_what_is_there_has_no_reason_not_to_be(rows: list[tuple[str, str, str]]) -> None:
+    assert [name for name, state, _ in rows if name in table.REASONS and not state.startswith("no")] == []
