@@ -41,7 +41,7 @@ impl Cpu {
             vmcb.set(save::RSP, rsp);
         }
         let event = self.load_guest(&vmcb);
-        if !self.consistent() {
+        if !self.consistent() || !self.avic_consistent() {
             vmcb.set(control::EXITCODE, exitcode::INVALID);
             vmcb.set(control::EXITINFO1, 0u64);
             vmcb.set(control::EXITINFO2, 0u64);
@@ -222,7 +222,6 @@ impl Cpu {
             && c.asid != 0
             && (!c.nested_paging || c.nested_cr3 & 0xfff == 0)
             && (self.intercepts_maps_registered())
-            && (!self.avic.enabled || self.avic_consistent())
     }
 
     /// The permission maps lie in registered memory (their intercepts read them).

@@ -5,6 +5,8 @@
 //! An accelerated or trapped write happens like any other, by itself between two instructions
 //! ([`Avic::written`]), and is acted on before the next one.
 
+use std::sync::atomic::Ordering;
+
 use super::access::Access;
 use super::op::{Op, Res, Stop};
 use super::paging::PHYS_BITS;
@@ -42,8 +44,27 @@ impl Cpu {
         self.load_avic_fields(v, v_intr)
     }
 
-    #[inline(never)]
+    #[inline]
     fn load_avic_fields(&mut self, v: &Vmcb, v_intr: u64) -> bool {
+        let fields = [
+            v_intr & (AVIC_ENABLE | X2AVIC_ENABLE),
+            v.get(control::AVIC_BAR),
+            v.get(control::AVIC_BACKING_PAGE),
+            v.get(control::AVIC_LOGICAL_TABLE),
+            v.get(control::AVIC_PHYSICAL_TABLE),
+            // Memory may have gone since.
+            self.engine.shared.synced.load(Ordering::Relaxed),
+        ];
+        if fields == self.avic.fields {
+            return false;
+        }
+        let moved = self.load_new_avic_fields(v, v_intr);
+        self.avic.fields = fields;
+        moved
+    }
+
+    #[inline(never)]
+    fn load_new_avic_fields(&mut self, v: &Vmcb, v_intr: u64) -> bool {
         let before = self.avic;
         self.avic = Avic::default();
         if v_intr & AVIC_ENABLE != 0 {
@@ -58,18 +79,23 @@ impl Cpu {
                 physical: (physical & PAGE) as usize,
                 last: physical as u32 & if x2 { 0x1FF } else { 0xFF },
                 written: before.written,
+                ..Avic::default()
             };
         }
         before.bar != self.avic.bar
     }
 
     /// VMRUN's checks: the page and both tables are in memory.
-    pub(super) fn avic_consistent(&self) -> bool {
+    #[inline(always)]
+    pub(super) fn avic_consistent(&mut self) -> bool {
         let a = &self.avic;
-        let regions = &self.engine.regions;
-        regions.contains(a.page, 4096)
-            && regions.contains(a.logical, 4096)
-            && regions.contains(a.physical, 4096)
+        if a.enabled && !a.checked {
+            let regions = &self.engine.regions;
+            self.avic.checked =
+                [a.page, a.logical, a.physical].iter().all(|page| regions.contains(*page, 4096));
+            return self.avic.checked;
+        }
+        true
     }
 
     /// The backing page in force; AVIC is enabled.
@@ -88,9 +114,9 @@ impl Cpu {
         let tpr = if tpr & 0xF0 == class { tpr } else { class };
         let in_service = page.highest(register::ISR).map_or(0, |v| v as u32 & 0xF0);
         let ppr = if tpr & 0xF0 >= in_service { tpr } else { in_service };
-        page.set(register::PPR, ppr);
+        page.keep(register::PPR, ppr);
         let requested = page.highest(register::IRR).map_or(0, |v| v as u32 & 0xF0);
-        page.set(register::APR, if tpr & 0xF0 >= requested { ppr } else { requested.max(in_service) });
+        page.keep(register::APR, if tpr & 0xF0 >= requested { ppr } else { requested.max(in_service) });
         self.ctl.v_irq = requested > ppr & 0xF0;
         self.ctl.v_ign_tpr = true;
         self.update_attention();

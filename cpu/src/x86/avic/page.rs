@@ -94,7 +94,15 @@ impl BackingPage {
 
     /// Writes a register.
     pub fn set(self, offset: u16, value: u32) {
-        self.word(offset).store(value, Ordering::SeqCst);
+        self.word(offset).store(value, Ordering::Release);
+    }
+
+    /// Writes a register that mostly has the value already.
+    pub fn keep(self, offset: u16, value: u32) {
+        let word = self.word(offset);
+        if word.load(Ordering::Relaxed) != value {
+            word.store(value, Ordering::Release);
+        }
     }
 
     /// The highest bit of a bitmap of 256.

@@ -19,6 +19,9 @@ pub struct Avic {
     pub(in crate::x86) last: u32,
     /// Registers that were written and have to be acted on: bit n for the one at 16 * n.
     pub written: u64,
+    /// What the rest was made of, and whether VMRUN has found it consistent: mostly they are the same.
+    pub(in crate::x86) fields: [u64; 6],
+    pub(in crate::x86) checked: bool,
 }
 
 impl Default for Avic {
@@ -32,6 +35,8 @@ impl Default for Avic {
             physical: 0,
             last: 0,
             written: 0,
+            fields: [0; 6],
+            checked: false,
         }
     }
 }

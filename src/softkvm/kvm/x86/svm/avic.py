@@ -271,18 +271,12 @@ class Avic:
 
     # --- the physical APIC ID table ------------------------------------------------------------------
 
-    def set_entry(self, vcpu: Vcpu, *, valid: bool, running: bool) -> None:
-        """Write a vCPU's entry: others' interrupts reach its backing page if it is valid, and ring if it runs."""
-        if vcpu.vcpu_id > X2AVIC_MAX_PHYSICAL_ID:
-            return
-        entry = 0
-        if valid:
-            apic = vcpu.apic
-            assert isinstance(apic, AvicLapic)
-            entry = _PHYSICAL_VALID | apic.backing_page | vcpu.vcpu_id
-            if running:
-                entry |= _PHYSICAL_RUNNING
-        self.physical_table[vcpu.vcpu_id] = entry
+    def entries(self, vcpu: Vcpu) -> tuple[int, int]:
+        """Return a vCPU's entry while it does not run, and while it does: then others ring."""
+        apic = vcpu.apic
+        assert isinstance(apic, AvicLapic)
+        entry = _PHYSICAL_VALID | apic.backing_page | vcpu.vcpu_id
+        return entry, entry | _PHYSICAL_RUNNING
 
     # --- a vCPU's VMCB -------------------------------------------------------------------------------
 
