@@ -15,7 +15,6 @@ early.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import enum
 import errno
@@ -330,15 +329,7 @@ class _Monitor:
         """A clock is no more; the thread ends with the last one."""
         with self._lock:
             self._clocks.discard(clock)
-        self.end(idle=True)
-
-    def end(self, *, idle: bool = False) -> None:
-        """End the thread, with ``idle`` if it has no clocks, and wait for it.
-
-        One that is still there when the interpreter ends may abort the process: it is cancelled in the middle of ours.
-        """
-        with self._lock:
-            if self._thread is None or (idle and self._clocks):
+            if self._thread is None or self._clocks:
                 return
             thread, self._thread = self._thread, None
             assert thread.ident is not None
@@ -370,4 +361,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(lambda: _monitor.end())

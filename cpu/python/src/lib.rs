@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Python binding of softcpu: `softkvm._softcpu`. Types and documentation are in `_softcpu.pyi`.
 
+mod call;
 mod client;
 mod cputime;
 mod decode;

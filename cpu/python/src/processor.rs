@@ -18,6 +18,7 @@ use softcpu::mem::{Machine, Shared, Wake};
 use softcpu::x86::state::Cpu;
 use softcpu::x86::vmrun::BadVmcb;
 
+use crate::call::call;
 use crate::cputime::{Account, GUEST, HOST, OFF};
 use crate::machine::{PyMachine, own};
 use crate::request;
@@ -246,7 +247,7 @@ impl PyCpu {
             if self.accounted() && self.account.enter_run() {
                 told |= RUN_MOVED;
             }
-            let result = function.call1((told,));
+            let result = (told,).into_pyobject(function.py()).and_then(|told| call(function, &told, None));
             self.send_held();
             if self.accounted() {
                 self.account.leave_run();
@@ -270,7 +271,7 @@ impl PyCpu {
         args: &Bound<'py, PyTuple>,
         named: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        request::within(self.runner, || function.call(args, named), function.py())
+        request::within(self.runner, || call(function, args, named), function.py())
     }
 
     #[getter]

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use softkvm_client::sanitizers::Unseen;
 
+use crate::call::call;
 use crate::signals::Runner;
 
 /// A thread's runner for what is no vCPU's; it goes to another thread behind this one's end.
@@ -103,7 +104,7 @@ fn end<'py>(
 #[pyo3(signature = (function, *args))]
 pub fn unseen<'py>(function: &Bound<'py, PyAny>, args: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
     let _unseen = Unseen::new();
-    function.call1(args)
+    call(function, args, None)
 }
 
 /// Calls a function that no handler of a signal interrupts.
@@ -114,5 +115,5 @@ pub fn uninterrupted<'py>(
     args: &Bound<'py, PyTuple>,
     named: Option<&Bound<'py, PyDict>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    within(own(), || function.call(args, named), function.py())
+    within(own(), || call(function, args, named), function.py())
 }

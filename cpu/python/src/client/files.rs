@@ -14,10 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuar
 
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use softcpu::mem::lost::actions::use_sigaction;
 use softkvm_client::{Client, MARK_CLIENTS, MARK_OURS};
 
 use super::{result_of, threads};
+use crate::call::call;
 use crate::{request, signals};
 
 /// A file that the client has open.
@@ -258,7 +260,7 @@ pub extern "C-unwind" fn collect() {
         if has_retired {
             threads::request(|py| {
                 for file in gone {
-                    result_of(py, file.release.bind(py).call0());
+                    result_of(py, call(file.release.bind(py), &PyTuple::empty(py), None));
                 }
                 drop(take_unused());
             });

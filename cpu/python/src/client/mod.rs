@@ -13,9 +13,9 @@ mod threads;
 use std::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 
-use pyo3::call::PyCallArgs;
 use pyo3::exceptions::{PyMemoryError, PyOSError};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use softkvm_client::{Core, KIND_NONE, NOT_OUR_SIGNAL, NOT_OURS};
 
 use crate::request::own;
@@ -119,9 +119,16 @@ fn refused(flags: c_int) -> Option<c_int> {
 /// Calls a function of Python's for a request.
 fn call<A>(function: &Py<PyAny>, args: A) -> c_long
 where
-    A: for<'py> PyCallArgs<'py>,
+    A: for<'py> IntoPyObject<'py, Target = PyTuple, Output = Bound<'py, PyTuple>, Error: Into<PyErr>>,
 {
-    request(|py| result_of(py, function.bind(py).call1(args)))
+    request(|py| {
+        result_of(
+            py,
+            args.into_pyobject(py)
+                .map_err(Into::into)
+                .and_then(|args| crate::call::call(function.bind(py), &args, None)),
+        )
+    })
 }
 
 extern "C-unwind" fn open(flags: c_int) -> c_int {
