@@ -16,7 +16,8 @@ from typing import Any
 
 from softkvm import abi
 from softkvm.kvm import TRACEPOINTS, Kvm, Params, Vm
-from softkvm.kvm.x86.msrs import MSRS, Msr
+from softkvm.kvm.x86.msr_rows import Msr
+from softkvm.kvm.x86.msrs import MSRS
 from softkvm.kvm.x86.paravirt.hypercalls import HYPERCALLS, Hypercall
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
 from softkvm.trace.tracepoint import Tracepoints

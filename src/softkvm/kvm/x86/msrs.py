@@ -8,10 +8,9 @@ userspace (KVM_GET_MSRS, KVM_SET_MSRS), which may do what the guest may not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from softkvm import _softcpu, abi
+from softkvm import abi
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import msr_index as M
 from softkvm.kvm.x86 import mtrr, tsc
@@ -27,10 +26,23 @@ from softkvm.kvm.x86.features import (
     X86_FEATURE_X2APIC,
     X86_FEATURE_XMM3,
     X86_FEATURE_XSAVES,
-    Feature,
 )
 from softkvm.kvm.x86.hyperv import msrs as hyperv_msrs
 from softkvm.kvm.x86.irqchip import apic_base
+from softkvm.kvm.x86.msr_rows import (
+    U32,
+    U64,
+    Msr,
+    constant,
+    fixed,
+    in_vmcb,
+    keep,
+    read_only,
+    stored,
+    sysenter,
+    with_feature,
+    write_only,
+)
 from softkvm.kvm.x86.paravirt import kvmclock
 from softkvm.kvm.x86.pmu import amd, intel, pmu
 from softkvm.kvm.x86.svm import vmcb as V
@@ -39,111 +51,6 @@ if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
 log = logging.getLogger(__name__)
-
-Reader = Callable[["Vcpu", int, bool], "int | None"]
-Writer = Callable[["Vcpu", int, int, bool], bool]
-
-
-class Msr(NamedTuple):
-    """One row: how a register is read and written, and whether KVM_GET_MSR_INDEX_LIST names it."""
-
-    read: Reader
-    write: Writer
-    save: bool = True
-
-
-_U32: Final = (1 << 32) - 1
-_U64: Final = (1 << 64) - 1
-#: Width of the silicon's linear addresses.
-_HOST_LINEAR_BITS: Final = _softcpu.cpuid(0x8000_0008, 0)[0] >> 8 & 0xFF
-
-
-# --- building blocks ---------------------------------------------------------------------------
-
-
-def _constant(value: int) -> Msr:
-    """A register that reads ``value`` and ignores writes."""
-    return Msr(lambda vcpu, index, host: value, lambda vcpu, index, data, host: True, save=False)
-
-
-def _write_only() -> Msr:
-    """A register that can't be read; writes do nothing."""
-    return Msr(lambda vcpu, index, host: None, lambda vcpu, index, data, host: True, save=False)
-
-
-def _with(feature: Feature, msr: Msr) -> Msr:
-    """A register that the guest has only with a feature; the host always has it."""
-
-    def read(vcpu: Vcpu, index: int, host: bool) -> int | None:
-        return msr.read(vcpu, index, host) if host or vcpu.cpuid.has(feature) else None
-
-    def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-        return (host or vcpu.cpuid.has(feature)) and msr.write(vcpu, index, data, host)
-
-    return Msr(read, write, msr.save)
-
-
-def _fixed(value: int) -> Msr:
-    """A register that reads ``value`` and that nobody can write."""
-    return Msr(lambda vcpu, index, host: value, lambda vcpu, index, data, host: False, save=False)
-
-
-def _read_only(value: int) -> Msr:
-    """A register that reads ``value``; the guest's writes raise #GP, the host may write it back."""
-    return Msr(
-        lambda vcpu, index, host: vcpu.msr_values.get(index, value),
-        lambda vcpu, index, data, host: host and _keep(vcpu, index, data),
-        save=False,
-    )
-
-
-def _keep(vcpu: Vcpu, index: int, data: int) -> bool:
-    vcpu.msr_values[index] = data
-    return True
-
-
-def _stored(default: int = 0, valid: int = _U64, *, save: bool = True) -> Msr:
-    """A register that KVM only stores; bits outside of ``valid`` raise #GP."""
-
-    def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-        return not data & ~valid and _keep(vcpu, index, data)
-
-    return Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, default), write, save)
-
-
-def _in_vmcb(field: int, *, canonical: bool = False, valid: int = _U64) -> Msr:
-    """A register in the VMCB's save area."""
-
-    def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-        if (canonical and cr.is_noncanonical(vcpu, data)) or data & ~valid:
-            return False
-        vcpu.q[field] = data
-        return True
-
-    return Msr(lambda vcpu, index, host: vcpu.q[field], write)
-
-
-def _sysenter(field: int) -> Msr:
-    """SYSENTER_ESP or _EIP: 32 bits of AMD's, 64 for Intel-compatible guests (upper half in ``msr_values``).
-
-    AMD's don't fault on addresses that aren't canonical, so KVM makes them so instead of raising #GP.
-    """
-
-    def read(vcpu: Vcpu, index: int, host: bool) -> int:
-        high = vcpu.msr_values.get(index, 0) if vcpu.cpuid.intel_compatible else 0
-        return high | vcpu.q[field] & _U32
-
-    def write(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-        if data >> _HOST_LINEAR_BITS - 1 & 1:
-            data |= _U64 << _HOST_LINEAR_BITS & _U64
-        else:
-            data &= (1 << _HOST_LINEAR_BITS) - 1
-        vcpu.msr_values[index] = data & ~_U32 if vcpu.cpuid.intel_compatible else 0
-        vcpu.q[field] = data & _U32
-        return True
-
-    return Msr(read, write)
-
 
 # --- registers with a behaviour ----------------------------------------------------------------
 
@@ -162,7 +69,7 @@ def _write_tsc(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     else:
         adjust = data - tsc.read_guest_tsc(vcpu)
         tsc.set_offset(vcpu, vcpu.tsc_offset + adjust)
-        vcpu.tsc_adjust = (vcpu.tsc_adjust + adjust) & _U64
+        vcpu.tsc_adjust = (vcpu.tsc_adjust + adjust) & U64
     return True
 
 
@@ -208,7 +115,7 @@ def _read_mcg_ctl(vcpu: Vcpu, index: int, host: bool) -> int | None:
 def _write_mcg_ctl(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if not vcpu.mcg_cap & M.MCG_CTL_P and (data or not host):
         return False
-    return data in (0, _U64) and _keep(vcpu, index, data)
+    return data in (0, U64) and keep(vcpu, index, data)
 
 
 def _read_mc_bank(vcpu: Vcpu, index: int, host: bool) -> int | None:
@@ -222,15 +129,15 @@ def _write_mc_bank(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
         return False
     kind = index & 3
     # Linux clears bit 10 of bank 4's control register on AMD, bit 0 of some Intel's: KVM takes them for set.
-    if kind == 0 and data and data | 1 << 10 | 1 != _U64:
+    if kind == 0 and data and data | 1 << 10 | 1 != U64:
         return False
     if kind == 1 and not host and data and not vcpu.msr_values.get(M.MSR_K7_HWCR, 0) & 1 << 18:
         return False
-    return _keep(vcpu, index, data)
+    return keep(vcpu, index, data)
 
 
 def _write_ucode_rev(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    return _keep(vcpu, index, data) if host else True
+    return keep(vcpu, index, data) if host else True
 
 
 def _write_misc_enable(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -243,7 +150,7 @@ def _write_misc_enable(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if changes_mwait and not vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):
         if not vcpu.cpuid.has(X86_FEATURE_XMM3):
             return False
-    _keep(vcpu, index, data)
+    keep(vcpu, index, data)
     vcpu.cpuid.update_runtime(vcpu)
     return True
 
@@ -252,7 +159,7 @@ def _write_hwcr(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     data &= ~(1 << 6 | 1 << 3 | 1 << 8)  # FFDIS, TLBCACHEDIS, IGNNE_EM: written by firmware, meaningless here
     if data & ~(1 << 24 | 1 << 18):
         return False
-    return _keep(vcpu, index, data)
+    return keep(vcpu, index, data)
 
 
 def _write_debugctl(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
@@ -284,14 +191,14 @@ def _write_tsc_ratio(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 def _write_de_cfg(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if data & ~M.DE_CFG_LFENCE_SERIALIZE or (not host and data != M.DE_CFG_LFENCE_SERIALIZE):
         return False
-    return _keep(vcpu, index, data)
+    return keep(vcpu, index, data)
 
 
 def _write_hsave_pa(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     """Kept for a hypervisor in the guest, of which there is none; the host may restore any value."""
     if not host and (data & 0xFFF or data >> vcpu.maxphyaddr):
         return False
-    return _keep(vcpu, index, data & ~0xFFF)
+    return keep(vcpu, index, data & ~0xFFF)
 
 
 def _has_osvw(vcpu: Vcpu) -> bool:
@@ -303,7 +210,7 @@ def _read_osvw(vcpu: Vcpu, index: int, host: bool) -> int | None:
 
 
 def _write_osvw(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
-    return _has_osvw(vcpu) and _keep(vcpu, index, data)
+    return _has_osvw(vcpu) and keep(vcpu, index, data)
 
 
 def _read_platform_info(vcpu: Vcpu, index: int, host: bool) -> int | None:
@@ -315,7 +222,7 @@ def _read_platform_info(vcpu: Vcpu, index: int, host: bool) -> int | None:
 def _write_platform_info(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if not host or (vcpu.cpuid_faulting and not data & M.PLATFORM_INFO_CPUID_FAULT):
         return False
-    return _keep(vcpu, index, data)
+    return keep(vcpu, index, data)
 
 
 def set_misc_features_enables(vcpu: Vcpu, data: int) -> None:
@@ -340,7 +247,7 @@ def _has_tsc_aux(vcpu: Vcpu, host: bool) -> bool:
 def _write_tsc_aux(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     if not _has_tsc_aux(vcpu, host) or (vcpu.cpuid.intel_compatible and data >> 32):
         return False
-    vcpu.tsc_aux = data & _U32  # AMD's drops the upper half
+    vcpu.tsc_aux = data & U32  # AMD's drops the upper half
     return True
 
 
@@ -374,34 +281,34 @@ def _write_xss(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
 
 #: Index -> how it is read and written.
 MSRS: Final[dict[int, Msr]] = {
-    M.MSR_IA32_P5_MC_ADDR: _fixed(0),
-    M.MSR_IA32_P5_MC_TYPE: _fixed(0),
+    M.MSR_IA32_P5_MC_ADDR: fixed(0),
+    M.MSR_IA32_P5_MC_TYPE: fixed(0),
     M.MSR_IA32_TSC: Msr(_read_tsc, _write_tsc),
-    M.MSR_IA32_PLATFORM_ID: _fixed(0),
+    M.MSR_IA32_PLATFORM_ID: fixed(0),
     M.MSR_IA32_APICBASE: Msr(_read_apic_base, _write_apic_base, save=False),
-    M.MSR_IA32_EBL_CR_POWERON: _fixed(0),
-    M.MSR_EBC_FREQUENCY_ID: _fixed(1 << 24),  # a ratio of 1, which nobody divides by 0 with
-    M.MSR_SMI_COUNT: _read_only(0)._replace(save=True),  # no SMM: userspace's own count
+    M.MSR_IA32_EBL_CR_POWERON: fixed(0),
+    M.MSR_EBC_FREQUENCY_ID: fixed(1 << 24),  # a ratio of 1, which nobody divides by 0 with
+    M.MSR_SMI_COUNT: read_only(0)._replace(save=True),  # no SMM: userspace's own count
     M.MSR_IA32_TSC_ADJUST: Msr(lambda vcpu, index, host: vcpu.tsc_adjust, _write_tsc_adjust),
     M.MSR_IA32_UCODE_REV: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, M.UCODE_REV), _write_ucode_rev),
-    M.MSR_IA32_UCODE_WRITE: _write_only(),
-    0xCD: _fixed(3),  # FSB_FREQ
+    M.MSR_IA32_UCODE_WRITE: write_only(),
+    0xCD: fixed(3),  # FSB_FREQ
     M.MSR_PLATFORM_INFO: Msr(_read_platform_info, _write_platform_info),
     M.MSR_MISC_FEATURES_ENABLES: Msr(
         lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_misc_features_enables
     ),
-    M.MSR_IA32_ARCH_CAPABILITIES: _with(
-        X86_FEATURE_ARCH_CAPABILITIES, _read_only(M.ARCH_CAPABILITIES)._replace(save=True)
+    M.MSR_IA32_ARCH_CAPABILITIES: with_feature(
+        X86_FEATURE_ARCH_CAPABILITIES, read_only(M.ARCH_CAPABILITIES)._replace(save=True)
     ),
-    M.MSR_IA32_BBL_CR_CTL3: _constant(0xBE70_2111),  # an L2 cache that is on: Windows XP asks
-    M.MSR_IA32_SYSENTER_CS: _in_vmcb(V.SYSENTER_CS),
-    M.MSR_IA32_SYSENTER_ESP: _sysenter(V.SYSENTER_ESP),
-    M.MSR_IA32_SYSENTER_EIP: _sysenter(V.SYSENTER_EIP),
+    M.MSR_IA32_BBL_CR_CTL3: constant(0xBE70_2111),  # an L2 cache that is on: Windows XP asks
+    M.MSR_IA32_SYSENTER_CS: in_vmcb(V.SYSENTER_CS),
+    M.MSR_IA32_SYSENTER_ESP: sysenter(V.SYSENTER_ESP),
+    M.MSR_IA32_SYSENTER_EIP: sysenter(V.SYSENTER_EIP),
     M.MSR_IA32_MCG_CAP: Msr(lambda vcpu, index, host: vcpu.mcg_cap, lambda vcpu, index, data, host: False, False),
-    M.MSR_IA32_MCG_STATUS: _stored(),
+    M.MSR_IA32_MCG_STATUS: stored(),
     M.MSR_IA32_MCG_CTL: Msr(_read_mcg_ctl, _write_mcg_ctl),
-    M.MSR_IA32_PERF_STATUS: _fixed(1000 | 4 << 40),  # TSC ticks and multiplier
-    M.MSR_IA32_PERF_CTL: _fixed(0),
+    M.MSR_IA32_PERF_STATUS: fixed(1000 | 4 << 40),  # TSC ticks and multiplier
+    M.MSR_IA32_PERF_CTL: fixed(0),
     M.MSR_IA32_MISC_ENABLE: Msr(
         lambda vcpu, index, host: vcpu.msr_values.get(index, M.MISC_ENABLE_PMU_READ_ONLY), _write_misc_enable
     ),
@@ -410,54 +317,54 @@ MSRS: Final[dict[int, Msr]] = {
     0x1DC: Msr(lambda vcpu, index, host: vcpu.q[V.BR_TO], lambda vcpu, index, data, host: False, False),
     0x1DD: Msr(lambda vcpu, index, host: vcpu.q[V.LAST_EXCP_FROM], lambda vcpu, index, data, host: False, False),
     0x1DE: Msr(lambda vcpu, index, host: vcpu.q[V.LAST_EXCP_TO], lambda vcpu, index, data, host: False, False),
-    M.MSR_IA32_POWER_CTL: _stored(),
-    M.MSR_IA32_UMWAIT_CONTROL: _with(
+    M.MSR_IA32_POWER_CTL: stored(),
+    M.MSR_IA32_UMWAIT_CONTROL: with_feature(
         X86_FEATURE_WAITPKG, Msr(lambda vcpu, index, host: vcpu.umwait_control, _write_umwait_control)
     ),
     M.MSR_IA32_TSC_DEADLINE: Msr(_read_tsc_deadline, _write_tsc_deadline),
-    M.MSR_IA32_PERF_CAPABILITIES: _with(
+    M.MSR_IA32_PERF_CAPABILITIES: with_feature(
         X86_FEATURE_PDCM, Msr(lambda vcpu, index, host: vcpu.perf_capabilities, _write_perf_capabilities)
     ),
-    **{index: _fixed(0) for index in (0x606, 0x611, 0x619, 0x639, 0x641)},  # RAPL: what the host consumes is its own
-    M.MSR_IA32_XSS: _with(X86_FEATURE_XSAVES, Msr(lambda vcpu, index, host: 0, _write_xss)),
+    **{index: fixed(0) for index in (0x606, 0x611, 0x619, 0x639, 0x641)},  # RAPL: what the host consumes is its own
+    M.MSR_IA32_XSS: with_feature(X86_FEATURE_XSAVES, Msr(lambda vcpu, index, host: 0, _write_xss)),
     M.MSR_EFER: Msr(lambda vcpu, index, host: vcpu.efer & ~abi.EFER_SVME, _write_efer, save=False),
-    M.MSR_STAR: _in_vmcb(V.STAR),
-    M.MSR_LSTAR: _in_vmcb(V.LSTAR, canonical=True),
-    M.MSR_CSTAR: _in_vmcb(V.CSTAR, canonical=True),
-    M.MSR_SYSCALL_MASK: _in_vmcb(V.SFMASK, valid=_U32),
-    M.MSR_FS_BASE: _in_vmcb(V.FS_BASE, canonical=True)._replace(save=False),
-    M.MSR_GS_BASE: _in_vmcb(V.GS_BASE, canonical=True)._replace(save=False),
-    M.MSR_KERNEL_GS_BASE: _in_vmcb(V.KERNEL_GS_BASE, canonical=True),
+    M.MSR_STAR: in_vmcb(V.STAR),
+    M.MSR_LSTAR: in_vmcb(V.LSTAR, canonical=True),
+    M.MSR_CSTAR: in_vmcb(V.CSTAR, canonical=True),
+    M.MSR_SYSCALL_MASK: in_vmcb(V.SFMASK, valid=U32),
+    M.MSR_FS_BASE: in_vmcb(V.FS_BASE, canonical=True)._replace(save=False),
+    M.MSR_GS_BASE: in_vmcb(V.GS_BASE, canonical=True)._replace(save=False),
+    M.MSR_KERNEL_GS_BASE: in_vmcb(V.KERNEL_GS_BASE, canonical=True),
     M.MSR_TSC_AUX: Msr(_read_tsc_aux, _write_tsc_aux),
     # AMD
     M.MSR_AMD64_TSC_RATIO: Msr(lambda vcpu, index, host: M.TSC_RATIO_DEFAULT if host else None, _write_tsc_ratio),
-    M.MSR_AMD64_SYSCFG: _fixed(0),
+    M.MSR_AMD64_SYSCFG: fixed(0),
     M.MSR_K7_HWCR: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, M.HWCR_TSC_FREQ_SEL), _write_hwcr),
-    **{index: _constant(0) for index in (*range(0xC001_0016, 0xC001_001B), 0xC001_001D)},
-    M.MSR_AMD64_NB_CFG: _constant(0),  # Linux enables extended PCI configuration there on AMD processors
-    M.MSR_K7_CLK_CTL: _constant(0x2000_0000),  # a ramp-up count: Linux sets it on the K7s that need that
-    M.MSR_AMD64_PATCH_LOADER: _write_only(),
-    M.MSR_K8_INT_PENDING_MSG: _fixed(0),
-    M.MSR_FAM10H_MMIO_CONF_BASE: _stored(valid=0, save=False),
-    0xC001_0062: _constant(0),
-    0xC001_0063: _constant(0),
-    M.MSR_K8_TSEG_ADDR: _fixed(0),
-    M.MSR_K8_TSEG_MASK: _fixed(0),
+    **{index: constant(0) for index in (*range(0xC001_0016, 0xC001_001B), 0xC001_001D)},
+    M.MSR_AMD64_NB_CFG: constant(0),  # Linux enables extended PCI configuration there on AMD processors
+    M.MSR_K7_CLK_CTL: constant(0x2000_0000),  # a ramp-up count: Linux sets it on the K7s that need that
+    M.MSR_AMD64_PATCH_LOADER: write_only(),
+    M.MSR_K8_INT_PENDING_MSG: fixed(0),
+    M.MSR_FAM10H_MMIO_CONF_BASE: stored(valid=0, save=False),
+    0xC001_0062: constant(0),
+    0xC001_0063: constant(0),
+    M.MSR_K8_TSEG_ADDR: fixed(0),
+    M.MSR_K8_TSEG_MASK: fixed(0),
     M.MSR_VM_HSAVE_PA: Msr(lambda vcpu, index, host: vcpu.msr_values.get(index, 0), _write_hsave_pa, False),
-    M.MSR_VM_IGNNE: _write_only(),
-    M.MSR_AMD64_VIRT_SPEC_CTRL: _with(X86_FEATURE_VIRT_SSBD, _stored(valid=M.VIRT_SPEC_CTRL_SSBD)),
+    M.MSR_VM_IGNNE: write_only(),
+    M.MSR_AMD64_VIRT_SPEC_CTRL: with_feature(X86_FEATURE_VIRT_SSBD, stored(valid=M.VIRT_SPEC_CTRL_SSBD)),
     M.MSR_VM_CR: Msr(lambda vcpu, index, host: 0x10, lambda vcpu, index, data, host: data & 0x10 == data, False),
     M.MSR_AMD64_OSVW_ID_LENGTH: Msr(_read_osvw, _write_osvw, save=False),
     M.MSR_AMD64_OSVW_STATUS: Msr(_read_osvw, _write_osvw, save=False),
-    M.MSR_F15H_IC_CFG: _fixed(0),
-    M.MSR_AMD64_DC_CFG: _constant(0),
-    M.MSR_AMD64_TW_CFG: _constant(0),
-    M.MSR_AMD64_BU_CFG2: _constant(0),
-    M.MSR_F15H_EX_CFG: _constant(0),
+    M.MSR_F15H_IC_CFG: fixed(0),
+    M.MSR_AMD64_DC_CFG: constant(0),
+    M.MSR_AMD64_TW_CFG: constant(0),
+    M.MSR_AMD64_BU_CFG2: constant(0),
+    M.MSR_F15H_EX_CFG: constant(0),
     M.MSR_AMD64_DE_CFG: Msr(
         lambda vcpu, index, host: vcpu.msr_values.get(index, M.DE_CFG_LFENCE_SERIALIZE), _write_de_cfg, save=False
     ),
-    M.MSR_MTRRCAP: _fixed(mtrr.MTRRCAP),
+    M.MSR_MTRRCAP: fixed(mtrr.MTRRCAP),
     **{index: Msr(read, write) for index, (read, write) in mtrr.MSRS.items()},
     **{
         index: Msr(_read_mc_bank, _write_mc_bank, save=False)
@@ -540,10 +447,10 @@ def set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool) -> bool:
     """Write an MSR; False stands for #GP, or for "refused" to the host."""
     row = MSRS.get(index)
     if row is not None:
-        return row.write(vcpu, index, data & _U64, host)
+        return row.write(vcpu, index, data & U64, host)
     counter = vcpu.pmu.msrs.get(index)
     if counter is not None:
-        return counter[1](data & _U64, host)
+        return counter[1](data & U64, host)
     if index in _PMU_MSRS_IGNORED or (host and not data and index in PMU_MSRS_TO_SAVE):
         return True
     params = vcpu.vm.params
