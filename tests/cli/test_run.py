@@ -17,7 +17,7 @@ from tests.support.machines import KVMS
 
 from softkvm.cli import run as run_module
 from softkvm.cli.arguments import size as size_of
-from softkvm.cli.run import split_modules
+from softkvm.cli.run_image import split_modules
 from softkvm.vmm.memory import GIB, KIB, MIB
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import ConsoleWatcher

@@ -13,8 +13,6 @@ import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +22,11 @@ from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import count, file_name, percent, seconds, size
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
-from softkvm.cli.terminal import STDIO, console_choice, open_console, terminal_kind
-from softkvm.progress import TerminalProgress
+from softkvm.cli.run_image import COMMAND_LINE, GuestImage, choose_image, name_file, open_images
+from softkvm.cli.terminal import STDIO, console_choice, open_console
 from softkvm.vmm.boot.bzimage import Entry
-from softkvm.vmm.boot.image import Deadline, Image
-from softkvm.vmm.boot.loaders import Kind, recognize
-from softkvm.vmm.boot.placement import Module
-from softkvm.vmm.errors import ImageError, LoadTimeout, MachineError, show_traceback
-from softkvm.vmm.guest import GuestUnavailable, demo_kernel, prepare
+from softkvm.vmm.boot.image import Deadline
+from softkvm.vmm.errors import LoadTimeout, MachineError, show_traceback
 from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
 from softkvm.vmm.memory import KIB
 from softkvm.vmm.outcome import End, Outcome
@@ -40,8 +35,6 @@ from softkvm.vmm.stats import STATS_VERSION, ConsoleWatcher
 if TYPE_CHECKING:
     from softkvm.plugin import Policy
     from softkvm.trace.record import Recorder
-
-COMMAND_LINE = "console=ttyS0"
 
 #: Whose paravirtual interfaces a guest is offered.
 CPU_KVM, CPU_HYPERV = "kvm", "hv"
@@ -81,19 +74,6 @@ exit status:
 on the console:
   Ctrl-A x ends the machine, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A
 """
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """What to boot."""
-
-    kernel: Path
-    initrd: tuple[str, ...]
-    """What --initrd says: files, or for a Multiboot kernel lists of modules."""
-    command_line: str | None
-    """None: what the kind of kernel has by default."""
-    raw: bool = False
-    entry: Entry | None = None
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -178,37 +158,6 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=file_name,
         help="write statistics as JSON when the machine has ended; - is standard output",
     )
-
-
-def _choose_image(args: Namespace) -> _Image:
-    """Return what the arguments name, or the default guest, or the built-in demonstration."""
-    if args.image is not None:
-        if args.kernel is not None:
-            raise CommandError(f"{args.image}: --kernel {args.kernel} is there, too")
-        args.kernel = args.image
-    if args.kernel is not None:
-        raw = args.kernel.startswith("flat:")
-        if args.kernel == "flat:":
-            raise CommandError("--kernel flat:FILE lacks the file")
-        if raw and (args.initrd or args.append or args.entry):
-            raise CommandError("--kernel flat:FILE takes neither --initrd nor --append nor --entry")
-        entry = Entry(args.entry) if args.entry else None
-        return _Image(Path(args.kernel.removeprefix("flat:")), tuple(args.initrd), args.append, raw, entry)
-    for option in ("initrd", "entry"):
-        if getattr(args, option):
-            raise CommandError(f"--{option} needs --kernel")
-    more = f" {args.append}" if args.append else ""
-    try:
-        guest = prepare(TerminalProgress())
-        terminal = terminal_kind() if args.console == STDIO else None
-        size = f" softkvm.terminal={terminal}" if terminal else ""
-        return _Image(guest.kernel, (str(guest.initrd),), guest.command_line + size + more)
-    except GuestUnavailable as error:
-        warn(f"{error}; booting the built-in demonstration guest (--kernel and --initrd boot your own)")
-    try:
-        return _Image(demo_kernel(), (), COMMAND_LINE + more)
-    except GuestUnavailable as error:
-        raise CommandError(str(error), EXIT_ERROR) from None
 
 
 def _start_trace(kvm: api.Kvm, args: Namespace, stack: contextlib.ExitStack) -> Recorder | None:
@@ -345,7 +294,7 @@ def _instructions(stats: dict[str, Any]) -> int | None:
 
 def _collect(
     machine: Machine,
-    image: _Image,
+    image: GuestImage,
     command_line: str,
     accel: str,
     outcome: Outcome,
@@ -384,44 +333,6 @@ def _collect(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """The files of an ``_Image``, opened."""
-
-    kernel: Image
-    modules: list[Module]
-    command_line: str
-
-
-def _open_images(image: _Image, limit: int, deadline: Deadline, files: contextlib.ExitStack) -> _Loaded:
-    """Open what *image* names; *files* closes it. Raises ImageError."""
-
-    def opened(path: str | Path, name: str) -> Image:
-        return files.enter_context(Image.open(Path(path), name, limit, deadline))
-
-    kernel = opened(image.kernel, "kernel")
-    if image.raw:
-        return _Loaded(kernel, [], "")
-    try:
-        kernel, kind = recognize(kernel, limit, deadline)
-    except ImageError as error:
-        raise ImageError(_name_file(error, image)) from None
-    if kind is not Kind.MULTIBOOT:
-        modules = [Module(opened(path, "initrd")) for path in image.initrd]
-        return _Loaded(kernel, modules, COMMAND_LINE if image.command_line is None else image.command_line)
-    texts = [text for option in image.initrd for text in split_modules(option)]
-    modules = [
-        Module(opened(text.partition(" ")[0], "module"), text.encode("utf-8", "surrogateescape")) for text in texts
-    ]
-    return _Loaded(kernel, modules, f"{image.kernel} {image.command_line or ''}".rstrip())
-
-
-def split_modules(text: str) -> list[str]:
-    """Return the modules that ``--initrd "FILE ARGUMENTS,FILE …"`` names, as QEMU has it: two commas stand for one."""
-    parts = text.replace(",,", "\0").split(",")  # no argument of a process holds a NUL
-    return [part.replace("\0", ",").lstrip() for part in parts]
-
-
 def _run(args: Namespace) -> int:
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
     with contextlib.ExitStack() as files:
@@ -442,9 +353,9 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         )
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         trace_file = _trace_file(args.trace)
-        image = _choose_image(args)
+        image = choose_image(args)
         deadline = Deadline(timeout_s)
-        loaded = _open_images(image, config.memory_size, deadline, files)
+        loaded = open_images(image, config.memory_size, deadline, files)
     except LoadTimeout as error:
         return _timed_out(error)
     except MachineError as error:
@@ -490,7 +401,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         except LoadTimeout as error:
             return _timed_out(error)
         except MachineError as error:
-            raise CommandError(_name_file(error, image)) from None
+            raise CommandError(name_file(error, image)) from None
         except (OSError, MemoryError) as error:
             show_traceback(error)
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
@@ -526,14 +437,6 @@ def _timed_out(error: LoadTimeout) -> int:
     outcome = Outcome(End.TIMEOUT, str(error))
     warn(str(outcome))
     return EXIT_STATUS[outcome.end]
-
-
-def _name_file(error: MachineError, image: _Image) -> str:
-    """Put the file's name before what is wrong with it."""
-    text = str(error)
-    if isinstance(error, ImageError) and text.startswith(("kernel", "ELF", "flat", "boot protocol")):
-        return f"{image.kernel}: {text}"
-    return text
 
 
 command = Command(_add_arguments, _run, "Boot a virtual machine.", EPILOG, intermixed=True)
