@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 
 import pytest
 from tests.support.machines import KVMS
 
+from softkvm import abi
 from softkvm.bench import demand_paging
 from softkvm.bench.demand_paging import PAGE, PATTERN, BenchError, Memory, Options
 from softkvm.bench.userfaultfd import MINOR, MISSING, Userfaultfd
+from softkvm.bench.walkers import TEST_GPA
 
 SIZE = 2 << 20
 PAGES = SIZE // PAGE
@@ -50,6 +54,21 @@ def test_each_page_is_given(kind: str, mode: str, overlap: bool) -> None:
 def test_a_vcpus_own_thread_gives_pages_behind_an_exit(overlap: bool) -> None:
     report = measure("soft", Options(2, SIZE, overlap, "exit"))
     assert report.faults >= report.options.walk.pages
+
+
+def test_a_page_that_another_thread_has_given_is_not_given_again() -> None:
+    memory = Memory(SIZE, shared=True)
+    options = Options(1, SIZE, mode="exit")
+    with KVMS["soft"]() as kvm, contextlib.closing(demand_paging._Machine(kvm, options, memory, exits=True)) as machine:
+        vcpu = machine._vcpus[0]
+        vcpu.kvm_run.exit_reason = abi.KVM_EXIT_MEMORY_FAULT
+        vcpu.kvm_run.memory_fault.gpa = TEST_GPA
+        assert machine._resolve(vcpu)
+        assert memory.read(0, PAGE) == PATTERN * PAGE
+        ctypes.memset(memory.address, 0x11, PAGE)  # the other's guest goes on
+        assert machine._resolve(vcpu)
+        assert memory.read(0, PAGE) == b"\x11" * PAGE
+        assert machine.faults == 2
 
 
 @pytest.mark.parametrize("mode", ["missing", "minor", "exit"])

@@ -221,6 +221,7 @@ class _Machine(Walkers):
         self._pages = memory
         self._exits = exits
         self._lock = threading.Lock()
+        self._given: set[int] = set()
         self.faults = 0
         if exits:
             memory.protect(0, memory.size, 0)
@@ -235,6 +236,10 @@ class _Machine(Walkers):
             time.sleep(self._options.delay_us / 1e6)
         with self._lock:
             self.faults += 1
+            first = offset & -PAGE
+            if first in self._given:  # by another vCPU's thread meanwhile, whose guest may have written it by now
+                return True
+            self._given.add(first)
             self._pages.fill(offset, PAGE)
             self._pages.protect(offset, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
         return True

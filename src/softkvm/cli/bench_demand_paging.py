@@ -113,5 +113,5 @@ def _title(options: demand_paging.Options) -> str:
 
 def render(reports: list[demand_paging.Report]) -> str:
     """Return the reports as a table for people."""
-    header = ["mode", "ms", "pages/s", "of each vCPU", "pages given"]
+    header = ["mode", "ms", "pages/s", "of each vCPU", "faults"]
     return "\n".join([_title(reports[0].options), "", *table(header, demand_paging.rows(reports))])
