@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -14,6 +15,18 @@ class PlotError(Exception):
     """No picture can be drawn here; the message says what is missing."""
 
 
+def _number(value: float, _position: object = None) -> str:
+    """Return a figure as the tables have it, never with an exponent: three digits, more before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    """Return the ends of a logarithmic axis: a whole decade below the least, room for a label behind the greatest."""
+    least, greatest = math.log10(min(values, default=1)), math.log10(max(values, default=1))
+    first = math.ceil(least) - 1
+    return 10.0**first, 10 ** (greatest + 0.15 * (greatest - first))
+
+
 def bars(title: str, unit: str, groups: Mapping[str, Mapping[str, float]], form: str) -> bytes:
     """Return a picture of horizontal bars on a logarithmic scale, as a file of the format *form*.
 
@@ -22,6 +35,7 @@ def bars(title: str, unit: str, groups: Mapping[str, Mapping[str, float]], form:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, NullFormatter
     except ImportError:
         raise PlotError("pictures need matplotlib: pip install matplotlib") from None
     names = list(dict.fromkeys(name for series in groups.values() for name in series))
@@ -32,11 +46,13 @@ def bars(title: str, unit: str, groups: Mapping[str, Mapping[str, float]], form:
     for n, (label, series) in enumerate(groups.items()):
         places = [names.index(name) + (n - (len(groups) - 1) / 2) * height for name in series]
         drawn = axes.barh(places, list(series.values()), height=height * 0.9, label=label)
-        axes.bar_label(drawn, [f" {value:,.3g}" for value in series.values()])
+        axes.bar_label(drawn, [f" {_number(value)}" for value in series.values()])
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.15)
+    axes.set_xlim(*_limits([value for series in groups.values() for value in series.values() if value > 0]))
+    axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(unit)
     axes.set_title(title)
     axes.grid(axis="x", alpha=0.3)
