@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 from softkvm.cli import EXIT_ERROR, CommandError
-from softkvm.cli.output import table
+from softkvm.cli.output import one_line, table
 from softkvm.live.asker import Process, process, processes
-
-_COMMAND_WIDTH = 60
 
 
 def choose(wanted: str | None) -> Process:
@@ -24,7 +22,7 @@ def choose(wanted: str | None) -> Process:
     raise CommandError(f"{wanted or 'which machine'}: expected one of these processes: {names}")
 
 
-def listed(found: list[Process]) -> list[str]:
-    """Return a table of processes."""
-    rows = [[str(one.pid), one.name, one.command[:_COMMAND_WIDTH]] for one in found]
-    return table(["PID", "NAME", "COMMAND"], rows, left=3)
+def listed(found: list[Process], width: int | None = None) -> list[str]:
+    """Return a table of processes, its lines no longer than *width*."""
+    rows = [[str(one.pid), one.name, one_line(one.command)] for one in found]
+    return [line[:width] for line in table(["PID", "NAME", "COMMAND"], rows, left=3)]

@@ -113,7 +113,8 @@ def _run(args: Namespace) -> int:
         if args.json:
             say(json.dumps([{"pid": one.pid, "name": one.name, "command": one.command} for one in found]))
         else:
-            say("\n".join(listed(found)))
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            say("\n".join(listed(found, width)))
         return EXIT_OK
     process = choose(args.machine)
     try:
