@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
     "selftests": ("softkvm.cli.selftests", "run the kernel's KVM selftests from a build of them"),
-    "bench": ("softkvm.cli.bench", "measure what exits cost, QEMU beside it"),
+    "bench": ("softkvm.cli.bench", "measure what exits, dirty logging, demand paging, task work and counters cost"),
     "completion": ("softkvm.cli.completion", "print a shell's completion of these commands"),
 }
 """Every command: its module, imported only when it is called, and a line of help."""

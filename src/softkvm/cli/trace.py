@@ -223,10 +223,11 @@ def render(summary: Summary) -> list[str]:
         ]
         for row in summary.rows
     ]
+    vcpus = "1 vCPU" if summary.vcpus == 1 else f"{summary.vcpus} vCPUs"
     return [
         *table(header, rows, left=1),
         "",
-        f"{summary.count:,} exits of {summary.vcpus} vCPUs; {summary.total_ns / 1e9:.3f} s to handle them, halts and "
+        f"{summary.count:,} exits of {vcpus}; {summary.total_ns / 1e9:.3f} s to handle them, halts and "
         f"userspace included; {summary.guest_ns / 1e9:.3f} s in the guest",
     ]
 
