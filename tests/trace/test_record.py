@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import io
 import os
+import termios
 import threading
 
 import pytest
+from tests.support.forks import in_child
+from tests.support.threads import beside, until
+from typing_extensions import Buffer
 
 from softkvm.trace.dat import TraceFile
 from softkvm.trace.event import Event, fields_of
@@ -115,4 +121,39 @@ def test_a_forked_child_records_nothing_and_its_parent_goes_on() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     work(3)
     assert recorded(recorder) == [("called", 1), ("called", 3)]
+    recorder.close()
+
+
+def test_a_forked_child_closes_the_recorder_while_the_writing_thread_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda _, buffering=-1: os.fdopen(writer, "wb", buffering))
+    recorder = Recorder(tracepoints().match("called"))
+    for x in range(size // 2):
+        work(x)
+    left = array.array("i", [0])
+
+    def full() -> bool:
+        fcntl.ioctl(reader, termios.FIONREAD, left)
+        return left[0] == size
+
+    until(full)  # the writing thread waits within its write
+    in_child(recorder.close)
+    with beside(threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(reader, size), b"")])):
+        recorder.close()
+    os.close(reader)
+
+
+class _Reluctant(io.BytesIO):
+    """A file that takes a few bytes at a time, as one without a buffer may."""
+
+    def write(self, data: Buffer) -> int:
+        return super().write(memoryview(data)[:1000])
+
+
+def test_a_spool_that_takes_parts_has_all_at_the_end() -> None:
+    recorder = Recorder(tracepoints().match("called"), spool=_Reluctant())
+    for x in range(100, 2000):
+        work(x)
+    assert recorded(recorder) == [("called", x) for x in range(100, 2000)]
     recorder.close()

@@ -71,8 +71,9 @@ class Recorder:
         filters: Mapping[str, Predicate] | None = None,
         ring_size: int = RING_SIZE,
     ) -> None:
-        #: The pages, each with its thread's number before it.
-        self.spool = spool if spool is not None else tempfile.TemporaryFile("w+b")  # noqa: SIM115 (closed by close)
+        #: The pages, each with its thread's number before it. A buffer's lock would stay with the writing thread in a
+        #: forked child, which closes its files at the end.
+        self.spool = spool if spool is not None else tempfile.TemporaryFile("w+b", 0)  # noqa: SIM115 (closed by close)
         self._rings: list[_Ring] = []
         self._local = threading.local()
         self._ring_size = ring_size
@@ -138,7 +139,9 @@ class Recorder:
         if not data or self._problem:
             return
         try:
-            self.spool.write(data)
+            rest = memoryview(data)
+            while rest:  # it may take a part, a file without a buffer
+                rest = rest[self.spool.write(rest) :]
         except OSError as error:  # the machine goes on, whatever becomes of its trace
             self._problem = error.strerror or str(error)
 
