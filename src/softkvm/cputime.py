@@ -219,8 +219,12 @@ class CpuClock:
 
     # --- expiry --------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Queue the expiry as task work if something is due, else have the host say when it may be; from any thread."""
+    def check(self, *, expired: bool = False) -> None:
+        """Queue the expiry as task work if something is due, else have the host say when it may be; from any thread.
+
+        *expired*: this was it. What has become due since waits for a step, as the kernel's waits for a tick: with
+        periods that are shorter than an expiry takes there would be no end of them.
+        """
         with self._lock:
             if self._queued or self._closed:
                 return
@@ -228,7 +232,7 @@ class CpuClock:
             earliest = self._earliest(times)
             if earliest is None:  # should the host's timer be armed it comes for nothing, once
                 return
-            if earliest > times[0] and self._arm(max(earliest, times[0] + STEP_NS)):
+            if (expired or earliest > times[0]) and self._arm(max(earliest, times[0] + STEP_NS)):
                 return
             self._queued = True
         self._call_soon(self._expire)
@@ -260,7 +264,7 @@ class CpuClock:
             fired = [call for kind in Clock for call in self._take_due(kind, times)]
         for timer, generation, overrun in fired:
             self._call_soon(lambda t=timer, g=generation, o=overrun: t.call(g, o))  # type: ignore[misc]
-        self.check()
+        self.check(expired=True)
 
     def _take_due(self, kind: Clock, times: tuple[int, int | None]) -> list[tuple[CpuTimer, int, int]]:
         due = []

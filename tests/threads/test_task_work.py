@@ -288,6 +288,58 @@ def test_times_that_no_clock_has_are_einval(tiny: Tiny, value: int) -> None:
         timer.settime("1")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", Clock)
+def test_a_period_shorter_than_its_expiry_takes_leaves_the_guest_time_and_kicks_their_effect(
+    tiny: Tiny, kind: Clock
+) -> None:
+    clock = tiny.vcpu.cpu_clock
+    told = [0]
+
+    def expired(timer: CpuTimer) -> None:
+        told[0] += 1 + timer.overrun
+        assert told[0] <= time_of(timer, clock)
+
+    timer = clock.create_timer(expired, kind)
+    timer.settime(1, 1)
+    with running(tiny.vcpu) as state:
+        until(lambda: told[0] > 1_000_000)
+        before = tiny.vcpu.cpu.instructions
+        until(lambda: tiny.vcpu.cpu.instructions > before + 10_000 or not state.thread.is_alive())
+        tiny.vcpu.kick()
+        error = state.wait()
+        assert error is not None and error.errno == errno.EINTR
+
+
+def test_a_kick_ends_work_that_queues_itself_for_ever(tiny: Tiny) -> None:
+    done = [0]
+
+    def work() -> None:
+        done[0] += 1
+        tiny.vcpu.call_soon(work)
+
+    tiny.vcpu.call_soon(work)
+    with running(tiny.vcpu) as state:
+        until(lambda: done[0] > 100)
+        tiny.vcpu.kick()
+        error = state.wait()
+        assert error is not None and error.errno == errno.EINTR
+    assert len(tiny.vcpu.task_work) == 1, "the rest is for the next KVM_RUN"
+
+
+def test_work_that_work_queues_is_done_before_a_kick_ends_kvm_run(tiny: Tiny) -> None:
+    done: list[str] = []
+
+    def first() -> None:
+        tiny.vcpu.kick()
+        done.append("first")
+        tiny.vcpu.call_soon(lambda: done.append("second"))
+
+    tiny.vcpu.call_soon(first)
+    with running(tiny.vcpu) as state:
+        error = state.wait()
+    assert error is not None and error.errno == errno.EINTR and done == ["first", "second"]
+
+
 def test_what_a_timer_raises_kvm_run_raises(tiny: Tiny) -> None:
     def fail(_: CpuTimer) -> None:
         raise OSError(errno.ENODEV, "for a test")

@@ -34,6 +34,8 @@ _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
 _DEAD: Final = "the VM is dead"
 #: The requests that :meth:`Vcpu.handle_general_requests` acts on.
 GENERAL_REQUESTS: Final = KVM_REQ_TASK_WORK | KVM_REQ_SIGNAL | KVM_REQ_VM_DEAD
+#: Work may queue work, some levels deep, and all is done before KVM_RUN ends. What goes on for longer a kick can end.
+TASK_WORK_ROUNDS: Final = 8
 
 
 def log_hist_update(histogram: list[int], ns: int) -> None:
@@ -158,11 +160,18 @@ class Vcpu(VcpuState, Closing):
             raise kvm_error(errno.EIO, _DEAD)
 
     def _run_task_work(self) -> None:
+        """Do what is queued, and what that queues; from some rounds on a kick, or the VM's end, leaves the rest."""
+        rounds = 0
         try:
             while self.task_work:
-                with self.request_lock:
-                    work = self.task_work.pop(0)
-                work()
+                if rounds >= TASK_WORK_ROUNDS and (self.cpu.interrupted or self.requests & KVM_REQ_VM_DEAD):
+                    self.make_request(KVM_REQ_TASK_WORK)
+                    return
+                rounds += 1
+                for _ in range(len(self.task_work)):
+                    with self.request_lock:
+                        work = self.task_work.pop(0)
+                    work()
         except BaseException:
             if self.task_work:  # the rest is for the next KVM_RUN
                 self.make_request(KVM_REQ_TASK_WORK)
