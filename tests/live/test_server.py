@@ -157,6 +157,27 @@ def test_bad_choices_of_tracepoints_are_refused(server: Server, events: object, 
         asker.ask("trace", spool.fileno(), events=events, filters=filters)
 
 
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_refused_files_are_let_go_and_the_connection_goes_on(server: Server) -> None:
+    reader, writer = os.pipe()
+    with Asker(server.pid) as asker, tempfile.TemporaryFile() as spool:
+        asker.ask("stats")
+        before = descriptors()
+        for _ in range(20):
+            with pytest.raises(LiveError, match="no regular file"):  # nobody reads it: the next answer would not come
+                asker.ask("trace", writer, events=["kvm_exit"])
+            with pytest.raises(LiveError, match="nothing"):
+                asker.ask("trace", spool.fileno(), events=["nothing"])
+        assert descriptors() == before
+        assert asker.ask("trace", spool.fileno(), events=["kvm_exit"])["events"]
+        asker.ask("stop")
+    os.close(reader)
+    os.close(writer)
+
+
 @given(st.binary(max_size=200))
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_leave_it_listening(server: Server, data: bytes) -> None:

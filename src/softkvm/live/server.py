@@ -20,6 +20,7 @@ import json
 import os
 import select
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -122,8 +123,15 @@ class _Connection:
         events, filters = request.get("events", []), request.get("filters", [])
         if not all(isinstance(text, str) for given in (events, filters) for text in given):
             raise _Refused("events and filters: expected texts")
-        self._spool = open(self.given.pop(0), "wb", closefd=False, buffering=0)  # noqa: SIM115 (ours until close)
-        self._recorder = trace.start(TRACEPOINTS, events, filters, self._spool)
+        with contextlib.ExitStack() as undo:
+            fd = self.given.pop(0)
+            undo.callback(_softcpu.close_own_descriptor, fd)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):  # whoever writes to a pipe waits for who reads it
+                raise _Refused("the descriptor is of no regular file")
+            spool = open(fd, "wb", closefd=False, buffering=0)  # noqa: SIM115 (ours until close)
+            self._recorder = trace.start(TRACEPOINTS, events, filters, spool)
+            self._spool = spool
+            undo.pop_all()
         return {"events": [[event.system, event.description] for event in self._recorder.events]}
 
     def _threads(self, request: dict[str, Any]) -> dict[str, Any]:
