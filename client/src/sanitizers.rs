@@ -34,6 +34,11 @@ fn present() -> &'static [[Function; 2]] {
     })
 }
 
+/// Whether one looks at what threads there are and what they own.
+pub fn watches() -> bool {
+    !present().is_empty()
+}
+
 /// Why KVM cannot be in a process with its sanitizer. ThreadSanitizer calls handlers when the thread next calls one of its
 /// functions; it takes none of KVM's for such unless they are behind its own, as they are if the program has those.
 pub fn obstacle() -> Option<&'static str> {

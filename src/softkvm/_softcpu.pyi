@@ -258,6 +258,9 @@ def watch_signal(signal: int, main_thread: int) -> None:
 def unseen(function: Callable[..., _R], *args: object) -> _R:
     """Call a function of a thread that is none of the client's: sanitizers that the client has leave it out."""
 
+def sanitized() -> bool:
+    """Tell whether the client has a sanitizer that looks at all of its process's threads (LSan, ASan, MSan)."""
+
 def uninterrupted(function: Callable[..., _R], *args: object, **named: object) -> _R:
     """Call ``function`` while signals to the thread wait as in a run: handlers run before and behind it.
 

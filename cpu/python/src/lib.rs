@@ -125,6 +125,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(cputime::cputime_adjust, m)?)?;
     m.add_function(wrap_pyfunction!(request::uninterrupted, m)?)?;
     m.add_function(wrap_pyfunction!(request::unseen, m)?)?;
+    m.add_function(wrap_pyfunction!(request::sanitized, m)?)?;
     m.add_function(wrap_pyfunction!(cpuid, m)?)?;
     m.add_function(wrap_pyfunction!(exit_name, m)?)?;
     client::add_to(m)?;

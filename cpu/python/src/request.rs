@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
-use softkvm_client::sanitizers::Unseen;
+use softkvm_client::sanitizers::{self, Unseen};
 
 use crate::call::call;
 use crate::signals::Runner;
@@ -105,6 +105,12 @@ fn end<'py>(
 pub fn unseen<'py>(function: &Bound<'py, PyAny>, args: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
     let _unseen = Unseen::new();
     call(function, args, None)
+}
+
+/// Whether the client has a sanitizer that looks at all of its process's threads.
+#[pyfunction]
+pub fn sanitized() -> bool {
+    sanitizers::watches()
 }
 
 /// Calls a function that no handler of a signal interrupts.
