@@ -8,7 +8,9 @@ COMMAND = "/a/long/way/to/python /a/long/way/to/softkvm run --kernel bzImage --v
 
 
 def test_commands_are_whole() -> None:
-    assert listed([Process(17, "softkvm", COMMAND)])[-1] == f"17   softkvm  {COMMAND}"
+    lines = listed([Process(17, "softkvm", COMMAND)])
+    assert lines[-1] == f"17   softkvm  {COMMAND}"
+    assert len(lines[1]) == 80 < len(lines[-1])
 
 
 def test_lines_are_as_long_as_the_terminal_is_wide() -> None:

@@ -7,6 +7,9 @@ from softkvm.cli import EXIT_ERROR, CommandError
 from softkvm.cli.output import one_line, table
 from softkvm.live.asker import Process, process, processes
 
+RULE_WIDTH = 80
+"""A command may be long; the rule above it need not."""
+
 
 def choose(wanted: str | None) -> Process:
     """Return the process that *wanted* names; CommandError if there is none, or more than one."""
@@ -25,4 +28,6 @@ def choose(wanted: str | None) -> Process:
 def listed(found: list[Process], width: int | None = None) -> list[str]:
     """Return a table of processes, its lines no longer than *width*."""
     rows = [[str(one.pid), one.name, one_line(one.command)] for one in found]
-    return [line[:width] for line in table(["PID", "NAME", "COMMAND"], rows, left=3)]
+    lines = table(["PID", "NAME", "COMMAND"], rows, left=3)
+    lines[1] = lines[1][:RULE_WIDTH]
+    return [line[:width] for line in lines]
