@@ -385,7 +385,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def is_runnable(self) -> bool:
         """Tell whether a halted vCPU has a reason to go on (``kvm_arch_vcpu_runnable``)."""
-        if (self.mp_state == _RUNNABLE and not self.apf.halted) or self.pv_unhalted or self.apf.done:
+        if (self.mp_state == _RUNNABLE and not self.apf.halted) or self.pv_unhalted or async_pf.ends_halt(self):
             return True
         if self.mp_state == _HALTED or self.apf.halted:
             if self.exception.pending or self.exception.injected or self.nmi_queued or self.interrupt_injected:

@@ -19,6 +19,7 @@ from softkvm import abi
 from softkvm.bench.userfaultfd import Userfaultfd
 from softkvm.kvm.memory.async_pf import ASYNC_PF_PER_VCPU, AsyncPf, Work
 from softkvm.kvm.memory.slow_memory import SlowMemory, is_resident
+from softkvm.kvm.state import BLOCKING
 from softkvm.kvm.x86.paravirt.apf import Apf
 
 GPA, SIZE = 64 * MIB, 4 * MIB
@@ -157,13 +158,13 @@ def test_with_interrupts_off_the_vcpu_waits_and_a_kick_ends_that(tiny: Tiny, pro
     tiny.load(_MAIN[1:], rbx=GPA)
     tiny.vm.find_slow_memory()
     with running(tiny.vcpu) as run:
-        until(lambda: tiny.vcpu.mode == 2)
+        until(lambda: tiny.vcpu.mode == BLOCKING)
         tiny.vcpu.kick()
         error = run.wait()
     assert error is not None and error.errno == errno.EINTR
     assert tiny.vcpu.get_regs().rip == CODE + 1, "before the instruction"
     with running(tiny.vcpu) as run:
-        until(lambda: tiny.vcpu.mode == 2)
+        until(lambda: tiny.vcpu.mode == BLOCKING)
         provider.provide(0, 0x44)
         assert run.wait() is None
     assert (tiny.vcpu.kvm_run.io.port, tiny.vcpu.get_regs().rax & 0xFF) == (0x10, 0x44)
@@ -345,4 +346,18 @@ def test_who_enables_the_apic_behind_it_is_told_then() -> None:
     assert port(tiny) == (VECTOR, WAKE_ALL)
     assert port(tiny)[0] == 0x11
     assert not tiny.vcpu.apf.done
+    tiny.close()
+
+
+@pytest.mark.parametrize("interrupts", [False, True])
+def test_who_never_enables_the_apic_sleeps_in_hlt_all_the_same(interrupts: bool) -> None:
+    """As Linux without ACPI, which says "System halted" then: nobody can tell it of pages that have come."""
+    tiny = Tiny(irqchip=True).long_mode(gigabytes=4)
+    enable(tiny)
+    tiny.load(bytes.fromhex("fbf4ebfd" if interrupts else "f4ebfd"))  # (sti;) hlt; jmp to the hlt
+    with running(tiny.vcpu):
+        until(lambda: tiny.vcpu.stat_halt_exits > 0)
+        until(lambda: tiny.vcpu.mode == BLOCKING or tiny.vcpu.stat_halt_exits > 1000)
+        assert tiny.vcpu.apf.done
+        assert tiny.vcpu.stat_halt_exits == 1
     tiny.close()

@@ -139,6 +139,15 @@ def _present_queued(vcpu: Vcpu) -> None:
     vcpu.vcpu_kick()
 
 
+def ends_halt(vcpu: Vcpu) -> bool:
+    """Tell whether pages that have come let a halted vCPU go on.
+
+    Linux lets any: the vCPU of a guest that never enables its APIC, and so can't be told, spins in HLT for ever.
+    """
+    apf = vcpu.apf
+    return bool(apf.done) and (apf.halted or _can_dequeue(vcpu))
+
+
 def _can_dequeue(vcpu: Vcpu) -> bool:
     """Tell whether the guest can be told of the next page (``kvm_arch_can_dequeue_async_page_present``)."""
     if not is_enabled(vcpu):
