@@ -20,7 +20,6 @@ from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH
 from softkvm.kvm.state import IN_GUEST_MODE, VcpuState
 
 if TYPE_CHECKING:
-    from softkvm.kvm.memory.memslots import MemorySlot
     from softkvm.kvm.vm import Vm
 
 #: More ranges than that are flushed as everything: to look for them costs more than to fill the TLBs again.
@@ -120,11 +119,6 @@ class RemoteTlbs:
         else:
             vm.stat_remote_tlb_flush_ranged += 1
         vm.stat_remote_tlb_flush += done
-
-
-def memslot_range(slot: MemorySlot) -> TlbRange:
-    """Return a slot's frames."""
-    return TlbRange(slot.base_gfn, slot.npages)
 
 
 def request_flush(vcpus: Iterable[VcpuState]) -> bool:

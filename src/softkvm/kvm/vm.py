@@ -38,7 +38,7 @@ from softkvm.kvm.memory.slow_memory import SlowMemory, with_userfaultfd
 from softkvm.kvm.requests import KVM_REQ_VM_DEAD
 from softkvm.kvm.state import VmState
 from softkvm.kvm.stats import VM_STATS, scalars
-from softkvm.kvm.tlb import RemoteTlbs, TlbRange, memslot_range
+from softkvm.kvm.tlb import RemoteTlbs, TlbRange
 from softkvm.threads import tell_after_fork
 
 if TYPE_CHECKING:
@@ -329,10 +329,6 @@ class Vm(VmState, Closing):
     def flush_remote_tlbs_range(self, gfn: int, pages: int) -> None:
         """The same for translations of some frames."""
         self.remote_tlbs.flush_ranges((TlbRange(gfn, pages),))
-
-    def flush_remote_tlbs_memslot(self, slot: MemorySlot) -> None:
-        """The same for those of a slot's frames."""
-        self.remote_tlbs.flush_ranges((memslot_range(slot),))
 
     def flush_dirty_tlbs(self) -> None:
         """The same for what has changed in the tables (``mmu.tlbs_dirty``), unless that has been flushed already."""
