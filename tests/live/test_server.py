@@ -34,7 +34,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def server(runtime: Path) -> Iterator[Server]:
     server = Server()
-    assert server.wait_ready(30)
+    assert server.listens
     yield server
     server.close()
 
@@ -48,7 +48,7 @@ def connect(server: Server) -> socket.socket:
 
 def test_the_socket_is_the_users_alone_and_goes_with_the_server(runtime: Path) -> None:
     server = Server()
-    assert server.wait_ready(30)
+    assert server.listens
     path = runtime / f"{os.getpid()}.sock"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(runtime.stat().st_mode) == 0o700
     assert [one.pid for one in processes()] == [os.getpid()]
@@ -62,7 +62,7 @@ def test_a_directory_that_others_may_enter_is_not_used(runtime: Path, mode: int)
     runtime.mkdir()
     runtime.chmod(mode)
     server = Server()
-    assert not server.wait_ready(30) and place.directory() is None
+    assert not server.listens and place.directory() is None
     server.close()
 
 

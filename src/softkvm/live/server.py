@@ -173,42 +173,42 @@ class Server:
         self._listener: socket.socket | None = None
         self._wake: tuple[int, int] = (-1, -1)
         self._connections: dict[int, _Connection] = {}
-        self._ready = threading.Event()
+        self._thread: threading.Thread | None = None
         self._closed = False
         self.pid = os.getpid()
         tell_after_fork(self)
-        self._thread = start_quiet(self._serve, "softkvm-live")
+        # Not on the thread: for a moment a descriptor has the lowest number that is free, and a client that opens
+        # something meanwhile would get another one.
+        if self._listen():
+            self._thread = start_quiet(self._serve, "softkvm-live")
 
-    def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until it listens, or cannot; tell whether it does."""
-        self._ready.wait(timeout_s)
+    @property
+    def listens(self) -> bool:
+        """Whether it listens: there may be no place for a socket."""
         return self._listener is not None
 
     def _listen(self) -> bool:
         path = socket_of(self.pid, make=True)
         if path is None:
             return False
-        listener = _own(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
-        try:
-            path.unlink(missing_ok=True)  # of a process that had this number before
-            listener.bind(str(path))
-            os.chmod(path, 0o600)
-            listener.listen(_BACKLOG)
-        except OSError:
-            _softcpu.close_own_descriptor(listener.detach())
-            return False
+        with contextlib.ExitStack() as undo:
+            try:
+                listener = _own(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+                undo.callback(lambda: _softcpu.close_own_descriptor(listener.detach()))
+                path.unlink(missing_ok=True)  # of a process that had this number before
+                listener.bind(str(path))
+                os.chmod(path, 0o600)
+                listener.listen(_BACKLOG)
+                read, write = os.pipe2(os.O_CLOEXEC)
+            except OSError:
+                return False
+            self._wake = _softcpu.own_descriptor(read), _softcpu.own_descriptor(write)
+            undo.pop_all()
         self._path = str(path)
         self._listener = listener
         return True
 
     def _serve(self) -> None:
-        try:
-            if not self._listen():
-                return
-            read, write = os.pipe2(os.O_CLOEXEC)
-            self._wake = _softcpu.own_descriptor(read), _softcpu.own_descriptor(write)
-        finally:
-            self._ready.set()
         with contextlib.suppress(OSError):  # somebody has closed the descriptors: a client that closes all there are
             while not self._closed:
                 self._turn()
@@ -254,13 +254,13 @@ class Server:
         if self._closed or os.getpid() != self.pid:
             return
         self._closed = True
-        self._ready.wait()
         if self._listener is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
             with contextlib.suppress(OSError):
                 os.write(self._wake[1], b"\0")
-            self._thread.join(5)
+            if self._thread is not None:
+                self._thread.join(5)
             _softcpu.close_own_descriptor(self._listener.detach())
             for fd in self._wake:
                 _softcpu.close_own_descriptor(fd)
