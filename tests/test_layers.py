@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {
     "api": {"abi", "cputime"},
     "trace": {"threads"},
     "kvm": {"abi", "closing", "cputime", "threads", "trace"},
-    "live": {"closing", "kvm", "threads", "trace"},
+    "live": {"abi", "closing", "kvm", "threads", "trace"},
     "devkvm": {"abi", "api", "closing", "cputime", "threads"},
     "vmm": {"abi", "api", "closing", "cputime", "progress", "threads"},
     "reports": set(),

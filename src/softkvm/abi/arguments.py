@@ -26,12 +26,11 @@ from softkvm.abi._layout import flexible
 from softkvm.abi.checks import kvm_error
 from softkvm.abi.sizes import Size
 
-#: The most elements that a table is grown to when the kernel says E2BIG.
-_MOST_ENTRIES = 1 << 16
-
 #: The size of a signal set in the kernel's own interface.
 _SIGSET_BYTES = Size("kvm_signal_mask.len", 8, errno.EINVAL, least=8, where=__name__)
 _CAP_ARGS = Size("args of KVM_ENABLE_CAP", 4, errno.EINVAL, element=8, where=__name__)
+#: What a table is grown to when the kernel says E2BIG.
+_GIVEN = Size("entries of a table that the kernel fills", 1 << 16, None, giver="kernel", effect="E2BIG", where=__name__)
 
 _U32 = checks.limits(ctypes.c_uint32)
 _U64 = _ULONG = checks.limits(ctypes.c_uint64)
@@ -333,10 +332,8 @@ class _GivesTable(_Table):
         return self.table(self._FIRST)
 
     def grown(self, packed: Any) -> Any:
-        capacity = len(getattr(packed, self.entries))
-        if capacity >= _MOST_ENTRIES:
-            return None
-        return self.table(max(capacity * 2, getattr(packed, self.count)))
+        wanted = max(2 * len(getattr(packed, self.entries)), getattr(packed, self.count))
+        return self.table(wanted) if _GIVEN.allows(wanted) else None
 
     def unpack(self, packed: Any, value: int) -> Any:
         rows = getattr(packed, self.entries)[: getattr(packed, self.count)]
@@ -358,7 +355,7 @@ class _GivesTable(_Table):
 
 
 def takes_table(
-    entry: Any, count: str, entries: str = "entries", *, most: tuple[int, int] = (_MOST_ENTRIES, errno.E2BIG)
+    entry: Any, count: str, entries: str = "entries", *, most: tuple[int, int]
 ) -> Callable[[Any], Argument]:
     """Return the argument of a method that takes a sequence: a header that counts it, and its elements behind.
 

@@ -31,7 +31,7 @@ class Size:
 
     ``giver`` is who gives the length, ``where`` the module that looks at it. A length out of these bounds is ``error``:
     an errno, or what makes an exception of a message; None for where it isn't an error, but a status or a cut
-    (``effect`` says which).
+    (``effect`` says which). Where there may be less room than ``most`` at times, each look says how much (``room``).
     """
 
     __slots__ = ("code", "effect", "element", "giver", "least", "most", "name", "raises", "where")
@@ -61,15 +61,16 @@ class Size:
         self.effect = effect or (errno.errorcode[error] if isinstance(error, int) else "")
         ALL.append(self)
 
-    def allows(self, count: int) -> bool:
-        """Tell whether so many elements may be."""
-        return self.least <= count <= self.most
+    def allows(self, count: int, *, room: int | None = None) -> bool:
+        """Tell whether so many elements may be, of which there is room for ``room``."""
+        return self.least <= count <= (self.most if room is None else self.cut(room))
 
-    def check(self, count: int, *, called: str = "") -> int:
+    def check(self, count: int, *, room: int | None = None, called: str = "") -> int:
         """Return ``count`` if so many elements may be, or raise; ``called`` is the length's name in the message."""
-        if self.least <= count <= self.most:
+        most = self.most if room is None else self.cut(room)
+        if self.least <= count <= most:
             return count
-        expected = f"at most {self.most}" if count > self.most else f"at least {self.least}"
+        expected = f"at most {most}" if count > most else f"at least {self.least}"
         raise self._error(f"{called or self.name.rpartition('.')[2]}={count}, expected {expected}")
 
     def index(self, number: int, *, called: str = "") -> int:
@@ -81,9 +82,9 @@ class Size:
     def _error(self, message: str) -> Exception:
         return kvm_error(errno.EINVAL, message) if self.raises is None else self.raises(message)
 
-    def bytes(self, count: int, *, called: str = "") -> int:
+    def bytes(self, count: int, *, room: int | None = None, called: str = "") -> int:
         """Return how many bytes so many elements have, after :meth:`check`; it fits a size_t."""
-        return self.check(count, called=called) * self.element
+        return self.check(count, room=room, called=called) * self.element
 
     def cut(self, count: int) -> int:
         """Return ``count``, or ``most`` where that is less: what is behind isn't looked at."""

@@ -9,7 +9,9 @@ import stat
 import struct
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
+
+from softkvm.abi.sizes import Size
 
 _ELF: Final = b"\x7fELF"
 _CLASS_64: Final = 2
@@ -23,6 +25,20 @@ _LINKER: Final = "ld-linux"
 #: So much of a script's first line the kernel looks at (``BINPRM_BUF_SIZE``), and so many scripts may lead to others.
 _SCRIPT_LINE: Final = 256
 _SCRIPTS: Final = 5
+
+#: As the kernel takes them: 64 KiB of program headers, and PATH_MAX.
+_HEADERS: Final = Size(
+    "program headers of a client",
+    (1 << 16) // 56,
+    None,
+    element=56,
+    giver="file",
+    effect="no program, as to execve()",
+    where=__name__,
+)
+_LINKER_PATH: Final = Size(
+    "bytes of a dynamic linker's path", 4096, None, giver="file", effect="the rest isn't read", where=__name__
+)
 
 
 class Program(NamedTuple):
@@ -62,15 +78,19 @@ def read(path: str) -> Program:
             return Program(is_elf=True)
         (offset,) = struct.unpack_from("<Q", head, 32)
         size, count = struct.unpack_from("<HH", head, 54)
-        file.seek(offset)
-        table = file.read(size * count)
-        for at in range(0, len(table) - 55, size or 1):
-            kind, _, start, _, _, length = struct.unpack_from("<IIQQQQ", table, at)
+        if size != _HEADERS.element or not _HEADERS.allows(count):
+            return Program()  # the kernel executes it as little
+        table = _read_at(file, offset, _HEADERS.bytes(count))
+        for kind, _, start, _, _, length, _, _ in struct.iter_unpack("<IIQQQQQQ", table[: len(table) // size * size]):
             if kind == _PT_INTERP:
-                file.seek(start)
-                linker = os.fsdecode(file.read(min(length, os.pathconf("/", "PC_PATH_MAX"))).rstrip(b"\0"))
+                linker = os.fsdecode(_read_at(file, start, _LINKER_PATH.cut(length)).rstrip(b"\0"))
                 return Program(linker, is_elf=True, is_64_bit=True) if linker else Program()
         return Program(is_elf=True, is_64_bit=True)
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Return what lies at *offset*, nothing where no file reaches to."""
+    return os.pread(file.fileno(), size, offset) if offset < 1 << 63 else b""
 
 
 class Command(NamedTuple):

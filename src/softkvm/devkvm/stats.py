@@ -4,11 +4,23 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.devkvm.ioctl import ioctl_value
 
+#: Today's kernels have 48.
+_NAME = Size("kvm_stats_header.name_size", 4096, errno.EINVAL, giver="kernel", where=__name__)
+_DESCRIPTORS = Size(
+    "kvm_stats_header.num_desc",
+    4096,
+    errno.EINVAL,
+    element=ctypes.sizeof(abi.kvm_stats_desc) + _NAME.most,
+    giver="kernel",
+    where=__name__,
+)
 _SCALARS = (abi.KVM_STATS_TYPE_CUMULATIVE, abi.KVM_STATS_TYPE_INSTANT, abi.KVM_STATS_TYPE_PEAK)
 
 
@@ -17,8 +29,8 @@ def read_stats(fd: int) -> dict[str, int]:
     stats_fd = ioctl_value(fd, abi.KVM_GET_STATS_FD)
     try:
         header = abi.kvm_stats_header.from_buffer_copy(os.pread(stats_fd, ctypes.sizeof(abi.kvm_stats_header), 0))
-        step = ctypes.sizeof(abi.kvm_stats_desc) + header.name_size
-        table = os.pread(stats_fd, step * header.num_desc, header.desc_offset)
+        step = ctypes.sizeof(abi.kvm_stats_desc) + _NAME.check(header.name_size)
+        table = os.pread(stats_fd, step * _DESCRIPTORS.check(header.num_desc), header.desc_offset)
         stats = {}
         for start in range(0, len(table), step):
             desc = abi.kvm_stats_desc.from_buffer_copy(table, start)

@@ -10,11 +10,12 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Final
 
+from softkvm.abi.sizes import Size
 from softkvm.closing import Closing
 from softkvm.live.place import SUFFIX, directory, socket_of
 
 _TIMEOUT_S: Final = 10.0
-_ANSWER_MAX: Final = 64 << 20
+_ANSWER: Final = Size("bytes of a machine's answer", 64 << 20, None, effect="LiveError", where=__name__)
 
 
 class LiveError(Exception):
@@ -107,7 +108,7 @@ class Asker(Closing):
     def _line(self) -> bytes:
         while b"\n" not in self._rest:
             data = self._channel.recv(1 << 16)
-            if not data or len(self._rest) > _ANSWER_MAX:
+            if not data or not _ANSWER.allows(len(self._rest)):
                 raise ConnectionResetError
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")

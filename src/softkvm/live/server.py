@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from softkvm import _softcpu
+from softkvm.abi.sizes import Size
 from softkvm.kvm.state import BLOCKING, IN_GUEST_MODE, VM_LIST
 from softkvm.kvm.stats import VM_STATS, scalars
 from softkvm.live.place import SWITCH, socket_of
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
     from softkvm.trace.record import Recorder
 
 #: The longest request, and the most connections at a time.
-_REQUEST_MAX: Final = 16 << 10
-_CONNECTIONS_MAX: Final = 8
+_REQUEST: Final = Size("bytes of a question to a machine", 16 << 10, None, effect="disconnected", where=__name__)
+_CONNECTIONS: Final = Size("processes that ask a machine", 8, None, effect="disconnected", where=__name__)
 _BACKLOG: Final = 64
 #: What an answer may fill of a connection's buffer.
 _SEND_BUFFER: Final = 1 << 20
-_DESCRIPTORS_MAX: Final = 4
+_DESCRIPTORS: Final = Size(
+    "descriptors with a question to a machine", 4, None, element=4, effect="disconnected", where=__name__
+)
 _CREDENTIALS: Final = struct.Struct("3i")
 _MODES: Final = {IN_GUEST_MODE: "guest", BLOCKING: "halted"}
 
@@ -80,19 +83,19 @@ class _Connection:
         """Take what has come, and answer; False if the connection has ended."""
         try:
             data, given, flags, _ = socket.recv_fds(
-                self.channel, 4096, _DESCRIPTORS_MAX, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                self.channel, 4096, _DESCRIPTORS.most, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return True
         self.given += map(_softcpu.own_descriptor, given)
-        if not data or flags & socket.MSG_CTRUNC or len(self.given) > _DESCRIPTORS_MAX:
+        if not data or flags & socket.MSG_CTRUNC or not _DESCRIPTORS.allows(len(self.given)):
             return False
         self._request += data
         while b"\n" in self._request:
             line, _, self._request = self._request.partition(b"\n")
             if not self._send(self._answer(line)):
                 return False
-        return len(self._request) <= _REQUEST_MAX
+        return _REQUEST.allows(len(self._request))
 
     def _send(self, answer: dict[str, Any]) -> bool:
         data = json.dumps(answer).encode() + b"\n"
@@ -243,7 +246,7 @@ class Server:
         except OSError:
             return
         _, uid, _ = _CREDENTIALS.unpack(channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        if uid not in (os.geteuid(), 0) or len(self._connections) >= _CONNECTIONS_MAX:
+        if uid not in (os.geteuid(), 0) or not _CONNECTIONS.allows(len(self._connections) + 1):
             _softcpu.close_own_descriptor(channel.detach())
             return
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)

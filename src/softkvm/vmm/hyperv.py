@@ -13,10 +13,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi, api
+from softkvm.abi.sizes import Size
 from softkvm.vmm.errors import MachineError
 
 if TYPE_CHECKING:
     from softkvm.vmm.memory import GuestMemory
+
+_PAYLOAD: Final = Size(
+    "payload_size of HVCALL_POST_MESSAGE",
+    abi.HV_MESSAGE_PAYLOAD_BYTE_COUNT,
+    None,
+    giver="guest",
+    effect="HV_STATUS_INVALID_HYPERCALL_INPUT",
+    where=__name__,
+)
 
 #: Where KVM's own leaves are while Hyper-V's have their place.
 KVM_LEAVES: Final = 0x40000100
@@ -124,7 +134,7 @@ class Hyperv:
             return abi.HV_STATUS_INVALID_ALIGNMENT
         with contextlib.suppress(IndexError):
             message = abi.hv_post_message.from_buffer_copy(self._memory.read(gpa, sizeof(abi.hv_post_message)))
-            if message.payload_size > abi.HV_MESSAGE_PAYLOAD_BYTE_COUNT:
+            if not _PAYLOAD.allows(message.payload_size):
                 return abi.HV_STATUS_INVALID_HYPERCALL_INPUT
             port = self.message_ports.get(message.connection_id & abi.KVM_HYPERV_CONN_ID_MASK)
             return abi.HV_STATUS_INVALID_CONNECTION_ID if port is None else port(message)

@@ -19,6 +19,7 @@ import os
 from typing import NamedTuple
 
 from softkvm import abi, api
+from softkvm.abi.sizes import Size
 from softkvm.vmm.errors import ConfigError
 
 KIB = 1 << 10
@@ -32,6 +33,7 @@ HOLE_END = 4 * GIB
 
 MIN_SIZE = 1 * MIB
 MAX_SIZE = 1 << 40
+_SIZE = Size("bytes of a machine's memory", MAX_SIZE, ConfigError, least=MIN_SIZE, effect="ConfigError", where=__name__)
 
 
 class RamRange(NamedTuple):
@@ -51,7 +53,7 @@ class GuestMemory:
     """
 
     def __init__(self, size: int, *, shared: bool = False) -> None:
-        if size % PAGE_SIZE or not MIN_SIZE <= size <= MAX_SIZE:
+        if size % PAGE_SIZE or not _SIZE.allows(size):
             raise ConfigError(
                 f"memory size {size} bytes: expected a multiple of {PAGE_SIZE} from {MIN_SIZE} to {MAX_SIZE}"
             )

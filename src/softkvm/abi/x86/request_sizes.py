@@ -14,7 +14,14 @@ from softkvm.abi.x86.msr import (
     kvm_msr_entry,
     kvm_msr_filter_range,
 )
-from softkvm.abi.x86.processor import KVM_MAX_XCRS, KVM_PMU_EVENT_FILTER_MAX_EVENTS, kvm_cpuid_entry2, kvm_xcr
+from softkvm.abi.x86.nested import kvm_nested_state
+from softkvm.abi.x86.processor import (
+    KVM_MAX_XCRS,
+    KVM_PMU_EVENT_FILTER_MAX_EVENTS,
+    kvm_cpuid_entry2,
+    kvm_xcr,
+    kvm_xsave,
+)
 
 #: KVM_GET_MSRS and KVM_SET_MSRS take fewer than MAX_IO_MSRS, 256.
 NMSRS: Final = Size("kvm_msrs.nmsrs", 255, errno.E2BIG, element=ctypes.sizeof(kvm_msr_entry), where=__name__)
@@ -36,4 +43,26 @@ CPUID_ENTRIES: Final = Size(
 XCRS: Final = Size("kvm_xcrs.nr_xcrs", KVM_MAX_XCRS, errno.EINVAL, element=ctypes.sizeof(kvm_xcr), where=__name__)
 PMU_EVENTS: Final = Size(
     "kvm_pmu_event_filter.nevents", KVM_PMU_EVENT_FILTER_MAX_EVENTS, errno.E2BIG, element=8, where=__name__
+)
+#: KVM_CAP_XSAVE2; with AMX it is 11008.
+XSAVE_BYTES: Final = Size(
+    "bytes of KVM_GET_XSAVE2's area",
+    1 << 16,
+    None,
+    least=ctypes.sizeof(kvm_xsave),
+    giver="kernel",
+    effect="no processor has more state",
+    where=__name__,
+)
+#: Header and data; a state without a nested guest's has no data, and whatever is behind it isn't looked at.
+NESTED_BYTES: Final = Size(
+    "kvm_nested_state.size",
+    (1 << 32) - 1,
+    errno.EINVAL,
+    least=ctypes.sizeof(kvm_nested_state),
+    where=__name__,
+)
+#: Two pages of VMX's behind the header.
+NESTED_ROOM: Final = Size(
+    "bytes of KVM_GET_NESTED_STATE's state", 1 << 14, None, giver="kernel", effect="E2BIG", where=__name__
 )

@@ -221,7 +221,8 @@ class PmuEventFilter(Argument):
         """The header's fields, and the events; what is wrong with the header is said before the events are read."""
         given = read_structure(memory, self.structure, value)
         check_pmu_event_filter(given.action, given.nevents, given.flags)
-        data = memory.read(value + ctypes.sizeof(self.structure), given.nevents * 8) if given.nevents else b""
+        size = request_sizes.PMU_EVENTS.bytes(given.nevents)
+        data = memory.read(value + ctypes.sizeof(self.structure), size) if size else b""
         return given.action, memoryview(data).cast("Q").tolist(), given.fixed_counter_bitmap, given.flags
 
 
@@ -237,12 +238,9 @@ def check_pmu_event_filter(action: int, nevents: int, flags: int) -> None:
 class GivesXsave(Gives):
     """KVM_GET_XSAVE2: as many bytes as KVM_CAP_XSAVE2 says, 4096 unless the process has asked for more state (AMX)."""
 
-    #: Room for every component that there is, so that the kernel never writes beyond it.
-    _MOST = 1 << 16
-
     def pack(self) -> Any:
-        """Room for the largest area."""
-        return (ctypes.c_uint8 * self._MOST)()
+        """Room for every component that there is, so that the kernel never writes beyond it."""
+        return (ctypes.c_uint8 * request_sizes.XSAVE_BYTES.most)()
 
     def unpack(self, packed: Any, value: int) -> Any:
         """The structure, which has all components but AMX's."""
@@ -252,13 +250,11 @@ class GivesXsave(Gives):
 class GetNestedState(Gives):
     """KVM_GET_NESTED_STATE: the header; its ``size`` says how much room there is, and then how much is needed."""
 
-    #: Room for what any processor's nested guest needs.
-    _MOST = 1 << 14
-
     def pack(self) -> Any:
-        """Room for the largest state."""
-        room = (ctypes.c_uint8 * self._MOST)()
-        self.structure.from_buffer(room).size = self._MOST
+        """Room for what any processor's nested guest needs."""
+        most = request_sizes.NESTED_ROOM.most
+        room = (ctypes.c_uint8 * most)()
+        self.structure.from_buffer(room).size = most
         return room
 
     def unpack(self, packed: Any, value: int) -> Any:
@@ -269,7 +265,7 @@ class GetNestedState(Gives):
         """The header; E2BIG with the size alone where there is less room."""
         at = value + self.structure.size.offset
         room = read_structure(memory, c_uint32, at).value
-        if room < result.size:
+        if not request_sizes.NESTED_BYTES.allows(result.size, room=room):
             memory.write(at, c_uint32(result.size))
             raise kvm_error(errno.E2BIG, f"size={room}, expected {result.size}")
         memory.write(value, result)

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from softkvm.abi import kvm_memory_attributes
+
+
+_U64: Final = (1 << 64) - 1
+#: The range must not wrap.
+_BYTES: Final = Size("kvm_memory_attributes.size", _U64, errno.EINVAL, least=1, where=__name__)
 
 
 class PrivateFrames:
@@ -51,8 +57,7 @@ def check(attributes: kvm_memory_attributes, supported: int) -> tuple[int, int]:
     if attributes.attributes & ~supported:
         raise kvm_error(errno.EINVAL, f"attributes={attributes.attributes:#x}, expected within {supported:#x}")
     start, size = attributes.address, attributes.size
-    if not size or start + size > (1 << 64) - 1:
-        raise kvm_error(errno.EINVAL, f"address={start:#x} size={size:#x}, expected a range of addresses")
+    _BYTES.check(size, room=_U64 - start)
     if (start | size) & (PAGE_SIZE - 1):
         raise kvm_error(errno.EINVAL, f"address={start:#x} size={size:#x}, expected multiples of {PAGE_SIZE}")
     return start >> PAGE_SHIFT, start + size >> PAGE_SHIFT

@@ -13,8 +13,9 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
-from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_USER_MEM_SLOTS
+from softkvm.kvm.memory.memslots import KVM_ADDRESS_SPACE_NUM, KVM_MEM_MAX_NR_PAGES, SLOTS
 
 if TYPE_CHECKING:
     from softkvm.abi.arguments import Unread
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
 
 #: Pages whose dirty bits are collected under one hold of ``mmu_lock``.
 _BATCH_PAGES: Final = 1 << 18
+#: Of a slot; a bit each.
+_CLEARED: Final = Size("kvm_clear_dirty_log.num_pages", KVM_MEM_MAX_NR_PAGES, errno.EINVAL, where=__name__)
 
 
 def _check_slot_id(slot_id: int) -> None:
     """EINVAL for a number that no slot has."""
-    if slot_id >> 16 >= KVM_ADDRESS_SPACE_NUM or slot_id & 0xFFFF >= KVM_USER_MEM_SLOTS:
-        raise kvm_error(errno.EINVAL, f"slot={slot_id:#x}, expected below {KVM_USER_MEM_SLOTS}")
+    if slot_id >> 16 >= KVM_ADDRESS_SPACE_NUM:
+        raise kvm_error(
+            errno.EINVAL, f"slot={slot_id:#x}: address space {slot_id >> 16}, expected below {KVM_ADDRESS_SPACE_NUM}"
+        )
+    SLOTS.index(slot_id & 0xFFFF, called="slot")
 
 
 def _check_no_rings(vm: Vm) -> None:
@@ -91,11 +97,10 @@ def clear_dirty_log(vm: Vm, slot_id: int, first_page: int, num_pages: int, bitma
         if first_page & 63:
             raise kvm_error(errno.EINVAL, f"first_page={first_page}, expected a multiple of 64")
         slot = _logged_slot(vm, slot_id)
-        if (
-            first_page > slot.npages
-            or num_pages > slot.npages - first_page
-            or (num_pages < slot.npages - first_page and num_pages & 63)
-        ):
+        left = slot.npages - first_page
+        if left < 0:
+            raise kvm_error(errno.EINVAL, f"first_page={first_page}, expected at most {slot.npages}")
+        if _CLEARED.check(num_pages, room=left, called="num_pages") < left and num_pages & 63:
             raise kvm_error(
                 errno.EINVAL, f"num_pages={num_pages}, expected a multiple of 64 inside the slot, or up to its end"
             )

@@ -118,8 +118,7 @@ class VcpuIoctls(Vcpu):
     def set_nested_state(self, state: abi.kvm_nested_state) -> None:
         """KVM_SET_NESTED_STATE: without EFER.SVME there is the one state (KVM API 4.115)."""
         expected = self.get_nested_state()
-        if state.size < expected.size:
-            raise kvm_error(errno.EINVAL, f"size={state.size}, expected {expected.size}")
+        sizes.NESTED_BYTES.check(state.size)
         if (state.format, state.flags) != (expected.format, expected.flags):
             raise kvm_error(
                 errno.EINVAL,

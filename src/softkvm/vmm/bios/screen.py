@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from softkvm.abi.sizes import Size
 from softkvm.vmm.bios.call import Call
 from softkvm.vmm.memory import GuestMemory
 
@@ -20,6 +21,16 @@ COLUMNS: Final = 80
 ROWS: Final = 25
 TEXT_MODE: Final = 3
 NORMAL: Final = 0x07
+
+_STRING: Final = Size(
+    "characters of INT 10h, AH=13h",
+    0xFFFF,
+    None,
+    element=2,
+    giver="guest",
+    effect="the register has no more",
+    where=__name__,
+)
 
 CURSOR: Final = 0x450  # in the BIOS data area: column, row of page 0
 CURSOR_SHAPE: Final = 0x460
@@ -101,7 +112,7 @@ class Screen:
         before = self.cursor
         self._move(call.dh, call.dl)
         step = 2 if call.al & 2 else 1
-        data = self._memory.read(call.es + call.bp, call.cx * step)
+        data = self._memory.read(call.es + call.bp, _STRING.cut(call.cx) * step)
         for at in range(0, len(data), step):
             self.put(data[at], data[at + 1] if step == 2 else call.bl)
         if not call.al & 1:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from softkvm import abi, api
+from softkvm.abi.sizes import Size
 from softkvm.vmm.bios.call import CARRY, ZERO, Call, Retry
 from softkvm.vmm.bios.keyboard import Keyboard
 from softkvm.vmm.bios.screen import Screen
@@ -44,6 +45,25 @@ SMAP: Final = 0x534D4150
 STATUS_INVALID: Final = 0x01
 STATUS_NOT_READY: Final = 0x80
 UNSUPPORTED: Final = 0x86
+
+_ROW: Final = Size(
+    "bytes for a row of INT 15h, AX=E820h",
+    0xFFFFFFFF,
+    None,
+    least=20,
+    giver="guest",
+    effect="carry",
+    where=__name__,
+)
+_BLOCK: Final = Size(
+    "words of INT 15h, AH=87h",
+    0xFFFF,
+    None,
+    element=2,
+    giver="guest",
+    effect="the register has no more",
+    where=__name__,
+)
 
 WAIT_SLICE_S: Final = 0.01
 """A service that waits lets the guest take interrupts this often."""
@@ -208,7 +228,7 @@ class Bios:
         def base(at: int) -> int:
             return int.from_bytes(table[at + 2 : at + 5], "little") | table[at + 7] << 24
 
-        data = self.memory.read(base(0x10), 2 * call.cx)
+        data = self.memory.read(base(0x10), _BLOCK.bytes(call.cx))
         self.memory.write(base(0x18), data)
         call.succeed()
         call.set(ZERO, True)
@@ -228,7 +248,7 @@ class Bios:
     def _memory_e820(self, call: Call) -> None:
         """INT 15h E820h: the row of the memory map that EBX continues with."""
         rows = self.memory_map()
-        if call.edx != SMAP or call.ecx < 20 or call.ebx >= len(rows):
+        if call.edx != SMAP or not _ROW.allows(call.ecx) or call.ebx >= len(rows):
             call.fail(UNSUPPORTED)
             return
         start, size, type = rows[call.ebx]

@@ -13,15 +13,21 @@ import stat
 import time
 import zlib
 
+from softkvm.abi.sizes import Size
 from softkvm.closing import Closing
 from softkvm.vmm.errors import ImageError, LoadTimeout
-from softkvm.vmm.memory import MIB
+from softkvm.vmm.memory import MAX_SIZE, MIB
 
 Source = bytes | bytearray | memoryview | os.PathLike[str]
 """What an image can be made of: its contents, or the path of a file that holds them."""
 
 _CHUNK = 4 * MIB  # read, cleared or expanded between two looks at the clock
 _GZIP_MAGIC = b"\x1f\x8b"
+#: No more than the machine has memory, in either.
+_READ = Size("bytes of a pipe that is booted", MAX_SIZE, None, giver="file", effect="ImageError", where=__name__)
+_EXPANDED = Size(
+    "bytes of a compressed kernel, expanded", MAX_SIZE, None, giver="file", effect="ImageError", where=__name__
+)
 
 
 class Deadline:
@@ -137,7 +143,7 @@ class Image(Closing):
                     if deadline is not None:
                         deadline.check()
                     result += member.decompress(data, min(_CHUNK, limit + 1 - len(result)))
-                    if len(result) > limit:
+                    if not _EXPANDED.allows(len(result), room=limit):
                         raise ImageError(f"{self.name} is compressed and has more than {limit} bytes")
                     data = member.unconsumed_tail
             if not member.eof:
@@ -177,6 +183,6 @@ def _read_all(fd: int, limit: int, name: str, deadline: Deadline) -> bytearray:
         if not data:
             return result
         result += data
-        if len(result) > limit:
+        if not _READ.allows(len(result), room=limit):
             raise ImageError(f"{name}: has more than {limit} bytes, expected what fits into memory")
         deadline.check()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from softkvm import abi, api
+from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import elf, layout
 from softkvm.vmm.boot.cpustate import enter_protected_mode
 from softkvm.vmm.boot.image import Deadline, Image
@@ -46,6 +47,14 @@ FRAMEBUFFER_EGA_TEXT = 2
 LOADER_NAME = b"softkvm"
 INFO_ADDRESS = layout.PVH_START_INFO
 INFO_END = layout.ZERO_PAGE
+_MODULES = Size(
+    "modules of a Multiboot kernel",
+    (INFO_END - INFO_ADDRESS - INFO.size) // MODULE.size,
+    None,
+    element=MODULE.size,
+    effect="ImageError",
+    where=__name__,
+)
 
 
 class Header(NamedTuple):
@@ -141,12 +150,13 @@ def load(
 def _write_info(memory: GuestMemory, modules: Sequence[Module], places: Sequence[int], strings: Sequence[int]) -> None:
     """Write the information structure, and behind it what it points to."""
     at = INFO_ADDRESS + INFO.size
+    full = f"{len(modules)} modules: their table does not fit below {INFO_END:#x}"
 
     def put(data: bytes) -> int:
         nonlocal at
         address = at
         if address + len(data) > INFO_END:
-            raise ImageError(f"{len(modules)} modules: their table does not fit below {INFO_END:#x}")
+            raise ImageError(full)
         memory.write(address, data)
         at = (address + len(data) + 3) & ~3
         return address
@@ -154,6 +164,8 @@ def _write_info(memory: GuestMemory, modules: Sequence[Module], places: Sequence
     name_at = put(LOADER_NAME + b"\0")
     entries = b"".join(MEMORY_MAP_ENTRY.pack(20, *entry) for entry in layout.memory_map(memory))
     map_at = put(entries)
+    if not _MODULES.allows(len(modules), room=(INFO_END - at) // MODULE.size):
+        raise ImageError(full)
     table = b""
     for module, start, text in zip(modules, places, strings[1:], strict=True):
         table += MODULE.pack(start, start + module.image.size, text, 0)

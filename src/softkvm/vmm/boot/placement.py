@@ -46,6 +46,9 @@ _COMMAND_LINES = Size(
     "bytes of a guest's command lines", layout.COMMAND_LINE_MAX, ImageError, effect="ImageError", where=__name__
 )
 
+#: As large as fields of 32 bits say, and no larger than the memory that the kernel leaves.
+_MODULE = Size("bytes of an initial RAM disk", 0xFFFFFFFF, None, effect="ImageError", where=__name__)
+
 
 class Strings:
     """The command lines, the kernel's first, as they lie in memory from ``layout.COMMAND_LINE`` on."""
@@ -100,7 +103,7 @@ def place_module(memory: GuestMemory, size: int, kernel_end: int, highest: int, 
     """Return the page-aligned address for *size* bytes as high as *highest* and the RAM allow; ImageError if none."""
     end = min(memory.end_below_4g, highest + 1)
     address = (end - size) & -PAGE_SIZE
-    if address < kernel_end:
+    if not _MODULE.allows(size, room=end - kernel_end) or address < kernel_end:
         raise ImageError(
             f"{name} of {size} bytes does not fit: the kernel needs the memory below {kernel_end:#x}, "
             f"RAM for it ends at {end:#x} ({memory.size // MIB} MiB)"

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 
 from softkvm import abi, api
+from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import elf, layout
 from softkvm.vmm.boot.cpustate import enter_protected_mode
 from softkvm.vmm.boot.image import Deadline, Image
@@ -23,6 +24,15 @@ START_VERSION = 1
 START_INFO = struct.Struct("<IIIIQQQQII")
 MODULE = struct.Struct("<QQQQ")
 MEMORY_MAP_ENTRY = struct.Struct("<QQII")
+_ROOM = layout.ZERO_PAGE - layout.PVH_START_INFO - START_INFO.size
+_MODULES = Size(
+    "modules of a PVH kernel",
+    _ROOM // MODULE.size,
+    None,
+    element=MODULE.size,
+    effect="ImageError",
+    where=__name__,
+)
 
 
 def load(
@@ -68,7 +78,7 @@ def load(
         *(map_at, len(entries), 0),
     )
     table += b"".join(MEMORY_MAP_ENTRY.pack(*entry, 0) for entry in entries)
-    if len(start_info) + len(table) > layout.ZERO_PAGE - layout.PVH_START_INFO:
+    if not _MODULES.allows(len(modules), room=(_ROOM - MEMORY_MAP_ENTRY.size * len(entries)) // MODULE.size):
         raise ImageError(f"{len(modules)} modules: their table does not fit below {layout.ZERO_PAGE:#x}")
     memory.write(layout.PVH_START_INFO, start_info + table)
     regs = abi.kvm_regs(rip=entry, rbx=layout.PVH_START_INFO, rsp=layout.BOOT_STACK)

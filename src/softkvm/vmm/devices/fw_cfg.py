@@ -11,6 +11,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Final
 
+from softkvm.abi.sizes import Size
+
 FW_CFG_PORT: Final = 0x510
 FW_CFG_SIZE: Final = 2
 
@@ -24,6 +26,10 @@ MAX_CPUS: Final = 0x0F
 FILE_DIR: Final = 0x19
 
 ID_TRADITIONAL: Final = 1 << 0  # no DMA interface
+
+_ITEM: Final = Size(
+    "bytes read of an item of fw_cfg", 0xFFFFFFFF, None, giver="guest", effect="read as zeroes", where=__name__
+)
 
 
 def machine_items(ram_size: int, vcpus: int, max_apic_id: int) -> dict[int, bytes]:
@@ -56,7 +62,7 @@ class FwCfg:
         with self._lock:
             item = self._items.get(self._selected, b"")
             position = self._position
-            self._position = position + 1
+            self._position = _ITEM.cut(position + 1)
             return item[position] if position < len(item) else 0
 
     def write(self, offset: int, size: int, value: int) -> None:

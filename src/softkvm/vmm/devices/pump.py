@@ -6,10 +6,18 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from softkvm.abi.sizes import Size
 from softkvm.threads import start_quiet
 
 _FLUSH_DELAY_S: Final = 0.004
-_BACKLOG_LIMIT: Final = 1 << 20
+_BACKLOG_LIMIT: Final = Size(
+    "bytes that a guest's line has sent",
+    1 << 20,
+    None,
+    giver="guest",
+    effect="the vCPU waits",
+    where=__name__,
+).most
 
 
 class Pump:

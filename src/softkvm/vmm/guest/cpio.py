@@ -9,10 +9,14 @@ import os
 import stat
 from typing import BinaryIO, Final
 
+from softkvm.abi.sizes import Size
+
 _MAGIC: Final = "070701"
 _TRAILER: Final = "TRAILER!!!"
 _BLOCK: Final = 512
-_FIELD_MAX: Final = 0xFFFFFFFF
+_CONTENTS: Final = Size(
+    "bytes of a file in an initial RAM disk", 0xFFFFFFFF, ValueError, effect="ValueError", where=__name__
+)
 
 
 class CpioWriter:
@@ -64,8 +68,7 @@ class CpioWriter:
         inode: int | None = None,
     ) -> None:
         name = os.fsencode(path) + b"\0"
-        if len(data) > _FIELD_MAX:
-            raise ValueError(f"{path!r}: {len(data)} bytes do not fit the format's 32-bit size")
+        _CONTENTS.check(len(data), called=f"bytes of {path!r}")
         if inode is None:
             self._inode += 1
             inode = self._inode

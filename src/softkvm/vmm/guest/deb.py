@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, cast
 
+from softkvm.abi.sizes import Size
+
 _AR_MAGIC: Final = b"!<arch>\n"
 _AR_HEADER: Final = 60
 _AR_END: Final = b"`\n"
-_SIZE_MAX: Final = 1 << 32
+_MEMBER: Final = Size("bytes of a member of a package", 1 << 32, None, giver="file", effect="DebError", where=__name__)
 
 FileWanted = Callable[[str], bool]
 
@@ -82,7 +84,7 @@ def _find_data_member(file: BinaryIO, name: str) -> tuple[str, int]:
             raise DebError(f"{name}: damaged ar header")
         member = header[:16].decode("ascii", "replace").rstrip().rstrip("/")
         digits = header[48:58].strip()
-        if not digits.isdigit() or int(digits) > _SIZE_MAX:
+        if not digits.isdigit() or not _MEMBER.allows(int(digits)):
             raise DebError(f"{name}: ar member {member} has the size {digits!r}")
         size = int(digits)
         if member.startswith("data.tar"):

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.irq.eventfile import EventFile
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VmState as Vm
+
+_CONNECTIONS: Final = Size("connections of Hyper-V's", abi.KVM_HYPERV_CONN_ID_MASK + 1, errno.EINVAL, where=__name__)
 
 
 def hyperv_eventfd(vm: Vm, conn_id: int, fd: int, flags: int) -> None:
@@ -22,8 +25,7 @@ def hyperv_eventfd(vm: Vm, conn_id: int, fd: int, flags: int) -> None:
     """
     if flags & ~abi.KVM_HYPERV_EVENTFD_DEASSIGN:
         raise kvm_error(errno.EINVAL, f"flags={flags:#x}, expected KVM_HYPERV_EVENTFD_DEASSIGN or none")
-    if conn_id & ~abi.KVM_HYPERV_CONN_ID_MASK:
-        raise kvm_error(errno.EINVAL, f"conn_id={conn_id:#x}, expected 24 bits")
+    _CONNECTIONS.index(conn_id, called="conn_id")
     hv = vm.hyperv
     if flags:
         with hv.lock:

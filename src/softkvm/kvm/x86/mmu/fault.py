@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
+from softkvm.abi.sizes import Size
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.dirty_ring import mark_page_dirty
 from softkvm.kvm.memory.guest_memory import wait_for_page
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from softkvm.kvm.memory.memslots import MemorySlot
     from softkvm.kvm.x86.state import VcpuState as Vcpu
 
+_U64: Final = (1 << 64) - 1
+#: The range must not wrap.
+_PRE_FAULTED: Final = Size("kvm_pre_fault_memory.size", _U64, errno.EINVAL, least=1, where=__name__)
 _NOT_PRIVATE: Final = "it is private, and there is no slot with a guest_memfd"
 
 
@@ -97,8 +101,9 @@ def pre_fault_memory(vcpu: Vcpu, wanted: kvm_pre_fault_memory) -> None:
     if wanted.flags:
         raise kvm_error(errno.EINVAL, f"flags={wanted.flags:#x}, expected 0")
     gpa, size = wanted.gpa, wanted.size
-    if (gpa | size) & (PAGE_SIZE - 1) or not 0 < size <= (1 << 64) - 1 - gpa:
-        raise kvm_error(errno.EINVAL, f"gpa={gpa:#x} size={size:#x}, expected a range of pages of {PAGE_SIZE} bytes")
+    if (gpa | size) & (PAGE_SIZE - 1):
+        raise kvm_error(errno.EINVAL, f"gpa={gpa:#x} size={size:#x}, expected multiples of {PAGE_SIZE}")
+    _PRE_FAULTED.check(size, room=_U64 - gpa)
     while wanted.size:
         try:
             done = _pre_fault(vcpu, wanted.gpa >> PAGE_SHIFT)
