@@ -59,7 +59,7 @@ REQUESTS = {
 # classes that name an anonymous C structure or member, and headers newer than 6.1
 NOT_IN_HEADER_PREFIXES = (
     "kvm_run_", "kvm_vcpu_events_", "kvm_hyperv_exit_", "kvm_xen_exit_", "kvm_ioapic_redirect_", "pvclock_",
-    "hv_", "ms_hyperv_",
+    "hv_", "ms_hyperv_", "kvm_xen_attr_",
 )  # fmt: skip
 NOT_IN_HEADER = {
     "kvm_irqchip_state",
@@ -70,6 +70,8 @@ NOT_IN_HEADER = {
     "kvm_memory_attributes",
     "kvm_pre_fault_memory",
     "kvm_vmx_nested_state_smm",
+    "kvm_xen_hvm_attr_u",
+    "kvm_xen_vcpu_attr_u",
 }
 
 MEMBERS: dict[str, Any] = {field[0]: field[1] for field in abi.kvm_run_exit._fields_}

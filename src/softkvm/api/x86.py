@@ -108,6 +108,13 @@ class Vm(common.Vm, Protocol):
         connection that has one, ENOENT to take away what isn't there.
         """
 
+    def xen_hvm_config(self, config: abi.kvm_xen_hvm_config) -> None:
+        """KVM_XEN_HVM_CONFIG: the guest's write of an MSR places a page for Xen's hypercalls; MSR 0: no longer.
+
+        Filled by KVM with KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, and hypercalls are KVM_EXIT_XEN then; else with pages of
+        userspace's. EINVAL for other flags, and for pages with that one.
+        """
+
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ on a VM: the TSC's frequency of vCPUs that are created from now on."""
 

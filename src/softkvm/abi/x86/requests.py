@@ -77,6 +77,7 @@ from softkvm.abi.x86.processor import (
     kvm_xcrs,
     kvm_xsave,
 )
+from softkvm.abi.x86.xen import kvm_xen_hvm_config
 
 _U32 = checks.limits(c_uint32)
 _U64 = checks.limits(c_uint64)
@@ -297,6 +298,7 @@ KVM_IRQ_LINE_STATUS = IOWR(0x67, kvm_irq_level, VM, fields("irq", "level", gives
 KVM_REINJECT_CONTROL = IO(0x71, VM, fields("pit_reinject", structure=kvm_reinject_control))
 KVM_CREATE_PIT2 = IOW(0x77, kvm_pit_config, VM, fields("flags"))
 KVM_SET_BOOT_CPU_ID = IO(0x78, VM, Number)
+KVM_XEN_HVM_CONFIG = IOW(0x7A, kvm_xen_hvm_config, VM, Takes)
 KVM_SET_CLOCK = IOW(0x7B, kvm_clock_data, VM, Takes)
 KVM_GET_CLOCK = IOR(0x7C, kvm_clock_data, VM, Gives)
 KVM_GET_PIT2 = IOR(0x9F, kvm_pit_state2, VM, Gives)

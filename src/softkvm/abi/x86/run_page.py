@@ -12,6 +12,8 @@ from softkvm.abi.run import (
     kvm_run_msr,
     kvm_run_system_event,
     kvm_run_tpr_access,
+    kvm_xen_exit,
+    kvm_xen_exit_hcall,
 )
 from softkvm.abi.run_page import EXIT, index
 from softkvm.abi.x86.processor import kvm_debug_exit_arch
@@ -37,6 +39,15 @@ HYPERV_HCALL_RESULT_Q: Final = index(kvm_hyperv_exit_hcall, "result", 8, _HYPERV
 HYPERV_HCALL_PARAMS_Q: Final = index(kvm_hyperv_exit_hcall, "params", 8, _HYPERV_U)
 HYPERV_SYNDBG_MSR_D: Final = index(kvm_hyperv_exit_syndbg, "msr", 4, _HYPERV_U)
 HYPERV_SYNDBG_STATUS_Q: Final = index(kvm_hyperv_exit_syndbg, "status", 8, _HYPERV_U)
+
+#: kvm_run.xen: its type, and a hypercall.
+XEN_TYPE_D: Final = index(kvm_xen_exit, "type", 4, EXIT)
+_XEN_U: Final = index(kvm_xen_exit, "u", 1, EXIT)
+XEN_HCALL_LONGMODE_D: Final = index(kvm_xen_exit_hcall, "longmode", 4, _XEN_U)
+XEN_HCALL_CPL_D: Final = index(kvm_xen_exit_hcall, "cpl", 4, _XEN_U)
+XEN_HCALL_INPUT_Q: Final = index(kvm_xen_exit_hcall, "input", 8, _XEN_U)
+XEN_HCALL_RESULT_Q: Final = index(kvm_xen_exit_hcall, "result", 8, _XEN_U)
+XEN_HCALL_PARAMS_Q: Final = index(kvm_xen_exit_hcall, "params", 8, _XEN_U)
 
 SYSTEM_EVENT_TYPE_D: Final = index(kvm_run_system_event, "type", 4, EXIT)
 SYSTEM_EVENT_NDATA_D: Final = index(kvm_run_system_event, "ndata", 4, EXIT)

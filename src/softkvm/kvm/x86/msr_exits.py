@@ -55,7 +55,8 @@ def _reason(vcpu: Vcpu, index: int, *, write: bool) -> int:
     access = abi.KVM_MSR_FILTER_WRITE if write else abi.KVM_MSR_FILTER_READ
     if vcpu.msr_filter is not None and not vcpu.msr_filter.allows(index, access):
         return abi.KVM_MSR_EXIT_REASON_FILTER
-    return abi.KVM_MSR_EXIT_REASON_INVAL if msrs.is_known(vcpu, index) else abi.KVM_MSR_EXIT_REASON_UNKNOWN
+    known = msrs.is_known(vcpu, index) or (write and index == vcpu.vm.xen.config.msr)
+    return abi.KVM_MSR_EXIT_REASON_INVAL if known else abi.KVM_MSR_EXIT_REASON_UNKNOWN
 
 
 def _complete_rdmsr(vcpu: Vcpu, skip: Skip) -> int:

@@ -23,6 +23,7 @@ from softkvm.kvm.x86.paravirt.apf import Apf
 from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, UMWAIT_CONTROL_D, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
 from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.xen.state import XenVm
 
 if TYPE_CHECKING:
     from softkvm.kvm.params import Params
@@ -96,6 +97,7 @@ class VmState(state.VmState):
         self.boot_vcpu_runs_old_kvmclock = False
 
         self.hyperv = Partition()
+        self.xen = XenVm()
 
         # TLBs (:mod:`.mmu.root_tdp`)
         self.root_tdp = INVALID_PAGE
@@ -433,6 +435,10 @@ class VcpuState(
     def flush_tlb_guest(self) -> None:
         """Drop every translation of this vCPU at the next entry; vCPU thread only."""
         self.b[V.TLB_CTL] = V.TLB_CONTROL_FLUSH_ASID
+
+    def choose_exit_handlers(self) -> None:
+        """Have exits handled by what the vCPU needs now; on the vCPU's thread."""
+        raise NotImplementedError
 
     def counts_instructions(self, on: bool) -> None:
         """Count the instructions that KVM carries out in the guest's place, or don't any more."""

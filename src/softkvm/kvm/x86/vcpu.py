@@ -65,6 +65,7 @@ from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.counting import CountingEmulator, counting_exit_handlers
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
 from softkvm.kvm.x86.svm.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RFLAGS, V_TPR
+from softkvm.kvm.x86.xen.exits import xen_exit_handlers
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +108,18 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.mp_state = _UNINITIALIZED
         tsc.start(self)
         self.make_request(KVM_REQ_LOAD_MMU_PGD)
-        self._set_loop(EXIT_HANDLERS)
+        self.choose_exit_handlers()
         pmu.refresh(self)
+
+    def choose_exit_handlers(self) -> None:
+        """The plain table, unless the guest has Xen's interfaces or counts instructions.
+
+        What is not a request of its own by then has to be one: the loop has the table from before.
+        """
+        handlers = xen_exit_handlers() if self.vm.xen.config.msr else EXIT_HANDLERS
+        if isinstance(self.emulator, CountingEmulator):
+            handlers = counting_exit_handlers(handlers)
+        self._set_loop(handlers)
 
     def _set_loop(self, handlers: dict[int, Handler]) -> None:
         #: What the loop uses at every exit, in one tuple: KVM_RUN is called often, too.
@@ -129,9 +140,10 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
     def counts_instructions(self, on: bool) -> None:
         """Have exits handled, and instructions emulated, by what counts them for the guest's performance counters."""
-        if on == (self._loop[5] is EXIT_HANDLERS):
-            self._set_loop(counting_exit_handlers() if on else EXIT_HANDLERS)
-            self.emulator.__class__ = CountingEmulator if on else Emulator
+        emulator = CountingEmulator if on else Emulator
+        if self.emulator.__class__ is not emulator:
+            self.emulator.__class__ = emulator
+            self.choose_exit_handlers()
             self.make_request(KVM_REQ_PMU)  # leaves the loop, which has the other table
 
     # --- KVM_RUN -----------------------------------------------------------------------------------

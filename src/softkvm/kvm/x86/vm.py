@@ -38,6 +38,7 @@ from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm.avic import Avic
 from softkvm.kvm.x86.tsc import TscSynchronizer
 from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
+from softkvm.kvm.x86.xen import hypercall_page
 
 #: Limits of what shadow page tables may take.
 KVM_MIN_ALLOC_MMU_PAGES: Final = 64
@@ -257,6 +258,18 @@ class Vm(VmState, vm.Vm):
     def hyperv_eventfd(self, conn_id: int, fd: int, flags: int = 0) -> None:
         """KVM_HYPERV_EVENTFD."""
         connections.hyperv_eventfd(self, conn_id, fd, flags)
+
+    # --- Xen's interfaces ----------------------------------------------------------------------------
+
+    def xen_hvm_config(self, config: abi.kvm_xen_hvm_config) -> None:
+        """KVM_XEN_HVM_CONFIG."""
+        hypercall_page.check_config(config)
+        with self.lock, self.xen.lock:
+            changed = bool(self.xen.config.msr) != bool(config.msr)
+            self.xen.config = type(config).from_buffer_copy(config)
+            if changed:
+                for vcpu in self.vcpus:
+                    vcpu.call_soon(vcpu.choose_exit_handlers)
 
     # --- processors, MSRs, time ----------------------------------------------------------------------
 

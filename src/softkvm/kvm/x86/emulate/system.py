@@ -17,6 +17,8 @@ from softkvm.kvm.x86.paravirt import hypercalls, vmware
 from softkvm.kvm.x86.pmu import pmu
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.xen import hypercall_page
+from softkvm.kvm.x86.xen import hypercalls as xen_hypercalls
 
 _U64: Final = (1 << 64) - 1
 
@@ -165,7 +167,8 @@ def wrmsr(e: Emulator, i: Insn) -> None:
     require_cpl0(e)
     index = e.gpr[1] & 0xFFFF_FFFF
     value = (e.gpr[2] & 0xFFFF_FFFF) << 32 | e.gpr[0] & 0xFFFF_FFFF
-    if not msr_exits.write_msr(e.vcpu, index, value):
+    write = hypercall_page.write_msr if index and index == e.vm.xen.config.msr else msr_exits.write_msr
+    if not write(e.vcpu, index, value):
         _msr_refused(e, i, index, value, write=True)
 
 
@@ -213,8 +216,13 @@ def vmcall(e: Emulator, i: Insn) -> None:
         e.write_linear(svm.linear_rip(e.vcpu), b"\x0f\x01\xd9")
         e.rip_written = e.step_inhibited = True  # the patched instruction is executed next
         return
-    hypercall = hyperv_hypercalls if hyperv_hypercalls.is_enabled(e.vcpu) else hypercalls
-    if not hypercall.emulate_hypercall(e.vcpu, lambda vcpu: io.advance(vcpu, i.length)):
+    if e.vm.xen.intercepts_hypercalls:
+        emulate = xen_hypercalls.emulate_hypercall
+    elif hyperv_hypercalls.is_enabled(e.vcpu):
+        emulate = hyperv_hypercalls.emulate_hypercall
+    else:
+        emulate = hypercalls.emulate_hypercall
+    if not emulate(e.vcpu, lambda vcpu: io.advance(vcpu, i.length)):
         e.rip_written = e.exit_to_userspace = True
 
 

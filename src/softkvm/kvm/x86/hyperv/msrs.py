@@ -34,6 +34,8 @@ _PAGE_MASK: Final = ~0xFFF
 _NS: Final = 1_000_000_000 // abi.HV_CLOCK_HZ
 #: VMMCALL, the silicon's hypercall, and RET.
 _HYPERCALL_CODE: Final = b"\x0f\x01\xd9\xc3"
+#: OR EAX, 1 << 31 before those: what tells a call from one of Xen's, where a guest may have both.
+_BESIDE_XEN: Final = b"\x0d\0\0\0\x80"
 
 
 class Privilege(NamedTuple):
@@ -106,7 +108,8 @@ def _write_hypercall(vcpu: Vcpu, index: int, data: int, host: bool) -> bool:
     with hv.lock:
         if not hv.guest_os_id:
             return True
-        if data & abi.HV_X64_MSR_HYPERCALL_ENABLE and not write_guest(vcpu.vm, data & _PAGE_MASK, _HYPERCALL_CODE):
+        code = _BESIDE_XEN + _HYPERCALL_CODE if vcpu.vm.xen.intercepts_hypercalls else _HYPERCALL_CODE
+        if data & abi.HV_X64_MSR_HYPERCALL_ENABLE and not write_guest(vcpu.vm, data & _PAGE_MASK, code):
             return False
         hv.hypercall = data
     return True

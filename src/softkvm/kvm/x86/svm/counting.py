@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.pmu.pmu import trigger_branch, trigger_instruction
 from softkvm.kvm.x86.svm import vmcb as V
-from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
+from softkvm.kvm.x86.svm.exits import Handler
 from softkvm.kvm.x86.svm.vmcb import RIP
 
 if TYPE_CHECKING:
@@ -55,6 +55,6 @@ def _counted(function: Callable[[Vcpu], int]) -> Handler:
     return counted
 
 
-def counting_exit_handlers() -> dict[int, Handler]:
-    """Return the table of handlers as it is now, with each counting what it goes past."""
-    return {code: handler if code in _NO_INSTRUCTION else _counted(handler) for code, handler in EXIT_HANDLERS.items()}
+def counting_exit_handlers(handlers: dict[int, Handler]) -> dict[int, Handler]:
+    """Return a table of handlers as it is now, with each counting what it goes past."""
+    return {code: handler if code in _NO_INSTRUCTION else _counted(handler) for code, handler in handlers.items()}

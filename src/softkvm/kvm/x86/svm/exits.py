@@ -134,17 +134,17 @@ def msr_interception(vcpu: Vcpu) -> int:
     if vcpu.q[EXIT_INFO_1] & 1:
         data = (gpr[2] & _U32) << 32 | gpr[0] & _U32
         if not write_msr(vcpu, index, data):
-            return _msr_refused(vcpu, index, data, write=True)
+            return msr_refused(vcpu, index, data, write=True)
     else:
         value = read_msr(vcpu, index)
         if value is None:
-            return _msr_refused(vcpu, index, 0, write=False)
+            return msr_refused(vcpu, index, 0, write=False)
         gpr[0] = value & _U32
         gpr[2] = value >> 32
     return skip_emulated_instruction(vcpu)
 
 
-def _msr_refused(vcpu: Vcpu, index: int, data: int, *, write: bool) -> int:
+def msr_refused(vcpu: Vcpu, index: int, data: int, *, write: bool) -> int:
     """Leave for userspace if it asked for that, else #GP."""
     if exit_msr(vcpu, index, data, skip_emulated_instruction, write=write):
         return 0
