@@ -18,10 +18,8 @@ impl Cpu {
     pub(super) fn take_stop(&mut self, stop: Stop) -> Result<(), Exited> {
         match stop {
             Stop::Exit | Stop::ExitAfter => Err(Exited),
-            Stop::Fault | Stop::Trap => {
-                let exception = self.exception;
-                self.deliver_exception(exception)
-            }
+            Stop::Fault => self.deliver_exception(self.exception),
+            Stop::Trap => self.deliver_trap(self.exception),
             _ => Ok(()),
         }
     }
@@ -35,6 +33,16 @@ impl Cpu {
             }
             Err(_) => Err(Exited),
         }
+    }
+
+    /// Delivers an exception that comes behind an instruction. What this has written to the virtual APIC is acted on
+    /// first, as the guest may be left for the exception. If it is that which leaves the guest, EXITINTINFO has the
+    /// exception.
+    fn deliver_trap(&mut self, exception: Exception) -> Result<(), Exited> {
+        if self.avic.written != 0 {
+            self.avic_take_writes().inspect_err(|_| self.interrupted_by_exit(exception))?;
+        }
+        self.deliver_exception(exception)
     }
 
     /// Takes what may come between two instructions. Whatever is pending beside kicks is the engine's.
@@ -142,7 +150,7 @@ impl Cpu {
             hits |= DR6_BS;
         }
         if hits != 0 {
-            return self.deliver_exception(Exception { vector: vector::DB, error: None, address: hits });
+            return self.deliver_trap(Exception { vector: vector::DB, error: None, address: hits });
         }
         Ok(())
     }

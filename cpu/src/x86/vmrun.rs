@@ -74,6 +74,7 @@ impl Cpu {
                 self.account();
             }
             self.hold_on();
+            self.avic.written = 0; // the instruction has not retired
             self.machine_check(lost);
         }
         self.save_guest(&vmcb);

@@ -271,6 +271,56 @@ fn a_trap_comes_behind_any_instruction_that_writes() {
     assert_eq!(get(&g, 0, register::SVR), 0x1ff);
 }
 
+#[test]
+fn what_an_iteration_has_written_is_acted_on_before_the_next_one_faults() {
+    // The ICR: an interrupt to itself; then what lies behind, which no register is.
+    let mut g = guest(|a| {
+        a.mov(edi, at(register::ICR_LOW)).unwrap();
+        a.mov(eax, 0x4_4051).unwrap();
+        a.mov(ecx, 2).unwrap();
+        a.rep().stosd().unwrap();
+    });
+    g.set(save::RFLAGS, 2u64);
+    g.expect_exit(exitcode::AVIC_NOACCEL);
+    assert_eq!((g.info1(), g.cpu.rb.gpr[1]), (register::ICR_LOW as u64 | WRITE | 1, 1));
+    assert!(bit(&g, 0, register::IRR, 0x51));
+}
+
+/// DR6 as #DB of a single step leaves it, and EXITINTINFO with #DB.
+const STEPPED: u64 = 0xFFFF_0FF0 | 1 << 14;
+const INTERRUPTED_DB: u64 = 1 << 31 | 3 << 8 | 1;
+
+/// `dr7` has GD where #DB is intercepted, and not, where its delivery has begun.
+#[test]
+fn a_write_is_acted_on_before_the_exception_behind_its_instruction_leaves_the_guest() {
+    for intercepted in [true, false] {
+        let step = |offset: u16, value: i32| {
+            let mut g = guest(|a| {
+                a.mov(dword_ptr(at(offset)), value).unwrap();
+            });
+            g.set(save::RFLAGS, 0x102u64); // TF
+            g.set(save::DR7, 0x2400u64);
+            if intercepted {
+                g.set(control::INTERCEPTS + 8, 1u32 << 1);
+            }
+            g
+        };
+        // An interrupt to itself needs no exit: it is requested before #DB is one.
+        if intercepted {
+            let mut g = step(register::ICR_LOW, 0x4_4051);
+            g.expect_exit(exitcode::EXCP0 + 1);
+            assert!(bit(&g, 0, register::IRR, 0x51));
+            assert_eq!((g.get::<u64>(control::EXITINTINFO), g.get::<u64>(save::DR6)), (0, STEPPED));
+        }
+        // What KVM has to act on is the exit.
+        let mut g = step(register::SVR, 0x1ff);
+        g.expect_exit(exitcode::AVIC_NOACCEL);
+        assert_eq!(g.info1(), register::SVR as u64 | WRITE);
+        assert_eq!((g.get::<u64>(control::EXITINTINFO), g.get::<u64>(save::DR6)), (INTERRUPTED_DB, STEPPED));
+        assert_eq!(g.get::<u64>(save::DR7) >> 13 & 1 != 0, intercepted);
+    }
+}
+
 /// A second processor with AVIC, in the same machine.
 fn second(g: &Guest, x2: bool) -> Guest {
     let mut other = Guest::bare(g.memory.clone(), 1);

@@ -65,7 +65,8 @@ impl Cpu {
 
     #[inline(never)]
     fn load_new_avic_fields(&mut self, v: &Vmcb, v_intr: u64) -> bool {
-        let before = self.avic;
+        debug_assert_eq!(self.avic.written, 0, "the guest is left behind what it has written");
+        let bar = self.avic.bar;
         self.avic = Avic::default();
         if v_intr & AVIC_ENABLE != 0 {
             let x2 = v_intr & X2AVIC_ENABLE != 0;
@@ -78,11 +79,10 @@ impl Cpu {
                 logical: (v.get::<u64>(control::AVIC_LOGICAL_TABLE) & PAGE) as usize,
                 physical: (physical & PAGE) as usize,
                 last: physical as u32 & if x2 { 0x1FF } else { 0xFF },
-                written: before.written,
                 ..Avic::default()
             };
         }
-        before.bar != self.avic.bar
+        bar != self.avic.bar
     }
 
     /// VMRUN's checks: the page and both tables are in memory.

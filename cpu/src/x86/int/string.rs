@@ -367,6 +367,10 @@ fn repeated<S: Element, A: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Res {
         if S::COMPARES && lf.zf() == until_zf {
             break;
         }
+        // A register of the virtual APIC is acted on before anything else, a fault of the next iteration included.
+        if cpu.avic.written != 0 {
+            return Err(Stop::Restart);
+        }
     }
     if S::COMPARES {
         cpu.lf = lf;

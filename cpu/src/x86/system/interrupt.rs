@@ -84,7 +84,7 @@ impl Cpu {
         let mut e = exception;
         loop {
             if e.vector == vector::DB {
-                self.dr6 = (self.dr6 & !super::debug::dr6::HITS) | e.address | super::debug::dr6::FIXED;
+                self.set_dr6_hits(e.address);
             }
             // The second exception's own intercept comes before it is combined with the first.
             self.check_exception(&e)?;
@@ -123,6 +123,22 @@ impl Cpu {
                 done => return done,
             }
         }
+    }
+
+    /// An exception was about to be delivered when the guest was left for something else: EXITINTINFO tells of it
+    /// (APM vol. 2, 15.7.2), DR6 of a #DB's reasons. One that would have been intercepted has no more effect yet.
+    pub fn interrupted_by_exit(&mut self, e: Exception) {
+        if e.vector == vector::DB {
+            self.set_dr6_hits(e.address);
+            if !self.intercepted(exitcode::EXCP0 + vector::DB as u64) {
+                self.dr7 &= !super::debug::dr7::GD;
+            }
+        }
+        self.delivering = event_info(class::EXCEPTION, e.vector, e.error);
+    }
+
+    fn set_dr6_hits(&mut self, hits: u64) {
+        self.dr6 = (self.dr6 & !super::debug::dr6::HITS) | hits | super::debug::dr6::FIXED;
     }
 
     /// #VMEXIT when the exception is intercepted.
