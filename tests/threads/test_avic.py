@@ -194,6 +194,47 @@ def test_changed_ids_end_it_and_the_interrupts_go_to_them(split: bool) -> None:
     pair.close()
 
 
+def alias(pair: Pair, how: str) -> int:
+    """Give the second processor a logical ID that is not one-to-one; return a destination that is for it."""
+    first, second = pair.vcpus
+    lapic = second.get_lapic()
+    if how == "same":  # the first one's interrupts are off
+        state = first.get_lapic()
+        state.regs[LDR + 3] = 2
+        first.set_lapic(state)
+    elif how == "two bits":
+        lapic.regs[LDR + 3] = 6
+    elif how == "two models":
+        lapic.regs[LDR + 3], lapic.regs[DFR + 3] = 0x12, 0x0F
+    else:
+        sregs = second.get_sregs()
+        sregs.apic_base |= 1 << 10
+        second.set_sregs(sregs)
+        pair.memory.write(HANDLER, b"\x41\xff\x01" + wrmsr(EOI, 0) + b"\x48\xcf")
+        return 2
+    second.set_lapic(lapic)
+    return lapic.regs[LDR + 3] & 0xFF
+
+
+@pytest.mark.parametrize("how", ["same", "two bits", "two models", "two modes"])
+def test_logical_ids_that_are_not_one_to_one_end_it(split: bool, how: str) -> None:
+    pair = Pair(split=split, x2apic=False)
+    avic = pair.vm.avic
+    assert avic is not None and avic.activated
+    before = [vcpu.get_lapic() for vcpu in pair.vcpus]
+    dest = alias(pair, how)
+    assert avic.inhibits == Inhibit.LOGICAL_ID_ALIASED
+    assert not any(avic.logical_table[:16])
+    pair.load_sender(FIXED | LOGICAL, dest)
+    pair.load_receiver(halts=False)
+    ping(pair)
+    if how != "two modes":
+        for vcpu, lapic in zip(pair.vcpus, before, strict=True):
+            vcpu.set_lapic(lapic)
+        assert avic.activated
+    pair.close()
+
+
 def test_the_pits_ticks_that_a_guest_is_late_for_come_later_although_no_eoi_is_seen() -> None:
     tiny = Pair(split=False, x2apic=False)
     vm = tiny.vm

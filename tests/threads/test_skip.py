@@ -104,7 +104,8 @@ class Machine(Tiny):
 
 
 def machine(mode: int, nrips: bool, **params: object) -> Machine:
-    return Machine(mode, Params(nrips=nrips, **params))  # type: ignore[arg-type]
+    # With AVIC the processor leaves neither HLT nor CR8 to KVM: there is nothing to skip.
+    return Machine(mode, Params(nrips=nrips, avic=False, **params))  # type: ignore[arg-type]
 
 
 def _variants(case: Case, mode: int) -> Iterator[bytes]:

@@ -34,8 +34,6 @@ class AvicVcpu(VcpuIoctls):
         self.backing_page = vm.machine.alloc_page()
         #: :meth:`update_apicv` has been asked for.
         self._apicv_update_asked = False
-        #: The vCPU's entry in the physical APIC ID table outside of KVM_RUN, and in it; None without AVIC.
-        self._entries: tuple[int, int] | None = None
         #: This vCPU's interrupt window keeps the VM from AVIC.
         self._window_counted = False
         super().__init__(vm, vcpu_id)
@@ -69,13 +67,12 @@ class AvicVcpu(VcpuIoctls):
             self._deactivate(apic)
         if isinstance(apic, AvicLapic):
             avic.init_vmcb(self)
-            self.apicv_entry_changed()
+            avic.physical_table[self.vcpu_id] = avic.entry(self)
             self.flush_tlb_guest()
             self.make_request(KVM_REQ_EVENT)
         avic.update_access_page()
 
     def _deactivate(self, apic: AvicLapic) -> None:
-        self._entries = None
         self.avic.physical_table[self.vcpu_id] = 0
         # Who has read the entry before is done with it outside of the guest.
         request_flush(other for other in self.vm.vcpus if other is not self)
@@ -83,24 +80,6 @@ class AvicVcpu(VcpuIoctls):
         self.avic.clear_vmcb(self)
         self.flush_tlb_guest()
         self.make_request(KVM_REQ_EVENT)
-
-    def apicv_entry_changed(self) -> None:
-        """The physical APIC ID table has the vCPU while it has AVIC, and whether it is in KVM_RUN."""
-        if isinstance(self.apic, AvicLapic):
-            self._entries = self.avic.entries(self)
-            self.avic.physical_table[self.vcpu_id] = self._entries[self.running]
-
-    def arch_run_begin(self) -> None:
-        """The vCPU has a processor from here on: others ring (``avic_vcpu_load``)."""
-        if self._entries is not None:
-            self.avic.physical_table[self.vcpu_id] = self._entries[1]
-        super().arch_run_begin()
-
-    def arch_run_end(self) -> None:
-        """From here on they exit instead, and the vCPU looks at its IRR when it is run again (``avic_vcpu_put``)."""
-        super().arch_run_end()
-        if self._entries is not None:
-            self.avic.physical_table[self.vcpu_id] = self._entries[0]
 
     # --- interrupts ----------------------------------------------------------------------------------
 

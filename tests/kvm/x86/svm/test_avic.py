@@ -279,6 +279,80 @@ def test_a_debugger_that_blocks_interrupts_inhibits_it_as_long(machine: Machine)
     assert active(machine)
 
 
+#: To itself, to nobody, a local vector, the EOI of no interrupt, and something that is no register's.
+STEPPED = (
+    store(ICR, SELF | 0x51),
+    store(ICR + 0x10, 7 << 24) + store(ICR, 0x4051),
+    store(0x320, 0x1_0042),
+    store(EOI, 0),
+    store(LDR, 1 << 26),
+    store(TPR, 0x70),
+    bytes.fromhex("90"),
+)
+
+
+def stepped(*, x2apic: bool, ends_behind: int | None) -> list[tuple[int, bytes]]:
+    """Return RIP and the APIC's registers at each KVM_EXIT_DEBUG of a step over :data:`STEPPED`.
+
+    Without AVIC; or it is taken away behind each second instruction, and given back behind the others.
+    """
+    avic = ends_behind is not None
+    machine = Machine(avic=avic, x2apic=x2apic)
+    code = b"".join(STEPPED)
+    if x2apic:  # a self-IPI, one to nobody, and a local vector
+        wrmsr = b"\xb9%s\xb8%s\xba%s\x0f\x30"
+        code = b"".join(
+            wrmsr % tuple(number.to_bytes(4, "little") for number in numbers)
+            for numbers in ((0x830, SELF | 0x51, 0), (0x830, 0x51, 7), (0x832, 0x1_0042, 0), (0x83F, 0x61, 0))
+        )
+    machine.load(BASE + code + bytes.fromhex("e610"), rbx=0)
+    if avic:
+        assert machine.vm.avic is not None and machine.vm.avic.activated
+    control = abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP
+    machine.vcpu.set_guest_debug(abi.kvm_guest_debug(control=control))
+    seen = []
+    with watchdog(machine.vcpu, 30):
+        while machine.run() == abi.KVM_EXIT_DEBUG:
+            debug = machine.vcpu.kvm_run.debug.arch
+            assert debug.exception == abi.DB_VECTOR and debug.dr6 & 1 << 14
+            seen.append((debug.pc - CODE, bytes(machine.vcpu.get_lapic())))
+            # What the instruction has done is done: it can be taken away now.
+            if avic:
+                assert machine.vm.avic is not None
+                machine.vm.avic.set_inhibit(Inhibit.NESTED, len(seen) % 2 == ends_behind)
+    assert machine.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_IO
+    machine.close()
+    return seen
+
+
+@pytest.mark.parametrize("ends_behind", [0, 1])
+@pytest.mark.parametrize("x2apic", [False, True], ids=["xapic", "x2apic"])
+def test_a_step_over_a_write_to_the_apic_shows_what_it_did_and_loses_nothing_when_avic_ends(
+    x2apic: bool, ends_behind: int
+) -> None:
+    with_avic, without = (stepped(x2apic=x2apic, ends_behind=ends) for ends in (ends_behind, None))
+    assert [rip for rip, _ in with_avic] == [rip for rip, _ in without]
+    assert len(with_avic) >= 8
+    for (rip, registers), (_, wanted) in zip(with_avic, without, strict=True):
+        differ = {at & 0xFF0 for at in range(0x20, 0x400) if registers[at] != wanted[at]}
+        # KVM keeps neither the arbitration priority nor what has been written to SELF_IPI, which nobody can read.
+        assert not differ - {0x90, 0x3F0}, (rip, differ)
+
+
+def test_a_guest_that_steps_itself_has_one_exception_for_each_write(machine: Machine) -> None:
+    machine.handler(0, b"")
+    machine.gate64(abi.DB_VECTOR, HANDLER + 0x300)
+    machine.memory.write(HANDLER + 0x300, bytes.fromhex("ffc3 48cf"))  # inc ebx; iretq
+    # pushfq; or [rsp], TF; popfq; the writes; nop; pushfq; and [rsp], ~TF; popfq
+    on, off = bytes.fromhex("9c 48810c2400010000 9d"), bytes.fromhex("9c 48812424fffeffff 9d")
+    writes = store(ICR, SELF | 0x51), store(0x320, 0x1_0042), store(ICR + 0x10, 7 << 24), store(ICR, 0x4051)
+    machine.load(BASE + on + b"".join(writes) + off + END, rbx=0)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert machine.vcpu.get_regs().rbx == len(writes) + 3  # PUSHFQ, AND and POPFQ
+    assert machine.bits(IRR) == 1 << 0x51
+    assert bytes(machine.vcpu.get_lapic().regs)[0x320] & 0xFF == 0x42
+
+
 def test_without_the_parameter_nothing_of_it_is_there() -> None:
     machine = Machine(avic=False)
     assert machine.vm.avic is None and type(machine.vcpu).__name__ == "VcpuIoctls"

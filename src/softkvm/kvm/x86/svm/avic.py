@@ -49,6 +49,7 @@ from softkvm.kvm.x86.irqchip.apicdef import (
 from softkvm.kvm.x86.irqchip.apicv_lapic import AvicLapic
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.svm.debug import db_interception
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.avic_vcpu import AvicVcpu
@@ -69,13 +70,6 @@ _LOGICAL_VALID: Final = 1 << 31
 _LOGICAL_ENTRIES: Final = 60
 _WAITING: Final = (abi.KVM_MP_STATE_UNINITIALIZED, abi.KVM_MP_STATE_INIT_RECEIVED)
 _U32: Final = (1 << 32) - 1
-
-#: Reasons of AVIC_INCOMPLETE_IPI (APM vol. 2, table 15-27), in EXITINFO2 63:32.
-AVIC_IPI_FAILURE_INVALID_INT_TYPE: Final = 0
-AVIC_IPI_FAILURE_TARGET_NOT_RUNNING: Final = 1
-AVIC_IPI_FAILURE_INVALID_TARGET: Final = 2
-AVIC_IPI_FAILURE_INVALID_BACKING_PAGE: Final = 3
-AVIC_IPI_FAILURE_INVALID_IPI_VECTOR: Final = 4
 
 #: Registers whose writes exit behind the instruction (APM vol. 2, table 15-22).
 _TRAPS: Final = frozenset(
@@ -120,18 +114,16 @@ class Inhibit(IntFlag):
     NESTED = 1 << 7
     #: An interrupt of the PIC waits for the guest: AVIC has no interrupt windows.
     IRQWIN = 1 << 8
-    #: The PIT's ticks are re-injected by acknowledgements. They need none here, see :class:`~.i8254.Pit`.
+    #: The PIT's ticks are re-injected by acknowledgements: never in force here, as the PIT looks for them by itself
+    #: (:class:`~.i8254.Pit`). In Linux it is, for each VM with a PIT whose userspace keeps the default.
     PIT_REINJ = 1 << 9
-    #: An APIC is in x2APIC mode, which the processor cannot virtualize; this one can.
-    X2APIC = 1 << 10
     #: SEV guests.
-    SEV = 1 << 11
-    #: Logical IDs are no bit each, or two processors' are the same. Then the logical APIC ID table is empty here, and
-    #: interrupts by logical IDs are KVM's: the rest stays the processor's.
-    LOGICAL_ID_ALIASED = 1 << 12
-    #: Userspace wants to know of accesses to the task priority (KVM_TPR_ACCESS_REPORTING), or has that in
+    SEV = 1 << 10
+    #: Logical IDs are not one bit each, in one model, of one processor each.
+    LOGICAL_ID_ALIASED = 1 << 11
+    #: Not in Linux: userspace wants to know of accesses to the task priority (KVM_TPR_ACCESS_REPORTING), or has that in
     #: the guest's memory (KVM_SET_VAPIC_ADDR).
-    TPR_ACCESS = 1 << 13
+    TPR_ACCESS = 1 << 12
 
 
 class Avic:
@@ -209,7 +201,10 @@ class Avic:
                 found |= Inhibit.APIC_BASE_MODIFIED
             if any(apic.tpr_access_reporting or apic.attention & KVM_APIC_CHECK_VAPIC for apic in lapics):
                 found |= Inhibit.TPR_ACCESS
-            table = self._logical_entries(xapics, mixed=len(xapics) != len(lapics))
+            table = self._logical_entries(lapics)
+            if table is None:
+                found |= Inhibit.LOGICAL_ID_ALIASED
+                table = {}
             for index in range(_LOGICAL_ENTRIES):
                 if self.logical_table[index] != table.get(index, 0):
                     self.logical_table[index] = table.get(index, 0)
@@ -219,28 +214,32 @@ class Avic:
                 self.set_inhibit(reason, bool(found & reason))
         self.update_access_page()
 
-    def _logical_entries(self, xapics: list[Lapic], *, mixed: bool) -> dict[int, int]:
-        """Return the entries of the logical APIC ID table; none if the IDs are not one bit each, and in one model.
+    def _logical_entries(self, lapics: list[Lapic]) -> dict[int, int] | None:
+        """Return the entries of the logical APIC ID table; None if the IDs are aliased.
 
-        *mixed*: there are APICs in x2APIC mode, too, whose logical IDs are others.
+        Those of x2APIC mode need no table, and none is aliased there: they follow from the IDs.
         """
         table: dict[int, int] = {}
+        taken = set()
         models = set()
-        for apic in xapics:
-            ldr = apic.regs[APIC_LDR >> 2] >> 24
+        for apic in lapics:
+            ldr = apic.regs[APIC_LDR >> 2]
             if not ldr or not apic.sw_enabled:
                 continue
-            models.add(apic.regs[APIC_DFR >> 2] == APIC_DFR_FLAT)
-            cluster, bits = (0, ldr) if apic.regs[APIC_DFR >> 2] == APIC_DFR_FLAT else (ldr >> 4, ldr & 0xF)
-            index = 4 * cluster + bits.bit_length() - 1
+            flat = apic.regs[APIC_DFR >> 2] == APIC_DFR_FLAT
+            models.add("x2apic" if apic.x2apic_mode else "flat" if flat else "cluster")
+            if apic.x2apic_mode:
+                continue
+            cluster, bits = (0, ldr >> 24) if flat else (ldr >> 28, ldr >> 24 & 0xF)
             if not bits:
                 continue
-            if bits & bits - 1 or index in table or index >= _LOGICAL_ENTRIES:
-                return {}
-            table[index] = _LOGICAL_VALID | apic.vcpu_id
-        if len(models) > 1 or (models and mixed):
-            return {}
-        return table
+            index = 4 * cluster + bits.bit_length() - 1
+            if bits & bits - 1 or index in taken:
+                return None
+            taken.add(index)
+            if index < _LOGICAL_ENTRIES:
+                table[index] = _LOGICAL_VALID | apic.vcpu_id
+        return table if len(models) <= 1 else None
 
     # --- the access page -----------------------------------------------------------------------------
 
@@ -271,12 +270,16 @@ class Avic:
 
     # --- the physical APIC ID table ------------------------------------------------------------------
 
-    def entries(self, vcpu: Vcpu) -> tuple[int, int]:
-        """Return a vCPU's entry while it does not run, and while it does: then others ring."""
+    def entry(self, vcpu: Vcpu) -> int:
+        """Return a vCPU's entry while it has AVIC: others ring, whether it is in KVM_RUN or not.
+
+        The doorbell of a processor that runs nothing stays pending, and the vCPU looks at its IRR when it is run again.
+        So there is nothing to note at the beginning and at the end of each KVM_RUN (``avic_vcpu_load``), and a sender
+        needs no exit.
+        """
         apic = vcpu.apic
         assert isinstance(apic, AvicLapic)
-        entry = _PHYSICAL_VALID | apic.backing_page | vcpu.vcpu_id
-        return entry, entry | _PHYSICAL_RUNNING
+        return _PHYSICAL_VALID | _PHYSICAL_RUNNING | apic.backing_page | vcpu.vcpu_id
 
     # --- a vCPU's VMCB -------------------------------------------------------------------------------
 
@@ -321,6 +324,7 @@ _OF_APICS: Final = (
     Inhibit.PHYSICAL_ID_ALIASED,
     Inhibit.APIC_ID_MODIFIED,
     Inhibit.APIC_BASE_MODIFIED,
+    Inhibit.LOGICAL_ID_ALIASED,
     Inhibit.TPR_ACCESS,
 )
 
@@ -331,7 +335,8 @@ _OF_APICS: Final = (
 def incomplete_ipi_interception(vcpu: Vcpu) -> int:
     """An interrupt to other processors that could not be completed; the instruction has retired.
 
-    The processor has sent it to everybody or, for another reason than that somebody does not run, to nobody.
+    The processor has sent it to everybody or, for another reason than that somebody does not run, to nobody. Here all
+    run (:meth:`Avic.entry`).
     """
     q = vcpu.q
     info = q[V.EXIT_INFO_1]
@@ -340,12 +345,19 @@ def incomplete_ipi_interception(vcpu: Vcpu) -> int:
     assert isinstance(apic, AvicLapic)
     if not apic.x2apic_mode:
         dest >>= 24
-    if q[V.EXIT_INFO_2] >> 32 == AVIC_IPI_FAILURE_TARGET_NOT_RUNNING:
-        for target in lapic_regs.ipi_targets(apic, icr, dest):
-            if target is not apic:
-                cast("AvicVcpu", target.vcpu).ring(vcpu)
-    else:
-        lapic_regs.send_ipi(apic, icr, dest)
+    lapic_regs.send_ipi(apic, icr, dest)
+    return _behind_the_write(vcpu)
+
+
+def _behind_the_write(vcpu: Vcpu) -> int:
+    """The write's instruction may have been stepped, or its data watched: then its #DB is in EXITINTINFO.
+
+    It is nobody's yet, as one that was an exit.
+    """
+    exception = vcpu.exception
+    if exception.injected and exception.vector == abi.DB_VECTOR:
+        exception.injected = False
+        return db_interception(vcpu)
     return 1
 
 
@@ -358,7 +370,7 @@ def unaccelerated_access_interception(vcpu: Vcpu) -> int:
     if info >> 32 & 1 and offset in _TRAPS and not info & _NOT_A_REGISTER:
         lapic_regs.write_nodecode(apic, offset)
         apic.regs[APIC_TMICT >> 2] = apic.timer.tmict
-        return 1
+        return _behind_the_write(vcpu)
     if apic.x2apic_mode:
         inject_gp(vcpu)
         return 1

@@ -21,14 +21,12 @@ from softkvm.kvm.x86.emulate import system as emulate_system
 from softkvm.kvm.x86.exceptions import (
     DR6_ACTIVE_LOW,
     DR6_BD,
-    DR6_BS,
     DR7_GD,
     X86Exception,
     inject_emulated_exception,
     inject_gp,
     queue_exception,
     queue_exception_e,
-    queue_exception_p,
 )
 from softkvm.kvm.x86.features import X86_FEATURE_MWAIT
 from softkvm.kvm.x86.halt import halt
@@ -41,6 +39,7 @@ from softkvm.kvm.x86.pmu import pmu
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.svm import avic, svm
 from softkvm.kvm.x86.svm import vmcb as V
+from softkvm.kvm.x86.svm.debug import bp_interception, db_interception
 from softkvm.kvm.x86.svm.svm import skip_emulated_instruction
 from softkvm.kvm.x86.svm.vmcb import (
     EVTINJ_VALID,
@@ -260,33 +259,6 @@ def dr_interception(vcpu: Vcpu) -> int:
 
 
 # --- exceptions --------------------------------------------------------------------------------
-
-
-def db_interception(vcpu: Vcpu) -> int:
-    """#DB: the guest's, its debugger's, or the step that opens an NMI window."""
-    q = vcpu.q
-    dr6 = q[V.DR6] ^ DR6_ACTIVE_LOW
-    if vcpu.nmi_singlestep and not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
-        svm.disable_nmi_singlestep(vcpu)
-        vcpu.make_request(KVM_REQ_EVENT)
-        if not vcpu.nmi_singlestep_guest_rflags & abi.X86_EFLAGS_TF:
-            q[V.DR6] &= ~DR6_BS
-            return 1
-    elif not vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
-        queue_exception_p(vcpu, abi.DB_VECTOR, dr6)
-        return 1
-    if vcpu.guest_debug & (abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_USE_HW_BP):
-        vcpu.exit_debug(abi.DB_VECTOR, q[V.DR6], svm.linear_rip(vcpu))
-        q[V.DR6] = DR6_ACTIVE_LOW  # the next one's is its own
-        return 0
-    queue_exception_p(vcpu, abi.DB_VECTOR, dr6)
-    return 1
-
-
-def bp_interception(vcpu: Vcpu) -> int:
-    """INT3 while the debugger has software breakpoints."""
-    vcpu.exit_debug(abi.BP_VECTOR, 0, svm.linear_rip(vcpu))
-    return 0
 
 
 def ud_interception(vcpu: Vcpu) -> int:
