@@ -12,8 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from softkvm.kvm.x86.irqchip.apicdef import (
-    APIC_DM_LOWEST,
-    APIC_ESR_RECEIVE_ILLEGAL_VECTOR,
     APIC_IRR,
     APIC_ISR,
     APIC_PROCPRI,
@@ -52,28 +50,10 @@ class ApicvLapic(Lapic):
         self.sw_enabled = False
         super().__init__(vcpu, apic_map, page=memoryview(page).cast("B"))
 
-    def accept_irq(
-        self,
-        delivery_mode: int,
-        vector: int,
-        level: bool = True,
-        level_triggered: bool = False,
-        sender: ApicVcpu | None = None,
-    ) -> int:
-        """As :meth:`Lapic.accept_irq`."""
-        if delivery_mode > APIC_DM_LOWEST:
-            return super().accept_irq(delivery_mode, vector, level, level_triggered, sender)
-        return self.accept_fixed(delivery_mode, vector, level, level_triggered, sender)
-
-    def accept_fixed(
-        self, delivery_mode: int, vector: int, level: bool, level_triggered: bool, sender: ApicVcpu | None
-    ) -> int:
-        """The same for an interrupt with a vector."""
-        if (level_triggered and not level) or not self.sw_enabled or not self.hw_enabled:
-            return 0
-        if vector < 16:
-            self.set_error(APIC_ESR_RECEIVE_ILLEGAL_VECTOR)
-            return 0
+    def deliver_interrupt(
+        self, delivery_mode: int, vector: int, level_triggered: bool, sender: ApicVcpu | None
+    ) -> None:
+        """As :meth:`Lapic.deliver_interrupt`; the doorbell is enough where the processor looks at the IRR by itself."""
         with self.lock:
             active = self.apicv_active
             self.request_vector(vector, level_triggered)
@@ -81,7 +61,6 @@ class ApicvLapic(Lapic):
             self.vcpu.ring(sender)
         else:
             self.vcpu.request_event(sender)
-        return 1
 
     def load_spiv(self, value: int) -> None:
         """Messages to an APIC that software has disabled are dropped, which the processor does not."""

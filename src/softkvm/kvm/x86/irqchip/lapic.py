@@ -111,6 +111,9 @@ class Lapic:
         self.lock = threading.Lock()  # of irr, tmr, pending_esr, pending_events
         self.cpuid_changed(x2apic=True, tsc_deadline=True, maxphyaddr=48)
         self.reset(init_event=False)
+        # Some APICs change their class (AVIC, SynIC), and have a dictionary from then on. One that shares its keys with
+        # other instances is the slow kind: CPython 3.11 does not speed up accesses through it, and each exit has some.
+        self.__dict__ = dict(vars(self))
         apic_map.add(self)
 
     # Set-up
@@ -308,6 +311,14 @@ class Lapic:
             self.tmr &= ~bit
         self.irr |= bit
 
+    def deliver_interrupt(
+        self, delivery_mode: int, vector: int, level_triggered: bool, sender: ApicVcpu | None
+    ) -> None:
+        """Request an interrupt that has been accepted, and have the vCPU look at it; any thread."""
+        with self.lock:
+            self.request_vector(vector, level_triggered)
+        self.vcpu.request_event(sender)
+
     def accept_irq(
         self,
         delivery_mode: int,
@@ -326,14 +337,7 @@ class Lapic:
             if vector < 16:
                 self.set_error(APIC_ESR_RECEIVE_ILLEGAL_VECTOR)
                 return 0
-            bit = 1 << vector
-            with self.lock:
-                if level_triggered:
-                    self.tmr |= bit
-                else:
-                    self.tmr &= ~bit
-                self.irr |= bit
-            self.vcpu.request_event(sender)
+            self.deliver_interrupt(delivery_mode, vector, level_triggered, sender)
             return 1
         if delivery_mode == APIC_DM_NMI:
             self.vcpu.inject_nmi(sender)

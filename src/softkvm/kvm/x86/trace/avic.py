@@ -56,9 +56,9 @@ def _inhibit_changed(_: None, of_vm: avic.Avic, reason: avic.Inhibit, on: bool) 
 
 
 def _accept_irq(
-    accepted: int, apic: ApicvLapic, mode: int, vector: int, level: bool, level_triggered: bool, sender: object
+    _: None, apic: ApicvLapic, mode: int, vector: int, level_triggered: bool, sender: object
 ) -> tuple[int, ...] | None:
-    return (apic.vcpu_id, mode, level_triggered, vector) if accepted and apic.apicv_active else None
+    return (apic.vcpu_id, mode, level_triggered, vector) if apic.apicv_active else None
 
 
 def _incomplete_ipi(vcpu: Vcpu) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ def _doorbell(vcpu: AvicVcpu, sender: object = None) -> tuple[int, ...] | None:
 
 PROBES: Final[dict[str, Sequence[Probe]]] = {
     "kvm_apicv_inhibit_changed": [after(avic.Avic.set_inhibit, _inhibit_changed)],
-    "kvm_apicv_accept_irq": [after(apicv_lapic.ApicvLapic.accept_fixed, _accept_irq)],
+    "kvm_apicv_accept_irq": [after(apicv_lapic.ApicvLapic.deliver_interrupt, _accept_irq)],
     "kvm_avic_incomplete_ipi": [before(avic.incomplete_ipi_interception, _incomplete_ipi)],
     "kvm_avic_unaccelerated_access": [before(avic.unaccelerated_access_interception, _unaccelerated_access)],
     "kvm_avic_doorbell": [before(avic_vcpu.AvicVcpu.ring, _doorbell)],

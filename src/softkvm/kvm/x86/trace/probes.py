@@ -18,7 +18,7 @@ from softkvm.kvm.x86 import vcpu as x86_vcpu
 from softkvm.kvm.x86.emulate import emulator, string
 from softkvm.kvm.x86.emulate import system as emulate_system
 from softkvm.kvm.x86.emulate.operands import STR_SRC
-from softkvm.kvm.x86.irqchip import apicv_lapic, i8259, ioapic, irq_comm, lapic, lapic_regs
+from softkvm.kvm.x86.irqchip import i8259, ioapic, irq_comm, lapic, lapic_regs
 from softkvm.kvm.x86.irqchip.apicdef import APIC_BASE_MSR, APIC_ICR
 from softkvm.kvm.x86.irqchip.seams import IRQ_COALESCED
 from softkvm.kvm.x86.paravirt import async_pf, hypercalls, kvmclock, pv_eoi
@@ -377,10 +377,6 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
                 triggered,
                 vector,
             ),
-        ),
-        before(
-            apicv_lapic.ApicvLapic.accept_fixed,
-            lambda apic, mode, vector, level, triggered, sender: (apic.vcpu_id, mode, triggered, vector),
         ),
     ],
     "kvm_eoi": [before(lapic.Lapic.eoi, _eoi)],
