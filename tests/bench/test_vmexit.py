@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.support.machines import open_soft
 
 from softkvm.bench import vmexit
-from softkvm.bench.sides import GuestFailure, GuestTimeout
+from softkvm.bench.sides import GuestFailure, GuestTimeout, SoftkvmSide
 from softkvm.unittests import Entry, Result, Status, SuiteError
 
 CONFIG = """\
@@ -198,3 +199,15 @@ def test_directory_without_such_entries_is_an_error(directory: Path) -> None:
     (directory / "x86" / "unittests.cfg").write_text("[other]\nfile = other.flat\n")
     with pytest.raises(SuiteError, match=r"no entry of unittests\.cfg runs vmexit"):
         vmexit.suite(directory, [FakeSide()])
+
+
+def test_module_parameters_are_those_of_the_kvm_that_is_measured() -> None:
+    open_soft().close()
+    side = SoftkvmSide("soft", {"avic": "0", "halt_poll_ns": "7"})
+    assert side.title == "softkvm avic=0 halt_poll_ns=7"
+    with side.open() as kvm, open_soft() as other:
+        params = kvm.params  # type: ignore[attr-defined]
+        assert (params.avic, params.halt_poll_ns) == (False, 7)
+        assert other.params.halt_poll_ns == 0  # type: ignore[attr-defined]
+    with pytest.raises(SuiteError, match="no such parameter"):
+        SoftkvmSide("soft", {"nothing": "0"})

@@ -58,6 +58,9 @@ def own_replies(ns: int) -> dict[str, Reply]:
         (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: No such file or directory"),
         (["/nowhere"], "/nowhere: no such directory"),
         (["--qemu", "x", "--no-qemu"], "not allowed with"),
+        (["--param", "avic"], "--param avic: expected NAME=VALUE"),
+        (["--param", "avic=0", "--param", "none=1"], "--param none=1: no such parameter; there are avic, "),
+        (["--param", "avic=maybe"], "--param avic=maybe: expected Y or N"),
         (["--accel", "tcg"], "invalid choice"),
     ],
 )
@@ -68,6 +71,13 @@ def test_usage_errors_are_one_line_and_status_2(
     assert main(["bench", "vmexit", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("measurement", ["vmexit", "dirty-log", "demand-paging", "task-work", "pmu"])
+def test_every_measurement_takes_module_parameters(measurement: str, capsys: pytest.CaptureFixture[str]) -> None:
+    open_soft().close()
+    assert main(["bench", measurement, "--param", "halt_poll_ns=x"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["softkvm: --param halt_poll_ns=x: expected a number"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"]])

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import softkvm
-from softkvm import qemu
+from softkvm import api, qemu
 from softkvm.reports.result import Result
 from softkvm.unittests.config import Entry
 from softkvm.unittests.qemu import ACCEL
 from softkvm.unittests.qemu import run_entry as run_entry_on_qemu
-from softkvm.unittests.runner import DEVICES, Settings, run_entry
+from softkvm.unittests.runner import DEVICES, Settings, run_entry, set_params
 from softkvm.unittests.suite import SuiteRun
 from softkvm.vmm.console import Console
 from softkvm.vmm.machine import Config, Machine
@@ -78,25 +78,38 @@ class Side(Protocol):
 
 
 class SoftkvmSide:
-    """softkvm; *accel* is ``soft`` or ``kvm``. SideError if that KVM cannot be opened."""
+    """softkvm; *accel* is ``soft`` or ``kvm``. SideError if that KVM cannot be opened.
 
-    def __init__(self, accel: str = "soft") -> None:
+    *params* are module parameters, which only the software KVM has: SuiteError for a name or a value that is none.
+    """
+
+    def __init__(self, accel: str = "soft", params: Mapping[str, str] | None = None) -> None:
         self.name = SOFTKVM
-        self.title = "softkvm" if accel == "soft" else "softkvm on /dev/kvm"
+        self.params = dict(params or {})
+        self.title = " ".join(
+            ["softkvm" if accel == "soft" else "softkvm on /dev/kvm"]
+            + [f"{name}={value}" for name, value in self.params.items()]
+        )
         self.version = f"softkvm {softkvm.__version__}"
         self.accel = accel
         try:
-            softkvm.open(DEVICES[accel]).close()
+            self.open().close()
         except ImportError as error:
             raise SideError(f"the software CPU is not built: {error}") from None
         except OSError as error:
             raise SideError(f"--accel {accel}: {DEVICES[accel]}: {error.strerror or error}") from None
 
+    def open(self) -> api.Kvm:
+        """Open the KVM that is measured."""
+        kvm = softkvm.open(DEVICES[self.accel])
+        set_params(kvm, self.params)
+        return kvm
+
     def guest(self, command_line: str, vcpus: int, timeout_s: float) -> str:
         """See :class:`Side`."""
         console = Console()
         config = Config(GUEST_MEMORY_MIB * MIB, vcpus)
-        with softkvm.open(DEVICES[self.accel]) as kvm, Machine(kvm, config, console.output) as machine:
+        with self.open() as kvm, Machine(kvm, config, console.output) as machine:
             machine.load(guest_image().read_bytes(), None, command_line)
             outcome = machine.run(timeout_s)
         if outcome.end is End.TIMEOUT:
@@ -114,12 +127,12 @@ class SoftkvmSide:
         tick: Callable[[list[tuple[str, float]]], None] = lambda running: None,
     ) -> list[Result]:
         """See :class:`Side`. Limits are the suite's, scaled as ``softkvm unittests`` does."""
-        settings = Settings(self.accel, timeout_s, run_nodefault=True)
+        settings = Settings(self.accel, timeout_s, run_nodefault=True, params=self.params)
         return SuiteRun(directory, entries, settings, jobs, run=run_entry, tick=tick).run()
 
     def tsc_hz(self) -> float:
         """What KVM_GET_TSC_KHZ says."""
-        with softkvm.open(DEVICES[self.accel]) as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        with self.open() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
             return vcpu.get_tsc_khz() * 1e3
 
 

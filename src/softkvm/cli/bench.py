@@ -22,8 +22,9 @@ from softkvm.cli import (
     bench_pmu,
     bench_task_work,
 )
-from softkvm.cli.arguments import count, file_name, seconds
+from softkvm.cli.arguments import count, file_name, pairs, seconds
 from softkvm.cli.output import STDOUT, OutputFile, say, table, warn
+from softkvm.cli.parameters import add_param, open_with_params
 from softkvm.progress import StatusLine
 from softkvm.unittests.config import SuiteError
 from softkvm.unittests.runner import DEVICES
@@ -57,6 +58,7 @@ exit status:
 examples:
   softkvm bench vmexit
   softkvm bench vmexit ~/kvm-unit-tests --runs 3 --json vmexit.json
+  softkvm bench vmexit --no-qemu --param avic=0
   softkvm bench vmexit --accel kvm --no-qemu
 """
 
@@ -89,6 +91,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default="soft",
         help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm",
     )
+    add_param(command)
     side = command.add_mutually_exclusive_group()
     side.add_argument(
         "--qemu", metavar="PATH", type=file_name, help=f"QEMU to compare with (default: {qemu.PROGRAM} on PATH)"
@@ -110,7 +113,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _sides(args: Namespace) -> list[Side]:
     """Return what can be compared; a note on stderr if QEMU is not there."""
-    sides: list[Side] = [SoftkvmSide(args.accel)]
+    open_with_params(args.accel, args.param).close()
+    sides: list[Side] = [SoftkvmSide(args.accel, pairs("--param", args.param))]
     if args.no_qemu:
         return sides
     program = qemu.find(args.qemu)

@@ -7,12 +7,12 @@ import json
 from argparse import Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
-import softkvm
 from softkvm.bench import demand_paging, plot
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
 from softkvm.cli.arguments import count, file_name, size
 from softkvm.cli.bench_dirty_log import picture_format
 from softkvm.cli.output import STDOUT, OutputFile, say, table
+from softkvm.cli.parameters import add_param, open_with_params
 from softkvm.progress import StatusLine
 from softkvm.unittests.runner import DEVICES
 
@@ -52,6 +52,7 @@ def add(measurements: Any) -> None:
     option("--write-percent", metavar="P", default="100", help="pages that are written, not read (default: 100)")
     option("--delay", metavar="USEC", default="0", help="how long who gives a page takes beside (default: 0)")
     option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
+    add_param(command)
     option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
     option("--plot", metavar="FILE", type=file_name, help="draw a picture: FILE.png or FILE.svg")
 
@@ -80,7 +81,7 @@ def run(args: Namespace) -> int:
     files = {option: OutputFile(f"--{option}", name) for option in ("json", "plot") if (name := getattr(args, option))}
     line = StatusLine()
     try:
-        with softkvm.open(DEVICES[args.accel]) as kvm:
+        with open_with_params(args.accel, args.param) as kvm:
             reports = [
                 demand_paging.measure(kvm, options, line.show, user_mode_only=args.accel == "soft")
                 for options in wanted

@@ -7,11 +7,11 @@ import json
 from argparse import Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
-import softkvm
 from softkvm.bench import dirty_log, plot
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
 from softkvm.cli.arguments import count, file_name, size
 from softkvm.cli.output import STDOUT, OutputFile, say, table
+from softkvm.cli.parameters import add_param, open_with_params
 from softkvm.progress import StatusLine
 from softkvm.unittests.runner import DEVICES
 
@@ -53,6 +53,7 @@ def add(measurements: Any) -> None:
         help="KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 0: bits are cleared as they are fetched; 3: all are set at first",
     )
     option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
+    add_param(command)
     option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
     option("--plot", metavar="FILE", type=file_name, help="draw a picture: FILE.png or FILE.svg")
 
@@ -81,7 +82,7 @@ def run(args: Namespace) -> int:
     files = {option: OutputFile(f"--{option}", name) for option in ("json", "plot") if (name := getattr(args, option))}
     line = StatusLine()
     try:
-        with softkvm.open(DEVICES[args.accel]) as kvm:
+        with open_with_params(args.accel, args.param) as kvm:
             report = dirty_log.measure(kvm, options, line.show)
     except OSError as error:
         raise CommandError(f"--accel {args.accel}: {error.strerror}", EXIT_ERROR) from None

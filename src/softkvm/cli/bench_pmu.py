@@ -8,11 +8,11 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from contextlib import ExitStack
 from typing import Any
 
-import softkvm
 from softkvm.bench import pmu
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
-from softkvm.cli.arguments import count, file_name
+from softkvm.cli.arguments import count, file_name, pairs
 from softkvm.cli.output import STDOUT, OutputFile, say, table
+from softkvm.cli.parameters import add_param, assign_params, open_with_params
 from softkvm.progress import StatusLine
 from softkvm.unittests.runner import DEVICES
 
@@ -58,6 +58,7 @@ def add(measurements: Any) -> None:
         "--runs", metavar="N", default=str(default.runs), help=f"runs; figures are medians (default: {default.runs})"
     )
     option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
+    add_param(command)
     option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
 
 
@@ -73,12 +74,13 @@ def run(args: Namespace) -> int:
     line = StatusLine()
     try:
         with ExitStack() as stack:
-            kvm = stack.enter_context(softkvm.open(DEVICES[args.accel]))
+            kvm = stack.enter_context(open_with_params(args.accel, args.param))
             anew = None
             if args.accel == "soft":
                 from softkvm.kvm import Kvm, Params
 
-                anew = stack.enter_context(Kvm(Params(pmu_reprogram_always=True)))
+                anew = stack.enter_context(Kvm(Params()))
+                assign_params(anew, pairs("--param", args.param) | {"pmu_reprogram_always": "1"})
             report = pmu.measure(kvm, anew, options, line.show)
     except OSError as error:
         raise CommandError(f"--accel {args.accel}: {error.strerror}", EXIT_ERROR) from None

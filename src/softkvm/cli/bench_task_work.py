@@ -7,11 +7,11 @@ import json
 from argparse import Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
-import softkvm
 from softkvm.bench import task_work
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
 from softkvm.cli.arguments import count, file_name
 from softkvm.cli.output import STDOUT, OutputFile, say, table
+from softkvm.cli.parameters import add_param, open_with_params
 from softkvm.progress import StatusLine
 from softkvm.unittests.runner import DEVICES
 
@@ -36,6 +36,7 @@ def add(measurements: Any) -> None:
     option = command.add_argument
     option("--samples", metavar="N", default="1000", help="of each kind (default: 1000)")
     option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
+    add_param(command)
     option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
 
 
@@ -45,7 +46,7 @@ def run(args: Namespace) -> int:
     file = OutputFile("--json", args.json) if args.json else None
     line = StatusLine()
     try:
-        with softkvm.open(DEVICES[args.accel]) as kvm:
+        with open_with_params(args.accel, args.param) as kvm:
             report = task_work.measure(kvm, samples, line.show)
     except OSError as error:
         raise CommandError(f"--accel {args.accel}: {error.strerror}", EXIT_ERROR) from None

@@ -7,15 +7,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import softkvm
-from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.cli import EXIT_OK, Command, CommandError
 from softkvm.cli.arguments import count, factor, file_name, pairs, seconds
 from softkvm.cli.output import say
+from softkvm.cli.parameters import add_param, open_with_params
 from softkvm.cli.results import Printer, Reports, add_report_options
 from softkvm.reports.result import Status
 from softkvm.unittests import config
 from softkvm.unittests.config import Entry, SuiteError
-from softkvm.unittests.runner import DEVICES, TIMEOUT_SCALE, Settings, set_params, suite_of
+from softkvm.unittests.runner import DEVICES, TIMEOUT_SCALE, Settings, suite_of
 from softkvm.unittests.suite import SuiteRun, select
 
 EXIT_FAILED = 1
@@ -65,13 +65,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default="soft",
         help="soft: KVM in Python on the software CPU (default); kvm: /dev/kvm",
     )
-    add(
-        "--param",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="module parameter of the software KVM, such as force_emulation_prefix=1",
-    )
+    add_param(parser)
     add(
         "--env",
         metavar="NAME=VALUE",
@@ -96,18 +90,9 @@ def _settings(args: Namespace) -> Settings:
     )
 
 
-def _check_kvm(settings: Settings) -> None:
+def _check_kvm(settings: Settings, args: Namespace) -> None:
     """Fail before the first test if none can run."""
-    try:
-        with softkvm.open(DEVICES[settings.accel]) as kvm:
-            set_params(kvm, settings.params)
-    except ImportError as error:
-        raise CommandError(f"the software CPU is not built: {error}", EXIT_ERROR) from None
-    except OSError as error:
-        text = f"--accel {settings.accel}: {DEVICES[settings.accel]}: {error.strerror or error}"
-        raise CommandError(text, EXIT_ERROR) from None
-    except SuiteError as error:
-        raise CommandError(f"--param {error}") from None
+    open_with_params(settings.accel, args.param).close()
 
 
 def _list(entries: Sequence[Entry]) -> None:
@@ -134,7 +119,7 @@ def _run(args: Namespace) -> int:
         _list(entries)
         return EXIT_OK
     files = Reports(args)
-    _check_kvm(settings)
+    _check_kvm(settings, args)
     printer = Printer(len(entries), verbose=args.verbose, quiet=files.take_stdout)
     run = SuiteRun(directory, entries, settings, jobs, finished=printer.finished, tick=printer.tick)
     try:
