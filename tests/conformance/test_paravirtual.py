@@ -76,6 +76,16 @@ def test_the_guests_clock_follows_the_one_that_is_set(guest: Guest) -> None:
     assert hour_ns <= guest_time_ns(guest, tsc) + TOLERANCE_NS < hour_ns + 60 * 1_000_000_000
 
 
+def test_a_clock_that_lies_in_two_pages_is_none(guest: Guest) -> None:
+    supported(guest, abi.KVM_CAP_CLOCKSOURCE, abi.KVM_FEATURE_CLOCKSOURCE2)
+    last = AREA + 0x1000 - 32
+    for where, written in ((last + 4, False), (last, True)):
+        guest.write(last, bytes(64))
+        assert guest.cpu.set_msrs({abi.MSR_KVM_SYSTEM_TIME_NEW: where | abi.KVM_MSR_ENABLED}) == 1
+        read_tsc(guest)
+        assert any(guest.memory[last : last + 64]) == written
+
+
 @pytest.mark.parametrize("msr", [abi.MSR_KVM_WALL_CLOCK, abi.MSR_KVM_WALL_CLOCK_NEW], ids=["old", "new"])
 def test_wall_clock_and_guests_clock_give_the_hosts_time(guest: Guest, msr: int) -> None:
     supported(guest, abi.KVM_CAP_CLOCKSOURCE, abi.KVM_FEATURE_CLOCKSOURCE)

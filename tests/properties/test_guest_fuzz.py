@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import random
-import threading
 import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.conformance import CODE, MEMORY_SIZE, STACK, Guest, set_pio_data, watchdog
+from tests.support.fences import Fenced, Neighbour
 from tests.support.machines import KVMS
 
-from softkvm import abi
+from softkvm import abi, api
+from softkvm.kvm.x86.hyperv.msrs import HV_MSRS
+from softkvm.kvm.x86.msrs import FEATURE_MSRS
+from softkvm.kvm.x86.msrs import MSRS as KVM_MSRS
 
 ACCESSES = 400
 IDT, HANDLER, IRQ_HANDLER = 0xA000, 0xB000, 0xB100
 TOTAL_S = 5.0
-CANARY = 16 * 4096
 
 PORTS = (0x20, 0x21, 0xA0, 0xA1, 0x40, 0x43, 0x61, 0x70, 0x71, 0x4D0, 0x5658, 0xCF8, 0xCFC, 0x80, 0x7E, 0xFFFF)
 PAGES = (0xFEE0_0000, 0xFEC0_0000, 0x20_0000, MEMORY_SIZE - 4096, MEMORY_SIZE, 0xFFFF_F000, 0xE000_0000)
@@ -46,6 +46,9 @@ MSRS = (
     0x4000_0000,
     0x4000_0070,
 )
+#: All that KVM knows by name: those that userspace saves, Hyper-V's, paravirtual ones.
+KNOWN_MSRS = sorted({*KVM_MSRS, *HV_MSRS, *FEATURE_MSRS})
+HYPERCALLS = (*range(14), abi.KVM_HC_UNUSED_PAGE_HINT, 0xFFFF_FFFF)
 #: Instructions with an operand at [rbx]: moves, read-modify-writes, strings, SSE, wide compare-exchange.
 MMIO_CODE = (
     *("8a03", "668b03", "8b03", "488b03", "8803", "668903", "8903", "488903", "f00fc103", "8703", "830305"),
@@ -75,10 +78,10 @@ def _access(rng: random.Random) -> bytes:
         code = rng.choice(MMIO_CODE)
         return values + _mov("bb", address) + _mov("b9", rng.randrange(4)) + bytes.fromhex(code)
     if kind == 2:
-        return values + _mov("b9", rng.choice(MSRS)) + bytes.fromhex("0f32")  # rdmsr
+        return values + _mov("b9", rng.choice(rng.choice([MSRS, KNOWN_MSRS]))) + bytes.fromhex("0f32")  # rdmsr
     if kind == 3:
-        return values + _mov("b9", rng.choice(MSRS)) + bytes.fromhex("0f30")  # wrmsr
-    number = rng.randrange(14)
+        return values + _mov("b9", rng.choice(rng.choice([MSRS, KNOWN_MSRS]))) + bytes.fromhex("0f30")  # wrmsr
+    number = rng.choice(HYPERCALLS)
     rest = _mov("48bb", _number(rng), 8) + _mov("48b9", _number(rng), 8) + _mov("48be", _number(rng), 8)
     return rest + _mov("b8", number) + bytes.fromhex(rng.choice(["0f01c1", "0f01d9"]))  # vmcall, vmmcall
 
@@ -91,6 +94,14 @@ def program(seed: int) -> bytes:
         access = _access(rng)
         code += _mov("4c8d3d", len(access)) + access  # lea r15, [rip + len]
     return code + b"\xfa\xf4"  # cli; hlt
+
+
+def give_hyperv(vcpu: api.Vcpu, *, synic: bool = True) -> None:
+    """Let a vCPU have Hyper-V's interfaces, and KVM's registers beside."""
+    if synic:
+        vcpu.enable_cap(abi.KVM_CAP_HYPERV_SYNIC2, 0)
+    own = [entry for entry in vcpu.get_cpuid2() if not 0x4000_0000 <= entry.function < 0x4000_0100]
+    vcpu.set_cpuid2(own + vcpu.get_supported_hv_cpuid())
 
 
 def install(guest: Guest, code: bytes) -> None:
@@ -129,65 +140,22 @@ def drive(guest: Guest, rng: random.Random) -> int:
                 set_pio_data(guest.cpu, rng.randbytes(run.io.size * run.io.count))
         elif run.exit_reason == abi.KVM_EXIT_MMIO:
             run.mmio.data[:] = list(rng.randbytes(8))
+        elif run.exit_reason == abi.KVM_EXIT_HYPERV:
+            run.hyperv.u.hcall.result = rng.getrandbits(64)  # of a SynIC's registers, they are for reading
         else:
             assert run.exit_reason in abi.EXIT_REASON_NAMES
             break
     return exits
 
 
-class Neighbour:
-    """A machine that sums its memory again and again, and notices if anything touches it."""
-
-    def __init__(self) -> None:
-        self.kvm = KVMS["soft"]()
-        self.guest = Guest(self.kvm)
-        self.guest.write(0x5_0000, bytes(range(256)) * 1024)
-        # 0: mov esi, 0x50000; mov ecx, 0x10000; xor eax, eax; 1: add eax, [rsi]; add esi, 4; loop 1b; hlt; jmp 0b
-        self.guest.long("be00000500 b900000100 31c0 0306 83c604 e2f9 f4 ebea")
-        words = (ctypes.c_uint32 * 0x1_0000).from_buffer_copy(self.guest.memory[0x5_0000 : 0x5_0000 + 0x4_0000])
-        self.total = sum(words) & 0xFFFF_FFFF
-        self.sums: list[int] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self.guest.expect(abi.KVM_EXIT_HLT)
-            self.sums.append(self.guest.cpu.get_regs().rax)
-
-    def __enter__(self) -> Neighbour:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.guest.close()
-        self.kvm.close()
-
-
-class Fenced(Guest):
-    """A guest whose memory lies between pages that nobody may write."""
-
-    def fence(self) -> None:
-        self.whole = mmap.mmap(-1, MEMORY_SIZE + 2 * CANARY)
-        self.whole[:CANARY] = b"\xc5" * CANARY
-        self.whole[-CANARY:] = b"\xc5" * CANARY
-        self.region(0, 0, 0)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.whole)) + CANARY
-        self.memory = memoryview(self.whole)[CANARY:-CANARY]  # type: ignore[assignment]
-        self.region(0, 0, MEMORY_SIZE)
-
-    def intact(self) -> bool:
-        fence = b"\xc5" * CANARY
-        return self.whole[:CANARY] == fence and self.whole[-CANARY:] == fence
-
-
 @settings(max_examples=12)
-@given(seed=st.integers(0, 1 << 32), chips=st.booleans())
-def test_a_fuzzing_guest_harms_nobody(seed: int, chips: bool) -> None:
+@given(seed=st.integers(0, 1 << 32), chips=st.booleans(), hyperv=st.booleans())
+def test_a_fuzzing_guest_harms_nobody(seed: int, chips: bool, hyperv: bool) -> None:
     with Neighbour() as neighbour, KVMS["soft"]() as kvm, Fenced(kvm, irqchip=chips, pit=chips) as guest:
         guest.fence()
+        guest.vm.enable_cap(abi.KVM_CAP_UNUSED_PAGE_HINT, abi.KVM_UNUSED_PAGE_HINT_ENABLE)
+        if hyperv:
+            give_hyperv(guest.cpu, synic=chips)
         install(guest, program(seed))
         exits = drive(guest, random.Random(seed))
         assert exits > 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86 import tsc
 from softkvm.kvm.x86.paravirt import async_pf, steal_time
 from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE
@@ -88,11 +89,11 @@ def set_clock(vm: Vm, data: abi.kvm_clock_data) -> None:
 
 
 def update_guest_time(vcpu: Vcpu) -> None:
-    """Write the vCPU's time structure, with an odd version while it changes."""
+    """Write the vCPU's time structure, with an odd version while it changes; none that lies in two pages."""
     msr = vcpu.msr_values.get(abi.MSR_KVM_SYSTEM_TIME_NEW, 0)
-    if not msr & abi.KVM_MSR_ENABLED:
-        return
     gpa = msr & ~1
+    if not msr & abi.KVM_MSR_ENABLED or (gpa & PAGE_SIZE - 1) + PVCLOCK_SIZE > PAGE_SIZE:
+        return
     vm = vcpu.vm
     old = read_guest(vm, gpa, PVCLOCK_SIZE)
     if old is None:
