@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 
-from tests.support.conformance import Guest
+import pytest
+from tests.support.conformance import Guest, watchdog
 
 from softkvm import abi
 
@@ -51,3 +52,23 @@ def test_a_timer_on_a_vcpus_time_interrupts_a_guest_that_never_leaves(guest: Gue
             with contextlib.suppress(InterruptedError):
                 guest.cpu.run()
     assert expired[0] >= 5 * MS
+
+
+def test_work_that_queues_itself_keeps_neither_a_kick_nor_other_work_waiting(guest: Guest) -> None:
+    guest.real(SPIN)
+    ran: list[str] = []
+
+    def again() -> None:
+        ran.append("again")
+        if len(ran) > 10_000_000:
+            raise AssertionError("KVM_RUN does not end")
+        guest.cpu.call_soon(again)
+
+    guest.cpu.call_soon(again)
+    for _ in range(3):
+        guest.cpu.call_soon(lambda: ran.append("once"))
+        before = len(ran)
+        with watchdog(guest.cpu, 0.05), pytest.raises(InterruptedError):
+            guest.cpu.run()
+        assert "again" in ran[before:] and ran[before:].count("once") == 1
+    assert ran.count("once") == 3

@@ -22,6 +22,8 @@ from softkvm.devkvm.kick import install_handler, signal_thread
 from softkvm.devkvm.stats import read_stats
 from softkvm.threads import tell_after_fork
 
+#: Work that queues itself would keep KVM_RUN, which ends behind it, from ever ending.
+_TASK_WORK_ROUNDS = 16
 _IMMEDIATE_EXIT = abi.kvm_run.immediate_exit.offset  # type: ignore[attr-defined]
 
 
@@ -80,9 +82,11 @@ class Vcpu(Descriptor):
         raise OSError(error, os.strerror(error))
 
     def _run_task_work(self) -> None:
+        """Do what is queued, and what that queues; from some rounds on the rest is for the next KVM_RUN."""
         try:
-            while self._task_work:
-                self._task_work.pop(0)()
+            for _ in range(_TASK_WORK_ROUNDS):
+                for _ in range(len(self._task_work)):
+                    self._task_work.pop(0)()
         finally:
             with self._lock:
                 if self._task_work:  # the rest is for the next KVM_RUN
