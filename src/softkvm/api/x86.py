@@ -115,6 +115,21 @@ class Vm(common.Vm, Protocol):
         userspace's. EINVAL for other flags, and for pages with that one.
         """
 
+    def xen_hvm_set_attr(self, attr: abi.kvm_xen_hvm_attr) -> None:
+        """KVM_XEN_HVM_SET_ATTR: one KVM_XEN_ATTR_TYPE_* of Xen's interfaces.
+
+        ENOENT for another type, EINVAL for what it can't be, EFAULT for a place without memory.
+        """
+
+    def xen_hvm_get_attr(self, type: int) -> abi.kvm_xen_hvm_attr:
+        """KVM_XEN_HVM_GET_ATTR: ENOENT for a type that there is not, or that can't be read."""
+
+    def xen_hvm_evtchn_send(self, event: abi.kvm_irq_routing_xen_evtchn) -> None:
+        """KVM_XEN_HVM_EVTCHN_SEND: make a port of the guest's pending; a masked one, too.
+
+        EINVAL for a port, priority or vCPU that there is not and without a shared_info, EFAULT if its memory is gone.
+        """
+
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ on a VM: the TSC's frequency of vCPUs that are created from now on."""
 
@@ -268,6 +283,12 @@ class Vcpu(common.Vcpu, Protocol):
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
+
+    def xen_vcpu_set_attr(self, attr: abi.kvm_xen_vcpu_attr) -> None:
+        """KVM_XEN_VCPU_SET_ATTR: one KVM_XEN_VCPU_ATTR_TYPE_* of Xen's interfaces; errors as of xen_hvm_set_attr."""
+
+    def xen_vcpu_get_attr(self, type: int) -> abi.kvm_xen_vcpu_attr:
+        """KVM_XEN_VCPU_GET_ATTR: ENOENT for a type that there is not, EINVAL for one that can't be read."""
 
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL: tell the guest that it was stopped."""

@@ -30,7 +30,7 @@ from softkvm.abi.arguments import (
     takes_table,
 )
 from softkvm.abi.checks import kvm_error
-from softkvm.abi.irq import kvm_irq_level
+from softkvm.abi.irq import kvm_irq_level, kvm_irq_routing_xen_evtchn
 from softkvm.abi.requests import IO, IOR, IOW, IOWR, SYSTEM, VCPU, VM, requests_in
 from softkvm.abi.x86 import request_sizes
 from softkvm.abi.x86.irqchip import (
@@ -77,7 +77,7 @@ from softkvm.abi.x86.processor import (
     kvm_xcrs,
     kvm_xsave,
 )
-from softkvm.abi.x86.xen import kvm_xen_hvm_config
+from softkvm.abi.x86.xen import kvm_xen_hvm_attr, kvm_xen_hvm_config, kvm_xen_vcpu_attr
 
 _U32 = checks.limits(c_uint32)
 _U64 = checks.limits(c_uint64)
@@ -306,6 +306,9 @@ KVM_SET_PIT2 = IOW(0xA0, kvm_pit_state2, VM, Takes)
 KVM_SET_PMU_EVENT_FILTER = IOW(0xB2, kvm_pmu_event_filter, VM, PmuEventFilter)
 KVM_HYPERV_EVENTFD = IOW(0xBD, kvm_hyperv_eventfd, VM, fields("conn_id", "fd", "flags"))
 KVM_X86_SET_MSR_FILTER = IOW(0xC6, kvm_msr_filter, VM, MsrFilter)
+KVM_XEN_HVM_GET_ATTR = IOWR(0xC8, kvm_xen_hvm_attr, VM, fields("type", gives="*"))
+KVM_XEN_HVM_SET_ATTR = IOW(0xC9, kvm_xen_hvm_attr, VM, Takes)
+KVM_XEN_HVM_EVTCHN_SEND = IOW(0xD0, kvm_irq_routing_xen_evtchn, VM, Takes)
 
 # --- a vCPU ----------------------------------------------------------------------------------------------
 
@@ -341,6 +344,8 @@ KVM_KVMCLOCK_CTRL = IO(0xAD, VCPU, Nothing)
 KVM_SMI = IO(0xB7, VCPU, Nothing)
 KVM_GET_NESTED_STATE = IOWR(0xBE, kvm_nested_state, VCPU, GetNestedState)
 KVM_SET_NESTED_STATE = IOW(0xBF, kvm_nested_state, VCPU, Takes)
+KVM_XEN_VCPU_GET_ATTR = IOWR(0xCA, kvm_xen_vcpu_attr, VCPU, fields("type", gives="*"))
+KVM_XEN_VCPU_SET_ATTR = IOW(0xCB, kvm_xen_vcpu_attr, VCPU, Takes)
 KVM_GET_SREGS2 = IOR(0xCC, kvm_sregs2, VCPU, Gives)
 KVM_SET_SREGS2 = IOW(0xCD, kvm_sregs2, VCPU, Takes)
 KVM_GET_XSAVE2 = IOR(0xCF, kvm_xsave, VCPU, GivesXsave)

@@ -112,6 +112,22 @@ def write_guest(vm: HasMemory, gpa: int, data: bytes) -> bool:
     return True
 
 
+def test_and_set_bit_guest(vm: HasMemory, gpa: int, bit: int) -> bool | None:
+    """Atomically set a bit of the byte at ``gpa``; returns whether it was set, None without memory."""
+    slot = vm.memslots.gfn_to_memslot(gpa >> PAGE_SHIFT)
+    if slot is None or slot.readonly or not _reachable(vm, slot, gpa, write=True):
+        return None
+    hva = gpa + slot.hva_offset
+    mask = 1 << (hva & 7) * 8 + bit
+    try:
+        was = vm.machine.pte_or(hva & ~7, mask)
+        vm.machine.notify_write(hva, 1)
+    except _GONE:
+        return None
+    _mark_page_dirty(vm, gpa >> PAGE_SHIFT)
+    return bool(was & mask)
+
+
 def cmpxchg_guest(vm: HasMemory, gpa: int, expected: bytes, new: bytes) -> bytes | None:
     """Atomically replace ``expected`` by ``new`` at ``gpa``; returns what was found, None without memory.
 

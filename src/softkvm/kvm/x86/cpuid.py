@@ -208,6 +208,7 @@ class CpuidTable:
         "kvm_features",
         "plain",
         "supported_xcr0",
+        "xen_base",
     )
 
     def __init__(self) -> None:
@@ -224,6 +225,8 @@ class CpuidTable:
         self.intel_compatible = True
         self.supported_xcr0 = 0
         self.kvm_features = 0
+        #: Where Xen's leaves begin; 0: there are none.
+        self.xen_base = 0
         #: CR4 bits that may be set; until there is a table, all that the silicon has.
         self.cr4_valid = _silicon_cr4()
 
@@ -249,7 +252,9 @@ class CpuidTable:
         self.intel_compatible = _vendor(self.first(0)) not in _AMD_COMPATIBLE
         d0 = self._base_d0 or _ZERO
         self.supported_xcr0 = (d0[EAX] | d0[EDX] << 32) & supported_xcr0()
-        self.kvm_features = self._find_kvm_features()
+        base = self._hypervisor_base(abi.KVM_SIGNATURE)
+        self.kvm_features = (self.plain.get(base + 1) or _ZERO)[EAX] if base else 0
+        self.xen_base = self._hypervisor_base(abi.XEN_SIGNATURE)
         from softkvm.kvm.x86.control_registers import cr4_valid_bits
 
         self.cr4_valid = cr4_valid_bits(self.has)
@@ -279,12 +284,13 @@ class CpuidTable:
         leaf = self.leaf(feature.leaf, feature.subleaf)
         return leaf is not None and bool(leaf[feature.register] & feature.mask)
 
-    def _find_kvm_features(self) -> int:
-        signature = tuple(int.from_bytes(abi.KVM_SIGNATURE[i : i + 4], "little") for i in (0, 4, 8))
+    def _hypervisor_base(self, name: bytes) -> int:
+        """Return where a hypervisor's leaves begin (``kvm_get_hypervisor_cpuid``); 0 if there are none."""
+        signature = tuple(int.from_bytes(name[i : i + 4], "little") for i in (0, 4, 8))
         for base in range(0x4000_0000, 0x4001_0000, 0x100):
             leaf = self.plain.get(base)
             if leaf is not None and leaf[1:] == signature:
-                return (self.plain.get(base + 1) or _ZERO)[EAX]
+                return base
         return 0
 
     def answer(self, function: int, index: int) -> Leaf:
@@ -354,6 +360,14 @@ class CpuidTable:
         if entry is not None and _ADVANCED_POWER in self.plain:
             edx = entry.edx & ~_INVTSC if hidden else entry.edx
             self.plain[_ADVANCED_POWER] = (entry.eax, entry.ebx, entry.ecx, edx)
+
+    def set_xen_time(self, function: int, multiplier: int, shift: int, khz: int) -> None:
+        """Put the clock's scale into Xen's leaf of time, where userspace has given its subleaves 1 and 2."""
+        sub = self.indexed.get(function, {})
+        if 1 in sub:
+            sub[1] = (*sub[1][:ECX], multiplier, shift)
+        if 2 in sub:
+            sub[2] = (khz, *sub[2][EBX:])
 
     def _replace(self, function: int, index: int, leaf: Leaf) -> None:
         if function in self.plain:

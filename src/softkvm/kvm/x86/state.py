@@ -23,7 +23,7 @@ from softkvm.kvm.x86.paravirt.apf import Apf
 from softkvm.kvm.x86.register_block import DR_Q, PKRU_D, TSC_AUX_Q, UMWAIT_CONTROL_D, XCR0_Q
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT, KVM_REQ_NMI
 from softkvm.kvm.x86.svm import vmcb as V
-from softkvm.kvm.x86.xen.state import XenVm
+from softkvm.kvm.x86.xen.state import XenVcpu, XenVm
 
 if TYPE_CHECKING:
     from softkvm.kvm.params import Params
@@ -185,6 +185,7 @@ class ClockState:
     tsc_ratio: int = 1 << 32
     tsc_adjust: int = 0
     pvclock_set_guest_stopped: bool = False
+    #: How long the vCPU's thread waits is of interest: for steal time, or for Xen's runstate in its place.
     steal_enabled: bool = False
     last_steal: int = 0
     steal_checked_ns: int = 0
@@ -200,6 +201,7 @@ class ParavirtState:
     #: The guest's CPUID has Hyper-V's interface; its state, once there is any.
     hyperv_enabled: bool = False
     hyperv: VirtualProcessor | None = None
+    xen: XenVcpu = field(default_factory=XenVcpu)
 
 
 @dataclass(eq=False)

@@ -65,6 +65,8 @@ from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.counting import CountingEmulator, counting_exit_handlers
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
 from softkvm.kvm.x86.svm.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RFLAGS, V_TPR
+from softkvm.kvm.x86.xen import clock as xen_clock
+from softkvm.kvm.x86.xen import evtchn, runstate, upcall
 from softkvm.kvm.x86.xen.exits import xen_exit_handlers
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
     def __init__(self, vm: VmState, vcpu_id: int) -> None:
         super().__init__(vm, vcpu_id)
         self.mcg_cap = MCG_CAP
+        self.xen.vcpu_id = len(vm.vcpus)
+        self.steal_enabled = bool(vm.xen.config.msr)
         self.exception = QueuedException()
         self.cpuid = CpuidTable()
         self.emulator = Emulator(self)
@@ -116,7 +120,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
 
         What is not a request of its own by then has to be one: the loop has the table from before.
         """
-        handlers = xen_exit_handlers() if self.vm.xen.config.msr else EXIT_HANDLERS
+        handlers = EXIT_HANDLERS
+        if self.vm.xen.config.msr:
+            handlers = xen_exit_handlers(upcalls=upcall.may_come(self))
         if isinstance(self.emulator, CountingEmulator):
             handlers = counting_exit_handlers(handlers)
         self._set_loop(handlers)
@@ -159,7 +165,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if self.pic_in_userspace and self.run_b[REQUEST_INTERRUPT_WINDOW_B]:
             self.make_request(KVM_REQ_EVENT)
         if self.steal_enabled:
-            steal_time.check(self)
+            self._check_waiting()
 
     def arch_run_end(self) -> None:
         """RFLAGS.IF, CR8, IA32_APIC_BASE, and whether an interrupt would be taken (``post_kvm_run_save``)."""
@@ -323,7 +329,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.make_request(requests & _BEHIND_TPR_ACCESS)
             return False
         if requests & KVM_REQ_STEAL_UPDATE:
-            steal_time.record(self)
+            self._record_waiting()
         if requests & KVM_REQ_TRIPLE_FAULT:
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
             self.make_request(requests & (_BEHIND_EOI_EXIT | KVM_REQ_IOAPIC_EOI_EXIT))
@@ -352,9 +358,28 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         finally:
             self.apf.halted = False
 
+    def _check_waiting(self) -> None:
+        """KVM_RUN has begun, or a halt is over: steal time or Xen's runstate may have to be told.
+
+        And a guest of Xen's may have what its memory says, which anybody has written.
+        """
+        if self.vm.xen.config.msr:
+            self.make_request(KVM_REQ_STEAL_UPDATE | KVM_REQ_EVENT)
+        else:
+            steal_time.check(self)
+
+    def _record_waiting(self) -> None:
+        """Write steal time, or Xen's runstate in its place."""
+        if self.vm.xen.config.msr:
+            runstate.update(self, abi.RUNSTATE_running)
+            evtchn.inject_pending_events(self)
+        else:
+            steal_time.record(self)
+
     def _update_clocks(self) -> None:
-        """Write the guest's clock structure, and the page of Hyper-V's reference time, if it has them."""
+        """Write the guest's clock structures, and the page of Hyper-V's reference time, if it has them."""
         kvmclock.update_guest_time(self)
+        xen_clock.update(self)
         if self.vm.hyperv.tsc_page_outdated:
             hyperv_clock.update_tsc_page(self)
 
@@ -428,7 +453,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             else:
                 self.block()
             self.stat_halt_wakeup += 1
-            steal_time.check(self)
+            self._check_waiting()
         if self.requests & vcpu.GENERAL_REQUESTS:
             self.handle_general_requests()
         apic = self.apic
@@ -451,7 +476,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if requests & KVM_REQ_CLOCK_UPDATE:
             self._update_clocks()
         if requests & KVM_REQ_STEAL_UPDATE:
-            steal_time.record(self)
+            self._record_waiting()
         if requests & KVM_REQ_HV_STIMER:
             stimer.process(self)
 

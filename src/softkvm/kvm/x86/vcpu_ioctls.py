@@ -40,6 +40,8 @@ from softkvm.kvm.x86.stats import VCPU_STATS, vcpu_stats
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.vcpu import Vcpu
+from softkvm.kvm.x86.xen import attributes as xen_attributes
+from softkvm.kvm.x86.xen import clock as xen_clock
 
 _U64: Final = (1 << 64) - 1
 _RUNNABLE: Final = abi.KVM_MP_STATE_RUNNABLE
@@ -253,6 +255,7 @@ class VcpuIoctls(Vcpu):
             return
         self.cpuid.set(self, entries)
         hyperv_vp.cpuid_changed(self)
+        xen_clock.update_tsc_info(self)
         pmu.refresh(self)
         svm.set_instruction_intercepts(self)
         svm.recalc_msr_intercepts(self)
@@ -342,6 +345,14 @@ class VcpuIoctls(Vcpu):
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL."""
         kvmclock.kvmclock_ctrl(self)
+
+    def xen_vcpu_set_attr(self, attr: abi.kvm_xen_vcpu_attr) -> None:
+        """KVM_XEN_VCPU_SET_ATTR."""
+        xen_attributes.vcpu_set_attr(self, attr)
+
+    def xen_vcpu_get_attr(self, type: int) -> abi.kvm_xen_vcpu_attr:
+        """KVM_XEN_VCPU_GET_ATTR."""
+        return xen_attributes.vcpu_get_attr(self, type)
 
     def enable_cap(self, cap: int, *args: int) -> None:
         """KVM_ENABLE_CAP on a vCPU."""

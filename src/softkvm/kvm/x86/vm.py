@@ -29,16 +29,17 @@ from softkvm.kvm.x86.mmu.root_tdp import flush_remote_tlbs_range
 from softkvm.kvm.x86.mmu.spte import MMIO_SPTE_GEN_MASK
 from softkvm.kvm.x86.mmu.tdp_mmu import TdpMmu
 from softkvm.kvm.x86.msr_filter import MsrFilter
-from softkvm.kvm.x86.paravirt import kvmclock
+from softkvm.kvm.x86.paravirt import kvmclock, steal_time
 from softkvm.kvm.x86.pmu.event_filter import PmuEventFilter
 from softkvm.kvm.x86.pmu.pmu import filter_changed
-from softkvm.kvm.x86.requests import KVM_REQ_IOAPIC_EOI_EXIT
+from softkvm.kvm.x86.requests import KVM_REQ_CLOCK_UPDATE, KVM_REQ_IOAPIC_EOI_EXIT
 from softkvm.kvm.x86.state import VmState
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm.avic import Avic
 from softkvm.kvm.x86.tsc import TscSynchronizer
 from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
-from softkvm.kvm.x86.xen import hypercall_page
+from softkvm.kvm.x86.xen import attributes as xen_attributes
+from softkvm.kvm.x86.xen import evtchn, hypercall_page, timer_queue, upcall
 
 #: Limits of what shadow page tables may take.
 KVM_MIN_ALLOC_MMU_PAGES: Final = 64
@@ -110,10 +111,12 @@ class Vm(VmState, vm.Vm):
         return flush_remote_tlbs_range(self, ranges)
 
     def arch_destroy(self) -> None:
-        """Stop the chips' timers."""
+        """Stop the chips' timers, and Xen's; let eventfds go."""
         if self.chips is not None:
             self.chips.close()
         self.hyperv.connections = {}
+        timer_queue.close(self)
+        self.xen.send_ports = {}
 
     # --- interrupt chips -----------------------------------------------------------------------------
 
@@ -157,7 +160,9 @@ class Vm(VmState, vm.Vm):
         """Let the VM have *chips*; GSIs may be routed to SynICs."""
         chips.routing.set_sint = partial(synic.set_sint, self)
         chips.routing.on_change.append(partial(synic.routing_changed, self))
+        chips.routing.evtchn_target = partial(evtchn.route, self)
         self.chips = chips
+        upcall.install(self)
         if self.params.avic:
             self.avic = Avic(self)
             chips.apic_map.on_change = self.avic.recalculate
@@ -265,11 +270,25 @@ class Vm(VmState, vm.Vm):
         """KVM_XEN_HVM_CONFIG."""
         hypercall_page.check_config(config)
         with self.lock, self.xen.lock:
-            changed = bool(self.xen.config.msr) != bool(config.msr)
-            self.xen.config = type(config).from_buffer_copy(config)
-            if changed:
+            old, self.xen.config = self.xen.config, type(config).from_buffer_copy(config)
+            if bool(old.msr) != bool(config.msr):
                 for vcpu in self.vcpus:
+                    steal_time.account(vcpu)
                     vcpu.call_soon(vcpu.choose_exit_handlers)
+        if (old.flags ^ config.flags) & abi.KVM_XEN_HVM_CONFIG_PVCLOCK_TSC_UNSTABLE:
+            self.make_all_cpus_request(KVM_REQ_CLOCK_UPDATE)
+
+    def xen_hvm_set_attr(self, attr: abi.kvm_xen_hvm_attr) -> None:
+        """KVM_XEN_HVM_SET_ATTR."""
+        xen_attributes.hvm_set_attr(self, attr)
+
+    def xen_hvm_get_attr(self, type: int) -> abi.kvm_xen_hvm_attr:
+        """KVM_XEN_HVM_GET_ATTR."""
+        return xen_attributes.hvm_get_attr(self, type)
+
+    def xen_hvm_evtchn_send(self, event: abi.kvm_irq_routing_xen_evtchn) -> None:
+        """KVM_XEN_HVM_EVTCHN_SEND."""
+        evtchn.send(self, event)
 
     # --- processors, MSRs, time ----------------------------------------------------------------------
 

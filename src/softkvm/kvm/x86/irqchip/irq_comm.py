@@ -14,11 +14,13 @@ from softkvm.abi import (
     KVM_IRQ_ROUTING_HV_SINT,
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
+    KVM_IRQ_ROUTING_XEN_EVTCHN,
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     KVM_MSI_VALID_DEVID,
     kvm_irq_routing_entry,
+    kvm_irq_routing_xen_evtchn,
     kvm_msi,
 )
 from softkvm.abi.sizes import Size
@@ -76,6 +78,10 @@ def default_routing() -> list[kvm_irq_routing_entry]:
     return entries
 
 
+def _no_event_channels(target: kvm_irq_routing_xen_evtchn) -> _Target:
+    raise kvm_error(errno.EINVAL, "there are no event channels")
+
+
 class IrqRouting:
     """The GSI routing table of a virtual machine, and the notifiers of its lines.
 
@@ -93,6 +99,8 @@ class IrqRouting:
         self.sints: dict[int, tuple[int, int]] = {}
         #: Raises a source; the VM's, which has the SynICs.
         self.set_sint: Callable[[int, int], int] = lambda vp_index, sint: IRQ_IGNORED
+        #: Returns what a route to one of Xen's event channels does, EINVAL for none; the VM's, which has them.
+        self.evtchn_target: Callable[[kvm_irq_routing_xen_evtchn], _Target] = _no_event_channels
         self._ack_notifiers: dict[int, tuple[AckNotifier, ...]] = {}
         self._mask_notifiers: dict[int, tuple[MaskNotifier, ...]] = {}
         self.on_change: list[Callable[[], None]] = []  # called after a new table is in force
@@ -125,6 +133,8 @@ class IrqRouting:
             elif entry.type == KVM_IRQ_ROUTING_HV_SINT:
                 sints[gsi] = entry.u.hv_sint.vcpu, entry.u.hv_sint.sint
                 targets[gsi].append(self._sint_target(*sints[gsi]))
+            elif entry.type == KVM_IRQ_ROUTING_XEN_EVTCHN:
+                targets[gsi].append(self.evtchn_target(entry.u.xen_evtchn))
             else:
                 msis[gsi] = self._routed_msi(gsi, entry)
                 targets[gsi].append(self._msi_target(msis[gsi]))
@@ -153,7 +163,7 @@ class IrqRouting:
     def _routed_msi(self, gsi: int, entry: kvm_irq_routing_entry) -> Msi:
         if entry.type != KVM_IRQ_ROUTING_MSI:
             raise kvm_error(
-                errno.EINVAL, f"type of GSI {gsi}: {entry.type}, expected IRQCHIP (1), MSI (2) or HV_SINT (4)"
+                errno.EINVAL, f"type of GSI {gsi}: {entry.type}, expected IRQCHIP, MSI, HV_SINT or XEN_EVTCHN"
             )
         msi = entry.u.msi
         self._check_msi(msi.address_hi)

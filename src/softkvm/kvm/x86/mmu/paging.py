@@ -25,7 +25,9 @@ from softkvm.abi import (
     X86_EFLAGS_AC,
 )
 from softkvm.kvm.memory.guest_memory import cmpxchg_guest, read_guest
+from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86.exceptions import X86Exception
+from softkvm.kvm.x86.svm import vmcb as V
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -107,6 +109,26 @@ def _page_fault(vcpu: Vcpu, gva: int, access: int, flags: int) -> X86Exception:
     if access & PFERR_FETCH and (vcpu.efer & EFER_NX or vcpu.cr4 & X86_CR4_SMEP):
         error |= PFERR_FETCH
     return X86Exception(PF_VECTOR, error, gva)
+
+
+def read_guest_virt(vcpu: Vcpu, gva: int, size: int) -> bytes | None:
+    """Return ``size`` bytes at a linear address as the guest would read them now; None where that would fault."""
+    mask = (1 << 64) - 1 if vcpu.is_64bit_code() else 0xFFFF_FFFF
+    access = PFERR_USER if vcpu.b[V.CPL] == 3 else 0
+    parts = []
+    while size:
+        gva &= mask
+        chunk = min(size, PAGE_SIZE - (gva & PAGE_SIZE - 1))
+        try:
+            part = read_guest(vcpu.vm, walk(vcpu, gva, access).gpa, chunk)
+        except X86Exception:
+            return None
+        if part is None:
+            return None
+        parts.append(part)
+        gva += chunk
+        size -= chunk
+    return b"".join(parts)
 
 
 def walk(vcpu: Vcpu, gva: int, access: int, *, set_bits: bool = True) -> Translation:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.memory.guest_area import GuestArea
 from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.memory.pages import PAGE_SIZE
 from softkvm.kvm.x86 import tsc
@@ -89,25 +90,34 @@ def set_clock(vm: Vm, data: abi.kvm_clock_data) -> None:
 
 
 def update_guest_time(vcpu: Vcpu) -> None:
-    """Write the vCPU's time structure, with an odd version while it changes; none that lies in two pages."""
+    """Write the vCPU's time structure, if the guest has named one; none that lies in two pages."""
     msr = vcpu.msr_values.get(abi.MSR_KVM_SYSTEM_TIME_NEW, 0)
     gpa = msr & ~1
     if not msr & abi.KVM_MSR_ENABLED or (gpa & PAGE_SIZE - 1) + PVCLOCK_SIZE > PAGE_SIZE:
         return
+    stopped = abi.PVCLOCK_GUEST_STOPPED if vcpu.pvclock_set_guest_stopped else 0
+    if setup_guest_pvclock(vcpu, GuestArea(vcpu.vm, gpa), stopped=stopped):
+        vcpu.pvclock_set_guest_stopped = False
+
+
+def setup_guest_pvclock(
+    vcpu: Vcpu, area: GuestArea, offset: int = 0, *, stopped: int = 0, stable: int = abi.PVCLOCK_TSC_STABLE_BIT
+) -> bool:
+    """Write a time structure of the vCPU's, with an odd version while it changes; False without memory.
+
+    *stopped* and *stable* are bits for its flags: the first comes to what they are, the other if the TSC is.
+    """
     vm = vcpu.vm
-    old = read_guest(vm, gpa, PVCLOCK_SIZE)
+    old = area.read(offset, PVCLOCK_SIZE)
     if old is None:
-        return
+        return False
     version, _, _, _, _, _, old_flags = _PVCLOCK.unpack(old)
     version = (version + (1 if version & 1 else 0)) & 0xFFFF_FFFF
     shift, multiplier = get_time_scale(tsc.frequency(vcpu))
     host_tsc, now = _softcpu.clocks()
-    flags = old_flags & abi.PVCLOCK_GUEST_STOPPED
+    flags = old_flags & abi.PVCLOCK_GUEST_STOPPED | stopped
     if vm.tsc.agree:
-        flags |= abi.PVCLOCK_TSC_STABLE_BIT
-    if vcpu.pvclock_set_guest_stopped:
-        flags |= abi.PVCLOCK_GUEST_STOPPED
-        vcpu.pvclock_set_guest_stopped = False
+        flags |= stable
     body = _PVCLOCK.pack(
         version + 1 & 0xFFFF_FFFF,
         0,
@@ -117,9 +127,14 @@ def update_guest_time(vcpu: Vcpu) -> None:
         shift,
         flags,
     )
-    write_guest(vm, gpa, body[:4])
-    write_guest(vm, gpa + 4, body[4:])
-    write_guest(vm, gpa, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
+    area.write(offset, body[:4])
+    area.write(offset + 4, body[4:])
+    return area.write(offset, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
+
+
+def get_wall_clock_epoch(vm: Vm) -> int:
+    """Return the wall-clock time of the guest's boot, in nanoseconds."""
+    return time.time_ns() - get_kvmclock_ns(vm)
 
 
 def write_wall_clock(vcpu: Vcpu, gpa: int) -> None:
@@ -132,9 +147,8 @@ def write_wall_clock(vcpu: Vcpu, gpa: int) -> None:
         return
     version = int.from_bytes(old, "little")
     version += 1 if version & 1 else 0
-    boot_ns = time.time_ns() - get_kvmclock_ns(vm)
     write_guest(vm, gpa, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
-    seconds, nanoseconds = divmod(boot_ns, NSEC_PER_SEC)
+    seconds, nanoseconds = divmod(get_wall_clock_epoch(vm), NSEC_PER_SEC)
     write_guest(vm, gpa + 4, struct.pack("<II", seconds & 0xFFFF_FFFF, nanoseconds))
     write_guest(vm, gpa, struct.pack("<I", version + 2 & 0xFFFF_FFFF))
 
@@ -162,7 +176,7 @@ def reset(vcpu: Vcpu) -> None:
     """RESET or INIT: nothing may be written to what the next guest uses for something else."""
     for msr in _RESET_MSRS:
         vcpu.msr_values.pop(msr, None)
-    vcpu.steal_enabled = False
+    steal_time.account(vcpu)
     async_pf.reset(vcpu)
     if vcpu.pv_eoi is not None:
         vcpu.pv_eoi.reset()

@@ -63,11 +63,17 @@ def check(vcpu: Vcpu) -> None:
                 vcpu.make_request(KVM_REQ_STEAL_UPDATE)
 
 
+def account(vcpu: Vcpu) -> None:
+    """Look from now on, or no longer, how long the vCPU's thread waits: Xen's runstate is made of that, too."""
+    enabled = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0) & abi.KVM_MSR_ENABLED
+    vcpu.steal_enabled = bool(enabled or vcpu.vm.xen.config.msr)
+
+
 def set_msr(vcpu: Vcpu, value: int, *, host: bool) -> None:
     """MSR_KVM_STEAL_TIME was written: if its enable bit is set, count from here on."""
     vcpu.msr_values[abi.MSR_KVM_STEAL_TIME] = value
-    vcpu.steal_enabled = bool(value & abi.KVM_MSR_ENABLED)
-    if not vcpu.steal_enabled:
+    account(vcpu)
+    if not value & abi.KVM_MSR_ENABLED:
         return
     if not host:  # on the vCPU's thread, whose delay it is
         vcpu.last_steal = run_delay_ns()
@@ -76,9 +82,10 @@ def set_msr(vcpu: Vcpu, value: int, *, host: bool) -> None:
 
 def record(vcpu: Vcpu) -> None:
     """Add the time that the vCPU wanted to run but couldn't (``record_steal_time``)."""
-    if not vcpu.steal_enabled:
+    msr = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0)
+    if not msr & abi.KVM_MSR_ENABLED:
         return
-    gpa = vcpu.msr_values[abi.MSR_KVM_STEAL_TIME] & abi.KVM_STEAL_VALID_BITS
+    gpa = msr & abi.KVM_STEAL_VALID_BITS
     vm = vcpu.vm
     data = read_guest(vm, gpa, _STEAL.size)
     if data is None:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import TYPE_CHECKING, Final
 
 from softkvm.kvm.x86.exceptions import X86Exception, inject_emulated_exception
+from softkvm.kvm.x86.requests import KVM_REQ_EVENT
 from softkvm.kvm.x86.svm import exits
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.exits import Handler
 from softkvm.kvm.x86.svm.svm import skip_emulated_instruction
-from softkvm.kvm.x86.xen import hypercall_page, hypercalls
+from softkvm.kvm.x86.xen import hypercall_page, hypercalls, upcall
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -42,6 +44,25 @@ def vmmcall_interception(vcpu: Vcpu) -> int:
     return skip_emulated_instruction(vcpu) if done else 0
 
 
-def xen_exit_handlers() -> dict[int, Handler]:
-    """Return the table of handlers as it is now, with those that differ."""
-    return exits.EXIT_HANDLERS | {V.EXIT_MSR: msr_interception, V.EXIT_VMMCALL: vmmcall_interception}
+def _looking_for_upcalls(handler: Handler) -> Handler:
+    """Return a handler that looks behind it whether an upcall is pending, which guest and userspace just write.
+
+    Once KVM waits for the guest to take interrupts there is nothing more to ask for.
+    """
+
+    @wraps(handler)
+    def looking(vcpu: Vcpu) -> int:
+        result = handler(vcpu)
+        if result and not vcpu.irq_window and upcall.is_pending(vcpu):
+            vcpu.make_request(KVM_REQ_EVENT)
+        return result
+
+    return looking
+
+
+def xen_exit_handlers(*, upcalls: bool) -> dict[int, Handler]:
+    """Return the table of handlers as it is now, with those that differ; with *upcalls* all do."""
+    handlers = exits.EXIT_HANDLERS | {V.EXIT_MSR: msr_interception, V.EXIT_VMMCALL: vmmcall_interception}
+    if upcalls:
+        handlers = {code: _looking_for_upcalls(handler) for code, handler in handlers.items()}
+    return handlers

@@ -15,6 +15,7 @@ from softkvm import _softcpu, abi
 from softkvm.kvm.errors import kvm_error
 from softkvm.kvm.memory.guest_memory import write_guest
 from softkvm.kvm.memory.pages import PAGE_SIZE
+from softkvm.kvm.x86.xen.shared_info import set_long_mode
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -46,8 +47,10 @@ def write_msr(vcpu: Vcpu, index: int, data: int) -> bool:
         return False
     xen = vcpu.vm.xen
     number, gpa = data & PAGE_SIZE - 1, data & -PAGE_SIZE
+    long_mode = bool(vcpu.efer & abi.EFER_LMA)
     with xen.lock:
-        xen.long_mode = bool(vcpu.efer & abi.EFER_LMA)
+        if long_mode != xen.long_mode and not set_long_mode(vcpu.vm, long_mode):
+            return False
         page = _own_page(number) if xen.intercepts_hypercalls else _userspaces_page(xen, number)
     return page is not None and write_guest(vcpu.vm, gpa, page)
 
