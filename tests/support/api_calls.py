@@ -119,7 +119,7 @@ def _chip(g: Guest, a: int, b: int, p: Pokes) -> None:
 
 
 def _routing(g: Guest, a: int, b: int, p: Pokes) -> None:
-    entry = abi.kvm_irq_routing_entry(gsi=5, type=abi.KVM_IRQ_ROUTING_IRQCHIP)
+    entry = abi.kvm_irq_routing_entry(gsi=5, type=a % 6 if 8 < a < 256 else abi.KVM_IRQ_ROUTING_IRQCHIP)
     g.vm.set_gsi_routing([poked(entry, p)] * (b % 3))
 
 
@@ -135,6 +135,48 @@ def _ioeventfd(g: Guest, a: int, b: int, p: Pokes) -> None:
 
 def _hyperv_eventfd(g: Guest, a: int, b: int, p: Pokes) -> None:
     g.vm.hyperv_eventfd(a & U32, FDS[b], b & U32 if b > 255 else b >> 3 & 1)
+
+
+def _xen_config(g: Guest, a: int, b: int, p: Pokes) -> None:
+    base = abi.kvm_xen_hvm_config(flags=b & U32 if b > 255 else b & 0xA2, msr=a & U32)
+    g.vm.xen_hvm_config(poked(base, p))
+
+
+def _host_address(g: Guest, number: int) -> int:
+    """A host's address that is guest memory, or nobody's."""
+    return (0, g.address + 0x3000, g.address + 0x3008, g.address + 0x3FC1, 4096, 1 << 47, 1 << 63)[number % 7]
+
+
+def _xen_hvm_attr(g: Guest, a: int, b: int, p: Pokes) -> None:
+    base = abi.kvm_xen_hvm_attr(type=a & 0xFFFF if a > 255 else a & 7)
+    base.u.pad[0] = b
+    if base.type == abi.KVM_XEN_ATTR_TYPE_EVTCHN:
+        base.u.evtchn.type, base.u.evtchn.flags = abi.EVTCHNSTAT_interdomain, a >> 3 & 7
+        base.u.evtchn.deliver.port.port = b >> 2 & 3
+        base.u.evtchn.deliver.port.priority = abi.KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
+    attr = poked(base, p)
+    if attr.type == abi.KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA:
+        attr.u.shared_info.hva = _host_address(g, b)
+    elif attr.type == abi.KVM_XEN_ATTR_TYPE_EVTCHN and not attr.u.evtchn.deliver.port.port:
+        attr.u.evtchn.deliver.eventfd.fd = FDS[b]
+    g.vm.xen_hvm_set_attr(attr)
+
+
+def _xen_vcpu_attr(g: Guest, a: int, b: int, p: Pokes) -> None:
+    base = abi.kvm_xen_vcpu_attr(type=a & 0xFFFF if a > 255 else a % 11)
+    base.u.pad[0] = b
+    if base.type == abi.KVM_XEN_VCPU_ATTR_TYPE_TIMER:
+        timer = abi.kvm_xen_attr_timer(b & U32, abi.KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL, a >> 4)
+        base.u.timer = timer
+    attr = poked(base, p)
+    if attr.type == abi.KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA:
+        attr.u.hva = _host_address(g, b)
+    g.cpu.xen_vcpu_set_attr(attr)
+
+
+def _xen_event(g: Guest, a: int, b: int, p: Pokes) -> None:
+    priority = abi.KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
+    g.vm.xen_hvm_evtchn_send(poked(abi.kvm_irq_routing_xen_evtchn(a & U32, b & 1, priority), p))
 
 
 def _stats(holder: Any) -> None:
@@ -259,6 +301,10 @@ OPERATIONS: dict[str, Operation] = {
     "vm.irqfd": _op(_irqfd, E.EINVAL, E.EBADF, E.EBUSY, E.EAGAIN),
     "vm.ioeventfd": _op(_ioeventfd, E.EINVAL, E.EBADF, E.EEXIST, E.ENOENT, E.ENOSPC),
     "vm.hyperv_eventfd": _op(_hyperv_eventfd, E.EINVAL, E.EBADF, E.EEXIST, E.ENOENT),
+    "vm.xen_hvm_config": _op(_xen_config, E.EINVAL),
+    "vm.xen_hvm_set_attr": _op(_xen_hvm_attr, E.EINVAL, E.ENOENT, E.EFAULT, E.EEXIST, E.EBADF),
+    "vm.xen_hvm_get_attr": _op(lambda g, a, b, p: g.vm.xen_hvm_get_attr(a & 0xFFFF), E.ENOENT),
+    "vm.xen_hvm_evtchn_send": _op(_xen_event, E.EINVAL, E.EFAULT),
     "vm.register_coalesced_mmio": _op(
         lambda g, a, b, p: g.vm.register_coalesced_mmio(a, b & U32, a >> 4 & 3), E.EINVAL, E.ENOSPC
     ),
@@ -343,6 +389,8 @@ OPERATIONS: dict[str, Operation] = {
     "vcpu.set_device_attr": _op(lambda g, a, b, p: g.cpu.set_device_attr(a & U32, b & 3, a), E.ENXIO),
     "vcpu.get_device_attr": _op(lambda g, a, b, p: g.cpu.get_device_attr(a & U32, b), E.ENXIO),
     "vcpu.has_device_attr": _op(lambda g, a, b, p: g.cpu.has_device_attr(a & U32, b), E.ENXIO),
+    "vcpu.xen_vcpu_set_attr": _op(_xen_vcpu_attr, E.EINVAL, E.ENOENT, E.EFAULT),
+    "vcpu.xen_vcpu_get_attr": _op(lambda g, a, b, p: g.cpu.xen_vcpu_get_attr(a & 0xFFFF), E.ENOENT, E.EINVAL),
     "vcpu.enable_cap": _op(lambda g, a, b, p: g.cpu.enable_cap(a % 250, b), E.EINVAL, E.ENOTTY),
     "vcpu.run": _op(_run, E.EINTR, E.EAGAIN, E.EINVAL, E.EFAULT),
     # what has a part of its own
