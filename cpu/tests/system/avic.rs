@@ -272,6 +272,16 @@ fn a_trap_comes_behind_any_instruction_that_writes() {
 }
 
 #[test]
+fn reserved_bits_of_the_icr_are_gone_when_it_sends() {
+    let mut g = guest(|a| {
+        a.mov(dword_ptr(at(register::ICR_HIGH)), 0x12A5_A5A5).unwrap();
+        a.mov(dword_ptr(at(register::ICR_LOW)), 0x0004_5051).unwrap(); // busy: the processor's to say
+    });
+    g.expect_exit(exitcode::VMMCALL);
+    assert_eq!((get(&g, 0, register::ICR_HIGH), get(&g, 0, register::ICR_LOW)), (0x1200_0000, 0x4_4051));
+}
+
+#[test]
 fn what_an_iteration_has_written_is_acted_on_before_the_next_one_faults() {
     // The ICR: an interrupt to itself; then what lies behind, which no register is.
     let mut g = guest(|a| {

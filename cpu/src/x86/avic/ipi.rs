@@ -29,6 +29,8 @@ mod icr {
     pub const STATUS: u32 = 1 << 12;
     pub const LEVEL_TRIGGERED: u32 = 1 << 15;
     pub const SHORTHAND_SHIFT: u32 = 18;
+    /// The destination in the high half, in xAPIC mode.
+    pub const HIGH_XAPIC: u32 = 0xFF << 24;
     pub const TO_SELF: u32 = 1;
     pub const TO_ALL: u32 = 2;
     pub const TO_OTHERS: u32 = 3;
@@ -70,8 +72,13 @@ type Incomplete = (Failure, u32);
 impl Cpu {
     /// The low half of the ICR has been written: sends, or leaves with AVIC_INCOMPLETE_IPI.
     pub(super) fn avic_icr(&mut self, page: BackingPage) -> Result<(), Exited> {
-        let (low, high) = (page.get(register::ICR_LOW), page.get(register::ICR_HIGH));
+        let (low, mut high) = (page.get(register::ICR_LOW), page.get(register::ICR_HIGH));
         page.set(register::ICR_LOW, low & !icr::STATUS);
+        if !self.avic.x2 {
+            // The high half is memory to the guest; a register that is no memory has no reserved bits.
+            high &= icr::HIGH_XAPIC;
+            page.keep(register::ICR_HIGH, high);
+        }
         match self.avic_send(page, low, high) {
             None => Ok(()),
             Some((failure, index)) => {
