@@ -18,6 +18,7 @@ from tests.support.tracing import texts, traced
 import softkvm
 from softkvm import abi
 from softkvm.kvm import TRACEPOINTS, Params, trace
+from softkvm.kvm.state import BLOCKING
 from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS
 from softkvm.kvm.x86.vcpu import Vcpu
@@ -248,7 +249,7 @@ def test_an_interrupt_from_the_line_to_its_end() -> None:
         thread = threading.Thread(target=run_until_kicked, args=(tiny,))
         thread.start()
         end = time.monotonic() + 30
-        while not texts(seen, "kvm_apic") and time.monotonic() < end:
+        while tiny.vcpu.mode != BLOCKING and time.monotonic() < end:
             time.sleep(0.001)
         tiny.vm.irq_line_status(5, 1)
         tiny.vm.irq_line_status(5, 0)

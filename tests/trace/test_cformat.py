@@ -17,6 +17,7 @@ FIELDS = ("a", "b", "data")
     [
         ('"vcpu %u, rip 0x%lx", REC->a, REC->b', (3, 0xFFFF_FFFF_8100_0000, b""), "vcpu 3, rip 0xffffffff81000000"),
         ('"%016llx|%08x|%#x|%#010x"', None, None),
+        ('"%#x|%#x|%#010x|%#06x", REC->a, REC->b, REC->a, REC->b', (0, 0x2F, b""), "0|0x2f|0000000000|0x002f"),
         ('"%d %lld %u", REC->a, REC->b, REC->a', (0xFFFF_FFFF, 1 << 63, b""), f"-1 {-(1 << 63)} {0xFFFF_FFFF}"),
         ('"%s", REC->a ? "on" : "off"', (0, 0, b""), "off"),
         ('"%s%s", !REC->a ? "" : " (", REC->a == 2 ? "two" : "other"', (2, 0, b""), " (two"),

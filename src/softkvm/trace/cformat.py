@@ -237,8 +237,14 @@ def _conversion(match: re.Match[str]) -> Callable[[Any], str]:
     signed = kind in "di"
     base = {"x": "x", "X": "X"}.get(kind, "d")
     alternate = "#" if "#" in flags and base != "d" else ""
-    text = f"{{:{spec}{alternate}{zero}{width}{base}}}"
-    return lambda value: text.format(_cast(int(value), bits, signed))
+    text = f"{{:{spec}{zero}{width}{base}}}"
+    prefixed = f"{{:{spec}{alternate}{zero}{width}{base}}}" if alternate else text
+
+    def converted(value: Any) -> str:
+        number = _cast(int(value), bits, signed)
+        return (prefixed if number else text).format(number)  # 0 has no prefix (C17, 7.21.6.1)
+
+    return converted
 
 
 def compile_format(text: str, fields: Sequence[str]) -> Printer:

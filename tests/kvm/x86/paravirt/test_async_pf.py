@@ -135,7 +135,7 @@ def test_tracepoints_tell_of_a_page_from_the_fault_to_its_coming(tiny: Tiny, pro
     assert texts(seen, "kvm_try_async_get_page") == [page]
     assert texts(seen, "kvm_async_pf_not_present") == [f"token {token:#x} gva {GPA:#x}"]
     assert texts(seen, "kvm_async_pf_completed") == [f"gva {GPA:#x} address {provider.memory.address:#x}"]
-    assert texts(seen, "kvm_async_pf_ready") == [f"token {WAKE_ALL:#x} gva 0x0", f"token {token:#x} gva {GPA:#x}"]
+    assert texts(seen, "kvm_async_pf_ready") == [f"token {WAKE_ALL:#x} gva 0", f"token {token:#x} gva {GPA:#x}"]
 
 
 def test_a_guest_that_cannot_be_told_halts_in_the_instruction_and_takes_events(tiny: Tiny, provider: Provider) -> None:
