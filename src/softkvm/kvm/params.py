@@ -17,7 +17,7 @@ class Params:
     #: Advance RIP by the VMCB's NEXT_RIP; otherwise by the decoded length of the instruction.
     nrips: bool = True
     #: Let the processor virtualize local APICs that are in the kernel (AVIC, and x2AVIC).
-    avic: bool = False
+    avic: bool = True
     #: PAUSEs that retire before VMEXIT_PAUSE; 0: PAUSE stays in the guest.
     pause_filter_count: int = 3000
     #: Cycles, for the silicon instructions, since the last PAUSE after which that number starts anew; 0: PAUSE stays in

@@ -34,6 +34,8 @@ class AvicVcpu(VcpuIoctls):
         self.backing_page = vm.machine.alloc_page()
         #: :meth:`update_apicv` has been asked for.
         self._apicv_update_asked = False
+        #: The permission map has the registers of x2APIC mode exit.
+        self.x2avic_msrs_intercepted = True
         #: This vCPU's interrupt window keeps the VM from AVIC.
         self._window_counted = False
         super().__init__(vm, vcpu_id)

@@ -106,7 +106,7 @@ def test_tracepoints_tell_what_the_processor_left_to_kvm(machine: Machine) -> No
             machine.vcpu.kick()
         debug = abi.kvm_guest_debug(control=abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_BLOCKIRQ)
         machine.vcpu.set_guest_debug(debug)
-    assert texts(seen, "kvm_avic_unaccelerated_access") == ["vcpu=0, offset=0x380(APIC_TMICT), trap, write, vec=0x0"]
+    assert texts(seen, "kvm_avic_unaccelerated_access") == ["vcpu=0, offset=0x380(APIC_TMICT), trap, write, vec=0"]
     assert texts(seen, "kvm_avic_incomplete_ipi")[0].startswith("vcpu=0, icrh:icrl=0x07000000:00004051, id=")
     assert texts(seen, "kvm_apicv_accept_irq") == ["apicid 0 vec 81 (Fixed|edge)"]
     assert texts(seen, "kvm_avic_doorbell") in (["vcpuid=0, apicid=0"], [])

@@ -314,6 +314,10 @@ class Avic:
         self._intercept_x2apic(vcpu, True)
 
     def _intercept_x2apic(self, vcpu: Vcpu, intercept: bool) -> None:
+        owner = cast("AvicVcpu", vcpu)
+        if owner.x2avic_msrs_intercepted is intercept:
+            return
+        owner.x2avic_msrs_intercepted = intercept
         for msr in {*_X2APIC_READ, *_X2APIC_WRITE}:
             read = intercept or msr not in _X2APIC_READ
             write = intercept or msr not in _X2APIC_WRITE
