@@ -129,6 +129,10 @@ NOTES: Final = (
     "KVM_GET_EMULATED_CPUID has WAITPKG (UMONITOR, UMWAIT, TPAUSE) on the software side: a vCPU has the instructions "
     "and IA32_UMWAIT_CONTROL if the CPUID that it was given has the bit, which KVM_GET_SUPPORTED_CPUID doesn't, as no "
     "AMD processor has them. IA32_UMWAIT_CONTROL is in KVM_GET_MSR_INDEX_LIST always.",
+    "Xen's runstate is brought up to date when KVM_RUN begins and when a halt is over; the kernel does so at each "
+    "preemption, too. An attribute that is refused changes nothing, where the kernel keeps a place without memory and "
+    "tries it later. Memory that is named by a host's address and is in no slot is written as it is: its bits "
+    "are atomic for KVM alone. As from Linux 6.15 on, KVM_SET_MSRS places no hypercall page.",
 )
 
 

@@ -49,6 +49,7 @@ LINUX = {
     "kvm_entry": "vcpu_id rip immediate_exit",
     "kvm_exit": "exit_reason guest_rip isa info1 info2 intr_info error_code vcpu_id",
     "kvm_hypercall": "nr a0 a1 a2 a3",
+    "kvm_xen_hypercall": "cpl nr a0 a1 a2 a3 a4 a5",
     "kvm_pio": "rw port size count val",
     "kvm_cpuid": "function index rax rbx rcx rdx found used_max_basic",
     "kvm_apic": "rw reg val",

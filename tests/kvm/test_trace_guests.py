@@ -236,6 +236,17 @@ def hyperv(seen: Seen) -> None:
         assert hv.rdmsr(abi.HV_X64_MSR_SYNDBG_SEND_BUFFER) == 0x5000
 
 
+def xen(seen: Seen) -> None:
+    """A guest that calls what takes Xen for its hypervisor."""
+    tiny = Tiny().long_mode()
+    tiny.vm.xen_hvm_config(abi.kvm_xen_hvm_config(msr=0x4000_0200, flags=abi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL))
+    # vmmcall; hlt
+    tiny.load(bytes.fromhex("0f01d9 f4"), rax=0x3F, rdi=1, rsi=2, rdx=3, r10=4, r8=5, r9=6)
+    assert tiny.run() == abi.KVM_EXIT_XEN
+    assert texts(seen, "kvm_xen_hypercall") == ["cpl 0 nr 0x3f a0 0x1 a1 0x2 a2 0x3 a3 0x4 a4 0x5 a5 6"]
+    tiny.close()
+
+
 Scenario = Callable[[Seen], None]
 SCENARIOS: Final[dict[Scenario, tuple[str, ...]]] = {
     instructions: (
@@ -267,6 +278,7 @@ SCENARIOS: Final[dict[Scenario, tuple[str, ...]]] = {
         "kvm_hv_stimer_start_one_shot", "kvm_hv_stimer_start_periodic", "kvm_hv_stimer_callback",
         "kvm_hv_stimer_expiration", "kvm_hv_stimer_cleanup", "kvm_hv_syndbg_set_msr", "kvm_hv_syndbg_get_msr",
     ),
+    xen: ("kvm_xen_hypercall",),
 }  # fmt: skip
 
 

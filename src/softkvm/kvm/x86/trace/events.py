@@ -2,7 +2,7 @@
 """The events of KVM's tracepoints on x86, with the names, fields and print formats of Linux 6.12.
 
 Those of nested virtualization (``kvm_nested_vmenter`` and what belongs to it), of system management mode
-(``kvm_smm_transition``), Xen and SEV are not there, as what they tell of is not. They are a row here and one in
+(``kvm_smm_transition``) and SEV are not there, as what they tell of is not. They are a row here and one in
 :mod:`.probes` each.
 """
 
@@ -79,6 +79,13 @@ EVENTS: Final = (
         "kvm_hypercall",
         "unsigned long nr; unsigned long a0; unsigned long a1; unsigned long a2; unsigned long a3",
         '"nr 0x%lx a0 0x%lx a1 0x%lx a2 0x%lx a3 0x%lx", REC->nr, REC->a0, REC->a1, REC->a2, REC->a3',
+    ),
+    event(
+        "kvm_xen_hypercall",
+        "u8 cpl; unsigned long nr; unsigned long a0; unsigned long a1; unsigned long a2; unsigned long a3; "
+        "unsigned long a4; unsigned long a5",
+        '"cpl %d nr 0x%lx a0 0x%lx a1 0x%lx a2 0x%lx a3 0x%lx a4 0x%lx a5 %lx", REC->cpl, REC->nr, REC->a0, REC->a1, '
+        "REC->a2, REC->a3, REC->a4, REC->a5",
     ),
     event(
         "kvm_pio",

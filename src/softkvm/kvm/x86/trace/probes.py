@@ -33,6 +33,8 @@ from softkvm.kvm.x86.trace.events import (
     HOST_CLOCK_TSC,
     ISA_SVM,
 )
+from softkvm.kvm.x86.xen import hypercall_page
+from softkvm.kvm.x86.xen import hypercalls as xen_hypercalls
 from softkvm.trace.patch import Wrapper
 from softkvm.trace.tracepoint import Emit, Probe, Tracepoint, after, before
 
@@ -340,6 +342,9 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
     "kvm_entry": [Probe(x86_vcpu.Vcpu.arch_enter_guest, _entry)],
     "kvm_exit": [Probe(x86_vcpu.Vcpu.arch_enter_guest, _exit)],
     "kvm_hypercall": [before(hypercalls.emulate_hypercall, _hypercall)],
+    "kvm_xen_hypercall": [
+        before(xen_hypercalls._carry_out, lambda vcpu, call: (call.cpl, call.input, *call.params)),
+    ],
     "kvm_pio": [
         before(io.fast_pio, _fast_out),
         before(io._load_accumulator, _fast_in),
@@ -360,6 +365,7 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
     "kvm_msr": [
         after(msr_exits.read_msr, _rdmsr),
         after(msr_exits.write_msr, _wrmsr),
+        after(hypercall_page.write_msr, _wrmsr),
         after(msr_exits.exit_msr, _msr_refused),
     ],
     "kvm_cr": [

@@ -45,8 +45,8 @@ def deliver(vm: Vm, port: int, vcpu_id: int, sender: Vcpu | None = None) -> int:
             return -errno.EFAULT
         if was_pending:
             return 0
+        wake_poller(vcpu, port)
         if area.test_bit(layout.evtchn_mask, port):
-            wake_poller(vcpu, port)
             return -errno.ENOTCONN
         _select(vcpu, port // layout.word_bits, sender)
     return 1
