@@ -519,6 +519,41 @@ def test_a_yield_is_kvms_and_the_rest_userspaces(xen: XenGuest) -> None:
     assert _poll(xen, 13) == 0, "a yield, where KVM doesn't see all events"
 
 
+def test_a_32_bit_guests_arguments_are_narrower(make: Make) -> None:
+    """The timer's time is in two registers, a poll's structure has a short pointer."""
+    xen = XenGuest(make, needs=ALL, flags=abi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL | abi.KVM_XEN_HVM_CONFIG_EVTCHN_SEND)
+    xen.share(long_mode=0)
+    guest = xen.guest
+
+    def call(number: int, *params: int) -> int:
+        guest.protected("0f01d9 e6ea")
+        regs = guest.cpu.get_regs()
+        regs.rax = number
+        for name, value in zip(("rbx", "rcx", "rdx", "rsi", "rdi", "rbp"), params, strict=False):
+            setattr(regs, name, value)
+        guest.cpu.set_regs(regs)
+        guest.expect(abi.KVM_EXIT_IO)
+        rax = guest.cpu.get_regs().rax & 0xFFFF_FFFF
+        return rax - (rax >> 31 << 32)
+
+    _set_timer(xen, 0)
+    late = _now(xen) + 3_600_000_000_000
+    assert late >> 32
+    assert call(abi.HYPERVISOR_set_timer_op, late & 0xFFFF_FFFF, late >> 32) == 0
+    assert xen.get_vcpu(_TIMER).timer.expires_ns == late
+    guest.write(INPUT, struct.pack("<QI", late + 1, 0))
+    assert call(abi.HYPERVISOR_vcpu_op, abi.VCPUOP_set_singleshot_timer, 0, INPUT) == 0
+    assert xen.get_vcpu(_TIMER).timer.expires_ns == late + 1
+    guest.write(INPUT, struct.pack("<IIQI", INPUT + 16, 1, 20_000_000, 1023))
+    assert call(abi.HYPERVISOR_sched_op, abi.SCHEDOP_poll, INPUT) == 0
+    guest.write(INPUT + 16, struct.pack("<I", 1024))
+    assert call(abi.HYPERVISOR_sched_op, abi.SCHEDOP_poll, INPUT) == -errno.EINVAL
+    _port(xen, 5, 7)
+    guest.write(INPUT, b"\5\0\0\0")
+    assert call(abi.HYPERVISOR_event_channel_op, abi.EVTCHNOP_send, INPUT) == 0
+    assert xen.bits(0x800, 128) == [7]
+
+
 def test_other_rings_hypercalls_are_userspaces(xen: XenGuest) -> None:
     xen.start("0f01d9 e6ea".replace(" ", ""), rax=abi.HYPERVISOR_sched_op, rdi=abi.SCHEDOP_yield)
     xen.enter_ring_3()

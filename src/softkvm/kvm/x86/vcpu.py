@@ -453,7 +453,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             else:
                 self.block()
             self.stat_halt_wakeup += 1
-            self._check_waiting()
+            if self.steal_enabled:
+                self._check_waiting()
         if self.requests & vcpu.GENERAL_REQUESTS:
             self.handle_general_requests()
         apic = self.apic

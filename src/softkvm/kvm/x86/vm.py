@@ -99,7 +99,12 @@ class Vm(VmState, vm.Vm):
         return self.chips
 
     def arch_memslots_updated(self, generation: int) -> bool:
-        """MMIO SPTEs hold some bits of the generation: when those wrap, old ones would look valid."""
+        """MMIO SPTEs hold some bits of the generation: when those wrap, old ones would look valid.
+
+        What a guest of Xen's could not be told of may have its memory now.
+        """
+        if self.xen.config.msr:
+            evtchn.memory_has_come(self)
         return not generation & MMIO_SPTE_GEN_MASK and self.mmu.zap_all()
 
     def arch_flush_remote_tlbs(self) -> bool:

@@ -175,3 +175,42 @@ def test_what_one_vm_has_another_goes_on_with(tiny: Tiny) -> None:
     with running(other.vcpu):
         until(lambda: counted(other, 1) == 1)
     other.close()
+
+
+def test_pages_that_kvm_writes_are_dirty(tiny: Tiny) -> None:
+    """The shared page, too, of which the kernel leaves it to userspace to know."""
+    tiny.slot(0, 0, tiny.memory.size, tiny.memory.address, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    tiny.vm.get_dirty_log(0)
+    send(tiny, 1)
+    log = int.from_bytes(tiny.vm.get_dirty_log(0), "little")
+    assert {page for page in range(512) if log >> page & 1} == {SHARED >> 12, INFO >> 12}
+
+
+def test_a_page_whose_slot_goes_is_looked_up_anew(tiny: Tiny) -> None:
+    backing = tiny.memory.address + SHARED
+    size = tiny.memory.size
+    tiny.slot(0, 0, 0, 0)
+    with pytest.raises(OSError, match="shared_info"):
+        send(tiny, 1)
+    tiny.slot(0, 0, SHARED, tiny.memory.address)
+    tiny.slot(1, SHARED, 0x1000, backing + 0x4000)
+    tiny.slot(2, SHARED + 0x1000, size - SHARED - 0x1000, backing + 0x1000)
+    send(tiny, 1)
+    assert tiny.memory.read(PENDING + 0x4000, 1) == b"\2"
+    assert tiny.memory.read(PENDING, 1) == b"\0"
+    assert tiny.memory.read(INFO, 1) == b"\1"
+
+
+def test_what_could_not_be_marked_is_marked_when_its_memory_has_come(tiny: Tiny) -> None:
+    size = tiny.memory.size
+    tiny.slot(0, 0, 0, 0)
+    tiny.slot(0, 0, INFO, tiny.memory.address)
+    tiny.slot(1, INFO + 0x1000, size - INFO - 0x1000, tiny.memory.address + INFO + 0x1000)
+    send(tiny, 1)
+    assert tiny.vcpu.xen.pending_sel == 1
+    tiny.load(bytes.fromhex("fb f4 ebfd"))
+    with running(tiny.vcpu):
+        until(lambda: tiny.vcpu.stat_halt_exits)
+        tiny.slot(2, INFO, 0x1000, tiny.memory.address + INFO)
+        until(lambda: counted(tiny, 1) == 1)
+    assert tiny.vcpu.xen.pending_sel == 0

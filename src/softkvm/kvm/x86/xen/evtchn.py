@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from softkvm import abi
@@ -61,7 +62,7 @@ def _select(vcpu: Vcpu, word: int, sender: Vcpu | None) -> None:
             new = not vcpu.xen.pending_sel >> word & 1
             vcpu.xen.pending_sel |= 1 << word
         if new:
-            vcpu.call_soon(lambda: inject_pending_events(vcpu))
+            vcpu.call_soon(partial(inject_pending_events, vcpu))
     elif not was:
         assert info is not None
         info.write(EVTCHN_UPCALL_PENDING, _PENDING)
@@ -84,6 +85,13 @@ def inject_pending_events(vcpu: Vcpu) -> None:
                 xen.pending_sel &= ~(1 << word)
     info.write(EVTCHN_UPCALL_PENDING, _PENDING)
     upcall.bring(vcpu)
+
+
+def memory_has_come(vm: Vm) -> None:
+    """There are other slots: vCPUs that have something to be marked look again."""
+    for vcpu in vm.vcpus:
+        if vcpu.xen.pending_sel:
+            vcpu.call_soon(partial(inject_pending_events, vcpu))
 
 
 def check_priority(priority: int) -> None:
