@@ -135,6 +135,19 @@ def test_a_message_wakes_a_halted_vcpu_and_interrupts_a_running_one_without_an_e
     assert sum(machine.exits().values()) - sum(before.values()) <= 2, (before, machine.exits())
 
 
+def test_the_highest_request_is_found_wherever_it_lies(machine: Machine) -> None:
+    apic = machine.vcpu.apic
+    assert apic is not None
+    machine.load(BASE + END)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert active(machine)
+    assert (apic.highest_irr(), apic.has_interrupt()) == (-1, -1)
+    for vector in range(16, 256):
+        assert machine.msi(vector) == 1
+        assert (apic.highest_irr(), apic.has_interrupt()) == (vector, vector)
+        assert apic.irr.bit_length() - 1 == vector
+
+
 def test_registers_that_change_without_an_exit_are_in_kvm_get_lapic(machine: Machine) -> None:
     machine.load(BASE + store(TPR, 0x60) + store(ICR, SELF | 0x51) + END)
     assert machine.run() == abi.KVM_EXIT_IO

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from softkvm._softcpu import Machine, Page
     from softkvm.kvm.x86.irqchip.apic_map import ApicMap
 
-_BITMAPS: Final = (APIC_IRR, APIC_ISR, APIC_TMR)
+_IRR: Final = slice(APIC_IRR, APIC_IRR + 8 * 16)
 
 
 class ApicvVcpu(ApicVcpu, Protocol):
@@ -136,6 +136,17 @@ class AvicLapic(ApicvLapic):
         elif regs[tmr] & bit:
             regs[tmr] &= ~bit
         self.machine.pte_or(self.backing_page + APIC_IRR + at, bit)
+
+    def highest_irr(self) -> int:
+        """As :meth:`Lapic.highest_irr`; looked at whenever the vCPU wakes, so not made of :attr:`irr`."""
+        bits = int.from_bytes(self.page[_IRR], "little")
+        top = bits.bit_length() - 1
+        return top >> 7 << 5 | top & 31 if bits else -1  # 32 bits each 16 bytes
+
+    def has_interrupt(self) -> int:
+        """As :meth:`Lapic.has_interrupt`."""
+        vector = self.highest_irr()
+        return vector if vector >= 0 and vector & 0xF0 > self.ppr and self.hw_enabled else -1
 
     def has_injectable(self) -> int:
         """None: the processor takes interrupts from the IRR by itself."""
