@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite covers the API, and the table of docs/kvm-api.md can be made from it."""
 
+from pathlib import Path
+
 import pytest
-from scripts.kvm_api_table import ioctls, main, read_tests
+from scripts.kvm_api_table import COMMAND, ioctls, main, read_tests
 
 from softkvm import abi, api
 from softkvm.kvm.x86.capabilities import check_extension
+
+DOCS = Path(__file__).parents[2] / "docs" / "kvm-api.md"
 
 
 def test_every_method_of_the_api_has_a_conformance_test() -> None:
@@ -37,5 +41,10 @@ def test_every_row_of_the_table_is_a_request() -> None:
 def test_the_table_names_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
     main()
     text = capsys.readouterr().out
-    assert "python scripts/kvm_api_table.py > docs/kvm-api.md" in text
+    assert COMMAND in text
     assert "| KVM_RUN | yes: `Vcpu.run` |" in text
+
+
+def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    assert DOCS.read_text() == capsys.readouterr().out, f"a capability, a request or a test has changed: {COMMAND}"
