@@ -20,7 +20,8 @@ from softkvm.kvm.x86.mmu.spte import (
     SPTE_PFN_MASK,
     is_mmio_spte,
 )
-from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, TdpMmu, TdpTable
+from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, TdpMmu
+from softkvm.kvm.x86.mmu.tdp_tables import TdpTable
 
 HVA = 0x7F00_0000_0000
 PAGES_2M = 512
@@ -143,12 +144,52 @@ def test_writes_to_readonly_slots_are_emulated(mmu: TdpMmu) -> None:
     assert mmu.map_gfn(slot, 3, write=True) == RET_PF_EMULATE
 
 
-def test_a_leaf_goes_below_where_small_mappings_are(mmu: TdpMmu) -> None:
-    logged = _slot(0, PAGES_2M, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
+def test_a_large_leaf_takes_the_place_of_small_ones_whose_table_goes_behind_the_flush(mmu: TdpMmu) -> None:
+    """As ``tdp_mmu_map_handle_target_level`` does, with what was dirty in it reported."""
+    logged = _slot(0, 2 * PAGES_2M, flags=abi.KVM_MEM_LOG_DIRTY_PAGES)
     logged.dirty_bitmap = bytearray(logged.dirty_bitmap_bytes)
-    mmu.map_gfn(logged, 9, write=False)
-    mmu.map_gfn(_slot(0, PAGES_2M), 3, write=False)
-    assert mmu.get_spte(3)[1] == 1
+    for gfn in (9, 40, PAGES_2M):
+        mmu.map_gfn(logged, gfn, write=True)
+    assert (mmu.pages, mmu.tables) == ([0, 3, 0, 0], 5)
+    (table, first, _) = next(mmu.leaf_tables(40, 41))
+    table.q[first] |= PT_DIRTY_MASK
+    plain = _slot(0, 2 * PAGES_2M)
+    assert mmu.map_gfn(plain, 9, write=False) == RET_PF_SPURIOUS
+    assert mmu.map_gfn(plain, 3, write=False) == RET_PF_FIXED
+    assert mmu.get_spte(3)[1] == mmu.get_spte(40)[1] == 2
+    assert _walk(mmu, 40) == HVA + (40 << 12)
+    assert (mmu.pages, mmu.tables) == ([0, 1, 1, 0], 4)
+    assert mmu.has_zapped_tables()
+    assert [tuple(noted) for noted in mmu.tlbs_dirty.take()] == [(0, PAGES_2M)]
+    dirty: list[tuple[int, int]] = []
+    mmu.free_zapped(lambda gfn, count: dirty.append((gfn, count)))
+    assert dirty == [(40, 1)]
+    assert not mmu.has_zapped_tables()
+
+
+def test_one_leaf_of_a_gigabyte_takes_the_place_of_all_below(mmu: TdpMmu) -> None:
+    slot = _slot(0, PAGES_1G)
+    mmu.mapping_level = lambda slot, gfn, largest: 1 if gfn & 1 else 2
+    for gfn in (1, 2 * PAGES_2M, 7 * PAGES_2M + 1):
+        mmu.map_gfn(slot, gfn, write=True)
+    assert mmu.pages == [0, 2, 1, 0]
+    mmu.mapping_level = None
+    mmu.map_gfn(slot, 3 * PAGES_2M, write=True)
+    assert (mmu.pages, mmu.tables) == ([0, 0, 0, 1], 2)
+    mmu.free_zapped()
+    assert _walk(mmu, 7 * PAGES_2M + 1) == HVA + (7 * PAGES_2M + 1 << 12)
+
+
+def test_a_leaf_is_as_large_as_the_hosts_memory_lets_it_be(mmu: TdpMmu) -> None:
+    class Partly(HostMappings):
+        """All but the last page of the gigabyte."""
+
+        def access(self, hva: int, size: int, wanted: int = READ_WRITE) -> int:
+            return READ_WRITE if hva + size <= HVA + (PAGES_1G - 1 << 12) else READ
+
+    mmu = TdpMmu(_softcpu.Machine(), host=Partly())
+    mmu.map_gfn(_slot(0, PAGES_1G), 0, write=True)
+    assert mmu.get_spte(0)[1] == 2, "not a gigabyte, and not a page for that"
 
 
 def test_mmio_entries_are_believed_in_their_generation_only(mmu: TdpMmu) -> None:

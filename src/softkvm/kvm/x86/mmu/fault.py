@@ -85,11 +85,14 @@ def _map(vcpu: Vcpu, slot: MemorySlot, gfn: int, *, write: bool) -> int:
     if vm.private_frames is not None and gfn in vm.private_frames and slot.private is None:
         raise vcpu.memory_fault(gfn, _NOT_PRIVATE, private=True)
     try:
-        return vm.mmu.map_gfn(slot, gfn, write=write)
+        result = vm.mmu.map_gfn(slot, gfn, write=write)
     except OSError as problem:
         if problem.errno != errno.EFAULT:  # none of the guest's: no descriptor to look at the process's mappings with
             raise
         raise vcpu.memory_fault(gfn, str(problem.strerror)) from None
+    if vm.mmu.has_zapped_tables():
+        vm.finish_zap()
+    return result
 
 
 def pre_fault_memory(vcpu: Vcpu, wanted: kvm_pre_fault_memory) -> None:
