@@ -2,11 +2,16 @@
 """What the process can reach, by /proc/self/maps."""
 
 import ctypes
+import errno
 import mmap
+import random
 import sys
 import threading
 
-from softkvm.kvm.memory.host_mappings import NO_ACCESS, READ, READ_WRITE, HostMappings
+import pytest
+
+from softkvm.kvm.memory import host_mappings
+from softkvm.kvm.memory.host_mappings import _MOST_KNOWN, NO_ACCESS, READ, READ_WRITE, HostMappings, _query
 
 PAGE = 4096
 
@@ -67,3 +72,64 @@ def test_vcpus_may_ask_while_a_memory_slot_changes() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert found == [READ_WRITE] * 600
+
+
+@pytest.fixture(params=["asked", "read"])
+def _host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts that tell of the mapping at an address, and those of which all mappings have to be read."""
+    if request.param == "read":
+
+        def refuse(maps: int, address: int) -> None:
+            raise OSError(errno.ENOTTY, "as before Linux 6.11")
+
+        monkeypatch.setattr(host_mappings, "_query", refuse)
+
+
+@pytest.mark.usefixtures("_host")
+def test_what_is_told_of_pages_that_change_is_what_their_mappings_say() -> None:
+    rng = random.Random(5)
+    pages = 64
+    memory = mmap.mmap(-1, pages * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None)
+    mappings = HostMappings()
+    accesses = {NO_ACCESS: 0, READ: mmap.PROT_READ, READ_WRITE: mmap.PROT_READ | mmap.PROT_WRITE}
+    now = [READ_WRITE] * pages
+    for _ in range(300):
+        first = rng.randrange(pages)
+        end = rng.randrange(first, pages) + 1
+        access = rng.choice(list(accesses))
+        assert libc.mprotect(ctypes.c_void_p(address + first * PAGE), (end - first) * PAGE, accesses[access]) == 0
+        now[first:end] = [access] * (end - first)
+        first = rng.randrange(pages)
+        end = rng.randrange(first, pages) + 1
+        mappings.forget()  # as who changes what is there has KVM told
+        wanted = rng.choice([READ, READ_WRITE])
+        found = mappings.access(address + first * PAGE, (end - first) * PAGE, wanted)
+        assert (found >= wanted) == (min(now[first:end]) >= wanted)
+    libc.mprotect(ctypes.c_void_p(address), pages * PAGE, 3)
+
+
+def test_a_page_that_can_be_reached_now_is_found_without_a_look_at_all_others() -> None:
+    """What a demand pager does: thousands of mappings, and one more page at each fault."""
+    memory = mmap.mmap(-1, 2048 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None)
+    for page in range(0, 2048, 2):
+        libc.mprotect(ctypes.c_void_p(address + page * PAGE), PAGE, 0)
+    mappings = HostMappings()
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            _query(maps.fileno(), address)
+    except OSError:
+        pytest.skip("the host does not tell of the mapping at an address: before Linux 6.11")
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_mappings, "_read_mappings", lambda: read.append(1))
+        for page in range(0, 2048, 2):
+            assert mappings.access(address + page * PAGE, PAGE) == NO_ACCESS
+            libc.mprotect(ctypes.c_void_p(address + page * PAGE), PAGE, 3)
+            assert mappings.access(address + page * PAGE, PAGE) == READ_WRITE
+    assert not read
+    assert len(mappings._map[0]) <= _MOST_KNOWN
+    assert mappings._map[0] == sorted(mappings._map[0])

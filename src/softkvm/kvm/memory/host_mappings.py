@@ -7,9 +7,13 @@ touches them. Leaves are made only for memory that is mapped at that moment.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import errno
+import fcntl
+import os
+import struct
+from bisect import bisect_left, bisect_right
 from enum import Enum, auto
-from typing import Final
+from typing import Final, TypeAlias
 
 from softkvm.kvm import procfs
 from softkvm.kvm.memory.pages import PAGE_SIZE
@@ -18,6 +22,17 @@ from softkvm.kvm.memory.slow_memory import SlowMemory
 NO_ACCESS: Final = 0
 READ: Final = 1
 READ_WRITE: Final = 2
+
+
+#: Starts, ends and accesses of mappings, in order and apart.
+_Map: TypeAlias = "tuple[list[int], list[int], list[int]]"
+#: So many are kept; looked for again, they cost a system call each.
+_MOST_KNOWN: Final = 512
+
+# The mapping at an address, from /proc/PID/maps: linux/fs.h, since Linux 6.11.
+_PROCMAP_QUERY: Final = 0xC068_6611
+_QUERY: Final = struct.Struct("=3Q 3Q 56x")
+_VMA_READABLE, _VMA_WRITABLE = 1, 2
 
 
 class Backing(Enum):
@@ -34,7 +49,7 @@ class Backing(Enum):
 
 
 class HostMappings:
-    """The process's mappings, read from /proc/self/maps when an address is not among the known ones.
+    """The process's mappings, as far as they were asked for; the host is when an address is not among the known ones.
 
     Memory that is unmapped after the guest has touched it is noticed when the guest touches it again and nothing else
     has its place, or when ``Vm.host_unmapped`` is told: there are no MMU notifiers. That is why a slot holds its
@@ -50,8 +65,8 @@ class HostMappings:
 
     def forget(self) -> None:
         """Look again at the next question; called when memory slots change."""
-        #: Starts, ends and accesses of the mappings: one object, as vCPUs look into it without a lock.
-        self._map: tuple[list[int], list[int], list[int]] = ([], [], [])
+        #: One object, as vCPUs look into it without a lock.
+        self._map: _Map = ([], [], [])
 
     def access(self, hva: int, size: int, wanted: int = READ_WRITE) -> int:
         """Tell what the process may do with all of [hva, hva + size): NO_ACCESS, READ or READ_WRITE.
@@ -63,9 +78,31 @@ class HostMappings:
             return NO_ACCESS  # page by page, where there is one
         found = _lookup(self._map, hva, hva + size)
         if found < wanted:
-            mappings = self._map = _read_mappings()
-            found = _lookup(mappings, hva, hva + size)
+            found = self._look(hva, hva + size)
         return found
+
+    def _look(self, start: int, end: int) -> int:
+        """Ask the host for the mappings of [start, end), up to one without access. More than are kept are none."""
+        maps = procfs.open_own("maps")
+        try:
+            known, at, found = self._map, start, READ_WRITE
+            for _ in range(_MOST_KNOWN):
+                mapping = _query(maps, at)
+                if mapping is None:
+                    return NO_ACCESS
+                self._map = known = _with_mapping(known, mapping)
+                found = min(found, mapping[2])
+                at = mapping[1]
+                if at >= end or found == NO_ACCESS:
+                    return found
+            return NO_ACCESS
+        except OSError as error:
+            if error.errno != errno.ENOTTY:
+                raise
+            self._map = _read_mappings()  # an older host's
+            return _lookup(self._map, start, end)
+        finally:
+            os.close(maps)
 
     def backing(self, hva: int, size: int) -> Backing:
         """Tell what all of [hva, hva + size) is, as of now."""
@@ -88,7 +125,30 @@ class HostMappings:
         return Backing.NONE
 
 
-def _lookup(mappings: tuple[list[int], list[int], list[int]], start: int, end: int) -> int:
+def _query(maps: int, address: int) -> tuple[int, int, int] | None:
+    """Return start, end and access of the mapping that has an address; ENOTTY where the host doesn't tell of one."""
+    query = bytearray(_QUERY.pack(_QUERY.size, 0, address, 0, 0, 0))
+    try:
+        fcntl.ioctl(maps, _PROCMAP_QUERY, query)
+    except FileNotFoundError:
+        return None
+    _, _, _, start, end, flags = _QUERY.unpack(query)
+    return start, end, NO_ACCESS if not flags & _VMA_READABLE else 1 + bool(flags & _VMA_WRITABLE)
+
+
+def _with_mapping(known: _Map, mapping: tuple[int, int, int]) -> _Map:
+    """Return what is known and one mapping; what it meets was true before it came."""
+    starts, ends, accesses = known if len(known[0]) < _MOST_KNOWN else ([], [], [])
+    start, end, access = mapping
+    first, last = bisect_right(ends, start), bisect_left(starts, end)
+    return (
+        [*starts[:first], start, *starts[last:]],
+        [*ends[:first], end, *ends[last:]],
+        [*accesses[:first], access, *accesses[last:]],
+    )
+
+
+def _lookup(mappings: _Map, start: int, end: int) -> int:
     """Return the least access that the mappings give to a byte of [start, end)."""
     starts, ends, accesses = mappings
     index = bisect_right(starts, start) - 1
@@ -106,7 +166,7 @@ def _lookup(mappings: tuple[list[int], list[int], list[int]], start: int, end: i
     return NO_ACCESS
 
 
-def _read_mappings() -> tuple[list[int], list[int], list[int]]:
+def _read_mappings() -> _Map:
     """Read the process's mappings."""
     starts, ends, accesses = [], [], []
     for line in procfs.read_own("maps").splitlines():
