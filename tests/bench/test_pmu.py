@@ -20,8 +20,22 @@ def test_everything_is_measured_on_both_kvms() -> None:
         report = pmu.measure(kvm, anew, FEW)
     assert {name: len(runs) for name, runs in report.runs.items()} == dict.fromkeys(pmu.WHAT, 2)
     assert all(report.ns[name] > 0 for name in ("exit", "exit, cycles", "exit, instructions"))
-    assert report.reprogramming_ns is not None
+    assert report.reprogramming is not None
     assert len(pmu.rows(report)) == len(pmu.WHAT) + 2
+
+
+def test_a_cost_that_the_runs_do_not_show_is_not_said_to_be_one() -> None:
+    runs = {"exit": [1000.0, 1300.0, 1100.0], "exit, cycles": [1010.0, 1290.0, 1080.0]}
+    runs |= {"overflow": [200.0, 210.0, 220.0], "overflow, programmed anew": [900.0, 905.0, 910.0]}
+    report = pmu.Report(FEW, {**runs, "exit, instructions": [1500.0, 1500.0, 1500.0]})
+    table = dict(pmu.rows(report))
+    assert table["an exit (CPUID), no counter"] == "1,100 ± 75"
+    assert table["a counter's part in an entry when nothing changed"] == "under 8"
+    assert table["what programming a counter anew costs"] == "695 ± 2"
+    found = report.as_dict()
+    assert (found["entry_ns"], found["entry_spread_ns"]) == (-10, 7.5)
+    assert (found["reprogramming_ns"], found["spread_ns"]["overflow"]) == (695, 5)
+    assert str(pmu.Figure.of([-3.0])) == "-3 (one run)", "nothing is known of its spread"
 
 
 def test_without_counters_there_is_nothing_to_measure() -> None:

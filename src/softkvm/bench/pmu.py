@@ -6,7 +6,7 @@
     from softkvm.bench import pmu
 
     report = pmu.measure(softkvm.open(), None, pmu.Options())
-    print(report.ns["overflow"], report.entry_ns)
+    print(report.ns["overflow"], report.entry)
 
 A guest executes CPUID: without counters, with one that counts cycles, and with one that counts instructions, as KVM has
 to count those that it carries out itself. Then its counter overflows each so many instructions: the handler of its NMI
@@ -20,7 +20,7 @@ import mmap
 import statistics
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -76,34 +76,79 @@ class Options:
     runs: int = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A time in nanoseconds: the median of some runs, and their spread: half of their interquartile range.
+
+    One run has none.
+    """
+
+    ns: float
+    spread_ns: float | None
+
+    @classmethod
+    def of(cls, runs: Sequence[float]) -> Figure:
+        """Return what runs have been."""
+        if len(runs) < 2:
+            return cls(runs[0], None)
+        first, median, third = statistics.quantiles(runs, n=4, method="inclusive")
+        return cls(median, (third - first) / 2)
+
+    def __str__(self) -> str:
+        """Return it for people: what is not more than the spread is only known to be less than something."""
+        if self.spread_ns is None:
+            return f"{self.ns:,.0f} (one run)"
+        if self.ns > self.spread_ns:
+            return f"{self.ns:,.0f} ± {self.spread_ns:,.0f}"
+        return f"under {max(self.ns, 0) + self.spread_ns:,.0f}"
+
+
 @dataclass(slots=True)
 class Report:
-    """What was found, in nanoseconds: of each thing the median, and all runs."""
+    """What was found: nanoseconds of each thing, in all runs."""
 
     options: Options
-    ns: dict[str, float] = field(default_factory=dict)
     runs: dict[str, list[float]] = field(default_factory=dict)
 
     @property
-    def entry_ns(self) -> float:
-        """What a counter that counts, and of which nothing changes, adds to an entry."""
-        return self.ns["exit, cycles"] - self.ns["exit"]
+    def ns(self) -> dict[str, float]:
+        """Medians."""
+        return {name: figure.ns for name, figure in self.figures.items()}
 
     @property
-    def reprogramming_ns(self) -> float | None:
+    def figures(self) -> dict[str, Figure]:
+        """Medians and spreads."""
+        return {name: Figure.of(runs) for name, runs in self.runs.items()}
+
+    @property
+    def entry(self) -> Figure:
+        """What a counter that counts, and of which nothing changes, adds to an entry."""
+        return self._difference("exit, cycles", "exit")
+
+    @property
+    def reprogramming(self) -> Figure | None:
         """What is saved at each overflow."""
-        anew = self.ns.get("overflow, programmed anew")
-        return None if anew is None else anew - self.ns["overflow"]
+        if "overflow, programmed anew" not in self.runs:
+            return None
+        return self._difference("overflow, programmed anew", "overflow")
+
+    def _difference(self, more: str, less: str) -> Figure:
+        """Return what one costs more than another, run by run: those of a run were measured one after the other."""
+        return Figure.of([a - b for a, b in zip(self.runs[more], self.runs[less], strict=True)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
+        reprogramming = self.reprogramming
         return {
             "version": REPORT_VERSION,
             "options": asdict(self.options),
             "ns": self.ns,
             "runs": self.runs,
-            "entry_ns": self.entry_ns,
-            "reprogramming_ns": self.reprogramming_ns,
+            "spread_ns": {name: figure.spread_ns for name, figure in self.figures.items()},
+            "entry_ns": self.entry.ns,
+            "entry_spread_ns": self.entry.spread_ns,
+            "reprogramming_ns": None if reprogramming is None else reprogramming.ns,
+            "reprogramming_spread_ns": None if reprogramming is None else reprogramming.spread_ns,
         }
 
 
@@ -121,7 +166,6 @@ def measure(
                 progress(WHAT[name])
                 report.runs[name].append(_overflows(opened, options))
     report.runs = {name: runs for name, runs in report.runs.items() if runs}
-    report.ns = {name: statistics.median(runs) for name, runs in report.runs.items()}
     return report
 
 
@@ -207,10 +251,10 @@ class _Guest:
 
 
 def rows(report: Report) -> list[list[str]]:
-    """Return a table of people's: what, and nanoseconds."""
-    table = [[WHAT[name], f"{ns:,.0f}"] for name, ns in report.ns.items()]
-    table.append(["a counter's part in an entry when nothing changed", f"{report.entry_ns:,.0f}"])
-    saved = report.reprogramming_ns
+    """Return a table of people's: what, and nanoseconds. A cost that the runs don't show is below their spread."""
+    table = [[WHAT[name], str(figure)] for name, figure in report.figures.items()]
+    table.append(["a counter's part in an entry when nothing changed", str(report.entry)])
+    saved = report.reprogramming
     if saved is not None:
-        table.append(["what programming a counter anew costs", f"{saved:,.0f}"])
+        table.append(["what programming a counter anew costs", str(saved)])
     return table
