@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from tests.support.guests import demo_image
 
+from softkvm.cli.stat import Sample, _show
+from softkvm.live.asker import Process
+
 SOFTKVM = (sys.executable, "-m", "softkvm.cli.main")
 
 #: A client with a guest that halts for ever, and a vCPU thread that it runs on.
@@ -110,9 +113,34 @@ def test_a_running_machine_is_traced(machine: int, end: str, tmp_path: Path) -> 
             recording.send_signal(signal.SIGINT)
         _, errors = recording.communicate(timeout=100)
     assert recording.returncode == 0, errors
+    assert errors.startswith(f"softkvm: {path}: ") and " events, " in errors and "`softkvm trace report " in errors
     report = softkvm("trace", "report", path).stdout
     assert "kvm_entry: " in report and "kvm_exit: " in report
     assert softkvm("stat", str(machine), "--once").returncode == 0  # it is there still
+
+
+def test_that_a_machine_has_ended_while_it_was_traced_is_told(machine: int, tmp_path: Path) -> None:
+    path = tmp_path / "t.dat"
+    command = [*SOFTKVM, "trace", "record", "--pid", str(machine), "-o", str(path), "--duration", "60"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recording:
+        time.sleep(2)
+        os.kill(machine, signal.SIGKILL)
+        _, errors = recording.communicate(timeout=100)
+    assert recording.returncode == 0, errors
+    ended, what = errors.splitlines()
+    assert f" {machine} has ended meanwhile: its last events are missing" in ended
+    assert what.startswith(f"softkvm: {path}: ")
+
+
+def test_a_table_that_is_cut_says_so() -> None:
+    counters = {f"exit_{n}": n for n in range(1, 40)} | {"exits": 780}
+    now = Sample(1.0, counters, [], {})
+    lines = _show(Process(17, "softkvm", ""), now, None, 24).split("\n")
+    assert len(lines) == 23 and max(map(len, lines)) <= 80
+    whole = _show(Process(17, "softkvm", ""), now, None, None).split("\n")
+    assert lines[:-1] == whole[:22]
+    assert lines[-1].startswith(f"({len(whole) - 22} more rows: ")
+    assert _show(Process(17, "softkvm", ""), now, None, len(whole) + 1).split("\n") == whole
 
 
 def test_no_machine_is_one_line(runtime: Path) -> None:

@@ -121,12 +121,33 @@ except OSError:
 def test_a_client_is_recorded(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     done = softkvm("trace", "record", "-o", path, "--", "exec", "--", sys.executable, "-c", CLIENT)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"softkvm: {path}: ") and " events, none lost; " in done.stderr
+    assert ("https://ui.perfetto.dev opens it" in done.stderr) == name.endswith(".json")
     if name.endswith(".json"):
         assert any(event["name"] == "kvm_write_tsc_offset" for event in json.loads(path.read_text())["traceEvents"])
         return
     report = softkvm("trace", "report", path).stdout
     assert "kvm_entry: " in report and "kvm_exit: " in report and "kvm_userspace_exit: " in report
+
+
+def test_the_end_says_what_there_is_and_what_was_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "t.dat"
+    command = ("trace", "record", "-e", "kvm_cr", "-o", path, "--", "run", demo_image(), "--timeout", "3")
+    done = softkvm(*command, "--console", "none")
+    (line,) = [line for line in done.stderr.splitlines() if str(path) in line]
+    printed = softkvm("trace", "report", path).stdout.splitlines()[1:]
+    assert line == f"softkvm: {path}: {len(printed):,} events, none lost; `softkvm trace report {path}` prints it"
+    done = softkvm(*command, "--console", "none")
+    assert f" in place of an older file; `softkvm trace report {path}` prints it" in done.stderr
+
+
+def test_a_file_for_viewers_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('{"traceEvents": []}')
+    done = softkvm("trace", "report", path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{path}: JSON is for viewers (https://ui.perfetto.dev)" in done.stderr
 
 
 def test_each_process_of_a_client_has_a_file(tmp_path: Path) -> None:
@@ -163,18 +184,26 @@ def test_list_has_names_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
         (("trace", "report", "/nowhere"), "/nowhere: No such file or directory"),
         (("trace", "report", "/etc/passwd"), "/etc/passwd: it is no file of trace-cmd's"),
         (("trace", "report", "/dev/null"), "/dev/null: it is empty"),
+        (
+            ("trace", "record", "-o", "/nowhere/t", "--", "run"),
+            "softkvm: --output /nowhere/t: No such file or directory",
+        ),
+        (("trace", "record", "-e", "x", "--", "run", "--timeout", "1"), "softkvm: --event: x: there is no such"),
+        (("trace", "record", "-f", "a==1", "--", "run", "--timeout", "1"), "softkvm: --filter: a==1: "),
+        (("trace", "record", "-e", "x", "--", "exec", "true"), "softkvm: --event: x: there is no such"),
         (("trace", "list", "x"), "x: there is no such tracepoint"),
         (("run", "--trace-event", "kvm_exit"), "--trace-event and --trace-filter need --trace FILE"),
         (("run", "--trace", "-"), "--trace -: expected a file"),
         (("run", "--trace", "/nowhere/t"), "--trace /nowhere/t: No such file or directory"),
-        (("run", "--trace", "/dev/null", "--trace-event", "x", "--timeout", "1"), "--trace: x: there is no such"),
+        (("run", "--trace", "/dev/null", "--trace-event", "x", "--timeout", "1"), "--trace-event: x: there is no such"),
         (("exec", "--trace-filter", "a", "--", "true"), "need --trace-kvm FILE"),
         (("exec", "--trace-kvm", "/dev/null", "--trace-filter", "a==1", "--", "true"), "there is no field 'a'"),
     ],
 )
 def test_bad_usage_is_one_line(args: tuple[str, ...], words: str) -> None:
     if "--timeout" in args:
-        args = (args[0], str(demo_image()), *args[1:])
+        at = args.index("run") + 1
+        args = (*args[:at], str(demo_image()), *args[at:])
     done = softkvm(*args)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("softkvm: ") and done.stderr.count("\n") == 1 and words in done.stderr

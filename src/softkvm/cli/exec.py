@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from softkvm.cli import EXIT_ERROR, Command, CommandError
 from softkvm.cli.arguments import file_name, pairs
+from softkvm.cli.output import warn
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 """Exit statuses as the shell's, for a client that cannot be started."""
@@ -67,6 +68,8 @@ def _run(args: Namespace) -> int:
     if not client:
         raise CommandError("expected CMD, the client to run; `softkvm exec --help` explains")
     _check_tracepoints(args)
+    if args.trace_kvm and os.path.isfile(args.trace_kvm) and os.path.getsize(args.trace_kvm):
+        warn(f"{args.trace_kvm}: what is there is replaced")
     written = (("--trace", args.trace), ("--stats", args.stats), ("--trace-kvm", args.trace_kvm))
     for n, (option, path) in enumerate(written):
         _check_writable(option, path)
@@ -104,7 +107,8 @@ def _check_tracepoints(args: Namespace) -> None:
     try:
         trace.filters_of(trace.select(TRACEPOINTS, args.trace_event), args.trace_filter)
     except trace.TraceError as error:
-        raise CommandError(f"--trace-kvm: {error}") from None
+        option = "--trace-filter" if isinstance(error, trace.FilterError) else "--trace-event"
+        raise CommandError(f"{option}: {error}") from None
 
 
 def _check_writable(option: str, path: str | None) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import resource
 import signal
@@ -174,7 +175,8 @@ def _start_trace(kvm: api.Kvm, args: Namespace, stack: contextlib.ExitStack) -> 
     try:
         return stack.enter_context(contextlib.closing(trace.start(TRACEPOINTS, args.trace_event, args.trace_filter)))
     except trace.TraceError as error:
-        raise CommandError(f"--trace: {error}") from None
+        option = "--trace-filter" if isinstance(error, trace.FilterError) else "--trace-event"
+        raise CommandError(f"{option}: {error}") from None
 
 
 def _trace_file(name: str | None) -> OutputFile | None:
@@ -184,16 +186,16 @@ def _trace_file(name: str | None) -> OutputFile | None:
 
 
 def _write_trace(recorder: Recorder, file: OutputFile) -> None:
-    """Write the trace; say what it lacks."""
-    from softkvm.trace.save import save
+    """Write the trace; say what it has and lacks."""
+    from softkvm.trace.save import save, told
 
     contents = io.BytesIO()
     save(recorder, contents, file.name)
+    replaced = os.path.isfile(file.name)
     file.write(contents.getvalue())
     if recorder.problem:
-        warn(f"--trace {file.name}: it is not complete: {recorder.problem}")
-    if recorder.lost:
-        warn(f"--trace {file.name}: {recorder.lost:,} events were lost: they came faster than they could be written")
+        warn(f"{file.name}: it is not complete: {recorder.problem}")
+    warn(told(file.name, recorder.count, recorder.lost, replaced=replaced))
 
 
 def _let_look(accel: str, stack: contextlib.ExitStack) -> None:

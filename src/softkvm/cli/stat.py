@@ -102,7 +102,11 @@ def _show(process: Process, now: Sample, before: Sample | None, height: int | No
     header = ["Event", "Total", "%Exits", "CurAvg/s"]
     found = rows(now, before)
     lines = [_title(process, now), "", *table(header, found, left=1)]
-    return "\n".join(lines if height is None else lines[: height - 1])
+    if height is not None and len(lines) > height - 1:
+        shown = max(height - 2, 0)
+        left = len(lines) - shown
+        lines = [*lines[:shown], f"({left} more rows: a taller terminal shows them, or `softkvm stat --once`)"]
+    return "\n".join(lines)
 
 
 def _run(args: Namespace) -> int:

@@ -14,6 +14,7 @@ from softkvm.cli.output import STDOUT, OutputFile, say, table
 from softkvm.trace import chrome
 from softkvm.trace.dat import Record, TraceFile, TraceFileError
 from softkvm.trace.report import report
+from softkvm.trace.save import JSON, VIEWER
 from softkvm.trace.summary import Summary, summarize
 
 if TYPE_CHECKING:
@@ -143,7 +144,21 @@ def _record(args: Namespace) -> int:
     options = ["--trace" if name == "run" else "--trace-kvm", args.output]
     for option, values in (("--trace-event", args.event), ("--trace-filter", args.filter)):
         options += [f"{option}={value}" for value in values]
-    return run_command(name, [*options, *rest])
+    try:
+        return run_command(name, [*options, *rest])
+    except CommandError as error:
+        raise CommandError(_as_typed(str(error)), error.status) from error.__cause__
+
+
+#: Options of `softkvm run` and `softkvm exec`, and what they are here.
+_TYPED = {"--trace-event": "--event", "--trace-filter": "--filter", "--trace-kvm": "--output", "--trace": "--output"}
+
+
+def _as_typed(text: str) -> str:
+    """Have what a traced command says of our options name those that the user knows."""
+    option, space, rest = text.partition(" ")
+    bare = option.removesuffix(":")
+    return f"{_TYPED.get(bare, bare)}{option[len(bare) :]}{space}{rest}"
 
 
 # --- reading -----------------------------------------------------------------------------------------------
@@ -155,6 +170,11 @@ def _open(name: str) -> TraceFile:
     except OSError as error:
         raise CommandError(f"{name}: {error.strerror}") from None
     except TraceFileError as error:
+        if name.endswith(JSON):
+            raise CommandError(
+                f"{name}: JSON is for viewers ({VIEWER}), which `softkvm trace convert` makes it for; "
+                "report and summary read the file that it was made of: record to FILE.dat"
+            ) from None
         raise CommandError(f"{name}: {error}") from None
 
 

@@ -96,7 +96,7 @@ class World:
 
     def _write_trace(self, recording: Recording) -> None:
         """Write the trace. Another process that the client has executed may have written one: then beside that."""
-        from softkvm.trace.save import save
+        from softkvm.trace.save import save, told
 
         self._tracing = None
         if not recording.owned:
@@ -108,6 +108,7 @@ class World:
         try:
             with open(name, "wb") as file:
                 save(recording, file, name)
+            print(f"softkvm: {told(name, recording.count, recording.lost)}", file=sys.stderr)
         except OSError as error:
             print(f"softkvm: --trace-kvm: {name}: {error.strerror}", file=sys.stderr)
         recording.close()

@@ -39,6 +39,10 @@ class TraceError(ValueError):
     """A tracepoint that isn't there, or a filter that is none; one line."""
 
 
+class FilterError(TraceError):
+    """A filter that no tracepoint can have."""
+
+
 # --- KVM_RUN and waiting -------------------------------------------------------------------------------
 
 
@@ -167,7 +171,7 @@ def select(known: Tracepoints, patterns: Sequence[str]) -> list[Tracepoint]:
 def filters_of(chosen: Sequence[Tracepoint], texts: Iterable[str]) -> dict[str, Callable[[Sequence[Any]], bool]]:
     """Return the filters that texts name, by tracepoint: ``EVENT:CONDITION``, or a condition for all with its fields.
 
-    TraceError for one that no tracepoint can have.
+    FilterError for one that no tracepoint can have.
     """
     found: dict[str, Callable[[Sequence[Any]], bool]] = {}
     names = {tracepoint.event.name for tracepoint in chosen}
@@ -183,7 +187,7 @@ def filters_of(chosen: Sequence[Tracepoint], texts: Iterable[str]) -> dict[str, 
             except FormatError as error:
                 problems.append(str(error))
         if len(problems) == len(meant):
-            raise TraceError(f"{text}: {problems[0] if problems else 'no tracepoint is chosen'}")
+            raise FilterError(f"{text}: {problems[0] if problems else 'no tracepoint is chosen'}")
     return found
 
 

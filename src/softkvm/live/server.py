@@ -141,13 +141,13 @@ class _Connection:
         if self._recorder is None:
             raise _Refused("this connection records nothing")
         recorder = self._recorder
-        return {"threads": recorder.threads, "lost": recorder.lost, "problem": recorder.problem}
+        counts = {"count": recorder.count, "lost": recorder.lost}
+        return {"threads": recorder.threads, "problem": recorder.problem, **counts}
 
     def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
-        answer = self._threads(request)
-        assert self._recorder is not None
-        self._recorder.stop()
-        return answer | {"threads": self._recorder.threads, "lost": self._recorder.lost}
+        if self._recorder is not None:
+            self._recorder.stop()
+        return self._threads(request)
 
     def close(self) -> None:
         """End what the connection has asked for."""

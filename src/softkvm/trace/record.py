@@ -79,6 +79,8 @@ class Recorder:
         self._ring_size = ring_size
         self._stop = threading.Event()
         self._problem = ""
+        #: Events that were recorded and are on their way to the spool, or there.
+        self.count = 0
         self._owner = os.getpid()
         self._tracepoints = [
             (tracepoint, self._consumer(tracepoint.event, (filters or {}).get(tracepoint.event.name)))
@@ -124,6 +126,7 @@ class Recorder:
     def _take(self, ring: _Ring) -> bytes:
         """Make a page's part of the oldest event of a ring; returns the page that is full, if one is."""
         time_ns, event, values = ring.events.popleft()
+        self.count += 1
         page = ring.pages.add(time_ns, event.pack(ring.tid, values))
         lost = ring.lost - ring.taken_lost
         if lost and not ring.events:  # what was lost came behind what the ring held

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -13,12 +14,22 @@ from softkvm.trace.event import Event
 from softkvm.trace.record import Recorder, assemble
 
 JSON = ".json"
+#: What opens Chrome's trace events.
+VIEWER = "https://ui.perfetto.dev"
 
 
 def save(recorder: Recorder, file: BinaryIO, name: str) -> None:
     """Write what was recorded, and stop that; see :func:`write`."""
     recorder.stop()
     write(file, name, recorder.spool, recorder.events, recorder.threads)
+
+
+def told(name: str, count: int, lost: int, *, replaced: bool = False) -> str:
+    """Return what people want to know of a trace that has been written: what is in it, and how it is opened."""
+    losses = f"{lost:,} lost (they came faster than they could be written)" if lost else "none lost"
+    what = f"{count:,} event{'s' if count != 1 else ''}, {losses}" if count or lost else "no events"
+    how = f"{VIEWER} opens it" if name.endswith(JSON) else f"`softkvm trace report {shlex.quote(name)}` prints it"
+    return f"{name}: {what}{', in place of an older file' if replaced else ''}; {how}"
 
 
 def write(file: BinaryIO, name: str, spool: BinaryIO, events: Sequence[Event], threads: Mapping[int, str]) -> None:
