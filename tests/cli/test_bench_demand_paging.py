@@ -25,24 +25,3 @@ def test_it_prints_a_table_and_writes_json_and_pictures(tmp_path: Path, capsys: 
     assert (first["mode"], first["faults"], second["mode"]) == ("none", 0, "exit")
     assert second["options"]["pages"] == 512 <= second["faults"]
     assert b"<svg" in files["paging.svg"].read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--memory", "1M"], "--memory 1M: expected a size such as 256M or 2G, a multiple of 2M"),
-        (["--vcpus", "0"], "--vcpus 0: expected a number from 1 to 256"),
-        (["--write-percent", "101"], "--write-percent 101: expected a number from 0 to 100"),
-        (["--delay", "-1"], "--delay -1: expected a number from 0 to 1000000"),
-        (["--plot", "x.gif"], "--plot x.gif: expected a name that ends with .png or .svg"),
-        (["--json", "/nowhere/x"], "--json /nowhere/x: No such file or directory"),
-        (["--memory", "900T"], "this host has"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "demand-paging", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1

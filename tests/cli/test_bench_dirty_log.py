@@ -32,24 +32,3 @@ def test_it_prints_a_table_and_writes_json_and_pictures(tmp_path: Path, capsys: 
     assert b"<svg" in files["log.svg"].read_bytes()
     assert main([*small, "--plot", str(files["log.png"])]) == 0
     assert files["log.png"].read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--memory", "1M"], "--memory 1M: expected a size such as 256M or 2G, a multiple of 2M"),
-        (["--memory", "0"], "bytes_per_vcpu=0x0: expected"),
-        (["--vcpus", "0"], "--vcpus 0: expected a number from 1 to 256"),
-        (["--write-percent", "101"], "--write-percent 101: expected a number from 0 to 100"),
-        (["--plot", "x.gif"], "--plot x.gif: expected a name that ends with .png or .svg"),
-        (["--json", "/nowhere/x"], "--json /nowhere/x: No such file or directory"),
-        (["--memory", "900T"], "this host has"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "dirty-log", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1

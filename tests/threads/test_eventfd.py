@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
+from tests.support.eventfds import machine_with_chips, new_eventfd
 from tests.support.forks import in_child
 from tests.support.threads import beside, until
 from tests.support.tiny import Tiny
@@ -26,18 +27,8 @@ MMIO = 0x1000_0000
 GSI = 20
 
 
-@pytest.fixture
-def tiny() -> Iterator[Tiny]:
-    machine = Tiny(irqchip=True)
-    yield machine
-    machine.close()
-
-
-@pytest.fixture
-def fd() -> Iterator[int]:
-    descriptor = os.eventfd(0, os.EFD_NONBLOCK)
-    yield descriptor
-    os.close(descriptor)
+tiny = pytest.fixture(machine_with_chips)
+fd = pytest.fixture(new_eventfd)
 
 
 @pytest.fixture

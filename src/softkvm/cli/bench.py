@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from softkvm.cli import (
     bench_task_work,
 )
 from softkvm.cli.arguments import count, file_name, pairs, seconds
+from softkvm.cli.measurement import add_measurement
 from softkvm.cli.output import STDOUT, OutputFile, say, table, warn
 from softkvm.cli.parameters import add_param, open_with_params
 from softkvm.progress import StatusLine
@@ -74,14 +75,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     bench_demand_paging.add(measurements)
     bench_task_work.add(measurements)
     bench_pmu.add(measurements)
-    command = measurements.add_parser(
-        "vmexit",
-        description="Measure what an exit costs, kind by kind.",
-        epilog=VMEXIT_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    command = add_measurement(
+        measurements, "vmexit", _vmexit, description="Measure what an exit costs, kind by kind.", epilog=VMEXIT_EPILOG
     )
-    command.set_defaults(measure=_vmexit)
     add = command.add_argument
     add("directory", metavar="DIR", type=file_name, nargs="?", help="build of kvm-unit-tests (default: our own guest)")
     add("--runs", metavar="N", default="1", help="runs; the figure is their median (default: 1)")

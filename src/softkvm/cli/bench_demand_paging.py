@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from typing import Any
 
 from softkvm.bench import demand_paging, plot
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
-from softkvm.cli.arguments import count, file_name, size
+from softkvm.cli.arguments import count, size
 from softkvm.cli.bench_dirty_log import picture_format
+from softkvm.cli.measurement import add_kvm_and_files, add_measurement
 from softkvm.cli.output import STDOUT, OutputFile, say, table
-from softkvm.cli.parameters import add_param, open_with_params
+from softkvm.cli.parameters import open_with_params
 from softkvm.progress import StatusLine
-from softkvm.unittests.runner import DEVICES
 
 EPILOG = """\
 As the kernel's demand_paging_test: vCPUs go over memory that is not there. The first pass is without anybody of ours,
@@ -35,14 +35,13 @@ examples:
 
 def add(measurements: Any) -> None:
     """Add the measurement to those of ``softkvm bench``."""
-    command = measurements.add_parser(
+    command = add_measurement(
+        measurements,
         "demand-paging",
+        run,
         description="Measure what memory costs that comes page by page.",
         epilog=EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    command.set_defaults(measure=run)
     default = demand_paging.Options()
     option = command.add_argument
     option("--vcpus", metavar="N", default=str(default.vcpus), help=f"vCPUs, a thread each (default: {default.vcpus})")
@@ -51,10 +50,7 @@ def add(measurements: Any) -> None:
     option("--mode", choices=demand_paging.MODES, default=default.mode, help="who gives pages (default: auto)")
     option("--write-percent", metavar="P", default="100", help="pages that are written, not read (default: 100)")
     option("--delay", metavar="USEC", default="0", help="how long who gives a page takes beside (default: 0)")
-    option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
-    add_param(command)
-    option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
-    option("--plot", metavar="FILE", type=file_name, help="draw a picture: FILE.png or FILE.svg")
+    add_kvm_and_files(command, plot=True)
 
 
 def _options(args: Namespace, mode: str) -> demand_paging.Options:

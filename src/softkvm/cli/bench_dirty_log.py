@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from typing import Any
 
 from softkvm.bench import dirty_log, plot
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
-from softkvm.cli.arguments import count, file_name, size
+from softkvm.cli.arguments import count, size
+from softkvm.cli.measurement import add_kvm_and_files, add_measurement
 from softkvm.cli.output import STDOUT, OutputFile, say, table
-from softkvm.cli.parameters import add_param, open_with_params
+from softkvm.cli.parameters import open_with_params
 from softkvm.progress import StatusLine
-from softkvm.unittests.runner import DEVICES
 
 EPILOG = """\
 As the kernel's dirty_log_perf_test: vCPUs go over memory, once to populate it, then under logging. The log is fetched
@@ -30,14 +30,9 @@ examples:
 
 def add(measurements: Any) -> None:
     """Add the measurement to those of ``softkvm bench``."""
-    command = measurements.add_parser(
-        "dirty-log",
-        description="Measure what dirty logging costs.",
-        epilog=EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    command = add_measurement(
+        measurements, "dirty-log", run, description="Measure what dirty logging costs.", epilog=EPILOG
     )
-    command.set_defaults(measure=run)
     default = dirty_log.Options()
     option = command.add_argument
     option("--vcpus", metavar="N", default=str(default.vcpus), help=f"vCPUs, a thread each (default: {default.vcpus})")
@@ -52,10 +47,7 @@ def add(measurements: Any) -> None:
         default="1",
         help="KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 0: bits are cleared as they are fetched; 3: all are set at first",
     )
-    option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
-    add_param(command)
-    option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
-    option("--plot", metavar="FILE", type=file_name, help="draw a picture: FILE.png or FILE.svg")
+    add_kvm_and_files(command, plot=True)
 
 
 def _options(args: Namespace) -> dirty_log.Options:

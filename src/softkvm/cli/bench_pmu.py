@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from contextlib import ExitStack
 from typing import Any
 
 from softkvm.bench import pmu
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
-from softkvm.cli.arguments import count, file_name, pairs
+from softkvm.cli.arguments import count, pairs
+from softkvm.cli.measurement import add_kvm_and_files, add_measurement
 from softkvm.cli.output import STDOUT, OutputFile, say, table
-from softkvm.cli.parameters import add_param, assign_params, open_with_params
+from softkvm.cli.parameters import assign_params, open_with_params
 from softkvm.progress import StatusLine
-from softkvm.unittests.runner import DEVICES
 
 EPILOG = """\
 Exits while a guest counts, and overflows of its counter. An overflow is no reason to program the counter anew; what
@@ -31,14 +31,9 @@ examples:
 
 def add(measurements: Any) -> None:
     """Add the measurement to those of ``softkvm bench``."""
-    command = measurements.add_parser(
-        "pmu",
-        description="Measure what performance counters cost.",
-        epilog=EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    command = add_measurement(
+        measurements, "pmu", run, description="Measure what performance counters cost.", epilog=EPILOG
     )
-    command.set_defaults(measure=run)
     default = pmu.Options()
     option = command.add_argument
     option("--exits", metavar="N", default=str(default.exits), help=f"exits of a run (default: {default.exits})")
@@ -57,9 +52,7 @@ def add(measurements: Any) -> None:
     option(
         "--runs", metavar="N", default=str(default.runs), help=f"runs; figures are medians (default: {default.runs})"
     )
-    option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
-    add_param(command)
-    option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
+    add_kvm_and_files(command)
 
 
 def run(args: Namespace) -> int:

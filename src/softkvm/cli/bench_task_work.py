@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from typing import Any
 
 from softkvm.bench import task_work
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
-from softkvm.cli.arguments import count, file_name
+from softkvm.cli.arguments import count
+from softkvm.cli.measurement import add_kvm_and_files, add_measurement
 from softkvm.cli.output import STDOUT, OutputFile, say, table
-from softkvm.cli.parameters import add_param, open_with_params
+from softkvm.cli.parameters import open_with_params
 from softkvm.progress import StatusLine
-from softkvm.unittests.runner import DEVICES
 
 EPILOG = """\
 Task work runs on the vCPU's own thread, out of the guest. The times are those from the call for it on another thread,
@@ -25,19 +25,16 @@ exit status: 0; 1 if the KVM cannot be opened or a file not be written at the en
 
 def add(measurements: Any) -> None:
     """Add the measurement to those of ``softkvm bench``."""
-    command = measurements.add_parser(
+    command = add_measurement(
+        measurements,
         "task-work",
+        run,
         description="Measure how soon a vCPU's thread does what was called for.",
         epilog=EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    command.set_defaults(measure=run)
     option = command.add_argument
     option("--samples", metavar="N", default="1000", help="of each kind (default: 1000)")
-    option("--accel", choices=tuple(DEVICES), default="soft", help="soft: KVM in Python (default); kvm: /dev/kvm")
-    add_param(command)
-    option("--json", metavar="FILE", type=file_name, help="write everything as JSON; -: instead of the table")
+    add_kvm_and_files(command)
 
 
 def run(args: Namespace) -> int:

@@ -8,10 +8,10 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from tests.support.descriptors import open_descriptors
+from tests.support.eventfds import machine_with_chips, new_eventfd
 from tests.support.tiny import Tiny
 
 import softkvm
@@ -21,18 +21,8 @@ from softkvm.kvm.irq.eventfile import EventFile
 MMIO = 0x1000_0000
 
 
-@pytest.fixture
-def tiny() -> Iterator[Tiny]:
-    machine = Tiny(irqchip=True)
-    yield machine
-    machine.close()
-
-
-@pytest.fixture
-def fd() -> Iterator[int]:
-    descriptor = os.eventfd(0, os.EFD_NONBLOCK)
-    yield descriptor
-    os.close(descriptor)
+tiny = pytest.fixture(machine_with_chips)
+fd = pytest.fixture(new_eventfd)
 
 
 def _counter(fd: int) -> int:
