@@ -95,8 +95,9 @@ NOTES: Final = (
     "before any guest touches it, is not noticed: the guest reaches what is there then.",
     "A kernel finds out in get_user_pages() that a page is long in coming. The software side knows it of memory with a "
     "userfaultfd, for which it looks when a guest enables asynchronous page faults, and of what "
-    "`softkvm.kvm.Vm.set_slow_memory` is told; elsewhere a guest that touches such a page sleeps as any thread does, "
-    "and no kick ends its KVM_RUN before the page has come.",
+    "`softkvm.kvm.Vm.set_slow_memory` is told. Elsewhere a guest that touches such a page sleeps as any thread does: "
+    "KVM_RUN's kick and signals end that at a userfaultfd's missing and minor faults, but neither where a page is "
+    "write-protected by one, nor where a file is slow.",
     "The device tried here does not report KVM_CAP_INTR_SHADOW, although KVM_GET_VCPU_EVENTS has the shadow, nor "
     "KVM_CAP_MULTI_ADDRESS_SPACE, which a KVM with one address space leaves out; the software side says 1 to both.",
     "A signal whose handler a library of another language installed (Python's are known at once) may not end KVM_RUN"

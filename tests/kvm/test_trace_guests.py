@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Final
 
 import pytest
-from tests.kvm.x86.paravirt.test_async_pf import GPA, INT, NMI, PF, SIZE, VECTOR, Provider
+from tests.kvm.x86.paravirt.test_async_pf import GPA, INT, NMI, PF, SIZE, VECTOR
 from tests.kvm.x86.paravirt.test_async_pf import enable as enable_async_pf
 from tests.kvm.x86.svm.test_avic import BASE, ICR, Machine, store
 from tests.support.conformance import Guest
 from tests.support.hyperv import MESSAGES, HypervGuest
+from tests.support.provider import Provider
 from tests.support.threads import running, until
 from tests.support.tiny import CODE, DATA, Tiny
 from tests.support.tracing import texts, traced
@@ -165,7 +166,7 @@ def memory(seen: Seen) -> None:
 
 def missing_page(seen: Seen) -> None:
     """A page that is not there: the guest is told, touches it again, and is told when it has come."""
-    provider = Provider()
+    provider = Provider(SIZE)
     tiny = Tiny(irqchip=True).long_mode(gigabytes=4)
     # The handler of #PF touches the page again: sti; nop; mov al, [rbx]; add rsp, 8; iretq
     tiny.memory.write(PF, bytes.fromhex("fb 90 8a03 4883c408 48cf"))

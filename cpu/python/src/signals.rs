@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, 
 use libc::{c_int, c_void, siginfo_t, sigset_t, ucontext_t};
 use softcpu::clock::clock_ns;
 use softcpu::mem::lost::actions::{action_of, call_handler, set_action, set_default};
-use softcpu::mem::{Shared, futex, lost};
+use softcpu::mem::{Shared, forks, futex, lost};
 use softkvm_client::sanitizers::Unseen;
 
 /// How old a look at the handlers may be when a run begins.
@@ -89,6 +89,24 @@ fn current_thread() -> usize {
     unsafe { libc::pthread_self() as usize }
 }
 
+/// gettid(), without a system call if possible: none of this thread's, or of its parent's, number is kept for it where
+/// threads may have each other's thread pointers.
+fn thread_number() -> c_int {
+    thread_local!(static KNOWN: Cell<(u64, c_int)> = const { Cell::new((0, 0)) });
+    // SAFETY: always works.
+    let ask = || unsafe { libc::syscall(libc::SYS_gettid) as c_int };
+    if FOREIGN.load(Ordering::SeqCst) {
+        return ask();
+    }
+    let (forks, known) = KNOWN.get();
+    if known != 0 && forks == self::forks() {
+        return known;
+    }
+    let number = ask();
+    KNOWN.set((self::forks(), number));
+    number
+}
+
 impl Runner {
     /// A runner for a processor, or for a thread's other requests.
     pub fn new(shared: Option<&Arc<Shared>>) -> &'static Runner {
@@ -139,9 +157,13 @@ impl Runner {
         self.used.store(false, Ordering::SeqCst);
     }
 
-    fn kick(&self) {
+    fn processor(&self) -> Option<&Shared> {
         // SAFETY: the runner holds a reference.
-        if let Some(shared) = unsafe { self.shared.load(Ordering::Acquire).as_ref() } {
+        unsafe { self.shared.load(Ordering::Acquire).as_ref() }
+    }
+
+    fn kick(&self) {
+        if let Some(shared) = self.processor() {
             shared.kick();
         }
     }
@@ -150,6 +172,9 @@ impl Runner {
     pub fn interrupt(&self) {
         self.wanted.fetch_or(INTERRUPTED, Ordering::SeqCst);
         self.kick();
+        if let Some(shared) = self.processor() {
+            shared.rouse();
+        }
     }
 
     /// Whether the run is to end.
@@ -246,6 +271,9 @@ impl Runner {
     /// Makes the request a run, with signals blocked as `mask` says if there is one.
     pub fn begin_run(&self, mask: Option<u64>) {
         self.running.store(true, Ordering::SeqCst);
+        if let Some(shared) = self.processor() {
+            shared.set_thread(thread_number());
+        }
         if now_about_ns().saturating_sub(LAST_WATCH.load(Ordering::SeqCst)) >= WATCH_NS {
             watch();
         }
@@ -421,9 +449,10 @@ extern "C-unwind" fn on_signal<const LEVEL: usize>(
 pub fn put_off(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) -> bool {
     let me = current_thread();
     let bit = 1u64 << (signal - 1);
-    let mut done = false;
+    let (mut done, mut runs) = (false, false);
     for runner in runners().filter(|r| r.thread.load(Ordering::SeqCst) == me) {
         runner.signalled();
+        runs |= runner.running.load(Ordering::SeqCst);
         if core::mem::replace(&mut done, true) {
             continue; // a run inside of another
         }
@@ -448,6 +477,10 @@ pub fn put_off(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) 
             runner.since.store(clock_ns(), Ordering::SeqCst);
         }
         runner.put_off.fetch_or(bit, Ordering::SeqCst);
+    }
+    if runs {
+        // SAFETY: the context of a handler.
+        unsafe { lost::leave_awaited(context.cast()) }; // or the run would not end before the memory is there
     }
     done
 }

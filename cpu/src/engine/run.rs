@@ -49,14 +49,14 @@ pub fn begin<P: Processor>(cpu: &mut P) {
 
 /// Calls `f`, which runs guest code or accesses guest memory, on the processor. If memory is lost meanwhile
 /// ([`crate::mem::lost`]), all stays as it is between two instructions, or before the one that found out, which is at the
-/// program counter then; an event that was being delivered has not arrived.
+/// program counter then; so it is if the processor was roused while it waited for memory. An event that was being delivered has not arrived.
 pub fn guarded<P: Processor>(cpu: &mut P, f: impl FnOnce(&mut P)) -> Result<(), Lost> {
     cpu.engine_mut().executing = false;
     let regions = &raw const cpu.engine().regions;
     // SAFETY: the engine has its regions at any time; only `catch_up` changes them, which touches no guest memory.
     let covers = |address: usize| unsafe { (*regions).find(address).is_some() };
     // SAFETY: no function of the processor has something to drop while it touches guest memory.
-    let done = unsafe { lost::guarded(&covers, || f(cpu)) };
+    let done = unsafe { lost::guarded_rousable(&covers, || f(cpu)) };
     if let Err(lost) = done
         && cpu.engine().executing
     {

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use super::lost::{Lost, guarded};
 use super::processors::Processors;
 use super::region::RegionTable;
-use super::shared::{Shared, pending, signal};
+use super::shared::{Patience, Shared, pending, signal};
 
 /// How often the others are looked at before the host's processor is given away: they may wait for it.
 const SPINS: u32 = 200;
@@ -73,11 +73,13 @@ impl Bus {
         let others = self.processors.now();
         signal(&others, Some(me), pending::BUS);
         for other in others.iter().filter(|s| !Arc::ptr_eq(s, me)) {
-            let mut looks = 0;
+            let (mut looks, mut patience) = (0, Patience::default());
             while !other.stands() {
                 looks += 1;
                 if looks % SPINS == 0 {
-                    std::thread::yield_now();
+                    if patience.pause() {
+                        other.rouse();
+                    }
                 } else {
                     core::hint::spin_loop();
                 }

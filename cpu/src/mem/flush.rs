@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 pub use super::flush_queue::{Flushes, MAX_RANGES, Pages};
-use super::shared::{Shared, pending};
+use super::shared::{Patience, Shared, pending};
 
 /// How often a processor is looked at before the host's processor is given away.
 const SPINS: u32 = 200;
@@ -75,15 +75,17 @@ impl Asked<'_> {
 
     /// Waits until that is so.
     pub fn wait(mut self) {
-        let mut looks = 0;
+        let (mut looks, mut patience) = (0, Patience::default());
         while !self.done() {
             looks += 1;
+            if patience.pause() {
+                self.left.iter().for_each(|(processor, _)| processor.rouse());
+            }
             if looks % YIELDS == 0 {
                 for (processor, _) in self.left.iter().filter(|(processor, _)| processor.waits()) {
                     processor.kick();
                 }
             }
-            std::thread::yield_now();
         }
     }
 }

@@ -12,6 +12,6 @@ pub fn forked() {
 }
 
 /// A number that is another one in a child. Async-signal-safe.
-pub(super) fn forks() -> u64 {
+pub fn forks() -> u64 {
     FORKS.load(Ordering::SeqCst)
 }

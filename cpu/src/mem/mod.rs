@@ -21,7 +21,7 @@ pub mod remote;
 mod shared;
 
 pub use bus::Bus;
-pub use forks::forked;
+pub use forks::{forked, forks};
 pub use host::{
     PATIENCE, host_cas, host_equal, host_fill, host_load, host_load128, host_move, host_read, host_store,
     host_store128, host_touch, host_write, is_atomic,
@@ -32,11 +32,10 @@ pub use shared::{Shared, Wake, pending};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
-use forks::forks;
 use pool::Pool;
 use published::Published;
 use region::Owner;
-use shared::signal;
+use shared::{Patience, signal};
 
 /// Memory regions and processors; usually one per virtual machine.
 #[derive(Default)]
@@ -143,8 +142,11 @@ impl Machine {
             self.published.publish(&table);
         }
         let generation = self.advance(None);
+        let mut patience = Patience::default();
         while !self.caught_up(generation, None) {
-            std::thread::yield_now();
+            if patience.pause() {
+                self.bus.processors.rouse();
+            }
         }
         Ok(())
     }

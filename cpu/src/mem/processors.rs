@@ -46,6 +46,11 @@ impl Processors {
         guess.or_else(|| all.iter().find(|s| s.index() == index)).cloned()
     }
 
+    /// Has each that sleeps in an access to memory leave its guest.
+    pub(super) fn rouse(&self) {
+        self.now().iter().for_each(|processor| processor.rouse());
+    }
+
     /// Whether each that is running, but `me`, has caught up with `generation`.
     pub(super) fn caught_up(&self, generation: u64, me: Option<&Arc<Shared>>) -> bool {
         self.lock().iter().all(|s| {

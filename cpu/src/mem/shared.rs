@@ -2,10 +2,10 @@
 //! What of a processor other threads touch.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use super::flush_queue::FlushQueue;
-use super::futex;
+use super::{futex, lost};
 use crate::clock::clock_ns;
 
 /// Bits of [`Shared::pending`].
@@ -54,6 +54,8 @@ pub struct Shared {
     watching: AtomicBool,
     /// Number of the processor in its machine.
     index: AtomicU32,
+    /// The kernel's number of the thread that runs the processor, or did last; 0: not known.
+    thread: AtomicI32,
 }
 
 impl Shared {
@@ -68,6 +70,21 @@ impl Shared {
             flushes: FlushQueue::new(),
             watching: AtomicBool::new(false),
             index: AtomicU32::new(u32::MAX),
+            thread: AtomicI32::new(0),
+        }
+    }
+
+    /// Tells which thread runs the processor from now on (gettid()), for [`Shared::rouse`].
+    pub fn set_thread(&self, thread: i32) {
+        self.thread.store(thread, Ordering::SeqCst);
+    }
+
+    /// Has the processor leave the guest, with VMEXIT_INTR, if it sleeps in an access to memory that is not there yet:
+    /// it notices nothing else then. Async-signal-safe, but for `errno`.
+    pub fn rouse(&self) {
+        let thread = self.thread.load(Ordering::SeqCst);
+        if thread != 0 && self.running.load(Ordering::SeqCst) {
+            lost::rouse(thread);
         }
     }
 
@@ -203,5 +220,34 @@ pub(super) fn signal(processors: &[Arc<Shared>], me: Option<&Arc<Shared>>, bits:
                 futex::wake(&shared.pending);
             }
         }
+    }
+}
+
+/// How long a processor is waited for before it is roused, and between two times.
+const ROUSE_NS: u64 = 2_000_000;
+/// How often the others are looked at between two looks at the clock.
+const LOOKS: u32 = 16;
+
+/// Somebody's wait for processors: those that sleep in accesses to memory would keep him for as long as its owner likes.
+#[derive(Default)]
+pub(super) struct Patience {
+    looks: u32,
+    until: u64,
+}
+
+impl Patience {
+    /// Gives the host's processor away; true if those that are waited for are to be roused.
+    pub(super) fn pause(&mut self) -> bool {
+        std::thread::yield_now();
+        self.looks += 1;
+        if self.looks % LOOKS != 0 {
+            return false;
+        }
+        let now = clock_ns();
+        let over = self.until != 0 && now >= self.until;
+        if self.until == 0 || over {
+            self.until = now + ROUSE_NS;
+        }
+        over
     }
 }

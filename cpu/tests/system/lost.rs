@@ -367,7 +367,7 @@ fn hypervisors_find_out_too() {
     let g = Guest::long(|_| {});
     let (machine, at) = (g.memory.machine.clone(), g.memory.ram + DATA as usize);
     take_away(&g, DATA);
-    let lost = |address| Err(AccessError::Lost(Lost { address, of: 0 }));
+    let lost = |address| Err(AccessError::Lost(Lost { address, of: 0, awaited: false }));
     let mut bytes = [0u8; 8];
     assert_eq!(machine.read(at + 8, &mut bytes), lost(at + 8));
     assert_eq!(machine.read(at - 4, &mut bytes), lost(at));

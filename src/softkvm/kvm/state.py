@@ -132,6 +132,10 @@ class VmState:
         """Look for slots whose memory has a userfaultfd."""
 
     @abstractmethod
+    def find_awaited_memory(self) -> None:
+        """Look for the same, for KVM's own accesses; at a vCPU's first entry."""
+
+    @abstractmethod
     def finish_zap(self) -> None:
         """Flush after a zap, keep what was dirty in the dirty log, free the tables; with ``mmu_lock`` held."""
 

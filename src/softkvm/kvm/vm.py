@@ -34,7 +34,7 @@ from softkvm.kvm.memory.memslots import (
     new_slot,
 )
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
-from softkvm.kvm.memory.slow_memory import SlowMemory, with_userfaultfd
+from softkvm.kvm.memory.slow_memory import with_range, with_userfaultfd, without_range
 from softkvm.kvm.requests import KVM_REQ_VM_DEAD
 from softkvm.kvm.state import VmState
 from softkvm.kvm.stats import VM_STATS, scalars
@@ -139,6 +139,7 @@ class Vm(VmState, Closing):
             if isinstance(region, abi.kvm_userspace_memory_region2) and region.flags & abi.KVM_MEM_GUEST_MEMFD:
                 new.private = self.guest_memfds.bind(region)
             self._map_host(new)
+            self.find_awaited_memory()
         if new is not None:
             new.held = held or (old.held if old is not None else None)
         self._install(slots.replaced(old, new), old, new, change)
@@ -267,20 +268,34 @@ class Vm(VmState, Closing):
         else meanwhile (KVM_CAP_ASYNC_PF). Who takes pages of such a range away tells by :meth:`host_unmapped`, before.
         Memory with a userfaultfd is found by :meth:`find_slow_memory`.
         """
-        known = self.host_mappings.slow or SlowMemory([])
+        mappings = self.host_mappings
         start, end = hva & -PAGE_SIZE, hva + size + PAGE_SIZE - 1 & -PAGE_SIZE
-        known = known.with_range(start, end) if slow else known.without_range(start, end)
-        self.host_mappings.slow = known if known.ranges else None
         if slow:
+            mappings.slow = with_range(mappings.slow, start, end)
+            mappings.awaited = with_range(mappings.awaited, start, end)
             self.host_unmapped(start, end - start)
+        else:
+            mappings.slow = without_range(mappings.slow, start, end)
 
     @uninterrupted
     def find_slow_memory(self) -> None:
         """Look for slots whose memory has a userfaultfd: when a guest asks for asynchronous page faults."""
         known = self.host_mappings.slow
-        for start, end in with_userfaultfd():
-            if self.regions.users(start, end) and (known is None or (start, end) not in known.ranges):
+        for start, end in self._with_userfaultfd():
+            if known is None or (start, end) not in known.ranges:
                 self.set_slow_memory(start, end - start)
+
+    @uninterrupted
+    def find_awaited_memory(self) -> None:
+        """Look for the same when a slot is set and at a vCPU's first KVM_RUN: KVM's own accesses wait aside then.
+
+        Guests wait in theirs. A kick rouses them, and so does who waits for them.
+        """
+        for start, end in self._with_userfaultfd():
+            self.host_mappings.awaited = with_range(self.host_mappings.awaited, start, end)
+
+    def _with_userfaultfd(self) -> list[tuple[int, int]]:
+        return [(start, end) for start, end in with_userfaultfd() if self.regions.users(start, end)]
 
     def finish_zap(self, old: MemorySlot | None = None) -> None:
         """Flush after a zap, keep what was dirty in the dirty log, free the tables; with ``mmu_lock`` held.

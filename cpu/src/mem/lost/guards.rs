@@ -15,6 +15,8 @@ pub struct Lost {
     pub address: usize,
     /// What the access was for, if it named that ([`load_for`]), else 0.
     pub of: usize,
+    /// It may come yet: somebody has the thread leave that waits for it ([`super::rouse`]).
+    pub awaited: bool,
 }
 
 /// One [`super::guarded`] under way, on the stack of its thread.
@@ -26,6 +28,8 @@ pub(super) struct Guard {
     pub(super) lost: Lost,
     /// Points to the `&dyn Fn(usize) -> bool`.
     pub(super) covers: *const c_void,
+    /// It may be left while its memory may come yet.
+    pub(super) rousable: bool,
     /// The one around it.
     pub(super) outer: *mut Guard,
     /// [`forks`] when it began: of the parent's guards a child has only those of the thread that forked.

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use super::actions::{action_of, call_handler, set_action, set_default};
 use super::guards::{Lost, expecting};
 use super::host::{self, go_on_leaving};
+use super::sleepers::{self, leave_awaited};
 
 const SIGNALS: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
 
@@ -108,12 +109,17 @@ fn own_level(handler: usize) -> Option<usize> {
     OURS.iter().position(|&ours| ours as usize == handler)
 }
 
+/// Whether ours is the handler of a signal. Async-signal-safe.
+pub(super) fn is_in_front(signal: c_int) -> bool {
+    action_of(signal).is_some_and(|action| own_level(action.sa_sigaction).is_some())
+}
+
 fn put_in_front(signal: c_int, level: usize) {
     // SAFETY: zeros are a sigaction with an empty mask; the handler is as its flags say.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = OURS[level] as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
         set_action(signal, &action);
     }
 }
@@ -142,6 +148,7 @@ pub fn watch() {
 pub fn install() {
     static DONE: AtomicBool = AtomicBool::new(false);
     if !DONE.load(Ordering::SeqCst) {
+        super::instruction::prepare();
         watch();
         DONE.store(true, Ordering::SeqCst);
     }
@@ -189,13 +196,18 @@ extern "C-unwind" fn on_fault<const LEVEL: usize>(
 ) {
     // SAFETY: the kernel passes both. A code above 0 is its own: then there is an address.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
+    if sleepers::is_call(info) {
+        // SAFETY: the kernel's context.
+        unsafe { leave_awaited(context) };
+        return;
+    }
     let guard = if code > 0 { expecting(address) } else { null_mut() };
     if guard.is_null() {
         return hand_on(LEVEL, signal, code, info, context);
     }
     // SAFETY: a guard of this thread; the context is what the thread goes on with.
     unsafe {
-        (*guard).lost = Lost { address, of: host::named(context) };
+        (*guard).lost = Lost { address, of: host::named(context), awaited: false };
         go_on_leaving(context, guard.cast());
     }
 }

@@ -6,6 +6,9 @@
 //! finds that its thread is inside of a guard, which expects the address, and has the guard return. Any other signal
 //! goes to the handler that was there before, or does what it does without one.
 //!
+//! Memory may also be long in coming: a thread sleeps in its access until somebody provides the page (a userfaultfd's).
+//! Who may not wait for that has it leave a [`guarded_rousable`] ([`rouse`]).
+//!
 //! What runs guarded is left in the middle when that happens. So it holds no locks while it touches such memory, has
 //! nothing to drop, and changes what it answers for behind the access.
 
@@ -13,7 +16,9 @@ pub mod actions;
 mod guards;
 mod handler;
 mod host;
+mod instruction;
 mod named;
+mod sleepers;
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -26,6 +31,7 @@ use host::{Run, call_guarded};
 pub use guards::Lost;
 pub use handler::{client_action, client_action_changed, client_handler, watch};
 pub use named::{load_for, load128_for, store_for, store128_for};
+pub use sleepers::leave_awaited;
 
 /// Calls `f`. If it touches memory that is not there, at an address of which `covers` says yes, then `f` ends there, and
 /// so does all that it has called. Costs some ten instructions.
@@ -34,6 +40,31 @@ pub use named::{load_for, load128_for, store_for, store128_for};
 /// Nothing that `f` has on the stack while it touches memory needs to be dropped. `covers` may be called by a signal
 /// handler during any such access: it takes no locks, allocates nothing, and what it looks at is whole then.
 pub unsafe fn guarded<R>(covers: &dyn Fn(usize) -> bool, f: impl FnOnce() -> R) -> Result<R, Lost> {
+    // SAFETY: given.
+    unsafe { guard(covers, false, f) }
+}
+
+/// [`guarded`] for what can be done once more from there on: it may also end at memory that is not there yet, if
+/// somebody asks for that ([`rouse`], [`leave_awaited`]).
+///
+/// # Safety
+/// As [`guarded`].
+pub unsafe fn guarded_rousable<R>(covers: &dyn Fn(usize) -> bool, f: impl FnOnce() -> R) -> Result<R, Lost> {
+    // SAFETY: given.
+    unsafe { guard(covers, true, f) }
+}
+
+/// Has a thread of this process leave its [`guarded_rousable`] if it sleeps there. Nothing happens to one that doesn't, or
+/// that has ended. Async-signal-safe, but for `errno`.
+pub fn rouse(thread: std::ffi::c_int) {
+    // Another handler than ours would not know what to do with the signal.
+    if handler::is_in_front(sleepers::SIGNAL) {
+        sleepers::call(thread);
+    }
+}
+
+#[inline]
+unsafe fn guard<R>(covers: &dyn Fn(usize) -> bool, rousable: bool, f: impl FnOnce() -> R) -> Result<R, Lost> {
     handler::install();
     let Ok(guards) = MINE.try_with(|mine| mine.0) else {
         return Ok(f()); // the thread is about to end
@@ -41,8 +72,9 @@ pub unsafe fn guarded<R>(covers: &dyn Fn(usize) -> bool, f: impl FnOnce() -> R) 
     let outer = guards.innermost.load(Ordering::Relaxed);
     let mut guard = Guard {
         stack: 0,
-        lost: Lost { address: 0, of: 0 },
+        lost: Lost { address: 0, of: 0, awaited: false },
         covers: (&raw const covers).cast(),
+        rousable,
         outer,
         forks: forks(),
     };

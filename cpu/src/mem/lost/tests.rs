@@ -55,16 +55,25 @@ fn accesses_to_memory_that_is_not_there_are_a_result() {
     assert_eq!(guarded(&|| store(at + PAGE + 8)), Ok(()));
     file.set_len(PAGE as u64).unwrap();
     assert_eq!(guarded(&|| store(at + 8)), Ok(()));
-    assert_eq!(guarded(&|| assert_eq!(load(at + PAGE + 8), 0)), Err(Lost { address: at + PAGE + 8, of: 0 }));
-    assert_eq!(guarded(&|| store(at + 3 * PAGE)), Err(Lost { address: at + 3 * PAGE, of: 0 }));
+    assert_eq!(
+        guarded(&|| assert_eq!(load(at + PAGE + 8), 0)),
+        Err(Lost { address: at + PAGE + 8, of: 0, awaited: false })
+    );
+    assert_eq!(
+        guarded(&|| store(at + 3 * PAGE)),
+        Err(Lost { address: at + 3 * PAGE, of: 0, awaited: false })
+    );
     file.set_len(4 * PAGE as u64).unwrap();
     assert_eq!(guarded(&|| assert_eq!(load(at + PAGE + 8), 0)), Ok(()));
     // SAFETY: this test's mapping.
     unsafe { libc::mprotect(at as *mut c_void, PAGE, libc::PROT_READ) };
     assert_eq!(guarded(&|| assert_eq!(load(at + 8), 1)), Ok(()));
-    assert_eq!(guarded(&|| store(at)), Err(Lost { address: at, of: 0 }));
+    assert_eq!(guarded(&|| store(at)), Err(Lost { address: at, of: 0, awaited: false }));
     lose(at);
-    assert_eq!(guarded(&|| assert_eq!(load(at + 8), 1)), Err(Lost { address: at + 8, of: 0 }));
+    assert_eq!(
+        guarded(&|| assert_eq!(load(at + 8), 1)),
+        Err(Lost { address: at + 8, of: 0, awaited: false })
+    );
 }
 
 #[test]
@@ -73,7 +82,7 @@ fn an_access_that_names_what_it_is_for_says_so_when_it_is_lost() {
     lose(at);
     let what = [0u8; 5];
     let (of, base, offset) = (&raw const what[3], at as u64 - 0x1000, 0x1010);
-    let lost = Lost { address: at + 0x10, of: of as usize };
+    let lost = Lost { address: at + 0x10, of: of as usize, awaited: false };
     // SAFETY: guarded; nothing to drop.
     unsafe {
         let all = within(at, PAGE);
@@ -115,7 +124,7 @@ fn registers_that_a_call_keeps_are_kept_and_the_floating_point_environment_is_pu
                 core::arch::asm!("xor ebx, ebx", "xor ebp, ebp", "xor r12, r12", "xor r13, r13", "xor r14, r14",
                     "xor r15, r15", "std", "mov rax, [rdi]", "ud2", in("rdi") at, options(noreturn));
             });
-            assert_eq!((done, mxcsr()), (Err(Lost { address: at, of: 0 }), before));
+            assert_eq!((done, mxcsr()), (Err(Lost { address: at, of: 0, awaited: false }), before));
             kept.iter_mut().for_each(|k| *k += std::hint::black_box(1));
         }
         assert_eq!(kept, [4, 5, 6, 7, 8, 9]);
@@ -146,12 +155,12 @@ fn the_innermost_guard_that_expects_the_address_ends() {
         lose(b);
         let ended = guarded(&within(a, PAGE), || {
             let inner = guarded(&within(b, PAGE), || store(b));
-            assert_eq!(inner, Err(Lost { address: b, of: 0 }));
+            assert_eq!(inner, Err(Lost { address: b, of: 0, awaited: false }));
             guarded(&within(b, PAGE), || store(a)).is_ok()
         });
-        assert_eq!(ended, Err(Lost { address: a, of: 0 }));
+        assert_eq!(ended, Err(Lost { address: a, of: 0, awaited: false }));
         // What was left is forgotten.
-        assert_eq!(guarded(&within(b, PAGE), || store(b)), Err(Lost { address: b, of: 0 }));
+        assert_eq!(guarded(&within(b, PAGE), || store(b)), Err(Lost { address: b, of: 0, awaited: false }));
     }
 }
 
@@ -173,7 +182,7 @@ fn each_thread_has_its_own_guards() {
                     for _ in 0..200 {
                         // SAFETY: nothing to drop.
                         let ended = unsafe { guarded(&within(at, PAGE), || store(at + 8 * n)) };
-                        assert_eq!(ended, Err(Lost { address: at + 8 * n, of: 0 }));
+                        assert_eq!(ended, Err(Lost { address: at + 8 * n, of: 0, awaited: false }));
                     }
                 });
             }
@@ -259,5 +268,98 @@ mod ends {
             libc::raise(libc::SIGBUS);
             libc::_exit(43)
         }
+    }
+}
+
+/// Memory of whose pages none is there, nor will be; None where the host lets nobody have a userfaultfd.
+fn awaited(pages: usize) -> Option<(usize, File)> {
+    const USER_MODE_ONLY: libc::c_int = 1;
+    const API: libc::c_ulong = 0xc018_aa3f;
+    const REGISTER: libc::c_ulong = 0xc020_aa00;
+    let at = map(pages, None);
+    // SAFETY: system calls with structures as the kernel has them (linux/userfaultfd.h).
+    unsafe {
+        let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) as c_int;
+        if fd < 0 {
+            return None;
+        }
+        let file = File::from_raw_fd(fd);
+        let mut api = [0xaau64, 0, 0];
+        assert_eq!(libc::ioctl(fd, API, api.as_mut_ptr()), 0);
+        let mut range = [at as u64, (pages * PAGE) as u64, 1, 0];
+        assert_eq!(libc::ioctl(fd, REGISTER, range.as_mut_ptr()), 0);
+        Some((at, file))
+    }
+}
+
+#[test]
+fn a_thread_that_waits_for_a_page_is_roused_and_no_other_is() {
+    use std::sync::atomic::{AtomicI32, AtomicUsize};
+    use std::time::Duration;
+    let Some((at, file)) = awaited(8) else { return };
+    // Closed, it lets everybody go on.
+    let file = std::sync::Mutex::new(Some(file));
+    let there = map(1, None);
+    store(there);
+    let own = [0u8; 64];
+    let accesses: [(&str, &(dyn Fn() + Sync), usize); 5] = [
+        ("load", &|| _ = std::hint::black_box(load(at + 8)), at + 8),
+        ("store", &|| store(at + PAGE), at + PAGE),
+        // SAFETY: guarded.
+        (
+            "exchange",
+            &|| unsafe { _ = (*((at + 16) as *const AtomicUsize)).swap(1, Ordering::SeqCst) },
+            at + 16,
+        ),
+        // SAFETY: guarded; the mapping has another page.
+        (
+            "copy",
+            &|| unsafe { std::ptr::copy_nonoverlapping(own.as_ptr(), (at + 2 * PAGE) as *mut u8, 64) },
+            0,
+        ),
+        // A store whose first half is in a page that is there.
+        // SAFETY: guarded.
+        ("crossing", &|| unsafe { ((at + PAGE - 4) as *mut u64).write_unaligned(1) }, at + PAGE - 4),
+    ];
+    for (what, access, address) in accesses {
+        let thread = AtomicI32::new(0);
+        std::thread::scope(|s| {
+            let waiting = s.spawn(|| {
+                // SAFETY: asks.
+                thread.store(unsafe { libc::syscall(libc::SYS_gettid) } as i32, Ordering::SeqCst);
+                // SAFETY: nothing to drop.
+                unsafe { guarded_rousable(&within(at, 8 * PAGE), access) }
+            });
+            let end = std::time::Instant::now() + Duration::from_secs(30);
+            while !waiting.is_finished() {
+                if std::time::Instant::now() > end {
+                    file.lock().unwrap().take();
+                    panic!("{what}: it sleeps on");
+                }
+                std::thread::sleep(Duration::from_millis(1));
+                match thread.load(Ordering::SeqCst) {
+                    0 => {}
+                    number => rouse(number),
+                }
+            }
+            let lost = waiting.join().unwrap().unwrap_err();
+            assert!(lost.awaited, "{what}: {lost:?}");
+            assert!(address == 0 || lost.address.wrapping_sub(address) < 8, "{what}: {lost:?}");
+        });
+    }
+    // One that works in memory that is there, and in a guard that cannot be begun again, stays.
+    // SAFETY: asks; nothing to drop.
+    unsafe {
+        let me = libc::syscall(libc::SYS_gettid) as i32;
+        let work = || {
+            (0..2000u64).for_each(|n| {
+                store(there);
+                if n % 100 == 0 {
+                    rouse(me);
+                }
+            });
+        };
+        assert_eq!(guarded_rousable(&within(there, PAGE), work), Ok(()));
+        assert_eq!(guarded(&within(there, PAGE), work), Ok(()));
     }
 }

@@ -326,9 +326,13 @@ impl Cpu {
     }
     /// Memory that is lost is an address without anything behind it, of which real processors get a machine check. It
     /// is not the guest's to handle: #VMEXIT if machine checks are intercepted, with the physical address, which MCi_ADDR
-    /// has on real processors, in EXITINFO2; else shutdown. The instruction has not retired.
+    /// has on real processors, in EXITINFO2; else shutdown. The instruction has not retired. What is long in coming is an
+    /// interrupt of the host's, behind which the instruction is executed once more.
     #[cold]
     pub fn machine_check(&mut self, lost: Lost) -> Stop {
+        if lost.awaited {
+            return self.vmexit(exitcode::INTR, 0, 0);
+        }
         let code = exitcode::EXCP0 + vector::MC as u64;
         if self.intercepted(code) {
             self.vmexit(code, 0, lost.address as u64)

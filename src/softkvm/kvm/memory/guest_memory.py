@@ -39,15 +39,15 @@ def gpa_to_hva(vm: HasMemory, gpa: int, *, write: bool = False) -> int | None:
 def _reachable(vm: HasMemory, slot: MemorySlot, gpa: int, *, write: bool) -> bool:
     """Tell whether the process can reach the memory behind the page of ``gpa``."""
     wanted = READ_WRITE if write else READ
-    if vm.host_mappings.slow is not None:
+    if vm.host_mappings.awaited is not None:
         wait_for_page(vm, (gpa & -PAGE_SIZE) + slot.hva_offset)
     return vm.host_mappings.access((gpa & -PAGE_SIZE) + slot.hva_offset, PAGE_SIZE, wanted) >= wanted
 
 
 def wait_for_page(vm: HasMemory, hva: int) -> None:
-    """Have a page of slow memory come, without the interpreter's lock: who provides it may need that."""
-    slow = vm.host_mappings.slow
-    if slow is not None and not slow.is_there(hva, PAGE_SIZE):
+    """Have a page that may be long in coming come, without the interpreter's lock: who provides it may need that."""
+    awaited = vm.host_mappings.awaited
+    if awaited is not None and not awaited.is_there(hva, PAGE_SIZE):
         try:
             vm.machine.populate(hva)
         except _GONE:

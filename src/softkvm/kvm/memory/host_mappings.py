@@ -56,11 +56,13 @@ class HostMappings:
     memory's owner, if it is told who that is.
     """
 
-    __slots__ = ("_map", "slow")
+    __slots__ = ("_map", "awaited", "slow")
 
     def __init__(self) -> None:
-        #: Memory of which pages may be long in coming; None: there is none.
+        #: Memory of which pages may be long in coming, and which is mapped page by page for that; None: there is none.
         self.slow: SlowMemory | None = None
+        #: That, and memory with a userfaultfd: KVM's own accesses wait without the interpreter's lock.
+        self.awaited: SlowMemory | None = None
         self.forget()
 
     def forget(self) -> None:

@@ -2,17 +2,21 @@
 """Memory whose pages may take long to come when they are touched: what get_user_pages() waits for in the kernel.
 
 That is memory with a userfaultfd (post-copy migration, snapshots that are loaded on demand), or files on something
-slow. The silicon touches memory as any code of the process does, so its thread would sleep within the guest, deaf to
-kicks. Ranges that are known to be slow are therefore mapped page by page, when a page is there; a vCPU that touches
-another one waits outside of its guest, or does something else meanwhile (:mod:`.async_pf`).
+slow. The silicon touches memory as any code of the process does, so its thread sleeps within the guest. At a
+userfaultfd's page it is roused by a kick that ends KVM_RUN, and by whoever waits for the processor: the VM's end, a
+change of slots, the dirty log (``cpu/src/mem/lost/sleepers.rs``). But the guest could do something else meanwhile, if
+it has asked for that (:mod:`.async_pf`), and nobody rouses who waits for a file. Ranges that are known to be slow are
+therefore mapped page by page, when a page is there; a vCPU that touches another one waits outside of its guest. That
+has its price: an exit, a thread that waits, and another exit, for each page.
 
 Memory with a userfaultfd is found by itself when a guest asks for asynchronous page faults; any other a VMM names
-(``vm.set_slow_memory``). Where there is none, nothing of this is looked at.
+(``vm.set_slow_memory``). KVM itself does not touch a missing page with the interpreter's lock, which who provides it
+may need: for that, memory with a userfaultfd is found when a slot is set and at each vCPU's first KVM_RUN
+(``vm.find_awaited_memory``). Where there is none, nothing of this is looked at.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 from bisect import bisect_right
 from typing import Final
@@ -20,11 +24,13 @@ from typing import Final
 from softkvm.kvm import procfs
 from softkvm.kvm.memory.pages import PAGE_SHIFT, PAGE_SIZE
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.mincore.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p)
-#: What the link of a userfaultfd's descriptor says, and /proc/PID/smaps of memory that has one for missing pages.
+#: What the link of a userfaultfd's descriptor says, and /proc/PID/smaps of memory that has one for pages that are
+#: missing, or in the file and not mapped.
 _USERFAULTFD: Final = "anon_inode:[userfaultfd]"
-_MISSING: Final = b"um"
+_MISSING_OR_MINOR: Final = frozenset((b"um", b"ui"))
+#: Bytes of an entry of /proc/PID/pagemap, and its bit for a page that is mapped, from its last byte.
+_ENTRY_BYTES: Final = 8
+_PRESENT: Final = 1 << 7
 
 
 class SlowMemory:
@@ -66,23 +72,40 @@ class SlowMemory:
         return not self.has(hva, size) or is_resident(hva, size)
 
 
+def with_range(known: SlowMemory | None, start: int, end: int) -> SlowMemory:
+    """Return what is known and one range more."""
+    return (known or SlowMemory([])).with_range(start, end)
+
+
+def without_range(known: SlowMemory | None, start: int, end: int) -> SlowMemory | None:
+    """Return what is known but for what is in a range; None if that was all."""
+    left = (known or SlowMemory([])).without_range(start, end)
+    return left if left.ranges else None
+
+
 def is_resident(hva: int, size: int) -> bool:
-    """Tell whether all pages of a range are in memory; those that are not mapped aren't."""
-    pages = ctypes.create_string_buffer(size >> PAGE_SHIFT)
-    if _libc.mincore(hva, size, pages):
-        return False
-    return all(page & 1 for page in pages.raw)
+    """Tell whether all pages of a range, whole ones, are mapped: touching them waits for nobody.
+
+    A page that is only in its file is not: with a userfaultfd for such (minor faults) it waits for who maps it.
+    """
+    fd = procfs.open_own("pagemap")
+    try:
+        entries = os.pread(fd, (size >> PAGE_SHIFT) * _ENTRY_BYTES, (hva >> PAGE_SHIFT) * _ENTRY_BYTES)
+    finally:
+        os.close(fd)
+    states = entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES]
+    return len(states) == size >> PAGE_SHIFT and all(state & _PRESENT for state in states)
 
 
 def with_userfaultfd() -> list[tuple[int, int]]:
-    """Return the process's memory that has a userfaultfd for missing pages, [start, end) each."""
-    if not any(_is_userfaultfd(fd) for fd in os.listdir("/proc/self/fd")):
+    """Return the process's memory with a userfaultfd for pages that are missing or not mapped, [start, end) each."""
+    if not _has_userfaultfd():
         return []
     found, span = [], (0, 0)
     for line in procfs.read_own("smaps").splitlines():
         name, _, rest = line.partition(b" ")
         if name == b"VmFlags:":
-            if _MISSING in rest.split():
+            if not _MISSING_OR_MINOR.isdisjoint(rest.split()):
                 found.append(span)
         elif not name.endswith(b":"):
             first, last = name.split(b"-")
@@ -90,10 +113,18 @@ def with_userfaultfd() -> list[tuple[int, int]]:
     return found
 
 
-def _is_userfaultfd(fd: str) -> bool:
+def _has_userfaultfd() -> bool:
+    directory = procfs.open_own("fd", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return os.readlink(f"/proc/self/fd/{fd}") == _USERFAULTFD
-    except OSError:  # it was the listing's own
+        return any(_is_userfaultfd(name, directory) for name in os.listdir(directory))
+    finally:
+        os.close(directory)
+
+
+def _is_userfaultfd(name: str, directory: int) -> bool:
+    try:
+        return os.readlink(name, dir_fd=directory) == _USERFAULTFD
+    except OSError:  # closed meanwhile
         return False
 
 

@@ -315,13 +315,17 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         """Act on x86's requests and on flushes (``vcpu_enter_guest``); False to leave for userspace."""
         if requests & KVM_REQ_LOAD_MMU_PGD:
             load_root_tdp(self)
+            self.vm.find_awaited_memory()
         if requests & KVM_REQ_TLB_FLUSH:
             self.stat_tlb_flush += 1
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
             self._update_clocks()
         if requests & KVM_REQ_APF_READY:
-            async_pf.check_completion(self)
+            if requests & KVM_REQ_APF_HALT:
+                self.make_request(KVM_REQ_APF_READY)  # it ends the halt, which would not begin without it in the list
+            else:
+                async_pf.check_completion(self)
         if requests & KVM_REQ_PMU:
             pmu.handle_event(self)
         if requests & KVM_REQ_REPORT_TPR_ACCESS:

@@ -8,15 +8,16 @@ import errno
 import random
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from tests.support.provider import Provider
 from tests.support.threads import beside, running, until
 from tests.support.tiny import CODE, MIB, Memory, Tiny
 from tests.support.tracing import texts, traced
 
 from softkvm import abi
-from softkvm.bench.userfaultfd import Userfaultfd
 from softkvm.kvm.memory.async_pf import ASYNC_PF_PER_VCPU, AsyncPf, Work
 from softkvm.kvm.memory.slow_memory import SlowMemory, is_resident
 from softkvm.kvm.state import BLOCKING
@@ -46,26 +47,9 @@ _NMI = bytes.fromhex("e602 48cf")
 _MAIN = bytes.fromhex("fb 90 8a03 e610 f4")
 
 
-class Provider:
-    """Memory of which no page is there until it is provided."""
-
-    def __init__(self) -> None:
-        self.memory = Memory(SIZE)
-        self._source = ctypes.create_string_buffer(4096)
-        try:
-            self.uffd = Userfaultfd()
-        except OSError as error:
-            pytest.skip(f"the host lets nobody have a userfaultfd: {error.strerror}")
-        self.uffd.register(self.memory.address, SIZE)
-
-    def provide(self, page: int, value: int) -> None:
-        ctypes.memset(self._source, value, 4096)
-        self.uffd.copy(self.memory.address + (page << 12), ctypes.addressof(self._source), 4096)
-
-
 @pytest.fixture
 def provider() -> Iterator[Provider]:
-    provider = Provider()
+    provider = Provider(SIZE)
     yield provider
     provider.uffd.close()
 
@@ -154,6 +138,21 @@ def test_a_guest_that_cannot_be_told_halts_in_the_instruction_and_takes_events(t
     assert struct.unpack("<II", tiny.memory.read(APF, 8)) == (0, 0), "it was told nothing, so it isn't told of the end"
 
 
+def test_a_page_that_comes_before_the_guest_has_halted_for_it_ends_the_halt(tiny: Tiny, provider: Provider) -> None:
+    tiny.vm.find_slow_memory()
+    setup = tiny.vcpu.apf.setup
+
+    def late(machine: Any, work: Work, ready: Callable[[], None]) -> bool:
+        provider.provide(0, 0x66)
+        assert setup(machine, work, ready)
+        until(lambda: tiny.vcpu.apf.done)  # before the vCPU looks at its requests
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tiny.vcpu.apf), "setup", lambda _self, *arguments: late(*arguments))
+        assert port(tiny) == (0x10, 0x66)
+
+
 def test_with_interrupts_off_the_vcpu_waits_and_a_kick_ends_that(tiny: Tiny, provider: Provider) -> None:
     tiny.load(_MAIN[1:], rbx=GPA)
     tiny.vm.find_slow_memory()
@@ -209,7 +208,6 @@ def test_a_page_that_is_taken_away_is_waited_for_again(tiny: Tiny, provider: Pro
 
 def test_kvm_itself_waits_without_the_interpreters_lock(tiny: Tiny, provider: Provider) -> None:
     """The structure of the clock is in a page that is provided by a thread of the interpreter."""
-    tiny.vm.find_slow_memory()
     with running(tiny.vcpu, lambda: tiny.vcpu.set_msrs({abi.MSR_KVM_WALL_CLOCK_NEW: GPA})) as run:
         assert provider.uffd.wait() & -4096 == provider.memory.address
         provider.provide(0, 0)
