@@ -175,6 +175,7 @@ class VcpuState:
     _shared: memoryview = field(init=False)
     dirty_ring: DirtyRing | None = field(init=False)
     run_b: memoryview = field(init=False)
+    run_w: memoryview = field(init=False)
     run_d: memoryview = field(init=False)
     run_q: memoryview = field(init=False)
 
@@ -183,6 +184,8 @@ class VcpuState:
     requests: int = field(default=0, init=False)
     mode: int = field(default=OUTSIDE_GUEST_MODE, init=False)
     running: bool = field(default=False, init=False)
+    #: The architecture has something to do each time KVM_RUN begins.
+    run_begins: bool = field(default=True, init=False)
     #: The signals blocked during KVM_RUN (bit n - 1 for signal n); None: those of the thread.
     signal_mask: int | None = field(default=None, init=False)
     mp_state: int = field(default=abi.KVM_MP_STATE_RUNNABLE, init=False)
@@ -231,6 +234,7 @@ class VcpuState:
         self._shared = memoryview(self._mapping)
         self.dirty_ring = DirtyRing(self._shared_fd, ring_size) if ring_size else None
         self.run_b = self._shared
+        self.run_w = self._shared.cast("H")
         self.run_d = self._shared.cast("I")
         self.run_q = self._shared.cast("Q")
         self.pio_bus = self.vm.pio_bus

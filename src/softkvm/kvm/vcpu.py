@@ -50,7 +50,10 @@ class Vcpu(VcpuState, Closing):
 
     @abstractmethod
     def arch_run_begin(self) -> None:
-        """Prepare KVM_RUN on the vCPU's thread; may raise what KVM_RUN raises."""
+        """Prepare KVM_RUN on the vCPU's thread; may raise what KVM_RUN raises.
+
+        It is not called for a runnable vCPU whose ``run_begins`` and ``syncs_regs`` are false.
+        """
 
     @abstractmethod
     def arch_run_end(self) -> None:
@@ -100,7 +103,8 @@ class Vcpu(VcpuState, Closing):
                 if told & _softcpu.RUN_MOVED:
                     self.cpu_clock.moved()
             self.running = True
-            self.arch_run_begin()
+            if self.run_begins or self.syncs_regs or self.mp_state != _RUNNABLE:
+                self.arch_run_begin()
             complete = self.complete_userspace_io
             if complete is not None:
                 self.complete_userspace_io = None

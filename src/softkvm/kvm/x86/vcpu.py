@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final
 
 from softkvm import abi
+from softkvm.abi import X86_EFLAGS_IF
 from softkvm.abi.run_page import (
     APIC_BASE_Q,
     CR8_Q,
@@ -16,9 +17,8 @@ from softkvm.abi.run_page import (
     EXIT_REASON_D,
     FAIL_ENTRY_CPU_D,
     FAIL_ENTRY_REASON_Q,
-    IF_FLAG_B,
     IMMEDIATE_EXIT_B,
-    READY_FOR_INTERRUPT_INJECTION_B,
+    READY_FOR_INTERRUPT_INJECTION_W,
     REQUEST_INTERRUPT_WINDOW_B,
 )
 from softkvm.abi.x86.run_page import TPR_IS_WRITE_D, TPR_RIP_Q
@@ -94,7 +94,6 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         super().__init__(vm, vcpu_id)
         self.mcg_cap = MCG_CAP
         self.xen.vcpu_id = len(vm.vcpus)
-        self.steal_enabled = bool(vm.xen.config.msr)
         self.exception = QueuedException()
         self.cpuid = CpuidTable()
         self.emulator = Emulator(self)
@@ -113,6 +112,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         tsc.start(self)
         self.make_request(KVM_REQ_LOAD_MMU_PGD)
         self.choose_exit_handlers()
+        steal_time.account(self)
         pmu.refresh(self)
 
     def choose_exit_handlers(self) -> None:
@@ -174,7 +174,6 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             sync_regs.store(self)
         apic = self.apic
         run_q = self.run_q
-        self.run_b[IF_FLAG_B] = self.q[RFLAGS] >> 9 & 1
         if apic is not None:
             run_q[CR8_Q] = apic.regs[0x20] >> 4
             run_q[APIC_BASE_Q] = apic.apic_base
@@ -182,7 +181,8 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             run_q[CR8_Q] = self.shadow_cr8
             run_q[APIC_BASE_Q] = self.get_apic_base()
         ready = not self.pic_in_userspace or self.ready_for_interrupt_injection()
-        self.run_b[READY_FOR_INTERRUPT_INJECTION_B] = ready
+        if_flag = self.q[RFLAGS] & X86_EFLAGS_IF
+        self.run_w[READY_FOR_INTERRUPT_INJECTION_W] = if_flag >> 1 | ready  # IF is bit 9: bit 0 of the upper byte
 
     def _wait_for_sipi(self) -> None:
         """A processor that waits for its start-up IPI: blocked until something comes, then EAGAIN at the latest."""
