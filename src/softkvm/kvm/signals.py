@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals that come to a vCPU's thread: KVM_RUN ends with EINTR, and their handlers run behind it.
 
-How that is done is in the crate's binding (``cpu/python/src/signals.rs``): it stands before the process's handlers. It
+How that is done is in the crate's binding (``cpu/python/src/signals/``): it stands before the process's handlers. It
 has to know when there is a new one, and nobody tells that of handlers installed by :func:`signal.signal`. So
 ``_signal.signal``, which that calls, is replaced by one that does the same and tells.
 """
