@@ -28,11 +28,10 @@ from softkvm.kvm.memory.guest_memory import read_guest, write_guest
 from softkvm.kvm.requests import KVM_REQ_TLB_FLUSH
 from softkvm.kvm.state import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.kvm.x86 import control_registers as cr
-from softkvm.kvm.x86 import events, reset, sync_regs, tsc
+from softkvm.kvm.x86 import events, guest_time, reset, sync_regs, tsc
 from softkvm.kvm.x86.cpuid import CpuidTable
 from softkvm.kvm.x86.emulate.table import Emulator
 from softkvm.kvm.x86.exceptions import QueuedException
-from softkvm.kvm.x86.hyperv import clock as hyperv_clock
 from softkvm.kvm.x86.hyperv import requests as hyperv_requests
 from softkvm.kvm.x86.hyperv import stimer
 from softkvm.kvm.x86.irqchip.apic_map import ApicMap
@@ -40,7 +39,7 @@ from softkvm.kvm.x86.irqchip.apicdef import KVM_APIC_CHECK_VAPIC, KVM_APIC_PV_EO
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.mmu.root_tdp import load_root_tdp
 from softkvm.kvm.x86.msr_index import MCG_CAP
-from softkvm.kvm.x86.paravirt import async_pf, kvmclock, steal_time
+from softkvm.kvm.x86.paravirt import async_pf, steal_time
 from softkvm.kvm.x86.paravirt.pv_eoi import PvEoi
 from softkvm.kvm.x86.paravirt.vapic import Vapic
 from softkvm.kvm.x86.pmu import pmu
@@ -65,8 +64,7 @@ from softkvm.kvm.x86.svm import vmcb as V
 from softkvm.kvm.x86.svm.counting import CountingEmulator, counting_exit_handlers
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS, Handler
 from softkvm.kvm.x86.svm.vmcb import EVTINJ_VALID, EXIT_INT_INFO, RFLAGS, V_TPR
-from softkvm.kvm.x86.xen import clock as xen_clock
-from softkvm.kvm.x86.xen import evtchn, runstate, upcall
+from softkvm.kvm.x86.xen import upcall
 from softkvm.kvm.x86.xen.exits import xen_exit_handlers
 
 log = logging.getLogger(__name__)
@@ -165,7 +163,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if self.pic_in_userspace and self.run_b[REQUEST_INTERRUPT_WINDOW_B]:
             self.make_request(KVM_REQ_EVENT)
         if self.steal_enabled:
-            self._check_waiting()
+            guest_time.check_waiting(self)
 
     def arch_run_end(self) -> None:
         """RFLAGS.IF, CR8, IA32_APIC_BASE, and whether an interrupt would be taken (``post_kvm_run_save``)."""
@@ -320,7 +318,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.stat_tlb_flush += 1
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
-            self._update_clocks()
+            guest_time.update_clocks(self)
         if requests & KVM_REQ_APF_READY:
             if requests & KVM_REQ_APF_HALT:
                 self.make_request(KVM_REQ_APF_READY)  # it ends the halt, which would not begin without it in the list
@@ -333,7 +331,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.make_request(requests & _BEHIND_TPR_ACCESS)
             return False
         if requests & KVM_REQ_STEAL_UPDATE:
-            self._record_waiting()
+            guest_time.record_waiting(self)
         if requests & KVM_REQ_TRIPLE_FAULT:
             self.run_d[EXIT_REASON_D] = abi.KVM_EXIT_SHUTDOWN
             self.make_request(requests & (_BEHIND_EOI_EXIT | KVM_REQ_IOAPIC_EOI_EXIT))
@@ -361,31 +359,6 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.block()
         finally:
             self.apf.halted = False
-
-    def _check_waiting(self) -> None:
-        """KVM_RUN has begun, or a halt is over: steal time or Xen's runstate may have to be told.
-
-        And a guest of Xen's may have what its memory says, which anybody has written.
-        """
-        if self.vm.xen.config.msr:
-            self.make_request(KVM_REQ_STEAL_UPDATE | KVM_REQ_EVENT)
-        else:
-            steal_time.check(self)
-
-    def _record_waiting(self) -> None:
-        """Write steal time, or Xen's runstate in its place."""
-        if self.vm.xen.config.msr:
-            runstate.update(self, abi.RUNSTATE_running)
-            evtchn.inject_pending_events(self)
-        else:
-            steal_time.record(self)
-
-    def _update_clocks(self) -> None:
-        """Write the guest's clock structures, and the page of Hyper-V's reference time, if it has them."""
-        kvmclock.update_guest_time(self)
-        xen_clock.update(self)
-        if self.vm.hyperv.tsc_page_outdated:
-            hyperv_clock.update_tsc_page(self)
 
     def _handle_event(self) -> None:
         """Accept INIT and SIPI, inject what may be injected, ask for windows for the rest."""
@@ -458,7 +431,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
                 self.block()
             self.stat_halt_wakeup += 1
             if self.steal_enabled:
-                self._check_waiting()
+                guest_time.check_waiting(self)
         if self.requests & vcpu.GENERAL_REQUESTS:
             self.handle_general_requests()
         apic = self.apic
@@ -479,9 +452,9 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         if requests & KVM_REQ_TLB_FLUSH:
             self.flush_tlb_guest()
         if requests & KVM_REQ_CLOCK_UPDATE:
-            self._update_clocks()
+            guest_time.update_clocks(self)
         if requests & KVM_REQ_STEAL_UPDATE:
-            self._record_waiting()
+            guest_time.record_waiting(self)
         if requests & KVM_REQ_HV_STIMER:
             stimer.process(self)
 

@@ -16,7 +16,6 @@ from softkvm.kvm.x86.register_block import FCS_W, FCW_W, FDS_W, FOP_W, FSW_W, MX
 _AREA_SIZE: Final = 512
 _XMM: Final = 160
 _HEAD: Final = struct.Struct("<HHBBHQQII")
-_MXCSR: Final = 24
 
 
 def _available(e: Emulator) -> None:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 NSEC_PER_SEC: Final = 1_000_000_000
 _PVCLOCK: Final = struct.Struct("<IIQQIbB2x")
-_WALL_CLOCK: Final = struct.Struct("<III")
 _U64: Final = (1 << 64) - 1
 PVCLOCK_SIZE: Final = _PVCLOCK.size
 
