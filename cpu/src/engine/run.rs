@@ -49,7 +49,8 @@ pub fn begin<P: Processor>(cpu: &mut P) {
 
 /// Calls `f`, which runs guest code or accesses guest memory, on the processor. If memory is lost meanwhile
 /// ([`crate::mem::lost`]), all stays as it is between two instructions, or before the one that found out, which is at the
-/// program counter then; so it is if the processor was roused while it waited for memory. An event that was being delivered has not arrived.
+/// program counter then; so it is if the processor was roused while it waited for memory. An event that was being
+/// delivered has not arrived.
 pub fn guarded<P: Processor>(cpu: &mut P, f: impl FnOnce(&mut P)) -> Result<(), Lost> {
     cpu.engine_mut().executing = false;
     let regions = &raw const cpu.engine().regions;

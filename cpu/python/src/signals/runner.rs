@@ -44,7 +44,8 @@ pub struct Runner {
     pub(super) mask: Cell<Option<sigset_t>>,
 }
 
-// SAFETY: `infos` and `mask` are touched by the owner only, in its handlers and outside of them, and an entry of `infos` by a handler only while its bit of `put_off` is clear.
+// SAFETY: `infos` and `mask` are touched by the owner only, in its handlers and outside of them, and an entry of `infos` by
+// a handler only while its bit of `put_off` is clear.
 unsafe impl Sync for Runner {}
 
 /// All runners there have been.
