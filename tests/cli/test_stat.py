@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,6 +55,23 @@ def until_there(process: subprocess.Popen[bytes]) -> int:
                 return process.pid
         time.sleep(0.1)
     raise AssertionError("it does not listen")
+
+
+def until_traced(machine: int) -> None:
+    """Wait until a process has the file that another records into, and the answer is on its way."""
+    directory = Path(f"/proc/{machine}/fd")
+
+    def file_of_another(path: Path) -> bool:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            name = os.readlink(path)
+            return name.endswith(" (deleted)") and not name.startswith(("/memfd:", "/dev/"))
+        return False
+
+    end = time.monotonic() + 60
+    while not any(file_of_another(path) for path in directory.iterdir()):
+        assert time.monotonic() < end, "nobody records"
+        time.sleep(0.05)
+    time.sleep(0.5)
 
 
 @pytest.fixture
@@ -109,7 +127,7 @@ def test_a_running_machine_is_traced(machine: int, end: str, tmp_path: Path) -> 
     command += ["--duration", "1" if end == "duration" else "60"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recording:
         if end == "signal":
-            time.sleep(2)
+            until_traced(machine)
             recording.send_signal(signal.SIGINT)
         _, errors = recording.communicate(timeout=100)
     assert recording.returncode == 0, errors
@@ -123,7 +141,7 @@ def test_that_a_machine_has_ended_while_it_was_traced_is_told(machine: int, tmp_
     path = tmp_path / "t.dat"
     command = [*SOFTKVM, "trace", "record", "--pid", str(machine), "-o", str(path), "--duration", "60"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recording:
-        time.sleep(2)
+        until_traced(machine)
         os.kill(machine, signal.SIGKILL)
         _, errors = recording.communicate(timeout=100)
     assert recording.returncode == 0, errors

@@ -133,7 +133,7 @@ def test_a_client_is_recorded(name: str, tmp_path: Path) -> None:
 
 def test_the_end_says_what_there_is_and_what_was_replaced(tmp_path: Path) -> None:
     path = tmp_path / "t.dat"
-    command = ("trace", "record", "-e", "kvm_cr", "-o", path, "--", "run", demo_image(), "--timeout", "3")
+    command = ("trace", "record", "-e", "kvm_cr", "-o", path, "--", "run", demo_image(), "--timeout", "1")
     done = softkvm(*command, "--console", "none")
     (line,) = [line for line in done.stderr.splitlines() if str(path) in line]
     printed = softkvm("trace", "report", path).stdout.splitlines()[1:]

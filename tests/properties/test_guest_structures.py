@@ -20,6 +20,7 @@ from tests.properties.test_guest_fuzz import IRQ_HANDLER, give_hyperv, install
 from tests.support.conformance import MEMORY_SIZE, PAGE, Guest, describe
 from tests.support.fences import Fenced, Neighbour
 from tests.support.machines import KVMS
+from tests.support.threads import running
 
 from softkvm import abi
 
@@ -160,14 +161,12 @@ def scribbling(guest: Guest, seed: int) -> Iterator[None]:
             except InterruptedError:
                 continue
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        cpu.kick()
-        thread.join()
+    with running(cpu, run) as thread:
+        try:
+            yield
+        finally:
+            stop.set()
+    assert thread.error is None
 
 
 def prepare(guest: Fenced, rng: random.Random, *, hyperv: bool) -> None:

@@ -7,7 +7,6 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts.sizes_table import load, table
+from tests.support.api_calls import errno_of
 from tests.support.conformance import MEMORY_SIZE, Guest
 from tests.support.machines import KVMS
 
@@ -139,15 +139,6 @@ def test_a_signal_set_has_the_kernels_size(length: int) -> None:
         with pytest.raises(OSError) as caught:
             argument.take(client, 1)
         assert caught.value.errno == errno.EINVAL
-
-
-def errno_of(call: Callable[[], object]) -> int:
-    """Call; return the errno that it fails with, 0 for success."""
-    try:
-        call()
-    except OSError as error:
-        return error.errno or -1
-    return 0
 
 
 #: Lengths of 64 bits, most of them near an end.

@@ -29,6 +29,7 @@ from tests.support.api_calls import errno_of
 from tests.support.conformance import GDT, PAGE, Guest, describe
 from tests.support.fences import Fenced, Neighbour
 from tests.support.machines import KVMS
+from tests.support.threads import beside
 
 from softkvm import abi
 
@@ -151,13 +152,11 @@ def moving(guest: Fenced, seed: int) -> Iterator[None]:
             guest.cpu.kick()  # out of a poll, too, that nobody else ends
             stop.wait(0.002)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with beside(threading.Thread(target=run)):
+        try:
+            yield
+        finally:
+            stop.set()
 
 
 def drive(guest: Fenced, rng: random.Random) -> None:
