@@ -99,7 +99,7 @@ def test_the_device_does_not_tell_of_missing_memory() -> None:
         (Options(write_percent=101), "write_percent=101: expected 0 to 100"),
         (Options(delay_us=-1), "delay_us=-1: expected 0 to 1000000"),
         (Options(vcpus=0), "vcpus=0: expected at least 1"),
-        (Options(bytes_per_vcpu=4096), "bytes_per_vcpu=0x1000: expected a multiple of 2 MiB"),
+        (Options(bytes_per_vcpu=4096), "4 KiB of memory for each vCPU: expected 2 MiB or a multiple"),
         (Options(bytes_per_vcpu=1 << 50), "this host has"),
     ],
 )

@@ -63,7 +63,7 @@ def test_memory_may_be_of_several_kinds(kvm: Callable[[], api.Kvm], backing: str
         (Options(backing="paper"), "backing=paper: expected"),
         (Options(write_percent=101), "write_percent=101: expected 0 to 100"),
         (Options(vcpus=0), "vcpus=0: expected"),
-        (Options(bytes_per_vcpu=4096), "bytes_per_vcpu=0x1000: expected a multiple of 2 MiB"),
+        (Options(bytes_per_vcpu=4096), "4 KiB of memory for each vCPU: expected 2 MiB or a multiple"),
         (Options(bytes_per_vcpu=1 << 50), "MiB of memory: this host has"),
     ],
 )

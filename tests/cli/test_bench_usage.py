@@ -16,7 +16,7 @@ BOTH = [
     (["--json", "/nowhere/x"], "--json /nowhere/x: No such file or directory"),
 ]
 OWN = {
-    "dirty-log": [(["--memory", "0"], "bytes_per_vcpu=0x0: expected")],
+    "dirty-log": [(["--memory", "0"], "0 KiB of memory for each vCPU: expected 2 MiB")],
     "demand-paging": [(["--delay", "-1"], "--delay -1: expected a number from 0 to 1000000")],
 }
 

@@ -95,6 +95,9 @@ def _running(kvm: api.Kvm, code: bytes, *, halts: bool) -> Iterator[api.Vcpu]:
                         vcpu.run()
                     except InterruptedError:  # a kick, or on a device task work
                         continue
+                    except OSError:
+                        if not stop.is_set():  # a second signal came at the end: the VM is closed already
+                            raise
 
             thread = threading.Thread(target=main, name="bench vcpu", daemon=True)
             thread.start()

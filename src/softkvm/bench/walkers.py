@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -57,7 +58,7 @@ def check_memory(vcpus: int, bytes_per_vcpu: int, overlap: bool) -> None:
     if vcpus < 1:
         raise BenchError(f"vcpus={vcpus}: expected at least 1")
     if bytes_per_vcpu <= 0 or bytes_per_vcpu % PAGE_2M:
-        raise BenchError(f"bytes_per_vcpu={bytes_per_vcpu:#x}: expected a multiple of 2 MiB")
+        raise BenchError(f"{bytes_per_vcpu >> 10} KiB of memory for each vCPU: expected 2 MiB or a multiple of that")
     size = bytes_per_vcpu * (1 if overlap else vcpus)
     available = os.sysconf("SC_AVPHYS_PAGES") * PAGE
     if size > available:
@@ -178,21 +179,22 @@ class Walkers:
         return vcpu
 
     def _main(self, vcpu: api.Vcpu) -> None:
-        while True:
-            self._go.wait()
-            if self._ended:
-                return
-            try:
-                self._run(vcpu)
-            except BaseException as failure:  # told to who waits
-                self._failure = failure
-            self._done.wait()
+        with contextlib.suppress(threading.BrokenBarrierError):  # that is the end
+            while True:
+                self._go.wait()
+                try:
+                    self._run(vcpu)
+                except BaseException as failure:  # told to who waits
+                    self._failure = failure
+                self._done.wait()
 
     def _run(self, vcpu: api.Vcpu) -> None:
         while True:
             try:
                 vcpu.run()
             except InterruptedError:
+                if self._ended:
+                    return
                 continue
             except OSError as error:
                 if error.errno == errno.EFAULT and self._resolve(vcpu):
@@ -232,11 +234,14 @@ class Walkers:
         return False
 
     def close(self) -> None:
-        """End the threads and the VM."""
+        """End the threads and the VM, in the middle of a pass, too: what waits for one may be ended by a signal."""
         self._ended = True
-        self._go.wait()
-        for thread in self._threads:
-            thread.join()
+        self._go.abort()
+        self._done.abort()
+        for vcpu, thread in zip(self._vcpus, self._threads, strict=True):
+            while thread.is_alive():
+                vcpu.kick()
+                thread.join(0.01)
         for vcpu in self._vcpus:
             vcpu.close()
         self.vm.close()
