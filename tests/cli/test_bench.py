@@ -60,7 +60,8 @@ def own_replies(ns: int) -> dict[str, Reply]:
         (["--qemu", "x", "--no-qemu"], "not allowed with"),
         (["--param", "avic"], "--param avic: expected NAME=VALUE"),
         (["--param", "avic=0", "--param", "none=1"], "--param none=1: no such parameter; there are avic, "),
-        (["--param", "avic=maybe"], "--param avic=maybe: expected Y or N"),
+        (["--param", "avic=0,none=1"], "--param none=1: no such parameter; there are avic, "),
+        (["--params", "avic=maybe"], "--param avic=maybe: expected Y or N"),
         (["--accel", "tcg"], "invalid choice"),
     ],
 )

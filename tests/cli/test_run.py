@@ -147,6 +147,21 @@ def test_whose_guest_it_is(tmp_path: Path, cpu: str, leaves: bytes) -> None:
     assert (done.returncode, done.stdout.strip().encode()) == (0, leaves), done.stderr
 
 
+@pytest.mark.parametrize(("pmu", "counters"), [("1", "6"), ("0", "0")])
+def test_module_parameters_are_the_machines(tmp_path: Path, pmu: str, counters: str) -> None:
+    """mov eax, 0x80000022; cpuid: EBX has the number of core counters (APM vol. 3, appendix E.4.22)."""
+    code = bytes.fromhex("66b822000080 0fa2 80e30f 80c330 baf803 88d8 ee")
+    done = run("--accel", "soft", "--param", f"avic=0,enable_pmu={pmu}", "--kernel", flat(tmp_path, code + POWER_OFF))
+    assert (done.returncode, done.stdout.strip()) == (0, counters), done.stderr
+
+
+@pytest.mark.parametrize("text", ["nope=1", "avic", "avic=perhaps"])
+def test_a_parameter_that_is_none_is_a_usage_error(tmp_path: Path, accel: str, text: str) -> None:
+    done = run("--accel", accel, "--param", text, "--kernel", flat(tmp_path, POWER_OFF))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"--param {text}: " in done.stderr
+
+
 def test_console_to_a_file(tmp_path: Path, accel: str) -> None:
     log = tmp_path / "log"
     done = run("--accel", accel, "--console", f"file:{log}", "--kernel", flat(tmp_path, printing(b"hi") + POWER_OFF))

@@ -47,7 +47,14 @@ def test_a_report_on_standard_output_takes_the_lines_place(build: Path, capsys: 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nothing"], ["-j", "0"], ["--timeout", "-1"], ["--params", "colour=1"], ["--tap", "x", "--html", "x"]],
+    [
+        ["nothing"],
+        ["-j", "0"],
+        ["--timeout", "-1"],
+        ["--param", "colour=1"],
+        ["--params", "colour=1"],
+        ["--tap", "x", "--html", "x"],
+    ],
 )
 def test_usage_errors_have_status_2(build: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["selftests", str(build), *arguments]) == 2

@@ -80,6 +80,20 @@ def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def add_param(parser: argparse.ArgumentParser) -> None:
+    """Add ``--param``, and ``--params``, which is the same: module parameters of the software KVM."""
+    for name, told in (
+        ("--param", "module parameters of the software KVM, such as avic=0; may be repeated"),
+        ("--params", argparse.SUPPRESS),
+    ):
+        parser.add_argument(name, dest="param", metavar="NAME=VALUE,…", action="append", default=[], help=told)
+
+
+def param_values(texts: Iterable[str]) -> dict[str, str]:
+    """Return the values by name that ``--param`` options have: ``NAME=VALUE``, or several with commas between them."""
+    return pairs("--param", (pair for text in texts for pair in text.split(",")))
+
+
 def file_name(text: str) -> str:
     """Type of arguments that name a file: an empty one, such as a shell variable that is not set, is none."""
     if not text:

@@ -22,10 +22,10 @@ from softkvm.cli import (
     bench_pmu,
     bench_task_work,
 )
-from softkvm.cli.arguments import count, file_name, pairs, seconds
+from softkvm.cli.arguments import add_param, count, file_name, param_values, seconds
 from softkvm.cli.measurement import add_measurement
 from softkvm.cli.output import STDOUT, OutputFile, say, table, warn
-from softkvm.cli.parameters import add_param, open_with_params
+from softkvm.cli.parameters import open_with_params
 from softkvm.progress import StatusLine
 from softkvm.unittests.config import SuiteError
 from softkvm.unittests.runner import DEVICES
@@ -110,7 +110,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _sides(args: Namespace) -> list[Side]:
     """Return what can be compared; a note on stderr if QEMU is not there."""
     open_with_params(args.accel, args.param).close()
-    sides: list[Side] = [SoftkvmSide(args.accel, pairs("--param", args.param))]
+    sides: list[Side] = [SoftkvmSide(args.accel, param_values(args.param))]
     if args.no_qemu:
         return sides
     program = qemu.find(args.qemu)

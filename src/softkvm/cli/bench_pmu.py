@@ -10,7 +10,7 @@ from typing import Any
 
 from softkvm.bench import pmu
 from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
-from softkvm.cli.arguments import count, pairs
+from softkvm.cli.arguments import count, param_values
 from softkvm.cli.measurement import add_kvm_and_files, add_measurement
 from softkvm.cli.output import STDOUT, OutputFile, say, table
 from softkvm.cli.parameters import assign_params, open_with_params
@@ -73,7 +73,7 @@ def run(args: Namespace) -> int:
                 from softkvm.kvm import Kvm, Params
 
                 anew = stack.enter_context(Kvm(Params()))
-                assign_params(anew, pairs("--param", args.param) | {"pmu_reprogram_always": "1"})
+                assign_params(anew, param_values(args.param) | {"pmu_reprogram_always": "1"})
             report = pmu.measure(kvm, anew, options, line.show)
     except OSError as error:
         raise CommandError(f"--accel {args.accel}: {error.strerror}", EXIT_ERROR) from None

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from softkvm.cli import EXIT_ERROR, Command, CommandError
-from softkvm.cli.arguments import file_name, pairs
+from softkvm.cli.arguments import add_param, file_name, param_values
 from softkvm.cli.output import warn
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
@@ -24,13 +24,13 @@ exit status: the client's; 126 if it cannot be executed, 127 if it is not there,
 examples:
   softkvm exec -- qemu-system-x86_64 -accel kvm -m 512 -nographic -kernel vmlinuz -append console=ttyS0
   softkvm exec --trace trace.txt -- ./my-vmm
-  softkvm exec --params nrips=0,halt_poll_ns=50000 --plugin policy.py -- lkvm run -k vmlinuz
+  softkvm exec --param nrips=0,halt_poll_ns=50000 --plugin policy.py -- lkvm run -k vmlinuz
 """
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--params", metavar="NAME=VALUE,…", action="append", default=[], help="module parameters of kvm and kvm_amd")
+    add_param(parser)
     add("--plugin", metavar="FILE.py", type=file_name, action="append", default=[], help="change KVM's policy")
     add("--trace", metavar="FILE", type=file_name, help="write every request (JSON lines: FILE.json)")
     add(
@@ -47,16 +47,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def parameters(texts: Sequence[str]) -> dict[str, str]:
-    """Return the parameters that ``--params`` names, checked against those there are."""
+    """Return the parameters that ``--param`` names, checked against those there are."""
     from softkvm.kvm.params import Params
 
     known = Params()
-    values = pairs("--params", ",".join(texts).split(",") if texts else ())
+    values = param_values(texts)
     for name, value in values.items():
         try:
             known.assign(name, value)
         except ValueError as error:
-            raise CommandError(f"--params {error}") from None
+            raise CommandError(f"--param {error}") from None
     return values
 
 
@@ -82,7 +82,7 @@ def _run(args: Namespace) -> int:
     absolute = [os.path.abspath(path) for path in args.plugin]
     trace, stats, tracepoints = (os.path.abspath(path) if path else "" for _, path in written)
     settings = Settings(
-        parameters(args.params), absolute, trace, stats, tracepoints, args.trace_event, args.trace_filter
+        parameters(args.param), absolute, trace, stats, tracepoints, args.trace_event, args.trace_filter
     )
     try:
         execute(client, settings, loader=args.loader)

@@ -7,8 +7,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import Any
 
-from softkvm.cli.arguments import file_name
-from softkvm.cli.parameters import add_param
+from softkvm.cli.arguments import add_param, file_name
 from softkvm.unittests.runner import DEVICES
 
 

@@ -1,28 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--param NAME=VALUE``: module parameters of the software KVM, for commands that open it themselves."""
+"""Setting what ``--param NAME=VALUE`` says, for commands that open the KVM themselves."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 
 import softkvm
 from softkvm import api
 from softkvm.cli import EXIT_ERROR, CommandError
-from softkvm.cli.arguments import pairs
+from softkvm.cli.arguments import param_values
 from softkvm.unittests.config import SuiteError
 from softkvm.unittests.runner import DEVICES, set_params
-
-
-def add_param(parser: ArgumentParser) -> None:
-    """Add the option to a command that has ``--accel``."""
-    parser.add_argument(
-        "--param",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="module parameter of the software KVM, such as avic=0; may be repeated",
-    )
 
 
 def assign_params(kvm: api.Kvm, values: Mapping[str, str]) -> None:
@@ -35,7 +23,7 @@ def assign_params(kvm: api.Kvm, values: Mapping[str, str]) -> None:
 
 def open_with_params(accel: str, texts: Sequence[str]) -> api.Kvm:
     """Open the KVM that *accel* names and set what the ``--param`` options say. CommandError if either cannot be."""
-    values = pairs("--param", texts)
+    values = param_values(texts)
     try:
         kvm = softkvm.open(DEVICES[accel])
     except ImportError as error:

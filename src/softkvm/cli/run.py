@@ -21,7 +21,7 @@ import softkvm
 from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
-from softkvm.cli.arguments import count, file_name, percent, seconds, size
+from softkvm.cli.arguments import add_param, count, file_name, param_values, percent, seconds, size
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.run_image import COMMAND_LINE, GuestImage, choose_image, name_file, open_images
 from softkvm.cli.terminal import STDIO, console_choice, open_console
@@ -137,6 +137,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="PERCENT",
         help="CPU time of each vCPU, 1 to 100 percent of every 100 ms; it stands for the rest",
     )
+    add_param(parser)
     add(
         "--plugin",
         metavar="FILE.py",
@@ -206,6 +207,14 @@ def _let_look(accel: str, stack: contextlib.ExitStack) -> None:
         server = serve()
         if server is not None:
             stack.enter_context(contextlib.closing(server))
+
+
+def _set_params(kvm: api.Kvm, texts: Sequence[str]) -> None:
+    """Set the module parameters that ``--param`` names."""
+    if texts:
+        from softkvm.cli.parameters import assign_params
+
+        assign_params(kvm, param_values(texts))
 
 
 def _load_plugins(kvm: api.Kvm, files: Sequence[str]) -> Policy | None:
@@ -368,6 +377,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
     with contextlib.ExitStack() as stack:
         kvm, accel = open_kvm(args.accel)
         stack.enter_context(kvm)
+        _set_params(kvm, args.param)
         policy = _load_plugins(kvm, args.plugin)
         recorder = _start_trace(kvm, args, stack)
         _let_look(accel, stack)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
-from softkvm.cli.arguments import count, file_name, seconds
+from softkvm.cli.arguments import add_param, count, file_name, seconds
 from softkvm.cli.exec import parameters
 from softkvm.cli.output import say
 from softkvm.cli.results import Printer, Reports, add_report_options
@@ -45,7 +45,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--list", action="store_true", help="list the programs instead of running them")
     add("-j", "--jobs", metavar="N", default="1", help="programs at the same time (default: 1)")
     add("--timeout", metavar="SECONDS", help="for every program, instead of its own limit; 0 for none")
-    add("--params", metavar="NAME=VALUE,…", action="append", default=[], help="module parameters of kvm and kvm_amd")
+    add_param(parser)
     add_report_options(parser)
     add("-v", "--verbose", action="store_true", help="print the log of every program")
 
@@ -60,7 +60,7 @@ def select(found: Sequence[Program], names: Sequence[str]) -> list[Program]:
 
 def _run(args: Namespace) -> int:
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout, zero=True)
-    settings = Settings(timeout_s, ClientSettings(parameters(args.params)))
+    settings = Settings(timeout_s, ClientSettings(parameters(args.param)))
     jobs = count("-j", args.jobs, 1, 256)
     try:
         found = programs(Path(args.directory).absolute())

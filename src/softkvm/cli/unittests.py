@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softkvm.cli import EXIT_OK, Command, CommandError
-from softkvm.cli.arguments import count, factor, file_name, pairs, seconds
+from softkvm.cli.arguments import add_param, count, factor, file_name, pairs, param_values, seconds
 from softkvm.cli.output import say
-from softkvm.cli.parameters import add_param, open_with_params
+from softkvm.cli.parameters import open_with_params
 from softkvm.cli.results import Printer, Reports, add_report_options
 from softkvm.reports.result import Status
 from softkvm.unittests import config
@@ -85,7 +85,7 @@ def _settings(args: Namespace) -> Settings:
         timeout_s,
         scale,
         run_nodefault=args.all or bool(args.names) or bool(args.group),
-        params=pairs("--param", args.param),
+        params=param_values(args.param),
         environment=pairs("--env", args.env),
     )
 
