@@ -75,11 +75,12 @@ def test_a_plugin_has_the_last_word(tmp_path: Path) -> None:
     assert done.stderr == "softkvm: at_end: ZeroDivisionError: division by zero (plugin.py:4)\n"
 
 
-def test_a_trace_that_cannot_be_written_is_one_line_and_changes_nothing() -> None:
+@pytest.mark.parametrize("option", ["--trace", "--stats", "--trace-kvm"])
+def test_a_file_that_cannot_be_written_is_one_line_and_changes_nothing(option: str) -> None:
     program = "import fcntl, os; print(fcntl.ioctl(os.open('/dev/kvm', os.O_RDWR), 0xAE00, 0))"
-    done = run("--trace", "/dev/full", "--", sys.executable, "-c", program)
+    done = run(option, "/dev/full", "--", sys.executable, "-c", program)
     assert (done.returncode, done.stdout) == (0, "12\n")
-    assert done.stderr == "softkvm: --trace: No space left on device\n"
+    assert done.stderr == f"softkvm: {option} /dev/full: No space left on device\n"
 
 
 def test_a_program_beside_us_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

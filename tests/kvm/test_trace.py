@@ -422,4 +422,5 @@ def test_every_exit_has_a_name() -> None:
     for code in EXIT_HANDLERS:
         text = event.printer((code & 0xFFFF_FFFF, 0, 2, 0, 0, 0, 0, 0))
         assert "reason 0x" not in text, f"{code:#x}"
+    assert "reason idle-halt rip" in event.printer((V.EXIT_IDLE_HLT, 0, 2, 0, 0, 0, 0, 0))
     assert "reason invalid_guest_state" in event.printer((V.EXIT_ERR & 0xFFFF_FFFF, 0, 2, 0, 0, 0, 0, 0))

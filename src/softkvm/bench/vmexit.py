@@ -53,7 +53,7 @@ OWN: dict[str, OwnKind] = {
     "in": OwnKind("IN, serial scratch register; the device answers"),
     "out": OwnKind("OUT, serial scratch register"),
     "mmio": OwnKind("read of memory space where nothing is"),
-    "lapic": OwnKind("local APIC register read; KVM answers"),
+    "lapic": OwnKind("local APIC register read"),
     "hlt-ipi": OwnKind("IPI to itself, HLT, wake"),
     "hlt-timer": OwnKind("HLT: how late a timer's interrupt wakes"),
     "ipi-pingpong": OwnKind("IPI to a halted vCPU, and one back", vcpus=2),

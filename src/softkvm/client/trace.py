@@ -173,8 +173,8 @@ class Recorder:
             try:
                 self._file.write(line + "\n")
             except OSError as error:  # the client's request is done, whatever becomes of the line
+                print(f"softkvm: --trace {self._file.name}: {error.strerror}", file=sys.stderr)
                 self._file = None
-                print(f"softkvm: --trace: {error.strerror}", file=sys.stderr)
 
     def statistics(self) -> dict[str, Any]:
         """Return what was counted."""
@@ -196,7 +196,12 @@ class Recorder:
         if not self._stats or self._closed or (self._is_child and not self.requests):
             return
         self._closed = True
-        statistics = self.statistics()
+        try:
+            self._write_statistics(self.statistics())
+        except OSError as error:  # the client's end is its own, whatever becomes of the file
+            print(f"softkvm: --stats {self._stats}: {error.strerror}", file=sys.stderr)
+
+    def _write_statistics(self, statistics: dict[str, Any]) -> None:
         with open(self._stats, "w") as out:
             if self._stats.endswith(".json"):
                 json.dump(statistics, out, indent=2)

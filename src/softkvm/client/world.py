@@ -110,7 +110,7 @@ class World:
                 save(recording, file, name)
             print(f"softkvm: {told(name, recording.count, recording.lost)}", file=sys.stderr)
         except OSError as error:
-            print(f"softkvm: --trace-kvm: {name}: {error.strerror}", file=sys.stderr)
+            print(f"softkvm: --trace-kvm {name}: {error.strerror}", file=sys.stderr)
         recording.close()
 
     def open_system(self, flags: int) -> int:

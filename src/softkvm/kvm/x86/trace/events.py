@@ -28,6 +28,7 @@ _EXCEPTIONS: Final = symbols((_VECTOR_OF[name], f"#{name}") for name in _VECTORS
 #: Reasons by their names in the kernel's table (SVM_EXIT_REASONS) where that is not ours (``vmcb.EXIT_NAMES``).
 _OTHER_NAMES: Final = {
     V.EXIT_INTR: "interrupt",
+    V.EXIT_IDLE_HLT: "idle-halt",
     V.EXIT_ERR & 0xFFFF_FFFF: "invalid_guest_state",
     V.EXIT_EXCP_BASE + 19: "XF excp",
     V.EXIT_AVIC_UNACCELERATED_ACCESS: "avic_unaccelerated_access",
