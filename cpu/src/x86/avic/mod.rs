@@ -193,6 +193,8 @@ impl Cpu {
                 }
                 register::EOI => self.avic_eoi(page)?,
                 register::ICR_LOW => self.avic_icr(page)?,
+                // Vectors below 16 are errors, which are the hypervisor's.
+                register::SELF_IPI if page.get(offset) < 16 => return self.avic_noaccel(offset, 0),
                 register::SELF_IPI => self.avic_self_ipi(page.get(offset)),
                 _ => return self.avic_noaccel(offset, 0),
             }

@@ -375,6 +375,9 @@ def unaccelerated_access_interception(vcpu: Vcpu) -> int:
         lapic_regs.write_nodecode(apic, offset)
         apic.regs[APIC_TMICT >> 2] = apic.timer.tmict
         return _behind_the_write(vcpu)
+    if apic.x2apic_mode and offset == APIC_SELF_IPI:  # with a vector that is none, trap-like as well
+        lapic_regs.msr_write(apic, APIC_BASE_MSR + (offset >> 4), apic.regs[offset >> 2])
+        return _behind_the_write(vcpu)
     if apic.x2apic_mode:
         inject_gp(vcpu)
         return 1
