@@ -7,6 +7,7 @@ and LDR, the access page, ExtINT, and the i8254 without an irq ack notifier).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -43,8 +44,8 @@ def wrmsr(offset: int, value: int) -> bytes:
 class Pair(Tiny):
     """Two 64-bit processors. The first sends an interrupt, waits until it has been counted, and sends the next."""
 
-    def __init__(self, *, split: bool, x2apic: bool, avic: bool = True) -> None:
-        super().__init__(irqchip=not split, split=24 if split else 0, params=Params(avic=avic), vcpus=2)
+    def __init__(self, *, split: bool, x2apic: bool, avic: bool = True, vcpus: int = 2) -> None:
+        super().__init__(irqchip=not split, split=24 if split else 0, params=Params(avic=avic), vcpus=vcpus)
         self.long_mode(gigabytes=4)
         first = self.vcpu.get_sregs()
         for vcpu in self.vcpus:
@@ -154,6 +155,72 @@ def test_no_interrupt_is_lost_or_comes_twice_while_it_is_turned_on_and_off(pair:
         finally:
             over.set()
     assert turns > 1
+
+
+class Circle(Pair):
+    """Four processors. The first sends an interrupt to all others, waits until each has counted it, and sends again."""
+
+    def __init__(self, *, split: bool, x2apic: bool) -> None:
+        super().__init__(split=split, x2apic=x2apic, vcpus=4)
+        body = self.send(FIXED | OTHERS, 0) + bytes.fromhex("ffc6")
+        for n in range(1, 4):
+            body += bytes.fromhex("f390 413971") + bytes([16 * n]) + bytes.fromhex("72f8")  # pause; cmp; jb
+        body += bytes.fromhex("ffcf 0f85")
+        body += (-(len(body) + 4) & 0xFFFF_FFFF).to_bytes(4, "little") + END
+        self.load(body, rsi=0, rdi=IPIS, r8=APIC, r9=DATA)
+        self.load_receiver(halts=True)
+        for n, vcpu in enumerate(self.vcpus[1:], 1):
+            regs = self.vcpus[1].get_regs()
+            regs.rsp, regs.r9 = STACK - 0x800 * n, DATA + 16 * n
+            vcpu.set_regs(regs)
+
+
+@pytest.mark.parametrize("x2apic", [False, True], ids=["xapic", "x2apic"])
+def test_an_interrupt_to_several_comes_once_to_each_while_it_is_turned_on_and_off(split: bool, x2apic: bool) -> None:
+    """Who has sent it to some must not come upon one that it cannot be sent to: all would have it sent again."""
+    circle = Circle(split=split, x2apic=x2apic)
+    avic = circle.vm.avic
+    assert avic is not None
+    over = threading.Event()
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        while not over.wait(0.0003):
+            turns += 1
+            avic.set_inhibit(Inhibit.NESTED, bool(turns & 1))
+
+    with contextlib.ExitStack() as stack:
+        for vcpu in circle.vcpus[1:]:
+            stack.enter_context(running(vcpu))
+        stack.callback(over.set)
+        stack.enter_context(beside(threading.Thread(target=turn)))
+        until(lambda: turns > 1 and all(vcpu.running for vcpu in circle.vcpus[1:]))
+        with running(circle.vcpu) as sender:
+            until(lambda: not circle.vcpu.running)
+            assert sender.wait() is None
+        over.set()
+        counts = [int.from_bytes(circle.memory.read(DATA + 16 * n, 4), "little") for n in range(1, 4)]
+        for vcpu in circle.vcpus[1:]:
+            vcpu.kick()
+    assert counts == [IPIS] * 3
+    circle.close()
+
+
+def test_an_entry_that_is_not_valid_any_more_still_has_its_page(split: bool) -> None:
+    """As long as a sender may be on its way that has found it valid."""
+    pair = Pair(split=split, x2apic=False)
+    avic = pair.vm.avic
+    assert avic is not None
+    pair.load(END)
+    pair.run()
+    entry = avic.physical_table[0]
+    assert entry >> 63
+    avic.set_inhibit(Inhibit.NESTED, True)
+    pair.load(END)
+    pair.run()
+    assert avic.physical_table[0] == entry & ~(1 << 63)
+    pair.close()
 
 
 def test_the_access_page_is_there_while_all_have_avic(split: bool) -> None:

@@ -15,7 +15,7 @@ from softkvm.kvm.x86.irqchip.apic_map import ApicMap
 from softkvm.kvm.x86.irqchip.apicv_lapic import ApicvLapic, ApicvPvEoi, AvicLapic, InhibitedLapic
 from softkvm.kvm.x86.irqchip.lapic import Lapic
 from softkvm.kvm.x86.requests import KVM_REQ_EVENT
-from softkvm.kvm.x86.svm.avic import Inhibit
+from softkvm.kvm.x86.svm.avic import PHYSICAL_VALID, Inhibit
 from softkvm.kvm.x86.svm.vmcb import V_TPR
 from softkvm.kvm.x86.vcpu_ioctls import VcpuIoctls
 
@@ -75,7 +75,9 @@ class AvicVcpu(VcpuIoctls):
         avic.update_access_page()
 
     def _deactivate(self, apic: AvicLapic) -> None:
-        self.avic.physical_table[self.vcpu_id] = 0
+        # Not valid any more, but a sender that has found it valid goes on with the page: who sends to several has sent
+        # to all, or to none and leaves the guest.
+        self.avic.physical_table[self.vcpu_id] &= ~PHYSICAL_VALID
         # Who has read the entry before is done with it outside of the guest.
         request_flush(other for other in self.vm.vcpus if other is not self)
         apic.deactivate()

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.support.conformance import watchdog
 from tests.support.threads import running, until
-from tests.support.tiny import CODE, Tiny
+from tests.support.tiny import CODE, Memory, Tiny
 from tests.support.tracing import texts, traced
 
 from softkvm import abi
@@ -370,3 +371,65 @@ def test_without_the_parameter_nothing_of_it_is_there() -> None:
     machine = Machine(avic=False)
     assert machine.vm.avic is None and type(machine.vcpu).__name__ == "VcpuIoctls"
     machine.close()
+
+
+def test_memory_of_userspaces_over_the_registers_leaves_nothing_of_the_access_page_behind(machine: Machine) -> None:
+    """The page is nobody's memory: once the slot over it is gone, and AVIC inhibited, accesses are the APIC's again."""
+    avic = machine.vm.avic
+    assert avic is not None
+
+    def version() -> int:
+        machine.load(BASE + load(0x30) + END)
+        machine.run()
+        return machine.vcpu.get_regs().rax
+
+    expected = version()
+    assert machine.vm.apic_access_gfn >= 0
+    memory = Memory(0x1000)
+    memory.write(0, b"\xee" * 0x1000)
+    machine.slot(5, APIC, 0x1000, memory.address)
+    avic.set_inhibit(Inhibit.NESTED, True)
+    assert version() == 0xEEEE_EEEE
+    machine.slot(5, APIC, 0, memory.address)
+    assert version() == expected
+    assert machine.vm.apic_access_gfn < 0
+    avic.set_inhibit(Inhibit.NESTED, False)
+    assert version() == expected
+    assert machine.vm.apic_access_gfn >= 0
+
+
+def test_windows_and_ids_that_change_side_by_side_leave_what_the_last_one_says(machine: Machine) -> None:
+    """What one vCPU has found must not be put in place behind what another has found since."""
+    avic, chips = machine.vm.avic, machine.vm.chips
+    assert avic is not None and chips is not None
+    regs = chips.apic_map.lapics[0].regs
+    set_inhibit = avic.set_inhibit
+
+    def renumber() -> None:
+        regs[ID >> 2] = 5 << 24
+        avic.recalculate()
+
+    cases: list[tuple[Inhibit, Callable[[], None], Callable[[], None]]] = [
+        (Inhibit.IRQWIN, lambda: avic.set_irq_window(False), lambda: avic.set_irq_window(True)),
+        (Inhibit.APIC_ID_MODIFIED, avic.recalculate, renumber),
+    ]
+    for reason, first, second in cases:
+        if reason == Inhibit.IRQWIN:
+            avic.set_irq_window(True)
+        else:
+            renumber()
+            regs[ID >> 2] = 0
+        assert reason in avic.inhibits
+        other = threading.Thread(target=second)
+
+        def overtaken(what: Inhibit, on: bool, other: threading.Thread = other) -> None:
+            if not on and not other.ident:
+                other.start()
+                other.join(0.2)  # it can't have ended by then, as it has to wait for this one
+            set_inhibit(what, on)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(avic, "set_inhibit", overtaken)
+            first()
+            other.join()
+        assert reason in avic.inhibits

@@ -64,7 +64,8 @@ APIC_ACCESS_GFN: Final = APIC_DEFAULT_PHYS_BASE >> PAGE_SHIFT
 AVIC_MAX_PHYSICAL_ID: Final = 0xFE
 X2AVIC_MAX_PHYSICAL_ID: Final = 0x1FF
 
-_PHYSICAL_VALID: Final = 1 << 63
+#: Of an entry of the physical APIC ID table.
+PHYSICAL_VALID: Final = 1 << 63
 _PHYSICAL_RUNNING: Final = 1 << 62
 _LOGICAL_VALID: Final = 1 << 31
 _LOGICAL_ENTRIES: Final = 60
@@ -171,10 +172,9 @@ class Avic:
 
     def set_irq_window(self, on: bool) -> None:
         """One vCPU more, or less, has an interrupt window open."""
-        with self._lock:
+        with self._lock:  # until it is done: what another vCPU says meanwhile comes behind it
             self._windows += 1 if on else -1
-            open_ = self._windows > 0
-        self.set_inhibit(Inhibit.IRQWIN, open_)
+            self.set_inhibit(Inhibit.IRQWIN, self._windows > 0)
 
     def synic_activated(self, vcpu: Vcpu) -> None:
         """A vCPU, which stands, gets an active SynIC: its APIC is another class's from here on."""
@@ -208,10 +208,9 @@ class Avic:
             for index in range(_LOGICAL_ENTRIES):
                 if self.logical_table[index] != table.get(index, 0):
                     self.logical_table[index] = table.get(index, 0)
-            inhibits = self.inhibits
-        for reason in _OF_APICS:
-            if bool(found & reason) != bool(inhibits & reason):
-                self.set_inhibit(reason, bool(found & reason))
+            for reason in _OF_APICS:
+                if bool(found & reason) != bool(self.inhibits & reason):
+                    self.set_inhibit(reason, bool(found & reason))
         self.update_access_page()
 
     def _logical_entries(self, lapics: list[Lapic]) -> dict[int, int] | None:
@@ -247,7 +246,7 @@ class Avic:
         """Map the page of the APIC's registers while every vCPU that has them there has AVIC, else take it away.
 
         Others' accesses have to be emulated, and all share the nested tables. The processor's are, too, without. vCPUs
-        that wait for their start-up IPI access nothing.
+        that wait for their start-up IPI access nothing. Where userspace has memory of its own, that is mapped.
         """
         vm = self._vm
         with self._lock, vm.mmu_lock:
@@ -255,7 +254,8 @@ class Avic:
             active = [apic for apic in xapics if apic.apicv_active]
             waiting = [apic for apic in xapics if not apic.apicv_active and apic.vcpu.mp_state in _WAITING]
             wanted = self.activated and bool(active) and len(active) + len(waiting) == len(xapics)
-            if wanted == (vm.apic_access_gfn >= 0) or vm.memslots.gfn_to_memslot(APIC_ACCESS_GFN) is not None:
+            wanted = wanted and vm.memslots.gfn_to_memslot(APIC_ACCESS_GFN) is None
+            if wanted == (vm.apic_access_gfn >= 0):
                 return
             if vm.mmu.zap_range(APIC_ACCESS_GFN, APIC_ACCESS_GFN + 1):
                 vm.finish_zap()
@@ -279,7 +279,7 @@ class Avic:
         """
         apic = vcpu.apic
         assert isinstance(apic, AvicLapic)
-        return _PHYSICAL_VALID | _PHYSICAL_RUNNING | apic.backing_page | vcpu.vcpu_id
+        return PHYSICAL_VALID | _PHYSICAL_RUNNING | apic.backing_page | vcpu.vcpu_id
 
     # --- a vCPU's VMCB -------------------------------------------------------------------------------
 
