@@ -433,3 +433,33 @@ def test_windows_and_ids_that_change_side_by_side_leave_what_the_last_one_says(m
             first()
             other.join()
         assert reason in avic.inhibits
+
+
+def test_a_vector_is_level_triggered_as_long_as_its_last_interrupt_was(machine: Machine) -> None:
+    for level in (True, False):
+        machine.load(BASE + b"\xfb\xf3\x90\xfa" + END, rbx=0)  # sti; pause; cli
+        assert machine.msi(0x51, level=level) == 1
+        assert machine.run() in (abi.KVM_EXIT_IO, abi.KVM_EXIT_IOAPIC_EOI)
+        while machine.vcpu.kvm_run.exit_reason != abi.KVM_EXIT_IO:
+            machine.run()
+        assert active(machine)
+        assert machine.vcpu.get_regs().rbx == 1
+        assert machine.bits(TMR) == level << 0x51
+
+
+def test_an_interrupt_below_the_priority_wakes_no_halted_vcpu_when_avic_begins(machine: Machine) -> None:
+    avic, vcpu = machine.vm.avic, machine.vcpu
+    assert avic is not None
+    avic.set_inhibit(Inhibit.NESTED, True)
+    machine.handler(0x71)
+    machine.load(BASE + store(TPR, 0x60) + b"\xfb\xf4\xfa" + END, rbx=0)  # sti; hlt; cli
+    with running(vcpu):
+        until(lambda: vcpu.mode == BLOCKING)
+        machine.msi(0x51)
+        avic.set_inhibit(Inhibit.NESTED, False)
+        until(lambda: vcpu.apic.apicv_active)
+        until(lambda: vcpu.mode == BLOCKING)
+        machine.msi(0x71)
+        until(lambda: not vcpu.running)
+    assert vcpu.get_regs().rbx == 1
+    assert machine.bits(IRR) == 1 << 0x51
