@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.support.conformance import watchdog
 from tests.support.threads import running, until
-from tests.support.tiny import CODE, Memory, Tiny
+from tests.support.tiny import CODE, DATA, Memory, Tiny
 from tests.support.tracing import texts, traced
 
 from softkvm import abi
@@ -21,6 +21,7 @@ from softkvm.kvm.x86.svm.avic import Inhibit
 HANDLER = CODE + 0x400
 APIC = 0xFEE0_0000
 ID, TPR, EOI, LDR, DFR, SPIV, ISR, TMR, IRR, ICR = 0x20, 0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x100, 0x180, 0x200, 0x300
+TMICT = 0x380
 BASE = bytes.fromhex("41b8 0000e0fe")  # mov r8d, 0xfee00000
 END = bytes.fromhex("e610")  # out 0x10, al
 SELF = 0x44000
@@ -457,9 +458,42 @@ def test_an_interrupt_below_the_priority_wakes_no_halted_vcpu_when_avic_begins(m
         until(lambda: vcpu.mode == BLOCKING)
         machine.msi(0x51)
         avic.set_inhibit(Inhibit.NESTED, False)
-        until(lambda: vcpu.apic.apicv_active)
+        until(lambda: active(machine))
         until(lambda: vcpu.mode == BLOCKING)
         machine.msi(0x71)
         until(lambda: not vcpu.running)
     assert vcpu.get_regs().rbx == 1
     assert machine.bits(IRR) == 1 << 0x51
+
+
+def test_the_timers_count_of_before_is_read_when_avic_begins(machine: Machine) -> None:
+    avic = machine.vm.avic
+    assert avic is not None
+    avic.set_inhibit(Inhibit.NESTED, True)
+    machine.load(BASE + store(TMICT, 0x7654_3210) + END)
+    machine.run()
+    avic.set_inhibit(Inhibit.NESTED, False)
+    machine.load(BASE + load(TMICT) + END)
+    machine.run()
+    assert active(machine)
+    assert machine.vcpu.get_regs().rax == 0x7654_3210
+
+
+@pytest.mark.parametrize("inhibited", [False, True])
+def test_an_end_of_interrupt_in_memory_is_offered_only_without_avic(machine: Machine, inhibited: bool) -> None:
+    """With AVIC there is no exit at the next interrupt, which would withdraw the offer."""
+    avic = machine.vm.avic
+    assert avic is not None
+    avic.set_inhibit(Inhibit.NESTED, inhibited)
+    machine.vcpu.set_msrs({abi.MSR_KVM_PV_EOI_EN: DATA | 1})
+    machine.handler(0x51, END)
+    machine.load(BASE + b"\xfb\x90\xfa" + END, rbx=0)  # sti; nop; cli
+    machine.msi(0x51)
+    assert machine.run() == abi.KVM_EXIT_IO  # in the handler
+    assert machine.bits(ISR) == 1 << 0x51
+    machine.vcpu.set_vcpu_events(machine.vcpu.get_vcpu_events())  # events are looked at
+    at = HANDLER + 0x40 * 5
+    machine.memory.write(at + 4, bytes.fromhex("8a0425") + DATA.to_bytes(4, "little") + END + b"\xeb\xfe")  # mov al
+    machine.vm.machine.notify_write(machine.memory.address + at, 64)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert machine.vcpu.get_regs().rax & 1 == inhibited
