@@ -10,7 +10,7 @@ from types import FrameType
 import pytest
 from tests.support.machines import KVMS
 
-from softkvm.bench.walkers import Walk, Walkers, map_memory
+from softkvm.bench.walkers import BenchError, Walk, Walkers, map_memory
 
 
 class _Signalled(Exception):
@@ -38,6 +38,23 @@ def test_what_a_signal_has_ended_can_be_closed(kind: str) -> None:
         closing.start()
         closing.join(60)
         assert not closing.is_alive()
+
+
+def test_where_the_host_has_no_more_threads_the_message_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def start_three(thread: threading.Thread) -> None:
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_three)
+    with KVMS["soft"]() as kvm:
+        with pytest.raises(BenchError, match="5 vCPUs: can't start new thread"):
+            Walkers(kvm, Walk(5, 2 << 20, True, 50), *map_memory(2 << 20, "anonymous"))
+        assert not any(thread.is_alive() for thread in started)
 
 
 @pytest.mark.parametrize("passes", [0, 1])

@@ -130,8 +130,12 @@ class Walkers:
         self._ended = False
         self._failure: BaseException | None = None
         self._threads = [threading.Thread(target=self._main, args=(vcpu,), daemon=True) for vcpu in self._vcpus]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # the host's limit
+            self.close()
+            raise BenchError(f"{walk.vcpus} vCPUs: {error}") from None
 
     # --- the guest ---------------------------------------------------------------------------------
 
