@@ -88,11 +88,11 @@ def test_a_program_whose_dynamic_linker_is_not_there(build: Callable[..., Path],
 def test_a_program_of_another_c_library_is_for_the_loader(build: Callable[..., Path], tmp_path: Path) -> None:
     binary = build("environments")
     found = program.read(str(binary))
-    assert not found.is_for_loader and not found.is_static
+    assert found.interpreter and not found.is_for_loader
     linker = found.interpreter.encode()
     at = binary.read_bytes().index(linker)
     musl = program.read(str(changed(binary, tmp_path / "musl", at, b"/lib/ld-musl-x.so.1".ljust(len(linker), b"\0"))))
-    assert musl.is_for_loader and not musl.is_static
+    assert musl.interpreter and musl.is_for_loader
     assert program.read(str(build("environments", "-static"))).is_for_loader
 
 
@@ -149,7 +149,7 @@ def test_kinds_of_programs(tmp_path: Path) -> None:
     found = [program.is_dynamic_go(str(path)) for path in (script, empty, go, Path(sys.executable))]
     assert found == [False, False, True, False]
     others = (script, empty, Path(sys.executable).resolve())
-    assert [program.read(str(path)).is_static for path in others] == [False] * 3
+    assert [program.read(str(path)).is_for_loader for path in others] == [False] * 3
 
 
 OTHER = """

@@ -57,11 +57,6 @@ class Program(NamedTuple):
         """A program into which our C library's dynamic linker loads nothing: static, or of another C library."""
         return self.is_64_bit and not Path(self.interpreter).name.startswith(_LINKER)
 
-    @property
-    def is_static(self) -> bool:
-        """A program that no dynamic linker loads: a 64-bit one without PT_INTERP."""
-        return self.is_64_bit and not self.interpreter
-
 
 def read(path: str) -> Program:
     """Return what a file is; raises OSError if it cannot be read. What is no plain file has no kind."""

@@ -180,20 +180,9 @@ impl Cpu {
     /// Delivers a maskable interrupt (V_IRQ); the caller has checked RFLAGS.IF, the shadow and the priority.
     pub fn external_interrupt(&mut self, vector: u8) -> Res {
         self.delivering = event_info(class::EXTERNAL, vector, None);
-        let event = self.hardware_event(vector);
+        let event =
+            Event { vector, error: None, software: false, int_n: false, ext: 1, ip: self.rip, resume: false };
         self.finish_delivery(&event)
-    }
-
-    /// Delivers a non-maskable interrupt that is not intercepted.
-    pub fn non_maskable_interrupt(&mut self) -> Res {
-        self.delivering = event_info(class::NMI, vector::NMI, None);
-        self.nmi_blocked = true;
-        let event = self.hardware_event(vector::NMI);
-        self.finish_delivery(&event)
-    }
-
-    fn hardware_event(&self, vector: u8) -> Event {
-        Event { vector, error: None, software: false, int_n: false, ext: 1, ip: self.rip, resume: false }
     }
 
     /// Whether an event that an instruction raised (INT n, INT3, INTO, INT1) is in delivery: exits save the next RIP.
