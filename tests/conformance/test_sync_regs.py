@@ -14,9 +14,10 @@ ALL = abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS | abi.KVM_SYNC_X86_EVENTS
 LOOP = "ba8000 6643 ee ebfb"
 
 
-@pytest.fixture
-def looping(guest: Guest) -> Guest:
+@pytest.fixture(params=[False, True], ids=["without chips", "with chips"])
+def looping(make: Callable[..., Guest], request: pytest.FixtureRequest) -> Guest:
     """A guest that counts in EBX and leaves each time."""
+    guest = make(irqchip=request.param)
     guest.real(LOOP)
     return guest
 

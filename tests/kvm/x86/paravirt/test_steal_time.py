@@ -49,8 +49,11 @@ def test_stolen_time_does_not_go_back_when_another_thread_runs_the_vcpu(monkeypa
     tiny.close()
 
 
-def test_time_is_looked_at_by_every_kvm_run_that_comes_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Tiny()
+@pytest.mark.parametrize("irqchip", [False, True])
+def test_time_is_looked_at_by_every_kvm_run_that_comes_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, irqchip: bool
+) -> None:
+    tiny = Tiny(irqchip=irqchip)
     stolen = 0
     now = 1_000_000_000
     monkeypatch.setattr(steal_time, "run_delay_ns", lambda: stolen)
