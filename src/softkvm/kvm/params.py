@@ -9,6 +9,19 @@ from dataclasses import dataclass, fields
 ON = ("1", "Y", "y")
 OFF = ("0", "N", "n")
 
+USHORT_MAX, UINT_MAX = (1 << 16) - 1, (1 << 32) - 1
+
+#: The least and the greatest value of a number that isn't an unsigned int, by the kernel's types.
+LIMITS = {
+    "pause_filter_count": (0, USHORT_MAX),
+    "pause_filter_thresh": (0, USHORT_MAX),
+    "pause_filter_count_grow": (0, USHORT_MAX),
+    "pause_filter_count_max": (0, USHORT_MAX),
+    "pause_filter_count_shrink": (0, USHORT_MAX),
+    "max_huge_page_level": (1, 3),
+    "pte_prefetch_num": (1, 512),
+}
+
 
 @dataclass(slots=True)
 class Params:
@@ -73,9 +86,15 @@ class Params:
             return text in ON
         if isinstance(current, int):
             try:
-                return int(text, 0)
+                number = int(text, 0)
             except ValueError:
                 raise ValueError(f"{name}={text}: expected a number") from None
+            least, greatest = LIMITS.get(name, (0, UINT_MAX))
+            if not least <= number <= greatest:
+                raise ValueError(f"{name}={text}: expected a number from {least} to {greatest}")
+            if name == "pte_prefetch_num" and number & (number - 1):
+                raise ValueError(f"{name}={text}: expected a power of 2")
+            return number
         return text
 
     def assign(self, name: str, text: str) -> None:
