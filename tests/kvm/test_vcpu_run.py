@@ -712,3 +712,15 @@ def _a_long_run_on_a_small_stack() -> None:
 
 def test_a_long_run_of_slow_instructions_takes_a_small_stack_only() -> None:
     in_child(_a_long_run_on_a_small_stack)
+
+
+def test_a_processor_that_waits_for_its_start_up_tells_so_when_something_else_ends_the_wait() -> None:
+    """It is no part of KVM_RUN's loop: EAGAIN, for userspace to come again (``kvm_arch_vcpu_ioctl_run``)."""
+    tiny = Tiny(irqchip=True, vcpus=2)
+    waiting = tiny.vcpus[1]
+    with running(waiting) as thread:
+        until(lambda: waiting.mode == BLOCKING)
+        waiting.call_soon(lambda: None)
+        error = thread.wait()
+    assert error is not None and error.errno == errno.EAGAIN
+    tiny.close()

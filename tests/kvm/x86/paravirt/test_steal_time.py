@@ -136,3 +136,24 @@ def test_a_threads_file_is_closed_when_it_ends() -> None:
     if descriptors[0] >= 0:
         with pytest.raises(OSError):
             os.pread(descriptors[0], 64, 0)
+
+
+def test_a_guest_that_begins_while_xens_interfaces_end_is_told() -> None:
+    tiny = Tiny(irqchip=True)
+    vcpu = tiny.vcpu
+    guest = threading.Thread(target=lambda: steal_time.set_msr(vcpu, DATA | abi.KVM_MSR_ENABLED, host=True))
+
+    class Values(dict[int, int]):
+        def get(self, key: int, default: int = 0) -> int:  # type: ignore[override]
+            value = super().get(key, default)
+            if not guest.ident:
+                guest.start()
+                guest.join(0.2)  # it can't have ended by then, as it has to wait for who looks here
+            return value
+
+    vcpu.msr_values = Values(vcpu.msr_values)
+    steal_time.account(vcpu)
+    guest.join()
+    assert vcpu.steal_enabled
+    assert vcpu.run_begins
+    tiny.close()

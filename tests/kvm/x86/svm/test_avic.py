@@ -456,14 +456,14 @@ def test_an_interrupt_below_the_priority_wakes_no_halted_vcpu_when_avic_begins(m
     machine.load(BASE + store(TPR, 0x60) + b"\xfb\xf4\xfa" + END, rbx=0)  # sti; hlt; cli
     with running(vcpu):
         until(lambda: vcpu.mode == BLOCKING)
-        machine.msi(0x51)
+        machine.msi(0x61)
         avic.set_inhibit(Inhibit.NESTED, False)
         until(lambda: active(machine))
         until(lambda: vcpu.mode == BLOCKING)
         machine.msi(0x71)
         until(lambda: not vcpu.running)
     assert vcpu.get_regs().rbx == 1
-    assert machine.bits(IRR) == 1 << 0x51
+    assert machine.bits(IRR) == 1 << 0x61
 
 
 def test_the_timers_count_of_before_is_read_when_avic_begins(machine: Machine) -> None:

@@ -64,10 +64,14 @@ def check(vcpu: Vcpu) -> None:
 
 
 def account(vcpu: Vcpu) -> None:
-    """Look from now on, or no longer, how long the vCPU's thread waits: Xen's runstate is made of that, too."""
-    enabled = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0) & abi.KVM_MSR_ENABLED
-    vcpu.steal_enabled = bool(enabled or vcpu.vm.xen.config.msr)
-    vcpu.run_begins = vcpu.steal_enabled or vcpu.apic is None or vcpu.pic_in_userspace
+    """Look from now on, or no longer, how long the vCPU's thread waits: Xen's runstate is made of that, too.
+
+    The guest and KVM_XEN_HVM_CONFIG may change that at the same time: what is found later is what stays.
+    """
+    with vcpu.request_lock:
+        enabled = vcpu.msr_values.get(abi.MSR_KVM_STEAL_TIME, 0) & abi.KVM_MSR_ENABLED
+        vcpu.steal_enabled = bool(enabled or vcpu.vm.xen.config.msr)
+        vcpu.run_begins = vcpu.steal_enabled or vcpu.apic is None or vcpu.pic_in_userspace
 
 
 def set_msr(vcpu: Vcpu, value: int, *, host: bool) -> None:
