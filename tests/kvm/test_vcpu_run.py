@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from tests.support.conformance import watchdog
 from tests.support.forks import in_child
 from tests.support.threads import running, until
 from tests.support.tiny import CODE, DATA, IDT, MIB, STACK, Memory, Tiny
@@ -723,4 +724,18 @@ def test_a_processor_that_waits_for_its_start_up_tells_so_when_something_else_en
         waiting.call_soon(lambda: None)
         error = thread.wait()
     assert error is not None and error.errno == errno.EAGAIN
+    tiny.close()
+
+
+def test_a_window_that_is_asked_for_between_two_runs_is_told_of_with_a_split_irqchip() -> None:
+    tiny = Tiny(split=24).real_mode()
+    lapic = tiny.vcpu.get_lapic()
+    lapic.regs[0x350:0x352] = [0, 7]  # LINT0: ExtINT
+    tiny.vcpu.set_lapic(lapic)
+    tiny.load(b"\xfa\xe6\x10\xfb\x90\xeb\xfe")  # cli; out; sti; nop; jmp to itself
+    with watchdog(tiny.vcpu, 20):
+        assert tiny.run() == abi.KVM_EXIT_IO
+        tiny.vcpu.kvm_run.request_interrupt_window = 1
+        assert tiny.run() == abi.KVM_EXIT_IRQ_WINDOW_OPEN
+    assert tiny.vcpu.kvm_run.ready_for_interrupt_injection == 1
     tiny.close()
