@@ -20,7 +20,7 @@ from softkvm import abi
 from softkvm.kvm import Params
 from softkvm.kvm.state import BLOCKING, IN_GUEST_MODE
 from softkvm.kvm.x86.svm.exits import EXIT_HANDLERS
-from softkvm.kvm.x86.svm.vmcb import EXIT_NPF
+from softkvm.kvm.x86.svm.vmcb import EXIT_NPF, EXIT_VINTR
 from softkvm.kvm.x86.vcpu import Vcpu
 
 MMIO = 0x1000_0000
@@ -733,9 +733,10 @@ def test_a_window_that_is_asked_for_between_two_runs_is_told_of_with_a_split_irq
     lapic.regs[0x350:0x352] = [0, 7]  # LINT0: ExtINT
     tiny.vcpu.set_lapic(lapic)
     tiny.load(b"\xfa\xe6\x10\xfb\x90\xeb\xfe")  # cli; out; sti; nop; jmp to itself
-    with watchdog(tiny.vcpu, 20):
+    with watchdog(tiny.vcpu, 10):
         assert tiny.run() == abi.KVM_EXIT_IO
         tiny.vcpu.kvm_run.request_interrupt_window = 1
         assert tiny.run() == abi.KVM_EXIT_IRQ_WINDOW_OPEN
+    assert tiny.vcpu.exit_counts[EXIT_VINTR] == 1, "the window, not an exit that came by"
     assert tiny.vcpu.kvm_run.ready_for_interrupt_injection == 1
     tiny.close()
