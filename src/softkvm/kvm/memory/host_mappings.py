@@ -7,7 +7,6 @@ touches them. Leaves are made only for memory that is mapped at that moment.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import struct
@@ -98,10 +97,9 @@ class HostMappings:
                 if at >= end or found == NO_ACCESS:
                     return found
             return NO_ACCESS
-        except OSError as error:
-            if error.errno != errno.ENOTTY:
-                raise
-            self._map = _read_mappings()  # an older host's
+        except OSError:
+            # An older host (ENOTTY), or a sandbox that does not let the request through (EPERM, ENOSYS).
+            self._map = _read_mappings()
             return _lookup(self._map, start, end)
         finally:
             os.close(maps)
@@ -128,7 +126,7 @@ class HostMappings:
 
 
 def _query(maps: int, address: int) -> tuple[int, int, int] | None:
-    """Return start, end and access of the mapping that has an address; ENOTTY where the host doesn't tell of one."""
+    """Return start, end and access of the mapping that has an address; OSError where the host tells of none."""
     query = bytearray(_QUERY.pack(_QUERY.size, 0, address, 0, 0, 0))
     try:
         fcntl.ioctl(maps, _PROCMAP_QUERY, query)
