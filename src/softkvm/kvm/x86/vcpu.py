@@ -179,8 +179,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             run_q[CR8_Q] = self.shadow_cr8
             run_q[APIC_BASE_Q] = self.get_apic_base()
         ready = not self.pic_in_userspace or self.ready_for_interrupt_injection()
-        if_flag = self.q[RFLAGS] & X86_EFLAGS_IF
-        self.run_w[READY_FOR_INTERRUPT_INJECTION_W] = if_flag >> 1 | ready  # IF is bit 9: bit 0 of the upper byte
+        self.run_w[READY_FOR_INTERRUPT_INJECTION_W] = (self.q[RFLAGS] & X86_EFLAGS_IF) >> 1 | ready  # IF is bit 9
 
     def _wait_for_sipi(self) -> None:
         """A processor that waits for its start-up IPI: blocked until something comes, then EAGAIN at the latest."""
