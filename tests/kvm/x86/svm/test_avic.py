@@ -497,3 +497,16 @@ def test_an_end_of_interrupt_in_memory_is_offered_only_without_avic(machine: Mac
     machine.vm.machine.notify_write(machine.memory.address + at, 64)
     assert machine.run() == abi.KVM_EXIT_IO
     assert machine.vcpu.get_regs().rax & 1 == inhibited
+
+
+def test_an_apic_that_software_has_disabled_takes_no_message_until_it_is_enabled_again(machine: Machine) -> None:
+    # disable; out; enable; out: the register's write takes effect before the next exit
+    machine.load(BASE + store(SPIV, 0xFF) + END + store(SPIV, 0x1FF) + END, rbx=0)
+    assert machine.run() == abi.KVM_EXIT_IO
+    machine.msi(0x51)
+    assert machine.bits(IRR) == 0
+    assert not active(machine)
+    assert machine.run() == abi.KVM_EXIT_IO
+    assert active(machine)
+    machine.msi(0x51)
+    assert machine.bits(IRR) == 1 << 0x51
