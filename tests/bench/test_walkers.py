@@ -9,6 +9,7 @@ from types import FrameType
 
 import pytest
 from tests.support.machines import KVMS
+from tests.support.timeouts import OWN_ALARM
 
 from softkvm.bench.walkers import BenchError, Walk, Walkers, map_memory
 
@@ -21,6 +22,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
     raise _Signalled
 
 
+@OWN_ALARM
 @pytest.mark.parametrize("kind", sorted(KVMS))
 def test_what_a_signal_has_ended_can_be_closed(kind: str) -> None:
     with KVMS[kind]() as kvm:
