@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from softkvm.cli import EXIT_ERROR, Command, CommandError
 from softkvm.cli.arguments import add_param, file_name, param_values
 from softkvm.cli.output import warn
+from softkvm.cli.tracepoints import add_selection, selecting
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 """Exit statuses as the shell's, for a client that cannot be started."""
@@ -39,8 +40,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=file_name,
         help="record KVM's tracepoints: a file of trace-cmd's, or FILE.json for Perfetto (`softkvm trace --help`)",
     )
-    add("--trace-event", metavar="GLOB", action="append", default=[], help="tracepoints to record (default: all)")
-    add("--trace-filter", metavar="[EVENT:]CONDITION", action="append", default=[], help="record those alone")
+    add_selection(parser)
     add("--stats", metavar="FILE", type=file_name, help="write counts at the end (JSON: FILE.json)")
     add("--loader", action="store_true", help="follow the client's system calls, not its calls of the C library")
     add("client", metavar="CMD", nargs=argparse.REMAINDER, help="the client and its arguments")
@@ -104,11 +104,8 @@ def _check_tracepoints(args: Namespace) -> None:
         return
     from softkvm.kvm import TRACEPOINTS, trace
 
-    try:
+    with selecting():
         trace.filters_of(trace.select(TRACEPOINTS, args.trace_event), args.trace_filter)
-    except trace.TraceError as error:
-        option = "--trace-filter" if isinstance(error, trace.FilterError) else "--trace-event"
-        raise CommandError(f"{option}: {error}") from None
 
 
 def _check_writable(option: str, path: str | None) -> None:

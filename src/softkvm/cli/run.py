@@ -25,6 +25,7 @@ from softkvm.cli.arguments import add_param, count, file_name, param_values, per
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.run_image import COMMAND_LINE, GuestImage, choose_image, name_file, open_images
 from softkvm.cli.terminal import STDIO, console_choice, open_console
+from softkvm.cli.tracepoints import add_selection, selecting
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline
 from softkvm.vmm.errors import LoadTimeout, MachineError, show_traceback
@@ -152,8 +153,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=file_name,
         help="record KVM's tracepoints: a file of trace-cmd's, or FILE.json for Perfetto (`softkvm trace --help`)",
     )
-    add("--trace-event", metavar="GLOB", action="append", default=[], help="tracepoints to record (default: all)")
-    add("--trace-filter", metavar="[EVENT:]CONDITION", action="append", default=[], help="record those alone")
+    add_selection(parser)
     add(
         "--stats",
         metavar="FILE",
@@ -173,11 +173,9 @@ def _start_trace(kvm: api.Kvm, args: Namespace, stack: contextlib.ExitStack) -> 
 
     if not isinstance(kvm, SoftKvm):
         raise CommandError("--trace records KVM in Python: it needs --accel soft; trace-cmd records the kernel's")
-    try:
-        return stack.enter_context(contextlib.closing(trace.start(TRACEPOINTS, args.trace_event, args.trace_filter)))
-    except trace.TraceError as error:
-        option = "--trace-filter" if isinstance(error, trace.FilterError) else "--trace-event"
-        raise CommandError(f"{option}: {error}") from None
+    with selecting():
+        recorder = trace.start(TRACEPOINTS, args.trace_event, args.trace_filter)
+    return stack.enter_context(contextlib.closing(recorder))
 
 
 def _trace_file(name: str | None) -> OutputFile | None:
