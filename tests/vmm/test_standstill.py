@@ -56,3 +56,33 @@ def test_end_of_the_machine_ends_a_standstill() -> None:
         assert standstill.wait(cast(list[VcpuThread], [thread]), 30)
         ended.set()
         assert thread.went_on.wait(30)
+
+
+def test_who_changes_the_machine_is_alone() -> None:
+    standstill = Standstill(threading.Event())
+    alone, go = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with standstill.hold(), standstill.alone() as still:
+            assert still
+            alone.set()
+            assert go.wait(30)
+
+    thread = threading.Thread(target=change)
+    with standstill.hold():
+        thread.start()
+        assert not alone.wait(0.05)  # somebody looks
+    assert alone.wait(30)
+    with standstill.hold():
+        assert not standstill.wait([], 0.05)
+        go.set()
+        assert standstill.wait([], 30)
+    thread.join(30)
+
+
+def test_nobody_is_alone_behind_the_end() -> None:
+    ended = threading.Event()
+    ended.set()
+    standstill = Standstill(ended)
+    with standstill.hold(), standstill.alone() as still:
+        assert not still

@@ -7,22 +7,23 @@ import contextlib
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec
 
 from softkvm import abi, api
 from softkvm.abi.sizes import Size
 from softkvm.closing import Closing
-from softkvm.threads import inherited_error, tell_after_fork
+from softkvm.threads import inherited_error, start_quiet, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.cpu_limits import PERIOD_NS, Bandwidth, CpuTimeLimit, cpu_times
-from softkvm.vmm.errors import ConfigError, StateError
+from softkvm.vmm.errors import ConfigError, StateError, show_traceback, unexpected
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.hyperv import Hyperv
 from softkvm.vmm.memory import MIB
 from softkvm.vmm.outcome import End, Outcome
+from softkvm.vmm.pausing import PAUSE_S, Pausing
 from softkvm.vmm.standstill import Standstill
 from softkvm.vmm.vcpu_thread import VcpuThread
 
@@ -117,6 +118,7 @@ class Machine(Closing):
         self.started_ns = 0
         self.ended_ns = 0
         self.standstill = Standstill(self.ended)
+        self.pausing = Pausing(self)
         self._halt_watch: HaltWatch | None = None
         self._end_lock = threading.RLock()  # a signal's handler ends a machine, too: in the middle of its end or close
         self._closed = False
@@ -135,6 +137,7 @@ class Machine(Closing):
         self.vm = kvm.create_vm()
         resources.callback(self.vm.close)
         self.board = Pc(self, console, resources)
+        self.pausing.parts += self.board.parts
         self.memory = self.board.memory
         self.hyperv = Hyperv(self.memory)
         for index, vcpu in enumerate(self.board.create_vcpus(kvm)):
@@ -166,22 +169,68 @@ class Machine(Closing):
         current = threading.current_thread()
         return next(thread.vcpu for thread in self.vcpus if thread.thread is current)
 
-    # -- sleep
-
-    @contextlib.contextmanager
-    def asleep(self, wait_for_wake_up: Callable[[], bool]) -> Iterator[bool]:
-        """Let all vCPUs but the one on whose thread we are stand, until *wait_for_wake_up* says True.
-
-        Yields True then, with them still standing; False if the machine has ended meanwhile.
-        """
+    def on_vcpu_thread(self) -> bool:
+        """Whether we are on the thread of one of the vCPUs: in a device, or a hook."""
         current = threading.current_thread()
-        others = [other for other in self.vcpus if other.thread is not current]
-        with self.standstill.hold():
-            while not (wait_for_wake_up() and self.standstill.wait(others, 0.1)):
+        return any(thread.thread is current for thread in self.vcpus)
+
+    def leave_guest(self) -> None:
+        """Have the vCPU on whose thread we are, if we are on one, come out of KVM_RUN before it goes on.
+
+        KVM completes the exit that we handle, and not an instruction more is executed.
+        """
+        if self.on_vcpu_thread():
+            vcpu = self.current_vcpu()
+            vcpu.call_soon(vcpu.kick)
+
+    # -- standing still
+
+    @property
+    def paused(self) -> bool:
+        """Whether :meth:`pause` has stopped the machine."""
+        return self.pausing.paused
+
+    def pause(self, timeout_s: float = PAUSE_S) -> None:
+        """Let the machine stand until :meth:`resume`, from any thread but a vCPU's; returns when it stands.
+
+        Its vCPUs are out of KVM_RUN, their last exits completed, and its devices do nothing by themselves. A machine
+        that has not been started will start paused; for one that is paused nothing happens. What limits a run's time
+        goes on. StateError if the machine is closed, ends, or does not come to stand within *timeout_s*: it runs then.
+        """
+        self.pausing.pause(timeout_s)
+
+    def resume(self) -> None:
+        """Let a paused machine go on, from any thread; nothing happens if it isn't paused."""
+        self.pausing.resume()
+
+    def sleep(self, wait_for_wake_up: Callable[[], bool], wake_up: Callable[[], object]) -> None:
+        """Let all vCPUs stand, the one on whose thread we are first, until *wait_for_wake_up* says True.
+
+        It is asked again and again, and may take a moment. Then *wake_up* is called with the vCPUs still standing, and
+        nobody else looking at them: a machine that is paused asleep wakes up when it goes on.
+        """
+        self.standstill.acquire()
+        self.leave_guest()
+        start_quiet(self._sleep, "sleep", wait_for_wake_up, wake_up)
+
+    def _sleep(self, wait_for_wake_up: Callable[[], bool], wake_up: Callable[[], object]) -> None:
+        try:
+            while not (self.standstill.wait(self.running_vcpus(), 0.1) and wait_for_wake_up()):
                 if self.ended.is_set():
-                    yield False
                     return
-            yield True
+            with self.standstill.alone() as alone:
+                if alone:
+                    wake_up()
+        except Exception as error:  # a thread's exception must end the machine, not vanish
+            self.failure = error
+            show_traceback(error)
+            self.end(Outcome(End.ERROR, f"wake-up: {unexpected(error)}"))
+        finally:
+            self.standstill.release()
+
+    def running_vcpus(self) -> list[VcpuThread]:
+        """Return the vCPUs whose threads are there."""
+        return [vcpu for vcpu in self.vcpus if vcpu.thread.is_alive()]
 
     # -- life
 
@@ -202,6 +251,13 @@ class Machine(Closing):
         if bool(self.started_ns) != started:
             was, expected = ("not been started", "start() first") if started else ("been started", "that once")
             raise StateError(f"the machine has {was}: expected {expected}")
+
+    def expect_going(self) -> None:
+        """Raise StateError if the machine is closed or has ended."""
+        if self._closed:
+            raise StateError("the machine is closed: expected an open one")
+        if self.ended.is_set():
+            raise StateError(f"the machine has ended ({self.outcome}): expected one that runs")
 
     def start(self) -> None:
         """Let all vCPUs run; StateError if the machine is closed or has been started before.
@@ -259,6 +315,7 @@ class Machine(Closing):
                 vcpu.thread.join(0.5)
                 if vcpu.thread.is_alive():
                     vcpu.vcpu.kick()
+        self.pausing.end()
 
     def run(self, timeout_s: float | None = None) -> Outcome:
         """Start, wait, return the outcome."""
@@ -288,8 +345,13 @@ class Machine(Closing):
         self.memory.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else str(self.outcome or ("running" if self.started_ns else "not started"))
+        state = "closed" if self._closed else str(self.outcome or self._going())
         return f"<Machine: {len(self.vcpus)} vCPUs, {self.config.memory_size // MIB} MiB, {state}>"
+
+    def _going(self) -> str:
+        if self.paused:
+            return "paused"
+        return "running" if self.started_ns else "not started"
 
     def stats(self) -> dict[str, Any]:
         """Return wall and processor time, and what every vCPU did; the KVM's own counters where it has some."""

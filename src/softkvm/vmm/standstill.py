@@ -24,17 +24,43 @@ class Standstill:
         self._ended = ended
         self._changed = threading.Condition()
         self._standing: set[VcpuThread] = set()
+        self._changing = False
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def acquire(self) -> None:
         """Ask for it. Threads that are in the guest go on until :meth:`wait` fetches them."""
         with self._changed:
             self.held += 1
+
+    def release(self) -> None:
+        """Have had enough of it."""
+        with self._changed:
+            self.held -= 1
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Ask for it in a ``with`` statement."""
+        self.acquire()
         try:
             yield
         finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Wait until nobody but the caller holds it, and let nobody's :meth:`wait` end meanwhile: True.
+
+        For who changes what the others look at. False if the machine has ended.
+        """
+        with self._changed:
+            while (self.held > 1 or self._changing) and not self._ended.is_set():
+                self._changed.wait(_LOOK_S)
+            alone = self._changing = not self._ended.is_set()
+        try:
+            yield alone
+        finally:
             with self._changed:
-                self.held -= 1
+                self._changing = False
                 self._changed.notify_all()
 
     def wait(self, threads: Collection[VcpuThread], timeout_s: float) -> bool:
@@ -44,8 +70,8 @@ class Standstill:
             while not self._ended.is_set():
                 missing = set(threads) - self._standing
                 remaining_s = deadline - time.monotonic()
-                if not missing or remaining_s <= 0:
-                    return not missing
+                if not (missing or self._changing) or remaining_s <= 0:
+                    return not (missing or self._changing)
                 for thread in missing:
                     thread.vcpu.kick()
                 self._changed.wait(min(remaining_s, _KICK_AGAIN_S))

@@ -79,6 +79,8 @@ class VcpuThread:
         clock = time.perf_counter_ns
         ended, standstill = self.machine.ended, self.machine.standstill
         guest_ns = 0
+        if standstill.held:  # it starts paused
+            standstill.stand(self)
         before = clock()
         try:
             while True:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from softkvm import api
 from softkvm.vmm.memory import GuestMemory
+from softkvm.vmm.pausing import Pausable
 
 
 class Board(Protocol):
@@ -17,6 +18,8 @@ class Board(Protocol):
     """
 
     memory: GuestMemory
+    parts: list[Pausable]
+    """Devices that do something by themselves."""
 
     def create_vcpus(self, kvm: api.Kvm) -> Iterable[api.Vcpu]:
         """Make the processors, in the state that the board's reset leaves them in."""
@@ -29,6 +32,9 @@ class Board(Protocol):
 
     def halted_for_good(self) -> bool:
         """Whether no interrupt that there can be wakes any processor; none of them is in KVM_RUN meanwhile."""
+
+    def was_stopped(self) -> None:
+        """The machine has stood still and goes on: tell it, where it has a way to know; its processors stand yet."""
 
     def flush(self) -> None:
         """The machine stands: write out what devices hold back."""

@@ -56,9 +56,11 @@ class Pc(Board):
         self.memory.attach(vm)
         self.memory.alias(vm, FIRMWARE_SLOT, layout.RESET_FIRMWARE, layout.FIRMWARE_SIZE, layout.FIRMWARE)
         self._add_devices(console)
-        for device in (self.serial, self.cmos, self.acpi_pm, self.hpet):
+        timed = (self.serial, self.cmos, self.acpi_pm, self.hpet)
+        for device in timed:
             if device is not None:
                 resources.callback(device.close)
+        self.parts = [device for device in timed if device is not None]
 
     def create_vcpus(self, kvm: api.Kvm) -> Iterator[api.Vcpu]:
         """Make the processors, the first of which boots the machine."""
@@ -96,6 +98,12 @@ class Pc(Board):
     def halted_for_good(self) -> bool:
         """Whether nothing that reaches a processor with interrupts disabled can come any more."""
         return halted_for_good(self.machine.vm, self._vcpus())
+
+    def was_stopped(self) -> None:
+        """Set PVCLOCK_GUEST_STOPPED for guests that have KVM's clock: Linux's watchdogs look at it."""
+        for vcpu in self._vcpus():
+            with contextlib.suppress(OSError):  # no clock, or a KVM that cannot
+                vcpu.kvmclock_ctrl()
 
     def flush(self) -> None:
         """Write out what the console holds back."""
@@ -184,16 +192,16 @@ class Pc(Board):
     # -- sleep
 
     def _sleep(self) -> None:
-        """S3, entered by the vCPU on whose thread we are: wait for a wake-up event, go on at the waking vector.
+        """S3, entered by the vCPU on whose thread we are: a wake-up event has it go on at the waking vector.
 
         Memory and devices keep their state; processors and interrupt chips come up as after a reset. Source: ACPI
         specification 6.4, sections 16.3.1 (sleeping states), 5.2.10 (firmware waking vector).
         """
-        with self.machine.asleep(lambda: self.acpi_pm.wait_for_wake_up(0.1)) as woken:
-            if woken:
-                _complete_exit(self.machine.current_vcpu())
-                self._reset_state.restore(self.machine.vm, self._vcpus())
-                jump_in_real_mode(self.machine.vcpus[0].vcpu, acpi.waking_vector(self.memory))
+        self.machine.sleep(lambda: self.acpi_pm.wait_for_wake_up(0.1), self._wake_up)
+
+    def _wake_up(self) -> None:
+        self._reset_state.restore(self.machine.vm, self._vcpus())
+        jump_in_real_mode(self.machine.vcpus[0].vcpu, acpi.waking_vector(self.memory))
 
     # -- boot
 
@@ -245,15 +253,3 @@ class Pc(Board):
             else:
                 raise ImageError(loaders.describe_unknown(image))
             firmware.install(self.machine.vm, self.memory, pit=self.machine.config.pit)
-
-
-def _complete_exit(vcpu: api.Vcpu) -> None:
-    """Let KVM finish the access that it left KVM_RUN for, without running the guest (KVM API, 5: immediate_exit)."""
-    run = vcpu.kvm_run
-    run.immediate_exit = 1
-    try:
-        vcpu.run()
-    except InterruptedError:
-        pass
-    finally:
-        run.immediate_exit = 0

@@ -76,6 +76,7 @@ class AcpiPm:
         self._en = 0
         self._cnt = CNT_SCI_EN
         self._irq_level = 0
+        self._paused = False
         self._timer = Timer("acpi pm timer", clock_ns, self._timer_expired)
         self._changed = threading.Condition(self._lock)
 
@@ -144,6 +145,19 @@ class AcpiPm:
                 self._sts |= STS_WAK
             return awake
 
+    def pause(self) -> None:
+        """Let the timer rest, and the interrupt's line be: a button that is pressed is seen when it goes on."""
+        self._timer.pause()
+        with self._lock:
+            self._paused = True
+
+    def resume(self) -> None:
+        """Go on; what came meanwhile comes now."""
+        with self._lock:
+            self._paused = False
+            self._update_irq()
+        self._timer.resume()
+
     def close(self) -> None:
         """End the timer thread, if there is one."""
         self._timer.close()
@@ -160,7 +174,7 @@ class AcpiPm:
 
     def _update_irq(self) -> None:
         level = int(bool(self._sts & self._en & _EN_MASK))
-        if level != self._irq_level:
+        if level != self._irq_level and not self._paused:
             self._irq_level = level
             if self._set_irq is not None:
                 self._set_irq(level)

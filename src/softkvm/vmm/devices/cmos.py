@@ -145,6 +145,14 @@ class Cmos:
             self._update_irq()
             self._arm()
 
+    def pause(self) -> None:
+        """Let the timer rest."""
+        self._timer.pause()
+
+    def resume(self) -> None:
+        """Let the timer go on; what came due meanwhile comes now."""
+        self._timer.resume()
+
     def close(self) -> None:
         """End the timer thread, if there is one."""
         self._timer.close()

@@ -319,6 +319,14 @@ class Hpet:
             self._paced_ns = self._clock_ns() + MIN_PERIOD_NS
             self._arm()
 
+    def pause(self) -> None:
+        """Let the timer rest."""
+        self._timer.pause()
+
+    def resume(self) -> None:
+        """Let the timer go on; what came due meanwhile comes now."""
+        self._timer.resume()
+
     def close(self) -> None:
         """End the timer thread, if there is one."""
         self._timer.close()

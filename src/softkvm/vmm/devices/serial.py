@@ -128,6 +128,7 @@ class Serial:
         self._rx: deque[int] = deque()
         self._backlog: deque[int] = deque()  # on the line: not there yet
         self._room = threading.Condition(self._lock)
+        self._paused = False
         self._next = Timer("serial input", time.monotonic_ns, self._next_characters)
         self._pump = Pump(sink) if sink is not None else None
         self._reset()
@@ -204,7 +205,7 @@ class Serial:
         It goes before what waits on the line, and RTS does not hold it up.
         """
         with self._lock:
-            if len(self._rx) < self._capacity and not self._mcr & MCR_LOOP:
+            if len(self._rx) < self._capacity and not self._mcr & MCR_LOOP and not self._paused:
                 self._rx.append(LSR_BI << 8)
                 self._update_lsr()
                 self._update_irq()
@@ -226,6 +227,20 @@ class Serial:
         self._next.close()
         if self._pump is not None:
             self._pump.close()
+
+    def pause(self) -> None:
+        """Let what is fed wait on the line; what was sent goes on its way."""
+        self._next.pause()
+        with self._lock:
+            self._paused = True
+
+    def resume(self) -> None:
+        """Take what waits."""
+        with self._lock:
+            self._paused = False
+            if not self._rx:
+                self._receive()
+        self._next.resume()
 
     # -- interrupts
 
@@ -273,7 +288,7 @@ class Serial:
 
     def _take(self, most: int) -> None:
         """Move up to ``most`` characters that wait on the line into the receiver, as far as it has room."""
-        if self._mcr & MCR_LOOP:
+        if self._mcr & MCR_LOOP or self._paused:
             return
         rx, backlog = self._rx, self._backlog
         room = min(most, self._capacity - len(rx), len(backlog))

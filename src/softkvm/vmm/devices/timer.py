@@ -21,6 +21,8 @@ class Timer:
         self._expire = expire
         self._deadline_ns: int | None = None
         self._closed = False
+        self._paused = False
+        self._expiring = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -31,16 +33,29 @@ class Timer:
                 return
             self._deadline_ns = deadline_ns
             if self._thread is not None:
-                self._changed.notify()
+                self._changed.notify_all()
             elif deadline_ns is not None:
                 self._thread = start_quiet(self._loop, self._name)
+
+    def pause(self) -> None:
+        """Expire no more until :meth:`resume`; waits for a callback that runs."""
+        with self._changed:
+            self._paused = True
+            while self._expiring and self._thread is not threading.current_thread():
+                self._changed.wait()
+
+    def resume(self) -> None:
+        """Expire again, at once if that was due meanwhile."""
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Disarm for ever and end the thread."""
         with self._changed:
             self._closed = True
             self._deadline_ns = None
-            self._changed.notify()
+            self._changed.notify_all()
             thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -51,7 +66,7 @@ class Timer:
                 while True:
                     if self._closed:
                         return
-                    if self._deadline_ns is None:
+                    if self._deadline_ns is None or self._paused:
                         self._changed.wait()
                         continue
                     remaining_ns = self._deadline_ns - self._clock_ns()
@@ -60,4 +75,10 @@ class Timer:
                     # At most a minute at once: a wall clock may be set while we sleep.
                     self._changed.wait(min(remaining_ns / 1e9, 60.0))
                 self._deadline_ns = None
-            self._expire()
+                self._expiring = True
+            try:
+                self._expire()
+            finally:
+                with self._changed:
+                    self._expiring = False
+                    self._changed.notify_all()
