@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.support.guests import ROOT, missing
 from tests.support.machines import open_soft
+from tests.support.resident import resident
 from tests.support.tiny import MIB, Tiny
 
 from softkvm import abi
@@ -33,13 +34,6 @@ PAGE = HUGE  # the guest's page that the tests give back: the second huge page
 AT = 8  # where it holds something
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def resident(address: int, size: int) -> int:
-    """Bytes of the process's memory at ``address`` that the host holds (mincore)."""
-    pages = (ctypes.c_ubyte * (size // 4096))()
-    assert not _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages), os.strerror(ctypes.get_errno())
-    return 4096 * sum(page & 1 for page in pages)
 
 
 class Backed:

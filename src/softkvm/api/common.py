@@ -147,6 +147,13 @@ class Vm(Closeable, Protocol):
     def unregister_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
         """KVM_UNREGISTER_COALESCED_MMIO: forget the zones that hold all of the range, if there are any."""
 
+    def host_unmapped_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Tell that the process's memory at each (address, size) is another now: given back, mapped anew, or unmapped.
+
+        Not an ioctl: a kernel finds it out by its MMU notifiers, and there this does nothing. KVM in Python forgets its
+        mappings of all ranges with one flush.
+        """
+
     def get_stats_fd(self) -> int:
         """KVM_GET_STATS_FD: a descriptor of the VM's statistics, to be read with os.pread() and closed by the caller.
 

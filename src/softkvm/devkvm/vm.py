@@ -13,6 +13,8 @@ from softkvm.devkvm.stats import read_stats
 from softkvm.devkvm.vcpu import Vcpu
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
 
@@ -51,6 +53,9 @@ class Vm(Descriptor):
             self._held.pop(region.slot, None)
         elif held is not None:
             self._held[region.slot] = held
+
+    def host_unmapped_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Nothing: the kernel's MMU notifier has told KVM."""
 
     def create_vcpu(self, id: int) -> api.Vcpu:
         """KVM_CREATE_VCPU."""

@@ -128,7 +128,7 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
     "kvm_dirty_ring_reset": [after(dirty_ring.DirtyRing.take_collected, lambda _, ring: _ring(ring))],
     "kvm_dirty_ring_exit": [after(vcpu.Vcpu._dirty_ring_full, lambda full, vcpu: (vcpu.vcpu_id,) if full else None)],
     "kvm_vm_set_mem_attributes": [before(vm.Vm.set_memory_attributes, _attributes)],
-    "kvm_unmap_hva_range": [before(vm.Vm.host_unmapped, lambda vm, hva, size: (hva, hva + size))],
+    "kvm_unmap_hva_range": [before(vm.Vm._users, lambda vm, hva, size: (hva, hva + size))],
 }
 
 

@@ -242,22 +242,35 @@ class Vm(VmState, Closing):
         Ranges that no slot has cost next to nothing. Native code can tell them without the interpreter
         (``machine.has_region_function``).
         """
-        first, end = hva & -PAGE_SIZE, hva + size
-        users = self.regions.users(first, end)
-        if not users:
+        self._unmap([(hva, size)])
+
+    @uninterrupted
+    def host_unmapped_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Tell the same of many ranges (address, size), for which there is one flush."""
+        self._unmap(ranges)
+
+    def _unmap(self, ranges: Sequence[tuple[int, int]]) -> None:
+        used = [(hva, size, users) for hva, size in ranges if (users := self._users(hva, size))]
+        if not used:
             return
         with self.mmu_lock:
             self.host_mappings.forget()
             flush = False
-            for slot in (self.memslots.by_id(number) for number in users):
-                if slot is None:
-                    continue
-                start = max(first, slot.userspace_addr) - slot.hva_offset
-                stop = min(end, slot.userspace_addr + (slot.npages << PAGE_SHIFT)) - slot.hva_offset
-                if start < stop:
-                    flush |= self.mmu.zap_range(start >> PAGE_SHIFT, -(-stop >> PAGE_SHIFT))
+            for hva, size, users in used:
+                first, end = hva & -PAGE_SIZE, hva + size
+                for slot in (self.memslots.by_id(number) for number in users):
+                    if slot is None:
+                        continue
+                    start = max(first, slot.userspace_addr) - slot.hva_offset
+                    stop = min(end, slot.userspace_addr + (slot.npages << PAGE_SHIFT)) - slot.hva_offset
+                    if start < stop:
+                        flush |= self.mmu.zap_range(start >> PAGE_SHIFT, -(-stop >> PAGE_SHIFT))
             if flush:
                 self.finish_zap()
+
+    def _users(self, hva: int, size: int) -> set[int]:
+        """The slots that have a page of the range."""
+        return self.regions.users(hva & -PAGE_SIZE, hva + size)
 
     @uninterrupted
     def set_slow_memory(self, hva: int, size: int, *, slow: bool = True) -> None:

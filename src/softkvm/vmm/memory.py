@@ -16,11 +16,14 @@ import contextlib
 import ctypes
 import mmap
 import os
+import resource
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from softkvm import abi, api
 from softkvm.abi.sizes import Size
 from softkvm.vmm.errors import ConfigError
+from softkvm.vmm.host_memory import Backing, give_back, lock, merged
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -59,6 +62,10 @@ class GuestMemory:
             )
         self.size = size
         self.fd = -1
+        self.backing = Backing.SHARED if shared else Backing.ANONYMOUS
+        self.kept_for = ""
+        """Why no page may go back to the host (:meth:`keep`); empty: it may."""
+        self._vms: list[api.Vm] = []
         length = size + HUGE_PAGE_SIZE  # room to align the first byte
         noreserve: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
         if shared:
@@ -93,6 +100,7 @@ class GuestMemory:
 
     def attach(self, vm: api.Vm, *, flags: int = 0) -> None:
         """Register every range with *vm*: memory slots 0, 1."""
+        self._vms.append(vm)
         for slot, ram in enumerate(self.ranges):
             vm.set_user_memory_region(
                 abi.kvm_userspace_memory_region(
@@ -139,8 +147,57 @@ class GuestMemory:
         for at in range(0, size, MIB):
             target[at : at + MIB] = zeroes[: min(MIB, size - at)]
 
+    def discard(self, gpa: int, size: int) -> int:
+        """Give the *size* bytes at *gpa*, whole pages, back to the host: see :meth:`discard_ranges`."""
+        return self.discard_ranges(((gpa, size),))
+
+    def discard_ranges(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Give (address, size) of guest memory, whole pages, back to the host; return how many bytes it has taken.
+
+        They read as zeroes from now on, whatever backs them, and get memory again when they are touched. KVM forgets
+        its mappings of all ranges with one flush. While the memory is kept (``kept_for``), nothing happens and the
+        result is 0. IndexError, before anything is given back, for what is not RAM of one range; ValueError for parts
+        of pages.
+        """
+        wanted = merged(ranges)
+        for gpa, size in wanted:
+            if gpa % PAGE_SIZE or size % PAGE_SIZE:
+                raise ValueError(f"guest physical {gpa:#x}+{size:#x}: expected whole pages")
+        places = [(self.address_of(gpa, size), size) for gpa, size in wanted]
+        if self.kept_for or not places:
+            return 0
+        given = sum(size for address, size in places if give_back(address, size, self.backing))
+        for vm in self._vms:
+            vm.host_unmapped_ranges(places)
+        return given
+
+    def address_of(self, gpa: int, size: int) -> int:
+        """Return the host address of the *size* bytes at *gpa*; IndexError if they are not all RAM of one range."""
+        for ram in self.ranges:
+            if ram.start <= gpa and gpa + size <= ram.end and size >= 0:
+                return ram.hva + gpa - ram.start
+        raise IndexError(f"guest physical {gpa:#x}+{size:#x} is not RAM")
+
+    def keep(self, reason: str) -> None:
+        """Never give memory back from now on, for somebody has it by its physical addresses: an assigned device."""
+        self.kept_for = self.kept_for or reason
+
+    def pin(self) -> None:
+        """Populate all of the memory, lock it, and keep it; ConfigError if the host does not let us."""
+        try:
+            for ram in self.ranges:
+                lock(ram.hva, ram.end - ram.start)
+        except OSError as error:
+            limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+            allowed = "" if limit == resource.RLIM_INFINITY else f" (ulimit -l is {limit // KIB} KiB)"
+            raise ConfigError(
+                f"the host does not lock {self.size // MIB} MiB of memory: {error.strerror}{allowed}"
+            ) from None
+        self.keep("its memory is pinned")
+
     def close(self) -> None:
         """Unmap the memory, or let the last that holds a view of it do so: a slice, a memory slot."""
+        self._vms.clear()
         self.view.release()
         with contextlib.suppress(BufferError):
             self._map.close()

@@ -118,6 +118,22 @@ def test_exactly_the_pages_that_the_range_meets_are_forgotten_in_every_slot(gues
     assert before - guest.vm.stats()["pages_4k"] == 2
 
 
+def test_many_ranges_take_one_flush(guest: Guest) -> None:
+    for page in range(8):
+        guest.store(page, page + 1)
+    before = guest.vm.stats()
+    # Two of a slot's, one that nobody has, an empty one.
+    gone = [(guest.hva(1), PAGE), (guest.hva(5), 2 * PAGE), (guest.address - MIB, PAGE), (guest.hva(3), 0)]
+    for page in (1, 5, 6):
+        remap(guest.hva(page), PAGE)
+    guest.vm.host_unmapped_ranges(gone)
+    after = guest.vm.stats()
+    assert after["remote_tlb_flush"] - before["remote_tlb_flush"] == 1
+    assert [guest.fetch(page) for page in range(8)] == [1, 0, 3, 4, 5, 0, 0, 8]
+    guest.vm.host_unmapped_ranges([])
+    assert guest.vm.stats()["remote_tlb_flush"] == after["remote_tlb_flush"]
+
+
 def test_what_was_written_stays_in_the_dirty_log(guest: Guest) -> None:
     guest.tiny.slot(1, GPA, SIZE, guest.address, abi.KVM_MEM_LOG_DIRTY_PAGES)
     guest.store(9)
