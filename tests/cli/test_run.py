@@ -4,6 +4,7 @@
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -27,6 +28,8 @@ RUN = (sys.executable, "-m", "softkvm.cli.main", "run")
 POWER_OFF = bytes.fromhex("ba0406 b80034 ef f4ebfd")
 RESET = bytes.fromhex("ba6400 b0fe ee f4ebfd")
 PVPANIC = bytes.fromhex("ba0505 b001 ee f4ebfd")
+CRASH_LOADED = bytes.fromhex("ba0505 b002 ee")
+PVPANIC_SHUTDOWN = bytes.fromhex("ba0505 b004 ee f4ebfd")
 DEBUG_EXIT = bytes.fromhex("baf400 b005 ee 66b805000000 66ef f4ebfd")
 CHATTER = bytes.fromhex("baf803 b041 ee ebfd")  # prints A for ever
 SPIN = bytes.fromhex("ebfe")
@@ -65,6 +68,9 @@ def flat(tmp_path: Path, code: bytes) -> str:
     [
         (POWER_OFF, 0, ""),
         (PVPANIC, 3, "softkvm: panic: pvpanic\n"),
+        (CRASH_LOADED + POWER_OFF, 3, "softkvm: panic: pvpanic, with a crash kernel\n"),
+        (CRASH_LOADED + RESET, 3, "softkvm: panic: pvpanic, with a crash kernel\n"),
+        (PVPANIC_SHUTDOWN, 0, ""),
         (SPIN, 5, "softkvm: timeout: 1 s\n"),
         (RESET, 6, "softkvm: reset: keyboard controller\n"),
         (DEBUG_EXIT, 8, "softkvm: debug exit: status 11\n"),
@@ -103,6 +109,43 @@ def test_cpu_time_is_limited(tmp_path: Path, accel: str) -> None:
 def test_cpu_time_that_is_none_is_one_line(tmp_path: Path, option: str, value: str, expected: str) -> None:
     done = run(f"{option}={value}", flat(tmp_path, SPIN))
     assert (done.returncode, done.stderr) == (2, f"softkvm: {option} {value}: {expected}\n")
+
+
+def test_devices_of_the_host_are_not_assigned(tmp_path: Path) -> None:
+    done = run("--assign", "0000:01:00.0", flat(tmp_path, SPIN))
+    assert done.returncode == 2
+    assert done.stderr.startswith("softkvm: --assign 0000:01:00.0: there is no device assignment (VFIO): ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_pinned_memory_is_locked_while_the_guest_runs(tmp_path: Path, accel: str) -> None:
+    command = [*RUN, "--accel", accel, "--pin-memory", "--mem", "64M", flat(tmp_path, printing(b"x") + SPIN)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"x"
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.terminate()
+    locked = re.search(r"VmLck:\s*(\d+) kB", status)
+    assert locked is not None
+    assert int(locked[1]) >= 64 * KIB
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_memory_that_cannot_be_locked_is_one_line(tmp_path: Path) -> None:
+    """The limit is for users without privileges, so the process has given up its own."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096)); import ctypes; "
+    code += "ctypes.CDLL(None).prctl(24, 14, 0, 0, 0); "  # CAP_IPC_LOCK leaves the bounding set
+    code += "import os; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *RUN[1:], "--pin-memory", "--mem", "64M", flat(tmp_path, POWER_OFF)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        r"softkvm: the host does not lock 64 MiB of memory: .+ \(ulimit -l is 4 KiB\)\n", done.stderr
+    ), done.stderr
 
 
 def test_console_output_is_standard_output_and_stats_are_complete(tmp_path: Path, accel: str) -> None:

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 #: Whose paravirtual interfaces a guest is offered.
 CPU_KVM, CPU_HYPERV = "kvm", "hv"
 
+NO_ASSIGNMENT = (
+    "there is no device assignment (VFIO): a guest's memory is the process's own, which no IOMMU maps for a device"
+)
+
 EXIT_STATUS = {
     End.POWER_OFF: EXIT_OK,
     End.ERROR: EXIT_ERROR,
@@ -110,6 +114,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="entry of a Linux kernel: 64, 32 or 16 bits, the last with BIOS calls (default: the first it has)",
     )
     add("-m", "--mem", metavar="SIZE", default="256M", help="guest memory, MiB without a unit (default: 256M)")
+    add("--pin-memory", action="store_true", help="populate and lock all of the guest's memory; none is given back")
+    add("--assign", metavar="DEVICE", help="refused: devices of the host cannot be assigned to a guest")
     add("-c", "--vcpus", metavar="N", default="1", help="virtual processors, 1 to 16 (default: 1)")
     add(
         "--cpu",
@@ -350,12 +356,15 @@ def _run(args: Namespace) -> int:
 
 def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitStack) -> int:
     """Boot what *args* say; *files* closes the images."""
+    if args.assign is not None:
+        raise CommandError(f"--assign {args.assign}: {NO_ASSIGNMENT}")
     try:
         vcpus = count("--vcpus", args.vcpus, 1, MAX_VCPUS)
         limit, quota = args.cpu_time_limit, args.cpu_quota
         config = Config(
             size("--mem", args.mem),
             vcpus,
+            pin_memory=args.pin_memory,
             hyperv=args.cpu == CPU_HYPERV,
             cpu_time_limit_s=None if limit is None else seconds("--cpu-time-limit", limit),
             cpu_quota=None if quota is None else percent("--cpu-quota", quota),

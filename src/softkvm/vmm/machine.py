@@ -52,6 +52,8 @@ class Config:
     """Whether the machine ends (HALTED) when nothing that it has can wake any vCPU any more."""
     devices: Callable[[Machine], None] | None = None
     """Called after the standard devices are on the buses, to add more."""
+    pin_memory: bool = False
+    """Whether all memory is there from the start, locked, and never given back (ConfigError if the host refuses)."""
     hyperv: bool = False
     """Whether its processors have Hyper-V's interfaces, in place of KVM's own."""
     cpu_time_limit_s: float | None = None

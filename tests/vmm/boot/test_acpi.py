@@ -80,6 +80,9 @@ def test_fadt_has_soft_off_and_reset(memory: GuestMemory) -> None:
     fadt = all_tables(memory, acpi.write_tables(memory, [0]))["FACP"]
     assert len(fadt) == 276
     assert struct.unpack("<I", fadt[64:68])[0] == 0x604  # PM1a_CNT_BLK
+    assert struct.unpack_from("<I", fadt, 80)[0] == 0x60C  # GPE0_BLK
+    assert fadt[92] == 4
+    assert fadt[220:232] == struct.pack("<BBBBQ", 1, 32, 0, 1, 0x60C)
     assert fadt[116:128] == struct.pack("<BBBBQ", 1, 8, 0, 1, 0xCF9)
     assert fadt[128] == 6
     assert struct.unpack("<I", fadt[112:116])[0] & 1 << 10
@@ -103,7 +106,19 @@ def test_iasl_disassembles_the_tables_without_a_complaint(memory: GuestMemory, t
         assert "Warning" not in text, text
         assert "Error" not in text, text
     source = (tmp_path / "DSDT.dsl").read_text()
-    for part in ("Name (_S3", "Name (_S5", "PNP0501", "PNP0B00", "QEMU0001", "0x03F8", "{4}", "PNP0A03", "PNP0103"):
+    for part in (
+        "Name (_S3",
+        "Name (_S5",
+        "PNP0501",
+        "PNP0B00",
+        "QEMU0001",
+        "0x03F8",
+        "{4}",
+        "PNP0A03",
+        "PNP0103",
+        "VM_Gen_Counter",
+        "Notify (\\_SB.VGEN, 0x80)",
+    ):
         assert part in source
     done = subprocess.run(["iasl", "-p", tmp_path / "again", tmp_path / "DSDT.dsl"], capture_output=True, text=True)
     assert " 0 Errors" in done.stdout, done.stdout

@@ -60,3 +60,9 @@ def test_resources() -> None:
     assert aml.io(0x3F8, 8).hex() == "4701f803f8030108"
     assert aml.irq(4).hex() == "221000"
     assert aml.resource_template(aml.irq(4)).hex() == "11080a052210007900"
+
+
+def test_a_method_that_notifies() -> None:
+    """As iasl compiles ``Method (_E05, 0, NotSerialized) { Notify (\\_SB.VGEN, 0x80) }``."""
+    method = aml.method("_E05", 0, aml.notify("\\_SB.VGEN", 0x80))
+    assert method.hex() == "1413" + b"_E05".hex() + "00" + "865c2e" + b"_SB_VGEN".hex() + "0a80"

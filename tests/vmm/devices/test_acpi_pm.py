@@ -6,7 +6,7 @@ import time
 import pytest
 
 from softkvm.vmm.devices import acpi_pm
-from softkvm.vmm.devices.acpi_pm import PM1_CNT, PM1_EN, PM1_STS, PM_TMR, AcpiPm, ResetRegister
+from softkvm.vmm.devices.acpi_pm import GPE0_EN, GPE0_STS, PM1_CNT, PM1_EN, PM1_STS, PM_TMR, AcpiPm, ResetRegister
 
 
 class Clock:
@@ -76,7 +76,8 @@ def test_timer_status_follows_the_highest_bit() -> None:
 def test_timer_interrupt_arrives_on_its_own() -> None:
     levels: list[int] = []
     pm = AcpiPm(set_irq=levels.append)
-    pm.restore({"sts": 0, "en": 1, "cnt": 1, "elapsed_ns": (2**31 - 100_000) * 10**9 // 3_579_545, "irq_level": 0})
+    elapsed_ns = (2**31 - 100_000) * 10**9 // 3_579_545
+    pm.restore({**pm.save(), "en": 1, "elapsed_ns": elapsed_ns})
     deadline = time.monotonic() + 5
     while not levels and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -130,3 +131,25 @@ def test_the_power_button_wakes_without_being_enabled() -> None:
     pm = AcpiPm()
     pm.press_power_button()
     assert pm.wait_for_wake_up(0)
+
+
+def test_general_purpose_events_raise_the_sci_where_they_are_enabled() -> None:
+    levels: list[int] = []
+    pm = AcpiPm(set_irq=levels.append)
+    pm.raise_event(5)
+    assert pm.read(GPE0_STS, 2) == 1 << 5
+    assert levels == []
+    pm.write(GPE0_EN, 1, 1 << 5)  # byte by byte, as ACPICA does
+    pm.write(GPE0_EN + 1, 1, 1 << 2)
+    assert pm.read(GPE0_EN, 2) == 1 << 5 | 1 << 10
+    assert levels == [1]
+    state = pm.save()
+    pm.write(GPE0_STS, 1, 1 << 4)
+    assert levels == [1]
+    pm.write(GPE0_STS, 1, 1 << 5)
+    assert levels == [1, 0]
+    pm.raise_event(10)
+    assert levels == [1, 0, 1]
+    other = AcpiPm()
+    other.restore(state)
+    assert (other.read(GPE0_STS, 2), other.read(GPE0_EN, 2)) == (1 << 5, 1 << 5 | 1 << 10)

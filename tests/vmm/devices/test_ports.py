@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one-register devices: pvpanic, debug exit, PCI configuration."""
 
+from softkvm.vmm.bus import Bus
 from softkvm.vmm.devices.acpi_pm import ResetRegister
 from softkvm.vmm.devices.debug_exit import DebugExit
 from softkvm.vmm.devices.pci_config import PciConfig
-from softkvm.vmm.devices.pvpanic import CRASH_LOADED, PANICKED, SHUTDOWN, PvPanic
+from softkvm.vmm.devices.pvpanic import CRASH_LOADED, PANICKED, SHUTDOWN, PvPanic, PvPanicPci
 
 
 def test_pvpanic_reports_known_events_only() -> None:
@@ -14,6 +15,19 @@ def test_pvpanic_reports_known_events_only() -> None:
     device.write(0, 1, 0x80)
     device.write(0, 1, 0x81)
     assert events == [PANICKED]
+
+
+def test_pvpanic_is_a_pci_function_too() -> None:
+    events: list[int] = []
+    function = PvPanicPci(PvPanic(events.append))
+    assert function.read(0, 4) == 0x00111B36
+    assert function.read(8, 4) == 0x08800001
+    mmio = Bus("memory", 52)
+    function.connect(Bus("I/O port", 16), mmio)
+    address = function.read(0x10, 4)
+    assert mmio.read(address, 1) == PANICKED | CRASH_LOADED | SHUTDOWN
+    mmio.write(address, 1, CRASH_LOADED)
+    assert events == [CRASH_LOADED]
 
 
 def test_debug_exit_status_is_odd_as_qemus() -> None:

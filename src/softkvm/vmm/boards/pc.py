@@ -18,6 +18,7 @@ from softkvm.vmm.boot.loaders import Kind
 from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
 from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial, shutdown_ports
+from softkvm.vmm.devices.vmgenid import GPE, VmGenId
 from softkvm.vmm.errors import ImageError
 from softkvm.vmm.hyperv import enable as enable_hyperv
 from softkvm.vmm.hyperv import hyperv_cpuid
@@ -45,6 +46,8 @@ class Pc(Board):
         config, vm = machine.config, machine.vm
         self.memory = GuestMemory(config.memory_size)
         resources.callback(self.memory.close)
+        if config.pin_memory:
+            self.memory.pin()
         if vm.check_extension(abi.KVM_CAP_SET_TSS_ADDR):
             vm.set_tss_addr(TSS_ADDRESS)
         if vm.check_extension(abi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
@@ -97,7 +100,7 @@ class Pc(Board):
 
     def halted_for_good(self) -> bool:
         """Whether nothing that reaches a processor with interrupts disabled can come any more."""
-        return halted_for_good(self.machine.vm, self._vcpus())
+        return not any(may_act() for may_act in self.wakers) and halted_for_good(self.machine.vm, self._vcpus())
 
     def was_stopped(self) -> None:
         """Set PVCLOCK_GUEST_STOPPED for guests that have KVM's clock: Linux's watchdogs look at it."""
@@ -131,7 +134,12 @@ class Pc(Board):
         self.port_a = i8042.SystemControlPortA(lambda: self._reset("port 0x92"))
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
         self.pci_config.add(0, 0, pci.host_bridge())
-        self.pvpanic = pvpanic.PvPanic(self._panicked)
+        self.pvpanic = pvpanic.PvPanic(self.panicked)
+        self.crash_loaded = False
+        """Whether the guest has said that it panicked, and that a crash kernel goes on."""
+        self.wakers: list[Callable[[], bool]] = []
+        """Each tells whether a device may yet do something to a machine that has halted."""
+        self.vmgenid = VmGenId(self.memory, lambda: self.acpi_pm.raise_event(GPE))
         self.debug_exit = debug_exit.DebugExit(self._debug_exit)
         self.bios = services.Bios(
             self.machine.current_vcpu,
@@ -162,14 +170,23 @@ class Pc(Board):
     # -- what devices tell
 
     def _powered_off(self) -> None:
-        self.machine.end(Outcome(End.POWER_OFF))
+        self._end(Outcome(End.POWER_OFF))
 
     def _reset(self, by: str) -> None:
-        self.machine.end(Outcome(End.RESET, by))
+        self._end(Outcome(End.RESET, by))
 
-    def _panicked(self, events: int) -> None:
+    def _end(self, outcome: Outcome) -> None:
+        """End as the guest asks for; what ends a crash kernel is the end of a panic."""
+        self.machine.end(Outcome(End.PANIC, "pvpanic, with a crash kernel") if self.crash_loaded else outcome)
+
+    def panicked(self, events: int) -> None:
+        """The guest has told of *events*."""
         if events & pvpanic.PANICKED:
             self.machine.end(Outcome(End.PANIC, "pvpanic"))
+        elif events & pvpanic.CRASH_LOADED:
+            self.crash_loaded = True
+        elif events & pvpanic.SHUTDOWN:
+            self._powered_off()
 
     def _debug_exit(self, status: int) -> None:
         self.machine.end(Outcome(End.DEBUG_EXIT, f"status {status}", status))

@@ -93,6 +93,7 @@ def fadt(facs_address: int, dsdt_address: int) -> bytes:
     """Return the fixed ACPI description table, revision 6.3 (5.2.9)."""
     base = acpi_pm.PM_BASE_PORT
     event, control, timer = base + acpi_pm.PM1_STS, base + acpi_pm.PM1_CNT, base + acpi_pm.PM_TMR
+    general = base + acpi_pm.GPE0_STS
     flags = WBINVD | PROC_C1 | SLP_BUTTON | TMR_VAL_EXT | RESET_REG_SUP
     fields: tuple[tuple[str, int, str, int], ...] = (
         ("FIRMWARE_CTRL", 36, "<I", facs_address),
@@ -102,9 +103,11 @@ def fadt(facs_address: int, dsdt_address: int) -> bytes:
         ("PM1a_EVT_BLK", 56, "<I", event),
         ("PM1a_CNT_BLK", 64, "<I", control),
         ("PM_TMR_BLK", 76, "<I", timer),
+        ("GPE0_BLK", 80, "<I", general),
         ("PM1_EVT_LEN", 88, "<B", 4),
         ("PM1_CNT_LEN", 89, "<B", 2),
         ("PM_TMR_LEN", 91, "<B", 4),
+        ("GPE0_BLK_LEN", 92, "<B", acpi_pm.GPE0_SIZE),
         ("P_LVL2_LAT", 96, "<H", 0xFFFF),  # no C2
         ("P_LVL3_LAT", 98, "<H", 0xFFFF),  # no C3
         ("CENTURY", 108, "<B", rtc_calendar.CENTURY),
@@ -119,6 +122,7 @@ def fadt(facs_address: int, dsdt_address: int) -> bytes:
         ("X_PM1a_EVT_BLK", 148, _gas(event, 32, WORD_ACCESS)),
         ("X_PM1a_CNT_BLK", 172, _gas(control, 16, WORD_ACCESS)),
         ("X_PM_TMR_BLK", 208, _gas(timer, 32, DWORD_ACCESS)),
+        ("X_GPE0_BLK", 220, _gas(general, 8 * acpi_pm.GPE0_SIZE, BYTE_ACCESS)),
     )
     data = bytearray(FADT_LENGTH)
     for _name, offset, format, value in fields:

@@ -23,6 +23,8 @@ QWORD_PREFIX = b"\x0e"
 SCOPE_OP = b"\x10"
 BUFFER_OP = b"\x11"
 PACKAGE_OP = b"\x12"
+METHOD_OP = b"\x14"
+NOTIFY_OP = b"\x86"
 DEVICE_OP = b"\x5b\x82"
 
 IRQ_DESCRIPTOR = 0x22
@@ -103,6 +105,17 @@ def device(path: str, *terms: bytes) -> bytes:
     """Device(path) {terms}."""
     content = name_string(path) + b"".join(terms)
     return DEVICE_OP + package_length(len(content)) + content
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """Method(path, arguments, NotSerialized) {terms}."""
+    content = name_string(path) + bytes([arguments]) + b"".join(terms)
+    return METHOD_OP + package_length(len(content)) + content
+
+
+def notify(path: str, value: int) -> bytes:
+    """Notify(path, value)."""
+    return NOTIFY_OP + name_string(path) + integer(value)
 
 
 def package(*elements: bytes) -> bytes:

@@ -8,17 +8,18 @@ PCI Firmware Specification 3.2, section 4.1 (the host bridge's resources).
 from __future__ import annotations
 
 from softkvm.vmm.boot import aml, layout
-from softkvm.vmm.devices import acpi_pm, cmos, hpet, pci_config, pvpanic, serial
+from softkvm.vmm.devices import acpi_pm, cmos, hpet, pci_config, pvpanic, serial, vmgenid
 
+DEVICE_CHANGED = 0x80  # a device's own first notification (5.6.6)
 PRESENT = 0xF  # _STA: present, enabled, shown, working
 
 
 def definition_block(*, with_hpet: bool) -> bytes:
     """Return the terms of the DSDT."""
-    devices = [_pci_host_bridge(), _com1(), _rtc(), _panic_event()]
+    devices = [_pci_host_bridge(), _com1(), _rtc(), _panic_event(), _generation()]
     if with_hpet:
         devices.append(_hpet())
-    return _sleep_states() + aml.scope("_SB_", *devices)
+    return _sleep_states() + aml.scope("_SB_", *devices) + _events()
 
 
 def _sleep_states() -> bytes:
@@ -81,6 +82,24 @@ def _panic_event() -> bytes:
         aml.name("_STA", aml.integer(PRESENT)),
         aml.name("_CRS", aml.resource_template(aml.io(pvpanic.PVPANIC_PORT, 1))),
     )
+
+
+def _generation() -> bytes:
+    """Return the virtual machine generation ID's device (Microsoft's specification of it): where the ID lies."""
+    address = layout.VM_GENERATION
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("SKVM0001")),
+        aml.name("_CID", aml.string("VM_Gen_Counter")),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(aml.integer(address & 0xFFFFFFFF), aml.integer(address >> 32))),
+    )
+
+
+def _events() -> bytes:
+    """Return what the general-purpose events mean (5.6.4): whom the guest notifies of each."""
+    handlers = [aml.method(f"_E{vmgenid.GPE:02X}", 0, aml.notify("\\_SB.VGEN", DEVICE_CHANGED))]
+    return aml.scope("_GPE", *handlers)
 
 
 def _hpet() -> bytes:

@@ -16,6 +16,7 @@ address    what lies there at entry
 0x9FC00    extended BIOS data area: end of conventional memory
 0xB8000    text screen
 0xE0000    ACPI tables
+0xEF000    the virtual machine's generation ID
 0xF0000    firmware: handlers of real-mode interrupts
 0x100000   protected-mode kernel
 0xC0000000 memory of PCI devices, up to the IOAPIC
@@ -47,7 +48,8 @@ VIDEO_MEMORY_END = 0xC0000
 TEXT_SCREEN = 0xB8000
 TEXT_COLUMNS, TEXT_ROWS = 80, 25
 ACPI_TABLES = 0xE0000
-ACPI_TABLES_END = 0xF0000
+ACPI_TABLES_END = 0xEF000
+VM_GENERATION = 0xEF000  # a page of its own
 FIRMWARE = 0xF0000
 FIRMWARE_SIZE = 0x10000
 RESET_FIRMWARE = 0xFFFF0000  # where a processor finds it after INIT

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fixed ACPI hardware: PM1a event and control blocks, the power-management timer, the reset register.
+"""The ACPI hardware: PM1a event and control blocks, PM timer, general-purpose events, the reset register.
 
-Source: ACPI specification 6.4, section 4.8 (fixed hardware registers), 4.8.2.1 (PM timer), 4.8.3.6 (reset register).
+Source: ACPI specification 6.4, section 4.8 (fixed hardware registers), 4.8.2.1 (PM timer), 4.8.3.6 (reset register),
+4.8.4 (general-purpose event register blocks).
 The machine is always in ACPI mode (FADT.SMI_CMD = 0), so PM1_CNT.SCI_EN reads as one.
 """
 
@@ -17,6 +18,9 @@ PM1_STS: Final = 0x0
 PM1_EN: Final = 0x2
 PM1_CNT: Final = 0x4
 PM_TMR: Final = 0x8
+GPE0_STS: Final = 0xC
+GPE0_EN: Final = 0xE
+GPE0_SIZE: Final = 4
 PM_BLOCK_SIZE: Final = 0x10
 PM_BASE_PORT: Final = 0x600
 SCI_IRQ: Final = 9
@@ -75,6 +79,8 @@ class AcpiPm:
         self._sts = 0
         self._en = 0
         self._cnt = CNT_SCI_EN
+        self._gpe_sts = 0
+        self._gpe_en = 0
         self._irq_level = 0
         self._paused = False
         self._timer = Timer("acpi pm timer", clock_ns, self._timer_expired)
@@ -90,7 +96,9 @@ class AcpiPm:
             block[PM1_STS:PM1_EN] = self._sts.to_bytes(2, "little")
             block[PM1_EN:PM1_CNT] = self._en.to_bytes(2, "little")
             block[PM1_CNT : PM1_CNT + 2] = self._cnt.to_bytes(2, "little")
-            block[PM_TMR : PM_TMR + 4] = (self._ticks() & 0xFFFFFFFF).to_bytes(4, "little")
+            block[PM_TMR:GPE0_STS] = (self._ticks() & 0xFFFFFFFF).to_bytes(4, "little")
+            block[GPE0_STS:GPE0_EN] = self._gpe_sts.to_bytes(2, "little")
+            block[GPE0_EN:PM_BLOCK_SIZE] = self._gpe_en.to_bytes(2, "little")
             return int.from_bytes(block[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -117,6 +125,10 @@ class AcpiPm:
             self._sts &= ~value  # write one to clear
         elif register == PM1_EN:
             self._en = (self._en & kept | value) & _EN_MASK
+        elif register == GPE0_STS:
+            self._gpe_sts &= ~value  # write one to clear
+        elif register == GPE0_EN:
+            self._gpe_en = self._gpe_en & kept | value
         elif register == PM1_CNT:
             self._cnt = (self._cnt & kept | value) & ~CNT_SLP_EN | CNT_SCI_EN
             if value & CNT_SLP_EN:
@@ -126,6 +138,12 @@ class AcpiPm:
     def press_power_button(self) -> None:
         """Ask the guest to shut down: PWRBTN_STS and an SCI (section 4.8.2.2.1)."""
         self._event(STS_PWRBTN)
+
+    def raise_event(self, event: int) -> None:
+        """General-purpose event *event*, 0 to 15, has come: its status and, if it is enabled, an SCI (4.8.4.1)."""
+        with self._lock:
+            self._gpe_sts |= 1 << event
+            self._update_irq()
 
     def rtc_alarm(self) -> None:
         """The real-time clock raised its interrupt: RTC_STS, which can wake the machine (section 4.8.3.1.1)."""
@@ -173,7 +191,7 @@ class AcpiPm:
         self._seen_ticks = ticks
 
     def _update_irq(self) -> None:
-        level = int(bool(self._sts & self._en & _EN_MASK))
+        level = int(bool(self._sts & self._en & _EN_MASK or self._gpe_sts & self._gpe_en))
         if level != self._irq_level and not self._paused:
             self._irq_level = level
             if self._set_irq is not None:
@@ -200,6 +218,8 @@ class AcpiPm:
                 "sts": self._sts,
                 "en": self._en,
                 "cnt": self._cnt,
+                "gpe_sts": self._gpe_sts,
+                "gpe_en": self._gpe_en,
                 "elapsed_ns": self._clock_ns() - self._epoch_ns,
                 "irq_level": self._irq_level,
             }
@@ -210,6 +230,8 @@ class AcpiPm:
             self._sts = state["sts"]
             self._en = state["en"]
             self._cnt = state["cnt"]
+            self._gpe_sts = state["gpe_sts"]
+            self._gpe_en = state["gpe_en"]
             self._epoch_ns = self._clock_ns() - state["elapsed_ns"]
             self._seen_ticks = self._ticks()
             self._irq_level = state["irq_level"]

@@ -1,18 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paravirtual panic device: a guest's kernel says that it panicked by writing one port.
+"""The paravirtual panic device: a guest's kernel says that it panicked by writing one byte.
 
-Source: QEMU's specification of the pvpanic device (docs/specs/pvpanic), ISA variant: one byte at port 0x505, ACPI
-id QEMU0001. Reading gives the events the machine understands, writing reports events.
+Source: QEMU's specification of the pvpanic device (docs/specs/pvpanic): the ISA variant at port 0x505 with ACPI id
+QEMU0001, the PCI variant 1b36:0011 with the byte in its first memory range. Reading gives the events the machine
+understands, writing reports events.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Final
+
+from softkvm.vmm.devices.pci import Bar, Function
 
 PVPANIC_PORT: Final = 0x505
 
 PANICKED: Final = 1 << 0
 CRASH_LOADED: Final = 1 << 1  # a crash kernel takes over and will write its dump
 SHUTDOWN: Final = 1 << 2
+VENDOR: Final = 0x1B36
+DEVICE: Final = 0x0011
+CLASS_SYSTEM_OTHER: Final = 0x088000
+MEMORY_SIZE: Final = 16
+MEMORY_ADDRESS: Final = 0xFEBFE000
+
 _EVENTS: Final = PANICKED | CRASH_LOADED | SHUTDOWN
 
 
@@ -37,3 +48,11 @@ class PvPanic:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to take over."""
+
+
+class PvPanicPci(Function):
+    """The same as a function on the PCI bus."""
+
+    def __init__(self, device: PvPanic) -> None:
+        super().__init__(VENDOR, DEVICE, CLASS_SYSTEM_OTHER, revision=1)
+        self.add_bar(0, Bar(MEMORY_SIZE, device, False, "pvpanic-pci"), MEMORY_ADDRESS)
