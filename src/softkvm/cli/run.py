@@ -22,6 +22,7 @@ from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import add_param, count, file_name, param_values, percent, seconds, size
+from softkvm.cli.devices import add_device_options, device_specs
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.run_image import COMMAND_LINE, GuestImage, choose_image, name_file, open_images
 from softkvm.cli.terminal import STDIO, console_choice, open_console
@@ -144,6 +145,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="PERCENT",
         help="CPU time of each vCPU, 1 to 100 percent of every 100 ms; it stands for the rest",
     )
+    add_device_options(parser)
     add_param(parser)
     add(
         "--plugin",
@@ -368,6 +370,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             hyperv=args.cpu == CPU_HYPERV,
             cpu_time_limit_s=None if limit is None else seconds("--cpu-time-limit", limit),
             cpu_quota=None if quota is None else percent("--cpu-quota", quota),
+            device_specs=device_specs(args),
         )
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         trace_file = _trace_file(args.trace)

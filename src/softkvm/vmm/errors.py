@@ -8,6 +8,8 @@ import os
 import sys
 import traceback
 
+_CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")
+
 
 def unexpected(error: BaseException) -> str:
     """Return what an exception that nobody expected says of itself, and where it was raised."""
@@ -26,6 +28,13 @@ def show_traceback(error: BaseException) -> None:
         text = text.replace("\n", "\r\n")
     with contextlib.suppress(OSError):
         print(text, end="", file=sys.stderr, flush=True)
+
+
+def complain(text: str) -> None:
+    """Write one line about a machine that goes on to standard error, if anybody takes it."""
+    end = "\r\n" if sys.stderr is not None and sys.stderr.isatty() else "\n"  # a terminal may be raw
+    with contextlib.suppress(OSError, ValueError):
+        print(f"softkvm: {text.translate(_CONTROL)}", end=end, file=sys.stderr, flush=True)
 
 
 class MachineError(Exception):

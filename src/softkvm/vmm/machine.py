@@ -18,6 +18,7 @@ from softkvm.threads import inherited_error, start_quiet, tell_after_fork
 from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.cpu_limits import PERIOD_NS, Bandwidth, CpuTimeLimit, cpu_times
+from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.errors import ConfigError, StateError, show_traceback, unexpected
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.hyperv import Hyperv
@@ -26,6 +27,7 @@ from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.pausing import PAUSE_S, Pausing
 from softkvm.vmm.standstill import Standstill
 from softkvm.vmm.vcpu_thread import VcpuThread
+from softkvm.vmm.virtio.worker import Workers
 
 _P = ParamSpec("_P")
 
@@ -54,6 +56,8 @@ class Config:
     """Called after the standard devices are on the buses, to add more."""
     pin_memory: bool = False
     """Whether all memory is there from the start, locked, and never given back (ConfigError if the host refuses)."""
+    device_specs: tuple[DeviceSpec, ...] = ()
+    """Devices besides the board's own, in the order in which the guest finds them."""
     hyperv: bool = False
     """Whether its processors have Hyper-V's interfaces, in place of KVM's own."""
     cpu_time_limit_s: float | None = None
@@ -76,6 +80,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise ConfigError(f"{name}={value!r}: expected a function")
+        for spec in self.device_specs:
+            if not callable(getattr(spec, "attach", None)):
+                raise ConfigError(f"device_specs: {spec!r}: expected what has attach()")
         if not _VCPUS.allows(self.vcpus):
             raise ConfigError(f"{self.vcpus} vCPUs: expected 1 to {MAX_VCPUS}")
         if not MIN_MEMORY <= self.memory_size <= MAX_MEMORY:
@@ -131,6 +138,7 @@ class Machine(Closing):
 
         self.vcpus: list[VcpuThread] = []
         with contextlib.ExitStack() as resources:
+            self._resources = resources
             self._build(kvm, console, resources)
             self._resources = resources.pop_all()
 
@@ -138,8 +146,10 @@ class Machine(Closing):
         """Make the parts; *resources* gets what closes them."""
         self.vm = kvm.create_vm()
         resources.callback(self.vm.close)
+        self.workers = Workers()
+        resources.callback(self.workers.close)
         self.board = Pc(self, console, resources)
-        self.pausing.parts += self.board.parts
+        self.pausing.parts += [*self.board.parts, self.workers]
         self.memory = self.board.memory
         self.hyperv = Hyperv(self.memory)
         for index, vcpu in enumerate(self.board.create_vcpus(kvm)):
@@ -152,6 +162,7 @@ class Machine(Closing):
             )
             resources.callback(self._halt_watch.close)
         self._limit_cpu()
+        self.devices: list[Any] = [spec.attach(self) for spec in self.config.device_specs]
         if self.config.devices is not None:
             self.config.devices(self)
         self.board.built()
@@ -165,6 +176,10 @@ class Machine(Closing):
         if quota is not None:
             for thread in self.vcpus:
                 thread.bandwidth = Bandwidth(thread.vcpu, max(int(PERIOD_NS * quota / 100), 1))
+
+    def on_close(self, close: Callable[[], object]) -> None:
+        """Call *close* when the machine is closed, before what was there before."""
+        self._resources.callback(close)
 
     def current_vcpu(self) -> api.Vcpu:
         """Return the vCPU on whose thread we are: for a device that looks at the registers of its caller."""

@@ -61,6 +61,8 @@ class GuestMemory:
                 f"memory size {size} bytes: expected a multiple of {PAGE_SIZE} from {MIN_SIZE} to {MAX_SIZE}"
             )
         self.size = size
+        self.logging = False
+        """Whether :meth:`mark_written` has to be told of what devices write."""
         self.fd = -1
         self.backing = Backing.SHARED if shared else Backing.ANONYMOUS
         self.kept_for = ""
@@ -139,6 +141,9 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store *data* at *gpa*; IndexError if that is not RAM."""
         self.slice(gpa, len(data))[:] = data
+
+    def mark_written(self, gpa: int, size: int) -> None:
+        """A device has written *size* bytes at *gpa*. Called while :attr:`logging` is on; nobody asks for it yet."""
 
     def clear(self, gpa: int, size: int) -> None:
         """Fill the *size* bytes at *gpa* with zeroes; IndexError if they are not RAM."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from softkvm.vmm.boot import acpi, layout
+from softkvm.vmm.boot.dsdt import Devices
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.memory import MIB, GuestMemory
 
@@ -131,7 +132,7 @@ def test_layout_of_the_bios_area_agrees_with_the_memory_map(memory: GuestMemory)
 
 
 def test_hpet_is_described_where_there_is_one(memory: GuestMemory) -> None:
-    without = all_tables(memory, acpi.write_tables(memory, [0], with_hpet=False))
+    without = all_tables(memory, acpi.write_tables(memory, [0], Devices(hpet=False)))
     assert "HPET" not in without
     assert b"HPET" not in without["DSDT"]
     tables = all_tables(memory, acpi.write_tables(memory, [0]))

@@ -11,6 +11,7 @@ from softkvm import abi, api
 from softkvm.vmm.bios import services
 from softkvm.vmm.boards import Board
 from softkvm.vmm.boards.pc_halt import halted_for_good
+from softkvm.vmm.boards.pc_virtio import PcVirtio
 from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, mptable, multiboot, pvh
 from softkvm.vmm.boot.cpustate import jump_in_real_mode
 from softkvm.vmm.boot.image import Deadline, Image, Source
@@ -59,6 +60,8 @@ class Pc(Board):
         self.memory.attach(vm)
         self.memory.alias(vm, FIRMWARE_SLOT, layout.RESET_FIRMWARE, layout.FIRMWARE_SIZE, layout.FIRMWARE)
         self._add_devices(console)
+        self.virtio = PcVirtio(machine, self.pci_config, self.memory)
+        resources.callback(self.virtio.close)
         timed = (self.serial, self.cmos, self.acpi_pm, self.hpet)
         for device in timed:
             if device is not None:
@@ -259,7 +262,8 @@ class Pc(Board):
                 raise ImageError(f"kernel is no Linux kernel: it has no {entry.value}-bit entry to choose")
             arguments = command_line.encode("utf-8", "surrogateescape")
             modules = [module for module in modules if module.image.size or module.command_line]
-            rsdp = acpi.write_tables(self.memory, range(self.machine.config.vcpus), with_hpet=self.machine.config.hpet)
+            devices = self.virtio.described(hpet=self.machine.config.hpet)
+            rsdp = acpi.write_tables(self.memory, range(self.machine.config.vcpus), devices)
             mptable.write_table(self.memory, range(self.machine.config.vcpus))
             if kind is Kind.LINUX:
                 bzimage.load(vcpu, self.memory, image, modules, arguments, rsdp, entry=entry, deadline=deadline)

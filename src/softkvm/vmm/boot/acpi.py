@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import layout
-from softkvm.vmm.boot.dsdt import definition_block
+from softkvm.vmm.boot.dsdt import Devices, definition_block
 from softkvm.vmm.devices import acpi_pm, hpet, rtc_calendar
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.memory import GuestMemory
@@ -162,9 +162,9 @@ def hpet_table() -> bytes:
     )
 
 
-def dsdt(*, with_hpet: bool) -> bytes:
+def dsdt(devices: Devices) -> bytes:
     """Return the definition block (5.2.11.1)."""
-    return table(b"DSDT", 2, definition_block(with_hpet=with_hpet))
+    return table(b"DSDT", 2, definition_block(devices))
 
 
 def waking_vector(memory: GuestMemory) -> int:
@@ -172,8 +172,9 @@ def waking_vector(memory: GuestMemory) -> int:
     return int.from_bytes(memory.read(FACS_ADDRESS + FACS_WAKING_VECTOR, 4), "little")
 
 
-def write_tables(memory: GuestMemory, apic_ids: Sequence[int], *, with_hpet: bool = True) -> int:
+def write_tables(memory: GuestMemory, apic_ids: Sequence[int], devices: Devices | None = None) -> int:
     """Write all tables into the BIOS area of *memory*; return the address of the root pointer."""
+    devices = devices or Devices()
     at = FACS_ADDRESS  # the root pointer, before it, is known last
 
     def put(build: Callable[[], bytes]) -> int:
@@ -187,9 +188,9 @@ def write_tables(memory: GuestMemory, apic_ids: Sequence[int], *, with_hpet: boo
         return address
 
     facs_at = put(facs)
-    dsdt_at = put(lambda: dsdt(with_hpet=with_hpet))
+    dsdt_at = put(lambda: dsdt(devices))
     tables = [put(lambda: fadt(facs_at, dsdt_at)), put(lambda: madt(apic_ids))]
-    if with_hpet:
+    if devices.hpet:
         tables.append(put(hpet_table))
     rsdt_at = put(lambda: table(b"RSDT", 1, struct.pack(f"<{len(tables)}I", *tables)))
     xsdt_at = put(lambda: table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))

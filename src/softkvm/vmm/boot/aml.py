@@ -32,6 +32,7 @@ IO_DESCRIPTOR = 0x47
 END_TAG = b"\x79\x00"
 DECODE_16 = 1
 MEMORY32_FIXED_DESCRIPTOR = 0x86
+EXTENDED_INTERRUPT_DESCRIPTOR = 0x89
 DWORD_ADDRESS_DESCRIPTOR = 0x87
 WORD_ADDRESS_DESCRIPTOR = 0x88
 
@@ -40,6 +41,9 @@ ADDRESS_MEMORY, ADDRESS_IO, ADDRESS_BUS = 0, 1, 2
 MIN_FIXED, MAX_FIXED = 1 << 2, 1 << 3
 MEMORY_WRITABLE = 1
 IO_ENTIRE_RANGE = 3
+
+# extended interrupt descriptor (6.4.3.6)
+CONSUMER, EDGE, SHARED = 1 << 0, 1 << 1, 1 << 3
 
 
 def package_length(content_length: int) -> bytes:
@@ -141,6 +145,11 @@ def io(port: int, length: int) -> bytes:
 def irq(line: int) -> bytes:
     """IRQNoFlags() {line}: edge triggered, active high (6.4.2.1)."""
     return bytes([IRQ_DESCRIPTOR]) + (1 << line).to_bytes(2, "little")
+
+
+def interrupt(gsi: int) -> bytes:
+    """Interrupt(ResourceConsumer, Edge, ActiveHigh, Shared) {gsi} (6.4.3.6)."""
+    return struct.pack("<BHBBI", EXTENDED_INTERRUPT_DESCRIPTOR, 6, CONSUMER | EDGE | SHARED, 1, gsi)
 
 
 def memory32_fixed(address: int, length: int) -> bytes:

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition block: what a guest cannot find by itself, and which resources it takes.
 
-Source: ACPI specification 6.4, section 5.6.1 (what devices are told of how), 6.2.2 (_CRS), 7.4.2 (\\_S3 and \\_S5);
+Source: ACPI specification 6.4, section 5.6.1 (what devices are told of how), 6.2.2 (_CRS), 6.2.13 (_PRT), 7.4.2
+(\\_S3 and \\_S5);
 PCI Firmware Specification 3.2, section 4.1 (the host bridge's resources).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from softkvm.vmm.boot import aml, layout
 from softkvm.vmm.devices import acpi_pm, cmos, hpet, pci_config, pvpanic, serial, vmgenid
@@ -14,12 +18,30 @@ DEVICE_CHANGED = 0x80  # a device's own first notification (5.6.6)
 PRESENT = 0xF  # _STA: present, enabled, shown, working
 
 
-def definition_block(*, with_hpet: bool) -> bytes:
+class VirtioMmio(NamedTuple):
+    """A virtio device's registers, and the interrupt that it raises."""
+
+    address: int
+    size: int
+    gsi: int
+
+
+class Devices(NamedTuple):
+    """What a machine has that not every one has."""
+
+    hpet: bool = True
+    pci_lines: Sequence[tuple[int, int]] = ()
+    """PCI devices on bus 0 whose INTA# is wired, and to which GSI."""
+    virtio_mmio: Sequence[VirtioMmio] = ()
+
+
+def definition_block(devices: Devices) -> bytes:
     """Return the terms of the DSDT."""
-    devices = [_pci_host_bridge(), _com1(), _rtc(), _panic_event(), _generation()]
-    if with_hpet:
-        devices.append(_hpet())
-    return _sleep_states() + aml.scope("_SB_", *devices) + _events()
+    terms = [_pci_host_bridge(devices.pci_lines), _com1(), _rtc(), _panic_event(), _generation()]
+    if devices.hpet:
+        terms.append(_hpet())
+    terms += [_virtio_mmio(number, device) for number, device in enumerate(devices.virtio_mmio)]
+    return _sleep_states() + aml.scope("_SB_", *terms) + _events()
 
 
 def _sleep_states() -> bytes:
@@ -31,8 +53,12 @@ def _sleep_states() -> bytes:
     )
 
 
-def _pci_host_bridge() -> bytes:
+def _pci_host_bridge(lines: Sequence[tuple[int, int]]) -> bytes:
     """Return the root of PCI: all buses, the ports and the memory that no chip of the machine's has."""
+    routing = [
+        aml.package(aml.integer(device << 16 | 0xFFFF), aml.integer(0), aml.integer(0), aml.integer(gsi))
+        for device, gsi in lines
+    ]
     config = pci_config.PCI_CONFIG_PORT
     config_end = config + pci_config.PCI_CONFIG_SIZE
     return aml.device(
@@ -51,6 +77,7 @@ def _pci_host_bridge() -> bytes:
                 aml.dword_memory(layout.PCI_MEMORY, layout.PCI_MEMORY_END - 1),
             ),
         ),
+        *([aml.name("_PRT", aml.package(*routing))] if routing else []),
     )
 
 
@@ -110,4 +137,17 @@ def _hpet() -> bytes:
         aml.name("_UID", aml.integer(0)),
         aml.name("_STA", aml.integer(PRESENT)),
         aml.name("_CRS", aml.resource_template(aml.memory32_fixed(hpet.HPET_ADDRESS, hpet.HPET_SIZE))),
+    )
+
+
+def _virtio_mmio(number: int, device: VirtioMmio) -> bytes:
+    """Return a virtio device, by the hardware ID that Linux knows it by (drivers/virtio/virtio_mmio.c)."""
+    return aml.device(
+        f"VR{number:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(number)),
+        aml.name(
+            "_CRS",
+            aml.resource_template(aml.memory32_fixed(device.address, device.size), aml.interrupt(device.gsi)),
+        ),
     )

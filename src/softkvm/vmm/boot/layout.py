@@ -20,6 +20,7 @@ address    what lies there at entry
 0xF0000    firmware: handlers of real-mode interrupts
 0x100000   protected-mode kernel
 0xC0000000 memory of PCI devices, up to the IOAPIC
+0xFEC10000 virtio-mmio devices
 ========== ==============================================
 """
 
@@ -56,6 +57,9 @@ RESET_FIRMWARE = 0xFFFF0000  # where a processor finds it after INIT
 HIGH_MEMORY = 0x100000
 PCI_MEMORY = HOLE_START
 PCI_MEMORY_END = 0xFEC00000  # where the IOAPIC is
+PCI_DEVICES = 0xFE000000  # what the machine's own functions get of it
+VIRTIO_MMIO = 0xFEC10000
+VIRTIO_MMIO_END = 0xFED00000  # where the HPET is
 
 E820_RAM = 1
 E820_RESERVED = 2

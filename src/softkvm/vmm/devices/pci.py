@@ -18,6 +18,7 @@ CONFIG_SIZE: Final = 256
 VENDOR_ID: Final = 0x00
 DEVICE_ID: Final = 0x02
 COMMAND: Final = 0x04
+STATUS: Final = 0x06
 REVISION: Final = 0x08
 CLASS: Final = 0x09
 HEADER_TYPE: Final = 0x0E
@@ -25,14 +26,20 @@ BAR_0: Final = 0x10
 BAR_COUNT: Final = 6
 SUBSYSTEM_VENDOR_ID: Final = 0x2C
 SUBSYSTEM_ID: Final = 0x2E
+CAPABILITIES: Final = 0x34
 INTERRUPT_LINE: Final = 0x3C
+INTERRUPT_PIN: Final = 0x3D
 
 COMMAND_IO: Final = 1 << 0
 COMMAND_MEMORY: Final = 1 << 1
 COMMAND_MASTER: Final = 1 << 2
+COMMAND_INTX_DISABLE: Final = 1 << 10
+STATUS_INTERRUPT: Final = 1 << 3
+STATUS_CAPABILITIES: Final = 1 << 4
 BAR_IO: Final = 1
 
 HOST_BRIDGE_CLASS: Final = 0x060000
+FIRST_CAPABILITY: Final = 0x40
 
 
 @dataclass(slots=True)
@@ -57,6 +64,8 @@ class Function:
         self._writable = bytearray(CONFIG_SIZE)
         struct.pack_into("<H", self._writable, COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER)
         self._writable[INTERRUPT_LINE] = 0xFF
+        self._capabilities_end = FIRST_CAPABILITY
+        self._last_capability = CAPABILITIES
         self._bars: dict[int, Bar] = {}
         self._pio: Bus | None = None
         self._mmio: Bus | None = None
@@ -71,6 +80,38 @@ class Function:
         self._config[COMMAND] |= COMMAND_IO if bar.is_io else COMMAND_MEMORY
         self._bars[index] = bar
         self._map()
+
+    def add_capability(self, identifier: int, body: bytes, writable: bytes = b"") -> int:
+        """Append a capability (6.7): *body* behind its ID and its link; return where it begins.
+
+        Bits of *body* that *writable* has set can be written.
+        """
+        at = self._capabilities_end
+        end = at + 2 + len(body)
+        if end > CONFIG_SIZE:
+            raise ValueError(f"capability {identifier:#x} of {len(body)} bytes: no room behind {at:#x}")
+        self._config[at] = identifier
+        self._config[at + 2 : end] = body
+        self._writable[at + 2 : at + 2 + len(writable)] = writable
+        self._config[self._last_capability if self._last_capability == CAPABILITIES else self._last_capability + 1] = at
+        self._config[STATUS] |= STATUS_CAPABILITIES
+        self._last_capability = at
+        self._capabilities_end = (end + 3) & ~3
+        return at
+
+    def set_interrupt(self, line: int) -> None:
+        """Let the function have INTA#, which is wired to *line*."""
+        self._config[INTERRUPT_LINE] = line
+        self._config[INTERRUPT_PIN] = 1
+        self._writable[COMMAND + 1] |= COMMAND_INTX_DISABLE >> 8
+
+    @property
+    def command(self) -> int:
+        """The command register."""
+        return int.from_bytes(self._config[COMMAND : COMMAND + 2], "little")
+
+    def moved(self, index: int) -> None:
+        """Base address register *index* has another place on its bus, or none: ``mapped_at``."""
 
     def connect(self, pio: Bus, mmio: Bus) -> None:
         """Map the function on these buses."""
@@ -104,13 +145,16 @@ class Function:
             wanted = address if decoded and 0 < address < min(bus.limit, 1 << 32) - bar.size else None
             if wanted == bar.mapped_at:
                 continue
-            if bar.mapped_at is not None:
-                bus.remove(bar.mapped_at)
+            before = bar.mapped_at
+            if before is not None:
+                bus.remove(before)
                 bar.mapped_at = None
             if wanted is not None:
                 with contextlib.suppress(ValueError):  # where another device answers, we don't
                     bus.add(wanted, bar.size, bar.device, bar.name)
                     bar.mapped_at = wanted
+            if bar.mapped_at != before:
+                self.moved(index)
 
     def save(self) -> dict[str, Any]:
         """The configuration space."""

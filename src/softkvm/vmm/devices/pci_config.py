@@ -38,6 +38,13 @@ class PciConfig:
             raise ValueError(f"PCI function {device:02x}.{function}: expected a free one from 00.0 to 1f.7")
         self._functions[place] = target
 
+    def free_device(self) -> int:
+        """Return the lowest device number that nobody has; ValueError if all are taken."""
+        for device in range(32):
+            if not any(place >> 3 == device for place in self._functions):
+                return device
+        raise ValueError("all 32 device numbers of PCI bus 0 are taken")
+
     def _selected(self) -> Function | None:
         """The function that CONFIG_ADDRESS selects, if it is there."""
         address = self._address

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``softkvm run`` that add a device: one row each."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from softkvm.cli import CommandError
+from softkvm.vmm.devices import virtio_rng
+from softkvm.vmm.devices.spec import DeviceSpec
+from softkvm.vmm.errors import ConfigError
+
+
+class DeviceOption(NamedTuple):
+    """An option that adds a device each time that it is given."""
+
+    flag: str
+    metavar: str
+    help: str
+    parse: Callable[[str], DeviceSpec]
+    """Makes a specification of the option's text; ConfigError, one line, if it is none."""
+    bare: bool = False
+    """Whether the option can stand without a text."""
+
+    @property
+    def name(self) -> str:
+        """The option's name in a configuration file and in the parser's result."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+DEVICE_OPTIONS: Final = (
+    DeviceOption("--rng", "OPTIONS", "a source of entropy (virtio-rng)", virtio_rng.parse, bare=True),
+)
+"""In the order in which a guest finds the devices."""
+
+
+def add_device_options(parser: ArgumentParser) -> None:
+    """Add all of them."""
+    group = parser.add_argument_group(
+        "devices",
+        "each may be given several times; all virtio devices take id=NAME, transport=pci|mmio and packed besides",
+    )
+    for option in DEVICE_OPTIONS:
+        metavar, nargs = option.metavar, "?" if option.bare else None
+        group.add_argument(
+            option.flag, metavar=metavar, nargs=nargs, const="", action="append", default=[], help=option.help
+        )
+
+
+def device_specs(args: Namespace) -> tuple[DeviceSpec, ...]:
+    """Return the devices that *args* ask for; CommandError if one is wrong."""
+    try:
+        return tuple(option.parse(text) for option in DEVICE_OPTIONS for text in getattr(args, option.name))
+    except ConfigError as error:
+        raise CommandError(str(error)) from None
