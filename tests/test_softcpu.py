@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 from tests.support.threads import beside
@@ -79,7 +81,8 @@ def test_a_disarmed_timer_kicks_nobody(cpu: Cpu) -> None:
 def test_kicks_for_others_go_out_when_the_sender_leaves_the_interpreter() -> None:
     machine = Machine()
     sender, other, third = (Cpu(machine, n) for n in range(3))
-    for leave in (lambda: sender.wait(0), lambda: sender.poll(0), lambda: sender.run(lambda _: None)):
+    run = _softcpu.Run(sender, lambda _owner, _told: None, None).run
+    for leave in (lambda: sender.wait(0), lambda: sender.poll(0), run):
         sender.kick_at_entry(other)
         sender.kick_at_entry(third)
         assert not other.clear_kick()
@@ -144,16 +147,17 @@ def test_a_view_taken_while_a_page_is_given_back_keeps_it() -> None:
 def test_a_run_is_told_of_words_that_are_watched() -> None:
     cpu = Cpu(Machine(), 0)
     told: list[int] = []
+    run = _softcpu.Run(cpu, list.append, told).run
     words = memoryview(bytearray(24)).cast("Q")
-    cpu.run(told.append)
+    run()
     cpu.watch(words[1:])
-    cpu.run(told.append)
+    run()
     words[0] = 1
-    cpu.run(told.append)
+    run()
     words[2] = 1 << 63
-    cpu.run(told.append)
+    run()
     cpu.interrupt()
-    cpu.run(told.append)
+    run()
     both = _softcpu.RUN_WATCHED | _softcpu.RUN_INTERRUPTED
     assert told == [0, 0, 0, _softcpu.RUN_WATCHED, both]
     with pytest.raises(ValueError, match="already"):
@@ -161,3 +165,24 @@ def test_a_run_is_told_of_words_that_are_watched() -> None:
     for bad in (words[::2], memoryview(bytearray(8))):
         with pytest.raises((ValueError, BufferError)):
             Cpu(Machine(), 0).watch(bad)
+
+
+def test_a_run_keeps_what_it_calls_and_goes_with_it() -> None:
+    class Owner:
+        run: _softcpu.Run
+
+        def called(self, told: int) -> None:
+            raise InterruptedError(told)
+
+    owner = Owner()
+    owner.run = _softcpu.Run(Cpu(Machine(), 0), Owner.called, owner)
+    owner.run.mask = 1 << 9
+    assert owner.run.mask == 1 << 9
+    owner.run.mask = None
+    assert owner.run.mask is None
+    with pytest.raises(InterruptedError):
+        owner.run.run()
+    gone = weakref.ref(owner)
+    del owner  # a circle, which the collector has to see through the native object
+    gc.collect()
+    assert gone() is None

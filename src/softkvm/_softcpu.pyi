@@ -86,28 +86,14 @@ class Cpu:
         before and after, and go to the VMCB and back; TLB_CONTROL is 0 afterwards.
         """
     def watch(self, words: Buffer) -> None:
-        """Have :meth:`run` look at 64-bit words, and keep them; ``ValueError`` if it does so already."""
-    def run(self, function: Callable[[int], object], mask: int | None = None) -> None:
-        """Call ``function`` as the one that runs the processor on this thread.
-
-        It is told :data:`RUN_INTERRUPTED` if :attr:`interrupted`, :data:`RUN_WATCHED` if a word of :meth:`watch` isn't
-        0, and :data:`RUN_MOVED` if the time is accounted and was on another thread before.
-
-        Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run behind
-        it, before what the function raises is raised. Python handlers whose signals came before run now; what one
-        raises is raised, and no run has begun. With ``mask`` (bit n - 1 for signal n) just those signals are blocked
-        during the run; others that the thread had blocked interrupt it and pend again behind it. Waits for another
-        thread's run or :meth:`request`, in which Python handlers run, too; EBUSY if the thread itself is in one.
-        In the end what :meth:`kick_at_entry` has collected is sent, and the next run is anybody's, however this one
-        has ended.
-        """
+        """Have each :class:`Run` look at 64-bit words, and keep them; ``ValueError`` if it does so already."""
     def request(self, function: Callable[..., _R], *args: object, **named: object) -> _R:
         """Call ``function`` as :func:`uninterrupted` does while no other thread runs the processor or is in a request.
 
         Waits for those; Python handlers run meanwhile. In a run or request of the thread's own it is just a call.
         """
     held: bool
-    """Whether the calling thread is in a :meth:`run` or :meth:`request`."""
+    """Whether the calling thread is in a :class:`Run` or :meth:`request`."""
     def interrupt(self) -> None:
         """End the run, or the next one, by a kick that stays until it is taken."""
     interrupted: bool
@@ -138,7 +124,7 @@ class Cpu:
     def set_timer(self, deadline_ns: int) -> None:
         """Kick the processor when :func:`clock_ns` reaches ``deadline_ns``; 0: not. One deadline at a time."""
     def account(self) -> None:
-        """Account the processor time of the thread that is in :meth:`run`, and of those after it, from now on.
+        """Account the processor time of the thread that is in a :class:`Run`, and of those after it, from now on.
 
         ``RuntimeError`` on another thread. It can't be ended.
         """
@@ -150,10 +136,30 @@ class Cpu:
         (:func:`cputime_adjust`). Outside of runs both are what they were when the last one ended.
         """
     def cpu_thread(self) -> tuple[int, int]:
-        """Return the native identifier of the thread that is accounted and in :meth:`run`, 0 for none, and by how much
-        the time accounted is ahead of that thread's clock (negative: behind it)."""
+        """Return the native identifier of the thread that is accounted and in a :class:`Run`, 0 for none, and by how
+        much the time accounted is ahead of that thread's clock (negative: behind it)."""
     def flush_tlb(self) -> None: ...
     def stats(self) -> dict[str, int]: ...
+
+class Run:
+    """KVM_RUN's frame around ``function``, which takes ``owner``: :meth:`run` calls it as the one that runs ``cpu``."""
+
+    def __init__(self, cpu: Cpu, function: Callable[[_R, int], object], owner: _R) -> None: ...
+    mask: int | None
+    """The signals blocked during a run (bit n - 1 for signal n); None: those that the thread has blocked."""
+    def run(self) -> None:
+        """Call ``function(owner, told)`` on this thread.
+
+        It is told :data:`RUN_INTERRUPTED` if :attr:`Cpu.interrupted`, :data:`RUN_WATCHED` if a word of
+        :meth:`Cpu.watch` isn't 0, and :data:`RUN_MOVED` if the time is accounted and was on another thread before.
+
+        Signals that come to the thread meanwhile interrupt the run, and their handlers, C's and Python's, run behind
+        it, before what the function raises is raised. Python handlers whose signals came before run now; what one
+        raises is raised, and no run has begun. Signals that :attr:`mask` does not block and the thread had blocked
+        interrupt it and pend again behind it. Waits for another thread's run or :meth:`Cpu.request`, in which Python
+        handlers run, too; EBUSY if the thread itself is in one. In the end what :meth:`Cpu.kick_at_entry` has collected
+        is sent, and the next run is anybody's, however this one has ended.
+        """
 
 class EventPoller:
     """The eventfds that one thread waits for. It takes their counters without the interpreter's lock: soon.
@@ -249,7 +255,7 @@ def flush_linear(cpus: Sequence[Cpu], asid: int, ranges: Sequence[tuple[int, int
     """
 
 def watch_signal(signal: int, main_thread: int) -> None:
-    """Tell that Python has a handler for ``signal``: from now on it is known to :meth:`Cpu.run`.
+    """Tell that Python has a handler for ``signal``: from now on it is known to every :class:`Run`.
 
     ``main_thread`` is the identifier of the thread that runs it. A signal that another thread has caught waits for the
     end of that one's run or request, too. Handlers that nobody tells of are found within 20 ms, when a run begins.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from tests.support.tiny import CODE, Tiny
 
-from softkvm import abi
+from softkvm import _softcpu, abi
 from softkvm.kvm import Params, halt_poll
 from softkvm.kvm.state import BLOCKING
 from softkvm.kvm.x86.svm import vmcb as V
@@ -244,6 +244,6 @@ def test_a_kick_for_another_is_held_back_only_while_its_sender_is_in_kvm_run(in_
     sender.running = in_kvm_run
     halted.vcpu_kick(sender)
     assert halted.cpu.clear_kick() is not in_kvm_run
-    sender.cpu.run(lambda _: None)
+    _softcpu.Run(sender.cpu, lambda _vcpu, _told: None, sender).run()
     assert halted.cpu.clear_kick() is in_kvm_run
     tiny.close()

@@ -10,6 +10,7 @@ mod flush;
 mod machine;
 mod processor;
 mod request;
+mod run;
 mod signals;
 mod timer;
 
@@ -104,6 +105,7 @@ fn _softcpu(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<machine::PyMachine>()?;
     m.add_class::<machine::Page>()?;
     m.add_class::<processor::PyCpu>()?;
+    m.add_class::<run::PyRun>()?;
     m.add_class::<cputime::PyThreadTimer>()?;
     m.add_class::<events::PyEventPoller>()?;
     m.add_class::<decode::PyInstruction>()?;

@@ -43,11 +43,11 @@ pub struct PyCpu {
     account: Account,
     /// What there is to do around an entry.
     at_entry: AtomicU32,
-    /// What [`PyCpu::run`] looks at when it begins.
+    /// What a run looks at when it begins.
     watched: OnceLock<PyBuffer<u64>>,
 }
 
-/// What the function of [`PyCpu::run`] is told.
+/// What the function of a run is told.
 pub const RUN_INTERRUPTED: u32 = 1;
 pub const RUN_WATCHED: u32 = 2;
 pub const RUN_MOVED: u32 = 4;
@@ -93,6 +93,31 @@ impl PyCpu {
             // SAFETY: the buffer keeps its memory, whose items are aligned words; others may write them meanwhile.
             (0..words.item_count()).any(|n| unsafe { &*first.add(n) }.load(Ordering::Relaxed) != 0)
         })
+    }
+
+    /// The lock of those who are in a run, or another request.
+    pub fn runner(&self) -> &'static Runner {
+        self.runner
+    }
+
+    /// Begins a run; what its function is told.
+    pub fn enter_run(&self) -> u32 {
+        let mut told = if self.runner.interrupted() { RUN_INTERRUPTED } else { 0 };
+        if self.watches() {
+            told |= RUN_WATCHED;
+        }
+        if self.accounted() && self.account.enter_run() {
+            told |= RUN_MOVED;
+        }
+        told
+    }
+
+    /// Ends what a run has begun.
+    pub fn leave_run(&self) {
+        self.send_held();
+        if self.accounted() {
+            self.account.leave_run();
+        }
     }
 
     fn accounted(&self) -> bool {
@@ -237,24 +262,6 @@ impl PyCpu {
                 "vmcb {vmcb:#x}: expected a 4096-byte aligned page of registered memory"
             ))
         })
-    }
-
-    #[pyo3(signature = (function, mask = None, /))]
-    fn run(&self, function: &Bound<'_, PyAny>, mask: Option<u64>) -> PyResult<()> {
-        let run = |interrupted: bool| {
-            let mut told =
-                if interrupted { RUN_INTERRUPTED } else { 0 } | if self.watches() { RUN_WATCHED } else { 0 };
-            if self.accounted() && self.account.enter_run() {
-                told |= RUN_MOVED;
-            }
-            let result = (told,).into_pyobject(function.py()).and_then(|told| call(function, &told, None));
-            self.send_held();
-            if self.accounted() {
-                self.account.leave_run();
-            }
-            result
-        };
-        request::run(self.runner, mask, run, function.py()).map(drop)
     }
 
     fn watch(&self, words: PyBuffer<u64>) -> PyResult<()> {

@@ -58,11 +58,11 @@ pub fn within<'py>(
     end(runner, result, py)
 }
 
-/// [`within`] for a run of the processor; the function is told whether it is to end at once.
+/// [`within`] for a run of the processor.
 pub fn run<'py>(
     runner: &Runner,
     mask: Option<u64>,
-    function: impl FnOnce(bool) -> PyResult<Bound<'py, PyAny>>,
+    function: impl FnOnce() -> PyResult<Bound<'py, PyAny>>,
     py: Python<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
     if !runner.try_lock() {
@@ -78,7 +78,7 @@ pub fn run<'py>(
         // It has come to the request that this run is in, just before.
         runner.signalled();
     }
-    let result = py.check_signals().and_then(|()| function(runner.interrupted()));
+    let result = py.check_signals().and_then(|()| function());
     end(runner, result, py)
 }
 

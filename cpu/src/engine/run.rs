@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The run loop: from one block to the next until the guest is left, with events taken at instruction boundaries only.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::architecture::Operands;
@@ -15,11 +16,13 @@ use crate::mem::{Shared, pending};
 /// Calls `f` with the processor in the guest: it has caught up with its machine, and until `f` returns the machine waits
 /// for it before memory goes away.
 pub fn in_guest<P: Processor, R>(cpu: &mut P, f: impl FnOnce(&mut P) -> R) -> R {
-    let shared = cpu.engine().shared.clone();
+    let shared = Arc::as_ptr(&cpu.engine().shared);
+    // SAFETY: the processor keeps its own for as long as it is there, and it is borrowed until this returns.
+    let shared = unsafe { &*shared };
     shared.start();
-    let _running = Running(&shared);
+    let _running = Running(shared);
     let engine = cpu.engine_mut();
-    engine.machine.bus().enter(&shared);
+    engine.machine.bus().enter(shared);
     if shared.synced.load(Ordering::SeqCst) != engine.machine.generation() {
         engine.catch_up();
     }

@@ -53,8 +53,6 @@ APIC_BASE_Q: Final = index(kvm_run_page, "apic_base", 8)
 IO_Q: Final = index(kvm_run_io, "direction", 8, EXIT)
 IO_DATA_OFFSET_Q: Final = index(kvm_run_io, "data_offset", 8, EXIT)
 #: The same in smaller elements: direction, size and port; count; the lower half of the data's offset.
-IO_D: Final = index(kvm_run_io, "direction", 4, EXIT)
-IO_COUNT_D: Final = index(kvm_run_io, "count", 4, EXIT)
 IO_DATA_OFFSET_D: Final = index(kvm_run_io, "data_offset", 4, EXIT)
 
 #: kvm_run.mmio; len (32 bits) and is_write (8) in one element.

@@ -186,8 +186,8 @@ class VcpuState:
     running: bool = field(default=False, init=False)
     #: The architecture has something to do each time KVM_RUN begins.
     run_begins: bool = field(default=True, init=False)
-    #: The signals blocked during KVM_RUN (bit n - 1 for signal n); None: those of the thread.
-    signal_mask: int | None = field(default=None, init=False)
+    #: The way into KVM_RUN.
+    entrance: _softcpu.Run = field(init=False)
     mp_state: int = field(default=abi.KVM_MP_STATE_RUNNABLE, init=False)
     task_work: list[Callable[[], None]] = field(default_factory=list, init=False)
     #: Its CPU time, from the first question for it on.

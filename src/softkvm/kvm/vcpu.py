@@ -92,7 +92,13 @@ class Vcpu(VcpuState, Closing):
         No handler of a signal runs on this thread meanwhile, so no exception of one's comes in the middle of an exit.
         They run behind it, before EINTR is raised, for which they are the reason.
         """
-        self.cpu.run(self._run, self.signal_mask)
+        self.entrance.run()
+
+    def bind_run(self) -> None:
+        """Let ``run`` be :meth:`run` without its frame: a client that runs the vCPU in a loop has it at hand."""
+        self.entrance = _softcpu.Run(self.cpu, type(self)._run, self)
+        if type(self).run is Vcpu.run:
+            self.__dict__["run"] = self.entrance.run
 
     def _run(self, told: int) -> None:
         try:
@@ -260,7 +266,7 @@ class Vcpu(VcpuState, Closing):
         """KVM_SET_SIGNAL_MASK."""
         if sigset is not None and len(sigset) != 8:
             raise kvm_error(errno.EINVAL, f"sigset of {len(sigset)} bytes, expected 8")
-        self.signal_mask = None if sigset is None else int.from_bytes(sigset, "little")
+        self.entrance.mask = None if sigset is None else int.from_bytes(sigset, "little")
 
     def get_stats_fd(self) -> int:
         """KVM_GET_STATS_FD: the values are those of now; :meth:`refresh_stats_fd` brings them up to date."""

@@ -17,9 +17,8 @@ from softkvm import abi, api
 from softkvm.abi.run_page import (
     EXIT,
     EXIT_REASON_D,
-    IO_COUNT_D,
-    IO_D,
     IO_DATA_OFFSET_D,
+    IO_Q,
     MMIO_DATA_Q,
     MMIO_IS_WRITE_B,
     MMIO_LEN_D,
@@ -57,7 +56,7 @@ class VcpuThread:
         self._shared = vcpu.shared
         self._words = self._shared.cast("I")
         self._quads = self._shared.cast("Q")
-        # (is_out, size, the device's method, offset, data offset) by the word that tells the access
+        # (is_out, size, the device's method, offset, data offset) by what tells a single access
         self._io_routes = machine.pio.new_cache()
 
     def _main(self) -> None:
@@ -78,10 +77,10 @@ class VcpuThread:
         counts, handler_ns = self.stats.counts, self.stats.handler_ns
         clock = time.perf_counter_ns
         ended, standstill = self.machine.ended, self.machine.standstill
-        guest_ns = 0
         if standstill.held:  # it starts paused
             standstill.stand(self)
-        before = clock()
+        apart = 0  # not in KVM_RUN, and in no handler
+        start = clock()
         try:
             while True:
                 try:
@@ -89,27 +88,23 @@ class VcpuThread:
                 except (InterruptedError, BlockingIOError):
                     # EINTR: a kick; EAGAIN: a processor that waited for its start-up IPI was woken
                     after = clock()
-                    guest_ns += after - before
-                    before = after
                     self.stats.interrupts += 1
                     if ended.is_set():
                         return
                     if standstill.held:
                         standstill.stand(self)
-                        before = clock()
                     if self.bandwidth is not None and self.bandwidth.throttled:
                         self.bandwidth.wait(self)
-                        before = clock()
+                    apart += clock() - after
                     continue
                 after = clock()
-                guest_ns += after - before
                 reason = words[EXIT_REASON_D]
                 handlers[reason]()
                 before = clock()
                 counts[reason] += 1
                 handler_ns[reason] += before - after
         finally:
-            self.stats.guest_ns = guest_ns
+            self.stats.guest_ns = clock() - start - apart - sum(handler_ns)
 
     def close(self) -> None:
         """Give back the vCPU."""
@@ -121,12 +116,11 @@ class VcpuThread:
 
     def _io(self) -> None:
         """KVM_EXIT_IO: one access of up to 4 bytes, by the route that its direction, size and port have."""
-        words = self._words
         try:
-            is_out, size, access, offset, at = self._io_routes[words[IO_D]]
+            is_out, size, access, offset, at = self._io_routes[self._quads[IO_Q]]
         except KeyError:
             return self._io_slow()
-        if words[IO_COUNT_D] != 1 or words[IO_DATA_OFFSET_D] != at:
+        if self._words[IO_DATA_OFFSET_D] != at:
             return self._io_slow()
         shared = self._shared
         if is_out:
@@ -144,9 +138,9 @@ class VcpuThread:
         direction, size, port, count, at = _IO.unpack_from(shared, EXIT)
         is_out = direction == abi.KVM_EXIT_IO_OUT
         found = pio.whole(port, size)
-        if found is not None and len(self._io_routes) < CACHE_ENTRIES:
+        if found is not None and count == 1 and len(self._io_routes) < CACHE_ENTRIES:
             access = found.device.write if is_out else found.device.read
-            self._io_routes[self._words[IO_D]] = (is_out, size, access, port - found.start, at)
+            self._io_routes[self._quads[IO_Q]] = (is_out, size, access, port - found.start, at)
         for start in range(at, at + size * count, size):
             if is_out:
                 pio.write(port, size, int.from_bytes(shared[start : start + size], "little"))

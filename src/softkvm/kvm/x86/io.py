@@ -21,7 +21,7 @@ from softkvm.abi.run_page import (
 )
 from softkvm.kvm.x86.svm import svm
 from softkvm.kvm.x86.svm.svm import STEP_FLAGS
-from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_2, INT_STATE_B, RFLAGS, RIP
+from softkvm.kvm.x86.svm.vmcb import EXIT_INFO_1, EXIT_INFO_2, INT_STATE_B, IOIO_STR, RFLAGS, RIP
 
 if TYPE_CHECKING:
     from softkvm.kvm.x86.state import VcpuState as Vcpu
@@ -43,8 +43,11 @@ def exit_io(vcpu: Vcpu, direction: int, size: int, port: int, count: int) -> Non
     run_q[IO_DATA_OFFSET_Q] = PIO_DATA_OFFSET
 
 
-def fast_pio(vcpu: Vcpu, info: int) -> int:
-    """IN or OUT with the accumulator; ``info`` is EXITINFO1. Returns 1 to go on, 0 to leave for userspace."""
+def io_interception(vcpu: Vcpu) -> int:
+    """IN, OUT, INS, OUTS (APM vol. 2, 15.10.2). Returns 1 to go on, 0 to leave for userspace."""
+    info = vcpu.q[EXIT_INFO_1]
+    if info & IOIO_STR:
+        return vcpu.emulator.emulate()
     port = info >> 16
     size = info >> 4 & 7
     bus = vcpu.pio_bus
@@ -57,21 +60,21 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
             value = bus.read(port, size)
             if value is not None:
                 _load_accumulator(vcpu, size, value)
-                return skip_pio(vcpu)
+                return _skip(vcpu)
         vcpu.pio_size = size
         vcpu.complete_userspace_io = complete_fast_pio_in
     else:
         value = vcpu.gpr[0] & _SIZE_MASKS[size]
         if devices and bus.write(port, size, value):
-            return skip_pio(vcpu)
+            return _skip(vcpu)
         if size == 1:
             vcpu.run_b[PIO_DATA_OFFSET] = value
         else:
             vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size] = value.to_bytes(size, "little")
         if port == _PORT_7E and vcpu.vm.has_quirk(abi.KVM_X86_QUIRK_OUT_7E_INC_RIP):
-            skip_pio(vcpu)  # before the exit: firmware reads its RIP there
+            _skip(vcpu)  # before the exit: firmware reads its RIP there
         else:
-            vcpu.complete_userspace_io = skip_pio
+            vcpu.complete_userspace_io = complete_fast_pio_out
     vcpu.pio_rip = vcpu.q[RIP]
     run_q = vcpu.run_q
     vcpu.run_d[EXIT_REASON_D] = KVM_EXIT_IO
@@ -81,14 +84,9 @@ def fast_pio(vcpu: Vcpu, info: int) -> int:
     return 0
 
 
-def skip_pio(vcpu: Vcpu) -> int:
-    """Skip an IN or OUT, unless userspace moved RIP meanwhile.
-
-    The exit has the next RIP in EXITINFO2 (APM vol. 2, 15.10.2), also without the NRIP feature.
-    """
+def _skip(vcpu: Vcpu) -> int:
+    """Skip an IN or OUT. The exit has the next RIP in EXITINFO2 (APM vol. 2, 15.10.2); no NRIP feature needed."""
     q = vcpu.q
-    if q[RIP] != vcpu.pio_rip and vcpu.pio_rip >= 0:
-        return 1
     q[RIP] = q[EXIT_INFO_2]
     vcpu.b[INT_STATE_B] = 0
     flags = q[RFLAGS]
@@ -97,6 +95,11 @@ def skip_pio(vcpu: Vcpu) -> int:
         if flags & X86_EFLAGS_TF:
             return svm.do_singlestep(vcpu)
     return 1
+
+
+def complete_fast_pio_out(vcpu: Vcpu) -> int:
+    """After KVM_EXIT_IO for OUT: skip it, unless userspace moved RIP."""
+    return _skip(vcpu) if vcpu.q[RIP] == vcpu.pio_rip else 1
 
 
 def _load_accumulator(vcpu: Vcpu, size: int, value: int) -> None:
@@ -116,9 +119,10 @@ def complete_fast_pio_in(vcpu: Vcpu) -> int:
         value = vcpu.run_b[PIO_DATA_OFFSET]
     else:
         value = int.from_bytes(vcpu.run_b[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size], "little")
-    if vcpu.q[RIP] == vcpu.pio_rip:
-        _load_accumulator(vcpu, size, value)
-    return skip_pio(vcpu)
+    if vcpu.q[RIP] != vcpu.pio_rip:
+        return 1
+    _load_accumulator(vcpu, size, value)
+    return _skip(vcpu)
 
 
 # --- MMIO --------------------------------------------------------------------------------------

@@ -128,6 +128,11 @@ class ControlState:
     cr4: int = 0
     efer: int = 0
     shadow_cr8: int = 0
+    #: What stands in the run page: CR8 and IA32_APIC_BASE (with a local APIC of ours), and whether an interrupt would
+    #: be taken.
+    told_cr8: int = 0
+    told_apic_base: int = 0
+    told_ready: int = 0
     init_event: bool = False
     maxphyaddr: int = 48
     guest_has_gbpages: bool = True

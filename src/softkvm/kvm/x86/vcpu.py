@@ -112,6 +112,7 @@ class Vcpu(VcpuState, vcpu.Vcpu):
         self.choose_exit_handlers()
         steal_time.account(self)
         pmu.refresh(self)
+        self.bind_run()
 
     def choose_exit_handlers(self) -> None:
         """The plain table, unless the guest has Xen's interfaces or counts instructions.
@@ -171,15 +172,20 @@ class Vcpu(VcpuState, vcpu.Vcpu):
             self.syncs_regs = False
             sync_regs.store(self)
         apic = self.apic
-        run_q = self.run_q
         if apic is not None:
-            run_q[CR8_Q] = apic.regs[0x20] >> 4
-            run_q[APIC_BASE_Q] = apic.apic_base
+            # Userspace only reads these then, and a store costs four times as much as to see that it isn't needed.
+            if (cr8 := apic.regs[0x20] >> 4) != self.told_cr8:
+                self.run_q[CR8_Q] = self.told_cr8 = cr8
+            if apic.apic_base is not self.told_apic_base:
+                self.run_q[APIC_BASE_Q] = self.told_apic_base = apic.apic_base
         else:
-            run_q[CR8_Q] = self.shadow_cr8
-            run_q[APIC_BASE_Q] = self.get_apic_base()
-        ready = not self.pic_in_userspace or self.ready_for_interrupt_injection()
-        self.run_w[READY_FOR_INTERRUPT_INJECTION_W] = (self.q[RFLAGS] & X86_EFLAGS_IF) >> 1 | ready  # IF is bit 9
+            self.run_q[CR8_Q] = self.shadow_cr8
+            self.run_q[APIC_BASE_Q] = self.get_apic_base()
+        ready = (self.q[RFLAGS] & X86_EFLAGS_IF) >> 1  # IF is bit 9
+        if not self.pic_in_userspace or self.ready_for_interrupt_injection():
+            ready |= 1
+        if ready != self.told_ready:
+            self.run_w[READY_FOR_INTERRUPT_INJECTION_W] = self.told_ready = ready
 
     def _wait_for_sipi(self) -> None:
         """A processor that waits for its start-up IPI: blocked until something comes, then EAGAIN at the latest."""

@@ -46,7 +46,6 @@ from softkvm.kvm.x86.svm.vmcb import (
     EXIT_INFO_1,
     EXIT_INFO_2,
     EXIT_INT_INFO,
-    IOIO_STR,
     PFERR_GUEST_FINAL,
 )
 
@@ -89,15 +88,6 @@ def cpuid_interception(vcpu: Vcpu) -> int:
     gpr = vcpu.gpr
     gpr[0], gpr[3], gpr[1], gpr[2] = vcpu.cpuid.answer(gpr[0] & _U32, gpr[1] & _U32)
     return skip_emulated_instruction(vcpu)
-
-
-def io_interception(vcpu: Vcpu) -> int:
-    """IN, OUT, INS, OUTS (APM vol. 2, 15.10.2)."""
-    info = vcpu.q[EXIT_INFO_1]
-    if info & IOIO_STR:
-        return vcpu.emulator.emulate()
-    vcpu.pio_rip = -1
-    return io.fast_pio(vcpu, info)
 
 
 def npf_interception(vcpu: Vcpu) -> int:
@@ -430,7 +420,7 @@ EXIT_HANDLERS: Final[dict[int, Handler]] = {
     V.EXIT_HLT: halt_interception,
     V.EXIT_INVLPG: invlpg_interception,
     V.EXIT_INVLPGA: ud_on_interception,
-    V.EXIT_IOIO: io_interception,
+    V.EXIT_IOIO: io.io_interception,
     V.EXIT_MSR: msr_interception,
     V.EXIT_TASK_SWITCH: task_switch_interception,
     V.EXIT_SHUTDOWN: shutdown_interception,

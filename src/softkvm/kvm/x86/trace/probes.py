@@ -133,10 +133,11 @@ def _cpuid(leaf: Sequence[int], table: cpuid.CpuidTable, function: int, index: i
 # --- port I/O and MMIO ---------------------------------------------------------------------------------
 
 
-def _fast_out(vcpu: Vcpu, info: int) -> tuple[int, ...] | None:
+def _fast_out(vcpu: Vcpu) -> tuple[int, ...] | None:
     """OUT of the accumulator; IN is told of when there is what it reads."""
+    info = vcpu.q[V.EXIT_INFO_1]
     size = info >> 4 & 7
-    return None if info & 1 else (1, info >> 16, size, 1, vcpu.gpr[0] & _SIZE_MASKS[size])
+    return None if info & (1 | V.IOIO_STR) else (1, info >> 16, size, 1, vcpu.gpr[0] & _SIZE_MASKS[size])
 
 
 def _fast_in(vcpu: Vcpu, size: int, value: int) -> tuple[int, ...]:
@@ -346,7 +347,7 @@ PROBES: Final[dict[str, Sequence[Probe]]] = {
         before(xen_hypercalls._carry_out, lambda vcpu, call: (call.cpl, call.input, *call.params)),
     ],
     "kvm_pio": [
-        before(io.fast_pio, _fast_out),
+        before(io.io_interception, _fast_out),
         before(io._load_accumulator, _fast_in),
         after(string._pio_read, _emulated_in),
         after(string.out, _emulated_out),
