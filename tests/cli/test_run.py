@@ -19,6 +19,7 @@ from tests.support.machines import KVMS
 from softkvm.cli import run as run_module
 from softkvm.cli.arguments import size as size_of
 from softkvm.cli.run_image import split_modules
+from softkvm.vmm.events import Event, Events
 from softkvm.vmm.memory import GIB, KIB, MIB
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.stats import ConsoleWatcher
@@ -482,9 +483,21 @@ class Ended:
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
+        self.events = Events()
 
     def end(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+
+
+def test_kernel_that_panicked_does_not_begin_anew() -> None:
+    watcher, machine = ConsoleWatcher(), Ended()
+    watch = run_module._PanicWatch(watcher, crash_kernel=False)
+    watch.attach(machine)  # type: ignore[arg-type]
+    machine.events.tell(Event.RESET, by="test")
+    assert machine.outcomes == []
+    watcher(b"Kernel panic - not syncing: test\r\n")
+    machine.events.tell(Event.RESET, by="test")
+    assert [outcome.end for outcome in machine.outcomes] == [End.PANIC]
 
 
 @pytest.mark.parametrize("crash_kernel", [False, True])

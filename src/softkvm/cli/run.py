@@ -12,7 +12,7 @@ import resource
 import signal
 import threading
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from softkvm.cli.tracepoints import add_selection, selecting
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline
 from softkvm.vmm.errors import LoadTimeout, MachineError, show_traceback
+from softkvm.vmm.events import Event
 from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
 from softkvm.vmm.memory import KIB
 from softkvm.vmm.outcome import End, Outcome
@@ -71,7 +72,7 @@ exit status:
   3  the guest's kernel panicked (pvpanic device; or, a heuristic, a panic message on the console)
   4  triple fault
   5  timeout
-  6  the guest reset itself
+  6  the guest reset itself (not with --reboot)
   7  ended from the console with Ctrl-A x
   8  the guest wrote the debug-exit port
   9  the guest halted for good, with interrupts disabled
@@ -137,6 +138,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=console_choice,
         default=STDIO,
         help="stdio (default), pty, file:PATH or none",
+    )
+    add(
+        "--reboot",
+        action=BooleanOptionalAction,
+        default=False,
+        help="a guest's reset, or a triple fault, begins the machine anew instead of ending it; a panic still ends it",
     )
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
     add("--cpu-time-limit", metavar="SECONDS", help="end the machine when its vCPUs have used so much CPU time in all")
@@ -258,6 +265,12 @@ class _PanicWatch:
     def attach(self, machine: Machine) -> None:
         """Watch over *machine*."""
         self._machine = machine
+        machine.events.add(self._told)
+
+    def _told(self, event: Event, more: dict[str, str]) -> None:
+        """A machine that would begin anew ends, if its kernel panicked."""
+        if event is Event.RESET and self._machine is not None and self._watcher.reached("panic"):
+            self._machine.end(self._outcome())
 
     def output(self, data: bytes) -> None:
         """Take output, after the watcher did."""
@@ -357,7 +370,7 @@ def _run(args: Namespace) -> int:
 
 
 def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitStack) -> int:
-    """Boot what *args* say; *files* closes the images."""
+    """Boot what *args* say; *files* closes the images, from which a machine that is reset begins anew."""
     if args.assign is not None:
         raise CommandError(f"--assign {args.assign}: {NO_ASSIGNMENT}")
     try:
@@ -369,6 +382,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             pin_memory=args.pin_memory,
             hyperv=args.cpu == CPU_HYPERV,
             cpu_time_limit_s=None if limit is None else seconds("--cpu-time-limit", limit),
+            reboot=args.reboot,
             cpu_quota=None if quota is None else percent("--cpu-quota", quota),
             device_specs=device_specs(args),
         )
@@ -427,7 +441,6 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         except (OSError, MemoryError) as error:
             show_traceback(error)
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
-        files.close()
         panic.attach(machine)
         with (
             _signals_end(machine, caught),

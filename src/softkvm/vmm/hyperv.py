@@ -108,6 +108,10 @@ class Hyperv:
         """Return the pages of a virtual processor, as it has told of them."""
         return self._pages.get(vp_index, SynicPages())
 
+    def reset(self) -> None:
+        """No virtual processor has told of any page."""
+        self._pages.clear()
+
     def handle(self, vp_index: int, exit: abi.kvm_hyperv_exit) -> None:
         """Act on an exit of a virtual processor; the answer to a hypercall goes into *exit*."""
         if exit.type == abi.KVM_EXIT_HYPERV_SYNIC:

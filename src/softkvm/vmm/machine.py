@@ -19,7 +19,8 @@ from softkvm.vmm.boards.pc import Pc
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.cpu_limits import PERIOD_NS, Bandwidth, CpuTimeLimit, cpu_times
 from softkvm.vmm.devices.spec import DeviceSpec
-from softkvm.vmm.errors import ConfigError, StateError, show_traceback, unexpected
+from softkvm.vmm.errors import ConfigError, MachineError, StateError, show_traceback, unexpected
+from softkvm.vmm.events import Event, Events
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.hyperv import Hyperv
 from softkvm.vmm.memory import MIB
@@ -58,6 +59,8 @@ class Config:
     """Whether all memory is there from the start, locked, and never given back (ConfigError if the host refuses)."""
     device_specs: tuple[DeviceSpec, ...] = ()
     """Devices besides the board's own, in the order in which the guest finds them."""
+    reboot: bool = False
+    """Whether a guest's reset, and a triple fault, begin the machine anew; else they end it."""
     hyperv: bool = False
     """Whether its processors have Hyper-V's interfaces, in place of KVM's own."""
     cpu_time_limit_s: float | None = None
@@ -126,12 +129,19 @@ class Machine(Closing):
         """The exception behind an outcome of kind ``ERROR``, if there was one."""
         self.started_ns = 0
         self.ended_ns = 0
+        self.events = Events()
+        """What happens to the machine as a whole."""
+        self.resets: list[Callable[[], object]] = []
+        """Called when the machine is reset, with everything standing: what has been added to the board's own."""
         self.standstill = Standstill(self.ended)
         self.pausing = Pausing(self)
         self._halt_watch: HaltWatch | None = None
         self._end_lock = threading.RLock()  # a signal's handler ends a machine, too: in the middle of its end or close
         self._closed = False
         self._inherited = False
+        self._resetting = False
+        self.boots = 1
+        """How often the machine has begun, with every reset once more."""
         tell_after_fork(self)
         self.pio = Bus("I/O port", 16)
         self.mmio = Bus("memory", 52)
@@ -216,6 +226,11 @@ class Machine(Closing):
         """
         self.pausing.pause(timeout_s)
 
+    def press_power_button(self) -> None:
+        """Ask the guest's operating system to shut down; one that does not listen goes on, one that sleeps wakes up."""
+        self.events.tell(Event.POWER_BUTTON)
+        self.board.press_power_button()
+
     def resume(self) -> None:
         """Let a paused machine go on, from any thread; nothing happens if it isn't paused."""
         self.pausing.resume()
@@ -226,22 +241,75 @@ class Machine(Closing):
         It is asked again and again, and may take a moment. Then *wake_up* is called with the vCPUs still standing, and
         nobody else looking at them: a machine that is paused asleep wakes up when it goes on.
         """
+        boots = self.boots
+
+        def ready() -> bool:
+            return self._resetting or self.boots != boots or wait_for_wake_up()
+
+        def change() -> None:
+            if self.boots == boots and not self._resetting:
+                wake_up()
+
+        self._change_standing("wake-up", ready, change)
+
+    def reset(self, by: str) -> None:
+        """Begin anew from the image, as with the reset button, from any thread; does not wait for it.
+
+        A machine that is paused begins anew when it goes on. Memory keeps what the image does not fill. StateError if
+        the machine is closed, has ended or has not been started.
+        """
+        self._expect(started=True)
+        self.expect_going()
+        with self._end_lock:
+            under_way, self._resetting = self._resetting, True
+        if under_way:
+            self.leave_guest()
+        else:
+            self._change_standing("reset", lambda: True, lambda: self._begin_anew(by))
+
+    def reset_by_guest(self, outcome: Outcome) -> None:
+        """The guest, or a triple fault, resets the machine: begin anew, or end with *outcome* (``Config.reboot``)."""
+        if self.config.reboot:
+            self.reset(str(outcome))
+        else:
+            self.end(outcome)
+
+    def _begin_anew(self, by: str) -> None:
+        self.board.flush()  # who listens has heard all that the guest said
+        self.events.tell(Event.RESET, by=by)
+        if self.ended.is_set():
+            return
+        with contextlib.ExitStack() as rest:
+            for part in self.pausing.parts:
+                rest.callback(part.resume)
+                part.pause()
+            for reset in self.resets:
+                reset()
+            self.hyperv.reset()
+            self.board.reset()
+            self.boots += 1
+        self._resetting = False
+
+    def _change_standing(self, what: str, ready: Callable[[], bool], change: Callable[[], object]) -> None:
+        """Stop the vCPU on whose thread we are; once all stand, and it is *ready*, call *change* on another thread."""
         self.standstill.acquire()
         self.leave_guest()
-        start_quiet(self._sleep, "sleep", wait_for_wake_up, wake_up)
+        start_quiet(self._changing, what, what, ready, change)
 
-    def _sleep(self, wait_for_wake_up: Callable[[], bool], wake_up: Callable[[], object]) -> None:
+    def _changing(self, what: str, ready: Callable[[], bool], change: Callable[[], object]) -> None:
         try:
-            while not (self.standstill.wait(self.running_vcpus(), 0.1) and wait_for_wake_up()):
+            while not (self.standstill.wait(self.running_vcpus(), 0.1) and ready()):
                 if self.ended.is_set():
                     return
             with self.standstill.alone() as alone:
                 if alone:
-                    wake_up()
+                    change()
+        except MachineError as error:
+            self.end(Outcome(End.ERROR, f"{what}: {error}"))
         except Exception as error:  # a thread's exception must end the machine, not vanish
             self.failure = error
             show_traceback(error)
-            self.end(Outcome(End.ERROR, f"wake-up: {unexpected(error)}"))
+            self.end(Outcome(End.ERROR, f"{what}: {unexpected(error)}"))
         finally:
             self.standstill.release()
 
@@ -302,10 +370,13 @@ class Machine(Closing):
         with self._end_lock:
             if self._closed:
                 return
-            if self.outcome is None:
+            first = self.outcome is None
+            if first:
                 self.outcome = outcome
                 self.ended_ns = time.monotonic_ns()
             self.ended.set()
+            if first:
+                self.events.tell(Event.ENDED, end=outcome.end.value, detail=outcome.detail)
             for vcpu in self.vcpus:
                 vcpu.vcpu.kick()
 

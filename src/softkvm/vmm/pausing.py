@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from softkvm.threads import start_quiet
 from softkvm.vmm.errors import StateError
+from softkvm.vmm.events import Event
 
 if TYPE_CHECKING:
     from softkvm.vmm.machine import Machine
@@ -64,13 +65,15 @@ class Pausing:
             if not self._asked:
                 self._hold(timeout_s)
                 self._asked = True
+                self._machine.events.tell(Event.PAUSED)
 
     def resume(self) -> None:
         """End the user's pause; it is none of those that :meth:`still` makes."""
         with self._lock:
             if self._asked:
                 self._asked = False
-                self._release()
+                if self._release():
+                    self._machine.events.tell(Event.RESUMED)
 
     @contextlib.contextmanager
     def still(self, timeout_s: float = PAUSE_S) -> Iterator[None]:
@@ -135,9 +138,9 @@ class Pausing:
                 part.pause()
             undo.pop_all()
 
-    def _release(self) -> None:
+    def _release(self) -> bool:
         if self._holds == 0:  # the machine has ended meanwhile
-            return
+            return False
         self._holds -= 1
         if self._holds == 0:
             machine = self._machine
@@ -146,3 +149,4 @@ class Pausing:
             if machine.started_ns:
                 machine.board.was_stopped()
             machine.standstill.release()
+        return True

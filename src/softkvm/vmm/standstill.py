@@ -24,6 +24,7 @@ class Standstill:
         self._ended = ended
         self._changed = threading.Condition()
         self._standing: set[VcpuThread] = set()
+        self._changers = 0
         self._changing = False
 
     def acquire(self) -> None:
@@ -48,19 +49,22 @@ class Standstill:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
-        """Wait until nobody but the caller holds it, and let nobody's :meth:`wait` end meanwhile: True.
+        """Wait until all who hold it want to change the machine, one by one, and no :meth:`wait` ends: True.
 
-        For who changes what the others look at. False if the machine has ended.
+        For holders who change what others look at. False if the machine has ended.
         """
         with self._changed:
-            while (self.held > 1 or self._changing) and not self._ended.is_set():
+            self._changers += 1
+            while (self.held > self._changers or self._changing) and not self._ended.is_set():
                 self._changed.wait(_LOOK_S)
-            alone = self._changing = not self._ended.is_set()
+            self._changing = True
+            alone = not self._ended.is_set()
         try:
             yield alone
         finally:
             with self._changed:
                 self._changing = False
+                self._changers -= 1
                 self._changed.notify_all()
 
     def wait(self, threads: Collection[VcpuThread], timeout_s: float) -> bool:

@@ -169,7 +169,9 @@ class VcpuThread:
 
     def _shutdown(self) -> None:
         """KVM_EXIT_SHUTDOWN: a triple fault. On AMD KVM has reset the vCPU by then, and where it was is lost."""
-        self.machine.end(Outcome(End.TRIPLE_FAULT, f"vCPU {self.index}{self.machine.board.where(self.vcpu)}"))
+        self.machine.reset_by_guest(
+            Outcome(End.TRIPLE_FAULT, f"vCPU {self.index}{self.machine.board.where(self.vcpu)}")
+        )
 
     def _system_event(self) -> None:
         """KVM_EXIT_SYSTEM_EVENT."""
@@ -177,6 +179,8 @@ class VcpuThread:
         end = _SYSTEM_EVENTS.get(kind)
         if end is None:
             self.machine.end(Outcome(End.ERROR, f"vCPU {self.index}: unknown system event {kind}"))
+        elif end is End.RESET:
+            self.machine.reset_by_guest(Outcome(end, "KVM_EXIT_SYSTEM_EVENT"))
         else:
             self.machine.end(Outcome(end, "KVM_EXIT_SYSTEM_EVENT"))
 

@@ -4,11 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from softkvm import api
 from softkvm.vmm.memory import GuestMemory
 from softkvm.vmm.pausing import Pausable
+
+
+class Saving(Protocol):
+    """A device whose state can be taken and put back."""
+
+    def save(self) -> dict[str, Any]:
+        """Return the state, plain data."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
 
 
 class Board(Protocol):
@@ -35,6 +45,12 @@ class Board(Protocol):
 
     def was_stopped(self) -> None:
         """The machine has stood still and goes on: tell it, where it has a way to know; its processors stand yet."""
+
+    def reset(self) -> None:
+        """Begin anew: every part as it is built, the image loaded again; the processors stand."""
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down."""
 
     def flush(self) -> None:
         """The machine stands: write out what devices hold back."""

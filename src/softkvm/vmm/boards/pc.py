@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from softkvm import abi, api
 from softkvm.vmm.bios import services
-from softkvm.vmm.boards import Board
+from softkvm.vmm.boards import Board, Saving
 from softkvm.vmm.boards.pc_halt import halted_for_good
 from softkvm.vmm.boards.pc_virtio import PcVirtio
 from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, mptable, multiboot, pvh
@@ -20,7 +21,8 @@ from softkvm.vmm.boot.placement import Module
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
 from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial, shutdown_ports
 from softkvm.vmm.devices.vmgenid import GPE, VmGenId
-from softkvm.vmm.errors import ImageError
+from softkvm.vmm.errors import ImageError, StateError
+from softkvm.vmm.events import Event
 from softkvm.vmm.hyperv import enable as enable_hyperv
 from softkvm.vmm.hyperv import hyperv_cpuid
 from softkvm.vmm.memory import GuestMemory
@@ -44,6 +46,7 @@ class Pc(Board):
         self, machine: Machine, console: Callable[[bytes], None] | None, resources: contextlib.ExitStack
     ) -> None:
         self.machine = machine
+        self._load_again: Callable[[], None] | None = None
         config, vm = machine.config, machine.vm
         self.memory = GuestMemory(config.memory_size)
         resources.callback(self.memory.close)
@@ -71,6 +74,7 @@ class Pc(Board):
     def create_vcpus(self, kvm: api.Kvm) -> Iterator[api.Vcpu]:
         """Make the processors, the first of which boots the machine."""
         config, vm = self.machine.config, self.machine.vm
+        self._kvm = kvm
         supported = kvm.get_supported_cpuid()
         deadline_timer = bool(kvm.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
         count = config.vcpus
@@ -90,8 +94,10 @@ class Pc(Board):
             yield vcpu
 
     def built(self) -> None:
-        """All parts are there: what they are now is what a wake-up from S3 brings back."""
-        self._reset_state = ResetState.take(self.machine.vm, self._vcpus())
+        """All parts are there: what they are now is what a reset and a wake-up from S3 bring back."""
+        self._reset_state = ResetState.take(self._kvm, self.machine.vm, self._vcpus(), pit=self.machine.config.pit)
+        plain: tuple[Saving, ...] = (self.i8042, self.port_a, self.pci_config, self.shutdown_port)
+        self._kept = [(device, device.save()) for device in plain]
 
     def _vcpus(self) -> list[api.Vcpu]:
         return [thread.vcpu for thread in self.machine.vcpus]
@@ -111,9 +117,30 @@ class Pc(Board):
             with contextlib.suppress(OSError):  # no clock, or a KVM that cannot
                 vcpu.kvmclock_ctrl()
 
+    def press_power_button(self) -> None:
+        """Press it: the guest's operating system shuts down, if it listens."""
+        self.acpi_pm.press_power_button()
+
     def flush(self) -> None:
         """Write out what the console holds back."""
         self.serial.flush()
+
+    def reset(self) -> None:
+        """Reset every part, and put the image into memory again, which keeps what else is in it.
+
+        StateError if there is no image: the machine was not loaded.
+        """
+        if self._load_again is None:
+            raise StateError("the machine has no image to begin anew from: it was not loaded")
+        for device in (self.serial, self.hpet, self.cmos, self.acpi_pm):
+            if device is not None:
+                device.reset()
+        self.virtio.reset()
+        for kept, state in self._kept:
+            kept.restore(state)
+        self.crash_loaded = False
+        self._reset_state.restore(self.machine.vm, self._vcpus())
+        self._load_again()
 
     def _irq(self, line: int) -> Callable[[int], None]:
         """Return the callable that drives interrupt *line*."""
@@ -166,7 +193,7 @@ class Pc(Board):
         add(pvpanic.PVPANIC_PORT, 1, self.pvpanic, "pvpanic")
         old_pm1_control = shutdown_ports.OldPm1Control(self._powered_off)
         add(shutdown_ports.OLD_PM1_CNT_PORT, shutdown_ports.OLD_PM1_CNT_SIZE, old_pm1_control, "old pm1-control")
-        self.shutdown_port = shutdown_ports.ShutdownPort(self._powered_off)
+        self.shutdown_port: shutdown_ports.ShutdownPort = shutdown_ports.ShutdownPort(self._powered_off)
         add(shutdown_ports.SHUTDOWN_PORT, shutdown_ports.SHUTDOWN_SIZE, self.shutdown_port, "shutdown")
         add(debug_exit.DEBUG_EXIT_PORT, debug_exit.DEBUG_EXIT_SIZE, self.debug_exit, "debug-exit")
 
@@ -176,7 +203,10 @@ class Pc(Board):
         self._end(Outcome(End.POWER_OFF))
 
     def _reset(self, by: str) -> None:
-        self._end(Outcome(End.RESET, by))
+        if self.crash_loaded:
+            self._end(Outcome(End.RESET, by))
+        else:
+            self.machine.reset_by_guest(Outcome(End.RESET, by))
 
     def _end(self, outcome: Outcome) -> None:
         """End as the guest asks for; what ends a crash kernel is the end of a panic."""
@@ -217,9 +247,11 @@ class Pc(Board):
         Memory and devices keep their state; processors and interrupt chips come up as after a reset. Source: ACPI
         specification 6.4, sections 16.3.1 (sleeping states), 5.2.10 (firmware waking vector).
         """
+        self.machine.events.tell(Event.ASLEEP)
         self.machine.sleep(lambda: self.acpi_pm.wait_for_wake_up(0.1), self._wake_up)
 
     def _wake_up(self) -> None:
+        self.machine.events.tell(Event.AWAKE)
         self._reset_state.restore(self.machine.vm, self._vcpus())
         jump_in_real_mode(self.machine.vcpus[0].vcpu, acpi.waking_vector(self.memory))
 
@@ -243,6 +275,9 @@ class Pc(Board):
         among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
         fit, LoadTimeout if *deadline* passes.
         """
+        self._load_again = functools.partial(
+            self.load, kernel, initrd, command_line, modules=modules, raw=raw, entry=entry
+        )
         if not isinstance(command_line, str):
             raise TypeError(f"command_line={command_line!r}: expected a str")
         vcpu = self.machine.vcpus[0].vcpu

@@ -76,6 +76,7 @@ class PcVirtio:
         self._lines = [SharedLine(machine.vm, gsi) for gsi in INTX_LINES]
         self._pci_lines: list[tuple[int, int]] = []
         self._mmio: list[VirtioMmio] = []
+        self._msix: dict[str, Any] = {}  # as built
         self.transports: dict[str, Transport] = {}
         """By the device's name."""
 
@@ -90,6 +91,8 @@ class PcVirtio:
         options = Options(packed=placement.packed)
         add = self._add_mmio if placement.transport == MMIO else self._add_pci
         transport = self.transports[name] = add(device, worker, options)
+        if isinstance(transport, pci.PciTransport):
+            self._msix[name] = transport.msix.save()
         return transport
 
     def _free_name(self, kind: str) -> str:
@@ -135,6 +138,13 @@ class PcVirtio:
     def described(self, *, hpet: bool) -> Devices:
         """Return what ACPI has to say of the machine's devices."""
         return Devices(hpet, self._pci_lines, self._mmio)
+
+    def reset(self) -> None:
+        """Reset every device, and its interrupts' messages; its configuration space is the bus's to reset."""
+        for name, transport in self.transports.items():
+            transport.reset()
+            if isinstance(transport, pci.PciTransport):
+                transport.msix.restore(self._msix[name])
 
     def save(self) -> dict[str, Any]:
         """Every device, by its name; the workers are paused."""

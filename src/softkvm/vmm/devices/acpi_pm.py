@@ -163,6 +163,14 @@ class AcpiPm:
                 self._sts |= STS_WAK
             return awake
 
+    def reset(self) -> None:
+        """Nothing is enabled and nothing has happened; the timer goes on."""
+        with self._lock:
+            self._sts = self._en = self._gpe_sts = self._gpe_en = 0
+            self._cnt = CNT_SCI_EN
+            self._update_irq()
+            self._arm()
+
     def pause(self) -> None:
         """Let the timer rest, and the interrupt's line be: a button that is pressed is seen when it goes on."""
         self._timer.pause()

@@ -50,6 +50,7 @@ B_SET: Final = 0x80
 B_PIE: Final = 0x40
 B_AIE: Final = 0x20
 B_UIE: Final = 0x10
+B_SQWE: Final = 0x08
 B_BINARY: Final = 0x04
 B_24H: Final = 0x02
 
@@ -142,6 +143,16 @@ class Cmos:
                 self._write_register_b(value)
             elif index not in (REGISTER_C, REGISTER_D):
                 self._memory[index] = value
+            self._update_irq()
+            self._arm()
+
+    def reset(self) -> None:
+        """Enable no interrupt and forget those that wait; the battery keeps the rest (data sheet, "RESET")."""
+        with self._lock:
+            self._advance()
+            self._memory[REGISTER_B] &= ~(B_PIE | B_AIE | B_UIE | B_SQWE)
+            self._memory[REGISTER_C] = 0
+            self._index = REGISTER_D
             self._update_irq()
             self._arm()
 

@@ -319,6 +319,19 @@ class Hpet:
             self._paced_ns = self._clock_ns() + MIN_PERIOD_NS
             self._arm()
 
+    def reset(self) -> None:
+        """Stop, and give the lines back (section 2.3.5: all enables are 0 after a reset)."""
+        with self._lock:
+            if self._replaces() and self._replace_pit is not None:
+                self._replace_pit(False)
+            for line in self._asserted:
+                self._set_irq(line, 0)
+            self._config = self._status = self._paced_ns = 0
+            self._comparators = [_Comparator() for _ in range(COMPARATORS)]
+            self._asserted = frozenset()
+            self._set_count(0)
+            self._arm()
+
     def pause(self) -> None:
         """Let the timer rest."""
         self._timer.pause()

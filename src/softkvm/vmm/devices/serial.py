@@ -153,6 +153,15 @@ class Serial:
             self._write_scr,
         )
 
+    def reset(self) -> None:
+        """Master reset: what the line has sent and nobody has read is sent again."""
+        with self._lock:
+            self._give_back()
+            if self._irq_level and self._set_irq is not None:
+                self._set_irq(0)
+            self._reset()
+            self._next.arm(None)
+
     def _reset(self) -> None:
         """Master reset (data sheet, table III)."""
         self._ier = 0
