@@ -142,18 +142,38 @@ def test_a_damaged_cache_is_made_anew(fake: Path) -> None:
     guest.kernel.write_bytes(b"half of a ker")
     assert cached() is None
     assert prepare().kernel.read_bytes() == b"kernel"
-    (cache_directory() / "guest.json").write_text("[" * 100_000)
+    (manifest,) = cache_directory().glob("guest*.json")
+    manifest.write_text("[" * 100_000)
     assert cached() is None
 
 
 def test_a_new_init_needs_no_download(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = prepare()
+    prepare()
     monkeypatch.setattr(initramfs, "scripts", lambda: {"init": b"#!/bin/sh\necho new\n"})
     new = prepare()
     assert b"echo new" in new.initrd.read_bytes()
     assert new.kernel.read_bytes() == b"kernel"
-    assert not old.initrd.exists()
     assert (fake / "updates").read_text() == "run\n"
+
+
+def test_versions_of_softkvm_have_a_guest_each_until_one_is_unused_for_long(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = prepare()
+    before = initramfs.scripts
+    monkeypatch.setattr(initramfs, "scripts", lambda: {"init": b"#!/bin/sh\necho new\n"})
+    new = prepare()
+    assert old.initrd.exists()
+    assert cached() == new
+    monkeypatch.setattr(initramfs, "scripts", before)
+    assert cached() == old
+    for manifest in cache_directory().glob("guest*.json"):
+        os.utime(manifest, (0, 0))
+    assert cached() == old  # which is noted
+    monkeypatch.setattr(initramfs, "scripts", lambda: {"init": b"#!/bin/sh\necho newer\n"})
+    prepare()
+    assert old.initrd.exists()
+    assert not new.initrd.exists()
 
 
 def test_checksum_of_the_package_list_is_checked(fake: Path) -> None:

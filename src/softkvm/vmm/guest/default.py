@@ -10,14 +10,15 @@ import pwd
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from softkvm.progress import NoProgress, Progress
-from softkvm.vmm.guest import initramfs
+from softkvm.vmm.guest import initramfs, modules
 from softkvm.vmm.guest.apt import Apt, Package
 from softkvm.vmm.guest.deb import DebError, read_files
 from softkvm.vmm.guest.errors import GuestUnavailable
@@ -30,8 +31,10 @@ BUSYBOX_PACKAGE: Final = "busybox-static"
 COMMAND_LINE: Final = "console=ttyS0"
 """The kernel command line that the guest needs."""
 
-_FORMAT: Final = 1
-_MANIFEST: Final = "guest.json"
+_FORMAT: Final = 2
+_FILES: Final = ("vmlinuz", "busybox", "modules", "initrd")
+UNUSED_S: Final = 14 * 24 * 3600.0
+"""How long a guest of another version of softkvm is kept that nobody asks for."""
 _VMLINUZ: Final = re.compile(r"(usr/lib/modules/[^/]+|boot)/vmlinuz[^/]*")
 _BUSYBOX: Final = re.compile(r"(usr/)?bin/busybox")
 
@@ -75,10 +78,18 @@ def _home() -> Path:
 def cached(directory: Path | None = None) -> Guest | None:
     """Return the guest that was prepared before, if it is whole and of this version of softkvm."""
     directory = directory or cache_directory()
-    manifest = _read_manifest(directory)
+    path = directory / _manifest_name()
+    manifest = _read_manifest(path)
     if manifest is None or manifest["init_sha256"] != _init_digest():
         return None
+    with suppress(OSError):  # whose file it isn't, or on a disk that takes no writes
+        os.utime(path)
     return _guest(directory, manifest)
+
+
+def _manifest_name() -> str:
+    """The file that says what this version's guest is: other versions, side by side, have theirs."""
+    return f"guest-{_FORMAT}-{_init_digest()[:12]}.json"
 
 
 def prepare(progress: Progress | None = None, *, force: bool = False, directory: Path | None = None) -> Guest:
@@ -110,15 +121,16 @@ def prepare(progress: Progress | None = None, *, force: bool = False, directory:
 def _build(directory: Path, progress: Progress, force: bool) -> Guest:
     work = Path(tempfile.mkdtemp(prefix=".work-", dir=directory))
     try:
-        manifest = None if force else _read_manifest(directory)
-        if manifest is not None:  # only init changed
+        manifest = None if force else _other_manifest(directory)
+        if manifest is not None:  # only init is another
             old = directory / manifest["directory"]
             packages = dict(manifest["packages"])
-            vmlinuz, busybox = (old / "vmlinuz").read_bytes(), (old / "busybox").read_bytes()
+            vmlinuz, busybox, drivers = ((old / name).read_bytes() for name in _FILES[:3])
         else:
-            vmlinuz, busybox, packages = _download(work, progress)
+            vmlinuz, busybox, drivers, packages = _download(work, progress)
         progress.step("initramfs")
-        files = {"vmlinuz": vmlinuz, "busybox": busybox, "initrd": initramfs.build(busybox)}
+        initrd = initramfs.build(busybox) + drivers
+        files = dict(zip(_FILES, (vmlinuz, busybox, drivers, initrd), strict=True))
         result = work / "guest"
         result.mkdir()
         for done, (name, data) in enumerate(files.items(), 1):
@@ -134,19 +146,49 @@ def _build(directory: Path, progress: Progress, force: bool) -> Guest:
             "directory": name,
             "packages": packages,
             "init_sha256": _init_digest(),
+            "modules": list(modules.WANTED),
             "sha256": digests,
         }
-        _write_synced(work / _MANIFEST, json.dumps(new_manifest, indent=2).encode() + b"\n")
-        os.replace(work / _MANIFEST, directory / _MANIFEST)
-        for other in directory.glob("linux-*"):
-            if other.name != name:
-                shutil.rmtree(other, ignore_errors=True)
+        _write_synced(work / "manifest", json.dumps(new_manifest, indent=2).encode() + b"\n")
+        os.replace(work / "manifest", directory / _manifest_name())
+        _forget_unused(directory)
         return _guest(directory, new_manifest)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _download(work: Path, progress: Progress) -> tuple[bytes, bytes, dict[str, dict[str, str]]]:
+def _other_manifest(directory: Path) -> dict[str, Any] | None:
+    """What another version of softkvm has kept, newest first, if it is of the same packages' same files."""
+    for path in sorted(directory.glob(f"guest-{_FORMAT}-*.json"), key=_used, reverse=True):
+        manifest = _read_manifest(path)
+        if manifest is not None and manifest["modules"] == list(modules.WANTED):
+            return manifest
+    return None
+
+
+def _used(path: Path) -> float:
+    """When a manifest was last asked for."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _forget_unused(directory: Path) -> None:
+    """Remove the guests of other versions that nobody has asked for in a long time, and what belongs to none."""
+    kept = set()
+    for path in directory.glob("guest*.json"):
+        if path.name != _manifest_name() and _used(path) < time.time() - UNUSED_S:
+            path.unlink(missing_ok=True)
+            continue
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            kept.add(json.loads(path.read_bytes())["directory"])
+    for other in directory.glob("linux-*"):
+        if other.name not in kept:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _download(work: Path, progress: Progress) -> tuple[bytes, bytes, bytes, dict[str, dict[str, str]]]:
     apt = Apt(work / "apt")
     apt.update(progress)
     kernel = apt.download(apt.resolve_kernel(KERNEL_PACKAGES), work, progress)
@@ -154,7 +196,7 @@ def _download(work: Path, progress: Progress) -> tuple[bytes, bytes, dict[str, d
     for package in (kernel, busybox):
         _check_digest(package)
     progress.step("unpacking")
-    contents = (_take(kernel, _VMLINUZ), _take(busybox, _BUSYBOX))
+    contents = (_take(kernel, _VMLINUZ), _take(busybox, _BUSYBOX), _take_modules(kernel))
     packages = {
         role: {"file": package.name, "sha256": _file_digest(package.path)}
         for role, package in (("kernel", kernel), ("busybox", busybox))
@@ -172,6 +214,13 @@ def _take(package: Package, path: re.Pattern[str]) -> bytes:
     return next(iter(files.values()))
 
 
+def _take_modules(kernel: Package) -> bytes:
+    try:
+        return modules.archive(modules.read_modules(kernel.path))
+    except DebError as error:
+        raise GuestUnavailable(str(error)) from error
+
+
 def _check_digest(package: Package) -> None:
     if package.sha256 is not None and _file_digest(package.path) != package.sha256:
         raise GuestUnavailable(f"package {package.name} is damaged: its SHA-256 is not what the package list says")
@@ -184,7 +233,7 @@ def _file_digest(path: Path) -> str:
 
 def _init_digest() -> str:
     """Identifies how this version builds the initramfs."""
-    parts = (initramfs.scripts(), initramfs.DIRECTORIES, initramfs.DEVICES, initramfs.FILES)
+    parts = (initramfs.scripts(), initramfs.DIRECTORIES, initramfs.DEVICES, initramfs.FILES, modules.WANTED)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -195,15 +244,17 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read_manifest(directory: Path) -> dict[str, Any] | None:
+def _read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest, if it is one of this format and all its files are what it says."""
+    directory = path.parent
     try:
-        manifest = json.loads((directory / _MANIFEST).read_bytes())
+        manifest = json.loads(path.read_bytes())
         if manifest["format"] != _FORMAT or "/" in manifest["directory"]:
             return None
-        for name in ("vmlinuz", "busybox", "initrd"):
+        for name in _FILES:
             if _file_digest(directory / manifest["directory"] / name) != manifest["sha256"][name]:
                 return None
+        list(manifest["modules"])
         _guest(directory, manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -17,6 +17,21 @@ hostname softkvm
 ip link set lo up 2>/dev/null
 cd /root
 
+# Drivers of the devices that are there: of those on PCI and of ACPI first, then of what these are the buses of.
+drivers() {
+    for bus; do
+        for device in /sys/bus/$bus/devices/*; do
+            [ -e "$device/driver" ] || ! read -r alias 2>/dev/null < "$device/modalias" || set -- "$@" "$alias"
+        done
+        shift
+    done
+    [ $# = 0 ] || modprobe -qab "$@"
+}
+if [ -e /sys/bus/pci/devices/0000:00:01.0 ] || [ -e /sys/bus/acpi/devices/LNRO0005:00 ]; then
+    drivers pci acpi
+    drivers virtio
+fi
+
 read -r cmdline < /proc/cmdline
 run=
 case $cmdline in
