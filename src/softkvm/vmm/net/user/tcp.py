@@ -1,0 +1,692 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One TCP connection of the guest's, ended here and continued by a socket of the host's.
+
+The guest's side is RFC 9293; section numbers below are of that. What it leaves out, because the link neither loses nor
+reorders: selective acknowledgements, timestamps, congestion control. What a guest itself loses (a full backlog, a
+firewall) is sent once more, from the first byte that it has not acknowledged.
+
+Data is copied once on its way to the guest, and kept until it is acknowledged; on its way to the host, sockets read
+the guest's memory. What the host's socket does not take at once is kept, and the window is smaller by it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from softkvm.vmm.net.link import (
+    HANG_UP,
+    HEADER,
+    READ,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6,
+    WRITE,
+    Data,
+    Link,
+    Offloads,
+)
+from softkvm.vmm.net.user.segment import ACK, FIN, MASK, PSH, RST, SYN, Options, before, behind, signed
+from softkvm.vmm.net.wire import TCP_CHECKSUM, TCP_HEADER, Path
+
+WINDOW: Final = 512 << 10
+"""Bytes that a guest may send ahead of the host's socket."""
+
+WINDOW_SCALE: Final = 4
+
+IN_FLIGHT: Final = 1 << 20
+"""Most bytes on their way to the guest that it has not acknowledged."""
+
+PACKET_MAX: Final = 65535
+
+RTO_S: Final = 1.0
+RTO_MAX_S: Final = 30.0
+RETRIES: Final = 10
+SYN_RETRIES: Final = 6
+CONNECT_S: Final = 75.0
+TIME_WAIT_S: Final = 2.0
+"""Far less than twice a segment's lifetime, as a segment on this link doesn't live long."""
+
+PROBE_S: Final = 5.0
+"""How long a window may be closed before we ask whether it still is (3.8.6.1)."""
+
+#: RFC 9293's names by (our FIN sent, ours acknowledged, the guest's FIN received).
+_STATES: Final = {
+    (False, False, False): "ESTABLISHED",
+    (True, False, False): "FIN-WAIT-1",
+    (True, True, False): "FIN-WAIT-2",
+    (False, False, True): "CLOSE-WAIT",
+    (True, False, True): "CLOSING",
+    (True, True, True): "TIME-WAIT",
+}
+
+CONNECTING: Final = "CONNECTING"
+SYN_SENT: Final = "SYN-SENT"
+SYN_RECEIVED: Final = "SYN-RECEIVED"
+OPEN: Final = "OPEN"
+CLOSED: Final = "CLOSED"
+
+_RESET: Final = struct.pack("ii", 1, 0)  # struct linger: on, no time
+
+DEFAULT_MSS: Final = {4: 536, 6: 1220}
+"""What a peer takes that says nothing (3.7.1)."""
+
+MSS_MIN: Final = 88
+"""A smaller one is taken for this, as Linux does (TCP_MIN_SND_MSS)."""
+
+
+class Table(Protocol):
+    """What a connection asks of the table of all."""
+
+    link: Link
+    clock: Callable[[], float]
+    due: list[Connection]
+    blocked: dict[Connection, None]
+    options: bytes
+    buffered: int
+    retransmitted: int
+
+    @property
+    def takes(self) -> Offloads:
+        """What the driver takes."""
+
+    @property
+    def mtu(self) -> int:
+        """Bytes of an IP packet."""
+
+    def room(self) -> int:
+        """Bytes that may still be kept for slow sockets, over all connections."""
+
+    def emit(self, head: bytes, payload: Sequence[Data], header: bytes) -> None:
+        """Send a segment whose checksum is the pseudo header's alone."""
+
+    def reset(self, path: Path, ports: bytes, sequence: int) -> None:
+        """Send a reset with this sequence number."""
+
+    def connect_ended(self, connection: Connection, error: int) -> None:
+        """The host's socket is connected, or *error* says why not."""
+
+    def opened(self, connection: Connection) -> None:
+        """*connection* is established."""
+
+    def forget(self, connection: Connection) -> None:
+        """*connection* is no more."""
+
+    def tick_soon(self) -> None:
+        """Call :meth:`Connection.expired` in a while."""
+
+    def finish(self) -> None:
+        """The end of a batch."""
+
+
+class Connection:
+    """A connection of *path* and *ports* (ours, the guest's, 2 bytes each), continued by *host*, a socket.
+
+    *key* is what names it in its *table*.
+    """
+
+    __slots__ = (
+        "_chunks", "_consumed", "_deadline", "_events", "_header", "_header_gso", "_retries", "_second", "acknowledge",
+        "blocked", "buffered", "duplicates", "edge", "fin_acknowledged", "fin_received", "fin_sent", "fin_wanted",
+        "host", "host_eof", "host_shut", "iss", "key", "mss", "path", "ports", "queued", "rcv_nxt", "scale",
+        "scale_own", "segment", "snd_max", "snd_nxt", "snd_una", "snd_wnd", "state", "table", "to_host",
+    )  # fmt: skip
+
+    def __init__(self, table: Table, key: bytes, path: Path, ports: bytes, host: socket.socket) -> None:
+        self.table = table
+        self.key = key
+        self.path = path
+        self.ports = ports
+        self.host = host
+        self.state = CLOSED
+        self.iss = secrets.randbits(32)
+        self.snd_una = self.snd_nxt = self.snd_max = self.iss
+        self.snd_wnd = 0
+        self.rcv_nxt = 0
+        self.edge = 0
+        """The first sequence number behind the window that the guest knows of."""
+        self.scale = self.scale_own = 0
+        self.mss = self.segment = DEFAULT_MSS[path.version]
+        self.queued = 0
+        """Bytes for the guest that it has not acknowledged, sent or not."""
+        self._chunks: deque[bytes] = deque()
+        self._consumed = 0  # bytes of the first chunk that are acknowledged
+        self.to_host: deque[bytes] = deque()
+        self.buffered = 0
+        self.fin_wanted = self.fin_sent = self.fin_acknowledged = self.fin_received = False
+        self.host_eof = self.host_shut = False
+        self.acknowledge = False
+        self.blocked = False
+        self.duplicates = 0
+        self._events = 0
+        self._deadline = 0.0
+        self._retries = 0
+        self._second = False  # whether our FIN came behind the guest's
+        self._headers()
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.key.hex()} {self.name}>"
+
+    @property
+    def name(self) -> str:
+        """The state's name in RFC 9293 (3.3.2), CONNECTING while the host's socket isn't connected."""
+        if self.state != OPEN:
+            return self.state
+        name = _STATES[self.fin_sent, self.fin_acknowledged, self.fin_received]
+        return "LAST-ACK" if name == "CLOSING" and self._second else name
+
+    def _headers(self) -> None:
+        """Make what a virtio header says of a segment, whole or cut."""
+        start = self.path.tcp_start
+        self._header = HEADER.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE, 0, 0, start, TCP_CHECKSUM)
+        four = self.path.version == 4
+        kind = VIRTIO_NET_HDR_GSO_TCPV4 if four else VIRTIO_NET_HDR_GSO_TCPV6
+        size = start + TCP_HEADER
+        self._header_gso = HEADER.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, size, self.mss, start, TCP_CHECKSUM)
+        takes = self.table.takes
+        uncut = takes.checksum and (takes.tso4 if four else takes.tso6)
+        # A packet of 65,535 with IPv4's header, or behind IPv6's.
+        most = PACKET_MAX - TCP_HEADER - (20 if four else 0)
+        self.segment = most // self.mss * self.mss if uncut else self.mss
+
+    # -- beginning
+
+    def take_syn(self, sequence: int, window: int, options: bytes) -> None:
+        """Take over what a SYN says."""
+        found = Options(options)
+        most = self.table.mtu - TCP_HEADER - (20 if self.path.version == 4 else 40)
+        self.mss = min(max(found.mss or DEFAULT_MSS[self.path.version], MSS_MIN), most)
+        if found.scale is not None:
+            self.scale, self.scale_own = found.scale, WINDOW_SCALE
+        self.rcv_nxt = self.edge = (sequence + 1) & MASK
+        self.snd_wnd = window  # never scaled in a SYN (RFC 7323, 2.2)
+        self._headers()
+
+    def connect(self) -> None:
+        """The guest's SYN has come and the host's socket is on its way: answer when it has arrived."""
+        self.state = CONNECTING
+        self._deadline = self.table.clock() + CONNECT_S
+        self._watch(WRITE)
+
+    def connected(self) -> None:
+        """The host's socket is connected: answer the SYN (3.10.7.2)."""
+        self._watch(0)
+        self.state = SYN_RECEIVED
+        self._send_syn(ACK)
+
+    def open(self) -> None:
+        """A client has connected on the host: ask the guest (3.10.1)."""
+        self.state = SYN_SENT
+        self.scale_own = WINDOW_SCALE  # until the answer says that there is none
+        self._send_syn(0)
+
+    def _send_syn(self, bits: int) -> None:
+        options = struct.pack(">BBH", 2, 4, self.table.mtu - TCP_HEADER - (20 if self.path.version == 4 else 40))
+        if self.scale_own:
+            options += bytes((1, 3, 3, WINDOW_SCALE))
+        self.snd_nxt = self.snd_max = (self.iss + 1) & MASK
+        window = min(WINDOW, 0xFFFF)
+        acknowledgement = self.rcv_nxt if bits & ACK else 0
+        self.edge = (self.rcv_nxt + window) & MASK
+        head = self.path.tcp(self.ports, self.iss, acknowledgement, SYN | bits, window, options, 0)
+        self.table.emit(head, (), self._header)
+        self._arm()
+
+    def _established(self) -> None:
+        self.state = OPEN
+        self._retries = 0
+        self._deadline = 0.0
+        self.table.opened(self)
+        self._watch(READ)
+
+    # -- segments of the guest's
+
+    def input(
+        self, sequence: int, acknowledgement: int, bits: int, window: int, payload: Sequence[memoryview], size: int
+    ) -> None:
+        """Take a segment whose checksum is right, with *size* bytes of data (3.10.7)."""
+        if self.state == SYN_SENT:
+            self._input_syn_sent(sequence, acknowledgement, bits, window)
+            return
+        if self.state == CONNECTING:
+            if bits & RST:  # the guest has given up
+                self.drop()
+            return
+        offset = signed(sequence - self.rcv_nxt)
+        if offset:
+            if bits & RST:
+                if 0 < offset < signed(self.edge - self.rcv_nxt):
+                    self._acknowledge_now()  # RFC 5961, 3.2
+                return
+            if offset > 0:
+                self._acknowledge_now()  # something is missing before it
+                return
+            if bits & SYN:
+                if self.state == SYN_RECEIVED and offset == -1:
+                    self._resend_syn()
+                else:
+                    self._acknowledge_now()  # RFC 5961, 4.2
+                return
+            old = -offset
+            if old > size or (old == size and not bits & FIN):
+                # Nothing new, such as a probe. An acknowledgement in it is as good as another, and a duplicate of
+                # old data must not count as one of ours.
+                self._acknowledge_now()
+                if self.state == SYN_RECEIVED or old > size + 1 or not bits & ACK:
+                    return
+                self._take_acknowledgement(acknowledgement, window, plain=False)
+                return
+            payload, size = behind(payload, old), size - old
+        elif bits & (RST | SYN):
+            if bits & RST:
+                self.drop(reset=True)
+            else:
+                self._acknowledge_now()
+            return
+        if not bits & ACK:
+            return
+        plain = not size and not bits & FIN
+        if self.state == SYN_RECEIVED:
+            if signed(acknowledgement - self.iss) != 1:
+                self.table.reset(self.path, self.ports, acknowledgement)
+                return
+            self.snd_una = acknowledgement
+            self.snd_wnd = window << self.scale
+            self._established()
+        elif not self._take_acknowledgement(acknowledgement, window, plain):
+            return
+        if size and self.state == OPEN:
+            size = self._take_data(payload, size)
+        if bits & FIN and not self.fin_received and self.state == OPEN and size >= 0:
+            self.fin_received = True
+            self.rcv_nxt = (self.rcv_nxt + 1) & MASK
+            self._later()
+            if not self.buffered:
+                self._shut_host()
+        self._look()
+
+    def _input_syn_sent(self, sequence: int, acknowledgement: int, bits: int, window: int) -> None:
+        """3.10.7.3."""
+        if bits & ACK and signed(acknowledgement - self.iss) != 1:
+            if not bits & RST:
+                self.table.reset(self.path, self.ports, acknowledgement)
+            return
+        if bits & RST:
+            if bits & ACK:
+                self.drop(reset=True)
+            return
+        if not bits & SYN:
+            return
+        options = self.table.options
+        if Options(options).scale is None:
+            self.scale_own = 0
+        self.take_syn(sequence, window, options)
+        if not bits & ACK:  # both have begun at once
+            self.state = SYN_RECEIVED
+            self._send_syn(ACK)
+            return
+        self.snd_una = acknowledgement
+        self._acknowledge_now()
+        self._established()
+
+    def _resend_syn(self) -> None:
+        self._send_syn(ACK if self.state == SYN_RECEIVED else 0)
+
+    def _take_acknowledgement(self, acknowledgement: int, window: int, plain: bool) -> bool:
+        """Take ACK and window; False if the segment is to be thrown away. *plain*: the segment has nothing else."""
+        acknowledged = signed(acknowledgement - self.snd_una)
+        if acknowledged > signed(self.snd_max - self.snd_una):
+            self._acknowledge_now()
+            return False
+        if acknowledged < 0:
+            return True
+        window <<= self.scale
+        if acknowledged:
+            self.snd_una = acknowledgement
+            if signed(self.snd_nxt - acknowledgement) < 0:
+                self.snd_nxt = acknowledgement
+            self.duplicates = self._retries = 0
+            if self.fin_sent and acknowledgement == self.snd_max:
+                self.fin_acknowledged = True
+                acknowledged -= 1
+            self._release(acknowledged)
+            if self.snd_una == self.snd_max:
+                self._deadline = 0.0
+            else:
+                self._arm()
+        elif not window:
+            self._retries = 0  # closed, and there to say so
+        elif plain and window == self.snd_wnd and self.snd_una != self.snd_max:
+            self.duplicates += 1
+            if self.duplicates == 3:  # RFC 5681, 3.2
+                self._go_back()
+        opened = window > self.snd_wnd
+        self.snd_wnd = window
+        if (acknowledged or opened) and self.state == OPEN:
+            if not self.host_eof:
+                self.pump()
+            elif self.snd_nxt != self.snd_max or self.queued or not self.fin_sent:
+                self.output()
+        return True
+
+    def _release(self, size: int) -> None:
+        """Forget *size* bytes that the guest has."""
+        self.queued -= size
+        size += self._consumed
+        chunks = self._chunks
+        while chunks and size >= len(chunks[0]):
+            size -= len(chunks.popleft())
+        self._consumed = size
+
+    def _take_data(self, payload: Sequence[memoryview], size: int) -> int:
+        """Hand data on to the host; return how much, -1 if not all, as it is behind the window."""
+        room = signed(self.edge - self.rcv_nxt)
+        cut = size > room
+        if cut:
+            size = max(room, 0)
+            payload = before(payload, size)
+        if self.fin_received:
+            return 0
+        sent = 0
+        if not self.buffered and size:
+            try:
+                sent = self.host.sendmsg(payload)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.abort()
+                return -1
+        if sent < size:
+            rest = behind(payload, sent)
+            self.to_host.append(b"".join(rest))
+            self.buffered += size - sent
+            self.table.buffered += size - sent
+            self._watch(self._events | WRITE)
+        self.rcv_nxt = (self.rcv_nxt + size) & MASK
+        self._later()
+        return -1 if cut else size
+
+    # -- segments of ours
+
+    def _window(self) -> int:
+        """What the window is to be now; the guest knows :attr:`edge`, which never goes back (3.8.6)."""
+        room = min(WINDOW, self.table.room()) - self.buffered if self.buffered else WINDOW
+        room = max(room, signed(self.edge - self.rcv_nxt), 0)
+        return min(room, 0xFFFF << self.scale_own) >> self.scale_own
+
+    def _segment(self, sequence: int, bits: int, payload: Sequence[Data] = (), size: int = 0) -> None:
+        window = self._window()
+        self.edge = (self.rcv_nxt + (window << self.scale_own)) & MASK
+        self.acknowledge = False
+        head = self.path.tcp(self.ports, sequence, self.rcv_nxt, bits, window, b"", size)
+        self.table.emit(head, payload, self._header if size <= self.mss else self._header_gso)
+
+    def _later(self) -> None:
+        """Acknowledge at the end of the batch, unless data does before."""
+        if not self.acknowledge:
+            self.acknowledge = True
+            self.table.due.append(self)
+
+    def acknowledge_due(self) -> None:
+        """Send the acknowledgement that was put off."""
+        if self.acknowledge and self.state == OPEN:
+            self._segment(self.snd_nxt, ACK)
+
+    def _acknowledge_now(self) -> None:
+        self._segment(self.snd_nxt, ACK)
+
+    def _room(self) -> int:
+        """How many more bytes the guest has room for."""
+        return min(self.snd_wnd, IN_FLIGHT) - self.queued
+
+    def pump(self) -> None:
+        """Read from the host's socket what the guest has room for, and send it."""
+        link = self.table.link
+        if self.snd_nxt != self.snd_max or self.blocked:
+            self.output()
+        while not self.host_eof:
+            room = self._room()
+            if room <= 0 or (room < self.mss and self.queued):  # no silly windows (3.8.6.2.1)
+                self._watch(self._events & ~READ)
+                if not self._deadline:
+                    self._probe_later()
+                return
+            if self.blocked or not link.ready():
+                self._block()
+                return
+            try:
+                data = self.host.recv(min(room, self.segment))
+            except BlockingIOError:
+                self._watch(self._events | READ)
+                return
+            except OSError:
+                self.abort()
+                return
+            if not data:
+                self.host_eof = self.fin_wanted = True
+                self._watch(self._events & ~READ)
+                self.output()
+                self._look()
+                return
+            self._chunks.append(data)
+            self.queued += len(data)
+            if self.snd_nxt == self.snd_max and not self.blocked:
+                self._send_next((data,), len(data))
+            else:
+                self.output()
+
+    def _send_next(self, payload: Sequence[Data], size: int) -> None:
+        """Send the next *size* bytes."""
+        last = signed(self.snd_nxt - self.snd_una) + size == self.queued
+        self._segment(self.snd_nxt, ACK | PSH if last else ACK, payload, size)
+        self.snd_nxt = (self.snd_nxt + size) & MASK
+        if signed(self.snd_nxt - self.snd_max) > 0:
+            self.snd_max = self.snd_nxt
+        if not self._deadline:
+            self._arm()
+
+    def output(self) -> None:
+        """Send what is queued and has not been sent, or is to be sent once more; then FIN, if nothing comes behind."""
+        link = self.table.link
+        while True:
+            at = signed(self.snd_nxt - self.snd_una)
+            left = min(self.queued, self.snd_wnd) - at
+            if left <= 0:
+                break
+            if not link.ready():
+                self._block()
+                return
+            size = min(left, self.segment)
+            self._send_next(self._gather(at, size), size)
+        self.blocked = False
+        if self.fin_wanted and not self.fin_acknowledged and at == self.queued:
+            self._segment(self.snd_nxt, FIN | ACK)
+            self.snd_nxt = (self.snd_nxt + 1) & MASK
+            self.snd_max = self.snd_nxt
+            self._second = self.fin_received if not self.fin_sent else self._second
+            self.fin_sent = True
+            if not self._deadline:
+                self._arm()
+
+    def _gather(self, at: int, size: int) -> list[memoryview]:
+        """Return *size* queued bytes, *at* bytes behind the first unacknowledged one."""
+        at += self._consumed
+        found = []
+        for chunk in self._chunks:
+            if at < len(chunk):
+                piece = memoryview(chunk)[max(at, 0) : at + size] if at >= 0 else memoryview(chunk)[:size]
+                found.append(piece)
+                size -= len(piece)
+                at = 0
+                if not size:
+                    break
+            else:
+                at -= len(chunk)
+        return found
+
+    def _block(self) -> None:
+        """Go on when the driver has made room."""
+        self.blocked = True
+        self._watch(self._events & ~READ)
+        self.table.blocked[self] = None
+
+    def unblock(self) -> None:
+        """The driver has made room."""
+        self.blocked = False
+        if self.state == OPEN:
+            self.output()
+            if not self.host_eof and not self.blocked:
+                self.pump()
+
+    # -- time
+
+    def _arm(self) -> None:
+        self._deadline = self.table.clock() + min(RTO_S * (1 << self._retries), RTO_MAX_S)
+        self.table.tick_soon()
+
+    def _probe_later(self) -> None:
+        """Ask in a while whether the window is still closed."""
+        self._deadline = self.table.clock() + PROBE_S
+        self.table.tick_soon()
+
+    def _go_back(self) -> None:
+        """Send everything once more that is not acknowledged."""
+        self.snd_nxt = self.snd_una
+        self.table.retransmitted += 1
+        self._arm()
+        self.output()
+
+    def expired(self, now: float) -> None:
+        """A while has passed."""
+        if not self._deadline or now < self._deadline:
+            return
+        if self.state == OPEN and self.fin_acknowledged and self.fin_received and self.host_shut:
+            self.drop()  # TIME-WAIT is over
+            return
+        if self.blocked:
+            self._arm()
+            return
+        self._retries += 1
+        if self.state == CONNECTING:
+            self.drop()
+        elif self.state in (SYN_SENT, SYN_RECEIVED):
+            if self._retries > SYN_RETRIES:
+                self.abort()
+            else:
+                self._resend_syn()
+        elif self._retries > RETRIES:
+            self.abort()
+        elif self.snd_wnd:
+            self._go_back()
+        else:
+            self._segment((self.snd_una - 1) & MASK, ACK)  # its answer has the window
+            self._probe_later()
+
+    # -- the host's side
+
+    def _watch(self, events: int) -> None:
+        if events != self._events:
+            worker = self.table.link.worker
+            if not events:
+                worker.remove(self.host)
+            elif self._events:
+                worker.modify(self.host, events)
+            else:
+                worker.add(self.host, events, self._host_event)
+            self._events = events
+
+    def _host_event(self, events: int) -> None:
+        if events & HANG_UP:  # what we try next finds out how
+            events = self._events
+        if self.state == CONNECTING:
+            self.table.connect_ended(self, self.host.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        elif self.state == OPEN:
+            if events & WRITE and self._events & WRITE:
+                self._flush_host()
+            if events & READ and self._events & READ and self.state == OPEN:
+                self.pump()
+        self.table.finish()
+
+    def _flush_host(self) -> None:
+        """Hand kept data on."""
+        while self.to_host:
+            try:
+                sent = self.host.sendmsg(list(self.to_host)[:64])
+            except BlockingIOError:
+                break
+            except OSError:
+                self.abort()
+                return
+            self.buffered -= sent
+            self.table.buffered -= sent
+            while self.to_host and sent >= len(self.to_host[0]):
+                sent -= len(self.to_host.popleft())
+            if sent:
+                self.to_host[0] = self.to_host[0][sent:]
+        if not self.to_host:
+            self._watch(self._events & ~WRITE)
+            if self.fin_received:
+                self._shut_host()
+                self._look()
+                return
+        # A window that has grown by much is news (3.8.6.2.2).
+        if self.state == OPEN and (self._window() << self.scale_own) - signed(self.edge - self.rcv_nxt) >= WINDOW // 4:
+            self._later()
+
+    def _shut_host(self) -> None:
+        """Everything of the guest's has gone on: tell the host that no more comes."""
+        if not self.host_shut:
+            self.host_shut = True
+            try:
+                self.host.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # it is gone already; reading finds out how
+
+    def _look(self) -> None:
+        """Whether both sides are done."""
+        if self.state == OPEN and self.fin_acknowledged and self.fin_received and self.host_shut:
+            self._watch(0)
+            self.host.close()
+            self._deadline = self.table.clock() + TIME_WAIT_S
+            self.table.tick_soon()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is in TIME-WAIT."""
+        return self.state == OPEN and self.fin_acknowledged and self.fin_received and self.host_shut
+
+    def abort(self) -> None:
+        """Something went wrong on the host's side: reset the guest's (3.10.5)."""
+        if self.state in (SYN_RECEIVED, OPEN):
+            self.table.emit(
+                self.path.tcp(self.ports, self.snd_nxt, self.rcv_nxt, RST | ACK, 0, b"", 0), (), self._header
+            )
+        self.drop(reset=True)
+
+    def refuse(self) -> None:
+        """Answer the guest's SYN with a reset."""
+        self.table.emit(self.path.tcp(self.ports, 0, self.rcv_nxt, RST | ACK, 0, b"", 0), (), self._header)
+        self.drop()
+
+    def drop(self, *, reset: bool = False) -> None:
+        """Forget the connection; *reset*: the host's peer is told that it broke."""
+        if self.state == CLOSED:
+            return
+        self._watch(0)
+        self.table.forget(self)
+        self.state = CLOSED
+        self.table.buffered -= self.buffered
+        self.buffered = 0
+        self.to_host.clear()
+        self._chunks.clear()
+        if reset:
+            try:
+                self.host.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            except OSError:
+                pass
+        self.host.close()
