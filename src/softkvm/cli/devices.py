@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from softkvm.cli import CommandError
-from softkvm.vmm.devices import virtio_rng
+from softkvm.vmm.devices import virtio_rng, virtio_vsock
 from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.errors import ConfigError
 
@@ -32,6 +32,13 @@ class DeviceOption(NamedTuple):
 
 DEVICE_OPTIONS: Final = (
     DeviceOption("--rng", "OPTIONS", "a source of entropy (virtio-rng)", virtio_rng.parse, bare=True),
+    DeviceOption(
+        "--vsock",
+        "OPTIONS",
+        "sockets between host and guest (virtio-vsock): cid=N, path=PATH for UNIX sockets on the host",
+        virtio_vsock.parse,
+        bare=True,
+    ),
 )
 """In the order in which a guest finds the devices."""
 

@@ -29,6 +29,7 @@ from softkvm.vmm.pausing import PAUSE_S, Pausing
 from softkvm.vmm.standstill import Standstill
 from softkvm.vmm.vcpu_thread import VcpuThread
 from softkvm.vmm.virtio.worker import Workers
+from softkvm.vmm.vsock.api import Vsock
 
 _P = ParamSpec("_P")
 
@@ -136,6 +137,7 @@ class Machine(Closing):
         self.standstill = Standstill(self.ended)
         self.pausing = Pausing(self)
         self._halt_watch: HaltWatch | None = None
+        self._vsock: Vsock | None = None
         self._end_lock = threading.RLock()  # a signal's handler ends a machine, too: in the middle of its end or close
         self._closed = False
         self._inherited = False
@@ -186,6 +188,19 @@ class Machine(Closing):
         if quota is not None:
             for thread in self.vcpus:
                 thread.bandwidth = Bandwidth(thread.vcpu, max(int(PERIOD_NS * quota / 100), 1))
+
+    @property
+    def vsock(self) -> Vsock:
+        """Connections between host and guest; StateError if the machine has no vsock device."""
+        if self._vsock is None:
+            raise StateError("the machine has no vsock device: expected one with VsockSpec, or --vsock")
+        return self._vsock
+
+    def set_vsock(self, vsock: Vsock) -> None:
+        """A device's, when it is made; ConfigError if there is one: a guest has one context ID."""
+        if self._vsock is not None:
+            raise ConfigError("two vsock devices: expected one at most")
+        self._vsock = vsock
 
     def on_close(self, close: Callable[[], object]) -> None:
         """Call *close* when the machine is closed, before what was there before."""

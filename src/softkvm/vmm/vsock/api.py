@@ -13,6 +13,7 @@ from softkvm.vmm.vsock.sockets import VsockListener, VsockSocket
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from softkvm.vmm.vsock.aio import ClientConnected, VsockServer
 
@@ -30,16 +31,21 @@ class Vsock:
         reader, writer = await machine.vsock.open_connection(1024)
     """
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, set_cid: Callable[[int], None]) -> None:
         self.hub = hub
+        self._set_cid = set_cid
 
     def __repr__(self) -> str:
         return f"<Vsock cid={self.cid}>"
 
     @property
     def cid(self) -> int:
-        """The guest's context ID; the host's is 2."""
+        """The guest's context ID; the host's is 2. Setting another one ends all connections."""
         return self.hub.guest_cid
+
+    @cid.setter
+    def cid(self, cid: int) -> None:
+        self._set_cid(cid)
 
     @property
     def live_sockets(self) -> int:
