@@ -33,6 +33,7 @@ WANTED: Final = (
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "vsock_diag",
+    "vsock_loopback",
     "9pnet_virtio",
     "9p",
     "virtiofs",
