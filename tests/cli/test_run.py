@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.machines import KVMS
+from tests.support.stub import gdb
 
 from softkvm.cli import run as run_module
 from softkvm.cli.arguments import size as size_of
@@ -591,3 +592,22 @@ def test_message_at_the_end_begins_a_line(tmp_path: Path) -> None:
 
 def test_terminal_is_restored_after_bad_input(tmp_path: Path) -> None:
     assert Terminal("--kernel", str(tmp_path / "missing")).finish() == 2
+
+
+@pytest.mark.parametrize("where", ["1234", "tcp:0.0.0.0:1", "tcp::99999"])
+def test_a_place_for_gdb_that_is_none_is_one_line(tmp_path: Path, where: str) -> None:
+    done = run("--kernel", flat(tmp_path, b"\xf4"), "--gdb", where)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and where in done.stderr
+
+
+def test_gdb_has_the_guest_wait_and_ends_it(tmp_path: Path) -> None:
+    where = tmp_path / "gdb"
+    command = [*RUN, "--kernel", flat(tmp_path, SPIN), "--gdb", f"unix:{where},wait"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"softkvm: gdb: target remote {where}, which the guest waits for\n"
+        told = gdb(f"target remote {where}", "print $cs", "print/x $rip", "kill")
+        assert process.wait(30) == 7
+    assert "$1 = 4096" in told
+    assert not where.exists()

@@ -24,6 +24,7 @@ from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import add_param, count, file_name, param_values, percent, seconds, size
 from softkvm.cli.devices import add_device_options, device_specs
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
+from softkvm.cli.run_gdb import add_gdb, gdb_spec, let_debug
 from softkvm.cli.run_image import COMMAND_LINE, GuestImage, choose_image, name_file, open_images
 from softkvm.cli.terminal import STDIO, console_choice, open_console
 from softkvm.cli.tracepoints import add_selection, selecting
@@ -145,6 +146,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default=False,
         help="a guest's reset, or a triple fault, begins the machine anew instead of ending it; a panic still ends it",
     )
+    add_gdb(parser)
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
     add("--cpu-time-limit", metavar="SECONDS", help="end the machine when its vCPUs have used so much CPU time in all")
     add(
@@ -386,6 +388,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             cpu_quota=None if quota is None else percent("--cpu-quota", quota),
             device_specs=device_specs(args),
         )
+        gdb = gdb_spec(args)
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         trace_file = _trace_file(args.trace)
         image = choose_image(args)
@@ -442,6 +445,8 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             show_traceback(error)
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
         panic.attach(machine)
+        if gdb is not None:
+            let_debug(machine, gdb, stack)
         with (
             _signals_end(machine, caught),
             console.attach(

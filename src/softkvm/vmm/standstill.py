@@ -26,6 +26,7 @@ class Standstill:
         self._standing: set[VcpuThread] = set()
         self._changers = 0
         self._changing = False
+        self._held_alone: dict[VcpuThread, int] = {}  # what ``held`` counts for one thread each
 
     def acquire(self) -> None:
         """Ask for it. Threads that are in the guest go on until :meth:`wait` fetches them."""
@@ -37,6 +38,30 @@ class Standstill:
         with self._changed:
             self.held -= 1
             self._changed.notify_all()
+
+    def acquire_thread(self, thread: VcpuThread) -> None:
+        """Ask for *thread* alone to stand: the others go on."""
+        with self._changed:
+            self.held += 1
+            self._held_alone[thread] = self._held_alone.get(thread, 0) + 1
+
+    def release_thread(self, thread: VcpuThread) -> None:
+        """Have had enough of :meth:`acquire_thread`."""
+        with self._changed:
+            self.held -= 1
+            self._held_alone[thread] -= 1
+            if not self._held_alone[thread]:
+                del self._held_alone[thread]
+            self._changed.notify_all()
+
+    @property
+    def _held_together(self) -> int:
+        """How many hold all threads."""
+        return self.held - sum(self._held_alone.values())
+
+    def _holds(self, thread: VcpuThread) -> bool:
+        """Whether somebody holds *thread*, by itself or with all."""
+        return thread in self._held_alone or self._held_together > 0
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -55,7 +80,7 @@ class Standstill:
         """
         with self._changed:
             self._changers += 1
-            while (self.held > self._changers or self._changing) and not self._ended.is_set():
+            while (self._held_together > self._changers or self._changing) and not self._ended.is_set():
                 self._changed.wait(_LOOK_S)
             self._changing = True
             alone = not self._ended.is_set()
@@ -82,7 +107,7 @@ class Standstill:
         return False
 
     def stand(self, thread: VcpuThread, until_ns: int = 0) -> None:
-        """Let *thread*, which calls this, stand until nobody holds it and the clock reads *until_ns*.
+        """Let *thread*, which calls this, stand until nobody holds it, or all, and the clock reads *until_ns*.
 
         The machine's end comes before that.
         """
@@ -91,7 +116,8 @@ class Standstill:
             self._changed.notify_all()
             while not self._ended.is_set():
                 left_s = (until_ns - time.monotonic_ns()) / 1e9
-                if not self.held and left_s <= 0:
+                held = self._holds(thread)
+                if not held and left_s <= 0:
                     break
-                self._changed.wait(_LOOK_S if self.held else min(left_s, _LOOK_S))
+                self._changed.wait(_LOOK_S if held else min(left_s, _LOOK_S))
             self._standing.discard(thread)
