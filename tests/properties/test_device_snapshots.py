@@ -16,20 +16,26 @@ from hypothesis import strategies as st
 
 from softkvm import abi, api
 from softkvm.vmm import devices
+from softkvm.vmm.boot import layout
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.devices.acpi_pm import AcpiPm, ResetRegister
 from softkvm.vmm.devices.cmos import Cmos
 from softkvm.vmm.devices.debug_exit import DebugExit
 from softkvm.vmm.devices.fw_cfg import FwCfg, machine_items
 from softkvm.vmm.devices.hpet import Hpet
+from softkvm.vmm.devices.i6300esb import I6300Esb
 from softkvm.vmm.devices.i8042 import I8042, SystemControlPortA
 from softkvm.vmm.devices.pci import Function, host_bridge
 from softkvm.vmm.devices.pci_config import PciConfig
+from softkvm.vmm.devices.pci_msix import Msix
 from softkvm.vmm.devices.pvpanic import PvPanic
 from softkvm.vmm.devices.serial import Serial
 from softkvm.vmm.devices.shutdown_ports import ShutdownPort
 from softkvm.vmm.devices.testdev import TestDevice
+from softkvm.vmm.devices.vmgenid import VmGenId
 from softkvm.vmm.devices.vmport import VmPort
+from softkvm.vmm.memory import MIB, GuestMemory
+from softkvm.vmm.virtio.device import VirtioDevice
 
 NS = 1_000_000_000
 START_NS = 1_000_000_000 * NS
@@ -93,6 +99,39 @@ def serial(world: World) -> Serial:
     return uart
 
 
+class GenerationInMemory:
+    """A guest reads the generation ID; that it changes is the machine's doing."""
+
+    def __init__(self, world: World) -> None:
+        self.memory = GuestMemory(MIB)
+        self.device = VmGenId(self.memory, world.note)
+        self.device.change(bytes(16))
+        self.save, self.restore = self.device.save, self.device.restore
+
+    def read(self, offset: int, size: int) -> int:
+        return int.from_bytes(self.memory.read(layout.VM_GENERATION + offset, size), "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.device.change(bytes([value & 0xFF]) * 16)
+
+
+class MsixVm:
+    """Where messages go."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def signal_msi(self, msi: abi.kvm_msi) -> int:
+        self.world.note(bytes(msi))
+        return 1
+
+
+def msix(world: World) -> Msix:
+    device = Msix(Function(0x1AF4, 0x1044, 0), MsixVm(world), 4, 1, 0xE000_0000, "test")
+    device.trigger(1)
+    return device
+
+
 MAKERS: dict[type, tuple[int, Callable[[World], Any]]] = {
     AcpiPm: (16, lambda world: AcpiPm(world.note, world.note, world.clock, world.note)),
     ResetRegister: (1, lambda world: ResetRegister(world.note)),
@@ -100,6 +139,9 @@ MAKERS: dict[type, tuple[int, Callable[[World], Any]]] = {
     DebugExit: (4, lambda world: DebugExit(world.note)),
     FwCfg: (2, lambda world: FwCfg(machine_items(1 << 28, 2, 1))),
     Hpet: (0x160, lambda world: Hpet(world.note, world.clock, world.note)),
+    I6300Esb: (0x70, lambda world: I6300Esb(world.note, world.clock)),
+    Msix: (0x40, msix),
+    VmGenId: (16, GenerationInMemory),
     I8042: (5, lambda world: I8042(world.note, world.note)),
     SystemControlPortA: (1, lambda world: SystemControlPortA(world.note)),
     Function: (64, lambda world: host_bridge()),
@@ -113,11 +155,14 @@ MAKERS: dict[type, tuple[int, Callable[[World], Any]]] = {
 
 
 def test_no_device_is_forgotten() -> None:
-    """Whatever under vmm/devices can be saved is in the table; what is put together of such is tested by its parts."""
+    """Whatever under vmm/devices can be saved is in the table; what is put together of such is tested by its parts.
+
+    Virtio's devices are not: they are driven by queues, and tested with them.
+    """
     found = set()
     for module in pkgutil.iter_modules(devices.__path__, devices.__name__ + "."):
         for _, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if kind.__module__ == module.name and "save" in vars(kind):
+            if kind.__module__ == module.name and "save" in vars(kind) and not issubclass(kind, VirtioDevice):
                 found.add(kind)
     assert found == set(MAKERS)
 
@@ -170,7 +215,7 @@ def test_restored_device_goes_on_as_the_saved_one(kind: type, before: list[Acces
     world, other_world = World(), World()
     device, other = make(world), make(other_world)
     for timed in (device, other):
-        if kind in (AcpiPm, Cmos, Hpet, Serial):
+        if kind in (AcpiPm, Cmos, Hpet, I6300Esb, Serial):
             timed.close()  # no thread: time passes when the program says so
     drive(device, world, before, size)
     other_world.now_ns = world.now_ns

@@ -55,3 +55,7 @@ class LoadTimeout(MachineError):
 
 class StateError(MachineError):
     """A machine is asked for what it cannot do any more, or not yet."""
+
+
+class SnapshotError(MachineError):
+    """A machine's state cannot be taken, or is none that this machine can have."""

@@ -72,16 +72,25 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return result
 
 
+def map_file(address: int, size: int, fd: int, offset: int) -> None:
+    """Map a file copy-on-write over memory of ours: what is written stays in this process. OSError as the host says."""
+    _map_over(address, size, mmap.MAP_PRIVATE, fd, offset)
+
+
 def _madvise(address: int, size: int, advice: int) -> None:
     _call(_libc.madvise, ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
 
 
 def _replace(address: int, size: int) -> None:
     """Map new memory over the old: at no moment is there none."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+    _map_over(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+
+
+def _map_over(address: int, size: int, flags: int, fd: int, offset: int) -> None:
+    flags |= _MAP_FIXED | _MAP_NORESERVE
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     place = (ctypes.c_void_p(address), ctypes.c_size_t(size))
-    result = _libc.mmap(*place, ctypes.c_int(protection), ctypes.c_int(flags), ctypes.c_int(-1), ctypes.c_long(0))
+    result = _libc.mmap(*place, ctypes.c_int(protection), ctypes.c_int(flags), ctypes.c_int(fd), ctypes.c_long(offset))
     if result == _FAILED:
         raise _error()
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from ctypes import sizeof
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from softkvm import abi, api
 from softkvm.abi.sizes import Size
@@ -111,6 +111,14 @@ class Hyperv:
     def reset(self) -> None:
         """No virtual processor has told of any page."""
         self._pages.clear()
+
+    def save(self) -> dict[str, Any]:
+        """Where the SynICs' pages are. Ports belong to their devices."""
+        return {"pages": [[index, pages.messages, pages.events] for index, pages in sorted(self._pages.items())]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self._pages = {index: SynicPages(messages, events) for index, messages, events in state["pages"]}
 
     def handle(self, vp_index: int, exit: abi.kvm_hyperv_exit) -> None:
         """Act on an exit of a virtual processor; the answer to a hypercall goes into *exit*."""

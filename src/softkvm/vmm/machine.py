@@ -23,7 +23,7 @@ from softkvm.vmm.errors import ConfigError, MachineError, StateError, show_trace
 from softkvm.vmm.events import Event, Events
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.hyperv import Hyperv
-from softkvm.vmm.memory import MIB
+from softkvm.vmm.memory import MIB, FilePart
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.pausing import PAUSE_S, Pausing
 from softkvm.vmm.standstill import Standstill
@@ -68,6 +68,8 @@ class Config:
     """CPU time of the host's for all vCPUs together, with which the machine ends (CPU_TIME); None: no limit."""
     cpu_quota: float | None = None
     """CPU time of the host's for each vCPU in every 100 ms of the wall clock, in percent of that; None: all."""
+    memory_files: tuple[FilePart, ...] = ()
+    """What memory begins with, mapped copy-on-write: a snapshot's."""
 
     def __post_init__(self) -> None:
         for name in ("memory_size", "vcpus"):
@@ -136,6 +138,8 @@ class Machine(Closing):
         """Called when the machine is reset, with everything standing: what has been added to the board's own."""
         self.standstill = Standstill(self.ended)
         self.pausing = Pausing(self)
+        self.changes = 0
+        """Changes of the whole machine that are under way: a sleep, a reset."""
         self._halt_watch: HaltWatch | None = None
         self._vsock: Vsock | None = None
         self._end_lock = threading.RLock()  # a signal's handler ends a machine, too: in the middle of its end or close
@@ -308,6 +312,7 @@ class Machine(Closing):
     def _change_standing(self, what: str, ready: Callable[[], bool], change: Callable[[], object]) -> None:
         """Stop the vCPU on whose thread we are; once all stand, and it is *ready*, call *change* on another thread."""
         self.standstill.acquire()
+        self.changes += 1
         self.leave_guest()
         start_quiet(self._changing, what, what, ready, change)
 
@@ -326,6 +331,7 @@ class Machine(Closing):
             show_traceback(error)
             self.end(Outcome(End.ERROR, f"{what}: {unexpected(error)}"))
         finally:
+            self.changes -= 1
             self.standstill.release()
 
     def running_vcpus(self) -> list[VcpuThread]:

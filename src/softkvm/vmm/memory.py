@@ -17,13 +17,17 @@ import ctypes
 import mmap
 import os
 import resource
+import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from softkvm import abi, api
 from softkvm.abi.sizes import Size
 from softkvm.vmm.errors import ConfigError
-from softkvm.vmm.host_memory import Backing, give_back, lock, merged
+from softkvm.vmm.host_memory import Backing, give_back, lock, map_file, merged
+
+_WRITTEN_RANGES = 1 << 16
+"""Ranges that :meth:`GuestMemory.mark_written` keeps before it merges them."""
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -48,26 +52,47 @@ class RamRange(NamedTuple):
     offset: int
 
 
+class FilePart(NamedTuple):
+    """Memory that begins as a part of a file: *size* bytes, *offset* into the memory and into the file alike."""
+
+    fd: int
+    offset: int
+    size: int
+
+
+class _Alias(NamedTuple):
+    """RAM, *offset* bytes into the memory, that a slot shows at another address as well."""
+
+    slot: int
+    gpa: int
+    size: int
+    offset: int
+
+
 class GuestMemory:
     """The RAM of one machine, *size* bytes.
 
-    With *shared* it lies in a memfd (attribute ``fd``) that other processes can map. Raises ConfigError for a size
-    that is no multiple of a page or out of range, OSError if the host has not got it.
+    With *shared* it lies in a memfd (attribute ``fd``) that other processes can map. *files* is what it begins with,
+    mapped copy-on-write in that order, the last over the others; the descriptors may be closed afterwards. Raises
+    ConfigError for a size that is no multiple of a page or out of range, OSError if the host has not got it.
     """
 
-    def __init__(self, size: int, *, shared: bool = False) -> None:
+    def __init__(self, size: int, *, shared: bool = False, files: Iterable[FilePart] = ()) -> None:
         if size % PAGE_SIZE or not _SIZE.allows(size):
             raise ConfigError(
                 f"memory size {size} bytes: expected a multiple of {PAGE_SIZE} from {MIN_SIZE} to {MAX_SIZE}"
             )
         self.size = size
-        self.logging = False
-        """Whether :meth:`mark_written` has to be told of what devices write."""
         self.fd = -1
         self.backing = Backing.SHARED if shared else Backing.ANONYMOUS
         self.kept_for = ""
         """Why no page may go back to the host (:meth:`keep`); empty: it may."""
         self._vms: list[api.Vm] = []
+        self._aliases: list[_Alias] = []
+        self.logging = False
+        """Whether who writes to memory, other than the guest and KVM, has to say so (:meth:`mark_written`)."""
+        self._written: list[tuple[int, int]] = []
+        self._written_lock = threading.Lock()
         length = size + HUGE_PAGE_SIZE  # room to align the first byte
         noreserve: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
         if shared:
@@ -90,6 +115,13 @@ class GuestMemory:
                 RamRange(HOLE_END, HOLE_END + size - HOLE_START, address + self.skip + HOLE_START, HOLE_START)
             )
 
+        self.files: list[FilePart] = []
+        """The files that are mapped, by descriptors of our own."""
+        for part in files:
+            self.backing = Backing.PRIVATE_FILE
+            map_file(address + self.skip + part.offset, part.size, part.fd, part.offset)
+            self.files.append(part._replace(fd=os.dup(part.fd)))
+
     @property
     def end_below_4g(self) -> int:
         """The first guest physical address after the RAM below the hole."""
@@ -103,27 +135,33 @@ class GuestMemory:
     def attach(self, vm: api.Vm, *, flags: int = 0) -> None:
         """Register every range with *vm*: memory slots 0, 1."""
         self._vms.append(vm)
+        self.set_flags(vm, flags)
+
+    def set_flags(self, vm: api.Vm, flags: int) -> None:
+        """Give all slots of *vm* these flags (KVM_MEM_LOG_DIRTY_PAGES)."""
         for slot, ram in enumerate(self.ranges):
-            vm.set_user_memory_region(
-                abi.kvm_userspace_memory_region(
-                    slot=slot,
-                    flags=flags,
-                    guest_phys_addr=ram.start,
-                    memory_size=ram.end - ram.start,
-                    userspace_addr=ram.hva,
-                ),
-                self._map,
-            )
+            self._set_slot(vm, slot, ram.start, ram.end - ram.start, ram.hva, flags)
+        for alias in self._aliases:
+            self._set_slot(vm, alias.slot, alias.gpa, alias.size, self.ranges[0].hva + alias.offset, flags)
+
+    def _set_slot(self, vm: api.Vm, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
+        vm.set_user_memory_region(
+            abi.kvm_userspace_memory_region(
+                slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva
+            ),
+            self._map,
+        )
 
     def alias(self, vm: api.Vm, slot: int, gpa: int, size: int, of: int) -> None:
         """Let the *size* bytes of RAM at *of* be seen at *gpa* as well, by memory slot *slot*."""
         ram = next(ram for ram in self.ranges if ram.start <= of and of + size <= ram.end)
-        vm.set_user_memory_region(
-            abi.kvm_userspace_memory_region(
-                slot=slot, guest_phys_addr=gpa, memory_size=size, userspace_addr=ram.hva + of - ram.start
-            ),
-            self._map,
-        )
+        self._aliases.append(_Alias(slot, gpa, size, ram.offset + of - ram.start))
+        self._set_slot(vm, slot, gpa, size, ram.hva + of - ram.start, 0)
+
+    def slots(self) -> list[tuple[int, int, int]]:
+        """Return number, size and offset into the memory of every slot: those of the ranges, and aliases."""
+        ranges = [(slot, ram.end - ram.start, ram.offset) for slot, ram in enumerate(self.ranges)]
+        return ranges + [(alias.slot, alias.size, alias.offset) for alias in self._aliases]
 
     def slice(self, gpa: int, size: int) -> memoryview:
         """Return the *size* bytes at *gpa* as a writable view; IndexError if they are not all RAM of one range."""
@@ -141,9 +179,25 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store *data* at *gpa*; IndexError if that is not RAM."""
         self.slice(gpa, len(data))[:] = data
+        if self.logging:
+            self.mark_written(gpa, len(data))
 
     def mark_written(self, gpa: int, size: int) -> None:
-        """A device has written *size* bytes at *gpa*. Called while :attr:`logging` is on; nobody asks for it yet."""
+        """Say that *size* bytes at *gpa* have been written, after that; to be called while :attr:`logging` is on.
+
+        The guest's own writes, and KVM's, are in KVM's dirty log.
+        """
+        offset = self.address_of(gpa, size) - self.ranges[0].hva
+        with self._written_lock:
+            self._written.append((offset, size))
+            if len(self._written) > _WRITTEN_RANGES:
+                self._written = merged(self._written)
+
+    def take_written(self) -> list[tuple[int, int]]:
+        """Return (offset into the memory, size) of what has been written since the last call."""
+        with self._written_lock:
+            written, self._written = self._written, []
+        return merged(written)
 
     def clear(self, gpa: int, size: int) -> None:
         """Fill the *size* bytes at *gpa* with zeroes; IndexError if they are not RAM."""
@@ -151,6 +205,8 @@ class GuestMemory:
         zeroes = bytes(min(size, MIB))
         for at in range(0, size, MIB):
             target[at : at + MIB] = zeroes[: min(MIB, size - at)]
+        if self.logging:
+            self.mark_written(gpa, size)
 
     def discard(self, gpa: int, size: int) -> int:
         """Give the *size* bytes at *gpa*, whole pages, back to the host: see :meth:`discard_ranges`."""
@@ -174,6 +230,9 @@ class GuestMemory:
         given = sum(size for address, size in places if give_back(address, size, self.backing))
         for vm in self._vms:
             vm.host_unmapped_ranges(places)
+        if self.logging:
+            for gpa, size in wanted:
+                self.mark_written(gpa, size)
         return given
 
     def address_of(self, gpa: int, size: int) -> int:
@@ -206,6 +265,9 @@ class GuestMemory:
         self.view.release()
         with contextlib.suppress(BufferError):
             self._map.close()
+        for part in self.files:
+            os.close(part.fd)
+        self.files.clear()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

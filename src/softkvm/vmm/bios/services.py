@@ -326,14 +326,16 @@ class Bios:
     # -- snapshots
 
     def save(self) -> dict[str, Any]:
-        """What is not in guest memory: keys that wait, and where COM1's terminal has its cursor."""
-        return {"keys": self.keyboard.save(), "screen": self.screen.save()}
+        """What is not in guest memory: keys that wait, where COM1's terminal has its cursor, a wait's rest."""
+        left_ns = None if self._wait_end_ns is None else max(self._wait_end_ns - time.monotonic_ns(), 0)
+        return {"keys": self.keyboard.save(), "screen": self.screen.save(), "wait_left_ns": left_ns}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
         self.keyboard.restore(state["keys"])
         self.screen.restore(state["screen"])
-        self._wait_end_ns = None
+        left_ns = state["wait_left_ns"]
+        self._wait_end_ns = None if left_ns is None else time.monotonic_ns() + left_ns
 
 
 _Service = Callable[[Bios, Call], None]

@@ -52,5 +52,17 @@ class Board(Protocol):
     def press_power_button(self) -> None:
         """Ask the guest to shut down."""
 
+    def save(self) -> dict[str, Any]:
+        """The state of all but memory, as plain data; the machine stands."""
+
+    def restore(self, state: dict[str, Any], *, step_time: bool) -> None:
+        """Take over a state; SnapshotError for that of another machine. *step_time*: clocks have gone on meanwhile."""
+
+    def files(self) -> Iterable[str]:
+        """The files that its devices have open, whose contents belong to the machine's state."""
+
+    def new_identity(self, number: int) -> None:
+        """The machine, which was restored, may not be the only one with its past: it is clone *number*, or 0."""
+
     def flush(self) -> None:
         """The machine stands: write out what devices hold back."""

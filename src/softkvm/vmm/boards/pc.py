@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softkvm import abi, api
 from softkvm.vmm.bios import services
-from softkvm.vmm.boards import Board, Saving
+from softkvm.vmm.boards import Board, Saving, pc_state
 from softkvm.vmm.boards.pc_halt import halted_for_good
 from softkvm.vmm.boards.pc_virtio import PcVirtio
 from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, mptable, multiboot, pvh
@@ -47,8 +47,10 @@ class Pc(Board):
     ) -> None:
         self.machine = machine
         self._load_again: Callable[[], None] | None = None
+        self.cpuid: list[list[abi.kvm_cpuid_entry2]] = []
+        """What each processor's CPUID says."""
         config, vm = machine.config, machine.vm
-        self.memory = GuestMemory(config.memory_size)
+        self.memory = GuestMemory(config.memory_size, files=config.memory_files)
         resources.callback(self.memory.close)
         if config.pin_memory:
             self.memory.pin()
@@ -64,6 +66,7 @@ class Pc(Board):
         self.memory.alias(vm, FIRMWARE_SLOT, layout.RESET_FIRMWARE, layout.FIRMWARE_SIZE, layout.FIRMWARE)
         self._add_devices(console)
         self.virtio = PcVirtio(machine, self.pci_config, self.memory)
+        self.devices["virtio"] = self.virtio
         resources.callback(self.virtio.close)
         timed = (self.serial, self.cmos, self.acpi_pm, self.hpet)
         for device in timed:
@@ -75,6 +78,7 @@ class Pc(Board):
         """Make the processors, the first of which boots the machine."""
         config, vm = self.machine.config, self.machine.vm
         self._kvm = kvm
+        self._msr_indices = kvm.get_msr_index_list()
         supported = kvm.get_supported_cpuid()
         deadline_timer = bool(kvm.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
         count = config.vcpus
@@ -86,6 +90,7 @@ class Pc(Board):
                 cpuid = hyperv_cpuid(cpuid, vcpu.get_supported_hv_cpuid())
             if config.cpuid is not None:
                 cpuid = config.cpuid(cpuid)
+            self.cpuid.append(cpuid)
             vcpu.set_cpuid2(cpuid)
             set_boot_msrs(vcpu, cpuid)
             set_boot_lapic(vcpu, bootstrap=apic_id == 0)
@@ -179,7 +184,19 @@ class Pc(Board):
             lambda: self._reset("BIOS"),
             self.machine.ended,
         )
+        self.devices: dict[str, Saving] = {
+            "com1": self.serial,
+            "cmos": self.cmos,
+            "acpi_pm": self.acpi_pm,
+            "i8042": self.i8042,
+            "port_a": self.port_a,
+            "pci": self.pci_config,
+            "bios": self.bios,
+            "vmgenid": self.vmgenid,
+        }
+        """What has a state to save, by a name that stays."""
         if self.hpet is not None:
+            self.devices["hpet"] = self.hpet
             self.machine.mmio.add(hpet.HPET_ADDRESS, hpet.HPET_SIZE, self.hpet, "hpet")
         add = self.machine.pio.add
         add(serial.COM1_PORT, serial.REGISTERS, self.serial, "com1")
@@ -194,8 +211,52 @@ class Pc(Board):
         old_pm1_control = shutdown_ports.OldPm1Control(self._powered_off)
         add(shutdown_ports.OLD_PM1_CNT_PORT, shutdown_ports.OLD_PM1_CNT_SIZE, old_pm1_control, "old pm1-control")
         self.shutdown_port: shutdown_ports.ShutdownPort = shutdown_ports.ShutdownPort(self._powered_off)
+        self.devices["shutdown_port"] = self.shutdown_port
         add(shutdown_ports.SHUTDOWN_PORT, shutdown_ports.SHUTDOWN_SIZE, self.shutdown_port, "shutdown")
         add(debug_exit.DEBUG_EXIT_PORT, debug_exit.DEBUG_EXIT_SIZE, self.debug_exit, "debug-exit")
+
+    # -- snapshots
+
+    def save(self) -> dict[str, Any]:
+        """The state of processors, chips and devices, while the machine stands."""
+        state = pc_state.save(
+            self.machine.vm, self._vcpus(), self.devices, self.cpuid, self._msr_indices, pit=self.machine.config.pit
+        )
+        return {**state, "crash_loaded": self.crash_loaded}
+
+    def restore(self, state: dict[str, Any], *, step_time: bool) -> None:
+        """Take over a state, and drive the interrupt chips' lines as the devices do.
+
+        The chips' own states say how the lines were, but not (KVM_GET_IRQCHIP) who drove them. SnapshotError for the
+        state of another machine, or one that this KVM does not take. *step_time*: the guest's clocks went on meanwhile.
+        """
+        pc_state.restore(
+            self.machine.vm,
+            self._vcpus(),
+            self.devices,
+            self.cpuid,
+            state,
+            pit=self.machine.config.pit,
+            step_time=step_time,
+        )
+        self.crash_loaded = bool(state["crash_loaded"])
+        irq_line = self.machine.vm.irq_line
+        irq_line(serial.COM1_IRQ, self.serial.irq_level)
+        irq_line(acpi_pm.SCI_IRQ, self.acpi_pm.irq_level)
+        if self.hpet is not None:
+            self.hpet.drive_lines()
+        else:
+            irq_line(cmos.RTC_IRQ, self.cmos.irq_level)
+
+    def files(self) -> list[str]:
+        """Return the files that the devices have open."""
+        return [file for transport in self.virtio.transports.values() for file in transport.device.files()]
+
+    def new_identity(self, number: int) -> None:
+        """The machine's past goes on twice, or may: tell the guest, whose random numbers must not come again."""
+        self.vmgenid.change()
+        for transport in self.virtio.transports.values():
+            transport.device.new_identity(number)
 
     # -- what devices tell
 

@@ -205,6 +205,11 @@ class AcpiPm:
             if self._set_irq is not None:
                 self._set_irq(level)
 
+    @property
+    def irq_level(self) -> int:
+        """How the device drives its interrupt line."""
+        return self._irq_level
+
     def _arm(self) -> None:
         if not self._en & STS_TMR:
             self._timer.arm(None)

@@ -251,6 +251,11 @@ class Cmos:
             if self._set_irq is not None:
                 self._set_irq(level)
 
+    @property
+    def irq_level(self) -> int:
+        """How the device drives its interrupt line."""
+        return self._irq_level
+
     def _arm(self) -> None:
         """Set the timer to the next moment at which an enabled interrupt is due that is not pending yet."""
         waiting = self._memory[REGISTER_B] & ~self._memory[REGISTER_C]

@@ -332,6 +332,14 @@ class Hpet:
             self._set_count(0)
             self._arm()
 
+    def drive_lines(self) -> None:
+        """Drive the lines as the state says: the chips that they lead to don't know of it."""
+        with self._lock:
+            if not self._replaces():
+                self._set_irq(_RTC_LINE, self._rtc_level)
+            for line in self._asserted:
+                self._set_irq(line, 1)
+
     def pause(self) -> None:
         """Let the timer rest."""
         self._timer.pause()

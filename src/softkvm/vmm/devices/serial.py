@@ -273,6 +273,11 @@ class Serial:
             return IIR_MSI
         return IIR_NONE
 
+    @property
+    def irq_level(self) -> int:
+        """How the device drives its interrupt line."""
+        return self._irq_level
+
     # -- receiver
 
     @property

@@ -87,6 +87,13 @@ class VirtioDevice:
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state; the queues are ready, and :meth:`activate` comes next."""
 
+    def files(self) -> list[str]:
+        """The files whose contents the guest sees: a snapshot is of the machine with what is in them."""
+        return []
+
+    def new_identity(self, number: int) -> None:
+        """The machine is clone *number* of one that was restored: take addresses that no other has. 0: it is alone."""
+
     def close(self) -> None:
         """Give back what the device holds; the worker calls nothing of it any more."""
 
