@@ -3,21 +3,12 @@
 
 from __future__ import annotations
 
-import socket
 import threading
+from collections import deque
 from typing import Final
 
 from softkvm.vmm.vsock.hub import Hub
-from softkvm.vmm.vsock.packet import (
-    VIRTIO_VSOCK_OP_CREDIT_UPDATE,
-    VIRTIO_VSOCK_OP_REQUEST,
-    VIRTIO_VSOCK_OP_RESPONSE,
-    VIRTIO_VSOCK_OP_RST,
-    VIRTIO_VSOCK_OP_RW,
-    VIRTIO_VSOCK_OP_SHUTDOWN,
-    VIRTIO_VSOCK_TYPE_STREAM,
-    Header,
-)
+from softkvm.vmm.vsock.packet import VIRTIO_VSOCK_TYPE_STREAM, Header
 
 CID: Final = 3
 HOST: Final = 2
@@ -101,19 +92,52 @@ class Guest:
         return [header.op for header, _ in self.all()]
 
 
-class Responder:
-    """A guest on a thread that answers as Linux does: accepts what comes to its ports, and echoes or collects."""
+class _Echo:
+    """What a responder knows of a connection."""
 
-    def __init__(self, hub: Hub, ports: set[int], *, echo: bool = True, room: int = 4096) -> None:
+    def __init__(self, guest: Guest, key: tuple[int, int], kind: int) -> None:
+        self.guest, self.kind = guest, kind
+        self.host, self.port = key
+        self.waiting: deque[tuple[bytes, int]] = deque()
+        self.forwarded = self.sent = self.credit = 0
+        self.ended = False
+
+    def send(self, op: int, data: bytes = b"", flags: int = 0) -> None:
+        """Send a packet of the connection's."""
+        forwarded = self.forwarded & 0xFFFFFFFF
+        self.guest.send(op, self.port, self.host, data, kind=self.kind, flags=flags, fwd_cnt=forwarded)
+
+    def pump(self) -> None:
+        """Send what there is credit for."""
+        while self.waiting:
+            data, flags = self.waiting[0]
+            room = self.credit - self.sent
+            if len(data) > room > 0:
+                self.waiting[0] = data[room:], flags
+                data, flags = data[:room], 0
+            elif data and not room:
+                return
+            else:
+                self.waiting.popleft()
+            self.sent += len(data)
+            self.forwarded += len(data)
+            self.send(RW, data, flags)
+        if self.ended:
+            self.send(SHUTDOWN, flags=SEND)
+            self.ended = False
+
+
+class Responder:
+    """A guest on a thread that answers as Linux does: accepts what comes to its ports, and echoes as credit allows."""
+
+    def __init__(self, hub: Hub, ports: set[int], *, room: int = 4096) -> None:
         self.guest = Guest(hub, room=room)
         self.ports = ports
-        self.echo = echo
-        self.received: dict[tuple[int, int], bytearray] = {}
-        self.shutdowns: list[int] = []
-        self._forwarded: dict[tuple[int, int], int] = {}
+        self._echoes: dict[tuple[int, int], _Echo] = {}
         self._wake = threading.Event()
         self._end = False
         hub.wake = self._wake.set
+        hub.wake_at = lambda seconds: None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -125,38 +149,32 @@ class Responder:
                 self._answer(*packet)
 
     def _answer(self, header: Header, data: bytes) -> None:
-        host, port, kind = header.src_port, header.dst_port, header.type
-        key = (host, port)
-        if header.op == VIRTIO_VSOCK_OP_REQUEST:
-            known = port in self.ports
-            self.guest.send(VIRTIO_VSOCK_OP_RESPONSE if known else VIRTIO_VSOCK_OP_RST, port, host, kind=kind)
-            self._forwarded[key] = 0
-        elif header.op == VIRTIO_VSOCK_OP_RW:
-            self._forwarded[key] = self._forwarded.get(key, 0) + len(data)
-            self.received.setdefault(key, bytearray()).extend(data)
-            self.guest.send(
-                VIRTIO_VSOCK_OP_RW if self.echo else VIRTIO_VSOCK_OP_CREDIT_UPDATE,
-                port,
-                host,
-                data if self.echo else b"",
-                kind=kind,
-                flags=header.flags if self.echo else 0,
-                fwd_cnt=self._forwarded[key] & 0xFFFFFFFF,
-            )
-        elif header.op == VIRTIO_VSOCK_OP_SHUTDOWN:
-            self.shutdowns.append(header.flags)
-            if header.flags == 3:
-                self.guest.send(VIRTIO_VSOCK_OP_RST, port, host, kind=kind)
-            elif header.flags & SEND:
-                self.guest.send(
-                    VIRTIO_VSOCK_OP_SHUTDOWN, port, host, kind=kind, flags=SEND, fwd_cnt=self._forwarded[key]
-                )
+        key = (header.src_port, header.dst_port)
+        echo = self._echoes.get(key)
+        if header.op == REQUEST:
+            echo = self._echoes[key] = _Echo(self.guest, key, header.type)
+        elif echo is None:
+            return
+        echo.credit = header.fwd_cnt + header.buf_alloc  # tests send less than wraps it
+        if header.op == REQUEST:
+            echo.send(RESPONSE if header.dst_port in self.ports else RST)
+        elif header.op == RW:
+            echo.waiting.append((data, header.flags))
+        elif header.op == CREDIT_REQUEST:
+            echo.send(CREDIT_UPDATE)
+        elif header.op == SHUTDOWN and header.flags == RCV | SEND:
+            del self._echoes[key]
+            echo.send(RST)
+            return
+        elif header.op == SHUTDOWN and header.flags & SEND:
+            echo.ended = True
+        elif header.op == RST:
+            del self._echoes[key]
+            return
+        echo.pump()
 
     def close(self) -> None:
         """End the thread."""
         self._end = True
         self._wake.set()
         self._thread.join()
-
-
-KINDS: Final = {socket.SOCK_STREAM: STREAM, socket.SOCK_SEQPACKET: SEQPACKET}
