@@ -5,12 +5,17 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from softkvm.cli import CommandError
-from softkvm.vmm.devices import virtio_rng, virtio_vsock
+from softkvm.vmm.devices import virtio_net, virtio_rng, virtio_vsock
 from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.errors import ConfigError
+
+NET_HELP: Final = (
+    "a network device (virtio-net): user, a network of this process's that leads to the host's loopback (10.0.2.2) and "
+    "to what allow=ADDR:PORT names, with hostfwd=tcp:[HOST]:PORT-:PORT, dns=, hostname=; or a tap device"
+)
 
 
 class DeviceOption(NamedTuple):
@@ -31,6 +36,7 @@ class DeviceOption(NamedTuple):
 
 
 DEVICE_OPTIONS: Final = (
+    DeviceOption("--net", "user|tap=NAME,…", NET_HELP, virtio_net.parse),
     DeviceOption("--rng", "OPTIONS", "a source of entropy (virtio-rng)", virtio_rng.parse, bare=True),
     DeviceOption(
         "--vsock",
@@ -50,10 +56,8 @@ def add_device_options(parser: ArgumentParser) -> None:
         "each may be given several times; all virtio devices take id=NAME, transport=pci|mmio and packed besides",
     )
     for option in DEVICE_OPTIONS:
-        metavar, nargs = option.metavar, "?" if option.bare else None
-        group.add_argument(
-            option.flag, metavar=metavar, nargs=nargs, const="", action="append", default=[], help=option.help
-        )
+        bare: dict[str, Any] = {"nargs": "?", "const": ""} if option.bare else {}
+        group.add_argument(option.flag, metavar=option.metavar, action="append", default=[], help=option.help, **bare)
 
 
 def device_specs(args: Namespace) -> tuple[DeviceSpec, ...]:

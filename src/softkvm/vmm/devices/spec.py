@@ -57,10 +57,11 @@ class Words:
     first: str = ""
     flags: list[str] = field(default_factory=list)
     values: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, option: str, text: str, *, first: bool = True) -> Words:
-        """Take *text* apart; its first part is a value of its own if *first*."""
+    def of(cls, option: str, text: str, *, first: bool = True, repeated: tuple[str, ...] = ()) -> Words:
+        """Take *text* apart; its first part is a value of its own if *first*; *repeated* ones may be there often."""
         if "\0" in text or not _TEXT.allows(len(text)):
             raise ConfigError(f"{option}: a text with a NUL character or of more than {_TEXT.most} characters")
         parts = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
@@ -73,6 +74,8 @@ class Words:
                 continue
             if not equals:
                 words.flags.append(name)
+            elif name in repeated:
+                words.lists.setdefault(name, []).append(value)
             elif name in words.values:
                 raise words.error(f"{name} is there twice")
             else:
@@ -123,6 +126,16 @@ class Words:
         except ValueError as error:
             raise self.error(f"{name}={value}, {error}") from None
 
+    def each(self, name: str, check: Callable[[str], Any]) -> tuple[Any, ...]:
+        """Take all values of *name*; *check* makes something of each, its ValueError says what was expected."""
+        found = []
+        for value in self.lists.pop(name, []):
+            try:
+                found.append(check(value))
+            except ValueError as error:
+                raise self.error(f"{name}={value}, {error}") from None
+        return tuple(found)
+
     def placement(self) -> Placement:
         """Take what every virtio device's option has: ``id``, ``transport``, ``packed``."""
         name = self.value("id")
@@ -132,6 +145,6 @@ class Words:
 
     def end(self) -> None:
         """Complain of what nobody has taken."""
-        unknown = [*self.flags, *self.values]
+        unknown = [*self.flags, *self.values, *self.lists]
         if unknown:
             raise self.error(f"unknown: {', '.join(unknown)}")

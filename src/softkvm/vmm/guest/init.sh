@@ -32,6 +32,15 @@ if [ -e /sys/bus/pci/devices/0000:00:01.0 ] || [ -e /sys/bus/acpi/devices/LNRO00
     drivers virtio
 fi
 
+# Networks: an address by DHCP, whose server has three seconds before it becomes the background's business.
+for device in /sys/class/net/*/device; do
+    [ -e "$device" ] || continue
+    name=${device%/device}
+    name=${name##*/}
+    ip link set "$name" up
+    udhcpc -q -b -t 3 -T 1 -s /etc/udhcpc/default.script -i "$name" >/dev/null 2>&1
+done
+
 read -r cmdline < /proc/cmdline
 run=
 case $cmdline in

@@ -7,7 +7,9 @@ from typing import Final
 
 from softkvm.vmm.guest.cpio import CpioWriter
 
-DIRECTORIES: Final = ("bin", "dev", "etc", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "usr/bin", "usr/sbin")
+DIRECTORIES: Final = (
+    "bin", "dev", "etc", "etc/udhcpc", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "usr/bin", "usr/sbin",
+)  # fmt: skip
 
 # What init needs before it mounted devtmpfs (Linux, Documentation/admin-guide/devices.txt).
 DEVICES: Final = (
@@ -33,7 +35,7 @@ PROMPT: Final = "root@softkvm:"
 """What begins the interactive shell's prompt."""
 
 
-SCRIPTS: Final = {"init": "init.sh", "usr/bin/resize": "resize.sh"}
+SCRIPTS: Final = {"init": "init.sh", "etc/udhcpc/default.script": "udhcpc.sh", "usr/bin/resize": "resize.sh"}
 """Programs of ours: their place in the guest, and the file beside this module."""
 
 

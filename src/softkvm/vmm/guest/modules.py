@@ -28,6 +28,7 @@ WANTED: Final = (
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",
+    "af_packet",
     "virtio_console",
     "virtio_rng",
     "virtio_balloon",

@@ -177,6 +177,10 @@ class Backend(ABC):
         """The driver has reset the device, or the machine: what is under way is broken off."""
 
     @abstractmethod
+    def offloads(self) -> None:
+        """:attr:`Link.takes` has changed."""
+
+    @abstractmethod
     def carrier(self, up: bool) -> None:
         """The link has been pulled, or plugged in."""
 

@@ -7,20 +7,20 @@
         [,net=ADDR/BITS][,restrict=on|off]
     tap=NAME
 
-and for both ``mac=``, ``mtu=`` and ``queues=``.
+What both have, ``mac=``, ``mtu=`` and ``queues=``, is the device's (``vmm.devices.virtio_net``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, ip_address
 from typing import Final
 
 from softkvm.abi.sizes import Size
+from softkvm.vmm.devices.spec import Words
 from softkvm.vmm.errors import ConfigError
-from softkvm.vmm.net.link import MTU_DEFAULT, MTU_MAX, MTU_MIN
+from softkvm.vmm.net.link import MTU_MAX, MTU_MIN
 from softkvm.vmm.net.wire import IPAddress
 
 QUEUE_PAIRS: Final = Size(
@@ -31,6 +31,7 @@ TAP_NAME: Final = Size("bytes of a tap device's name", 15, ConfigError, least=1,
 """IFNAMSIZ less the byte that ends it: the kernel would cut a longer one, and take another device."""
 MTU: Final = Size("MTU of a network device", MTU_MAX, ConfigError, least=MTU_MIN, effect="ConfigError", where=__name__)
 
+_NETWORK: Final = IPv4Network("10.0.2.0/24")
 _LABEL: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _FORWARD: Final = re.compile(
@@ -71,8 +72,9 @@ class Allowed:
 class UserNet:
     """The user-mode network's options."""
 
-    network: IPv4Network = field(default=IPv4Network("10.0.2.0/24"))
-    hostname: str = "softkvm"
+    network: IPv4Network = _NETWORK
+    hostname: str = ""
+    """What DHCP calls the guest; none: nothing."""
     dns: tuple[IPAddress, int] | str | None = None
     """Whom questions go to that we have no answer to; "host": the first that the host asks; None: nobody."""
     allow: tuple[Allowed, ...] = ()
@@ -103,129 +105,89 @@ class TapNet:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class NetSpec:
-    """A network device and what it leads to."""
-
-    net: UserNet | TapNet = field(default_factory=UserNet)
-    mac: bytes | None = None
-    """None: the device's number makes it."""
-    mtu: int = MTU_DEFAULT
-    queues: int = 1
-
-
 def show(address: IPAddress) -> str:
     """Return an address as it stands before a port."""
     return f"[{address}]" if address.version == 6 else str(address)
 
 
-def parse(text: str) -> NetSpec:
-    """Return what ``--net`` *text* says; ConfigError with one line for what it can't."""
-    first, *rest = text.split(",")
-    kind, _, name = first.partition("=")
-    pairs: list[tuple[str, str]] = []
-    for option in rest:
-        key, equals, value = option.partition("=")
-        if not equals or not value:
-            raise _wrong(text, f"{option or 'nothing'!s}: expected NAME=VALUE")
-        pairs.append((key, value))
-    if kind == "user" and first == "user":
-        allowed = _COMMON | _USER
-    elif kind == "tap":
-        allowed = _COMMON
-    else:
-        raise _wrong(text, f"{first}: expected user or tap=NAME")
-    found: dict[str, list[object]] = {}
-    for key, value in pairs:
-        convert = allowed.get(key)
-        if convert is None:
-            raise _wrong(text, f"{key}: expected one of {', '.join(sorted(allowed))}")
-        if key in found and key not in _REPEATED:
-            raise _wrong(text, f"{key} is there twice")
-        try:
-            found.setdefault(key, []).append(convert(value))
-        except (ConfigError, ValueError) as error:
-            raise _wrong(text, f"{key}={value}: {error}") from None
-    common = {key: found.pop(key)[0] for key in list(found) if key in _COMMON}
-    if kind == "tap":
-        try:
-            net: UserNet | TapNet = TapNet(_tap_name(name))
-        except ConfigError as error:
-            raise _wrong(text, f"tap={name}: {error}") from None
-    else:
-        options = {
-            _FIELDS.get(key, key): tuple(values) if key in _REPEATED else values[0] for key, values in found.items()
-        }
-        net = UserNet(**options)  # type: ignore[arg-type]
-        _check_user(text, net)
-    return NetSpec(net, **common)  # type: ignore[arg-type]
+def network_of(words: Words) -> UserNet | TapNet:
+    """Take what an option says of the network; ConfigError with one line for what it can't."""
+    if words.first == "user":
+        net = UserNet(
+            network=words.checked("net", network, UserNet().network),
+            hostname=words.checked("hostname", host_name, UserNet().hostname),
+            dns=words.checked("dns", _dns, None),
+            allow=words.each("allow", _allow),
+            forwards=words.each("hostfwd", _forward),
+            restrict=words.flag("restrict"),
+        )
+        _check_user(words, net)
+        return net
+    kind, equals, name = words.first.partition("=")
+    if kind != "tap" or not equals:
+        raise words.error(f"{words.first or 'nothing'}, expected user or tap=NAME")
+    try:
+        return TapNet(tap_name(name))
+    except ValueError as error:
+        raise words.error(f"tap={name}, {error}") from None
 
 
-def _wrong(text: str, message: str) -> ConfigError:
-    return ConfigError(f"--net {text}: {message}")
-
-
-def _check_user(text: str, net: UserNet) -> None:
+def _check_user(words: Words, net: UserNet) -> None:
     for forward in net.forwards:
         if isinstance(forward.guest, IPv4Address) and forward.guest not in net.network:
-            raise _wrong(text, f"hostfwd={forward}: {forward.guest} is not in {net.network}")
+            raise words.error(f"hostfwd={forward}, {forward.guest} is not in {net.network}")
     for allowed in net.allow:
         host = allowed.host
         if isinstance(host, IPv4Address) and host in net.network and (host != net.gateway or not net.restrict):
             what = "the host's loopback, which restrict=off allows" if host == net.gateway else f"in {net.network}"
-            raise _wrong(text, f"allow={allowed}: {host} is {what}")
+            raise words.error(f"allow={allowed}, {host} is {what}")
 
 
-def _tap_name(name: str) -> str:
+def _check_length(size: Size, text: str) -> None:
+    count = len(text.encode("utf-8", "surrogateescape"))
+    if not size.allows(count):
+        raise ValueError(f"a name of {count} bytes, expected {size.least} to {size.most}")
+
+
+def tap_name(name: str) -> str:
     """A name that the kernel takes for a network device (``dev_valid_name``)."""
-    TAP_NAME.check(len(name.encode("utf-8", "surrogateescape")))
+    _check_length(TAP_NAME, name)
     if name in (".", "..") or re.search(r"[/:%\s\0]", name):
-        raise ConfigError("expected the name of a network device")
+        raise ValueError("expected the name of a network device")
     return name
 
 
 def host_name(name: str) -> str:
-    """Return a host name that DNS takes (RFC 1035, 2.3.4), or raise ConfigError."""
-    HOST_NAME.check(len(name.encode("utf-8", "surrogateescape")))
+    """Return a host name that DNS takes (RFC 1035, 2.3.4), or raise ValueError."""
+    _check_length(HOST_NAME, name)
     for label in name.split("."):
         if len(label) > 63:
-            raise ConfigError(f"a label of {len(label)} bytes, expected at most 63")
+            raise ValueError(f"a label of {len(label)} bytes, expected at most 63")
         if not _LABEL.fullmatch(label):
-            raise ConfigError("expected letters, digits and hyphens, in labels with dots between")
+            raise ValueError("expected letters, digits and hyphens, in labels with dots between")
     return name
 
 
-def _mac(text: str) -> bytes:
+def mac_address(text: str) -> bytes:
     mac = bytes.fromhex(text.replace(":", "")) if _MAC.fullmatch(text) else b""
     if not mac:
-        raise ConfigError("expected six bytes such as 52:54:00:12:34:56")
+        raise ValueError("expected six bytes such as 52:54:00:12:34:56")
     if mac[0] & 1 or not any(mac):
-        raise ConfigError("expected an address of one device: no group's, not all zeroes")
+        raise ValueError("expected an address of one device: no group's, not all zeroes")
     return mac
-
-
-def _number(size: Size) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isdecimal() or len(text) > 9:
-            raise ConfigError(f"expected a number from {size.least} to {size.most}")
-        if not size.allows(int(text)):
-            raise ConfigError(f"expected a number from {size.least} to {size.most}")
-        return int(text)
-
-    return convert
 
 
 def _address(text: str) -> IPAddress:
     try:
         return ip_address(text.removeprefix("[").removesuffix("]"))
     except ValueError:
-        raise ConfigError(f"{text} is no address") from None
+        raise ValueError(f"{text} is no address") from None
 
 
 def _port(text: str, least: int = 1) -> int:
     if text.isdecimal() and len(text) < 6 and least <= int(text) <= 65535:
         return int(text)
-    raise ConfigError(f"{text} is no port: expected {least} to 65535")
+    raise ValueError(f"{text} is no port: expected {least} to 65535")
 
 
 def _host_port(text: str) -> tuple[str, str]:
@@ -238,19 +200,19 @@ def _host_port(text: str) -> tuple[str, str]:
 
 def _one(address: IPAddress) -> IPAddress:
     if address.is_multicast or address.is_unspecified or str(address) == "255.255.255.255":
-        raise ConfigError(f"{address} is no single host")
+        raise ValueError(f"{address} is no single host")
     return address
 
 
 def _allow(text: str) -> Allowed:
     host, port = _host_port(text)
     if text.endswith(":") and not text.startswith("[") and text.count(":") == 1:
-        raise ConfigError("expected ADDR or ADDR:PORT")
+        raise ValueError("expected ADDR or ADDR:PORT")
     number = _port(port) if port else 0
     if re.search(r"[:\[\]]", host) or re.fullmatch(r"[0-9.]+", host):
         address = _one(_address(host))
         if address.is_loopback:
-            raise ConfigError("the host's loopback: the guest reaches it as its gateway")
+            raise ValueError("the host's loopback: the guest reaches it as its gateway")
         return Allowed(address, number)
     return Allowed(host_name(host).lower(), number)
 
@@ -265,38 +227,23 @@ def _dns(text: str) -> tuple[IPAddress, int] | str:
 def _forward(text: str) -> Forward:
     match = _FORWARD.fullmatch(text)
     if match is None:
-        raise ConfigError("expected tcp|udp:[HOST]:PORT-[GUEST]:PORT")
+        raise ValueError("expected tcp|udp:[HOST]:PORT-[GUEST]:PORT")
     host = _address(match["host"]) if match["host"] else IPv4Address("127.0.0.1")
     guest = _one(_address(match["guest"])) if match["guest"] else None
     return Forward(match["protocol"], host, _port(match["host_port"], 0), guest, _port(match["guest_port"]))
 
 
-def _network(text: str) -> IPv4Network:
+def network(text: str) -> IPv4Network:
     try:
         network = IPv4Network(text)
     except (AddressValueError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise ValueError(str(error)) from None
     if not 8 <= network.prefixlen <= 27:
-        raise ConfigError("expected 8 to 27 bits")
+        raise ValueError("expected 8 to 27 bits")
     if network.is_loopback or network.is_multicast or network.is_unspecified or network.is_reserved:
-        raise ConfigError("expected a network of hosts")
+        raise ValueError("expected a network of hosts")
     return network
 
 
-def _switch(text: str) -> bool:
-    if text not in ("on", "off"):
-        raise ConfigError("expected on or off")
-    return text == "on"
-
-
-_COMMON: Final[dict[str, Callable[[str], object]]] = {"mac": _mac, "mtu": _number(MTU), "queues": _number(QUEUE_PAIRS)}
-_USER: Final[dict[str, Callable[[str], object]]] = {
-    "hostfwd": _forward,
-    "allow": _allow,
-    "dns": _dns,
-    "hostname": host_name,
-    "net": _network,
-    "restrict": _switch,
-}
-_REPEATED: Final = ("hostfwd", "allow")
-_FIELDS: Final = {"hostfwd": "forwards", "net": "network"}
+REPEATED: Final = ("hostfwd", "allow")
+"""Options that may be there more than once."""

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from tests.support.net import Kernel, Loop
 
+from softkvm.vmm.devices.virtio_net import parse
 from softkvm.vmm.net.link import Offloads
-from softkvm.vmm.net.spec import UserNet, parse
+from softkvm.vmm.net.spec import UserNet
 from softkvm.vmm.net.user.stack import UserStack
 
 ALL = Offloads(True, True, True)

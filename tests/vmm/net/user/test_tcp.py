@@ -11,9 +11,10 @@ from typing import NamedTuple
 import pytest
 from tests.support.net import GUEST_MAC, Loop, TestLink, give, tcp_options
 
+from softkvm.vmm.devices.virtio_net import parse
 from softkvm.vmm.net import wire
 from softkvm.vmm.net.link import HEADER, Offloads
-from softkvm.vmm.net.spec import UserNet, parse
+from softkvm.vmm.net.spec import UserNet
 from softkvm.vmm.net.user.connections import CONNECTIONS, HALF_OPEN
 from softkvm.vmm.net.user.segment import ACK, FIN, PSH, RST, SYN
 from softkvm.vmm.net.user.stack import UserStack

@@ -221,6 +221,11 @@ class Connections:
             connection.unblock()
         self.finish()
 
+    def offloads(self) -> None:
+        """The driver takes something else than before."""
+        for connection in self.by_key.values():
+            connection.offloads()
+
     # -- time
 
     def tick_soon(self) -> None:

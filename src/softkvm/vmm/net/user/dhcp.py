@@ -52,6 +52,7 @@ class Lease(NamedTuple):
     server: bytes
     nameserver: bytes
     hostname: str
+    """Empty: none."""
     mtu: int
 
 
@@ -118,7 +119,8 @@ def answer(data: bytes, lease: Lease) -> Reply | None:
         broadcast = bytes(a | (b ^ 0xFF) for a, b in zip(lease.server, lease.mask, strict=True))
         body += option(SUBNET_MASK, lease.mask) + option(BROADCAST_ADDRESS, broadcast)
         body += option(ROUTERS, lease.server) + option(NAME_SERVERS, lease.nameserver)
-        body += option(MTU, lease.mtu.to_bytes(2, "big")) + option(HOST_NAME, lease.hostname.encode())
+        body += option(MTU, lease.mtu.to_bytes(2, "big"))
+        body += option(HOST_NAME, lease.hostname.encode()) if lease.hostname else b""
     head = _FIXED.pack(
         2, 1, 6, 0, transaction, 0, flags, client, address, lease.server, bytes(4), hardware, b"", b""
     )  # fmt: skip

@@ -94,8 +94,8 @@ class Policy:
         """Return what we answer ourselves: the host, the guest, what the options name."""
         gateway: list[IPAddress] = [IPv4Address(self.gateway), IPv6Address(self.gateway6)]
         guest: list[IPAddress] = [IPv4Address(self.guest)]
-        names = {"gateway": gateway, "host": gateway, "host.softkvm": gateway, self.net.hostname.lower(): guest}
-        return names | self.names
+        names = {"gateway": gateway, "host": gateway} | self.names
+        return names | {self.net.hostname.lower(): guest} if self.net.hostname else names
 
 
 def _host_dns() -> tuple[IPAddress, int]:

@@ -120,6 +120,11 @@ class UserStack(Backend):
             listener.close()
         self.listeners = []
 
+    def offloads(self) -> None:
+        """Connections make other segments."""
+        if self._link is not None:
+            self.connections.offloads()
+
     def carrier(self, up: bool) -> None:
         """Connections outlive a link that is down for a while."""
 

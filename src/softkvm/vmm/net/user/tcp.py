@@ -167,7 +167,7 @@ class Connection:
         self._deadline = 0.0
         self._retries = 0
         self._second = False  # whether our FIN came behind the guest's
-        self._headers()
+        self.offloads()
 
     def __repr__(self) -> str:
         return f"<Connection {self.key.hex()} {self.name}>"
@@ -180,8 +180,8 @@ class Connection:
         name = _STATES[self.fin_sent, self.fin_acknowledged, self.fin_received]
         return "LAST-ACK" if name == "CLOSING" and self._second else name
 
-    def _headers(self) -> None:
-        """Make what a virtio header says of a segment, whole or cut."""
+    def offloads(self) -> None:
+        """Make the virtio headers of a segment, whole or cut, of what the driver takes."""
         start = self.path.tcp_start
         self._header = HEADER.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE, 0, 0, start, TCP_CHECKSUM)
         four = self.path.version == 4
@@ -205,7 +205,7 @@ class Connection:
             self.scale, self.scale_own = found.scale, WINDOW_SCALE
         self.rcv_nxt = self.edge = (sequence + 1) & MASK
         self.snd_wnd = window  # never scaled in a SYN (RFC 7323, 2.2)
-        self._headers()
+        self.offloads()
 
     def connect(self) -> None:
         """The guest's SYN has come and the host's socket is on its way: answer when it has arrived."""
