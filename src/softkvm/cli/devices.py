@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from softkvm.cli import CommandError
-from softkvm.vmm.devices import virtio_net, virtio_rng, virtio_vsock
+from softkvm.vmm.devices import share, virtio_net, virtio_rng, virtio_vsock
 from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.errors import ConfigError
 
@@ -44,6 +44,13 @@ DEVICE_OPTIONS: Final = (
         "sockets between host and guest (virtio-vsock): cid=N, path=PATH for UNIX sockets on the host",
         virtio_vsock.parse,
         bare=True,
+    ),
+    DeviceOption(
+        "--share",
+        "DIR[:TAG][,ro]",
+        "a directory of the host's, which the guest mounts by its tag (default: DIR's name); fs=9p or virtiofs: only "
+        "as that; owner=host: files have the host's owners",
+        share.parse,
     ),
 )
 """In the order in which a guest finds the devices."""

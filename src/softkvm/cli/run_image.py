@@ -16,6 +16,7 @@ from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline, Image
 from softkvm.vmm.boot.loaders import Kind, recognize
 from softkvm.vmm.boot.placement import Module
+from softkvm.vmm.devices import share
 from softkvm.vmm.errors import ImageError, MachineError
 from softkvm.vmm.guest import GuestUnavailable, demo_kernel, prepare
 
@@ -57,13 +58,22 @@ def choose_image(args: Namespace) -> GuestImage:
         guest = prepare(TerminalProgress())
         terminal = terminal_kind() if args.console == STDIO else None
         size = f" softkvm.terminal={terminal}" if terminal else ""
-        return GuestImage(guest.kernel, (str(guest.initrd),), guest.command_line + size + more)
+        return GuestImage(guest.kernel, (str(guest.initrd),), guest.command_line + size + _shares(args) + more)
     except GuestUnavailable as error:
         warn(f"{error}; booting the built-in demonstration guest (--kernel and --initrd boot your own)")
     try:
         return GuestImage(demo_kernel(), (), COMMAND_LINE + more)
     except GuestUnavailable as error:
         raise CommandError(str(error), EXIT_ERROR) from None
+
+
+def _shares(args: Namespace) -> str:
+    """Tell the default guest what to mount: Linux shows virtio-fs' tags to programs from 6.9 on only."""
+    if not args.share:
+        return ""
+    from urllib.parse import quote
+
+    return "".join(f" softkvm.share={quote(spec.tag, safe='')}" for spec in map(share.parse, args.share))
 
 
 @dataclass(frozen=True, slots=True)

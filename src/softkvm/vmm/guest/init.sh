@@ -3,6 +3,7 @@
 # The default guest's first process. Kernel command line:
 #   softkvm.run="cmd; cmd"   run these commands in place of the interactive shell, then power off
 #   softkvm.terminal=TERM:ROWSxCOLUMNS   what the console is
+#   softkvm.share=TAG        mount this shared directory at /mnt/TAG (may be there several times; %20 is a blank)
 #   softkvm.noreboot         do not power off at the end (the kernel panics: for tests of that)
 echo 'softkvm: init reached'
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=vt100
@@ -42,6 +43,19 @@ for device in /sys/class/net/*/device; do
 done
 
 read -r cmdline < /proc/cmdline
+
+# Shared directories: as virtio-fs if the kernel has it, else as 9p.
+share() {
+    mkdir -p "/mnt/$1"
+    mount -t virtiofs "$1" "/mnt/$1" 2>/dev/null ||
+        mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=mmap "$1" "/mnt/$1"
+}
+for word in $cmdline; do
+    case $word in
+    softkvm.share=*) share "$(printf '%b' "$(echo "${word#*=}" | sed 's/%/\\x/g')")" ;;
+    esac
+done
+
 run=
 case $cmdline in
 *softkvm.run=\"*)

@@ -29,6 +29,7 @@ from softkvm.vmm.p9.protocol import (
     T,
     string,
 )
+from softkvm.vmm.share.segments import behind, gather, scatter, total
 from softkvm.vmm.share.share import Share
 
 MESSAGE: Final = Size(
@@ -59,13 +60,11 @@ class Session(ClientState):
 
         Raises ProtocolError where there cannot be a reply.
         """
-        head = readable[0] if readable else memoryview(b"")
+        head = gather(readable, HEADER.size)
         if len(head) < HEADER.size:
-            head = memoryview(b"".join(readable)[: HEADER.size])
-            if len(head) < HEADER.size:
-                raise ProtocolError(f"a 9p request of {len(head)} bytes")
-        size, kind, tag = HEADER.unpack_from(head)
-        if sum(map(len, writable)) < READ_HEADER:
+            raise ProtocolError(f"a 9p request of {len(head)} bytes")
+        size, kind, tag = HEADER.unpack(head)
+        if total(writable) < READ_HEADER:
             raise ProtocolError("a 9p request without room for its reply")
         try:
             if kind == T.READ:
@@ -115,19 +114,16 @@ class Session(ClientState):
         number, offset, count = body.take(_READ)
         body.end()
         room = min(count, _room(writable, self.msize) - READ_HEADER)
-        into = _behind(writable, READ_HEADER, room)
+        into = behind(writable, READ_HEADER, room)
         taken = handlers.read(self, number, into, offset)
-        _scatter(writable, HEADER.pack(READ_HEADER + taken, T.READ + 1, tag) + COUNT.pack(taken))
+        scatter(writable, HEADER.pack(READ_HEADER + taken, T.READ + 1, tag) + COUNT.pack(taken))
         return READ_HEADER + taken
 
     def _write(self, readable: Sequence[memoryview]) -> bytes:
         # The size in the header is not looked at: before Linux 5.2, clients don't count data there that lies in pages.
-        head = readable[0][:WRITE_HEADER]
-        if len(head) < WRITE_HEADER:
-            head = memoryview(b"".join(readable)[:WRITE_HEADER])
-        number, offset, count = Body(bytes(head)).take(_READ)
-        data = _behind(readable, WRITE_HEADER, min(count, self.msize))
-        if sum(map(len, data)) != count:
+        number, offset, count = Body(gather(readable, WRITE_HEADER)).take(_READ)
+        data = behind(readable, WRITE_HEADER, min(count, self.msize))
+        if total(data) != count:
             raise BadMessage(f"{count} bytes to write are not there, or more than a message may have")
         return COUNT.pack(handlers.write(self, number, data, offset))
 
@@ -146,51 +142,19 @@ def _message(readable: Sequence[memoryview], size: int, limit: int) -> bytes:
     """Return the request as a whole; BadMessage if it isn't there, or longer than agreed on."""
     if not HEADER.size <= size <= limit:
         raise BadMessage(f"a message of {size} bytes")
-    if len(readable[0]) >= size:
-        return bytes(readable[0][:size])
-    message = b"".join(_behind(readable, 0, size))
+    message = gather(readable, size)
     if len(message) < size:
         raise BadMessage(f"{size} bytes are more than there are")
     return message
 
 
 def _room(writable: Sequence[memoryview], limit: int) -> int:
-    return min(sum(map(len, writable)), limit)
-
-
-def _behind(segments: Sequence[memoryview], skip: int, length: int) -> list[memoryview]:
-    """Return the *length* bytes behind the first *skip* of *segments*, or as many as there are."""
-    found = []
-    for segment in segments:
-        if length <= 0:
-            break
-        size = len(segment)
-        if skip >= size:
-            skip -= size
-            continue
-        piece = segment[skip : skip + length]
-        skip = 0
-        length -= len(piece)
-        found.append(piece)
-    return found
+    return min(total(writable), limit)
 
 
 def _reply(writable: Sequence[memoryview], kind: int, tag: int, body: bytes) -> int:
     message = HEADER.pack(HEADER.size + len(body), kind, tag) + body
-    if len(message) > sum(map(len, writable)):
+    if len(message) > total(writable):
         return _reply(writable, RLERROR, tag, COUNT.pack(errno.EMSGSIZE))
-    _scatter(writable, message)
+    scatter(writable, message)
     return len(message)
-
-
-def _scatter(writable: Sequence[memoryview], data: bytes) -> None:
-    if len(writable[0]) >= len(data):
-        writable[0][: len(data)] = data
-        return
-    at = 0
-    for segment in writable:
-        piece = data[at : at + len(segment)]
-        segment[: len(piece)] = piece
-        at += len(piece)
-        if at == len(data):
-            return

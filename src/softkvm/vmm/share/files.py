@@ -49,6 +49,10 @@ class OpenFile:
         """Write *data* at *offset*; return how many bytes were taken."""
         return os.pwritev(self.fd, data[:_SEGMENTS], checked_offset(offset))
 
+    def append(self, data: Sequence[memoryview]) -> int:
+        """Write *data* behind the file's end, wherever that is by now."""
+        return os.pwritev(self.fd, data[:_SEGMENTS], 0, os.RWF_APPEND)
+
     def entries(self, offset: int) -> list[DirectoryEntry]:
         """Return the next entries of a directory from the cookie *offset* on, at least one unless it ends there.
 

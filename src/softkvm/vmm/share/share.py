@@ -95,6 +95,10 @@ class Share:
         """Return the file *name* of *parent*, held once more, and its status."""
         return self.tree.look_up(parent, name)
 
+    def note(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
+        """Do what :meth:`look_up` does, for one of many files that may never be asked for."""
+        return self.tree.note(parent, name)
+
     def stat(self, node: Node, file: OpenFile | None = None) -> os.stat_result:
         """Return a file's status."""
         return os.fstat(self.tree.fd(node) if file is None else file.fd)
@@ -109,6 +113,14 @@ class Share:
     def statvfs(self, node: Node) -> os.statvfs_result:
         """Return what its file system has and is."""
         return os.fstatvfs(self.tree.fd(node))
+
+    def sync(self) -> None:
+        """Have the root's file system keep what was written."""
+        fd = os.open(b".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.tree.fd(self.root))
+        try:
+            syscalls.syncfs(fd)
+        finally:
+            os.close(fd)
 
     # -- open files
 

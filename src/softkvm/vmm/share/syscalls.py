@@ -168,3 +168,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Allocate, punch or zero a range of a file (FALLOC_FL_ flags)."""
     function: Callable[..., Any] = _libc.fallocate
     _checked(function(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
+
+
+def syncfs(fd: int) -> None:
+    """Have the file system of *fd* keep what was written."""
+    _checked(_libc.syncfs(fd))

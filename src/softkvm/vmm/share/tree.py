@@ -188,6 +188,24 @@ class Tree:
     def take(self, parent: Node, name: bytes, fd: int) -> tuple[Node, os.stat_result]:
         """Return the node of what the O_PATH descriptor *fd* names and was found as *name* in *parent*; takes *fd*."""
         status = os.fstat(fd)
+        try:
+            node = self._known(parent, name, status)
+        except BaseException:
+            os.close(fd)
+            raise
+        if node.fd < 0:
+            self._hold(node, fd)
+        else:
+            os.close(fd)
+        return node, status
+
+    def note(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
+        """Do what :meth:`look_up` does, for a file that may never be asked for: it isn't opened yet."""
+        status = os.stat(check_name(name), dir_fd=self.fd(parent), follow_symlinks=False)
+        return self._known(parent, name, status), status
+
+    def _known(self, parent: Node, name: bytes, status: os.stat_result) -> Node:
+        """Return the node of the file with this status, held once more."""
         identity = identity_of(status)
         kind = stat.S_IFMT(status.st_mode)
         node = self._by_identity.get(identity)
@@ -196,22 +214,15 @@ class Tree:
             del self._by_identity[identity]
             node = None
         if node is None:
-            if not KNOWN_FILES.allows(len(self.by_number) + 1):
-                os.close(fd)
-                raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+            KNOWN_FILES.check(len(self.by_number) + 1)
             node = Node(identity, kind, parent, name)
             parent.uses += 1
             self._add(node)
-            self._hold(node, fd)
-            return node, status
+            return node
         node.uses += 1
-        if node.fd < 0:
-            self._hold(node, fd)
-        else:
-            os.close(fd)
         if (node.parent is not parent or node.name != name) and node is not self.root:
             self._place(node, parent, name)
-        return node, status
+        return node
 
     def release(self, node: Node, uses: int = 1) -> None:
         """Give back *uses* of a node; without any it is forgotten."""
