@@ -139,7 +139,7 @@ MAKERS: dict[type, tuple[int, Callable[[World], Any]]] = {
     DebugExit: (4, lambda world: DebugExit(world.note)),
     FwCfg: (2, lambda world: FwCfg(machine_items(1 << 28, 2, 1))),
     Hpet: (0x160, lambda world: Hpet(world.note, world.clock, world.note)),
-    I6300Esb: (0x70, lambda world: I6300Esb(world.note, world.clock)),
+    I6300Esb: (0x70, lambda world: I6300Esb(world.note, 0xFE008000, world.clock)),
     Msix: (0x40, msix),
     VmGenId: (16, GenerationInMemory),
     I8042: (5, lambda world: I8042(world.note, world.note)),

@@ -205,3 +205,16 @@ def test_what_the_host_does_not_take_is_zeroes_all_the_same(
     assert memory.discard(PAGE, PAGE) == 0
     assert memory.read(0, 3 * PAGE) == b"\x01" * PAGE + bytes(PAGE) + b"\x01" * PAGE
     memory.close()
+
+
+def test_memory_is_zero_if_every_byte_is() -> None:
+    memory = GuestMemory(2 * MIB)
+    hva = memory.ranges[0].hva
+    assert host_memory.is_zero(hva, 2 * MIB)
+    assert host_memory.is_zero(hva, 1)
+    for at in (0, 1, PAGE, 2 * MIB - 1):
+        memory.view[at] = 1
+        assert not host_memory.is_zero(hva, 2 * MIB)
+        assert not host_memory.is_zero(hva + at, 1)
+        memory.view[at] = 0
+    memory.close()

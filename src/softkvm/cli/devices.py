@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from softkvm.cli import CommandError
-from softkvm.vmm.devices import share, virtio_net, virtio_rng, virtio_vsock
+from softkvm.vmm.devices import pvpanic, share, virtio_balloon, virtio_net, virtio_rng, virtio_vsock, watchdog
 from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.errors import ConfigError
 
@@ -52,6 +52,20 @@ DEVICE_OPTIONS: Final = (
         "as that; owner=host: files have the host's owners",
         share.parse,
     ),
+    DeviceOption(
+        "--balloon",
+        "[SIZE][,reporting][,hinting][,stats=SECONDS][,deflate-on-oom]",
+        "memory that comes back (virtio-balloon): SIZE is what the guest is to give up at first",
+        virtio_balloon.parse,
+        bare=True,
+    ),
+    DeviceOption(
+        "--watchdog",
+        "i6300esb[,action=ACTION]",
+        f"a watchdog; when it expires: {', '.join(watchdog.ACTIONS)} (default: reset)",
+        watchdog.parse,
+    ),
+    DeviceOption("--pvpanic", "pci", "the panic device on PCI, beside the one at its port", pvpanic.parse),
 )
 """In the order in which a guest finds the devices."""
 

@@ -60,6 +60,14 @@ def lock(address: int, size: int) -> None:
     _call(_libc.mlock, ctypes.c_void_p(address), ctypes.c_size_t(size))
 
 
+def is_zero(address: int, size: int) -> bool:
+    """Whether the memory has nothing but zeroes, at least one of them."""
+    first = ctypes.c_ubyte.from_address(address).value
+    return not first and not _libc.memcmp(
+        ctypes.c_void_p(address), ctypes.c_void_p(address + 1), ctypes.c_size_t(size - 1)
+    )
+
+
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the ranges (start, size) in order, neighbours and what overlaps as one."""
     result: list[tuple[int, int]] = []

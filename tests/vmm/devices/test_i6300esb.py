@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
 from softkvm.vmm.bus import Bus
-from softkvm.vmm.devices.i6300esb import MEMORY_ADDRESS, I6300Esb
+from softkvm.vmm.devices.i6300esb import I6300Esb
 
 SECOND = 1_000_000_000
+MEMORY_ADDRESS = 0xFE008000
 TICK_1KHZ = (1 << 15) / 33e6  # seconds
 
 
@@ -21,7 +21,7 @@ class Rig:
     def __init__(self) -> None:
         self.now_ns = 0
         self.expiries = 0
-        self.device = I6300Esb(self._expired, lambda: self.now_ns)
+        self.device = I6300Esb(self._expired, MEMORY_ADDRESS, lambda: self.now_ns)
         self.device._timer.close()  # the test is the timer
         self.mmio = Bus("memory", 52)
         self.device.connect(Bus("I/O port", 16), self.mmio)
@@ -178,9 +178,24 @@ def test_it_stands_while_the_machine_is_paused_and_goes_on_where_it_was(rig: Rig
         assert one.read(0, 4) == 2048
 
 
+def test_a_reset_stops_it_and_keeps_only_that_it_has_expired(rig: Rig) -> None:
+    rig.heartbeat(2)
+    rig.enable(3)
+    rig.later(1.1)
+    rig.later(1.1)
+    rig.reload()
+    rig.device.reset()
+    assert not rig.device.running
+    assert (rig.device.read(0x68, 1), rig.device.read(0x60, 2)) == (0, 0)
+    assert rig.read(0, 4) == 0xFFFFF
+    assert rig.read(0xC, 2) == 0x200
+    rig.enable()
+    assert rig.device.running
+
+
 def test_with_its_own_timer_it_really_fires() -> None:
     fired = threading.Event()
-    device = I6300Esb(fired.set, time.monotonic_ns)
+    device = I6300Esb(fired.set, MEMORY_ADDRESS)
     for offset in (0, 4):
         device.write_register(0xC, 0x80)
         device.write_register(0xC, 0x86)

@@ -19,7 +19,7 @@ def test_pvpanic_reports_known_events_only() -> None:
 
 def test_pvpanic_is_a_pci_function_too() -> None:
     events: list[int] = []
-    function = PvPanicPci(PvPanic(events.append))
+    function = PvPanicPci(PvPanic(events.append), 0xFE010000)
     assert function.read(0, 4) == 0x00111B36
     assert function.read(8, 4) == 0x08800001
     mmio = Bus("memory", 52)

@@ -6,13 +6,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from softkvm import abi, api
 from softkvm.vmm.bios import services
 from softkvm.vmm.boards import Board, Saving, pc_state
 from softkvm.vmm.boards.pc_halt import halted_for_good
-from softkvm.vmm.boards.pc_virtio import PcVirtio
+from softkvm.vmm.boards.pc_virtio import PCI_STRIDE, PcVirtio
 from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, mptable, multiboot, pvh
 from softkvm.vmm.boot.cpustate import jump_in_real_mode
 from softkvm.vmm.boot.image import Deadline, Image, Source
@@ -33,6 +33,7 @@ from softkvm.vmm.routing import pc_routing
 if TYPE_CHECKING:
     from softkvm.vmm.machine import Machine
 
+F = TypeVar("F", bound=pci.Function)
 TSS_ADDRESS = 0xFFFBD000
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
 FIRMWARE_SLOT = 2
@@ -141,6 +142,7 @@ class Pc(Board):
             if device is not None:
                 device.reset()
         self.virtio.reset()
+        self.vmgenid.reset()
         for kept, state in self._kept:
             kept.restore(state)
         self.crash_loaded = False
@@ -174,7 +176,7 @@ class Pc(Board):
         """Whether the guest has said that it panicked, and that a crash kernel goes on."""
         self.wakers: list[Callable[[], bool]] = []
         """Each tells whether a device may yet do something to a machine that has halted."""
-        self.vmgenid = VmGenId(self.memory, lambda: self.acpi_pm.raise_event(GPE))
+        self.vmgenid: VmGenId = VmGenId(self.memory, lambda: self.acpi_pm.raise_event(GPE))
         self.debug_exit = debug_exit.DebugExit(self._debug_exit)
         self.bios = services.Bios(
             self.machine.current_vcpu,
@@ -257,6 +259,14 @@ class Pc(Board):
         self.vmgenid.change()
         for transport in self.virtio.transports.values():
             transport.device.new_identity(number)
+
+    def add_function(self, make: Callable[[int], F]) -> F:
+        """Put a PCI function on the bus that *make* makes, of the address of its memory; return it."""
+        slot = self.pci_config.free_device()
+        function = make(layout.PCI_DEVICES + slot * PCI_STRIDE)
+        function.connect(self.machine.pio, self.machine.mmio)
+        self.pci_config.add(slot, 0, function)
+        return function
 
     # -- what devices tell
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 INTX_LINES: Final = (10, 11)
 MMIO_LINES: Final = range(16, 24)
-_PCI_STRIDE: Final = 0x8000  # what one function's registers take, a power of two
+PCI_STRIDE: Final = 0x8000  # what one function's registers take, a power of two
 _PCI_DEVICES: Final = Size("virtio-pci devices", 31, ConfigError, effect="ConfigError", where=__name__)
 _MMIO_DEVICES: Final = Size(
     "virtio-mmio devices",
@@ -101,7 +101,7 @@ class PcVirtio:
     def _add_pci(self, device: VirtioDevice, worker: Worker, options: Options) -> Transport:
         _PCI_DEVICES.check(len(self._pci_lines) + 1)
         slot = self._pci_config.free_device()
-        address = layout.PCI_DEVICES + slot * _PCI_STRIDE
+        address = layout.PCI_DEVICES + slot * PCI_STRIDE
         line = self._lines[slot % len(self._lines)]
         transport = pci.PciTransport(
             device,
@@ -110,7 +110,7 @@ class PcVirtio:
             worker,
             options,
             address=address,
-            msix_address=address + _PCI_STRIDE - pci_msix.BAR_SIZE,
+            msix_address=address + PCI_STRIDE - pci_msix.BAR_SIZE,
             line=line.gsi,
             set_irq=line.source(),
         )

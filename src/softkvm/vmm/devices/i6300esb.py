@@ -23,7 +23,6 @@ VENDOR: Final = 0x8086
 DEVICE: Final = 0x25AB
 CLASS_SYSTEM_OTHER: Final = 0x088000
 MEMORY_SIZE: Final = 16
-MEMORY_ADDRESS: Final = 0xFEBFD000
 
 WDT_CONFIG: Final = 0x60  # configuration space, 16 bits
 WDT_LOCK: Final = 0x68  # configuration space, 8 bits
@@ -56,7 +55,9 @@ _LEAST_NS: Final = 1_000_000  # a guest that lets it run freely through nothing 
 class I6300Esb(Function):
     """The watchdog. ``expired()`` is called on a thread of its own when the second counter has run out."""
 
-    def __init__(self, expired: Callable[[], object], clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self, expired: Callable[[], object], address: int, clock_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
         super().__init__(VENDOR, DEVICE, CLASS_SYSTEM_OTHER)
         self._expired = expired
         self._clock_ns = clock_ns
@@ -71,12 +72,20 @@ class I6300Esb(Function):
         self._stage = 0
         self._deadline_ns: int | None = None
         self._paused_ns: int | None = None  # what the counter has left, while the machine is paused
-        self.add_bar(0, Bar(MEMORY_SIZE, _Registers(self), False, "i6300esb"), MEMORY_ADDRESS)
+        self.add_bar(0, Bar(MEMORY_SIZE, _Registers(self), False, "i6300esb"), address)
 
     @property
     def running(self) -> bool:
         """Whether it counts: it may yet do something."""
         return self._deadline_ns is not None or self._paused_ns is not None
+
+    def reset(self) -> None:
+        """Reset the machine: all but the status that says that it was this device's doing."""
+        with self._lock:
+            self._run(None)
+            self._paused_ns = None
+            self._preload = [_PRELOAD_MASK, _PRELOAD_MASK]
+            self._status = self._unlocked = self._config_register = self._lock_register = 0
 
     # -- configuration space
 
@@ -215,7 +224,7 @@ class I6300Esb(Function):
             self._preload = list(state["preload"])
             self._status = state["status"]
             self._unlocked = state["unlocked"]
-            self._timed_out = state["timed_out"]
+            self._timed_out = self._timed_out or state["timed_out"]  # a reset brings back the state of the beginning
             self._config_register = state["config_register"]
             self._lock_register = state["lock_register"]
             self._stage = state["stage"]

@@ -9,9 +9,14 @@ understands, writing reports events.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from softkvm.vmm.devices.pci import Bar, Function
+from softkvm.vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from softkvm.vmm.machine import Machine
 
 PVPANIC_PORT: Final = 0x505
 
@@ -22,7 +27,6 @@ VENDOR: Final = 0x1B36
 DEVICE: Final = 0x0011
 CLASS_SYSTEM_OTHER: Final = 0x088000
 MEMORY_SIZE: Final = 16
-MEMORY_ADDRESS: Final = 0xFEBFE000
 
 _EVENTS: Final = PANICKED | CRASH_LOADED | SHUTDOWN
 
@@ -53,6 +57,23 @@ class PvPanic:
 class PvPanicPci(Function):
     """The same as a function on the PCI bus."""
 
-    def __init__(self, device: PvPanic) -> None:
+    def __init__(self, device: PvPanic, address: int) -> None:
         super().__init__(VENDOR, DEVICE, CLASS_SYSTEM_OTHER, revision=1)
-        self.add_bar(0, Bar(MEMORY_SIZE, device, False, "pvpanic-pci"), MEMORY_ADDRESS)
+        self.add_bar(0, Bar(MEMORY_SIZE, device, False, "pvpanic-pci"), address)
+
+
+@dataclass(frozen=True, slots=True)
+class PvPanicSpec:
+    """``--pvpanic``: the PCI variant, beside the ISA one that every machine has."""
+
+    def attach(self, machine: Machine) -> PvPanicPci:
+        """Make the function."""
+        device = PvPanic(machine.board.panicked)
+        return machine.board.add_function(lambda address: PvPanicPci(device, address))
+
+
+def parse(text: str) -> PvPanicSpec:
+    """Read ``--pvpanic``'s text: ``pci``."""
+    if text != "pci":
+        raise ConfigError(f"--pvpanic {text}: expected pci (the ISA variant is always there)")
+    return PvPanicSpec()

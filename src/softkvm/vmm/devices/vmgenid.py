@@ -47,6 +47,10 @@ class VmGenId:
         self._set(os.urandom(SIZE) if identifier is None else identifier)
         self._notify()
 
+    def reset(self) -> None:
+        """Put the ID into memory again, which the guest may have written to."""
+        self._set(self._identifier)
+
     def save(self) -> dict[str, Any]:
         """The ID."""
         return {"identifier": self._identifier}

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from softkvm import abi, api
+from softkvm.vmm.errors import StateError
 from softkvm.vmm.host_memory import merged
 from softkvm.vmm.memory import PAGE_SIZE, GuestMemory
 
@@ -78,7 +79,9 @@ class DirtyPages:
         self.active = False
 
     def start(self) -> None:
-        """Watch; OSError as KVM says. What is written from the call on is found."""
+        """Watch; OSError as KVM says, StateError if somebody does. What is written from the call on is found."""
+        if self._memory.logging:
+            raise StateError("memory is being watched already: for a snapshot, a migration or free pages")
         offered = self._vm.check_extension(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
         self._manual = bool(offered & abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
         if self._manual:

@@ -243,6 +243,13 @@ class Transport(ABC):
             return
         self._guarded(self.device.activate)
         self._place_ioeventfds()
+        self._guarded(self._notify_early)
+
+    def _notify_early(self) -> None:
+        """Some drivers of Linux's notify before DRIVER_OK (balloon's statistics), which they must not (3.1.1)."""
+        for queue in self.device.queues:
+            if queue.ready and queue.available():
+                self.notify(queue.index)
 
     def _queue(self, index: int) -> Queue:
         state = self.queues[index]
