@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from softkvm.cli import CommandError
-from softkvm.vmm.devices import pvpanic, share, virtio_balloon, virtio_net, virtio_rng, virtio_vsock, watchdog
+from softkvm.vmm.devices import ports, pvpanic, share, virtio_balloon, virtio_net, virtio_rng, virtio_vsock, watchdog
 from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.errors import ConfigError
 
@@ -66,6 +66,13 @@ DEVICE_OPTIONS: Final = (
         watchdog.parse,
     ),
     DeviceOption("--pvpanic", "pci", "the panic device on PCI, beside the one at its port", pvpanic.parse),
+    DeviceOption(
+        "--port",
+        "NAME=WHERE",
+        "a stream between host and guest (/dev/virtio-ports/NAME): unix:PATH, a socket to connect to; pty; file:PATH; "
+        "stdio",
+        ports.parse,
+    ),
 )
 """In the order in which a guest finds the devices."""
 

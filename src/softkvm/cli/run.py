@@ -14,6 +14,7 @@ import threading
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import add_param, count, file_name, param_values, percent, seconds, size
 from softkvm.cli.devices import add_device_options, device_specs
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
+from softkvm.cli.run_console import RunConsole
 from softkvm.cli.run_gdb import add_gdb, gdb_spec, let_debug
 from softkvm.cli.run_image import COMMAND_LINE, GuestImage, choose_image, name_file, open_images
-from softkvm.cli.terminal import STDIO, console_choice, open_console
+from softkvm.cli.terminal import STDIO, console_choice
 from softkvm.cli.tracepoints import add_selection, selecting
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline
@@ -138,7 +140,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="WHERE",
         type=console_choice,
         default=STDIO,
-        help="stdio (default), pty, file:PATH or none",
+        help="stdio (default), pty, file:PATH or none: COM1's other end; virtio or virtio,WHERE: the console device's, "
+        "/dev/hvc0, which knows the terminal's size",
     )
     add(
         "--reboot",
@@ -398,7 +401,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         return _timed_out(error)
     except MachineError as error:
         raise CommandError(str(error)) from None
-    console = open_console(args.console)
+    console = RunConsole(args.console)
     caught: list[int] = []
     failed: list[Outcome] = []
     with contextlib.ExitStack() as stack:
@@ -427,6 +430,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
                 panic.output(data)
 
         try:
+            config = replace(config, device_specs=config.device_specs + console.specs(output))
             machine = stack.enter_context(Machine(kvm, config, output))
             machine.load(
                 loaded.kernel,
@@ -449,12 +453,11 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             let_debug(machine, gdb, stack)
         with (
             _signals_end(machine, caught),
-            console.attach(
-                machine.board.serial, lambda: machine.end(Outcome(End.STOPPED, "from the console")), machine.ended
-            ),
+            console.attach(machine, lambda: machine.end(Outcome(End.STOPPED, "from the console"))),
         ):
             watcher.started_ns = time.monotonic_ns()
             outcome = panic.judge(machine.run(deadline.remaining_s))
+            console.flush()
         if outcome.end is End.TIMEOUT:
             outcome = Outcome(End.TIMEOUT, f"{timeout_s:g} s")
         if outcome.end is End.POWER_OFF and failed:  # its last words were lost

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from softkvm.cli import EXIT_ERROR, CommandError
 from softkvm.cli.output import warn
+from softkvm.cli.run_console import is_virtio, where
 from softkvm.cli.terminal import STDIO, terminal_kind
 from softkvm.progress import TerminalProgress
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline, Image
 from softkvm.vmm.boot.loaders import Kind, recognize
 from softkvm.vmm.boot.placement import Module
-from softkvm.vmm.devices import share
+from softkvm.vmm.devices import ports, share
 from softkvm.vmm.errors import ImageError, MachineError
 from softkvm.vmm.guest import GuestUnavailable, demo_kernel, prepare
 
@@ -56,9 +57,10 @@ def choose_image(args: Namespace) -> GuestImage:
     more = f" {args.append}" if args.append else ""
     try:
         guest = prepare(TerminalProgress())
-        terminal = terminal_kind() if args.console == STDIO else None
+        terminal = terminal_kind() if where(args.console) == STDIO else None
         size = f" softkvm.terminal={terminal}" if terminal else ""
-        return GuestImage(guest.kernel, (str(guest.initrd),), guest.command_line + size + _shares(args) + more)
+        size += " softkvm.console=hvc0" if is_virtio(args.console) else ""
+        return GuestImage(guest.kernel, (str(guest.initrd),), guest.command_line + size + _names(args) + more)
     except GuestUnavailable as error:
         warn(f"{error}; booting the built-in demonstration guest (--kernel and --initrd boot your own)")
     try:
@@ -67,13 +69,18 @@ def choose_image(args: Namespace) -> GuestImage:
         raise CommandError(str(error), EXIT_ERROR) from None
 
 
-def _shares(args: Namespace) -> str:
-    """Tell the default guest what to mount: Linux shows virtio-fs' tags to programs from 6.9 on only."""
-    if not args.share:
+def _names(args: Namespace) -> str:
+    """Tell the default guest what to mount, and which ports there are.
+
+    Linux shows tags of virtio-fs to programs from 6.9 on only, and ports come after their driver has.
+    """
+    if not args.share and not args.port:
         return ""
     from urllib.parse import quote
 
-    return "".join(f" softkvm.share={quote(spec.tag, safe='')}" for spec in map(share.parse, args.share))
+    names = [("share", spec.tag) for spec in map(share.parse, args.share)]
+    names += [("port", spec.name) for spec in map(ports.parse, args.port)]
+    return "".join(f" softkvm.{kind}={quote(name, safe='')}" for kind, name in names)
 
 
 @dataclass(frozen=True, slots=True)

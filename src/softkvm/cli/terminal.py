@@ -211,15 +211,18 @@ class FileConsole:
 
 
 STDIO = "stdio"
+VIRTIO = "virtio"
 _KINDS: dict[str, Callable[[], ConsoleEnd]] = {STDIO: StdioConsole, "pty": PtyConsole, "none": NoConsole}
 _FILE = "file:"
 
 
 def console_choice(text: str) -> str:
     """Type of the argument of ``--console``; CommandError if it names none."""
-    if text in _KINDS or (text.startswith(_FILE) and text != _FILE):
+    kind, comma, end = text.partition(",")
+    where = end if kind == VIRTIO and comma else STDIO if text == VIRTIO else text
+    if where in _KINDS or (where.startswith(_FILE) and where != _FILE):
         return text
-    raise CommandError(f"--console {text}: expected stdio, pty, file:PATH or none")
+    raise CommandError(f"--console {text}: expected stdio, pty, file:PATH or none, or virtio or virtio,WHERE")
 
 
 def open_console(choice: str) -> ConsoleEnd:

@@ -4,6 +4,8 @@
 #   softkvm.run="cmd; cmd"   run these commands in place of the interactive shell, then power off
 #   softkvm.terminal=TERM:ROWSxCOLUMNS   what the console is
 #   softkvm.share=TAG        mount this shared directory at /mnt/TAG (may be there several times; %20 is a blank)
+#   softkvm.port=NAME        there is such a port: give it its name in /dev/virtio-ports
+#   softkvm.console=hvc0     the shell, or the commands, are to be there
 #   softkvm.noreboot         do not power off at the end (the kernel panics: for tests of that)
 echo 'softkvm: init reached'
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=vt100
@@ -50,11 +52,41 @@ share() {
     mount -t virtiofs "$1" "/mnt/$1" 2>/dev/null ||
         mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=mmap "$1" "/mnt/$1"
 }
+# Named ports: their driver learns the names from the device, some time after it has been loaded.
+port() {
+    mkdir -p /dev/virtio-ports
+    for attempt in 1 2 3 4 5 6 7 8 9; do
+        for device in /sys/class/virtio-ports/*; do
+            if [ -r "$device/name" ] && [ "$(cat "$device/name")" = "$1" ]; then
+                ln -sf "../${device##*/}" "/dev/virtio-ports/$1"
+                return
+            fi
+        done
+        usleep 200000
+    done
+}
+decoded() {
+    printf '%b' "$(echo "${1#*=}" | sed 's/%/\\x/g')"
+}
 for word in $cmdline; do
     case $word in
-    softkvm.share=*) share "$(printf '%b' "$(echo "${word#*=}" | sed 's/%/\\x/g')")" ;;
+    softkvm.share=*) share "$(decoded "$word")" ;;
+    softkvm.port=*) port "$(decoded "$word")" ;;
     esac
 done
+
+console=
+case $cmdline in
+*softkvm.console=*)
+    console=${cmdline#*softkvm.console=}
+    console=/dev/${console%% *}
+    if [ -c "$console" ]; then
+        exec < "$console" > "$console" 2>&1
+    else
+        console=
+    fi
+    ;;
+esac
 
 run=
 case $cmdline in
@@ -82,7 +114,7 @@ if [ -n "$run" ]; then
     echo "softkvm: run ended with status $?"
 else
     # A session of its own with the console as its terminal: job control and Ctrl-C work.
-    setsid cttyhack sh -l
+    if [ -n "$console" ]; then setsid -c sh -l; else setsid cttyhack sh -l; fi
 fi
 
 case $cmdline in
