@@ -3,9 +3,29 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
 
+from softkvm import abi, api
 from softkvm.vmm.debug.registers import Registers
+from softkvm.vmm.debug.virtual import MemoryFault, read_virtual
+from softkvm.vmm.linux.errors import KernelError
+from softkvm.vmm.linux.kernel import Kernel, spell
+from softkvm.vmm.linux.orc import Unwinder
+
+if TYPE_CHECKING:
+    from softkvm.vmm.machine import Machine
+
+_EFER_LMA: Final = 1 << 10
+_CODE_BEFORE, _CODE_BEHIND = 16, 31
+_STACK_BYTES: Final = 128
+_MP_STATES: Final = {
+    abi.KVM_MP_STATE_RUNNABLE: "running",
+    abi.KVM_MP_STATE_UNINITIALIZED: "not started yet",
+    abi.KVM_MP_STATE_INIT_RECEIVED: "waits for its start-up IPI",
+    abi.KVM_MP_STATE_HALTED: "halted",
+    abi.KVM_MP_STATE_SIPI_RECEIVED: "starts",
+}
 
 _SEGMENTS: Final = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt")
 _GENERAL: Final = (
@@ -37,3 +57,77 @@ def registers_text(registers: Registers) -> str:
     lines.append("  ".join(f"{name} {getattr(sregs, name):016x}" for name in ("cr4", "cr8")))
     lines.append(f"efer {sregs.efer:016x}  k_gs_base {registers['k_gs_base']:016x}  apic_base {sregs.apic_base:016x}")
     return "\n".join(lines) + "\n"
+
+
+def machine_text(machine: Machine) -> str:
+    """Return what each vCPU of a machine that stands looks like: registers, code, stack and call chain, with symbols.
+
+    For ``with machine.pausing.still():``. Symbols and call chains are there if a Linux kernel tells of itself.
+    """
+    kernel: Kernel | None = None
+    unwinder: Unwinder | None = None
+    lines = []
+    try:
+        kernel = Kernel(machine.memory)
+        lines.append(f"Linux {kernel.release}")
+        unwinder = Unwinder(kernel)
+    except (KernelError, MemoryFault, KeyError) as error:
+        lines.append(f"{'no call chains' if kernel else 'no symbols'}: {error}")
+    for thread in machine.vcpus:
+        lines += ["", f"vCPU {thread.index}: {vcpu_state(thread.vcpu)}"]
+        try:
+            lines += _vcpu_lines(machine, thread.vcpu, kernel, unwinder)
+        except OSError as error:
+            lines.append(f"its registers cannot be read: {error}")
+    return "\n".join(lines) + "\n"
+
+
+def vcpu_state(vcpu: api.Vcpu) -> str:
+    """Say what a vCPU does."""
+    state = vcpu.get_mp_state().mp_state
+    return _MP_STATES.get(state, f"in state {state}")
+
+
+def _vcpu_lines(machine: Machine, vcpu: api.Vcpu, kernel: Kernel | None, unwinder: Unwinder | None) -> Iterator[str]:
+    registers = Registers(vcpu)
+    regs, sregs = registers.regs, registers.sregs
+    yield registers_text(registers).rstrip("\n")
+    long_mode = bool(sregs.efer & _EFER_LMA)
+    code = regs.rip + (0 if long_mode and sregs.cs.l else sregs.cs.base)
+    stack = regs.rsp + (0 if long_mode else sregs.ss.base)
+    yield f"code at {code:#x}{_named(kernel, code)}:"
+    before = _bytes(machine, vcpu, code - _CODE_BEFORE, _CODE_BEFORE)
+    here, behind = _bytes(machine, vcpu, code, 1), _bytes(machine, vcpu, code + 1, _CODE_BEHIND)
+    yield f"  {before}<{here.strip()}> {behind.strip()}"
+    yield f"stack at {stack:#x}:"
+    for at in range(stack, stack + _STACK_BYTES, 8):
+        try:
+            word = int.from_bytes(read_virtual(vcpu, machine.memory, at, 8), "little")
+        except MemoryFault:
+            yield f"  {at:016x}  ?"
+            break
+        yield f"  {at:016x}  {word:016x}{_named(kernel, word)}"
+    if unwinder is not None and long_mode and regs.rip >> 63:
+        names = ("rip", "rsp", "rbp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+        yield "call chain:"
+        for frame in unwinder.chain({name: getattr(regs, name) for name in names}):
+            yield f"  {frame.address:016x}  {frame.text}"
+
+
+def _named(kernel: Kernel | None, address: int) -> str:
+    """Return a symbol's name behind a blank, if the address is in one."""
+    if kernel is None or not address >> 63:
+        return ""
+    found = kernel.symbols.at(address)
+    return "" if found is None else f"  {spell(found)}"
+
+
+def _bytes(machine: Machine, vcpu: api.Vcpu, address: int, size: int) -> str:
+    """Return memory as hexadecimal digits, ``??`` where there is none."""
+    text = ""
+    for at in range(address, address + size):
+        try:
+            text += f"{read_virtual(vcpu, machine.memory, at & (1 << 64) - 1, 1)[0]:02x} "
+        except MemoryFault:
+            text += "?? "
+    return text

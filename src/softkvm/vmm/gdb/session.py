@@ -11,9 +11,9 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from softkvm import abi
 from softkvm.vmm.debug.breakpoints import BreakpointError, Kind, Point
 from softkvm.vmm.debug.debugger import Cause, Debugger, Go, Stop
+from softkvm.vmm.debug.report import vcpu_state
 from softkvm.vmm.debug.virtual import MemoryFault
 from softkvm.vmm.errors import StateError
 from softkvm.vmm.gdb import description, monitor
@@ -27,14 +27,6 @@ SIGINT, SIGTRAP = 2, 5
 _SSTEP_ENABLE, _SSTEP_NOIRQ, _SSTEP_NOTIMER = 1, 2, 4
 _WATCH: Final = {Kind.WRITE: "watch", Kind.READ: "rwatch", Kind.ACCESS: "awatch"}
 _TEXT_BYTES: Final = 4000
-_MP_STATES: Final = {
-    abi.KVM_MP_STATE_RUNNABLE: "running",
-    abi.KVM_MP_STATE_UNINITIALIZED: "not started yet",
-    abi.KVM_MP_STATE_INIT_RECEIVED: "waits for its start-up IPI",
-    abi.KVM_MP_STATE_HALTED: "halted",
-    abi.KVM_MP_STATE_SIPI_RECEIVED: "starts",
-}
-
 Reply = bytes | None
 """A packet's data; None: there is no answer now."""
 
@@ -157,8 +149,8 @@ class Session:
 
     def describe(self, vcpu: int) -> str:
         """Say what a vCPU does."""
-        state = self.machine.vcpus[vcpu].vcpu.get_mp_state().mp_state
-        return f"vCPU {vcpu}: {_MP_STATES.get(state, str(state))}, RIP {self.debugger.linear_rip(vcpu):#x}"
+        state = vcpu_state(self.machine.vcpus[vcpu].vcpu)
+        return f"vCPU {vcpu}: {state}, RIP {self.debugger.linear_rip(vcpu):#x}"
 
     def _select(self, rest: bytes) -> Reply:
         operation, vcpu = rest[:1], self._thread(rest[1:])
