@@ -94,3 +94,19 @@ def device_specs(args: Namespace) -> tuple[DeviceSpec, ...]:
         return tuple(option.parse(text) for option in DEVICE_OPTIONS for text in getattr(args, option.name))
     except ConfigError as error:
         raise CommandError(str(error)) from None
+
+
+def option_texts(args: Namespace) -> list[list[str]]:
+    """Return the options for devices that *args* have, as flag and text: what :func:`specs_of` reads again."""
+    return [[option.flag, text] for option in DEVICE_OPTIONS for text in getattr(args, option.name)]
+
+
+def specs_of(texts: object) -> tuple[DeviceSpec, ...]:
+    """Return the devices of :func:`option_texts`, which a snapshot has kept; ConfigError for what is none."""
+    options = {option.flag: option for option in DEVICE_OPTIONS}
+    specs = []
+    for pair in texts if isinstance(texts, list) else [texts]:
+        if not (isinstance(pair, list) and len(pair) == 2 and pair[0] in options and isinstance(pair[1], str)):
+            raise ConfigError(f"{pair!r}: there is no such device")
+        specs.append(options[pair[0]].parse(pair[1]))
+    return tuple(specs)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -22,6 +23,7 @@ from softkvm.vmm.errors import show_traceback, unexpected
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
+    "snapshot": ("softkvm.cli.snapshot", "save a running machine, go on from there, once or many times"),
     "exec": ("softkvm.cli.exec", "run an unmodified KVM client: QEMU, kvmtool, Firecracker, your own"),
     "stat": ("softkvm.cli.stat", "live counters of a running machine, as kvm_stat has them"),
     "trace": ("softkvm.cli.trace", "record KVM's tracepoints, print them, open them in Perfetto"),
@@ -67,6 +69,7 @@ def _overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
+    gc.disable()  # what is imported stays: nothing is gained by looking through it again and again
     _fill_standard_descriptors()
     with _signals_raise():
         try:
@@ -112,7 +115,9 @@ def run_command(name: str, arguments: list[str]) -> int:
     )
     command.add_arguments(parser)
     parse = parser.parse_intermixed_args if command.intermixed else parser.parse_args
-    return command.run(parse(arguments))
+    parsed = parse(arguments)
+    gc.enable()
+    return command.run(parsed)
 
 
 def _say_why(text: str, status: int) -> int:

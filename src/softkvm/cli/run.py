@@ -13,17 +13,17 @@ import signal
 import threading
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import softkvm
 from softkvm import api
-from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
+from softkvm.cli import EXIT_ERROR, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import add_param, count, file_name, param_values, percent, seconds, size
 from softkvm.cli.devices import add_device_options, device_specs
+from softkvm.cli.ends import EXIT_STATUS, signals_end
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.run_console import RunConsole
 from softkvm.cli.run_gdb import add_gdb, gdb_spec, let_debug
@@ -49,20 +49,6 @@ CPU_KVM, CPU_HYPERV = "kvm", "hv"
 NO_ASSIGNMENT = (
     "there is no device assignment (VFIO): a guest's memory is the process's own, which no IOMMU maps for a device"
 )
-
-EXIT_STATUS = {
-    End.POWER_OFF: EXIT_OK,
-    End.ERROR: EXIT_ERROR,
-    End.PANIC: 3,
-    End.TRIPLE_FAULT: 4,
-    End.TIMEOUT: 5,
-    End.RESET: 6,
-    End.STOPPED: 7,
-    End.DEBUG_EXIT: 8,
-    End.HALTED: 9,
-    End.CPU_TIME: 10,
-}
-"""Exit status of ``softkvm run`` for every end of a machine. 2 is a usage error, 128 + n an end by signal n."""
 
 PANIC_GRACE_S = 5.0
 """How long a guest that printed a panic, and has no crash kernel, may take to reset."""
@@ -301,26 +287,6 @@ class _PanicWatch:
         return outcome
 
 
-@contextlib.contextmanager
-def _signals_end(machine: Machine, caught: list[int]) -> Iterator[None]:
-    """Let signals end the machine instead of the process, and note them in *caught*; ignored ones stay so (nohup)."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        machine.end(Outcome(End.STOPPED, signal.Signals(number).name))
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    changed = [number for number, old in before.items() if old not in (signal.SIG_IGN, None)]
-    for number in changed:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number in changed:
-            signal.signal(number, before[number])
-
-
 def _instructions(stats: dict[str, Any]) -> int | None:
     """Sum the instructions that the vCPUs retired, if their KVM counts them."""
     counts = [vcpu.get("kvm", {}).get("instructions") for vcpu in stats["vcpus"]]
@@ -452,7 +418,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         if gdb is not None:
             let_debug(machine, gdb, stack)
         with (
-            _signals_end(machine, caught),
+            signals_end(machine, caught),
             console.attach(machine, lambda: machine.end(Outcome(End.STOPPED, "from the console"))),
         ):
             watcher.started_ns = time.monotonic_ns()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from softkvm import abi, api
 from softkvm.abi.sizes import Size
@@ -29,7 +29,9 @@ from softkvm.vmm.pausing import PAUSE_S, Pausing
 from softkvm.vmm.standstill import Standstill
 from softkvm.vmm.vcpu_thread import VcpuThread
 from softkvm.vmm.virtio.worker import Workers
-from softkvm.vmm.vsock.api import Vsock
+
+if TYPE_CHECKING:
+    from softkvm.vmm.vsock.api import Vsock
 
 _P = ParamSpec("_P")
 

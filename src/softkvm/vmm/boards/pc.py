@@ -13,15 +13,11 @@ from softkvm.vmm.bios import services
 from softkvm.vmm.boards import Board, Saving, pc_state
 from softkvm.vmm.boards.pc_halt import halted_for_good
 from softkvm.vmm.boards.pc_virtio import PCI_STRIDE, PcVirtio
-from softkvm.vmm.boot import acpi, bzimage, firmware, flat, layout, loaders, mptable, multiboot, pvh
-from softkvm.vmm.boot.cpustate import jump_in_real_mode
-from softkvm.vmm.boot.image import Deadline, Image, Source
-from softkvm.vmm.boot.loaders import Kind
-from softkvm.vmm.boot.placement import Module
+from softkvm.vmm.boot import layout
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
 from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial, shutdown_ports
 from softkvm.vmm.devices.vmgenid import GPE, VmGenId
-from softkvm.vmm.errors import ImageError, StateError
+from softkvm.vmm.errors import StateError
 from softkvm.vmm.events import Event
 from softkvm.vmm.hyperv import enable as enable_hyperv
 from softkvm.vmm.hyperv import hyperv_cpuid
@@ -31,6 +27,9 @@ from softkvm.vmm.reset import ResetState
 from softkvm.vmm.routing import pc_routing
 
 if TYPE_CHECKING:
+    from softkvm.vmm.boot import bzimage
+    from softkvm.vmm.boot.image import Deadline, Image, Source
+    from softkvm.vmm.boot.placement import Module
     from softkvm.vmm.machine import Machine
 
 F = TypeVar("F", bound=pci.Function)
@@ -324,6 +323,9 @@ class Pc(Board):
     def _wake_up(self) -> None:
         self.machine.events.tell(Event.AWAKE)
         self._reset_state.restore(self.machine.vm, self._vcpus())
+        from softkvm.vmm.boot import acpi
+        from softkvm.vmm.boot.cpustate import jump_in_real_mode
+
         jump_in_real_mode(self.machine.vcpus[0].vcpu, acpi.waking_vector(self.memory))
 
     # -- boot
@@ -349,34 +351,6 @@ class Pc(Board):
         self._load_again = functools.partial(
             self.load, kernel, initrd, command_line, modules=modules, raw=raw, entry=entry
         )
-        if not isinstance(command_line, str):
-            raise TypeError(f"command_line={command_line!r}: expected a str")
-        vcpu = self.machine.vcpus[0].vcpu
-        if "\0" in command_line:
-            raise ImageError("command line holds a NUL character")
-        with contextlib.ExitStack() as files:
-            image = files.enter_context(Image.of(kernel, "kernel", self.memory.size, deadline))
-            if initrd is not None:
-                ramdisk = files.enter_context(Image.of(initrd, "initrd", self.memory.size, deadline))
-                modules = [Module(ramdisk), *modules]
-            if raw:
-                flat.load(vcpu, self.memory, image, deadline)
-                firmware.install(self.machine.vm, self.memory, pit=self.machine.config.pit)
-                return
-            image, kind = loaders.recognize(image, self.memory.size, deadline)
-            if entry is not None and kind is not Kind.LINUX:
-                raise ImageError(f"kernel is no Linux kernel: it has no {entry.value}-bit entry to choose")
-            arguments = command_line.encode("utf-8", "surrogateescape")
-            modules = [module for module in modules if module.image.size or module.command_line]
-            devices = self.virtio.described(hpet=self.machine.config.hpet)
-            rsdp = acpi.write_tables(self.memory, range(self.machine.config.vcpus), devices)
-            mptable.write_table(self.memory, range(self.machine.config.vcpus))
-            if kind is Kind.LINUX:
-                bzimage.load(vcpu, self.memory, image, modules, arguments, rsdp, entry=entry, deadline=deadline)
-            elif kind is Kind.MULTIBOOT:
-                multiboot.load(vcpu, self.memory, image, arguments, modules, deadline)
-            elif kind is Kind.ELF:
-                pvh.load(vcpu, self.memory, image, modules, arguments, rsdp, deadline)
-            else:
-                raise ImageError(loaders.describe_unknown(image))
-            firmware.install(self.machine.vm, self.memory, pit=self.machine.config.pit)
+        from softkvm.vmm.boards import pc_boot
+
+        pc_boot.load(self, kernel, initrd, command_line, modules, raw=raw, entry=entry, deadline=deadline)

@@ -9,12 +9,9 @@ which that is; restoring maps the base's memory and its own over it.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import os
-import re
-import secrets
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +62,7 @@ def save(
     target = Path(directory)
     with _writing(target) as work:
         base_manifest = None if base is None else _read_manifest(Path(base))
-        identifier = secrets.token_hex(16)
+        identifier = os.urandom(16).hex()
         with machine.pausing.still(), _new_file(work / MEMORY) as memory:
             if base_manifest is None:
                 ranges = memory_file.used_ranges(machine.memory)
@@ -87,7 +84,7 @@ def save(
             _sync(memory, durable)
         result = Manifest(
             id=identifier,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             machine={name: getattr(machine.config, name) for name in CONFIG},
             state=FileEntry(len(data), len(data), hashlib.sha256(data).hexdigest()),
             memory=FileEntry(machine.memory.size, stored, digest),
@@ -148,7 +145,7 @@ def _writing(target: Path) -> Iterator[Path]:
     """Make a directory beside *target* to work in, which is gone afterwards; SnapshotError for what goes wrong."""
     if os.path.lexists(target):
         raise SnapshotError(f"{target}: it exists, expected a name for a new directory")
-    work = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    work = target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     try:
         _clean_up(target)
         work.mkdir(mode=0o700)
@@ -156,16 +153,23 @@ def _writing(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise SnapshotError(f"{target}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
+
+
+def _remove(directory: Path) -> None:
+    import shutil  # saving needs it, restoring does not
+
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _clean_up(target: Path) -> None:
     """Take away what processes have left behind that were killed while they saved to *target*."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.[0-9a-f]+\.tmp")
     for path in target.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and not os.path.exists(f"/proc/{match[1]}"):
-            shutil.rmtree(path, ignore_errors=True)
+        if not (path.name.startswith(f".{target.name}.") and path.name.endswith(".tmp")):
+            continue
+        process = path.name.removeprefix(f".{target.name}.").partition(".")[0]
+        if process.isdecimal() and not os.path.exists(f"/proc/{process}"):
+            _remove(path)
 
 
 def _put_in_place(work: Path, target: Path, *, durable: bool) -> None:
