@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from softkvm import abi, api
 from softkvm.abi.run_page import (
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _IO = struct.Struct("<BBHIQ")  # kvm_run.io
 _MASKS = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
+#: Bytes from an address to the end of the device's range, the offset in that, and the device's methods.
+_MmioRoute: TypeAlias = tuple[int, int, Callable[[int, int], int], Callable[[int, int, int], None]]
 
 
 class VcpuThread:
@@ -58,6 +60,7 @@ class VcpuThread:
         self._quads = self._shared.cast("Q")
         # (is_out, size, the device's method, offset, data offset) by what tells a single access
         self._io_routes = machine.pio.new_cache()
+        self._mmio_routes: dict[int, _MmioRoute | None] = machine.mmio.new_cache()
 
     def _main(self) -> None:
         try:
@@ -141,6 +144,8 @@ class VcpuThread:
         if found is not None and count == 1 and len(self._io_routes) < CACHE_ENTRIES:
             access = found.device.write if is_out else found.device.read
             self._io_routes[self._quads[IO_Q]] = (is_out, size, access, port - found.start, at)
+            if pio.find(port) is not found:  # it has gone meanwhile
+                self._io_routes.pop(self._quads[IO_Q], None)
         for start in range(at, at + size * count, size):
             if is_out:
                 pio.write(port, size, int.from_bytes(shared[start : start + size], "little"))
@@ -149,16 +154,34 @@ class VcpuThread:
 
     def _mmio(self) -> None:
         """KVM_EXIT_MMIO: one access of up to 8 bytes."""
-        address = self._quads[MMIO_PHYS_ADDR_Q]
+        quads = self._quads
+        address = quads[MMIO_PHYS_ADDR_Q]
         size = self._words[MMIO_LEN_D]
-        mask = _MASKS[size]
-        found = self.machine.mmio.find(address)
-        if found is None or address + size > found.end:
-            self._quads[MMIO_DATA_Q] = mask  # a write is lost, a read finds ones
-        elif self._shared[MMIO_IS_WRITE_B]:
-            found.device.write(address - found.start, size, self._quads[MMIO_DATA_Q] & mask)
+        try:
+            route = self._mmio_routes[address]
+        except KeyError:
+            route = self._mmio_route(address)
+        if route is None or size > route[0]:
+            quads[MMIO_DATA_Q] = _MASKS[size]  # a write is lost, a read finds ones
+            return
+        _, offset, read, write = route
+        if self._shared[MMIO_IS_WRITE_B]:
+            write(offset, size, quads[MMIO_DATA_Q] & _MASKS[size])
         else:
-            self._quads[MMIO_DATA_Q] = found.device.read(address - found.start, size) & mask
+            quads[MMIO_DATA_Q] = read(offset, size) & _MASKS[size]
+
+    def _mmio_route(self, address: int) -> _MmioRoute | None:
+        """Find who answers at an address, and note it."""
+        found = self.machine.mmio.find(address)
+        route = None
+        if found is not None:
+            device = found.device
+            route = (found.end - address, address - found.start, device.read, device.write)
+        if len(self._mmio_routes) < CACHE_ENTRIES:
+            self._mmio_routes[address] = route
+            if self.machine.mmio.find(address) is not found:  # it has come or gone meanwhile
+                self._mmio_routes.pop(address, None)
+        return route
 
     def _nothing(self) -> None:
         """An exit that asks for nothing."""

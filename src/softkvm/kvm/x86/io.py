@@ -154,10 +154,10 @@ def exit_mmio(vcpu: Vcpu, gpa: int, size: int, value: int, is_write: int) -> Non
     run_q[MMIO_LEN_Q] = size | is_write << 32
 
 
-def advance(vcpu: Vcpu, length: int) -> int:
-    """Advance RIP by the decoded ``length`` of an emulated instruction and end its interrupt shadow."""
+def advance(vcpu: Vcpu, length: int, at: int = -1) -> int:
+    """Advance RIP by the decoded ``length`` of an emulated instruction (at ``at``) and end its interrupt shadow."""
     q = vcpu.q
-    rip = q[RIP] + length
+    rip = (q[RIP] if at < 0 else at) + length
     if rip >> 32 and not vcpu.is_64bit_code():
         rip &= 0xFFFF_FFFF
     q[RIP] = rip

@@ -355,7 +355,8 @@ class Emulator(Access):
         vcpu.stat_mmio_exits += 1
         exit_mmio(vcpu, gpa, size, 0, 0)
         self.insn = insn
-        self._wait(self._complete_load)
+        self._waiting_rip = vcpu.q[V.RIP]
+        vcpu.complete_userspace_io = self._complete_load
         return 0
 
     def _load(self, operand: Operand, value: int) -> None:
@@ -367,10 +368,9 @@ class Emulator(Access):
             self.gpr[index] = self.gpr[index] & ~mask | (value << operand.shift & mask)
 
     def _complete_load(self, vcpu: Vcpu) -> int:
-        self._resume()
+        """:meth:`_resume`, the load, and on to the next instruction."""
         insn = self.insn
         assert insn is not None and insn.mmio is not None
         _, size, operand = insn.mmio
-        value = self.vcpu.run_q[run_page.MMIO_DATA_Q] & (1 << size * 8) - 1
-        self._load(operand, value)
-        return advance(self.vcpu, insn.length)
+        self._load(operand, vcpu.run_q[run_page.MMIO_DATA_Q] & (1 << size * 8) - 1)
+        return advance(vcpu, insn.length, self._waiting_rip)

@@ -15,7 +15,6 @@ from softkvm.kvm.vcpu import GENERAL_REQUESTS
 from softkvm.kvm.x86.mmu.paging import PFERR_PRESENT, PFERR_WRITE
 from softkvm.kvm.x86.mmu.tdp_mmu import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
 from softkvm.kvm.x86.paravirt import async_pf
-from softkvm.kvm.x86.svm.vmcb import PFERR_GUEST_FINAL
 
 if TYPE_CHECKING:
     from softkvm.abi import kvm_pre_fault_memory
@@ -32,15 +31,13 @@ def page_fault(vcpu: Vcpu, gpa: int, error: int) -> int:
     """Map the page of ``gpa``; ``error`` is the fault's code (EXITINFO1). Returns a RET_PF_* code.
 
     RET_PF_EMULATE: there is no memory, or the access is a write to read-only memory. What has no memory is found again
-    without a look at the slots: the last frame in the vCPU's state, others by their MMIO SPTE.
+    without a look at the slots, by its MMIO SPTE; the last such frame is noted in the vCPU's state, for the next time.
 
     Raises EFAULT, described in the run page, for memory that the process cannot reach, and for private frames without.
     """
     gfn = gpa >> PAGE_SHIFT
     vm = vcpu.vm
     slots = vm.memslots
-    if gfn == vcpu.mmio_gfn and slots is vcpu.mmio_slots and error & PFERR_GUEST_FINAL:
-        return RET_PF_EMULATE
     if not error & PFERR_PRESENT and vm.mmu.lookup_mmio(gfn, slots.generation):
         vcpu.mmio_gfn, vcpu.mmio_slots = gfn, slots
         return RET_PF_EMULATE

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from softkvm import _softcpu, abi
 from softkvm.abi import run_page
 from softkvm.kvm.errors import kvm_error
+from softkvm.kvm.memory.pages import PAGE_SHIFT
 from softkvm.kvm.x86 import control_registers as cr
 from softkvm.kvm.x86 import io, reset
 from softkvm.kvm.x86.emulate import system as emulate_system
@@ -94,12 +95,14 @@ def npf_interception(vcpu: Vcpu) -> int:
     """Nested page fault: map the page, or emulate the access where there is no memory."""
     q = vcpu.q
     gpa, error = q[EXIT_INFO_2], q[EXIT_INFO_1]
-    if page_fault(vcpu, gpa, error) != RET_PF_EMULATE:
+    # Devices are accessed again and again: where the last frame without memory is meant, nothing is to be looked up.
+    known = gpa >> PAGE_SHIFT == vcpu.mmio_gfn and vcpu.vm.memslots is vcpu.mmio_slots and error & PFERR_GUEST_FINAL
+    if not known and page_fault(vcpu, gpa, error) != RET_PF_EMULATE:
         return 1
     # There is no memory, or it is a write to read-only memory.
     if q[EXIT_INT_INFO] & EVTINJ_VALID:
         return _event_vectoring_error(vcpu)
-    if error & V.PFERR_GUEST_PAGE and not error & PFERR_GUEST_FINAL:
+    if not known and error & V.PFERR_GUEST_PAGE and not error & PFERR_GUEST_FINAL:
         gpa = -1  # the walk of the guest's tables faulted: this isn't the operand's address
     return vcpu.emulator.mmio(gpa)
 
