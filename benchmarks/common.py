@@ -43,6 +43,10 @@ class Image:
     append: str = ""
     memory_mib: int = 256
     vcpus: int = 1
+    options: tuple[str, ...] = ()
+    """More options of ``softkvm run``."""
+    qemu_options: tuple[str, ...] = ()
+    """The same for QEMU."""
 
 
 @dataclass
@@ -77,11 +81,11 @@ def command(side: str, image: Image, stats: Path | None = None) -> list[str]:
         machine = ["-accel", accelerator, "-m", str(image.memory_mib), "-smp", str(image.vcpus), "-no-reboot"]
         devices = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
         options = [word for name, value in boot.items() for word in (f"-{name}", value)]
-        return [*started, "qemu-system-x86_64", *machine, *devices, *options]
+        return [*started, "qemu-system-x86_64", *machine, *devices, *image.qemu_options, *options]
     machine = ["--mem", f"{image.memory_mib}M", "--vcpus", str(image.vcpus)]
     options = [word for name, value in boot.items() for word in (f"--{name}", value)]
     statistics_file = ["--stats", str(stats)] if stats else []
-    return [*COMMAND, "run", *machine, *statistics_file, *options]
+    return [*COMMAND, "run", *machine, *image.options, *statistics_file, *options]
 
 
 def run(side: str, image: Image, timeout_s: float = 300) -> Run:

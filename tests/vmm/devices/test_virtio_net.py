@@ -235,6 +235,19 @@ def test_a_short_header_is_no_frame() -> None:
         assert not wire.frames and net.counters["tx_dropped"] == 1
 
 
+def test_of_a_few_frames_ends_the_driver_is_told_at_leisure_and_of_many_at_once() -> None:
+    """They are in the used ring at once; the interrupt, which costs a driver more, may wait (5.1.6.2.3)."""
+    with nets(without=(29,)) as (driver, _, _):  # without event index, every flush is an interrupt
+        queue = driver.queues[1]
+        queue.request([bytes(12) + frame()])
+        driver.wait_interrupt()
+        buffers = [queue.add([bytes(12) + frame(1500)]) for _ in range(20)]
+        queue.notify()
+        for buffer in buffers:
+            queue.wait(buffer)
+        driver.wait_interrupt()
+
+
 def control(driver: Driver, kind: int, command: int, data: bytes) -> int:
     """Send a command (5.1.6.5); return its acknowledgement: 0 for OK."""
     (ack,) = driver.queues[-1].request([bytes((kind, command)), data] if data else [bytes((kind, command))], [1])

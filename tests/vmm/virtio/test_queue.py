@@ -356,3 +356,31 @@ def test_packed_is_offered_when_asked_for() -> None:
     for packed in (False, True):
         with driving(Echo(), packed=packed, start=False) as driver:
             assert driver.registers.features() >> RING_PACKED & 1 == packed
+
+
+class Quiet(VirtioDevice):
+    """Shows what it has used, and tells of it when a test says so."""
+
+    type = 42
+    name = "quiet"
+    queue_sizes = (8,)
+
+    def notified(self, index: int) -> None:
+        for chain in self.queues[0].drain(interrupt=False):
+            self.queues[0].push(chain)
+
+
+@PACKED
+def test_what_is_shown_is_used_and_one_flush_tells_of_all(packed: bool) -> None:
+    """2.7.10, 2.8.10: whether the driver wants an interrupt is looked at for all that was used since the last time."""
+    with driving(Quiet(), packed=packed) as driver:
+        queue = driver.queues[0]
+        for _ in range(3):
+            queue.request([b"x"])
+        assert not driver.registers.interrupts()
+        queue.request([b"x"])  # behind the first, for which the driver wants one
+        driver.device.call(driver.device.queues[0].flush)
+        driver.wait_interrupt()
+        driver.device.call(driver.device.queues[0].flush)  # nothing new
+        queue.request([b"x"])
+        assert not driver.registers.interrupts()

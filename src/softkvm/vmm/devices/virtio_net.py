@@ -64,6 +64,11 @@ CONTROL_QUEUE_SIZE: Final = 64
 SPEED_MBPS: Final = 10_000
 FULL_DUPLEX: Final = 1
 
+HELD: Final = 16
+HELD_BYTES: Final = 16384
+HELD_S: Final = 0.002
+"""How many frames' ends, or of how many bytes, and how long, the driver isn't told of."""
+
 FRAME_BYTES: Final = Size(
     "bytes of a frame", FRAME_MAX, None, least=ETHERNET, giver="guest", effect="the frame is dropped", where=__name__
 )
@@ -117,6 +122,9 @@ class Net(VirtioDevice):
         self._steering = bytearray(_STEERING)
         self._waiting: list[deque[_Waiting]] = [deque() for _ in range(pairs)]
         self._touched: set[int] = set()
+        self._held: dict[Queue, int] = {}
+        """Queues that have frames of whose end the driver hasn't been told."""
+        self._telling = False
         self.features = self._features()
 
     def _features(self) -> int:
@@ -271,6 +279,7 @@ class Net(VirtioDevice):
         for waiting in self._waiting:
             waiting.clear()
         self._touched.clear()
+        self._held.clear()
         self.filter = ReceiveFilter(self.own_mac)
         self.pairs = 1
         self.announcing = False
@@ -311,7 +320,7 @@ class Net(VirtioDevice):
         backend, up = self.backend, self.link_up
         frames = size = 0
         try:
-            for chain in queue.drain():
+            for chain in queue.drain(interrupt=False):
                 frame = _frame(chain, queue)
                 if frame is None or not FRAME_BYTES.allows(frame.size) or not up:
                     self.counters["tx_dropped"] += 1
@@ -327,6 +336,27 @@ class Net(VirtioDevice):
             self.counters["tx_bytes"] += size
         backend.received()
         self.flush()
+        self._complete(queue, frames, size)
+
+    def _complete(self, queue: Queue, frames: int, size: int) -> None:
+        """Tell the driver that its frames are gone: at once after many, of a few at leisure.
+
+        An interrupt costs it more than it gains. It sees them when it looks (Linux's does before it sends, and when it
+        receives), and waits for none of so few.
+        """
+        self._held[queue] = held = self._held.get(queue, 0) + frames
+        if held > HELD or size > HELD_BYTES:
+            del self._held[queue]
+            queue.flush()
+        elif not self._telling:
+            self._telling = True
+            self.worker.call_later(HELD_S, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = False
+        held, self._held = self._held, {}
+        for queue in held:
+            queue.flush()
 
     # -- the control queue (5.1.6.5)
 
@@ -428,6 +458,7 @@ class Net(VirtioDevice):
     def save(self) -> dict[str, Any]:
         """What the driver has told the device, frames that wait, and what the back end needs."""
         self.flush()
+        self._held.clear()  # saving a queue tells of all
         return {
             "mac": self.own_mac,
             "filter": self.filter.save(),

@@ -70,7 +70,7 @@ class PackedQueue(Queue):
         self._next, self._wrap = 0, 1
         self._used, self._used_wrap = 0, 1
         self._held: tuple[int, int] | None = None  # the first used descriptor that isn't shown, and its flags
-        self._unshown = 0  # descriptors pushed since the last flush
+        self._untold = 0  # descriptors pushed since the last flush
 
     def pop(self) -> Chain | None:
         """Take the next available buffer."""
@@ -124,7 +124,7 @@ class PackedQueue(Queue):
             self._held = at, flags
         else:
             self._words[at * _WORDS + _FLAGS_W] = flags
-        self._unshown += chain.count
+        self._untold += chain.count
         self._used = at + chain.count
         if self._used >= self.size:
             self._used, self._used_wrap = self._used - self.size, self._used_wrap ^ 1
@@ -132,16 +132,22 @@ class PackedQueue(Queue):
             self.mark(chain, written)
             self.memory.mark_written(self._ring_address + at * DESCRIPTOR, DESCRIPTOR)
 
-    def flush(self) -> None:
-        """Show the batch; interrupt if the driver's event suppression lets us (2.8.10)."""
+    def show(self) -> None:
+        """Make the batch's first descriptor a used one."""
         if self._held is None:
             return
         at, flags = self._held
         self._held = None
         self._words[at * _WORDS + _FLAGS_W] = flags
-        count, self._unshown = self._unshown, 0
         if self.memory.logging:
             self.memory.mark_written(self._ring_address + at * DESCRIPTOR, DESCRIPTOR)
+
+    def flush(self) -> None:
+        """Show the batch; interrupt if the driver's event suppression lets us (2.8.10)."""
+        if not self._untold:
+            return
+        self.show()
+        count, self._untold = self._untold, 0
         barrier()
         events = self._driver[0]
         kind = events >> 16 & 3

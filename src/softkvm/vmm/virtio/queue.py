@@ -202,6 +202,10 @@ class Queue(ABC):
         """Put a buffer into the used ring with the bytes written, by default ``chain.written``. See :meth:`flush`."""
 
     @abstractmethod
+    def show(self) -> None:
+        """Show the driver what was pushed; whether it wants an interrupt for it is :meth:`flush`'s to look at later."""
+
+    @abstractmethod
     def flush(self) -> None:
         """Show the driver what was pushed, and interrupt it if it wants that: once per batch."""
 
@@ -225,9 +229,10 @@ class Queue(ABC):
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
 
-    def drain(self) -> Iterator[Chain]:
+    def drain(self, *, interrupt: bool = True) -> Iterator[Chain]:
         """Yield available buffers until there are none, without notifications meanwhile; flush after each batch.
 
+        Without *interrupt* batches are shown only, and the caller flushes when it likes.
         A driver that is always quicker doesn't keep the thread for ever: the device is notified again, then.
         """
         if not self.ready:
@@ -239,7 +244,10 @@ class Queue(ABC):
                 if chain is None:
                     break
                 yield chain
-            self.flush()
+            if interrupt:
+                self.flush()
+            else:
+                self.show()
             if not self.enable_notifications():
                 return
         self.again()
@@ -291,6 +299,9 @@ class NoQueue(Queue):
     def push(self, chain: Chain, written: int | None = None) -> None:
         """There is no buffer to give back: QueueError."""
         raise QueueError(f"queue {self.index} is not ready")
+
+    def show(self) -> None:
+        """Nothing."""
 
     def flush(self) -> None:
         """Nothing."""
@@ -376,7 +387,7 @@ class SplitQueue(Queue):
         self._next = 0  # of the available ring: what pop takes
         self._seen = 0  # its index, when last looked at
         self._pushed = 0  # of the used ring
-        self._shown = 0
+        self._told = 0  # of which the driver has been told, if it wanted that
 
     def pop(self) -> Chain | None:
         """Take the next available buffer."""
@@ -442,15 +453,19 @@ class SplitQueue(Queue):
             self.mark(chain, written)
             self.memory.mark_written(self._used_address + 4 + 4 * at, 8)
 
-    def flush(self) -> None:
-        """Publish the used index; interrupt unless the driver wants none (2.7.7, 2.7.10)."""
-        new, old = self._pushed, self._shown
-        if new == old:
-            return
-        self._used[1] = new
-        self._shown = new
+    def show(self) -> None:
+        """Publish the used index."""
+        self._used[1] = self._pushed
         if self.memory.logging:
             self.memory.mark_written(self._used_address, 4)
+
+    def flush(self) -> None:
+        """Publish the used index; interrupt unless the driver wants none (2.7.7, 2.7.10)."""
+        new, old = self._pushed, self._told
+        if new == old:
+            return
+        self.show()
+        self._told = new
         barrier()
         if self.event_idx:
             if new - self._avail[self._used_event] - 1 & 0xFFFF < (new - old & 0xFFFF):
@@ -493,4 +508,4 @@ class SplitQueue(Queue):
     def restore(self, state: dict[str, Any]) -> None:
         """Take over the indices."""
         self._next = self._seen = state["next"] & 0xFFFF
-        self._pushed = self._shown = state["used"] & 0xFFFF
+        self._pushed = self._told = state["used"] & 0xFFFF

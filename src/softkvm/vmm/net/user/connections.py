@@ -32,6 +32,9 @@ BUFFERED: Final = Size(
 )  # fmt: skip
 
 TICK_S: Final = 0.25
+DELAY_S: Final = 0.002
+"""How long a small amount may go without an acknowledgement (RFC 9293, 3.8.6.3: less than 0.5 s)."""
+
 _SEGMENT: Final = struct.Struct(">4sIIHHHH")
 
 
@@ -47,7 +50,10 @@ class Connections:
         self.buffered = 0
         self.retransmitted = 0
         self.due: list[Connection] = []
-        """Those that have an acknowledgement to send."""
+        """Those that have an acknowledgement to send at the end of the batch."""
+        self.soon: list[Connection] = []
+        """Those whose acknowledgement may wait for data."""
+        self._acknowledging = False
         self.blocked: dict[Connection, None] = {}
         """Those that wait until the driver takes frames."""
         self.options = b""
@@ -133,7 +139,9 @@ class Connections:
         connection.take_syn(sequence, window, self.options)
         self._add(connection)
         error = host.connect_ex(target.address)
-        if error == errno.EINPROGRESS:
+        if error == errno.EINPROGRESS:  # on the loopback it is connected as soon as the call is over
+            error = host.connect_ex(target.address)
+        if error == errno.EALREADY:
             connection.connect()
         else:
             connection.state = CONNECTING
@@ -214,6 +222,19 @@ class Connections:
                 connection.acknowledge_due()
         self.link.flush()
 
+    def acknowledge_soon(self) -> None:
+        """Have those in :attr:`soon` acknowledge in a moment."""
+        if not self._acknowledging:
+            self._acknowledging = True
+            self.link.worker.call_later(DELAY_S, self._acknowledge)
+
+    def _acknowledge(self) -> None:
+        self._acknowledging = False
+        soon, self.soon = self.soon, []
+        for connection in soon:
+            connection.acknowledge_due()
+        self.finish()
+
     def room_again(self) -> None:
         """The driver takes frames again."""
         blocked, self.blocked = self.blocked, {}
@@ -229,7 +250,7 @@ class Connections:
     # -- time
 
     def tick_soon(self) -> None:
-        """Look at the clock for as long as there are connections."""
+        """Look at the clock for as long as a connection has a deadline."""
         if not self._ticking:
             self._ticking = True
             self.link.worker.call_later(TICK_S, self._tick)
@@ -239,7 +260,7 @@ class Connections:
         now = self.clock()
         for connection in list(self.by_key.values()):
             connection.expired(now)
-        if self.by_key:
+        if any(connection.deadline for connection in self.by_key.values()):
             self.tick_soon()
         self.finish()
 
@@ -250,6 +271,7 @@ class Connections:
         for connection in list(self.by_key.values()):
             connection.drop(reset=not connection.waiting)
         self.due.clear()
+        self.soon.clear()
 
     def save(self) -> list[dict[str, Any]]:
         """What it takes to reset each connection towards the guest."""

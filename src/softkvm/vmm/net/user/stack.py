@@ -184,7 +184,8 @@ class UserStack(Backend):
 
     def finish(self) -> None:
         """Acknowledge what came, show the driver what was sent."""
-        self.connections.finish()
+        if self._link is not None:
+            self.connections.finish()
 
     def room(self) -> None:
         """The driver takes frames again."""
@@ -198,19 +199,16 @@ class UserStack(Backend):
             if whole is None:
                 return
             packet = whole
-        if packet.protocol == TCP:
-            if self.is_guest(packet.source):
-                self.neighbours.learn(packet.source, packet.mac)
-                if not self.is_group(packet.destination):
-                    self.connections.receive(packet)
-            else:
-                self.count("foreign")
-        elif packet.protocol == UDP:
-            if self.is_guest(packet.source):
-                self.neighbours.learn(packet.source, packet.mac)
+        guest = self.is_guest(packet.source)
+        if guest:
+            self.neighbours.learn(packet.source, packet.mac)
+        if packet.protocol == UDP:  # DHCP's clients have no address yet
             self.datagrams.receive(packet)
-        elif not self.is_guest(packet.source):
+        elif not guest:
             self.count("foreign")
+        elif packet.protocol == TCP:
+            if not self.is_group(packet.destination):
+                self.connections.receive(packet)
         elif packet.protocol == ICMP:
             self._receive_icmp(packet)
         else:

@@ -71,6 +71,9 @@ SYN_RECEIVED: Final = "SYN-RECEIVED"
 OPEN: Final = "OPEN"
 CLOSED: Final = "CLOSED"
 
+NOW: Final = 2
+SOON: Final = 1
+
 _RESET: Final = struct.pack("ii", 1, 0)  # struct linger: on, no time
 
 DEFAULT_MSS: Final = {4: 536, 6: 1220}
@@ -86,6 +89,7 @@ class Table(Protocol):
     link: Link
     clock: Callable[[], float]
     due: list[Connection]
+    soon: list[Connection]
     blocked: dict[Connection, None]
     options: bytes
     buffered: int
@@ -120,6 +124,9 @@ class Table(Protocol):
     def tick_soon(self) -> None:
         """Call :meth:`Connection.expired` in a while."""
 
+    def acknowledge_soon(self) -> None:
+        """Call :meth:`Connection.acknowledge_due` of those in :attr:`soon` in a moment."""
+
     def finish(self) -> None:
         """The end of a batch."""
 
@@ -131,10 +138,11 @@ class Connection:
     """
 
     __slots__ = (
-        "_chunks", "_consumed", "_deadline", "_events", "_header", "_header_gso", "_retries", "_second", "acknowledge",
-        "blocked", "buffered", "duplicates", "edge", "fin_acknowledged", "fin_received", "fin_sent", "fin_wanted",
-        "host", "host_eof", "host_shut", "iss", "key", "mss", "path", "ports", "queued", "rcv_nxt", "scale",
-        "scale_own", "segment", "snd_max", "snd_nxt", "snd_una", "snd_wnd", "state", "table", "to_host",
+        "_chunks", "_consumed", "_events", "_header", "_header_gso", "_retries", "_second", "_unacknowledged",
+        "acknowledge", "blocked", "buffered", "deadline", "duplicates", "edge", "fin_acknowledged", "fin_received",
+        "fin_sent", "fin_wanted", "host", "host_eof", "host_shut", "iss", "key", "mss", "path", "ports", "queued",
+        "rcv_nxt", "scale", "scale_own", "segment", "snd_max", "snd_nxt", "snd_una", "snd_wnd", "state", "table",
+        "to_host",
     )  # fmt: skip
 
     def __init__(self, table: Table, key: bytes, path: Path, ports: bytes, host: socket.socket) -> None:
@@ -160,11 +168,14 @@ class Connection:
         self.buffered = 0
         self.fin_wanted = self.fin_sent = self.fin_acknowledged = self.fin_received = False
         self.host_eof = self.host_shut = False
-        self.acknowledge = False
+        self.acknowledge = 0
+        """Whether an acknowledgement is due: NOW, SOON or not at all."""
+        self._unacknowledged = 0
         self.blocked = False
         self.duplicates = 0
         self._events = 0
-        self._deadline = 0.0
+        self.deadline = 0.0
+        """When :meth:`expired` has something to do; 0: never."""
         self._retries = 0
         self._second = False  # whether our FIN came behind the guest's
         self.offloads()
@@ -210,7 +221,8 @@ class Connection:
     def connect(self) -> None:
         """The guest's SYN has come and the host's socket is on its way: answer when it has arrived."""
         self.state = CONNECTING
-        self._deadline = self.table.clock() + CONNECT_S
+        self.deadline = self.table.clock() + CONNECT_S
+        self.table.tick_soon()
         self._watch(WRITE)
 
     def connected(self) -> None:
@@ -240,7 +252,7 @@ class Connection:
     def _established(self) -> None:
         self.state = OPEN
         self._retries = 0
-        self._deadline = 0.0
+        self.deadline = 0.0
         self.table.opened(self)
         self._watch(READ)
 
@@ -305,7 +317,7 @@ class Connection:
         if bits & FIN and not self.fin_received and self.state == OPEN and size >= 0:
             self.fin_received = True
             self.rcv_nxt = (self.rcv_nxt + 1) & MASK
-            self._later()
+            self._later(1)  # the host's end often follows at once
             if not self.buffered:
                 self._shut_host()
         self._look()
@@ -356,7 +368,7 @@ class Connection:
                 acknowledged -= 1
             self._release(acknowledged)
             if self.snd_una == self.snd_max:
-                self._deadline = 0.0
+                self.deadline = 0.0
             else:
                 self._arm()
         elif not window:
@@ -408,7 +420,7 @@ class Connection:
             self.table.buffered += size - sent
             self._watch(self._events | WRITE)
         self.rcv_nxt = (self.rcv_nxt + size) & MASK
-        self._later()
+        self._later(0 if cut else size)
         return -1 if cut else size
 
     # -- segments of ours
@@ -422,18 +434,27 @@ class Connection:
     def _segment(self, sequence: int, bits: int, payload: Sequence[Data] = (), size: int = 0) -> None:
         window = self._window()
         self.edge = (self.rcv_nxt + (window << self.scale_own)) & MASK
-        self.acknowledge = False
+        self.acknowledge = self._unacknowledged = 0
         head = self.path.tcp(self.ports, sequence, self.rcv_nxt, bits, window, b"", size)
         self.table.emit(head, payload, self._header if size <= self.mss else self._header_gso)
 
-    def _later(self) -> None:
-        """Acknowledge at the end of the batch, unless data does before."""
-        if not self.acknowledge:
-            self.acknowledge = True
-            self.table.due.append(self)
+    def _later(self, size: int = 0) -> None:
+        """Acknowledge *size* bytes: two full segments, or what is urgent, at the end of the batch, less in a while.
+
+        Data that goes the other way does it before (RFC 9293, 3.8.6.3; RFC 5681, 4.2).
+        """
+        self._unacknowledged += size
+        if not size or self._unacknowledged >= 2 * self.mss:
+            if self.acknowledge != NOW:
+                self.acknowledge = NOW
+                self.table.due.append(self)
+        elif not self.acknowledge:
+            self.acknowledge = SOON
+            self.table.soon.append(self)
+            self.table.acknowledge_soon()
 
     def acknowledge_due(self) -> None:
-        """Send the acknowledgement that was put off."""
+        """Send the acknowledgement that was put off, if nothing has had it since."""
         if self.acknowledge and self.state == OPEN:
             self._segment(self.snd_nxt, ACK)
 
@@ -453,14 +474,15 @@ class Connection:
             room = self._room()
             if room <= 0 or (room < self.mss and self.queued):  # no silly windows (3.8.6.2.1)
                 self._watch(self._events & ~READ)
-                if not self._deadline:
+                if not self.deadline:
                     self._probe_later()
                 return
             if self.blocked or not link.ready():
                 self._block()
                 return
+            asked = min(room, self.segment)
             try:
-                data = self.host.recv(min(room, self.segment))
+                data = self.host.recv(asked)
             except BlockingIOError:
                 self._watch(self._events | READ)
                 return
@@ -473,12 +495,16 @@ class Connection:
                 self.output()
                 self._look()
                 return
+            size = len(data)
             self._chunks.append(data)
-            self.queued += len(data)
+            self.queued += size
             if self.snd_nxt == self.snd_max and not self.blocked:
-                self._send_next((data,), len(data))
+                self._send_next((data,), size)
             else:
                 self.output()
+            if size < asked:  # that was all; if more has come meanwhile, we are called
+                self._watch(self._events | READ)
+                return
 
     def _send_next(self, payload: Sequence[Data], size: int) -> None:
         """Send the next *size* bytes."""
@@ -487,7 +513,7 @@ class Connection:
         self.snd_nxt = (self.snd_nxt + size) & MASK
         if signed(self.snd_nxt - self.snd_max) > 0:
             self.snd_max = self.snd_nxt
-        if not self._deadline:
+        if not self.deadline:
             self._arm()
 
     def output(self) -> None:
@@ -510,7 +536,7 @@ class Connection:
             self.snd_max = self.snd_nxt
             self._second = self.fin_received if not self.fin_sent else self._second
             self.fin_sent = True
-            if not self._deadline:
+            if not self.deadline:
                 self._arm()
 
     def _gather(self, at: int, size: int) -> list[memoryview]:
@@ -546,12 +572,12 @@ class Connection:
     # -- time
 
     def _arm(self) -> None:
-        self._deadline = self.table.clock() + min(RTO_S * (1 << self._retries), RTO_MAX_S)
+        self.deadline = self.table.clock() + min(RTO_S * (1 << self._retries), RTO_MAX_S)
         self.table.tick_soon()
 
     def _probe_later(self) -> None:
         """Ask in a while whether the window is still closed."""
-        self._deadline = self.table.clock() + PROBE_S
+        self.deadline = self.table.clock() + PROBE_S
         self.table.tick_soon()
 
     def _go_back(self) -> None:
@@ -563,7 +589,7 @@ class Connection:
 
     def expired(self, now: float) -> None:
         """A while has passed."""
-        if not self._deadline or now < self._deadline:
+        if not self.deadline or now < self.deadline:
             return
         if self.state == OPEN and self.fin_acknowledged and self.fin_received and self.host_shut:
             self.drop()  # TIME-WAIT is over
@@ -652,7 +678,7 @@ class Connection:
         if self.state == OPEN and self.fin_acknowledged and self.fin_received and self.host_shut:
             self._watch(0)
             self.host.close()
-            self._deadline = self.table.clock() + TIME_WAIT_S
+            self.deadline = self.table.clock() + TIME_WAIT_S
             self.table.tick_soon()
 
     @property
