@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linux's own drivers find virtio devices behind every transport, and their interrupts come."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tests.support.guests import linux_guest
 from tests.support.machines import open_soft
 
+from softkvm.vmm.block.files import create_qcow2, open_image
 from softkvm.vmm.console import Console
 from softkvm.vmm.devices.spec import MMIO, Placement
+from softkvm.vmm.devices.virtio_blk import DiskSpec
 from softkvm.vmm.devices.virtio_rng import RngSpec
 from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.outcome import End
@@ -44,3 +51,73 @@ def test_linux_reads_entropy_through_every_transport(options: str) -> None:
     counts = [int(count) for count in re.findall(r"^ *\d+: +(\d+) .*virtio\d(?:-input)?\s*$", output, re.MULTILINE)]
     assert len(counts) >= 3, output
     assert all(counts), output
+
+
+FILE_SYSTEM = (
+    "for disk in vda vdb vdc; do mke2fs /dev/$disk > /dev/null && mkdir /$disk && mount /dev/$disk /$disk && "
+    "dd if=/dev/urandom of=/$disk/file bs=64k count=40 conv=fsync 2>/dev/null; md5sum /$disk/file | tee /tmp/$disk; "
+    "umount /$disk; echo 3 > /proc/sys/vm/drop_caches; mount -o ro /dev/$disk /$disk && md5sum -c /tmp/$disk; "
+    "umount /$disk; blkdiscard -o 0 -l 1048576 /dev/$disk && echo discarded; cat /sys/block/$disk/serial; echo; done"
+)
+
+
+def test_linux_keeps_a_file_system_on_each_kind_of_disk(tmp_path: Path) -> None:
+    guest = linux_guest()
+    raw, kept, qcow2 = tmp_path / "disk.raw", tmp_path / "kept.raw", tmp_path / "disk.qcow2"
+    for file in (raw, kept):
+        file.write_bytes(bytes(16 << 20))
+    create_qcow2(str(qcow2), 16 << 20)
+    devices = (
+        DiskSpec(str(raw), serial="raw"),
+        DiskSpec(str(qcow2), serial="qcow2", queues=2, placement=Placement(packed=True)),
+        DiskSpec(str(kept), overlay=True, serial="overlay", placement=Placement(transport=MMIO)),
+    )
+    console = Console()
+    with open_soft() as kvm, Machine(kvm, Config(vcpus=2, device_specs=devices), console.output) as machine:
+        machine.load(guest.kernel, guest.initrd, f'{guest.command_line} quiet softkvm.run="{FILE_SYSTEM}"')
+        assert machine.run(timeout_s=240).end is End.POWER_OFF
+    output = console.text
+    assert len(re.findall(r"/vd\w/file: OK", output)) == 3, output
+    assert output.count("discarded") == 3, output
+    assert re.findall(r"^(raw|qcow2|overlay)\s*$", output, re.MULTILINE) == ["raw", "qcow2", "overlay"], output
+    assert not re.search(r"I/O error|EXT[24]-fs error|BUG:|Call Trace", output), output
+    assert kept.read_bytes() == bytes(16 << 20)
+    assert raw.read_bytes() != bytes(16 << 20)
+
+
+SYNCED = (
+    "n=0; while :; do printf %0512d $n | dd of=/dev/vda bs=512 seek=$n conv=fsync,notrunc 2>/dev/null && echo done $n; "
+    "n=$((n+1)); done"
+)
+
+
+def test_what_a_guest_has_synced_survives_kill_9(tmp_path: Path) -> None:
+    guest = linux_guest()
+    disk = tmp_path / "disk.qcow2"
+    create_qcow2(str(disk), 1 << 20, cluster_bits=9)
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "softkvm.cli.main",
+        "run",
+        "--kernel",
+        guest.kernel,
+        "--initrd",
+        guest.initrd,
+    ]
+    command += ["--disk", disk, "--append", f'{guest.command_line} quiet softkvm.run="{SYNCED}"', "--timeout", "240"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    synced = -1
+    for line in process.stdout:
+        if match := re.match(r"done (\d+)", line):
+            synced = int(match[1])
+            if synced == 20:
+                os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert synced >= 20
+    with open_image(str(disk)) as image:
+        for number in range(synced + 1):
+            data = bytearray(512)
+            image.readv([memoryview(data)], 512 * number)
+            assert data == b"%0512d" % number

@@ -8,7 +8,17 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from softkvm.cli import CommandError
-from softkvm.vmm.devices import ports, pvpanic, share, virtio_balloon, virtio_net, virtio_rng, virtio_vsock, watchdog
+from softkvm.vmm.devices import (
+    ports,
+    pvpanic,
+    share,
+    virtio_balloon,
+    virtio_blk,
+    virtio_net,
+    virtio_rng,
+    virtio_vsock,
+    watchdog,
+)
 from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.errors import ConfigError
 
@@ -36,6 +46,16 @@ class DeviceOption(NamedTuple):
 
 
 DEVICE_OPTIONS: Final = (
+    DeviceOption(
+        "--disk",
+        "FILE[,ro][,overlay]…",
+        "a disk (virtio-blk) with the contents of a raw or qcow2 image; ro: it is only read; overlay: what is written "
+        "goes with the machine; format=raw|qcow2, serial=TEXT, queues=N, block-size=512|4096",
+        virtio_blk.parse,
+    ),
+    DeviceOption(
+        "--disk-overlay", "FILE…", "the same with overlay: the image stays as it is", virtio_blk.parse_overlay
+    ),
     DeviceOption("--net", "user|tap=NAME,…", NET_HELP, virtio_net.parse),
     DeviceOption("--rng", "OPTIONS", "a source of entropy (virtio-rng)", virtio_rng.parse, bare=True),
     DeviceOption(

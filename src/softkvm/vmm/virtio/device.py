@@ -47,6 +47,10 @@ class VirtioDevice:
         self.driver_features = 0
         """What the driver has accepted; set before :meth:`activate`."""
         self.queues: list[Queue] = []
+        self.queue_workers: list[Worker] = []
+        """For each queue the worker that :meth:`notified` is called on, if it isn't the device's: set before it is
+        attached. Different queues are served at the same time then, and all of these workers' locks are held where the
+        device's is."""
         self.transport: Attachment | None = None
 
     def attach(self, transport: Attachment, memory: GuestMemory, worker: Worker) -> None:

@@ -54,7 +54,7 @@ class MmioTransport(Transport):
     def write(self, offset: int, size: int, value: int) -> None:
         """Write a register, or part of the configuration space."""
         if offset >= CONFIG:
-            with self.worker.lock:
+            with self.lock:
                 self._guarded(self.device.write_config, offset - CONFIG, value.to_bytes(size, "little"))
             return
         register = _WRITE.get(offset)

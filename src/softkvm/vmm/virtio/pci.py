@@ -105,7 +105,7 @@ class PciTransport(Transport):
             if not at % NOTIFY_MULTIPLIER:
                 self.notify(at // NOTIFY_MULTIPLIER)
         elif structure == DEVICE_AT:
-            with self.worker.lock:
+            with self.lock:
                 self._guarded(self.device.write_config, at, value.to_bytes(size, "little"))
         elif structure == COMMON_AT:
             if size == 8 and at in _ADDRESSES:
@@ -181,7 +181,7 @@ class PciTransport(Transport):
 
     def reset(self) -> None:
         """Reset the device; MSI-X stays as the function's driver has set it up."""
-        with self.worker.lock:
+        with self.lock:
             super().reset()
             self._config_vector = NO_VECTOR
 
@@ -202,7 +202,7 @@ class PciTransport(Transport):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
-        with self.worker.lock:
+        with self.lock:
             self.function.restore(state["function"])
             self.msix.restore(state["msix"])
             super().restore(state)
@@ -265,7 +265,7 @@ class _VirtioFunction(Function):
 
     def moved(self, index: int) -> None:
         """The structures are elsewhere: so are the places for notifications."""
-        if index == 0 and hasattr(self._transport, "worker"):
+        if index == 0 and hasattr(self._transport, "lock"):
             self._transport.moved()
 
 

@@ -109,8 +109,8 @@ class Chain:
         if segment == len(readable):
             return b""
         first = readable[segment]
-        if 0 <= size < len(first) - offset:
-            self._read_at = segment, offset + size
+        if 0 <= size <= len(first) - offset:
+            self._read_at = (segment, offset + size) if size < len(first) - offset else (segment + 1, 0)
             return bytes(first[offset : offset + size])
         if size < 0:
             self._read_at = len(readable), 0
@@ -127,6 +127,14 @@ class Chain:
                 segment, offset = segment + 1, 0
         self._read_at = segment, offset
         return b"".join(pieces)
+
+    def rest(self) -> list[memoryview]:
+        """Take the readable segments that :meth:`read` has left, as they are in memory."""
+        segment, offset = self._read_at
+        self._read_at = len(self.readable), 0
+        if not offset:
+            return self.readable[segment:]
+        return [self.readable[segment][offset:], *self.readable[segment + 1 :]]
 
     def write(self, data: Buffer) -> int:
         """Store *data* behind what has been written; return how many bytes there was room for."""

@@ -13,6 +13,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -74,6 +75,21 @@ class Options:
         return features | (bit(VIRTIO_F_RING_PACKED) if self.packed else 0)
 
 
+class _Locks:
+    """Several locks that are taken together, always in the same order."""
+
+    def __init__(self, locks: list[AbstractContextManager[Any]]) -> None:
+        self._locks = locks
+
+    def __enter__(self) -> None:
+        for lock in self._locks:
+            lock.__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        for lock in reversed(self._locks):
+            lock.__exit__(None, None, None)
+
+
 class Transport(ABC):
     """Shows *device* to the guest; the device's functions are called on *worker*."""
 
@@ -99,14 +115,17 @@ class Transport(ABC):
         self._kicks = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.queues]
         self._placed: list[tuple[int, int]] = []  # ioeventfds: descriptor, address
         device.attach(self, memory, worker)
+        self._queue_workers = device.queue_workers or [worker] * len(self._kicks)
+        self.lock = _Locks([other.lock for other in dict.fromkeys([worker, *self._queue_workers])])
+        """No function of the device's runs while this is held."""
         for index, fd in enumerate(self._kicks):
-            worker.add(fd, READ, self._kicked(index, fd))
+            self._queue_workers[index].add(fd, READ, self._kicked(index, fd))
 
     def close(self) -> None:
         """Give back the eventfds and the device."""
-        for fd in self._kicks:
-            self.worker.remove(fd)
-        with self.worker.lock:
+        for worker, fd in zip(self._queue_workers, self._kicks, strict=True):
+            worker.remove(fd)
+        with self.lock:
             self._remove_ioeventfds()
         for fd in self._kicks:
             os.close(fd)
@@ -183,7 +202,7 @@ class Transport(ABC):
 
     def moved(self) -> None:
         """The registers are at another place of guest physical memory."""
-        with self.worker.lock:
+        with self.lock:
             self._remove_ioeventfds()
             self._place_ioeventfds()
 
@@ -218,11 +237,10 @@ class Transport(ABC):
 
     @status.setter
     def status(self, value: int) -> None:
-        with self.worker.lock:
+        with self.lock:
             if not value:
                 self.reset()
                 return
-            value |= self._status & DEVICE_NEEDS_RESET
             if value & FEATURES_OK and not self._status & FEATURES_OK:
                 accepted = self._driver_features
                 if accepted & ~self.offered or not accepted & bit(VIRTIO_F_VERSION_1):
@@ -230,7 +248,8 @@ class Transport(ABC):
             if value & DRIVER_OK and not value & FEATURES_OK:
                 value &= ~DRIVER_OK
             begins = value & DRIVER_OK and not self._status & DRIVER_OK
-            self._status = value
+            with self._isr_lock:
+                self._status = value | self._status & DEVICE_NEEDS_RESET
             if begins:
                 self._activate()
 
@@ -271,7 +290,7 @@ class Transport(ABC):
 
     def reset(self) -> None:
         """Reset the device: as the driver does it by writing 0 to the status (2.4)."""
-        with self.worker.lock:
+        with self.lock:
             self._remove_ioeventfds()
             self._status = 0
             self._driver_features = 0
@@ -294,15 +313,15 @@ class Transport(ABC):
                 complain(f"{self.device.name}: reset: {unexpected(error)}")
 
     def needs_reset(self, why: str) -> None:
-        """Set DEVICE_NEEDS_RESET (2.1.2); one line of warning."""
-        with self.worker.lock:
+        """Set DEVICE_NEEDS_RESET (2.1.2); one line of warning. On a worker of the device's: its lock alone is held."""
+        with self._isr_lock:
             if self._status & DEVICE_NEEDS_RESET:
                 return
             told = self._status & DRIVER_OK
             self._status |= DEVICE_NEEDS_RESET
-            if not self._complained:
-                self._complained = True
-                complain(f"{self.device.name}: the device needs a reset: {why}")
+            complains, self._complained = not self._complained, True
+        if complains:
+            complain(f"{self.device.name}: the device needs a reset: {why}")
         if told:
             self.config_changed()
 
@@ -341,7 +360,7 @@ class Transport(ABC):
 
     def disable_queue(self) -> None:
         """The driver takes the queue away (4.2.2.2): nothing of it is used any more when this returns."""
-        with self.worker.lock:
+        with self.lock:
             state = self.selected
             if state is not None and state.enabled:
                 state.enabled = False
@@ -361,7 +380,7 @@ class Transport(ABC):
 
     def save(self) -> dict[str, Any]:
         """Registers, queues and the device; the worker is paused."""
-        with self.worker.lock:
+        with self.lock:
             return {
                 "status": self._status,
                 "driver_features": self._driver_features,
@@ -383,7 +402,7 @@ class Transport(ABC):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state; ValueError if it is not of such a device."""
-        with self.worker.lock:
+        with self.lock:
             if len(state["queues"]) != len(self.queues) or state["driver_features"] & ~self.offered:
                 raise ValueError(f"{self.device.name}: the saved state is of a device with other queues or features")
             self.reset()
