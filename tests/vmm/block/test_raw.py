@@ -181,6 +181,12 @@ def test_an_image_under_a_layer_stays_as_it_is(
                 model[offset : offset + length] = now
             assert read(image, 0, size * SECTOR) == model
         image.flush()
+        saved = image.save()
+        with open_overlay(str(path)) as other:
+            other.writev([memoryview(b"gone" * 128)], 0)
+            other.restore(saved)
+            assert read(other, 0, size * SECTOR) == model
+            assert other.files() == [str(path)]
         with open_image(str(path), read_only=True):
             pass  # others may read it
     assert path.read_bytes() == before

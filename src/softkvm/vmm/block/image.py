@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from softkvm.closing import Closing
 from softkvm.vmm.errors import ConfigError
@@ -28,6 +28,17 @@ class Image(Closing):
     """The file's name, for messages."""
     size: int
     read_only: bool
+
+    def files(self) -> list[str]:
+        """Return the files that the contents come from."""
+        return [self.name]
+
+    def save(self) -> dict[str, Any]:
+        """What isn't in the files."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what isn't in the files; ValueError if it cannot be this image's."""
 
     @abstractmethod
     def readv(self, views: Sequence[memoryview], offset: int) -> None:

@@ -10,13 +10,20 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
+from softkvm.abi.sizes import Size
 from softkvm.vmm.block.hostfile import punch, read_whole, write_whole
 from softkvm.vmm.block.image import SECTOR, Image, Views, total
+from softkvm.vmm.errors import SnapshotError
 
 CHUNK: Final = 4096
+_PIECE: Final = 1 << 20
+SAVED: Final = Size(
+    "packed bytes of an overlay in a snapshot", 128 << 20, SnapshotError, effect="SnapshotError", where=__name__
+)
 
 
 class Overlay(Image):
@@ -114,6 +121,35 @@ class Overlay(Image):
             piece = min(size, 1 << 20)
             self.writev([memoryview(bytes(piece))], offset)
             offset, size = offset + piece, size - piece
+
+    def files(self) -> list[str]:
+        """Return the files below."""
+        return self.below.files()
+
+    def save(self) -> dict[str, Any]:
+        """What the layer has, packed; SnapshotError if that is more than a snapshot takes."""
+        runs, packed = [], 0
+        for offset, size, has in self._runs(0, self.size):
+            for at in range(offset, offset + size if has else offset, _PIECE):
+                data = bytearray(min(_PIECE, offset + size - at))
+                read_whole(self._fd, [memoryview(data)], at, short=CHUNK)
+                runs.append([at, len(data), zlib.compress(data, 1)])
+                packed += len(runs[-1][2])  # type: ignore[arg-type]
+                SAVED.check(packed)
+        return {"layer": runs}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a layer had."""
+        with self._lock:
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, len(self._chunks) * CHUNK)
+            self._chunks[:] = bytes(len(self._chunks))
+            for at, size, packed in state["layer"]:
+                data = zlib.decompressobj().decompress(packed, _PIECE)
+                if len(data) != size or at % CHUNK or not 0 <= at <= self.size - size:
+                    raise ValueError(f"{self.name}: the saved overlay has {size} bytes at {at}")
+                write_whole(self._fd, [memoryview(data)], at)
+                self._take(at, size)
 
     def close(self) -> None:
         """Drop the layer, close the image."""

@@ -481,6 +481,10 @@ class Qcow2Image(Image):
                     self._refcounts.release(cluster)
                 self._unpacked.clear()
 
+    def files(self) -> list[str]:
+        """Return this file and those behind it."""
+        return [self.name, *(self.backing.files() if self.backing is not None else [])]
+
     def close(self) -> None:
         """Write what is left to be written, close the files."""
         fd, self._fd = self._fd, -1

@@ -275,12 +275,17 @@ class Disk(VirtioDevice):
         """The cache's mode; what the image has not written is written."""
         if not self.image.read_only:
             self.image.flush()
-        return {"writeback": self._writeback, "size": self.image.size}
+        return {"writeback": self._writeback, "size": self.image.size, "image": self.image.save()}
+
+    def files(self) -> list[str]:
+        """The image's."""
+        return self.image.files()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state; ValueError if the disk has another size."""
         if state["size"] != self.image.size:
             raise ValueError(f"{self.name}: {self.image.size} bytes, and {state['size']} when it was saved")
+        self.image.restore(state["image"])
         self._set_writeback(bool(state["writeback"]))
 
     def close(self) -> None:
