@@ -144,7 +144,7 @@ def test_info_says_what_it_is_of(echo: Path) -> None:
         (["restore", "/nonexistent"], 2, "/nonexistent: it is no snapshot: there is no manifest.json"),
         (["info", "/nonexistent"], 1, "/nonexistent: it is no snapshot: there is no manifest.json"),
         (["restore", "ONE", "--clones", "0"], 2, "--clones 0: expected a number from 1 to 1000"),
-        (["restore", "ONE", "--console", "nowhere"], 2, "--console nowhere: expected stdio, pty, file:PATH or none"),
+        (["restore", "ONE", "--console", "virtio"], 2, "--console virtio: expected stdio, pty, file:PATH or none"),
         (["restore", "ONE", "--timeout", "soon"], 2, "--timeout soon: expected a number of seconds above 0, up to 1e9"),
         (["restore"], 2, "expected DIR; `softkvm snapshot restore --help` explains"),
         ([], 2, "expected ACTION; `softkvm snapshot --help` explains"),

@@ -46,7 +46,9 @@ class Restoring:
 
 def restore(args: Restoring) -> int:
     """Do it; return the exit status."""
-    choice = console_choice(args.console or STDIO)
+    choice = args.console or STDIO
+    if choice.startswith("virtio") or console_choice(choice) != choice:
+        raise CommandError(f"--console {choice}: expected stdio, pty, file:PATH or none")
     gc.disable()
     try:
         with Snapshot(args.directory) as snapshot:

@@ -78,7 +78,14 @@ class Bandwidth:
     def start(self) -> None:
         """Begin the first period."""
         self._period_end_ns = time.monotonic_ns() + self._period_ns
+        self._used_ns = self._clock.total_ns()
+        self._runtime_ns = self._quota_ns
         self._timer.settime(self._runtime_ns)
+
+    def stop(self) -> None:
+        """Limit no more, until the next start."""
+        self._timer.settime(0)
+        self.throttled = False
 
     def _refill(self) -> bool:
         """Count what has been used and the periods that have begun; whether there is something left."""

@@ -59,3 +59,7 @@ class StateError(MachineError):
 
 class SnapshotError(MachineError):
     """A machine's state cannot be taken, or is none that this machine can have."""
+
+
+class MigrationError(MachineError):
+    """A machine cannot move to another process, or not come from one."""

@@ -23,7 +23,7 @@ from softkvm.vmm.errors import ConfigError, MachineError, StateError, show_trace
 from softkvm.vmm.events import Event, Events
 from softkvm.vmm.halt_watch import HaltWatch
 from softkvm.vmm.hyperv import Hyperv
-from softkvm.vmm.memory import MIB, FilePart
+from softkvm.vmm.memory import MIB, FilePart, GuestMemory
 from softkvm.vmm.outcome import End, Outcome
 from softkvm.vmm.pausing import PAUSE_S, Pausing
 from softkvm.vmm.standstill import Standstill
@@ -72,6 +72,8 @@ class Config:
     """CPU time of the host's for each vCPU in every 100 ms of the wall clock, in percent of that; None: all."""
     memory_files: tuple[FilePart, ...] = ()
     """What memory begins with, mapped copy-on-write: a snapshot's."""
+    memory: GuestMemory | None = None
+    """Memory that is there already, of ``memory_size`` bytes, and becomes the machine's."""
 
     def __post_init__(self) -> None:
         for name in ("memory_size", "vcpus"):

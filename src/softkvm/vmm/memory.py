@@ -208,6 +208,12 @@ class GuestMemory:
         if self.logging:
             self.mark_written(gpa, size)
 
+    def zero(self, offset: int, size: int) -> None:
+        """Make whole pages, *offset* bytes into the memory, zeroes; the machine has never run."""
+        if give_back(self.ranges[0].hva + offset, size, self.backing):
+            return
+        ctypes.memset(self.ranges[0].hva + offset, 0, size)
+
     def discard(self, gpa: int, size: int) -> int:
         """Give the *size* bytes at *gpa*, whole pages, back to the host: see :meth:`discard_ranges`."""
         return self.discard_ranges(((gpa, size),))

@@ -19,6 +19,7 @@ class End(enum.Enum):
     CPU_TIME = "CPU time limit"
     STOPPED = "stopped"
     DEBUG_EXIT = "debug exit"
+    MIGRATED = "migrated"
     ERROR = "internal error"
 
 

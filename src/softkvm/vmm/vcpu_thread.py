@@ -82,6 +82,8 @@ class VcpuThread:
         ended, standstill = self.machine.ended, self.machine.standstill
         if standstill.held:  # it starts paused
             standstill.stand(self)
+            if ended.is_set():
+                return
         apart = 0  # not in KVM_RUN, and in no handler
         start = clock()
         try:
@@ -92,12 +94,12 @@ class VcpuThread:
                     # EINTR: a kick; EAGAIN: a processor that waited for its start-up IPI was woken
                     after = clock()
                     self.stats.interrupts += 1
-                    if ended.is_set():
-                        return
                     if standstill.held:
                         standstill.stand(self)
                     if self.bandwidth is not None and self.bandwidth.throttled:
                         self.bandwidth.wait(self)
+                    if ended.is_set():  # also while it stood: a machine that has moved away must not run a step more
+                        return
                     apart += clock() - after
                     continue
                 after = clock()

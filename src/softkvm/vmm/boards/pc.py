@@ -50,7 +50,7 @@ class Pc(Board):
         self.cpuid: list[list[abi.kvm_cpuid_entry2]] = []
         """What each processor's CPUID says."""
         config, vm = machine.config, machine.vm
-        self.memory = GuestMemory(config.memory_size, files=config.memory_files)
+        self.memory = config.memory or GuestMemory(config.memory_size, files=config.memory_files)
         resources.callback(self.memory.close)
         if config.pin_memory:
             self.memory.pin()

@@ -64,17 +64,17 @@ def save(
         base_manifest = None if base is None else _read_manifest(Path(base))
         identifier = os.urandom(16).hex()
         with machine.pausing.still(), _new_file(work / MEMORY) as memory:
+            saved = state.save(machine)  # before memory: devices show the guest what they have done
             if base_manifest is None:
                 ranges = memory_file.used_ranges(machine.memory)
             else:
                 ranges = few(_changed(machine, base_manifest.id), MOST_RANGES)
             stored = memory_file.write(machine.memory, memory, ranges, zeroes=base is not None)
-            if stopped is not None:
-                stopped()
             files = _used_files(machine)
-            saved = state.save(machine)
             if watch:
                 track(machine, identifier)
+            if stopped is not None:
+                stopped()
         data = encoding.encode({"machine": saved, "ranges": None if base is None else [list(one) for one in ranges]})
         with _new_file(work / STATE) as file:
             memory_file.write_all(file, memoryview(data), 0)

@@ -86,8 +86,8 @@ def not_zero(data: bytes, offset: int) -> Iterator[tuple[int, int]]:
         yield offset + start, len(data) - start
 
 
-def _pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield *ranges* cut at the multiples of a piece."""
+def pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield *ranges* cut at the multiples of a mebibyte."""
     for start, size in ranges:
         at, end = start, start + size
         while at < end:
@@ -103,7 +103,7 @@ def write(memory: GuestMemory, fd: int, ranges: Ranges, *, zeroes: bool = False)
     """
     os.ftruncate(fd, memory.size)
     stored = 0
-    for offset, size in _pieces(ranges):
+    for offset, size in pieces(ranges):
         data = bytes(memory.view[offset : offset + size])
         for start, length in [(offset, size)] if zeroes else not_zero(data, offset):
             write_all(fd, memoryview(data)[start - offset : start - offset + length], start)
@@ -125,7 +125,7 @@ def digest(fd: int, size: int, ranges: Ranges | None = None) -> str:
     *ranges* only those.
     """
     hash = hashlib.sha256()
-    for offset, length in _pieces(data_ranges(fd, 0, size) if ranges is None else ranges):
+    for offset, length in pieces(data_ranges(fd, 0, size) if ranges is None else ranges):
         data = read_all(fd, length, offset)
         for start, count in not_zero(data, offset):
             hash.update(struct.pack("<QQ", start, count))
