@@ -18,7 +18,7 @@ from softkvm.vmm.net.link import HEADER, Frame
 from softkvm.vmm.net.user import connections, udp
 from softkvm.vmm.net.user.policy import NETWORK6
 from softkvm.vmm.net.user.segment import ACK, FIN, RST, SYN
-from softkvm.vmm.net.user.tcp import WINDOW
+from softkvm.vmm.net.user.sender import WINDOW
 
 NUMBERS = st.one_of(st.integers(-3, 3), st.integers(0, 0xFFFFFFFF))
 

@@ -17,8 +17,9 @@ from softkvm.vmm.net.link import HEADER, Offloads
 from softkvm.vmm.net.spec import UserNet
 from softkvm.vmm.net.user.connections import CONNECTIONS, HALF_OPEN
 from softkvm.vmm.net.user.segment import ACK, FIN, PSH, RST, SYN
+from softkvm.vmm.net.user.sender import RTO_S, WINDOW
 from softkvm.vmm.net.user.stack import UserStack
-from softkvm.vmm.net.user.tcp import RTO_S, WINDOW, Connection
+from softkvm.vmm.net.user.tcp import Connection
 
 GUEST = b"\x0a\x00\x02\x0f"
 GATEWAY = b"\x0a\x00\x02\x02"

@@ -15,7 +15,8 @@ from softkvm.vmm.net.user.forward import Listener
 from softkvm.vmm.net.user.icmp import quote_of
 from softkvm.vmm.net.user.policy import Target
 from softkvm.vmm.net.user.segment import ACK, RST, SYN, UNREACHABLE
-from softkvm.vmm.net.user.tcp import CLOSED, CONNECTING, OPEN, Connection
+from softkvm.vmm.net.user.sender import CLOSED, OPEN, Sender
+from softkvm.vmm.net.user.tcp import CONNECTING, Connection
 from softkvm.vmm.net.user.whole import Whole
 from softkvm.vmm.net.wire import TCP, TCP_CHECKSUM, TCP_HEADER, Packet, Path
 
@@ -49,12 +50,12 @@ class Connections:
         self.half_open = 0
         self.buffered = 0
         self.retransmitted = 0
-        self.due: list[Connection] = []
+        self.due: list[Sender] = []
         """Those that have an acknowledgement to send at the end of the batch."""
-        self.soon: list[Connection] = []
+        self.soon: list[Sender] = []
         """Those whose acknowledgement may wait for data."""
         self._acknowledging = False
-        self.blocked: dict[Connection, None] = {}
+        self.blocked: dict[Sender, None] = {}
         """Those that wait until the driver takes frames."""
         self.options = b""
         """Of the segment that is looked at."""
