@@ -17,7 +17,7 @@ import pytest
 from tests.support.machines import KVMS
 from tests.support.stub import gdb
 
-from softkvm.cli import run as run_module
+from softkvm.cli import panic_watch
 from softkvm.cli.arguments import size as size_of
 from softkvm.cli.run_image import split_modules
 from softkvm.vmm.events import Event, Events
@@ -492,7 +492,7 @@ class Ended:
 
 def test_kernel_that_panicked_does_not_begin_anew() -> None:
     watcher, machine = ConsoleWatcher(), Ended()
-    watch = run_module._PanicWatch(watcher, crash_kernel=False)
+    watch = panic_watch.PanicWatch(watcher, crash_kernel=False)
     watch.attach(machine)  # type: ignore[arg-type]
     machine.events.tell(Event.RESET, by="test")
     assert machine.outcomes == []
@@ -505,9 +505,9 @@ def test_kernel_that_panicked_does_not_begin_anew() -> None:
 def test_kernel_that_goes_on_after_a_panic_is_ended_unless_it_is_a_crash_kernel(
     monkeypatch: pytest.MonkeyPatch, crash_kernel: bool
 ) -> None:
-    monkeypatch.setattr(run_module, "PANIC_GRACE_S", 0.01)
+    monkeypatch.setattr(panic_watch, "PANIC_GRACE_S", 0.01)
     watcher, machine = ConsoleWatcher(), Ended()
-    watch = run_module._PanicWatch(watcher, crash_kernel=crash_kernel)
+    watch = panic_watch.PanicWatch(watcher, crash_kernel=crash_kernel)
     watch.attach(machine)  # type: ignore[arg-type]
     for line in (b"Kernel panic - not syncing: x\n", b"[    0.000000] Linux version 6.1\n"):
         watcher(line)

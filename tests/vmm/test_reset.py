@@ -11,6 +11,7 @@ import pytest
 from tests.support.machines import KVMS
 
 from softkvm import abi, api
+from softkvm.vmm.boot.image import Image
 from softkvm.vmm.devices import hpet, serial
 from softkvm.vmm.errors import StateError
 from softkvm.vmm.events import Event
@@ -40,7 +41,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeMachine]:
     kvm: api.Kvm = KVMS[request.param]()
     machines: list[Machine] = []
 
-    def make_machine(code: bytes | Path, **config: object) -> Machine:
+    def make_machine(code: bytes | Path | Image, **config: object) -> Machine:
         machine = Machine(kvm, Config(32 * MIB, **{"reboot": True, **config}))  # type: ignore[arg-type]
         machines.append(machine)
         machine.load(code, raw=True)
@@ -163,6 +164,16 @@ def test_a_machine_that_does_not_run_is_not_reset(make: MakeMachine) -> None:
     machine.end(Outcome(End.STOPPED))
     with pytest.raises(StateError, match=r"^the machine has ended"):
         machine.reset("test")
+
+
+def test_an_opened_image_is_its_owners(make: MakeMachine, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(COUNT_TO_3 + WAYS["port 0x92"])
+    with Image.open(path, "kernel", MIB) as image:
+        path.unlink()
+        machine = make(image)
+        assert machine.run(FAR_S).end is End.POWER_OFF
+        assert machine.boots == 3
 
 
 def test_an_image_that_is_gone_ends_the_machine(make: MakeMachine, tmp_path: Path) -> None:

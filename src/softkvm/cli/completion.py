@@ -28,14 +28,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _parser(files: Any) -> ArgumentParser:
     """Return one parser that has all commands' arguments; *files* is how shtab knows those that name a file."""
-    from softkvm.cli.main import COMMANDS
+    from softkvm.cli.main import COMMANDS, load_command
 
     parser = ArgumentParser(prog="softkvm")
     parser.add_argument("--version", action="store_true", help="show the version")
     commands = parser.add_subparsers()
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        importlib.import_module(module).command.add_arguments(command)
+        load_command(module).add_arguments(command)
         for action in command._actions:
             if action.type is file_name:
                 vars(action)["complete"] = files

@@ -25,8 +25,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
     "snapshot": ("softkvm.cli.snapshot", "save a running machine, go on from there, once or many times"),
     "exec": ("softkvm.cli.exec", "run an unmodified KVM client: QEMU, kvmtool, Firecracker, your own"),
+    "list": ("softkvm.cli.list", "the machines that run"),
+    "stop": ("softkvm.cli.lifecycle:stop", "shut a machine down, or end it"),
+    "pause": ("softkvm.cli.lifecycle:pause", "let a machine stand"),
+    "resume": ("softkvm.cli.lifecycle:resume", "let a paused machine go on"),
+    "reset": ("softkvm.cli.lifecycle:reset", "begin a machine anew, as its reset button does"),
+    "console": ("softkvm.cli.console", "be at a running machine's console"),
+    "debug": ("softkvm.cli.debug", "registers, code and stack of a machine's vCPUs; NMI and SysRq"),
+    "balloon": ("softkvm.cli.balloon", "how much memory a machine has, and have it give some back"),
     "stat": ("softkvm.cli.stat", "live counters of a running machine, as kvm_stat has them"),
     "trace": ("softkvm.cli.trace", "record KVM's tracepoints, print them, open them in Perfetto"),
+    "setup": ("softkvm.cli.setup", "prepare the default guest, or a root directory for one"),
+    "version": ("softkvm.cli.version", "versions of softkvm, of the KVMs and of the host"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
     "selftests": ("softkvm.cli.selftests", "run the kernel's KVM selftests from a build of them"),
@@ -102,10 +112,17 @@ def _dispatch(arguments: list[str]) -> int:
     return run_command(overview.parse_args(arguments[:1]).command, arguments[1:])
 
 
+def load_command(place: str) -> Command:
+    """Return the command at *place*: a module that has one, or ``module:name``."""
+    module, _, name = place.partition(":")
+    command: Command = getattr(importlib.import_module(module), name or "command")
+    return command
+
+
 def run_command(name: str, arguments: list[str]) -> int:
     """Run the command *name*; return the exit status."""
     module, _summary = COMMANDS[name]
-    command: Command = importlib.import_module(module).command
+    command = load_command(module)
     parser = _Parser(
         prog=f"softkvm {name}",
         description=command.description,

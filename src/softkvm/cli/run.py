@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import signal
-import threading
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
@@ -19,21 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import softkvm
 from softkvm import api
-from softkvm.cli import EXIT_ERROR, Command, CommandError
+from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import add_param, count, file_name, param_values, percent, seconds, size
 from softkvm.cli.devices import add_device_options, device_specs
 from softkvm.cli.ends import EXIT_STATUS, signals_end
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
+from softkvm.cli.panic_watch import PanicWatch
 from softkvm.cli.run_console import RunConsole
+from softkvm.cli.run_control import add_control_arguments, control, detached
 from softkvm.cli.run_gdb import add_gdb, gdb_spec, let_debug
 from softkvm.cli.run_image import COMMAND_LINE, GuestImage, choose_image, name_file, open_images
-from softkvm.cli.terminal import STDIO, console_choice
+from softkvm.cli.terminal import NONE, STDIO, console_choice
 from softkvm.cli.tracepoints import add_selection, selecting
+from softkvm.control.console import ConsoleHub
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline
 from softkvm.vmm.errors import LoadTimeout, MachineError, show_traceback
-from softkvm.vmm.events import Event
 from softkvm.vmm.machine import MAX_VCPUS, Config, Machine
 from softkvm.vmm.memory import KIB
 from softkvm.vmm.outcome import End, Outcome
@@ -50,8 +51,6 @@ NO_ASSIGNMENT = (
     "there is no device assignment (VFIO): a guest's memory is the process's own, which no IOMMU maps for a device"
 )
 
-PANIC_GRACE_S = 5.0
-"""How long a guest that printed a panic, and has no crash kernel, may take to reset."""
 
 EPILOG = """\
 exit status:
@@ -62,7 +61,7 @@ exit status:
   4  triple fault
   5  timeout
   6  the guest reset itself (not with --reboot)
-  7  ended from the console with Ctrl-A x
+  7  ended from the console with Ctrl-A x, or by `softkvm stop`
   8  the guest wrote the debug-exit port
   9  the guest halted for good, with interrupts disabled
   10 --cpu-time-limit
@@ -144,6 +143,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="CPU time of each vCPU, 1 to 100 percent of every 100 ms; it stands for the rest",
     )
     add_device_options(parser)
+    add_control_arguments(parser)
     add_param(parser)
     add(
         "--plugin",
@@ -203,16 +203,6 @@ def _write_trace(recorder: Recorder, file: OutputFile) -> None:
     warn(told(file.name, recorder.count, recorder.lost, replaced=replaced))
 
 
-def _let_look(accel: str, stack: contextlib.ExitStack) -> None:
-    """Have other processes of the user's ask how the machine is (`softkvm stat`), until *stack* ends."""
-    if accel == SOFT:
-        from softkvm.live.server import serve
-
-        server = serve()
-        if server is not None:
-            stack.enter_context(contextlib.closing(server))
-
-
 def _set_params(kvm: api.Kvm, texts: Sequence[str]) -> None:
     """Set the module parameters that ``--param`` names."""
     if texts:
@@ -239,52 +229,6 @@ def _load_plugins(kvm: api.Kvm, files: Sequence[str]) -> Policy | None:
                 show_traceback(error.__cause__)
             raise CommandError(f"--plugin {error}") from None
     return policy
-
-
-class _PanicWatch:
-    """Ends a machine whose kernel printed a panic and then neither resets nor goes on (a heuristic).
-
-    With *crash_kernel* memory is reserved for a kernel that runs after a panic, silent at first: it has all the time.
-    """
-
-    def __init__(self, watcher: ConsoleWatcher, *, crash_kernel: bool) -> None:
-        self._watcher = watcher
-        self._crash_kernel = crash_kernel
-        self._seen = threading.Event()
-        self._machine: Machine | None = None
-
-    def attach(self, machine: Machine) -> None:
-        """Watch over *machine*."""
-        self._machine = machine
-        machine.events.add(self._told)
-
-    def _told(self, event: Event, more: dict[str, str]) -> None:
-        """A machine that would begin anew ends, if its kernel panicked."""
-        if event is Event.RESET and self._machine is not None and self._watcher.reached("panic"):
-            self._machine.end(self._outcome())
-
-    def output(self, data: bytes) -> None:
-        """Take output, after the watcher did."""
-        if self._machine is None:
-            return
-        if self._watcher.reached("panic_end"):
-            self._machine.end(self._outcome())
-        elif self._watcher.reached("panic") and not self._crash_kernel and not self._seen.is_set():
-            self._seen.set()
-            timer = threading.Timer(PANIC_GRACE_S, lambda m: m.end(self._outcome()), (self._machine,))
-            timer.daemon = True
-            timer.start()
-
-    def _outcome(self) -> Outcome:
-        milestone = self._watcher.reached("panic")
-        return Outcome(End.PANIC, f"on the console: {milestone.line}" if milestone else "on the console")
-
-    def judge(self, outcome: Outcome) -> Outcome:
-        """A reset after a panic message (``panic=-1``) is a panic, and so is a crash kernel's power-off."""
-        ends = (End.RESET, End.POWER_OFF) if self._crash_kernel else (End.RESET,)
-        if outcome.end in ends and self._watcher.reached("panic"):
-            return self._outcome()
-        return outcome
 
 
 def _instructions(stats: dict[str, Any]) -> int | None:
@@ -337,6 +281,8 @@ def _collect(
 def _run(args: Namespace) -> int:
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
     with contextlib.ExitStack() as files:
+        if args.detach and not detached(args):
+            return EXIT_OK
         return _run_with(args, timeout_s, files)
 
 
@@ -367,7 +313,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         return _timed_out(error)
     except MachineError as error:
         raise CommandError(str(error)) from None
-    console = RunConsole(args.console)
+    console = RunConsole(NONE if args.detach and args.console == STDIO else args.console)
     caught: list[int] = []
     failed: list[Outcome] = []
     with contextlib.ExitStack() as stack:
@@ -376,12 +322,12 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         _set_params(kvm, args.param)
         policy = _load_plugins(kvm, args.plugin)
         recorder = _start_trace(kvm, args, stack)
-        _let_look(accel, stack)
-        watcher = ConsoleWatcher()
-        panic = _PanicWatch(watcher, crash_kernel=bool(re.search(r"\bcrashkernel=", loaded.command_line)))
+        watcher, hub = ConsoleWatcher(), ConsoleHub()
+        panic = PanicWatch(watcher, crash_kernel=bool(re.search(r"\bcrashkernel=", loaded.command_line)))
 
         def output(data: bytes) -> None:
             watcher(data)
+            hub.output(data)
             try:
                 console.output(data)
             except BrokenPipeError:
@@ -414,6 +360,8 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         except (OSError, MemoryError) as error:
             show_traceback(error)
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
+        control(machine, args, hub, stack)
+        hub.line = console.line(machine)
         panic.attach(machine)
         if gdb is not None:
             let_debug(machine, gdb, stack)

@@ -95,12 +95,13 @@ class RunConsole:
     @contextlib.contextmanager
     def attach(self, machine: Machine, end: Callable[[], Any]) -> Iterator[None]:
         """Send typed bytes to *machine*, and the terminal's size when it changes; *end* is for the key that ends it."""
-        line: InputLine = machine.board.serial
-        self._line = next((part for part in machine.devices if isinstance(part, ConsoleLine)), None)
-        if self._line is not None:
-            line = _Lines(line, self._line)
-        with self._end.attach(line, end, machine.ended), self._sizes():
+        with self._end.attach(self.line(machine), end, machine.ended), self._sizes():
             yield
+
+    def line(self, machine: Machine) -> InputLine:
+        """Return where what is typed goes."""
+        self._line = next((part for part in machine.devices if isinstance(part, ConsoleLine)), None)
+        return machine.board.serial if self._line is None else _Lines(machine.board.serial, self._line)
 
     @contextlib.contextmanager
     def _sizes(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import shutil
 import termios
 import threading
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from softkvm.cli import EXIT_ERROR, CommandError
@@ -30,10 +30,15 @@ TYPE_AHEAD = 65536
 
 
 class EscapeParser:
-    """Takes typed bytes, returns what goes to the guest, calls back for Ctrl-A x and Ctrl-A h."""
+    """Takes typed bytes, returns what goes to the guest, calls back for Ctrl-A x and Ctrl-A h, and *more* keys."""
 
-    def __init__(self, end: Callable[[], object], help: Callable[[], object]) -> None:
-        self._actions = {ord("x"): end, ord("h"): help}
+    def __init__(
+        self,
+        end: Callable[[], object],
+        help: Callable[[], object],
+        more: Mapping[str, Callable[[], object]] | None = None,
+    ) -> None:
+        self._actions = {ord(key): action for key, action in {**(more or {}), "x": end, "h": help}.items()}
         self._escaped = False
 
     def feed(self, data: bytes) -> bytes:
@@ -210,9 +215,9 @@ class FileConsole:
                 left_partial_line(self._path)
 
 
-STDIO = "stdio"
+STDIO, NONE = "stdio", "none"
 VIRTIO = "virtio"
-_KINDS: dict[str, Callable[[], ConsoleEnd]] = {STDIO: StdioConsole, "pty": PtyConsole, "none": NoConsole}
+_KINDS: dict[str, Callable[[], ConsoleEnd]] = {STDIO: StdioConsole, "pty": PtyConsole, NONE: NoConsole}
 _FILE = "file:"
 
 

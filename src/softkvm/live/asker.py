@@ -7,12 +7,13 @@ import contextlib
 import json
 import os
 import socket
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
 from softkvm.abi.sizes import Size
 from softkvm.closing import Closing
-from softkvm.live.place import SUFFIX, directory, socket_of
+from softkvm.live.place import SUFFIX, address, directory, socket_of
 
 _TIMEOUT_S: Final = 10.0
 _ANSWER: Final = Size("bytes of a machine's answer", 64 << 20, None, effect="LiveError", where=__name__)
@@ -57,7 +58,8 @@ def processes() -> list[Process]:
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as channel:
             channel.settimeout(_TIMEOUT_S)
             try:
-                channel.connect(str(path))
+                with address(path) as at:
+                    channel.connect(at)
             except ConnectionRefusedError:
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -74,13 +76,15 @@ class Asker(Closing):
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._rest = b""
+        self._events: deque[dict[str, Any]] = deque()
         path = socket_of(pid)
         self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channel.settimeout(_TIMEOUT_S)
         try:
             if path is None:
                 raise FileNotFoundError
-            self._channel.connect(str(path))
+            with address(path) as where:
+                self._channel.connect(where)
         except OSError as error:
             self._channel.close()
             why = "it does not run" if not os.path.exists(f"/proc/{pid}") else "it has no machine to look at"
@@ -97,6 +101,9 @@ class Asker(Closing):
             else:
                 socket.send_fds(self._channel, [request], [descriptor])
             answer: dict[str, Any] = json.loads(self._line())
+            while "event" in answer:  # it comes unasked
+                self._events.append(answer)
+                answer = json.loads(self._line())
         except TimeoutError:
             raise LiveError(f"process {self.pid}: it does not answer") from None
         except (OSError, ValueError):
@@ -104,6 +111,29 @@ class Asker(Closing):
         if "error" in answer:
             raise LiveError(f"process {self.pid}: {answer['error']}")
         return answer
+
+    def ask_long(self, what: str, wait_s: float, **more: Any) -> dict[str, Any]:
+        """Return the answer to a question that takes up to *wait_s*, about; LiveError as :meth:`ask` has it."""
+        self._channel.settimeout(wait_s + _TIMEOUT_S)
+        try:
+            return self.ask(what, **more)
+        finally:
+            self._channel.settimeout(_TIMEOUT_S)
+
+    def next(self, timeout_s: float) -> dict[str, Any] | None:
+        """Return the next line that comes unasked, an event; None if none does. LiveError when the process ends."""
+        if self._events:
+            return self._events.popleft()
+        self._channel.settimeout(max(timeout_s, 0.001))
+        try:
+            message: dict[str, Any] = json.loads(self._line())
+        except TimeoutError:
+            return None
+        except (OSError, ValueError):
+            raise LiveError(f"process {self.pid}: it has ended") from None
+        finally:
+            self._channel.settimeout(_TIMEOUT_S)
+        return message
 
     def _line(self) -> bytes:
         while b"\n" not in self._rest:

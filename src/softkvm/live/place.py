@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 SUFFIX: Final = ".sock"
 #: A process for which this is 0 does not listen.
 SWITCH: Final = "SOFTKVM_LIVE"
+
+_SUN_PATH: Final = 108  # unix(7): with the NUL behind it
 
 
 def directory(*, make: bool = False) -> Path | None:
@@ -33,3 +37,18 @@ def socket_of(pid: int, *, make: bool = False) -> Path | None:
     """Return the socket of a process."""
     where = directory(make=make)
     return None if where is None else where / f"{pid}{SUFFIX}"
+
+
+@contextlib.contextmanager
+def address(path: Path | str) -> Iterator[str]:
+    """Return the address of a socket at *path*, of which an address (107 bytes) may have no room for the whole."""
+    name = os.fspath(path)
+    if len(os.fsencode(name)) < _SUN_PATH:
+        yield name
+        return
+    where, last = os.path.split(name)
+    fd = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{last}"
+    finally:
+        os.close(fd)

@@ -1,44 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The side of the machines: one thread that answers questions of the same user's other processes.
 
-========================================  =====================================================================
-``{"ask": "stats"}``                      counters of all virtual machines of the process
-``{"ask": "trace", "events": [GLOB, …],   record tracepoints into the file whose descriptor comes with the request
-"filters": [CONDITION, …]}``              (SCM_RIGHTS); the answer has the events' descriptions
-``{"ask": "threads"}``                    the names of the threads that have recorded something, and what was lost
-``{"ask": "stop"}``                       end the recording; so does the end of the connection
-========================================  =====================================================================
+Every question is a line of JSON, ``{"ask": WHAT, …}``, and so is its answer; docs/control.md has them all. Some are
+about the process (its version, its machines, KVM's counters and tracing), the others about a machine of it, a
+:class:`Subject`, which brings its own.
 
-Nobody who asks can hold a machine up: the vCPUs' threads do nothing for it, no answer is waited with, requests are
-bounded, and whoever does not read is disconnected.
+Nobody who asks can hold a machine up: the vCPUs' threads do nothing for it, requests are bounded, an answer that takes
+a while is made on a thread of its own, and whoever does not read is disconnected.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
 import socket
-import stat
 import struct
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
+import softkvm
 from softkvm import _softcpu
 from softkvm.abi.sizes import Size
-from softkvm.kvm.state import BLOCKING, IN_GUEST_MODE, VM_LIST
-from softkvm.kvm.stats import VM_STATS, scalars
-from softkvm.live.place import SWITCH, socket_of
+from softkvm.live.place import SWITCH, address, socket_of
 from softkvm.threads import start_quiet, tell_after_fork
 
-if TYPE_CHECKING:
-    from softkvm.trace.record import Recorder
+PROTOCOL: Final = 1
+"""The version of the questions and answers: another one for what those who know this one would misunderstand."""
 
 #: The longest request, and the most connections at a time.
 _REQUEST: Final = Size("bytes of a question to a machine", 16 << 10, None, effect="disconnected", where=__name__)
-_CONNECTIONS: Final = Size("processes that ask a machine", 8, None, effect="disconnected", where=__name__)
+_CONNECTIONS: Final = Size("processes that ask a machine", 32, None, effect="disconnected", where=__name__)
 _BACKLOG: Final = 64
 #: What an answer may fill of a connection's buffer.
 _SEND_BUFFER: Final = 1 << 20
@@ -46,38 +43,51 @@ _DESCRIPTORS: Final = Size(
     "descriptors with a question to a machine", 4, None, element=4, effect="disconnected", where=__name__
 )
 _CREDENTIALS: Final = struct.Struct("3i")
-_MODES: Final = {IN_GUEST_MODE: "guest", BLOCKING: "halted"}
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A request that cannot be answered; the message says why."""
 
 
-def statistics() -> dict[str, Any]:
-    """Return the counters of all virtual machines of this process."""
-    machines = []
-    for vm in sorted(VM_LIST, key=id):
-        if vm.closed or vm.inherited:
-            continue
-        vcpus = [
-            {"id": vcpu.vcpu_id, "state": _MODES.get(vcpu.mode, "host"), "stats": vcpu.stats()}  # type: ignore[attr-defined]
-            for vcpu in vm.vcpus
-            if not vcpu.closed
-        ]
-        memory = sum(slot.npages for slot in vm.memslots) << 12
-        machines.append({"stats": scalars(VM_STATS, vm), "memory_bytes": memory, "vcpus": vcpus})
-    return {"pid": os.getpid(), "machines": machines}
+Answer = Callable[["Connection", dict[str, Any]], dict[str, Any]]
 
 
-class _Connection:
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A question: what answers it, and whether that may take a while."""
+
+    answer: Answer
+    waits: bool = False
+
+
+class Subject(Protocol):
+    """A machine that may be asked."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def asks(self) -> Mapping[str, Ask]:
+        """The questions that it answers."""
+
+    def describe(self) -> dict[str, Any]:
+        """Say in short what it is, and what it does."""
+
+
+class Connection:
     """One process that asks."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, server: Server, channel: socket.socket) -> None:
+        self.server = server
         self.channel = channel
         self.given: list[int] = []
+        """Descriptors that came and that no question has taken; ours (``own_descriptor``)."""
+        self.recording: Closable | None = None
+        self.at_end: list[Callable[[], object]] = []
+        """Called when the connection ends."""
+        self.busy = False
         self._request = b""
-        self._recorder: Recorder | None = None
-        self._spool: BinaryIO | None = None
 
     def read(self) -> bool:
         """Take what has come, and answer; False if the connection has ended."""
@@ -91,80 +101,109 @@ class _Connection:
         if not data or flags & socket.MSG_CTRUNC or not _DESCRIPTORS.allows(len(self.given)):
             return False
         self._request += data
-        while b"\n" in self._request:
+        return self.go_on()
+
+    def go_on(self) -> bool:
+        """Answer what has come, up to a question that takes a while; False if the connection has ended."""
+        while b"\n" in self._request and not self.busy:
             line, _, self._request = self._request.partition(b"\n")
-            if not self._send(self._answer(line)):
+            answer = self._answer(line)
+            if answer is not None and not self.send(answer):
                 return False
-        return _REQUEST.allows(len(self._request))
+        return self.busy or _REQUEST.allows(len(self._request))
 
-    def _send(self, answer: dict[str, Any]) -> bool:
-        data = json.dumps(answer).encode() + b"\n"
-        return self.channel.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(data)
+    def send(self, message: dict[str, Any]) -> bool:
+        """Send a line, on the server's thread; False if it does not go out whole."""
+        data = json.dumps(message).encode() + b"\n"
+        try:
+            return self.channel.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(data)
+        except OSError:
+            return False
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    def post(self, message: dict[str, Any]) -> None:
+        """Have *message* sent soon: from any thread, without waiting, in a signal's handler too."""
+        self.server.post(self, message)
+
+    def _answer(self, line: bytes) -> dict[str, Any] | None:
+        """Return the answer; None if it will come."""
+        request: Any = None
         try:
             request = json.loads(line)
-            ask = _ASKS.get(request.get("ask")) if isinstance(request, dict) else None
-            if ask is None:
-                raise _Refused("unknown request")
-            return ask(self, request)
-        except (_Refused, OSError, ValueError) as error:  # ValueError: no JSON, or what tracing says of bad choices
-            return {"error": str(error)}
+            if not isinstance(request, dict):
+                raise Refused("unknown request")
+            ask = self.server.find(request)
+            if ask.waits:
+                self.busy = True
+                start_quiet(self._work, "softkvm-answer", ask, request)
+                return None
+        except Exception as error:
+            return _error(error, request)
+        return self._ask(ask, request)
+
+    def _ask(self, ask: Ask, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer = ask.answer(self, request)
         except Exception as error:  # whatever it is, it is the asker's to see and none of the machine's
-            return {"error": f"{type(error).__name__}: {error}"}
+            return _error(error, request)
+        return {**_id(request), **answer}
 
-    def _stats(self, request: dict[str, Any]) -> dict[str, Any]:
-        return statistics()
-
-    def _trace(self, request: dict[str, Any]) -> dict[str, Any]:
-        from softkvm.kvm import TRACEPOINTS, trace
-
-        if self._recorder is not None:
-            raise _Refused("this connection records already")
-        if not self.given:
-            raise _Refused("the request lacks the descriptor of a file")
-        events, filters = request.get("events", []), request.get("filters", [])
-        if not all(isinstance(text, str) for given in (events, filters) for text in given):
-            raise _Refused("events and filters: expected texts")
-        with contextlib.ExitStack() as undo:
-            fd = self.given.pop(0)
-            undo.callback(_softcpu.close_own_descriptor, fd)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):  # whoever writes to a pipe waits for who reads it
-                raise _Refused("the descriptor is of no regular file")
-            spool = open(fd, "wb", closefd=False, buffering=0)  # noqa: SIM115 (ours until close)
-            self._recorder = trace.start(TRACEPOINTS, events, filters, spool)
-            self._spool = spool
-            undo.pop_all()
-        return {"events": [[event.system, event.description] for event in self._recorder.events]}
-
-    def _threads(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._recorder is None:
-            raise _Refused("this connection records nothing")
-        recorder = self._recorder
-        counts = {"count": recorder.count, "lost": recorder.lost}
-        return {"threads": recorder.threads, "problem": recorder.problem, **counts}
-
-    def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._recorder is not None:
-            self._recorder.stop()
-        return self._threads(request)
+    def _work(self, ask: Ask, request: dict[str, Any]) -> None:
+        self.server.post(self, self._ask(ask, request), answered=True)
 
     def close(self) -> None:
         """End what the connection has asked for."""
-        if self._recorder is not None:
-            self._recorder.stop()
-        if self._spool is not None:
-            _softcpu.close_own_descriptor(self._spool.fileno())
+        for end in self.at_end:
+            with contextlib.suppress(Exception):
+                end()
+        if self.recording is not None:
+            self.recording.close()
         for fd in self.given:
             _softcpu.close_own_descriptor(fd)
         _softcpu.close_own_descriptor(self.channel.detach())
 
 
-_ASKS: Final[dict[Any, Callable[[_Connection, dict[str, Any]], dict[str, Any]]]] = {
-    "stats": _Connection._stats,
-    "trace": _Connection._trace,
-    "threads": _Connection._threads,
-    "stop": _Connection._stop,
+class Closable(Protocol):
+    """What ends with a connection."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+def _id(request: Any) -> dict[str, Any]:
+    """What comes back as it was sent."""
+    return {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
+
+
+def _error(error: Exception, request: Any) -> dict[str, Any]:
+    """What is said of an error: of bad choices what they are, of the unexpected what it is, too."""
+    expected = isinstance(error, (Refused, OSError, ValueError)) or type(error).__module__ == "softkvm.vmm.errors"
+    return {**_id(request), "error": str(error) if expected else f"{type(error).__name__}: {error}"}
+
+
+def _version(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
+    return {"protocol": PROTOCOL, "softkvm": softkvm.__version__, "pid": os.getpid()}
+
+
+def _machines(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
+    server = connection.server
+    return {**_version(connection, request), "machines": [subject.describe() for subject in server.subjects]}
+
+
+def _question(name: str) -> Ask:
+    """Return a question to KVM in Python, which is imported when somebody asks."""
+
+    def answer(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
+        module = importlib.import_module("softkvm.live.questions")
+        result: dict[str, Any] = getattr(module, name)(connection, request)
+        return result
+
+    return Ask(answer)
+
+
+_ASKS: Final[Mapping[str, Ask]] = {
+    "version": Ask(_version),
+    "machines": Ask(_machines),
+    **{name: _question(name) for name in ("stats", "trace", "threads", "stop")},
 }
 
 
@@ -175,9 +214,11 @@ class Server:
         self._path = ""
         self._listener: socket.socket | None = None
         self._wake: tuple[int, int] = (-1, -1)
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, Connection] = {}
+        self._posted: deque[tuple[Connection, dict[str, Any], bool]] = deque()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self.closed = False
+        self.subjects: tuple[Subject, ...] = ()
         self.pid = os.getpid()
         tell_after_fork(self)
         # Not on the thread: for a moment a descriptor has the lowest number that is free, and a client that opens
@@ -190,6 +231,35 @@ class Server:
         """Whether it listens: there may be no place for a socket."""
         return self._listener is not None
 
+    # -- machines
+
+    def add(self, subject: Subject) -> None:
+        """Let *subject* be asked."""
+        self.subjects = (*self.subjects, subject)
+
+    def remove(self, subject: Subject) -> None:
+        """Let *subject* be asked no more."""
+        self.subjects = tuple(other for other in self.subjects if other is not subject)
+
+    def find(self, request: dict[str, Any]) -> Ask:
+        """Return what answers *request*; Refused if nothing does."""
+        what, name = request.get("ask"), request.get("machine")
+        if not isinstance(what, str):
+            raise Refused("unknown request: expected the name of one as ask")
+        if what in _ASKS:
+            return _ASKS[what]
+        if name is not None and not isinstance(name, str):
+            raise Refused("machine: expected a name")
+        found = [subject for subject in self.subjects if name in (None, subject.name)]
+        if len(found) != 1 and any(what in subject.asks for subject in self.subjects):
+            names = ", ".join(subject.name for subject in self.subjects)
+            raise Refused(f"{name or 'which machine'}: expected one of {names}")
+        if len(found) != 1 or what not in found[0].asks:
+            raise Refused(f"unknown request {what[:64]}")
+        return found[0].asks[what]
+
+    # -- the socket
+
     def _listen(self) -> bool:
         path = socket_of(self.pid, make=True)
         if path is None:
@@ -199,10 +269,11 @@ class Server:
                 listener = _own(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
                 undo.callback(lambda: _softcpu.close_own_descriptor(listener.detach()))
                 path.unlink(missing_ok=True)  # of a process that had this number before
-                listener.bind(str(path))
+                with address(path) as where:
+                    listener.bind(where)
                 os.chmod(path, 0o600)
                 listener.listen(_BACKLOG)
-                read, write = os.pipe2(os.O_CLOEXEC)
+                read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError:
                 return False
             self._wake = _softcpu.own_descriptor(read), _softcpu.own_descriptor(write)
@@ -211,9 +282,15 @@ class Server:
         self._listener = listener
         return True
 
+    def post(self, connection: Connection, message: dict[str, Any], *, answered: bool = False) -> None:
+        """Have *message* sent on *connection*; with *answered* it goes on with its next question."""
+        self._posted.append((connection, message, answered))
+        with contextlib.suppress(OSError):  # full: it wakes up anyway
+            os.write(self._wake[1], b"\0")
+
     def _serve(self) -> None:
         with contextlib.suppress(OSError):  # somebody has closed the descriptors: a client that closes all there are
-            while not self._closed:
+            while not self.closed:
                 self._turn()
         for connection in self._connections.values():
             connection.close()
@@ -223,12 +300,18 @@ class Server:
         listener = self._listener
         assert listener is not None
         poll = select.poll()
-        for fd in (self._wake[0], listener.fileno(), *self._connections):
-            poll.register(fd, select.POLLIN)
+        poll.register(self._wake[0], select.POLLIN)
+        poll.register(listener.fileno(), select.POLLIN)
+        for fd, connection in self._connections.items():
+            if not connection.busy:
+                poll.register(fd, select.POLLIN)
         for fd, event in poll.poll():
             if event & select.POLLNVAL:
                 raise OSError(f"descriptor {fd} is closed")
-            if fd == listener.fileno():
+            if fd == self._wake[0]:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(fd, 4096)
+            elif fd == listener.fileno():
                 self._accept(listener)
             elif fd in self._connections:
                 connection = self._connections[fd]
@@ -237,8 +320,24 @@ class Server:
                 except OSError:
                     goes_on = False
                 if not goes_on:
-                    del self._connections[fd]
-                    connection.close()
+                    self._drop(connection)
+        self._send_posted()
+
+    def _send_posted(self) -> None:
+        while self._posted:
+            connection, message, answered = self._posted.popleft()
+            if self._connections.get(connection.channel.fileno()) is not connection:
+                continue
+            goes_on = connection.send(message)
+            if answered:
+                connection.busy = False
+                goes_on = goes_on and connection.go_on()
+            if not goes_on:
+                self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        if self._connections.pop(connection.channel.fileno(), None) is not None:
+            connection.close()
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -250,13 +349,13 @@ class Server:
             _softcpu.close_own_descriptor(channel.detach())
             return
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        self._connections[channel.fileno()] = _Connection(channel)
+        self._connections[channel.fileno()] = Connection(self, channel)
 
     def close(self) -> None:
         """Stop listening."""
-        if self._closed or os.getpid() != self.pid:
+        if self.closed or os.getpid() != self.pid:
             return
-        self._closed = True
+        self.closed = True
         if self._listener is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -270,7 +369,7 @@ class Server:
 
     def after_fork(self) -> None:
         """In a child there is no thread that listens: its copies of the descriptors go, as far as they are there."""
-        self._closed = True
+        self.closed = True
         channels = [connection.channel for connection in self._connections.values()]
         if self._listener is not None:
             channels.append(self._listener)
@@ -306,6 +405,6 @@ def serve() -> Server | None:
     if os.environ.get(SWITCH) == "0":
         return None
     with _lock:
-        if _server is None or _server.pid != os.getpid():
+        if _server is None or _server.pid != os.getpid() or _server.closed:
             _server = Server()
         return _server

@@ -38,9 +38,9 @@ def load(
     if "\0" in command_line:
         raise ImageError("command line holds a NUL character")
     with contextlib.ExitStack() as files:
-        image = files.enter_context(Image.of(kernel, "kernel", board.memory.size, deadline))
+        image = _opened(kernel, "kernel", board.memory.size, deadline, files)
         if initrd is not None:
-            ramdisk = files.enter_context(Image.of(initrd, "initrd", board.memory.size, deadline))
+            ramdisk = _opened(initrd, "initrd", board.memory.size, deadline, files)
             modules = [Module(ramdisk), *modules]
         if raw:
             flat.load(vcpu, board.memory, image, deadline)
@@ -63,3 +63,11 @@ def load(
         else:
             raise ImageError(loaders.describe_unknown(image))
         firmware.install(board.machine.vm, board.memory, pit=board.machine.config.pit)
+
+
+def _opened(
+    source: Source | Image, name: str, limit: int, deadline: Deadline | None, files: contextlib.ExitStack
+) -> Image:
+    """Return *source* as an image; *files* closes it, unless it is one already: then it is its owner's."""
+    image = Image.of(source, name, limit, deadline)
+    return image if image is source else files.enter_context(image)

@@ -113,6 +113,8 @@ if [ -n "$run" ]; then
     sh -c "$run"
     echo "softkvm: run ended with status $?"
 else
+    # The power button (softkvm stop). In the background: nobody waits for it.
+    (modprobe -qa button evdev && exec acpid -d > /dev/null 2>&1) &
     # A session of its own with the console as its terminal: job control and Ctrl-C work.
     if [ -n "$console" ]; then setsid -c sh -l; else setsid cttyhack sh -l; fi
 fi

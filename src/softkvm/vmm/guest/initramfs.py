@@ -3,12 +3,14 @@
 
 from importlib import resources
 from io import BytesIO
+from pathlib import Path
 from typing import Final
 
 from softkvm.vmm.guest.cpio import CpioWriter
 
 DIRECTORIES: Final = (
-    "bin", "dev", "etc", "etc/udhcpc", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "usr/bin", "usr/sbin",
+    "bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "etc/udhcpc", "proc", "root", "run", "sbin", "sys", "tmp", "usr",
+    "usr/bin", "usr/sbin",
 )  # fmt: skip
 
 # What init needs before it mounted devtmpfs (Linux, Documentation/admin-guide/devices.txt).
@@ -35,7 +37,12 @@ PROMPT: Final = "root@softkvm:"
 """What begins the interactive shell's prompt."""
 
 
-SCRIPTS: Final = {"init": "init.sh", "etc/udhcpc/default.script": "udhcpc.sh", "usr/bin/resize": "resize.sh"}
+SCRIPTS: Final = {
+    "init": "init.sh",
+    "etc/acpi/PWRF/00000080": "power_button.sh",
+    "etc/udhcpc/default.script": "udhcpc.sh",
+    "usr/bin/resize": "resize.sh",
+}
 """Programs of ours: their place in the guest, and the file beside this module."""
 
 
@@ -43,6 +50,21 @@ def scripts() -> dict[str, bytes]:
     """Return our programs by their place in the guest; the kernel starts ``/init``."""
     files = resources.files(__package__)
     return {path: files.joinpath(name).read_bytes() for path, name in SCRIPTS.items()}
+
+
+def write_directory(root: Path, busybox: bytes) -> None:
+    """Write what :func:`build` archives into the directory *root*, but device files; OSError if that cannot be."""
+    for path in DIRECTORIES:
+        (root / path).mkdir(exist_ok=True)
+    (root / "tmp").chmod(0o1777)
+    (root / "bin/busybox").write_bytes(busybox)
+    (root / "bin/busybox").chmod(0o755)
+    (root / "bin/sh").symlink_to("busybox")
+    for path, text in FILES.items():
+        (root / path).write_text(text)
+    for path, script in scripts().items():
+        (root / path).write_bytes(script)
+        (root / path).chmod(0o755)
 
 
 def build(busybox: bytes) -> bytes:

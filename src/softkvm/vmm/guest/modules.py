@@ -42,6 +42,8 @@ WANTED: Final = (
     "vmgenid",
     "i6300esb",
     "pvpanic_pci",
+    "button",
+    "evdev",
 )
 """Drivers of our devices, by their module's name; a kernel that has one built in, or not at all, does without."""
 
