@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
 from tests.support.guests import linux_guest
+from tests.support.hops import hop
 from tests.support.machines import open_soft
 
 from softkvm.vmm.console import Console
@@ -94,3 +96,32 @@ def test_linux_gets_an_address_downloads_serves_and_is_kept_in(port: int) -> Non
     assert "wget: can't connect to remote host (192.0.2.1): No route to host" in output
     assert "\n4000" in output and "/sys/class/net/eth1/queues/rx-1" in output
     assert output.count("served") == 1
+
+
+def test_a_machine_that_moves_keeps_its_address_and_its_connections_are_reset(port: int) -> None:
+    """A program that waits for a connection ends at once, as the guest's kernel has got a reset; new ones work."""
+    guest = linux_guest()
+    console = Console()
+    with socket.create_server(("127.0.0.1", 0)) as server, open_soft() as kvm:
+        server.settimeout(120)
+        commands = (
+            f"nc 10.0.2.2 {server.getsockname()[1]} </dev/ttyS0; echo nc ended; ip addr show eth0; "
+            f"wget -q -O - http://10.0.2.2:{port}/ | md5sum"
+        )
+        machine = Machine(kvm, Config(device_specs=(parse("user"),)), console.output)
+        try:
+            machine.load(guest.kernel, guest.initrd, f'{guest.command_line} quiet softkvm.run="{commands}"')
+            machine.start()
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"hello there\n")
+                console.expect("hello there", 60)
+                machine = hop(machine, kvm, console)
+                with pytest.raises(ConnectionResetError):
+                    connection.recv(1)
+            assert machine.wait(120).end is End.POWER_OFF
+        finally:
+            machine.close()
+    assert "nc ended" in console.text, console.text
+    assert "inet 10.0.2.15/24" in console.text
+    assert hashlib.md5(CONTENT).hexdigest() in console.text

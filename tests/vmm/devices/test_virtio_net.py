@@ -414,6 +414,17 @@ def test_a_saved_device_goes_on_and_announces_itself() -> None:
         assert driver.registers.config(6, 2) == 0
 
 
+def test_a_clone_has_an_address_of_its_own_where_others_see_it() -> None:
+    with nets() as (driver, net, _):
+        on_worker(driver, net.new_identity, 3)
+        assert net.mac == MAC
+        net.shared = True
+        on_worker(driver, net.new_identity, 0)
+        assert net.mac == MAC
+        on_worker(driver, net.new_identity, 3)
+        assert net.mac.hex() == "525400123459" and driver.registers.config(5, 1) == 0x59
+
+
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 2]), st.lists(st.binary(min_size=1, max_size=300), max_size=4),
                           st.lists(st.integers(1, 4000), max_size=3)), max_size=12))  # fmt: skip

@@ -102,9 +102,13 @@ class Net(VirtioDevice):
     name = "net"
     pci_class = 0x020000
 
-    def __init__(self, backend: Backend, mac: bytes, *, mtu: int = MTU_DEFAULT, pairs: int = 1) -> None:
+    def __init__(
+        self, backend: Backend, mac: bytes, *, mtu: int = MTU_DEFAULT, pairs: int = 1, shared: bool = False
+    ) -> None:
         super().__init__()
         self.backend = backend
+        self.shared = shared
+        """Whether others see the address."""
         self.own_mac = mac
         self._mtu = mtu
         self.pairs_max = pairs
@@ -280,6 +284,7 @@ class Net(VirtioDevice):
             waiting.clear()
         self._touched.clear()
         self._held.clear()
+        self._restored = False
         self.filter = ReceiveFilter(self.own_mac)
         self.pairs = 1
         self.announcing = False
@@ -476,7 +481,14 @@ class Net(VirtioDevice):
         self.link_up = bool(state["link_up"])
         self._takes = Offloads(*map(bool, state["takes"]))
         self.backend.restore(state["backend"])
-        self._restored = True
+        self._restored = bool(self.driver_features)  # a driver that begins later begins anew
+
+    def new_identity(self, number: int) -> None:
+        """Take an address that no other clone has, where others could see it. A driver finds it when it looks again."""
+        if number and self.shared:
+            last = int.from_bytes(self.own_mac[3:], "big") + number
+            self.own_mac = self.filter.mac = self.own_mac[:3] + (last & 0xFFFFFF).to_bytes(3, "big")
+            self.config_changed()
 
     def describe(self) -> dict[str, Any]:
         """The device and its network, for whoever asks a running machine."""
@@ -571,8 +583,9 @@ class NetSpec:
         """Make the device; ConfigError if the host refuses a port, a name or a tap device."""
         backend = UserStack(self.net) if isinstance(self.net, UserNet) else Tap(self.net.name)
         number = sum(isinstance(transport.device, Net) for transport in machine.board.virtio.transports.values())
-        mac = self.mac or default_mac(number, shared=isinstance(self.net, TapNet))
-        device = Net(backend, mac, mtu=self.mtu, pairs=self.queues)
+        shared = isinstance(self.net, TapNet)
+        mac = self.mac or default_mac(number, shared=shared)
+        device = Net(backend, mac, mtu=self.mtu, pairs=self.queues, shared=shared)
         try:
             self.placement.add(machine, device, machine.workers.own(f"net{number}"))
         except BaseException:
