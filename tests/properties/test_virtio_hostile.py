@@ -151,6 +151,11 @@ def bugs(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
     return found
 
 
+def now_and_then(usual: Any, other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """The usual value, and one of *other* once in ten times."""
+    return st.integers(0, 9).flatmap(lambda number: other if number == 9 else st.just(usual))
+
+
 ADDRESSES = st.one_of(
     st.integers(0, 63).map(lambda n: AREA + 0x200000 + n * 0x1000),
     st.sampled_from([0, 1, MEMORY - 1, MEMORY - 512, MEMORY, 0xFEE00000, 1 << 32, (1 << 64) - 1, (1 << 64) - 4096]),
@@ -164,16 +169,28 @@ SMALL = st.integers(0, 20)
 FLAGS = st.one_of(st.sampled_from([0, 1, 2, 3, 4]), st.integers(0, 0xFFFF))
 PAYLOADS = st.one_of(
     st.binary(max_size=128),
-    st.lists(SMALL | st.integers(0, 0xFFFFFFFF), max_size=16).map(lambda words: struct.pack(f"<{len(words)}I", *words)),
-    st.lists(SMALL | st.integers(0, 0xFFFF), max_size=16).map(lambda words: struct.pack(f"<{len(words)}H", *words)),
+    st.lists(SMALL | st.integers(0, 0xFFFFFFFF), min_size=4, max_size=16).map(
+        lambda words: struct.pack(f"<{len(words)}I", *words)
+    ),
+    st.lists(SMALL | st.integers(0, 0xFFFF), min_size=8, max_size=32).map(
+        lambda words: struct.pack(f"<{len(words)}H", *words)
+    ),
 )
 GOOD_PLACE = st.integers(0, 63)
+CHAINS = st.tuples(
+    st.just("chain"),
+    SMALL,
+    st.lists(st.tuples(st.integers(16, 256), PAYLOADS), min_size=1, max_size=3)
+    | st.lists(st.tuples(st.integers(1, 4096), PAYLOADS), max_size=3),
+    st.lists(st.sampled_from([1, 1, 8, 64, 1024, 4096]), max_size=3),
+)
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("descriptor"), SMALL, SMALL, ADDRESSES, LENGTHS, FLAGS, SMALL),
-        st.tuples(
-            st.just("chain"), SMALL, st.lists(st.tuples(GOOD_PLACE, st.integers(1, 4096), st.booleans()), max_size=5)
-        ),
+        CHAINS,
+        CHAINS,
+        CHAINS,
+        CHAINS,
         st.tuples(st.just("available"), SMALL, SMALL, st.sampled_from([1, 1, 1, 2, 64, 40000])),
         st.tuples(st.just("payload"), GOOD_PLACE, PAYLOADS),
         st.tuples(st.just("notify"), SMALL | st.just(0xFFFF)),
@@ -191,7 +208,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("reset")),
         st.tuples(st.just("settle")),
     ),
-    min_size=1,
+    min_size=8,
     max_size=30,
 )
 
@@ -204,6 +221,8 @@ class Hostile:
         self.memory = target.memory
         self.registers = target.registers
         self.available: dict[int, int] = {}
+        self.taken: dict[int, int] = {}
+        self.next_place = 0
         self.packed = False
 
     def start(self, features: int, sizes: list[int], places: list[tuple[int, int, int] | None]) -> None:
@@ -214,7 +233,7 @@ class Hostile:
         self.packed = bool(accepted >> RING_PACKED & 1)
         registers.accept(accepted)
         registers.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK)
-        self.available = {}
+        self.available, self.taken = {}, {}
         self.places = []
         for index in range(len(self.target.transport.queues)):
             at = AREA + index * RINGS
@@ -234,15 +253,29 @@ class Hostile:
         else:
             self.memory.write(table, struct.pack("<QIHH", address, length, flags & 7, following))
 
-    def chain(self, number: int, parts: list[tuple[int, int, bool]]) -> None:
-        """A chain that is right, of whatever segments."""
-        parts = sorted(parts, key=lambda part: part[2])
-        for at, (place, length, writable) in enumerate(parts):
-            flags = (2 if writable else 0) | (1 if at + 1 < len(parts) else 0)
-            self.descriptor(number, at, AREA + 0x200000 + place * 0x1000, length, flags, at + 1)
+    def chain(self, number: int, readable: list[tuple[int, bytes]], writable: list[int]) -> None:
+        """A chain that is right: of readable segments with a payload each, and writable ones."""
+        parts = []
+        for length, payload in readable:
+            at = self.place()
+            self.memory.write(at, payload)
+            parts.append((at, max(1, min(length, 2 * len(payload))), 0))
+        parts += [(self.place(), length, 2) for length in writable]
+        queue = self.queue(number)
+        first = self.taken.get(queue, 0)
+        if first + len(parts) > 64:
+            first = 0
+        self.taken[queue] = first + len(parts)
+        for at, (address, length, flags) in reversed(list(enumerate(parts))):
+            more = 1 if at + 1 < len(parts) else 0
+            self.descriptor(number, first + at, address, length, flags | more, first + at + 1)
         if parts and not self.packed:
-            self.make_available(number, 0, 1)
-        self.registers.notify(self.queue(number))
+            self.make_available(number, first, 1)
+        self.registers.notify(queue)
+
+    def place(self) -> int:
+        self.next_place = (self.next_place + 1) % 64
+        return AREA + 0x200000 + self.next_place * 0x1000
 
     def make_available(self, number: int, head: int, count: int) -> None:
         queue = self.queue(number)
@@ -285,6 +318,9 @@ class Hostile:
             target.settle()
 
 
+DEADLY = {"register", "status", "reset", "notify"}
+OK = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+
 PLACES = st.lists(st.none() | st.tuples(ADDRESSES, ADDRESSES, ADDRESSES), min_size=1, max_size=3)
 SIZES = st.lists(st.sampled_from([64, 64, 64, 64, 8, 1, 0, 3, 65535]), min_size=1, max_size=3)
 
@@ -296,9 +332,9 @@ SIZES = st.lists(st.sampled_from([64, 64, 64, 64, 8, 1, 0, 3, 65535]), min_size=
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
 @given(
-    features=st.sampled_from([(1 << 64) - 1, (1 << 64) - 1, 0]) | st.integers(0, (1 << 64) - 1),
-    sizes=st.just([64]) | SIZES,
-    places=st.just([None]) | PLACES,
+    features=now_and_then((1 << 64) - 1, st.just(0) | st.integers(0, (1 << 64) - 1)),
+    sizes=now_and_then([64], SIZES),
+    places=now_and_then([None], PLACES),
     actions=ACTIONS,
 )
 def test_nothing_that_a_driver_does_is_more_than_a_reset_mends(
@@ -313,6 +349,9 @@ def test_nothing_that_a_driver_does_is_more_than_a_reset_mends(
     driver.start(features, sizes, places)
     for action in actions:
         driver.act(action)
+        if action[0] == "settle" or (action[0] in DEADLY and target.registers.status() & OK != OK):
+            target.settle()
+            driver.start((1 << 64) - 1, [64], [None])
     target.settle()
     target.works()
     assert not bugs, "".join(map(repr, bugs))
@@ -344,7 +383,7 @@ def test_a_queue_may_be_gone_while_it_is_served(target: Target, bugs: list[BaseE
         for _ in range(20):
             driver.start((1 << 64) - 1, [64], [None])
             for index in range(len(target.transport.queues)):
-                driver.chain(index, [(1, 64, False), (2, 512, True)])
+                driver.chain(index, [(64, bytes(64))], [512])
     finally:
         stop.set()
         thread.join()
