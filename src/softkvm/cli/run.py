@@ -25,6 +25,7 @@ from softkvm.cli.devices import add_device_options, device_specs
 from softkvm.cli.ends import EXIT_STATUS, signals_end
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.panic_watch import PanicWatch
+from softkvm.cli.run_cached import BootCache, Keeping
 from softkvm.cli.run_console import RunConsole
 from softkvm.cli.run_control import add_control_arguments, control, detached
 from softkvm.cli.run_gdb import add_gdb, gdb_spec, let_debug
@@ -133,6 +134,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         action=BooleanOptionalAction,
         default=False,
         help="a guest's reset, or a triple fault, begins the machine anew instead of ending it; a panic still ends it",
+    )
+    add(
+        "--no-cache",
+        action="store_true",
+        help="boot the default guest, in place of going on from where a run like this one had booted it to",
     )
     add_gdb(parser)
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
@@ -340,19 +346,30 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
                 raise
             finally:
                 panic.output(data)
+                if keeping is not None:
+                    keeping.output(data)
 
+        keeping: Keeping | None = None
         try:
             config = replace(config, device_specs=config.device_specs + console.specs(output))
-            machine = stack.enter_context(Machine(kvm, config, output))
-            machine.load(
-                loaded.kernel,
-                None,
-                loaded.command_line,
-                modules=loaded.modules,
-                raw=image.raw,
-                entry=image.entry,
-                deadline=deadline,
-            )
+            cache = BootCache.of(args, image, config, kvm, accel)
+            booted = None if cache is None else cache.restore(kvm, output, config)
+            machine = stack.enter_context(booted or Machine(kvm, config, output))
+            if booted is not None:
+                booted.board.remember(loaded.kernel, None, loaded.command_line, modules=loaded.modules)
+            else:
+                machine.load(
+                    loaded.kernel,
+                    None,
+                    loaded.command_line,
+                    modules=loaded.modules,
+                    raw=image.raw,
+                    entry=image.entry,
+                    deadline=deadline,
+                )
+                if cache is not None:
+                    keeping = stack.enter_context(cache.keep(machine))
+                    console.through = keeping.hold
         except LoadTimeout as error:
             return _timed_out(error)
         except MachineError as error:

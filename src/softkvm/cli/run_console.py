@@ -75,6 +75,8 @@ class RunConsole:
         self._end: ConsoleEnd = open_console(where(choice))
         self._lock = threading.Lock()
         self._line: ConsoleLine | None = None
+        self.through: Callable[[InputLine], InputLine] = lambda line: line
+        """Gives what stands before the line that input goes to."""
 
     @property
     def name(self) -> str:
@@ -101,7 +103,8 @@ class RunConsole:
     def line(self, machine: Machine) -> InputLine:
         """Return where what is typed goes."""
         self._line = next((part for part in machine.devices if isinstance(part, ConsoleLine)), None)
-        return machine.board.serial if self._line is None else _Lines(machine.board.serial, self._line)
+        line: InputLine = machine.board.serial
+        return self.through(line if self._line is None else _Lines(line, self._line))
 
     @contextlib.contextmanager
     def _sizes(self) -> Iterator[None]:

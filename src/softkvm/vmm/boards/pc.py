@@ -330,6 +330,21 @@ class Pc(Board):
 
     # -- boot
 
+    def remember(
+        self,
+        kernel: Source | Image,
+        initrd: Source | Image | None,
+        command_line: str,
+        *,
+        modules: Sequence[Module] = (),
+        raw: bool = False,
+        entry: bzimage.Entry | None = None,
+    ) -> None:
+        """Begin anew from this image when the machine is reset, which is loaded already, or was before a snapshot."""
+        self._load_again = functools.partial(
+            self.load, kernel, initrd, command_line, modules=modules, raw=raw, entry=entry
+        )
+
     def load(
         self,
         kernel: Source | Image,
@@ -348,9 +363,7 @@ class Pc(Board):
         among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
         fit, LoadTimeout if *deadline* passes.
         """
-        self._load_again = functools.partial(
-            self.load, kernel, initrd, command_line, modules=modules, raw=raw, entry=entry
-        )
+        self.remember(kernel, initrd, command_line, modules=modules, raw=raw, entry=entry)
         from softkvm.vmm.boards import pc_boot
 
         pc_boot.load(self, kernel, initrd, command_line, modules, raw=raw, entry=entry, deadline=deadline)
