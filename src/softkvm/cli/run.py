@@ -319,7 +319,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         return _timed_out(error)
     except MachineError as error:
         raise CommandError(str(error)) from None
-    console = RunConsole(NONE if args.detach and args.console == STDIO else args.console)
+    console = RunConsole(NONE if args.detach and args.console == STDIO else args.console, config.device_specs)
     caught: list[int] = []
     failed: list[Outcome] = []
     with contextlib.ExitStack() as stack:

@@ -11,13 +11,14 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from softkvm.cli import CommandError
 from softkvm.cli.streams import InputLine
 from softkvm.cli.terminal import STDIO, VIRTIO, ConsoleEnd, open_console
-from softkvm.vmm.devices.ports import ConsoleLine, ConsoleSpec
+from softkvm.vmm.devices.ports import ConsoleLine, ConsoleSpec, PortSpec
 from softkvm.vmm.devices.spec import DeviceSpec
 from softkvm.vmm.machine import Machine
 
@@ -67,9 +68,14 @@ class _Lines:
 
 
 class RunConsole:
-    """The console of one run: *choice* is what ``--console`` says. CommandError if it cannot be had."""
+    """The console of one run: *choice* is what ``--console`` says, *specs* are the machine's devices.
 
-    def __init__(self, choice: str) -> None:
+    CommandError if it cannot be had.
+    """
+
+    def __init__(self, choice: str, specs: Sequence[DeviceSpec] = ()) -> None:
+        if where(choice) == STDIO and any(isinstance(spec, PortSpec) and spec.end == STDIO for spec in specs):
+            raise CommandError("--port NAME=stdio needs the console elsewhere: --console none, pty or file:PATH")
         self._virtio = is_virtio(choice)
         self._follows = self._virtio and where(choice) == STDIO
         self._end: ConsoleEnd = open_console(where(choice))

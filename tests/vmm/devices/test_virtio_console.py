@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.support.virtio_driver import Driver, driving
 
+from softkvm.cli.main import main
 from softkvm.vmm.devices.port_ends import FileEnd, PtyEnd, UnixEnd
 from softkvm.vmm.devices.ports import PortSpec, parse
 from softkvm.vmm.devices.virtio_console import INPUT, OUTPUT, Console, Outlet, Port
@@ -379,3 +380,14 @@ def test_what_is_no_port_is_said(text: str, wrong: str) -> None:
 def test_a_port_has_a_name_and_an_end() -> None:
     assert parse("org.example=unix:/tmp/a=b") == PortSpec("org.example", "unix:/tmp/a=b")
     assert parse("my port=file:/tmp/a,,b,id=files").end == "file:/tmp/a,b"
+
+
+def test_standard_input_and_output_are_one_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kernel").write_bytes(b"\xf4")
+    assert main(["run", "--kernel", f"flat:{tmp_path}/kernel", "--port", "p=stdio"]) == 2
+    assert capsys.readouterr().err == (
+        "softkvm: --port NAME=stdio needs the console elsewhere: --console none, pty or file:PATH\n"
+    )
+    ends = ["--port", "p=stdio", "--port", "q=stdio", "--console", "none"]
+    assert main(["run", "--kernel", f"flat:{tmp_path}/kernel", *ends]) == 2
+    assert "one port's only" in capsys.readouterr().err

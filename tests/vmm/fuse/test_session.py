@@ -267,3 +267,35 @@ def test_a_new_mount_finds_nothing_open(client: Client, tmp_path: Path) -> None:
         again.read(handle, 0, 1)
     with failing(errno.ESTALE):
         again.getattr(node)
+
+
+def test_a_saved_mount_goes_on_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a/file", "a/gone"):
+        (tmp_path / name).write_text(name)
+    client = connect(tmp_path)
+    node, gone = client.path("a", "file"), client.path("a", "gone")
+    directory = client.path("a")
+    client.forget(directory, 3)  # now the last that is saved, and above the others
+    assert client.path("a") == directory
+    client.lookup(client.path("a"), "file")
+    handle = client.open(node, os.O_RDWR)
+    client.write(handle, 0, b"written")
+    state = client.session.save()
+    client.session.close()
+    (tmp_path / "a/gone").unlink()
+    (tmp_path / "another").touch()
+
+    client.session = Session(Share(tmp_path))
+    client.session.restore(state)
+    assert client.read(handle, 0, 100) == b"written"
+    assert client.path("a") == directory and client.lookup(directory, "file").node == node
+    assert client.lookup(ROOT, "another").node not in (node, gone, ROOT)
+    with failing(errno.ESTALE):
+        client.getattr(gone)
+    client.forget(gone)
+    client.forget(node, 3)
+    with failing(errno.ESTALE):
+        client.getattr(node)
+    assert client.open(client.path("a", "file")) != handle
+    client.session.close()

@@ -432,3 +432,35 @@ def test_fids_are_not_bounded_by_descriptors(tmp_path: Path) -> None:
         client.clunk(directories[index])
     client.session.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_saved_session_goes_on_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/file").write_text("text")
+    (tmp_path / "gone").write_text("gone")
+    client = connect(tmp_path)
+    fid, directory, gone = client.path("a", "b", "file"), client.path("a"), client.path("gone")
+    client.open(fid, os.O_RDWR | os.O_TRUNC)
+    client.write(fid, 0, b"written")
+    client.open(directory)
+    first = client.readdir(directory, 0, 60)
+    clone = client.walk(0)
+    client.call(32, struct.pack("<I", clone) + s("user.half") + struct.pack("<QI", 10, 0))
+    client.write(clone, 0, b"12345")
+    state = client.session.save()
+    client.session.close()
+    (tmp_path / "gone").unlink()
+
+    client.session = Session(Share(tmp_path))
+    client.session.restore(state)
+    assert client.read(fid, 0, 100) == b"written"
+    assert client.write(fid, 7, b"!") == 1
+    names = {entry.name for entry in first + client.readdir(directory, first[-1].offset, 8192)}
+    assert names == {b".", b"..", b"b"}
+    assert client.getattr(client.walk(client.path("a", "b"), "..")).qid == client.getattr(client.path("a")).qid
+    with failing(errno.ESTALE):
+        client.getattr(gone)
+    client.clunk(gone)
+    with failing(errno.ENOSPC):
+        client.write(clone, 5, b"123456")
+    client.session.close()

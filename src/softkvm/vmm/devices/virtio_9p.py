@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from softkvm.vmm.p9.session import ProtocolError, Session
 from softkvm.vmm.share.share import Share
@@ -44,6 +45,14 @@ class P9(VirtioDevice):
     def reset(self) -> None:
         """The client is gone."""
         self.session.reset()
+
+    def save(self) -> dict[str, Any]:
+        """The session's state: which files the guest has, and which are open."""
+        return self.session.save()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.session.restore(state)
 
     def close(self) -> None:
         """Close all files."""

@@ -374,7 +374,7 @@ class Console(VirtioDevice):
 class Outlet:
     """An end whose output goes to a function that may wait: a thread of its own calls it. Input is fed from any thread.
 
-    Up to :data:`OUTPUT` bytes wait for that thread. One that raises OSError gets no more.
+    Up to :data:`OUTPUT` bytes wait for that thread, and as many may be in its call. After an OSError it gets no more.
     """
 
     def __init__(self, sink: Callable[[bytes], object]) -> None:
@@ -419,13 +419,13 @@ class Outlet:
                 data, self._output = bytes(self._output), bytearray()
                 self._busy = True
                 full, self._full = self._full, False
+            port = self._port
+            if full and port is not None and port.device is not None:
+                port.device.call(port.go_on)
             try:
                 self._sink(data)
             except OSError:
                 self._broken = True
-            device = self._port.device if self._port is not None else None
-            if full and device is not None and self._port is not None:
-                device.call(self._port.go_on)
 
     def flush(self, timeout_s: float = 1.0) -> None:
         """Wait until all output is with the function."""

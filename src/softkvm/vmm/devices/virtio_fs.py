@@ -8,7 +8,7 @@ notification queue and no DAX window.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final
 
 from softkvm.vmm.fuse.session import ProtocolError, Session
 from softkvm.vmm.share.share import Share
@@ -51,6 +51,14 @@ class Fs(VirtioDevice):
     def reset(self) -> None:
         """The guest's mount is gone."""
         self.session.reset()
+
+    def save(self) -> dict[str, Any]:
+        """The session's state: which files the guest has, and which are open."""
+        return self.session.save()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.session.restore(state)
 
     def close(self) -> None:
         """Close all files."""

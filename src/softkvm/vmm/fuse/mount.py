@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from typing import Any
 
 from softkvm.vmm.fuse.protocol import ROOT_ID
 from softkvm.vmm.share.files import OpenFile
@@ -69,6 +70,30 @@ class Mount:
         """Close an open file."""
         self.share.close_file(self.file(handle))
         del self.files[handle]
+
+    # -- save and restore
+
+    def save(self) -> dict[str, Any]:
+        """What the mount holds, as plain data."""
+        tree = self.share.tree
+        nodes = [[number, count, tree.save(tree.by_number[number])] for number, count in self._lookups.items()]
+        files = [[handle, file.node.number, file.flags] for handle, file in self.files.items()]
+        return {"agreed": self.agreed, "nodes": nodes, "files": files, "next_handle": self._next_handle}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state: files are found again by their paths; one that is gone stays, and is ESTALE."""
+        self.reset()
+        self.agreed = state["agreed"]
+        tree = self.share.tree
+        tree.reserve(number for number, _, _ in state["nodes"])
+        for number, count, saved in state["nodes"]:
+            tree.restore(saved, number).uses += count - 1
+            self._lookups[number] = count
+        for handle, number, flags in state["files"]:
+            file = self.share.reopen(self.node(number), flags) if number in tree.by_number else None
+            if file is not None:
+                self.files[handle] = file
+        self._next_handle = state["next_handle"]
 
     def reset(self) -> None:
         """Give back all."""

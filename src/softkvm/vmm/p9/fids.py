@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.p9.protocol import NOFID
@@ -107,6 +107,49 @@ class Fids:
             self._share.remove_xattr(fid.node, xattr.name)
             return
         self._share.set_xattr(fid.node, xattr.name, bytes(xattr.value), xattr.flags)
+
+    def save(self) -> list[dict[str, Any]]:
+        """All fids, as plain data."""
+        tree = self._share.tree
+        saved = []
+        for number, fid in self._fids.items():
+            xattr: dict[str, Any] | None = None
+            if isinstance(fid.xattr, XattrRead):
+                xattr = {"value": fid.xattr.value}
+            elif fid.xattr is not None:
+                xattr = {name: getattr(fid.xattr, name) for name in ("name", "size", "flags")}
+                xattr["value"] = bytes(fid.xattr.value)
+            saved.append(
+                {
+                    "number": number,
+                    "node": tree.save(fid.node),
+                    "top": tree.save(fid.top),
+                    "uid": fid.uid,
+                    "open": None if fid.file is None else fid.file.flags,
+                    "xattr": xattr,
+                }
+            )
+        return saved
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Take over saved fids. One whose file is gone stays, and is ESTALE; it is not open if it cannot be opened."""
+        tree = self._share.tree
+        FIDS.check(len(state))
+        for saved in state:
+            top = tree.restore(saved["top"])
+            tree.release(top)
+            fid = Fid(tree.restore(saved["node"]), saved["uid"], top)
+            if saved["open"] is not None:
+                fid.file = self._share.reopen(fid.node, saved["open"])
+            xattr = saved["xattr"]
+            if xattr is not None:
+                value = xattr["value"]
+                fid.xattr = (
+                    XattrWrite(xattr["name"], xattr["size"], xattr["flags"], bytearray(value))
+                    if "name" in xattr
+                    else XattrRead(value)
+                )
+            self._fids[saved["number"]] = fid
 
     def close(self) -> None:
         """Give all up. Attributes that are only half there are dropped."""

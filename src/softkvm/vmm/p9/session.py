@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.p9 import handlers
@@ -131,6 +131,16 @@ class Session(ClientState):
         """End the session: all that is open is closed."""
         self.fids.close()
         self.agreed = False
+
+    def save(self) -> dict[str, Any]:
+        """What the client has; not its locks."""
+        return {"msize": self.msize, "agreed": self.agreed, "fids": self.fids.save()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state: files are found again by their paths."""
+        self.reset()
+        self.msize, self.agreed = MESSAGE.check(state["msize"]), state["agreed"]
+        self.fids.restore(state["fids"])
 
     def close(self) -> None:
         """End the session and the share."""

@@ -182,6 +182,13 @@ class Share:
             raise
         return node, status, self._opened(fd, kept, node)
 
+    def reopen(self, node: Node, flags: int) -> OpenFile | None:
+        """Open a file again that was open, with the flags that it had; None if that cannot be any more."""
+        try:
+            return self.open(node, flags & ~(os.O_TRUNC | os.O_EXCL))
+        except OSError:
+            return None
+
     # -- names
 
     def make_directory(

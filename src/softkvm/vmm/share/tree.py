@@ -16,8 +16,9 @@ import errno
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.share.syscalls import open_beneath
@@ -93,6 +94,7 @@ class Tree:
         self.by_number: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
         self._next_number = 1
+        self._reserved = 0
         self.proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         """The directory whose entries are our descriptors: what opens a file again that an O_PATH descriptor names."""
         try:
@@ -278,6 +280,57 @@ class Tree:
         """Note that *node* is *name* in *parent* now."""
         if node is not None and node is not self.root:
             self._place(node, parent, name)
+
+    # -- save and restore
+
+    def save(self, node: Node) -> dict[str, Any]:
+        """Where a node's file is to be found again: not at all, if it has no name any more."""
+        try:
+            names = self.names(node)
+        except OSError:
+            names = None
+        return {"names": names, "kind": node.kind}
+
+    def restore(self, state: dict[str, Any], number: int | None = None) -> Node:
+        """Return the node of a saved file, held; one that always is ESTALE if there is no such file any more.
+
+        Protocols that name files by their node's number say which it has, after :meth:`reserve`.
+        """
+        if number == self.root.number:
+            self.root.uses += 1
+            return self.root
+        try:
+            if state["names"] is None:
+                raise FileNotFoundError
+            node = self._find(state["names"])
+            if node.kind != state["kind"] or (number is not None and node.number < self._reserved):
+                self.release(node)
+                raise FileNotFoundError
+        except OSError:
+            node = Node((-1, self._next_number), state["kind"], None, b"")
+            node.name = None
+            self._add(node)
+        if number is not None and number != node.number:
+            del self.by_number[node.number]
+            node.number = number
+            self.by_number[number] = node
+        return node
+
+    def reserve(self, numbers: Iterable[int]) -> None:
+        """Give no node any of these *numbers*, nor one below: they are those of nodes that are restored."""
+        self._reserved = max(numbers, default=0) + 1
+        self._next_number = max(self._next_number, self._reserved)
+
+    def _find(self, names: list[bytes]) -> Node:
+        node = self.root
+        node.uses += 1
+        for name in names:
+            try:
+                below, _ = self.look_up(node, name)
+            finally:
+                self.release(node)
+            node = below
+        return node
 
     def close(self) -> None:
         """Close all descriptors."""
