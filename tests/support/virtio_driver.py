@@ -365,6 +365,11 @@ class SplitDriverQueue(DriverQueue):
     def avail_event(self) -> int:
         return int.from_bytes(self.memory.read(self.used_ring + 4 + 8 * self.size, 2), "little")
 
+    def wants_notification(self) -> Callable[[], bool]:
+        """Return what tells whether the device, with event index, asked to be notified of what is added until then."""
+        old = self._avail_idx
+        return lambda: (self._avail_idx - self.avail_event() - 1) & 0xFFFF < (self._avail_idx - old) & 0xFFFF
+
     def used_flags(self) -> int:
         return int.from_bytes(self.memory.read(self.used_ring, 2), "little")
 
@@ -419,6 +424,22 @@ class PackedDriverQueue(DriverQueue):
         buffer = Buffer(self.memory, identifier, room, len(parts))
         self.buffers[identifier] = buffer
         return buffer
+
+    def wants_notification(self) -> Callable[[], bool]:
+        """Return what tells whether the device, with event index, asked to be notified of what is added until then."""
+        old, old_wrap = self._next, self._wrap
+
+        def wanted() -> bool:
+            place, kind = struct.unpack("<HH", self.memory.read(self.device_events, 4))
+            if kind != 2:
+                return bool(kind == 0)
+            event, new = place & 0x7FFF, self._next
+            if place >> 15 != self._wrap:
+                event -= self.size
+            added = new - old + (self.size if self._wrap != old_wrap else 0)
+            return bool((new - event - 1) & 0xFFFF < added)
+
+        return wanted
 
     def set_driver_events(self, place: int, flags: int) -> None:
         self.memory.write(self.driver_events, struct.pack("<HH", place, flags))

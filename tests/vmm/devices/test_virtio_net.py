@@ -191,6 +191,28 @@ def test_a_frame_waits_until_there_are_buffers_and_the_back_end_is_told() -> Non
         driver.wait_until(lambda: "room" in wire.calls)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [100, 3000, 20_000])
+def test_a_driver_that_only_notifies_when_it_is_asked_to_gets_every_frame(packed: bool, size: int) -> None:
+    """2.7.10, 2.8.10: buffers come one by one, too few at first; the device asks for the one that it waits for."""
+    with nets(packed=packed) as (driver, net, _):
+        queue = driver.queues[0]
+        data = b""
+        for number in range(3):
+            assert send(driver, net, frame(size))
+            buffers: list[Any] = []
+            while not buffers or buffers[-1].written is None:
+                wanted = queue.wants_notification()
+                buffers.append(queue.add(writable=[1024]))
+                if wanted():
+                    queue.notify()
+                on_worker(driver, lambda: None)
+                queue.used()
+                assert len(buffers) <= size // 1024 + 2, f"frame {number} never comes"
+            data = b"".join(buffer.data() for buffer in buffers)
+            assert data[12:] == frame(size)
+
+
 def test_frames_that_wait_are_a_bounded_number() -> None:
     with nets() as (driver, net, _):
         taken = on_worker(driver, lambda: [net.send(frame(60)) for _ in range(300)])

@@ -231,9 +231,11 @@ class Net(VirtioDevice):
         while left > 0:
             chain = queue.pop()
             if chain is None:
+                # Of the next one, behind those that are there and too few: so before these are put back.
+                if queue.enable_notifications():
+                    continue
                 for taken in reversed(chains):
                     queue.unpop(taken)
-                queue.enable_notifications()
                 return False
             chains.append(chain)
             room = chain.writable_size
@@ -555,6 +557,27 @@ def _frame(chain: Chain, queue: Queue) -> Frame | None:
 
 def _scatter(chains: list[Chain], first: bytes, rest: Sequence[Data]) -> None:
     """Store what a frame has in the buffers, which have room for it."""
+    if len(rest) == 1 and all(len(chain.writable) == 1 for chain in chains):
+        # As drivers make them: each buffer is one segment.
+        payload, at = memoryview(rest[0]), -len(first)
+        for chain in chains:
+            segment = chain.writable[0]
+            size = len(segment)
+            if at < 0:
+                if size < len(first):
+                    break
+                segment[: len(first)] = first
+                at = size - len(first)
+                piece = payload[:at]
+                segment[len(first) : len(first) + len(piece)] = piece
+                chain.written = len(first) + len(piece)
+            else:
+                piece = payload[at : at + size]
+                segment[: len(piece)] = piece
+                chain.written = len(piece)
+                at += size
+        else:
+            return
     number = 0
     chain = chains[0]
     for data in (first, *rest):
