@@ -23,6 +23,7 @@ BELOW: dict[str, set[str]] = {
     "devkvm": {"abi", "api", "closing", "cputime", "threads"},
     "vmm": {"abi", "api", "closing", "cputime", "progress", "threads"},
     "control": {"abi", "api", "closing", "live", "threads", "vmm"},
+    "script": {"abi", "vmm"},
     "reports": set(),
     "unittests": {"abi", "api", "vmm", "qemu", "reports"},
     "bench": {"abi", "api", "cputime", "vmm", "unittests", "qemu", "reports"},

@@ -54,6 +54,8 @@ class Console:
         self._data = bytearray()
         self._position = 0
         self._machine: Machine | None = None
+        self.look: Callable[[], object] | None = None
+        """Called now and then while somebody waits; what it raises ends the waiting."""
 
     @property
     def text(self) -> str:
@@ -72,6 +74,12 @@ class Console:
         with self._changed:
             self._data += data
             self._changed.notify_all()
+
+    def carry_on(self, other: Console) -> None:
+        """Have what came to *other*, whose machine has ended, come before what comes here; it counts as found."""
+        with other._changed, self._changed:
+            self._data[:0] = other._data
+            self._position += len(other._data)
 
     def send(self, text: str) -> None:
         """Type *text* at the console."""
@@ -103,6 +111,8 @@ class Console:
                     return found
                 if ended and self._machine is not None:
                     raise ConsoleEnded(self._message(f"machine ended ({self._machine.outcome})", pattern))
+                if self.look is not None:
+                    self.look()
                 remaining_s = deadline - time.monotonic()
                 if remaining_s <= 0:
                     raise ConsoleTimeout(self._message(f"timeout after {timeout_s:g} s", pattern))

@@ -170,7 +170,7 @@ class Machine(Closing):
         resources.callback(self.workers.close)
         self.board = Pc(self, console, resources)
         self.pausing.parts += [*self.board.parts, self.workers]
-        self.memory = self.board.memory
+        self.memory: GuestMemory = self.board.memory
         self.hyperv = Hyperv(self.memory)
         for index, vcpu in enumerate(self.board.create_vcpus(kvm)):
             thread = VcpuThread(self, index, vcpu)

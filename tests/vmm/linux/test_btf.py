@@ -93,7 +93,7 @@ def test_types_are_named_as_c_has_it(text: str, size: int, spelt: str) -> None:
     assert types.spell(types.named(text)) == spelt
 
 
-@pytest.mark.parametrize("text", ["struct nothing", "int int", "", "*", "struct", "[3]", "int[x]"])
+@pytest.mark.parametrize("text", ["struct nothing", "int int", "", "*", "struct", "[3]", "int[x]", "int[-1]"])
 def test_what_names_no_type_is_one_line(text: str) -> None:
     with pytest.raises(KernelError):
         Btf(btf()).named(text)

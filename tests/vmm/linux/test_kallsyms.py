@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softkvm.vmm.debug.virtual import MemoryFault
+from softkvm.vmm.debug.paging import MemoryFault, PageTables
 from softkvm.vmm.linux import vmcoreinfo
 from softkvm.vmm.linux.errors import KernelError
 from softkvm.vmm.linux.kallsyms import Symbols, read_kallsyms, read_system_map
-from softkvm.vmm.linux.paging import PageTables
 from softkvm.vmm.linux.vmcoreinfo import parse
 from softkvm.vmm.memory import GuestMemory
 

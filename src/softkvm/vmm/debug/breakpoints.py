@@ -7,6 +7,7 @@ registers).
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -114,7 +115,7 @@ class Breakpoints:
         if point in self:
             return
         if point.kind is Kind.SOFTWARE:
-            gpa = translate(vcpu, point.address)
+            gpa = translate(vcpu, self._memory, point.address)
             patch = self._patches.get(gpa)
             if patch is None:
                 try:
@@ -164,6 +165,17 @@ class Breakpoints:
         self._patches.clear()
         self._software.clear()
 
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Have memory without our INT3s for the ``with`` statement: for who copies it. The machine stands meanwhile."""
+        for gpa, patch in self._patches.items():
+            self._restore(gpa, patch)
+        try:
+            yield
+        finally:
+            for gpa in self._patches:
+                self._memory.write(gpa, bytes([INT3]))
+
     def clear(self) -> None:
         """Take all breakpoints away."""
         self.clear_software()
@@ -178,7 +190,7 @@ class Breakpoints:
     def is_ours(self, vcpu: api.Vcpu, address: int) -> bool:
         """Whether the INT3 that *vcpu* came upon is one of ours. On its own thread, or while it stands."""
         try:
-            return translate(vcpu, address) in self._patches
+            return translate(vcpu, self._memory, address) in self._patches
         except MemoryFault:
             return False
 
@@ -225,6 +237,6 @@ class Breakpoints:
         debug.control = control | abi.KVM_GUESTDBG_ENABLE if control else 0
         return debug
 
-    def hit(self, dr6: int) -> _Slot | None:
-        """Return what the debug register that *dr6* names watches."""
-        return next((slot for n, slot in enumerate(self.slots) if dr6 >> n & 1), None)
+    def hits(self, dr6: int) -> list[Point]:
+        """Return the breakpoints whose debug registers *dr6* names, each once."""
+        return list(dict.fromkeys(slot.point for n, slot in enumerate(self.slots) if dr6 >> n & 1))

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -58,6 +58,8 @@ class Stop:
     vcpu: int
     address: int = 0
     point: Point | None = None
+    more: tuple[Point, ...] = ()
+    """Other watchpoints that the same access has hit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +118,12 @@ class Debugger(Closing):
                 return
             self._stop(thread, Stop(Cause.SOFTWARE, thread.index, pc, Point(Kind.SOFTWARE, pc, 1)))
             return
-        slot = self.breakpoints.hit(dr6) if dr6 & _DR6_HITS else None
-        if slot is not None:
-            cause = Cause.HARDWARE if slot.point.kind is Kind.EXECUTE else Cause.WATCHPOINT
-            self._stop(thread, Stop(cause, thread.index, pc, slot.point))
+        hits = self.breakpoints.hits(dr6) if dr6 & _DR6_HITS else []
+        accesses = [point for point in hits if point.kind is not Kind.EXECUTE]
+        if accesses:  # an instruction to come finds its breakpoint again
+            self._stop(thread, Stop(Cause.WATCHPOINT, thread.index, pc, accesses[0], tuple(accesses[1:])))
+        elif hits:
+            self._stop(thread, Stop(Cause.HARDWARE, thread.index, pc, hits[0]))
         elif go.step and dr6 & _DR6_BS:
             if not go.start <= pc < go.end:
                 self._stop(thread, Stop(Cause.STEP, thread.index, pc))
@@ -227,7 +231,7 @@ class Debugger(Closing):
 
     def _would_be_lost(self, stop: Stop) -> bool:
         """Whether nobody would hear of *stop* any more: an access has happened."""
-        return stop.cause is Cause.WATCHPOINT and stop.point in self.breakpoints
+        return stop.cause is Cause.WATCHPOINT and any(point in self.breakpoints for point in (stop.point, *stop.more))
 
     def _set_debug(self, thread: VcpuThread, go: Go) -> None:
         debug = self._debug(go)
@@ -253,13 +257,14 @@ class Debugger(Closing):
         self.resume({vcpu: Go(step=True)})
         return self.wait(timeout_s)
 
-    def leave_breakpoints(self) -> Stop | None:
-        """Have each vCPU that stands at a breakpoint execute that instruction, without stopping there.
+    def leave_breakpoints(self, vcpus: Iterable[int]) -> Stop | None:
+        """Have each of *vcpus* that stands at a breakpoint execute that instruction, without stopping there.
 
         Returns the stop that this led to, if it wasn't the step itself: a watchpoint, the machine's end.
         """
-        for index, thread in enumerate(self.machine.vcpus):
-            here = self._here(index, thread)
+        for index in sorted(vcpus):
+            thread = self.machine.vcpus[index]
+            here = self.points_here(index)
             if not here:
                 continue
             for point in here:
@@ -274,11 +279,12 @@ class Debugger(Closing):
                 return stop
         return None
 
-    def _here(self, index: int, thread: VcpuThread) -> list[Point]:
+    def points_here(self, vcpu: int) -> list[Point]:
         """Return the breakpoints on the instruction that a vCPU would execute next."""
-        if not self.breakpoints or thread.vcpu.get_mp_state().mp_state == abi.KVM_MP_STATE_UNINITIALIZED:
+        state = self.machine.vcpus[vcpu].vcpu.get_mp_state() if self.breakpoints else None
+        if state is None or state.mp_state == abi.KVM_MP_STATE_UNINITIALIZED:
             return []
-        address = self.linear_rip(index)
+        address = self.linear_rip(vcpu)
         points = (Point(Kind.SOFTWARE, address, 1), Point(Kind.EXECUTE, address, 1))
         return [point for point in points if point in self.breakpoints]
 
@@ -314,13 +320,13 @@ class Debugger(Closing):
 
     def read(self, vcpu: int, address: int, size: int) -> bytes:
         """Return memory as *vcpu* sees it at a virtual address, without our breakpoints; MemoryFault if it isn't."""
-        thread = self.machine.vcpus[vcpu]
-        return b"".join(self.read_physical(translate(thread.vcpu, at), count) for at, count in pages(address, size))
+        kvm, memory = self.machine.vcpus[vcpu].vcpu, self.machine.memory
+        return b"".join(self.read_physical(translate(kvm, memory, at), count) for at, count in pages(address, size))
 
     def write(self, vcpu: int, address: int, data: bytes) -> None:
         """Store *data* at a virtual address, under our breakpoints; MemoryFault, and nothing written."""
         parts = list(pages(address, len(data)))
-        places = [translate(self.machine.vcpus[vcpu].vcpu, at) for at, _ in parts]
+        places = [translate(self.machine.vcpus[vcpu].vcpu, self.machine.memory, at) for at, _ in parts]
         for (_, count), gpa in zip(parts, places, strict=True):
             self._is_ram(gpa, count)
         for (at, count), gpa in zip(parts, places, strict=True):

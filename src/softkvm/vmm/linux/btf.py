@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -274,6 +275,12 @@ class Btf:
             type = self.target(type)
         raise KernelError(f"BTF type {type.number} refers to itself")
 
+    def all(self, *kinds: Kind) -> Iterator[Type]:
+        """Yield all types of some kinds."""
+        for number in range(1, len(self)):
+            if self._kind(number) in kinds:
+                yield self.type(number)
+
     # -- by name
 
     def _numbers(self, name: str) -> list[int]:
@@ -308,15 +315,15 @@ class Btf:
 
         KernelError if there is none.
         """
-        match = re.fullmatch(r"\s*((?:\w+\s+)*\w+)\s*((?:\*\s*)*)((?:\[\s*\d+\s*\]\s*)*)", text)
+        match = re.fullmatch(r"\s*((?:\w+\s+)*\w+)\s*((?:\*\s*)*)((?:\[\s*\d*\s*\]\s*)*)", text)
         if match is None:
             raise KernelError(f"{text!r}: expected a type such as 'struct task_struct *' or 'char [16]'")
         words = [word for word in match[1].split() if word not in ("const", "volatile")]
         type = self._base_type(words, text)
         for _ in range(match[2].count("*")):
             type = pointer_to(type)
-        for count in reversed(re.findall(r"\d+", match[3])):
-            type = Type(Kind.ARRAY, target=type, count=int(count))
+        for count in reversed(re.findall(r"\[\s*(\d*)", match[3])):
+            type = Type(Kind.ARRAY, target=type, count=int(count or 0))
         return type
 
     def _base_type(self, words: list[str], text: str) -> Type:

@@ -124,7 +124,21 @@ class Kernel:
         text = VARIABLES.get(name)
         if text is None:
             raise KernelError(f"the type of {name!r} is not known (BTF has those of per-CPU variables): name it")
-        return self.type(text)
+        type = self.type(text)
+        symbol = self.symbols.find(name)
+        if type.kind is Kind.ARRAY and not type.count and symbol is not None:  # as long as its initializer
+            type = self._sized(type, symbol)
+        return type
+
+    def _sized(self, array: Type, symbol: Symbol) -> Type:
+        """Return the type of an array that reaches up to the next symbol, without what only fills that gap."""
+        element = self.btf.target(array)
+        size = max(self.btf.size(element), 1)
+        count = symbol.size // size
+        if self.btf.resolve(element).kind is Kind.PTR:
+            data = self.read(symbol.address, count * size)
+            count = -(-len(data.rstrip(b"\0")) // size)
+        return Type(Kind.ARRAY, target=element, count=count)
 
     def __getitem__(self, name: str) -> Value:
         """Return a variable by name; of a per-CPU one the template, see :meth:`per_cpu`."""

@@ -24,7 +24,7 @@ _DECLARATIONS: Final = {
         "struct uts_namespace init_uts_ns",
         "char * saved_command_line",
         "enum system_states system_state",
-        "char [8] linux_banner",
+        "char [] linux_banner",
     ),
     "kernel/pid.c, kernel/user.c, kernel/nsproxy.c, ipc, cgroup": (
         "struct pid_namespace init_pid_ns",
@@ -55,6 +55,7 @@ _DECLARATIONS: Final = {
         "struct list_head workqueues",
         "unsigned long tainted_mask",
         "int panic_timeout",
+        "char * [] task_state_array",
     ),
     "kernel/cpu.c, arch/x86/kernel/setup_percpu.c": (
         "struct cpumask __cpu_possible_mask",

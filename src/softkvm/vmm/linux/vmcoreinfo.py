@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from softkvm.vmm.debug.virtual import MemoryFault
+from softkvm.vmm.debug.paging import MemoryFault, PageTables
 from softkvm.vmm.linux.errors import KernelError
-from softkvm.vmm.linux.paging import PageTables
 from softkvm.vmm.memory import PAGE_SIZE, GuestMemory
 
 START_KERNEL_MAP: Final = 0xFFFF_FFFF_8000_0000

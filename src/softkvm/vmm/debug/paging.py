@@ -1,19 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page tables of long mode, walked in guest memory: without a vCPU, so that one may run meanwhile.
+"""Page tables, walked in guest memory: without asking a vCPU, so that it may run meanwhile.
 
-Source: AMD64 Architecture Programmer's Manual, volume 2, 5.3 (long-mode page translation).
+Source: AMD64 Architecture Programmer's Manual, volume 2, 5.2 (legacy-mode page translation) and 5.3 (long mode).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
-from softkvm.vmm.debug.virtual import MemoryFault, pages
+from softkvm import abi
+from softkvm.abi.sizes import Size
 from softkvm.vmm.memory import PAGE_SIZE, GuestMemory
 
 _PRESENT, _LARGE = 1 << 0, 1 << 7
 _ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _CACHED_MOST: Final = 1 << 16
+_CR0_PG, _CR4_PSE, _CR4_PAE, _CR4_LA57, _EFER_LMA = 1 << 31, 1 << 4, 1 << 5, 1 << 12, 1 << 10
+_END: Final = 1 << 64
+_BYTES: Final = Size(
+    "bytes that a debugger reads or writes at once", 1 << 30, lambda message: MemoryFault(0, message), where=__name__,
+    effect="MemoryFault",
+)  # fmt: skip
+
+
+class MemoryFault(LookupError):
+    """Nothing to read or write at *address*: no translation leads from there, or not to RAM."""
+
+    def __init__(self, address: int, message: str) -> None:
+        super().__init__(message)
+        self.address = address
+
+
+def pages(address: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a range that lie in one page each: address and size. MemoryFault if it wraps."""
+    _BYTES.check(size)
+    if not 0 <= address < _END or address + size > _END:
+        raise MemoryFault(address, f"virtual {address:#x}+{size:#x} is beyond 64 bits")
+    while size > 0:
+        part = min(size, PAGE_SIZE - address % PAGE_SIZE)
+        yield address, part
+        address += part
+        size -= part
 
 
 class PageTables:
@@ -86,3 +114,47 @@ class PageTables:
                 raise MemoryFault(at, f"virtual {at:#x} leads to no RAM") from None
         for at, count, gpa in parts:
             self._memory.write(gpa, data[at - address : at - address + count])
+
+
+def walk(memory: GuestMemory, sregs: abi.kvm_sregs, address: int) -> int:
+    """Return where a virtual address leads by the tables of a vCPU with these registers, whoever may go there.
+
+    MemoryFault if there is no translation.
+    """
+    if not sregs.cr0 & _CR0_PG:
+        return address & 0xFFFF_FFFF
+    if sregs.efer & _EFER_LMA:
+        levels = 5 if sregs.cr4 & _CR4_LA57 else 4
+        return PageTables(memory, sregs.cr3 & _ADDRESS, levels).translate(address)
+    try:
+        if sregs.cr4 & _CR4_PAE:
+            return _walk_pae(memory, sregs.cr3 & 0xFFFF_FFE0, address)
+        return _walk_legacy(memory, sregs.cr3 & 0xFFFF_F000, address, large=bool(sregs.cr4 & _CR4_PSE))
+    except IndexError:
+        raise MemoryFault(address, f"the tables of virtual {address:#x} lead out of RAM") from None
+
+
+def _entry(memory: GuestMemory, place: int, size: int, address: int) -> int:
+    entry = int.from_bytes(memory.read(place, size), "little")
+    if not entry & _PRESENT:
+        raise MemoryFault(address, f"virtual {address:#x} is not mapped")
+    return entry
+
+
+def _walk_pae(memory: GuestMemory, table: int, address: int) -> int:
+    """Three levels with entries of 8 bytes (5.2.3, 5.2.4)."""
+    table = _entry(memory, table + 8 * (address >> 30 & 3), 8, address) & _ADDRESS
+    entry = _entry(memory, table + 8 * (address >> 21 & 511), 8, address)
+    if entry & _LARGE:
+        return (entry & _ADDRESS & ~0x1F_FFFF) + (address & 0x1F_FFFF)
+    entry = _entry(memory, (entry & _ADDRESS) + 8 * (address >> 12 & 511), 8, address)
+    return (entry & _ADDRESS) + address % PAGE_SIZE
+
+
+def _walk_legacy(memory: GuestMemory, table: int, address: int, *, large: bool) -> int:
+    """Two levels with entries of 4 bytes; large pages have bits 39:32 of their address in bits 20:13 (5.2.2)."""
+    entry = _entry(memory, table + 4 * (address >> 22 & 1023), 4, address)
+    if large and entry & _LARGE:
+        return (entry & 0xFFC0_0000 | (entry >> 13 & 0xFF) << 32) + (address & 0x3F_FFFF)
+    entry = _entry(memory, (entry & 0xFFFF_F000) + 4 * (address >> 12 & 1023), 4, address)
+    return (entry & 0xFFFF_F000) + address % PAGE_SIZE
