@@ -27,6 +27,8 @@ class Command:
     epilog: str = ""
     intermixed: bool = False
     """Options may stand between positional arguments."""
+    takes_command: bool = False
+    """What stands behind ``--`` is another command's: ``args.command``, None without."""
 
 
 class CommandError(Exception):

@@ -132,7 +132,15 @@ def run_command(name: str, arguments: list[str]) -> int:
     )
     command.add_arguments(parser)
     parse = parser.parse_intermixed_args if command.intermixed else parser.parse_args
+    inner = None
+    if command.takes_command and "--" in arguments:
+        at = arguments.index("--")
+        arguments, inner = arguments[:at], arguments[at + 1 :]
+        if not inner or not inner[0]:
+            parser.error("expected a command behind --")
     parsed = parse(arguments)
+    if command.takes_command:
+        parsed.command = inner
     gc.enable()
     return command.run(parsed)
 

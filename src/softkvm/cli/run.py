@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from softkvm.cli.ends import EXIT_STATUS, signals_end
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.panic_watch import PanicWatch
 from softkvm.cli.run_cached import BootCache, Keeping
+from softkvm.cli.run_command import GuestCommand, add_command_arguments, check_no_command, command_status
 from softkvm.cli.run_console import RunConsole
 from softkvm.cli.run_control import add_control_arguments, control, detached
 from softkvm.cli.run_gdb import add_gdb, gdb_spec, let_debug
@@ -150,6 +152,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     add_device_options(parser)
     add_control_arguments(parser)
+    add_command_arguments(parser)
     add_param(parser)
     add(
         "--plugin",
@@ -296,6 +299,12 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
     """Boot what *args* say; *files* closes the images, from which a machine that is reset begins anew."""
     if args.assign is not None:
         raise CommandError(f"--assign {args.assign}: {NO_ASSIGNMENT}")
+    guest_command = None
+    if args.command is None:
+        check_no_command(args)
+    else:
+        guest_command = GuestCommand(args)
+        args.vsock = args.vsock or [""]
     try:
         vcpus = count("--vcpus", args.vcpus, 1, MAX_VCPUS)
         limit, quota = args.cpu_time_limit, args.cpu_quota
@@ -319,7 +328,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         return _timed_out(error)
     except MachineError as error:
         raise CommandError(str(error)) from None
-    console = RunConsole(NONE if args.detach and args.console == STDIO else args.console, config.device_specs)
+    console = RunConsole(_console(args), config.device_specs)
     caught: list[int] = []
     failed: list[Outcome] = []
     with contextlib.ExitStack() as stack:
@@ -367,7 +376,9 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
                     entry=image.entry,
                     deadline=deadline,
                 )
-                if cache is not None:
+                if cache is not None and guest_command is not None:
+                    guest_command.booted = cache.keep_now
+                elif cache is not None:
                     keeping = stack.enter_context(cache.keep(machine))
                     console.through = keeping.hold
         except LoadTimeout as error:
@@ -387,13 +398,15 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             console.attach(machine, lambda: machine.end(Outcome(End.STOPPED, "from the console"))),
         ):
             watcher.started_ns = time.monotonic_ns()
-            outcome = panic.judge(machine.run(deadline.remaining_s))
+            start = machine.run if guest_command is None else functools.partial(guest_command.run, machine)
+            outcome = panic.judge(start(deadline.remaining_s))
             console.flush()
         if outcome.end is End.TIMEOUT:
             outcome = Outcome(End.TIMEOUT, f"{timeout_s:g} s")
         if outcome.end is End.POWER_OFF and failed:  # its last words were lost
             outcome = failed[0]
         status = 128 + caught[0] if caught else EXIT_STATUS[outcome.end]
+        status = command_status(guest_command, outcome, status)
         if outcome.end is not End.POWER_OFF:
             warn(outcome.detail if outcome in failed else str(outcome))
         if recorder is not None and trace_file is not None:
@@ -406,6 +419,13 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         return status
 
 
+def _console(args: Namespace) -> str:
+    """Return where the console is."""
+    if args.detach and args.console == STDIO:
+        return NONE
+    return args.console if args.command is None else GuestCommand.console(args)
+
+
 def _timed_out(error: LoadTimeout) -> int:
     """Say that --timeout passed before the machine ran; return the exit status."""
     outcome = Outcome(End.TIMEOUT, str(error))
@@ -413,4 +433,4 @@ def _timed_out(error: LoadTimeout) -> int:
     return EXIT_STATUS[outcome.end]
 
 
-command = Command(_add_arguments, _run, "Boot a virtual machine.", EPILOG, intermixed=True)
+command = Command(_add_arguments, _run, "Boot a virtual machine.", EPILOG, intermixed=True, takes_command=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``softkvm run`` of the default guest starts where the guest had come to before: at its prompt.
 
-The first run boots, and keeps a snapshot of the guest when it waits at its prompt for the first time; input waits until
-then. A later one goes on from there if nothing is different: kernel, initial file system, command line, memory, vCPUs,
-devices, softkvm itself, and what the KVM offers of a processor. Runs that are about the boot itself, or have devices
-whose other end is not part of a snapshot, boot.
+The first run boots, and keeps a snapshot of the guest when it waits at its prompt for the first time, or when its
+agent waits for a command; input waits until then. A later one goes on from there if nothing is different: kernel,
+initial file system, command line, memory, vCPUs, devices, softkvm itself, and what the KVM offers of a processor.
+Runs that are about the boot itself, or have devices whose other end is not part of a snapshot, boot.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ _BOOTING: Final = ("append", "stats", "trace", "plugin", "param", "gdb", "pin_me
 class BootCache:
     """The booted guest of runs like this one, in *directory*."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, quiet: bool = False) -> None:
         self._directory = directory
+        self._quiet = quiet
 
     @classmethod
     def of(cls, args: Namespace, image: GuestImage, config: Config, kvm: api.Kvm, accel: str) -> BootCache | None:
@@ -81,7 +82,7 @@ class BootCache:
         except (GuestUnavailable, OSError):
             return None
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        return cls(place / key)
+        return cls(place / key, quiet=args.quiet)
 
     def restore(self, kvm: api.Kvm, output: Callable[[bytes], None], config: Config) -> Machine | None:
         """Return a machine at its prompt, which is shown; None if there is none, or it cannot be had any more."""
@@ -102,13 +103,19 @@ class BootCache:
         except (OSError, MachineError):
             return None
         booted = time.strftime("%H:%M:%S", time.localtime(time.time() - age_s))
-        warn(f"going on from the guest that booted at {booted} (--no-cache boots)")
+        if not self._quiet:
+            warn(f"going on from the guest that booted at {booted} (--no-cache boots)")
         output(prompt.encode("utf-8", "surrogateescape"))
         return machine
 
     def keep(self, machine: Machine) -> Keeping:
         """Keep *machine* when it is at its prompt."""
         return Keeping(self._directory, machine)
+
+    def keep_now(self, machine: Machine) -> None:
+        """Keep *machine* as it is: its agent waits for a command. Nothing happens if that cannot be."""
+        with contextlib.suppress(MachineError, OSError):
+            _save(self._directory, machine, b"")
 
 
 class Keeping(Closing):
@@ -165,19 +172,12 @@ class Keeping(Closing):
                     return
                 prompt = self._prompt
             with contextlib.suppress(MachineError, OSError):
-                self._keep(prompt)
+                _save(self._directory, self._machine, prompt)
         finally:
             with self._changed:
                 self._through = True
                 if self._line is not None:
                     self._line.release()
-
-    def _keep(self, prompt: bytes) -> None:
-        self._directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(self._directory, ignore_errors=True)  # too old, or of no use
-        extra = {"prompt": prompt.decode("utf-8", "surrogateescape")}
-        save(self._machine, self._directory, extra=extra, durable=False)
-        _forget_old(self._directory.parent)
 
 
 class _HeldLine:
@@ -217,6 +217,14 @@ class _HeldLine:
             if held:
                 self._line.feed(bytes(held))
             self._changed.notify_all()
+
+
+def _save(directory: Path, machine: Machine, prompt: bytes) -> None:
+    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)  # too old, or of no use
+    extra = {"prompt": prompt.decode("utf-8", "surrogateescape")}
+    save(machine, directory, extra=extra, durable=False)
+    _forget_old(directory.parent)
 
 
 def _forget_old(place: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from softkvm.cli import EXIT_ERROR, CommandError
 from softkvm.cli.output import warn
+from softkvm.cli.run_command import AGENT_WORD
 from softkvm.cli.run_console import is_virtio, where
 from softkvm.cli.terminal import STDIO, terminal_kind
-from softkvm.progress import TerminalProgress
+from softkvm.progress import NoProgress, TerminalProgress
 from softkvm.vmm.boot.bzimage import Entry
 from softkvm.vmm.boot.image import Deadline, Image
 from softkvm.vmm.boot.loaders import Kind, recognize
@@ -43,6 +44,8 @@ def choose_image(args: Namespace) -> GuestImage:
         if args.kernel is not None:
             raise CommandError(f"{args.image}: --kernel {args.kernel} is there, too")
         args.kernel = args.image
+    if args.command is not None:
+        return _command_image(args)
     if args.kernel is not None:
         raw = args.kernel.startswith("flat:")
         if args.kernel == "flat:":
@@ -67,6 +70,23 @@ def choose_image(args: Namespace) -> GuestImage:
         return GuestImage(demo_kernel(), (), COMMAND_LINE + more)
     except GuestUnavailable as error:
         raise CommandError(str(error), EXIT_ERROR) from None
+
+
+def _command_image(args: Namespace) -> GuestImage:
+    """Return the default guest, or another kernel with its file system, whose agent waits for a command."""
+    try:
+        guest = prepare(NoProgress() if args.quiet else TerminalProgress())
+    except GuestUnavailable as error:
+        raise CommandError(f"a command runs in the default guest: {error}", EXIT_ERROR) from None
+    words = [
+        guest.command_line,
+        AGENT_WORD,
+        *(["quiet"] if args.quiet else []),
+        *([args.append] if args.append else []),
+    ]
+    kernel = guest.kernel if args.kernel is None else Path(args.kernel)
+    entry = Entry(args.entry) if args.entry else None
+    return GuestImage(kernel, (str(guest.initrd),), " ".join(words) + _names(args), False, entry)
 
 
 def _names(args: Namespace) -> str:

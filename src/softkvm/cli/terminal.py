@@ -215,10 +215,36 @@ class FileConsole:
                 left_partial_line(self._path)
 
 
-STDIO, NONE = "stdio", "none"
+STDIO, NONE, STDERR = "stdio", "none", "stderr"
 VIRTIO = "virtio"
 _KINDS: dict[str, Callable[[], ConsoleEnd]] = {STDIO: StdioConsole, "pty": PtyConsole, NONE: NoConsole}
 _FILE = "file:"
+
+
+class StderrConsole(NoConsole):
+    """Output goes to standard error, as far as somebody takes it; for a run whose standard output is another's."""
+
+    name = "standard error"
+
+    def __init__(self) -> None:
+        self._writer = Writer(2)
+        self._ended: threading.Event | None = None
+        self._last = b"\n"
+
+    def output(self, data: bytes) -> None:
+        """Write it to standard error."""
+        self._last = data[-1:]
+        self._writer.write(data, self._ended)
+
+    @contextlib.contextmanager
+    def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
+        """No input."""
+        self._ended = ended
+        try:
+            yield
+        finally:
+            if self._last != b"\n":
+                left_partial_line(2)
 
 
 def console_choice(text: str) -> str:
@@ -234,4 +260,4 @@ def open_console(choice: str) -> ConsoleEnd:
     """Return the console that *choice* names; CommandError if it cannot be had."""
     if choice.startswith(_FILE):
         return FileConsole(choice.removeprefix(_FILE))
-    return _KINDS[choice]()
+    return StderrConsole() if choice == STDERR else _KINDS[choice]()

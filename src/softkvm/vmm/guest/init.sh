@@ -6,6 +6,7 @@
 #   softkvm.share=TAG        mount this shared directory at /mnt/TAG (may be there several times; %20 is a blank)
 #   softkvm.port=NAME        there is such a port: give it its name in /dev/virtio-ports
 #   softkvm.console=hvc0     the shell, or the commands, are to be there
+#   softkvm.agent            no shell: the agent runs what the host wants (softkvm run -- COMMAND)
 #   softkvm.noreboot         do not power off at the end (the kernel panics: for tests of that)
 echo 'softkvm: init reached'
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=vt100
@@ -108,6 +109,17 @@ case $cmdline in
     stty rows "${size%x*}" columns "${size#*x}" 2>/dev/null
     ;;
 esac
+
+case " $cmdline " in
+*' softkvm.agent '*)
+    # The host's commands in place of a shell.
+    (modprobe -qa button evdev && exec acpid -d > /dev/null 2>&1) &
+    [ -e /dev/vsock ] || modprobe -q vmw_vsock_virtio_transport
+    softkvm-agent || echo 'softkvm: the agent cannot listen: the kernel lacks vsock' > /dev/console
+    poweroff -f
+    ;;
+esac
+[ ! -e /dev/vsock ] || softkvm-agent &
 
 if [ -n "$run" ]; then
     sh -c "$run"

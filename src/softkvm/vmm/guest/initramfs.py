@@ -46,10 +46,16 @@ SCRIPTS: Final = {
 """Programs of ours: their place in the guest, and the file beside this module."""
 
 
+AGENT: Final = "usr/bin/softkvm-agent"
+"""The agent's place in the guest; it is built by ``make guests``."""
+
+
 def scripts() -> dict[str, bytes]:
     """Return our programs by their place in the guest; the kernel starts ``/init``."""
     files = resources.files(__package__)
-    return {path: files.joinpath(name).read_bytes() for path, name in SCRIPTS.items()}
+    found = {path: files.joinpath(name).read_bytes() for path, name in SCRIPTS.items()}
+    agent = files.joinpath("data", "agent")
+    return {**found, AGENT: agent.read_bytes()} if agent.is_file() else found
 
 
 def write_directory(root: Path, busybox: bytes) -> None:
