@@ -406,8 +406,7 @@ class Machine(Closing):
 
     def describe(self) -> str:
         """Return what every vCPU is at, as text: registers, code, stack, call chain."""
-        with self.stopped():
-            return machine_text(self.vmm)
+        return machine_text(self.vmm)
 
     # -- breakpoints
 
@@ -516,11 +515,7 @@ class Machine(Closing):
         """Save the whole machine to a new directory; it stands meanwhile. SnapshotError if it cannot be."""
         from softkvm.vmm.snapshot.directory import save
 
-        with contextlib.ExitStack() as stack:
-            if self._controller is not None:
-                debugger = stack.enter_context(self._controller.standing())
-                stack.enter_context(debugger.breakpoints.lifted())
-            save(self.vmm, directory, durable=False)
+        save(self.vmm, directory, durable=False)
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Put the machine into a saved state, from which it runs on; breakpoints and hooks are gone.

@@ -14,6 +14,7 @@ from softkvm.control.dump import lines
 
 EPILOG = """\
 Registers, the bytes of the code around the instruction pointer and the stack of every vCPU; all stand for a moment.
+Of a Linux kernel also the task and the call chain, out of its memory: without debug packages.
 --nmi and --sysrq do that instead: a Linux guest shows by both what it is at (sysrq key l, or h for the others), if its
 kernel.sysrq lets it.
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from softkvm import api
+from softkvm.vmm.debug.paging import MemoryFault
+from softkvm.vmm.debug.report import CallChains
+from softkvm.vmm.debug.virtual import translate
 from softkvm.vmm.machine import Machine
 from softkvm.vmm.memory import PAGE_SIZE, GuestMemory
 
@@ -24,9 +27,20 @@ _EFER_LMA: Final = 1 << 10
 
 
 def dump(machine: Machine, timeout_s: float = 2.0) -> list[dict[str, Any]]:
-    """Return what every vCPU is at, with all of them standing; StateError if they don't come to that."""
+    """Return what every vCPU is at, with all of them standing; StateError if they don't come to that.
+
+    With the task and the call chain of each where a Linux kernel in memory tells of them.
+    """
+    chains = CallChains(machine.memory)
     with machine.pausing.still(timeout_s):
-        return [dump_vcpu(thread.index, thread.vcpu, machine.memory) for thread in machine.vcpus]
+        return [
+            {
+                **dump_vcpu(thread.index, thread.vcpu, machine.memory),
+                "task": chains.task(thread.index),
+                "calls": [{"address": frame.address, "text": frame.text} for frame in chains.of(thread.vcpu)],
+            }
+            for thread in machine.vcpus
+        ]
 
 
 def dump_vcpu(index: int, vcpu: api.Vcpu, memory: GuestMemory) -> dict[str, Any]:
@@ -81,11 +95,8 @@ def read_virtual(vcpu: api.Vcpu, memory: GuestMemory, address: int, size: int) -
     while size > 0:
         piece = min(size, PAGE_SIZE - address % PAGE_SIZE)
         try:
-            translation = vcpu.translate(address & (1 << 64) - 1)
-            if not translation.valid:
-                break
-            found += memory.read(translation.physical_address, piece)
-        except (OSError, IndexError):
+            found += memory.read(translate(vcpu, memory, address & (1 << 64) - 1), piece)
+        except (OSError, IndexError, MemoryFault):
             break
         address += piece
         size -= piece
@@ -95,7 +106,8 @@ def read_virtual(vcpu: api.Vcpu, memory: GuestMemory, address: int, size: int) -
 def lines(vcpu: dict[str, Any]) -> list[str]:
     """Return what :func:`dump_vcpu` found, for people."""
     regs, control = vcpu["registers"], vcpu["control"]
-    out = [f"vCPU {vcpu['id']}: {vcpu['mode']}", f"  rip {regs['rip']:016x}   rflags {regs['rflags']:08x}"]
+    task = f", task {vcpu['task']}" if vcpu.get("task") else ""
+    out = [f"vCPU {vcpu['id']}: {vcpu['mode']}{task}", f"  rip {regs['rip']:016x}   rflags {regs['rflags']:08x}"]
     names = GENERAL[2:]
     out += ["  " + "   ".join(f"{name:3} {regs[name]:016x}" for name in names[at : at + 4]) for at in range(0, 16, 4)]
     out.append("  " + "   ".join(f"{name} {control[name]:x}" for name in CONTROL))
@@ -115,4 +127,5 @@ def lines(vcpu: dict[str, Any]) -> list[str]:
     for place in range(0, len(stack) & ~7, 32):
         words = [stack[word : word + 8][::-1].hex() for word in range(place, min(place + 32, len(stack) & ~7), 8)]
         out.append(f"  stack {vcpu['stack']['address'] + place:016x}: {' '.join(words)}")
+    out += [f"  call {call['address']:016x}: {call['text']}" for call in vcpu.get("calls", [])]
     return out

@@ -116,16 +116,23 @@ def test_sizes_that_are_none_of_memorys_are_cut_or_refused(target: Target) -> No
     assert client.ask("m11111111111111111,1") == "E16"
 
 
-def test_a_software_breakpoint_is_an_int3_that_no_reader_sees(target: Target) -> None:
+def test_a_software_breakpoint_is_an_int3_while_the_guest_runs(target: Target) -> None:
     machine, _, client = target
-    assert client.ask("Z0,1000,1") == client.ask("Z0,1000,1") == "OK"
-    assert machine.memory.read(CODE, 3) == b"\xcc\xeb\xfd"
-    assert client.ask("mfff,5") == "0090ebfd00"
-    assert client.ask("M1000,2:40eb") == "OK"
-    assert machine.memory.read(CODE, 3) == b"\xcc\xeb\xfd"
-    assert client.ask("z0,1000,1") == "OK"
-    assert machine.memory.read(CODE, 3) == b"\x40\xeb\xfd"
-    assert client.ask("z0,1000,1") == "OK", "taking away what isn't there"
+    assert client.ask("M1100,2:9041") == "OK"
+    assert client.ask("Z0,1100,1") == client.ask("Z0,1100,1") == "OK"
+    assert client.ask("m10ff,4") == "00904100"
+    assert client.ask("M1100,1:40") == "OK"
+    client.send(b"c")
+    time.sleep(0.1)
+    assert machine.memory.read(0x1100, 2) == b"\xcc\x41"
+    with machine.pausing.still():
+        assert machine.memory.read(0x1100, 2) == b"\x40\x41", "who copies a machine that stands copies none"
+    assert machine.memory.read(0x1100, 2) == b"\xcc\x41"
+    client.socket.sendall(b"\x03")
+    assert client.receive() == b"T02thread:1;"
+    assert machine.memory.read(0x1100, 2) == b"\x40\x41"
+    assert client.ask("z0,1100,1") == "OK"
+    assert client.ask("z0,1100,1") == "OK", "taking away what isn't there"
     assert client.ask("Z0,fec00000,1") == "E0e"
 
 

@@ -7,7 +7,6 @@ registers).
 
 from __future__ import annotations
 
-import contextlib
 import enum
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -61,12 +60,12 @@ class _Slot(NamedTuple):
 
 
 class _Patch:
-    """A byte of guest memory that is INT3 meanwhile, for these addresses."""
+    """A byte of guest memory that is INT3 while the machine runs, for these addresses."""
 
     __slots__ = ("addresses", "original")
 
-    def __init__(self, original: int) -> None:
-        self.original = original
+    def __init__(self) -> None:
+        self.original = 0
         self.addresses: set[int] = set()
 
 
@@ -87,11 +86,13 @@ def _registers(point: Point) -> list[_Slot]:
 class Breakpoints:
     """All breakpoints of a machine. They change only while it stands; its vCPU threads look at them.
 
-    ``changed`` counts what concerns the debug registers.
+    It is a part of the machine that is paused: while the machine stands, memory is without INT3s of ours, whoever looks
+    at it or copies it. *standing* says whether it does now. ``changed`` counts what concerns the debug registers.
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, *, standing: bool = False) -> None:
         self._memory = memory
+        self._placed = not standing
         self._patches: dict[int, _Patch] = {}
         self._software: dict[int, int] = {}  # a breakpoint's linear address: where its INT3 is
         self.slots: list[_Slot] = []
@@ -116,15 +117,15 @@ class Breakpoints:
             return
         if point.kind is Kind.SOFTWARE:
             gpa = translate(vcpu, self._memory, point.address)
-            patch = self._patches.get(gpa)
-            if patch is None:
-                try:
-                    patch = _Patch(self._memory.read(gpa, 1)[0])
-                except IndexError:
-                    raise MemoryFault(point.address, f"virtual {point.address:#x} leads to no RAM") from None
-                self._memory.write(gpa, bytes([INT3]))
-                self._patches[gpa] = patch
-            patch.addresses.add(point.address)
+            try:
+                self._memory.slice(gpa, 1)
+            except IndexError:
+                raise MemoryFault(point.address, f"virtual {point.address:#x} leads to no RAM") from None
+            if gpa not in self._patches:
+                self._patches[gpa] = _Patch()
+                if self._placed:
+                    self._place(gpa)
+            self._patches[gpa].addresses.add(point.address)
             self._software[point.address] = gpa
             return
         if point.size < 1 or point.address + point.size > 1 << 64:
@@ -151,30 +152,42 @@ class Breakpoints:
         patch = self._patches[gpa]
         patch.addresses.discard(point.address)
         if not patch.addresses:
+            if self._placed:
+                self._lift(gpa)
             del self._patches[gpa]
-            self._restore(gpa, patch)
 
-    def _restore(self, gpa: int, patch: _Patch) -> None:
+    def _place(self, gpa: int) -> None:
+        self._patches[gpa].original = self._memory.read(gpa, 1)[0]
+        self._put(gpa, INT3)
+
+    def _lift(self, gpa: int) -> None:
         if self._memory.read(gpa, 1)[0] == INT3:  # the guest may have written something else there
-            self._memory.write(gpa, bytes([patch.original]))
+            self._put(gpa, self._patches[gpa].original)
+
+    def _put(self, gpa: int, byte: int) -> None:
+        self._memory.write(gpa, bytes([byte]))
+
+    def pause(self) -> None:
+        """The machine stands: memory is as the guest has it."""
+        if self._placed:
+            self._placed = False
+            for gpa in self._patches:
+                self._lift(gpa)
+
+    def resume(self) -> None:
+        """The machine goes on."""
+        if not self._placed:
+            self._placed = True
+            for gpa in self._patches:
+                self._place(gpa)
 
     def clear_software(self) -> None:
         """Take all software breakpoints away."""
-        for gpa, patch in self._patches.items():
-            self._restore(gpa, patch)
+        if self._placed:
+            for gpa in self._patches:
+                self._lift(gpa)
         self._patches.clear()
         self._software.clear()
-
-    @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Have memory without our INT3s for the ``with`` statement: for who copies it. The machine stands meanwhile."""
-        for gpa, patch in self._patches.items():
-            self._restore(gpa, patch)
-        try:
-            yield
-        finally:
-            for gpa in self._patches:
-                self._memory.write(gpa, bytes([INT3]))
 
     def clear(self) -> None:
         """Take all breakpoints away."""
@@ -198,6 +211,8 @@ class Breakpoints:
 
     def hide(self, gpa: int, data: bytes) -> bytes:
         """Return what was read at a guest-physical address, with what is under our INT3s in their place."""
+        if not self._placed:
+            return data
         hidden = None
         for at in self._within(gpa, len(data)):
             if data[at - gpa] == INT3:
@@ -207,6 +222,8 @@ class Breakpoints:
 
     def keep(self, gpa: int, data: bytes) -> bytes:
         """Return what has to be written in place of *data*, so that our INT3s stay; they are over that from now on."""
+        if not self._placed:
+            return data
         kept = None
         for at in self._within(gpa, len(data)):
             self._patches[at].original = data[at - gpa]

@@ -84,7 +84,8 @@ class Debugger(Closing):
         if _attached.setdefault(machine, self) is not self:
             raise StateError("the machine has a debugger already: expected one that has none")
         self.machine = machine
-        self.breakpoints = Breakpoints(machine.memory)
+        self.breakpoints = Breakpoints(machine.memory, standing=machine.pausing.standing)
+        machine.pausing.parts.append(self.breakpoints)
         self.registers = [Registers(thread.vcpu) for thread in machine.vcpus]
         mask = machine.vm.check_extension(abi.KVM_CAP_SET_GUEST_DEBUG2)
         self.can_block_interrupts = mask > 0 and bool(mask & abi.KVM_GUESTDBG_BLOCKIRQ)
@@ -368,6 +369,7 @@ class Debugger(Closing):
                 thread.handlers[abi.KVM_EXIT_DEBUG] = handler
         with contextlib.suppress(ValueError):
             machine.resets.remove(self.breakpoints.clear_software)
+            machine.pausing.parts.remove(self.breakpoints)
         self._going = dict.fromkeys(machine.vcpus, Go())
         self._hold_all_but(self._going)
         self.halted = False

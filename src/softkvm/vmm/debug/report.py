@@ -11,7 +11,8 @@ from softkvm.vmm.debug.registers import Registers
 from softkvm.vmm.debug.virtual import MemoryFault, read_virtual
 from softkvm.vmm.linux.errors import KernelError
 from softkvm.vmm.linux.kernel import Kernel, spell
-from softkvm.vmm.linux.orc import Unwinder
+from softkvm.vmm.linux.orc import Frame, Unwinder
+from softkvm.vmm.memory import GuestMemory
 
 if TYPE_CHECKING:
     from softkvm.vmm.machine import Machine
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 _EFER_LMA: Final = 1 << 10
 _CODE_BEFORE, _CODE_BEHIND = 16, 31
 _STACK_BYTES: Final = 128
+_CHAIN_REGISTERS: Final = (
+    *("rip", "rsp", "rbp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi"),
+    *(f"r{n}" for n in range(8, 16)),
+)
 _MP_STATES: Final = {
     abi.KVM_MP_STATE_RUNNABLE: "running",
     abi.KVM_MP_STATE_UNINITIALIZED: "not started yet",
@@ -59,26 +64,55 @@ def registers_text(registers: Registers) -> str:
     return "\n".join(lines) + "\n"
 
 
-def machine_text(machine: Machine) -> str:
-    """Return what each vCPU of a machine that stands looks like: registers, code, stack and call chain, with symbols.
+class CallChains:
+    """Call chains and tasks of vCPUs, if a Linux kernel in *memory* tells of itself; else ``reason`` says why not.
 
-    For ``with machine.pausing.still():``. Symbols and call chains are there if a Linux kernel tells of itself.
+    To make it takes a moment, and the guest may run meanwhile; :meth:`of` is for vCPUs that stand.
     """
-    kernel: Kernel | None = None
-    unwinder: Unwinder | None = None
-    lines = []
-    try:
-        kernel = Kernel(machine.memory)
-        lines.append(f"Linux {kernel.release}")
-        unwinder = Unwinder(kernel)
-    except (KernelError, MemoryFault, KeyError) as error:
-        lines.append(f"{'no call chains' if kernel else 'no symbols'}: {error}")
-    for thread in machine.vcpus:
-        lines += ["", f"vCPU {thread.index}: {vcpu_state(thread.vcpu)}"]
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.kernel: Kernel | None = None
+        self.reason = ""
+        self._unwinder: Unwinder | None = None
         try:
-            lines += _vcpu_lines(machine, thread.vcpu, kernel, unwinder)
-        except OSError as error:
-            lines.append(f"its registers cannot be read: {error}")
+            self.kernel = Kernel(memory)
+            self._unwinder = Unwinder(self.kernel)
+        except (KernelError, MemoryFault, KeyError) as error:
+            self.reason = f"{'no call chains' if self.kernel else 'no symbols'}: {error}"
+
+    def of(self, vcpu: api.Vcpu) -> list[Frame]:
+        """Return a vCPU's call chain; empty outside of the kernel, and where none is known."""
+        regs = vcpu.get_regs()
+        if self._unwinder is None or not regs.rip >> 63:
+            return []
+        return list(self._unwinder.chain({name: getattr(regs, name) for name in _CHAIN_REGISTERS}))
+
+    def task(self, index: int) -> str:
+        """Return the name and number of the task that a processor runs; empty if that isn't known."""
+        if self._unwinder is None or self.kernel is None:
+            return ""
+        try:
+            task = self.kernel.current(index)
+            return f"{task.comm.string_()} ({int(task.pid)})"
+        except (KernelError, MemoryFault):
+            return ""
+
+
+def machine_text(machine: Machine) -> str:
+    """Return what each vCPU of a machine looks like, which stands for that: registers, code, stack, call chain.
+
+    With symbols and call chains if a Linux kernel in memory tells of itself. StateError if it doesn't come to stand.
+    """
+    chains = CallChains(machine.memory)
+    lines = [chains.reason or f"Linux {chains.kernel.release if chains.kernel else ''}"]
+    with machine.pausing.still():
+        for thread in machine.vcpus:
+            task = chains.task(thread.index)
+            lines += ["", f"vCPU {thread.index}: {vcpu_state(thread.vcpu)}{f', task {task}' if task else ''}"]
+            try:
+                lines += _vcpu_lines(machine, thread.vcpu, chains)
+            except OSError as error:
+                lines.append(f"its registers cannot be read: {error}")
     return "\n".join(lines) + "\n"
 
 
@@ -88,7 +122,8 @@ def vcpu_state(vcpu: api.Vcpu) -> str:
     return _MP_STATES.get(state, f"in state {state}")
 
 
-def _vcpu_lines(machine: Machine, vcpu: api.Vcpu, kernel: Kernel | None, unwinder: Unwinder | None) -> Iterator[str]:
+def _vcpu_lines(machine: Machine, vcpu: api.Vcpu, chains: CallChains) -> Iterator[str]:
+    kernel = chains.kernel if not chains.reason else None
     registers = Registers(vcpu)
     regs, sregs = registers.regs, registers.sregs
     yield registers_text(registers).rstrip("\n")
@@ -107,11 +142,10 @@ def _vcpu_lines(machine: Machine, vcpu: api.Vcpu, kernel: Kernel | None, unwinde
             yield f"  {at:016x}  ?"
             break
         yield f"  {at:016x}  {word:016x}{_named(kernel, word)}"
-    if unwinder is not None and long_mode and regs.rip >> 63:
-        names = ("rip", "rsp", "rbp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+    frames = chains.of(vcpu)
+    if frames:
         yield "call chain:"
-        for frame in unwinder.chain({name: getattr(regs, name) for name in names}):
-            yield f"  {frame.address:016x}  {frame.text}"
+    yield from (f"  {frame.address:016x}  {frame.text}" for frame in frames)
 
 
 def _named(kernel: Kernel | None, address: int) -> str:
