@@ -24,6 +24,7 @@ from softkvm.vmm.errors import show_traceback, unexpected
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("softkvm.cli.run", "boot a virtual machine"),
     "snapshot": ("softkvm.cli.snapshot", "save a running machine, go on from there, once or many times"),
+    "migrate": ("softkvm.cli.migrate", "move a running machine to another process"),
     "exec": ("softkvm.cli.exec", "run an unmodified KVM client: QEMU, kvmtool, Firecracker, your own"),
     "list": ("softkvm.cli.list", "the machines that run"),
     "stop": ("softkvm.cli.lifecycle:stop", "shut a machine down, or end it"),

@@ -26,6 +26,7 @@ from softkvm.cli.devices import add_device_options, device_specs
 from softkvm.cli.ends import EXIT_STATUS, signals_end
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.panic_watch import PanicWatch
+from softkvm.cli.restored import extra_of
 from softkvm.cli.run_cached import BootCache, Keeping
 from softkvm.cli.run_command import GuestCommand, add_command_arguments, check_no_command, command_status
 from softkvm.cli.run_console import RunConsole
@@ -136,6 +137,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         action=BooleanOptionalAction,
         default=False,
         help="a guest's reset, or a triple fault, begins the machine anew instead of ending it; a panic still ends it",
+    )
+    add(
+        "--incoming",
+        metavar="WHERE",
+        help="run the machine that `softkvm migrate` sends: unix:PATH, or tcp:127.0.0.1:PORT",
     )
     add(
         "--no-cache",
@@ -288,6 +294,10 @@ def _collect(
 
 
 def _run(args: Namespace) -> int:
+    if args.incoming is not None:
+        from softkvm.cli.run_incoming import run_incoming
+
+        return run_incoming(args)
     timeout_s = None if args.timeout is None else seconds("--timeout", args.timeout)
     with contextlib.ExitStack() as files:
         if args.detach and not detached(args):
@@ -388,7 +398,7 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         except (OSError, MemoryError) as error:
             show_traceback(error)
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
-        control(machine, args, hub, stack)
+        control(machine, args, hub, stack, extra_of(args, accel, image))
         hub.line = console.line(machine)
         panic.attach(machine)
         if gdb is not None:

@@ -7,8 +7,9 @@ import contextlib
 import os
 import signal
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from softkvm.cli import EXIT_ERROR, CommandError
 from softkvm.cli.output import say
@@ -46,11 +47,16 @@ def checked_name(args: Namespace) -> str | None:
         raise CommandError(f"--name {error}") from None
 
 
-def control(machine: Machine, args: Namespace, hub: ConsoleHub, stack: contextlib.ExitStack) -> None:
-    """Let the machine be controlled until *stack* ends, and say that it starts if nobody looks; CommandError."""
+def control(
+    machine: Machine, args: Namespace, hub: ConsoleHub, stack: contextlib.ExitStack, extra: Mapping[str, Any]
+) -> None:
+    """Let the machine be controlled until *stack* ends, and say that it starts if nobody looks; CommandError.
+
+    *extra* goes with it into another process.
+    """
     stack.enter_context(hub)
     try:
-        controlled = stack.enter_context(MachineControl(machine, checked_name(args), hub))
+        controlled = stack.enter_context(MachineControl(machine, checked_name(args), hub, extra))
     except NotControlled as error:
         raise CommandError(f"--name {error}") from None
     if _started:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser, Namespace
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ examples:
 
 CLONES_MOST: Final = 1000
 STEP, STAND = "step", "stand"
+_SAVE_S: Final = 600.0
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -54,6 +56,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--time", choices=(STEP, STAND), default=STEP, help="the guest's clocks have gone on (default), or stood")
     add("--timeout", metavar="SECONDS", help="end the machine after this long")
     add("--watch", action="store_true", help="watch what changes, for a next snapshot with --base")
+    add("--name", metavar="NAME", help="what the machine is called; of clones NAME-1, NAME-2, … (default: guest-PID)")
     info = commands.add_parser("info", help="say what a snapshot is of", allow_abbrev=False)
     info.add_argument("directory", metavar="DIR", type=file_name, help="the snapshot")
     info.add_argument("--verify", action="store_true", help="compare memory with its checksum")
@@ -73,11 +76,27 @@ def _run(args: Namespace) -> int:
                 step_time=args.time == STEP,
                 timeout_s=None if args.timeout is None else seconds("--timeout", args.timeout),
                 watch=args.watch,
+                name=args.name,
             )
         )
-    if args.action == "info":
-        return _info(args)
-    raise CommandError("snapshot save: not there yet")
+    return _info(args) if args.action == "info" else _save(args)
+
+
+def _save(args: Namespace) -> int:
+    from softkvm.cli.live import connected
+    from softkvm.cli.output import say
+
+    with connected(args.machine) as running:
+        answer = running.ask_long(
+            "snapshot",
+            _SAVE_S,
+            directory=os.path.abspath(args.directory),
+            base=None if args.base is None else os.path.abspath(args.base),
+            watch=args.watch,
+            end=args.end,
+        )
+    say(f"{running.name} is saved to {args.directory}: {_size(answer['stored_bytes'])} of memory")
+    return EXIT_OK
 
 
 def _info(args: Namespace) -> int:

@@ -13,6 +13,7 @@ from softkvm import _softcpu
 from softkvm.closing import Closing
 from softkvm.control.console import ConsoleHub
 from softkvm.control.dump import dump
+from softkvm.control.moves import Moves
 from softkvm.live import names
 from softkvm.live.server import Ask, Connection, Refused, Server, serve
 from softkvm.vmm.events import Event
@@ -31,10 +32,17 @@ class NotControlled(Exception):
 class MachineControl(Closing):
     """Answers questions about *machine*, called *name* or kvmtool's ``guest-PID``, until it is closed.
 
+    *extra* is what its user's interface needs again in another process: snapshots have it, and migrations.
     NotControlled if *name* is none, or another machine's, or there is no socket to be asked at.
     """
 
-    def __init__(self, machine: Machine, name: str | None = None, hub: ConsoleHub | None = None) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        name: str | None = None,
+        hub: ConsoleHub | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         self._machine = machine
         self._hub = hub
         self._pid = os.getpid()
@@ -57,6 +65,7 @@ class MachineControl(Closing):
         self.name = name or names.default_name(self._pid)
         self._claimed = False
         self._server = self._join(name)
+        self._asks.update(Moves(machine, self.name, extra or {}).asks)
         machine.events.add(self._note)
         if hub is not None:
             hub.line = machine.board.serial

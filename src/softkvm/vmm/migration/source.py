@@ -71,7 +71,10 @@ class Report:
 
 
 class Migration:
-    """*machine* moves over *channel*; *extra* is for the target's user interface, as a snapshot's manifest has it."""
+    """*machine* moves over *channel*; *extra* is for the target's user interface, as a snapshot's manifest has it.
+
+    *progress* is called after each round, *done* when the machine is the target's, before it ends here.
+    """
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Migration:
         *,
         extra: Mapping[str, Any] | None = None,
         progress: Callable[[Progress], object] | None = None,
+        done: Callable[[Report], object] | None = None,
         downtime_s: float = DOWNTIME_S,
         where: str = "another process",
     ) -> None:
@@ -87,6 +91,7 @@ class Migration:
         self._channel = channel
         self._extra = dict(extra or {})
         self._progress = progress
+        self._done = done
         self._downtime_s = downtime_s
         self._where = where
         self._pages = DirtyPages(machine.vm, machine.memory)
@@ -145,10 +150,16 @@ class Migration:
                 self._channel.send(Kind.STATE, encoding.encode(saved))
                 self._channel.receive(Kind.READY)
                 self._hand_over()
-                downtime_s = time.monotonic() - self._stopped
-                percent = self._throttle.percent
+                report = self._report()
+                if self._done is not None:
+                    self._done(report)
                 machine.end(Outcome(End.MIGRATED, f"to {self._where}"))
-        return Report(self._rounds, self._channel.sent, time.monotonic() - self._started, downtime_s, percent)
+        return report
+
+    def _report(self) -> Report:
+        now = time.monotonic()
+        sent, percent = self._channel.sent, self._throttle.percent
+        return Report(self._rounds, sent, now - self._started, now - self._stopped, percent)
 
     def _stop_watching(self) -> None:
         with contextlib.suppress(OSError):  # the machine is closed
