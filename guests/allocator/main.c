@@ -32,7 +32,7 @@ static long hint(u64 address)
 
 /* --- the allocator: free blocks of each order in a list, which is not in the blocks: they are nobody's memory --- */
 
-#define PAGES_MAX (1 << 15)
+#define PAGES_MAX (1 << 18)
 struct block { struct block *next, *previous; };
 #define FREE 0x80
 static struct block lists[MAX_ORDER + 1], blocks[PAGES_MAX]; /* by first page */

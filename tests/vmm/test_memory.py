@@ -207,6 +207,17 @@ def test_what_the_host_does_not_take_is_zeroes_all_the_same(
     memory.close()
 
 
+def test_walls_stand_around_the_ram() -> None:
+    """What runs past it ends there, and the host tells two guests' memory apart."""
+    memories = [GuestMemory(2 * MIB) for _ in range(3)]
+    mapped = [line.split()[:2] for line in Path("/proc/self/maps").read_text().splitlines()]
+    for memory in memories:
+        start = memory.ranges[0].hva
+        assert [f"{start:x}-{start + 2 * MIB:x}", "rw-p"] in mapped
+        assert any(place.startswith(f"{start + 2 * MIB:x}-") and rights == "---p" for place, rights in mapped)
+        memory.close()
+
+
 def test_memory_is_zero_if_every_byte_is() -> None:
     memory = GuestMemory(2 * MIB)
     hva = memory.ranges[0].hva

@@ -19,6 +19,8 @@ from softkvm.cli import (
     CommandError,
     bench_demand_paging,
     bench_dirty_log,
+    bench_overcommit,
+    bench_page_reporting,
     bench_pmu,
     bench_task_work,
 )
@@ -39,6 +41,8 @@ measurements:
   demand-paging  what memory costs that comes page by page
   task-work      how soon a vCPU's thread does what was called for, and how late CPU timers are
   pmu            what performance counters cost: exits while they count, overflows
+  overcommit     how many guests a host has memory for, with memory that comes back
+  page-reporting what free page reporting costs a guest that faults pages in
 
 `softkvm bench MEASUREMENT --help` explains it.
 """
@@ -69,12 +73,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         dest="measurement",
         metavar="MEASUREMENT",
         required=True,
-        help="vmexit, dirty-log, demand-paging, task-work, pmu",
+        help="vmexit, dirty-log, demand-paging, task-work, pmu, overcommit, page-reporting",
     )
     bench_dirty_log.add(measurements)
     bench_demand_paging.add(measurements)
     bench_task_work.add(measurements)
     bench_pmu.add(measurements)
+    bench_overcommit.add(measurements)
+    bench_page_reporting.add(measurements)
     command = add_measurement(
         measurements, "vmexit", _vmexit, description="Measure what an exit costs, kind by kind.", epilog=VMEXIT_EPILOG
     )

@@ -80,6 +80,12 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return result
 
 
+def wall(address: int, size: int) -> None:
+    """Let nobody reach the memory from now on: what runs past its neighbour ends there."""
+    if size:
+        _call(_libc.mprotect, ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(0))
+
+
 def map_file(address: int, size: int, fd: int, offset: int) -> None:
     """Map a file copy-on-write over memory of ours: what is written stays in this process. OSError as the host says."""
     _map_over(address, size, mmap.MAP_PRIVATE, fd, offset)

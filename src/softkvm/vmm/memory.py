@@ -24,7 +24,7 @@ from typing import NamedTuple
 from softkvm import abi, api
 from softkvm.abi.sizes import Size
 from softkvm.vmm.errors import ConfigError
-from softkvm.vmm.host_memory import Backing, give_back, lock, map_file, merged
+from softkvm.vmm.host_memory import Backing, give_back, lock, map_file, merged, wall
 
 _WRITTEN_RANGES = 1 << 16
 """Ranges that :meth:`GuestMemory.mark_written` keeps before it merges them."""
@@ -108,6 +108,8 @@ class GuestMemory:
         del anchor
         self.skip = -address % HUGE_PAGE_SIZE
         """Bytes of the mapping (and of the memfd) before the RAM."""
+        wall(address, self.skip)
+        wall(address + self.skip + size, length - self.skip - size)
         self.view = memoryview(self._map)[self.skip : self.skip + size]
         self.ranges = [RamRange(0, min(size, HOLE_START), address + self.skip, 0)]
         if size > HOLE_START:
