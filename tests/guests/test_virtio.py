@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.examples import examples
 from tests.support.guests import linux_guest
 from tests.support.machines import open_soft
 
@@ -83,6 +84,24 @@ def test_linux_keeps_a_file_system_on_each_kind_of_disk(tmp_path: Path) -> None:
     assert not re.search(r"I/O error|EXT[24]-fs error|BUG:|Call Trace", output), output
     assert kept.read_bytes() == bytes(16 << 20)
     assert raw.read_bytes() != bytes(16 << 20)
+
+
+def test_the_pages_examples_of_disks_do_what_it_says(tmp_path: Path) -> None:
+    linux_guest()
+    ((_, script),) = examples("disks.md", "sh")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-ec", script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert re.findall(r"^(removed|kept)\s*$", done.stdout, re.MULTILINE) == ["removed", "kept"], done.stdout
 
 
 SYNCED = (

@@ -18,6 +18,7 @@ from tests.support.virtio_driver import (
     driving,
 )
 
+from softkvm.vmm.memory import MIB, GuestMemory
 from softkvm.vmm.virtio.device import VirtioDevice
 from softkvm.vmm.virtio.queue import Chain
 
@@ -218,9 +219,40 @@ def test_a_device_goes_on_where_it_was_saved(packed: bool, transport: str) -> No
 
 
 @PACKED
+@pytest.mark.parametrize("event_idx", [True, False])
+def test_all_that_a_device_writes_is_marked_as_written(packed: bool, event_idx: bool) -> None:
+    """For dirty logs: data, used descriptors and indices, requests for notifications."""
+    marked: list[tuple[int, int]] = []
+    without = [] if event_idx else [EVENT_IDX]
+    with driving(Echo(), packed=packed, memory=GuestMemory(2 * MIB), without=without) as driver:
+        memory, queue = driver.memory, driver.queues[0]
+        memory.mark_written = lambda gpa, size: marked.append((gpa, size))  # type: ignore[method-assign]
+        memory.logging = True
+        for number in range(20):
+            queue.indirect = number % 2 == 1
+            buffers = [queue.add([b"some" * (number + 1)], [3, 50, 200]) for _ in range(2)]
+            before = memory.read(0, memory.size)
+            marked.clear()
+            queue.notify()
+            for buffer in buffers:
+                queue.wait(buffer)
+            with driver.transport.worker.lock:
+                after = bytearray(memory.read(0, memory.size))
+            assert after != before
+            for gpa, size in marked:
+                after[gpa : gpa + size] = before[gpa : gpa + size]
+            assert after == before, "what is not marked has changed"
+            assert sum(size for _, size in marked) < 2000
+        memory.logging = False
+
+
+@PACKED
 def test_a_state_of_another_device_is_refused(packed: bool) -> None:
     with driving(Echo(), packed=packed) as driver:
         state = driver.transport.save()
+        nowhere = [{**state["queues"][0], "addresses": [1 << 60, 0, 0]}, *state["queues"][1:]]
+        with pytest.raises(ValueError, match="a ring at"):
+            driver.transport.restore({**state, "queues": nowhere})
         for wrong in ({**state, "queues": state["queues"][:1]}, {**state, "driver_features": 1 << 50}):
             with pytest.raises(ValueError, match="other queues or features"):
                 driver.transport.restore(wrong)

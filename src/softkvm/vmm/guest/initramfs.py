@@ -10,7 +10,7 @@ from softkvm.vmm.guest.cpio import CpioWriter
 
 DIRECTORIES: Final = (
     "bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "etc/udhcpc", "proc", "root", "run", "sbin", "sys", "tmp", "usr",
-    "usr/bin", "usr/sbin",
+    "usr/bin", "usr/sbin", "mnt",
 )  # fmt: skip
 
 # What init needs before it mounted devtmpfs (Linux, Documentation/admin-guide/devices.txt).

@@ -421,7 +421,10 @@ class Transport(ABC):
         active = bool(self._status & DRIVER_OK)
         self.device.driver_features = self._driver_features if active else 0
         if active and not self._status & DEVICE_NEEDS_RESET:
-            queues = [self._queue(index) for index in range(len(self.queues))]
+            try:
+                queues = [self._queue(index) for index in range(len(self.queues))]
+            except QueueError as error:
+                raise ValueError(f"{self.device.name}: {error}") from None
             for queue, saved in zip(queues, state["queues"], strict=True):
                 queue.restore(saved["place"])
             self.device.queues = queues
