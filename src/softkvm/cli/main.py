@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
     "unittests": ("softkvm.cli.unittests", "run kvm-unit-tests from a build of them"),
     "selftests": ("softkvm.cli.selftests", "run the kernel's KVM selftests from a build of them"),
+    "vsock-test": ("softkvm.cli.vsock_test", "test sockets between host and guest, as the kernel's suite does"),
     "bench": ("softkvm.cli.bench", "measure what exits, dirty logging, demand paging, task work and counters cost"),
     "completion": ("softkvm.cli.completion", "print a shell's completion of these commands"),
 }

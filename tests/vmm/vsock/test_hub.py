@@ -28,7 +28,7 @@ from tests.support.vsock import (
     Guest,
 )
 
-from softkvm.vmm.vsock.connection import BUFFER_SIZE, CLOSE_TIMEOUT_S, Connection, State
+from softkvm.vmm.vsock.connection import ASK_AGAIN_S, BUFFER_SIZE, CLOSE_TIMEOUT_S, Connection, State
 from softkvm.vmm.vsock.hub import BUDGET, CONNECTIONS, RESETS, Hub
 from softkvm.vmm.vsock.sockets import VsockListener, VsockSocket
 
@@ -240,12 +240,26 @@ def test_credit_is_asked_for_once(hub: Hub, guest: Guest) -> None:
     assert guest.ops() == [RW, CREDIT_REQUEST]
 
 
+def test_credit_is_asked_for_again_after_a_while(hub: Hub, guest: Guest, clock: Clock) -> None:
+    connection, port = connect(hub, guest, buf_alloc=10)
+    connection.send(bytes(30))
+    assert guest.ops() == [RW, CREDIT_REQUEST]
+    clock.now = ASK_AGAIN_S
+    hub.expire()
+    assert guest.ops() == [CREDIT_REQUEST]
+    guest.send(CREDIT_UPDATE, GUEST_PORT, port, buf_alloc=100, fwd_cnt=10)
+    assert guest.ops() == [RW]
+    clock.now = 2 * ASK_AGAIN_S
+    hub.expire()
+    assert guest.ops() == []
+
+
 def test_counters_wrap(hub: Hub, guest: Guest) -> None:
     connection, port = connect(hub, guest, buf_alloc=100)
     connection.tx_cnt = (1 << 32) - 50  # as if it had sent so much
     guest.send(CREDIT_UPDATE, GUEST_PORT, port, buf_alloc=100, fwd_cnt=(1 << 32) - 60)
     connection.send(bytes(200))
-    assert [len(data) for header, data in guest.all() if header.op == RW] == [90]
+    assert sum(len(data) for _, data in guest.all()) == 90
     guest.send(CREDIT_UPDATE, GUEST_PORT, port, buf_alloc=100, fwd_cnt=40)
     assert [len(data) for header, data in guest.all() if header.op == RW] == [100]
 

@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT_S: Final = 8.0
 """How long a closed connection waits for its peer's RST (Linux: VSOCK_CLOSE_TIMEOUT)."""
 
+ASK_AGAIN_S: Final = 0.5
+"""How long who has data and no credit waits before he asks again. A reader that waits for more than its buffer can hold
+announces no room by itself (Linux before 6.8, with SO_RCVLOWAT), and neither would ever go on."""
+
 BUFFER_SIZE: Final = 256 << 10
 """Bytes that a connection keeps for its reader unless it is told otherwise, and as many for its writer (Linux:
 VSOCK_DEFAULT_BUFFER_SIZE)."""
@@ -108,6 +112,8 @@ class Connection:
         """The errno that the owner's next call gets, and all further ones."""
         self.deadline: float | None = None
         """When the hub gives it up, of the hub's clock."""
+        self.ask_again_at: float | None = None
+        """When credit is asked for once more."""
 
         self.rx = bytearray()
         self.rx_messages: deque[int] = deque()
@@ -271,7 +277,9 @@ class Connection:
 
     def _produce_data(self, room: int) -> tuple[int, int, bytes] | None:
         credit = self._credit()
-        size = min(len(self.tx), room, credit, MAX_PACKET_BYTES)
+        # As with Linux's host side no piece goes over a multiple of 64 KiB: a guest counts a piece as read when it is
+        # read whole, and the kernel's vsock_test reads 64 KiB.
+        size = min(len(self.tx), room, credit, MAX_PACKET_BYTES - self.tx_cnt % MAX_PACKET_BYTES)
         flags = 0
         if self.messages:
             left, eor = divmod(self.tx_messages[0], 2)
@@ -285,6 +293,7 @@ class Connection:
             if credit or self._credit_asked:
                 return None
             self._credit_asked = True
+            self.hub.ask_again(self, ASK_AGAIN_S)
             return VIRTIO_VSOCK_OP_CREDIT_REQUEST, 0, b""
         with memoryview(self.tx) as whole:
             data = bytes(whole[:size])
@@ -293,6 +302,13 @@ class Connection:
         if self.state is State.CLOSING:
             self.hub.arm(self, CLOSE_TIMEOUT_S)
         return VIRTIO_VSOCK_OP_RW, flags, data
+
+    def ask_again(self) -> None:
+        """Ask for credit once more, if it still has data and none."""
+        self.ask_again_at = None
+        if self._has_data() and not self._credit():
+            self._credit_asked = False
+            self.hub.ready(self)
 
     def announce(self) -> tuple[int, int]:
         """Return ``buf_alloc`` and ``fwd_cnt`` for a packet that goes out now."""

@@ -201,6 +201,8 @@ class Hub:
             self._wake_at = None
             now = self._clock()
             for connection in self.connections:
+                if connection.ask_again_at is not None and connection.ask_again_at <= now:
+                    connection.ask_again()
                 if connection.deadline is None or connection.deadline > now:
                     continue
                 if connection.request_due:
@@ -322,11 +324,20 @@ class Hub:
     def arm(self, connection: Connection, seconds: float) -> None:
         """Give *connection* up after so long, unless it is armed again."""
         connection.deadline = self._clock() + seconds
-        if self._wake_at is None or connection.deadline < self._wake_at:
+        self._wake_by(connection.deadline)
+
+    def ask_again(self, connection: Connection, seconds: float) -> None:
+        """Have *connection* ask for credit once more after so long."""
+        connection.ask_again_at = self._clock() + seconds
+        self._wake_by(connection.ask_again_at)
+
+    def _wake_by(self, when: float) -> None:
+        if self._wake_at is None or when < self._wake_at:
             self._wake_for_next()
 
     def _wake_for_next(self) -> None:
-        due = [connection.deadline for connection in self._connections.values() if connection.deadline is not None]
+        times = (when for known in self._connections.values() for when in (known.deadline, known.ask_again_at))
+        due = [when for when in times if when is not None]
         if due:
             self._wake_at = min(due)
             self.wake_at(max(self._wake_at - self._clock(), 0.0))

@@ -229,28 +229,41 @@ class VsockSocket(Waiting):
         What is cut off a message is lost. In a stream the length is that of the bytes.
         """
         with self.hub.lock:
-            connection = self._connected()
+            data, told, length = self._receive(size, flags)
+            if not flags & socket.MSG_WAITALL or flags & socket.MSG_PEEK or self.type != socket.SOCK_STREAM:
+                return data, told, length
+            pieces, left = [data], size - len(data)
+            while left and data:
+                data, _, _ = self._receive(left, flags)
+                pieces.append(data)
+                left -= len(data)
+            return b"".join(pieces), 0, size - left
+
+    def _receive(self, size: int, flags: int) -> tuple[bytes, int, int]:
+        """Wait for something, and take it unless *flags* has MSG_PEEK."""
+        connection = self._connected()
+        if connection.error:
+            raise os_error(connection.error)
+        if connection.shutdown_wanted & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
+            return b"", 0, 0
+        least = 1
+        if flags & socket.MSG_PEEK and flags & socket.MSG_WAITALL:
+            least = min(size, connection.buf_alloc)
+        elif not connection.messages:
+            least = min(self.rcvlowat, max(size, 1))
+        self._wait(lambda: self._has(connection, least), at_once=bool(flags & socket.MSG_DONTWAIT))
+        self._check_open()
+        if not connection.readable:
             if connection.error:
                 raise os_error(connection.error)
-            if connection.shutdown_wanted & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
-                return b"", 0, 0
-            least = 1
-            if not connection.messages:
-                least = size if flags & socket.MSG_WAITALL else min(self.rcvlowat, max(size, 1))
-            at_once = bool(flags & socket.MSG_DONTWAIT)
-            self._wait(lambda: self._has(connection, least), at_once=at_once)
-            self._check_open()
-            if not connection.readable:
-                if connection.error:
-                    raise os_error(connection.error)
-                return b"", 0, 0
-            data, length, eor = connection.peek(size)
-            if not connection.messages:
-                length = len(data)
-            if not flags & socket.MSG_PEEK:
-                connection.consume(len(data))
-            told = (socket.MSG_EOR if eor else 0) | (socket.MSG_TRUNC if len(data) < length else 0)
-            return data, told, length
+            return b"", 0, 0
+        data, length, eor = connection.peek(size)
+        if not connection.messages:
+            length = len(data)
+        if not flags & socket.MSG_PEEK:
+            connection.consume(len(data))
+        told = (socket.MSG_EOR if eor else 0) | (socket.MSG_TRUNC if len(data) < length else 0)
+        return data, told, length
 
     def _has(self, connection: Connection, least: int) -> bool:
         if self._closed or connection.at_end or connection.shutdown_wanted & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
@@ -258,10 +271,16 @@ class VsockSocket(Waiting):
         return connection.readable if connection.messages else len(connection.rx) >= least
 
     def recv_into(self, buffer: Buffer, size: int = 0, flags: int = 0) -> int:
-        """Receive into *buffer*, at most *size* bytes if that is given; return how many came."""
-        with memoryview(buffer).cast("B") as view:
-            data = self.recv(min(size, len(view)) if size else len(view), flags)
+        """Receive into *buffer*, at most *size* bytes if that is given; return how many came.
+
+        What cannot be stored stays in a stream; a message is lost.
+        """
+        with memoryview(buffer).cast("B") as view, self.hub.lock:
+            stays = self.type == socket.SOCK_STREAM and not flags & socket.MSG_PEEK
+            data = self.recv(min(size, len(view)) if size else len(view), flags | (socket.MSG_PEEK if stays else 0))
             view[: len(data)] = data
+            if stays and data:
+                self._connected().consume(len(data))
             return len(data)
 
     def poll(self, events: int, seconds: float | None = None) -> int:
