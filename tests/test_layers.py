@@ -29,6 +29,7 @@ BELOW: dict[str, set[str]] = {
     "bench": {"abi", "api", "cputime", "vmm", "unittests", "qemu", "reports"},
     "client": {"abi", "kvm", "live", "plugin", "threads", "trace"},
     "selftests": {"abi", "client", "reports"},
+    "vsocktest": {"abi", "api", "reports", "vmm"},
     "cli": {
         "abi",
         "api",
@@ -45,6 +46,7 @@ BELOW: dict[str, set[str]] = {
         "plugin",
         "progress",
         "trace",
+        "vsocktest",
     },
 }
 

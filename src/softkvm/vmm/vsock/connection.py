@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's end of one vsock connection: its states, its two buffers and the credit for them.
 
-A connection belongs to a :class:`~softkvm.vmm.vsock.hub.Hub`, whose lock is held whenever anything here is called, and
+A connection belongs to a hub (``hub.py``), whose lock is held whenever anything here is called, and
 has an *owner*, who reads and writes, and who is told (``changed``) when there may be something for him to do.
 
 **Credit** (VIRTIO 1.3, 5.10.6.3). Each end says with each packet how many bytes it has room for (``buf_alloc``) and how
@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.vsock.packet import (
@@ -39,9 +39,6 @@ from softkvm.vmm.vsock.packet import (
     VIRTIO_VSOCK_TYPE_SEQPACKET,
     Header,
 )
-
-if TYPE_CHECKING:
-    from softkvm.vmm.vsock.hub import Hub
 
 CLOSE_TIMEOUT_S: Final = 8.0
 """How long a closed connection waits for its peer's RST (Linux: VSOCK_CLOSE_TIMEOUT)."""
@@ -95,10 +92,37 @@ class Owner(Protocol):
         """Something has changed: data, room, state or shutdown. With the hub's lock held; must not block."""
 
 
+class Connections(Protocol):
+    """What a connection asks of the hub that it belongs to."""
+
+    def ready(self, connection: Connection) -> None:
+        """Let it send."""
+
+    def arm(self, connection: Connection, seconds: float) -> None:
+        """Give it up after so long, unless it is armed again."""
+
+    def ask_again(self, connection: Connection, seconds: float) -> None:
+        """Have it ask for credit once more after so long."""
+
+    def reserve_for(self, connection: Connection, size: int) -> None:
+        """Let it promise so many bytes; OSError if that is more than there is."""
+
+    def forget(self, connection: Connection, code: int) -> None:
+        """It is no more; its owner gets errno *code*."""
+
+    def emptied(self, connection: Connection) -> None:
+        """It is no more, and nothing is left to be read."""
+
+    def reset_connection(self, connection: Connection, code: int) -> None:
+        """Tell the peer that it is no more, and forget it."""
+
+
 class Connection:
     """One end; made by :meth:`Hub.connect` and by a request of the guest's."""
 
-    def __init__(self, hub: Hub, kind: int, local_port: int, peer_port: int, state: State, buffer_size: int) -> None:
+    def __init__(
+        self, hub: Connections, kind: int, local_port: int, peer_port: int, state: State, buffer_size: int
+    ) -> None:
         self.hub = hub
         self.kind = kind
         """The packets' type."""
