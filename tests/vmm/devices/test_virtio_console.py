@@ -104,6 +104,7 @@ def test_a_single_console_is_open_with_its_driver(transport: str, packed: bool) 
     console = Console([Port(end, console=True)], (80, 25))
     with driving(console, transport=transport, packed=packed) as driver:
         assert driver.registers.features() & 7 == 1 << F_SIZE | 1 << F_EMERG_WRITE
+        driver.wait_interrupt(2)
         assert [driver.registers.config(at, 2) for at in (0, 2)] == [80, 25]
         assert driver.queues[1].request([b"hello, ", b"world"]) == b""
         assert end.got == b"hello, world"

@@ -247,6 +247,8 @@ class Console(VirtioDevice):
         if not self.negotiated(VIRTIO_CONSOLE_F_MULTIPORT):
             self.ports[0].guest_open = True
             self.ports[0].end.room()
+            if self.size != (0, 0):
+                self.call(self.config_changed)  # Linux's driver looks at the size only when it has changed
 
     def reset(self) -> None:
         """Forget what waits for the driver."""

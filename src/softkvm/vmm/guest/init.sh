@@ -106,7 +106,7 @@ case $cmdline in
     terminal=${terminal%% *}
     TERM=${terminal%:*}
     size=${terminal##*:}
-    stty rows "${size%x*}" columns "${size#*x}" 2>/dev/null
+    [ -n "$console" ] || stty rows "${size%x*}" columns "${size#*x}" 2>/dev/null # the device knows it better
     ;;
 esac
 
