@@ -28,7 +28,7 @@ class Command:
     intermixed: bool = False
     """Options may stand between positional arguments."""
     takes_command: bool = False
-    """What stands behind ``--`` is another command's: ``args.command``, None without."""
+    """What stands behind ``--`` is another command's: ``args.command``, None without. Options may be in a file, too."""
 
 
 class CommandError(Exception):

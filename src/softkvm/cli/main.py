@@ -140,6 +140,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         arguments, inner = arguments[:at], arguments[at + 1 :]
         if not inner or not inner[0]:
             parser.error("expected a command behind --")
+    if command.takes_command:
+        from softkvm.cli.configuration import expand
+
+        arguments, inner = expand(parser, arguments, inner)
     parsed = parse(arguments)
     if command.takes_command:
         parsed.command = inner

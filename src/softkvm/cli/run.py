@@ -22,7 +22,9 @@ from softkvm import api
 from softkvm.cli import EXIT_ERROR, EXIT_OK, Command, CommandError
 from softkvm.cli.accel import AUTO, KVM, SOFT, open_kvm
 from softkvm.cli.arguments import add_param, count, file_name, param_values, percent, seconds, size
+from softkvm.cli.configuration import add_config
 from softkvm.cli.devices import add_device_options, device_specs
+from softkvm.cli.dry_run import add_dry_run, tell_machine
 from softkvm.cli.ends import EXIT_STATUS, signals_end
 from softkvm.cli.output import STDOUT, OutputFile, say_printed, warn
 from softkvm.cli.panic_watch import PanicWatch
@@ -157,6 +159,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="CPU time of each vCPU, 1 to 100 percent of every 100 ms; it stands for the rest",
     )
     add_device_options(parser)
+    add_config(parser)
+    add_dry_run(parser)
     add_control_arguments(parser)
     add_command_arguments(parser)
     add_param(parser)
@@ -398,6 +402,8 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         except (OSError, MemoryError) as error:
             show_traceback(error)
             raise CommandError(f"the machine cannot be built: {error}", EXIT_ERROR) from None
+        if args.dry_run:
+            return tell_machine(args, machine, image, loaded, accel)
         control(machine, args, hub, stack, extra_of(args, accel, image))
         hub.line = console.line(machine)
         panic.attach(machine)

@@ -49,7 +49,20 @@ _PATIENCE_S: Final = 120.0
 """Input waits no longer for a prompt."""
 
 #: Options with which a run boots: what they look at, or lead to, is not in a snapshot.
-_BOOTING: Final = ("append", "stats", "trace", "plugin", "param", "gdb", "pin_memory", "share", "port", "net", "disk")
+_BOOTING: Final = (
+    "dry_run",
+    "append",
+    "stats",
+    "trace",
+    "plugin",
+    "param",
+    "gdb",
+    "pin_memory",
+    "share",
+    "port",
+    "net",
+    "disk",
+)
 
 
 class BootCache:

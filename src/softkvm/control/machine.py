@@ -16,6 +16,7 @@ from softkvm.control.dump import dump
 from softkvm.control.moves import Moves
 from softkvm.live import names
 from softkvm.live.server import Ask, Connection, Refused, Server, serve
+from softkvm.vmm.devices.virtio_balloon import Balloon
 from softkvm.vmm.events import Event
 from softkvm.vmm.outcome import End, Outcome
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from softkvm.vmm.machine import Machine
 
 _PAUSE_S: Final = 60.0
+_STATISTICS_S: Final = 0.5
+"""How long a guest may take to tell of its memory."""
 
 
 class NotControlled(Exception):
@@ -245,12 +248,15 @@ class MachineControl(Closing):
     def _balloon(self, connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
         """Set the balloon's size, if one is given, and say what it has."""
         for transport in self._machine.board.virtio.transports.values():
-            control = getattr(transport.device, "control", None)
-            if control is not None and transport.device.name.startswith("balloon"):
+            device = transport.device
+            if isinstance(device, Balloon):
                 target = request.get("target_bytes")
-                if target is not None and not (type(target) is int and 0 <= target <= self._machine.config.memory_size):
-                    raise Refused("target_bytes: expected a number of bytes, up to the machine's memory")
-                return {**self.describe(), "balloon": control(target)}
+                if target is not None:
+                    if type(target) is not int:
+                        raise Refused("target_bytes: expected a number")
+                    device.set_target(target)
+                about = {"target_bytes": device.target, "size_bytes": device.size, **device.reclaimed}
+                return {**self.describe(), "balloon": {**about, **device.statistics(_STATISTICS_S)}}
         raise Refused("the machine has no balloon (softkvm run --balloon)")
 
 

@@ -45,6 +45,11 @@ class PciConfig:
                 return device
         raise ValueError("all 32 device numbers of PCI bus 0 are taken")
 
+    @property
+    def functions(self) -> dict[tuple[int, int], Function]:
+        """Every function, by its device and function number."""
+        return {(place >> 3, place & 7): function for place, function in sorted(self._functions.items())}
+
     def _selected(self) -> Function | None:
         """The function that CONFIG_ADDRESS selects, if it is there."""
         address = self._address
