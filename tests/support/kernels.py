@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's kernels with the modules that the default guest goes without: virtio, 9P and PTP."""
+"""Debian's kernels with modules that the default guest goes without: virtio, 9P, PTP, watchdogs and pvpanic."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ GENERIC = "linux-image-amd64"
 
 _IMAGE = "vmlinuz"
 _WANTED = re.compile(
-    r"boot/vmlinuz-.*|lib/modules/[^/]+/kernel/(?:drivers/(?:virtio|block|net|ptp|pps)|net/(?:core|9p)|fs/(?:9p|fscache|netfs))"
-    r"/[^/]+\.ko"
+    r"boot/vmlinuz-.*|lib/modules/[^/]+/kernel/"
+    r"(?:drivers/(?:virtio|block|net|ptp|pps|watchdog|misc/pvpanic)|net/(?:core|9p)|fs/(?:9p|fscache|netfs))/[^/]+\.ko"
 )
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
