@@ -294,7 +294,8 @@ class Connection(Sender):
         self.snd_wnd = window
         if (acknowledged or opened) and self.state == OPEN:
             if not self.host_eof:
-                self.pump()
+                if not self._events & READ or self.snd_nxt != self.snd_max:  # else we are called when there is some
+                    self.pump()
             elif self.snd_nxt != self.snd_max or self.queued or not self.fin_sent:
                 self.output()
         return True
