@@ -126,7 +126,7 @@ def test_names_that_no_machine_can_have(name: str) -> None:
     assert done.stderr.startswith("softkvm: --name ") and done.stderr.count("\n") == 1 and len(done.stderr) < 300
 
 
-@pytest.mark.parametrize("command", ["stop", "pause", "resume", "reset", "console", "debug", "balloon"])
+@pytest.mark.parametrize("command", ["stop", "pause", "resume", "reset", "console", "debug", "balloon", "net"])
 @pytest.mark.parametrize("name", ["none", "x" * 300])
 def test_machines_that_are_not_there(command: str, name: str) -> None:
     done = softkvm(command, name)

@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from tests.support.machines import KVMS, open_soft
 
 from softkvm import api
+from softkvm.cli.net import lines as net_lines
 from softkvm.control import dump as dumps
 from softkvm.control.console import ConsoleHub
 from softkvm.control.machine import MachineControl, NotControlled
 from softkvm.live import place
 from softkvm.live.asker import Asker, LiveError, processes
 from softkvm.live.names import process_of
+from softkvm.vmm.devices.virtio_net import parse as parse_net
 from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.memory import MIB
 from softkvm.vmm.outcome import End
@@ -288,6 +290,31 @@ def test_a_machine_without_a_balloon_says_so(make: MakeMachine) -> None:
         asker.ask("balloon", target_bytes=0)
 
 
+def test_networks_are_told_and_cables_pulled(make: MakeMachine) -> None:
+    specs = (parse_net("user,hostfwd=tcp::0-:22,id=lan"), parse_net("user,net=10.0.3.0/24"))
+    make(device_specs=specs)
+    with asking() as asker:
+        lan, net0 = asker.ask("net")["net"]
+        assert (lan["name"], lan["link"], net0["name"]) == ("lan", "up", "net0")
+        assert lan["net"]["forwards"][0]["guest_port"] == 22 and net0["net"]["network"] == "10.0.3.0/24"
+        (told,) = asker.ask("net", device="lan", link="down")["net"]
+        assert told["link"] == "down"
+        assert [device["link"] for device in asker.ask("net")["net"]] == ["down", "up"]
+        assert asker.ask("net", device="lan", link="up")["net"][0]["link"] == "up"
+        for more in ({"device": "wan"}, {"link": "up"}, {"device": "lan", "link": 1}, {"device": ["lan"]}):
+            with pytest.raises(LiveError):
+                asker.ask("net", **more)
+    said = "\n".join(line for device in (lan, net0) for line in net_lines(device))
+    assert f"tcp {lan['net']['forwards'][0]['host']} -> guest's port 22" in said
+    assert "net0  52:54:00:12:34:57  link up  user 10.0.3.0/24" in said
+
+
+def test_a_machine_without_a_network_says_so(make: MakeMachine) -> None:
+    make()
+    with asking() as asker, pytest.raises(LiveError, match="no such network device"):
+        asker.ask("net")
+
+
 def test_the_number_of_a_question_comes_back(make: MakeMachine) -> None:
     make()
     with asking() as asker:
@@ -315,9 +342,24 @@ json_values = st.recursive(
     max_leaves=8,
 )
 names_of_asks = st.sampled_from(
-    ["status", "resume", "power_button", "events", "dump", "nmi", "sysrq", "console", "balloon", "machines", "version"]
+    [
+        "status",
+        "resume",
+        "power_button",
+        "events",
+        "dump",
+        "nmi",
+        "sysrq",
+        "console",
+        "balloon",
+        "net",
+        "machines",
+        "version",
+    ]
 )
-questions = st.dictionaries(st.sampled_from(["timeout_s", "vcpu", "key", "past", "target_bytes", "id"]), json_values)
+questions = st.dictionaries(
+    st.sampled_from(["timeout_s", "vcpu", "key", "past", "target_bytes", "device", "link", "id"]), json_values
+)
 
 
 def test_no_message_harms_the_machine() -> None:

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "console": ("softkvm.cli.console", "be at a running machine's console"),
     "debug": ("softkvm.cli.debug", "registers, code and stack of a machine's vCPUs; NMI and SysRq"),
     "balloon": ("softkvm.cli.balloon", "how much memory a machine has, and have it give some back"),
+    "net": ("softkvm.cli.net", "a machine's networks: ports, connections, counters, cables"),
     "stat": ("softkvm.cli.stat", "live counters of a running machine, as kvm_stat has them"),
     "trace": ("softkvm.cli.trace", "record KVM's tracepoints, print them, open them in Perfetto"),
     "setup": ("softkvm.cli.setup", "prepare the default guest, or a root directory for one"),

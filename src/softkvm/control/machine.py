@@ -17,6 +17,7 @@ from softkvm.control.moves import Moves
 from softkvm.live import names
 from softkvm.live.server import Ask, Connection, Refused, Server, serve
 from softkvm.vmm.devices.virtio_balloon import Balloon
+from softkvm.vmm.devices.virtio_net import Net
 from softkvm.vmm.events import Event
 from softkvm.vmm.outcome import End, Outcome
 
@@ -64,6 +65,7 @@ class MachineControl(Closing):
             "sysrq": Ask(self._sysrq),
             "console": Ask(self._console),
             "balloon": Ask(self._balloon, waits=True),
+            "net": Ask(self._net, waits=True),
         }
         self.name = name or names.default_name(self._pid)
         self._claimed = False
@@ -258,6 +260,24 @@ class MachineControl(Closing):
                 about = {"target_bytes": device.target, "size_bytes": device.size, **device.reclaimed}
                 return {**self.describe(), "balloon": {**about, **device.statistics(_STATISTICS_S)}}
         raise Refused("the machine has no balloon (softkvm run --balloon)")
+
+    def _net(self, connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
+        """Say what network devices there are; pull the cable of one, or plug it in."""
+        wanted, link = request.get("device"), request.get("link")
+        devices = [transport.device for transport in self._machine.board.virtio.transports.values()]
+        found = [device for device in devices if isinstance(device, Net) and wanted in (None, device.name)]
+        if not found:
+            raise Refused("the machine has no such network device (softkvm run --net)")
+        if link is not None:
+            if link not in ("up", "down") or len(found) != 1:
+                raise Refused("link: expected up or down, and which device")
+            with found[0].worker.lock:
+                found[0].set_link(link == "up")
+        told = []
+        for device in found:
+            with device.worker.lock:
+                told.append(device.describe())
+        return {**self.describe(), "net": told}
 
 
 def _number(request: dict[str, Any], name: str, default: float, most: float) -> float:

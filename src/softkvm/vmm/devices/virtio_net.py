@@ -444,7 +444,7 @@ class Net(VirtioDevice):
         return whole[offset : offset + size].ljust(size, b"\0")
 
     def set_link(self, up: bool) -> None:
-        """Pull the cable, or plug it in. Called on the worker (``device.call``)."""
+        """Pull the cable, or plug it in. Called on the worker (``device.call``), or under its lock."""
         if up != self.link_up:
             self.link_up = up
             self.config_changed()
@@ -495,6 +495,7 @@ class Net(VirtioDevice):
     def describe(self) -> dict[str, Any]:
         """The device and its network, for whoever asks a running machine."""
         return {
+            "name": self.name,
             "mac": self.mac.hex(":"),
             "link": "up" if self.link_up else "down",
             "counters": dict(self.counters),
