@@ -52,21 +52,29 @@ def run(environment: dict[str, str], text: str, *arguments: str) -> subprocess.C
 
 @pytest.mark.guest
 def test_the_second_run_goes_on_from_the_firsts_prompt(cache: dict[str, str], tmp_path: Path) -> None:
-    first = run(cache, "echo first $((1 + 1)) > /tmp/said; cat /tmp/said; exit\n", "--mem", "128M")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "file").write_text("from the host\n")
+    options = ("--mem", "128M", "--share", str(tmp_path / "shared"))
+    commands = "echo first $((1 + 1)) > /tmp/said; cat /tmp/said /mnt/shared/file; exit\n"
+    first = run(cache, commands, *options)
     assert first.returncode == 0, first.stderr
-    assert "first 2" in first.stdout
+    assert "first 2" in first.stdout and "from the host" in first.stdout
     assert "Linux version" in first.stdout
     assert SAID not in first.stderr
     assert len(list((tmp_path / "softkvm" / "booted").iterdir())) == 1
-    for _ in range(2):
+    for number in range(2):
         before = time.time()
-        second = run(cache, "echo second $((1 + 2)); ls /tmp; date +%s; exit\n", "--mem", "128M")
+        (tmp_path / "shared" / "file").write_text(f"run {number}\n")
+        shared = f"cat /mnt/shared/file; echo > /mnt/shared/{number}"
+        second = run(cache, f"echo second $((1 + 2)); ls /tmp; {shared}; date +%s; exit\n", *options)
         assert second.returncode == 0, second.stderr
         assert second.stderr.startswith(SAID)
         assert second.stderr.endswith("(--no-cache boots)\n")
         assert second.stdout.startswith("root@softkvm:~# ")  # and nothing of the boot
         assert "second 3" in second.stdout
         assert "said" not in second.stdout  # nothing of the other run is in it
+        assert f"\nrun {number}\n" in second.stdout.replace("\r", "")  # but what is shared is the host's of now
+        assert (tmp_path / "shared" / str(number)).exists()
         times = [int(line) for line in second.stdout.splitlines() if line.isdecimal() and len(line) > 8]
         assert before - 5 <= times[0] <= time.time() + 5  # the guest's clock has gone on meanwhile
 
@@ -115,6 +123,8 @@ def test_whatever_the_boot_depends_on_makes_it_another(image: GuestImage, kvm: a
         place(image, kvm, vcpus=2),
         place(image, kvm, hyperv=True),
         place(image, kvm, "--rng"),
+        place(image, kvm, "--share", "/tmp"),
+        place(image, kvm, "--share", "/tmp:tag,ro"),
         place(image, kvm, accel="kvm"),
         place(image, WithoutAes()),
         place(other, kvm),
@@ -137,7 +147,6 @@ def test_whatever_the_boot_depends_on_makes_it_another(image: GuestImage, kvm: a
         ("--param", "avic=0"),
         ("--pin-memory",),
         ("--net", "user"),
-        ("--share", "/tmp"),
         ("--disk", "file"),
         ("--console", "virtio"),
         ("--kernel", "file"),

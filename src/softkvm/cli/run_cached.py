@@ -58,7 +58,6 @@ _BOOTING: Final = (
     "param",
     "gdb",
     "pin_memory",
-    "share",
     "port",
     "net",
     "disk",
