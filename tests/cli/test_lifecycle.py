@@ -119,6 +119,14 @@ def test_one_name_for_two_machines(detached: RunDetached, tmp_path: Path) -> Non
     assert "has a machine of this name" in behind.stderr
 
 
+@pytest.mark.parametrize("where", ["", "tcp::4444", "unix:", "unix:x,wait=on", "unix:/no/such/directory/x"])
+def test_places_that_qmp_cannot_have(tmp_path: Path, where: str) -> None:
+    (tmp_path / "image").write_bytes(ECHO)
+    done = softkvm("run", "--kernel", f"flat:{tmp_path / 'image'}", "--qmp", where, "--timeout", "1")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"softkvm: --qmp {where}: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "4711", "x" * 65, "x" * 100_000])
 def test_names_that_no_machine_can_have(name: str) -> None:
     done = softkvm("run", "--detach", "--name", name)

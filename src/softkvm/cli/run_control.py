@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from softkvm.cli import EXIT_ERROR, CommandError
 from softkvm.cli.output import say
 from softkvm.control.machine import MachineControl, NotControlled
+from softkvm.control.qmp import QmpServer
 from softkvm.live import names
 from softkvm.live.place import directory
 
@@ -32,11 +33,22 @@ def add_control_arguments(parser: ArgumentParser) -> None:
     """Add them."""
     add = parser.add_argument
     add("--name", metavar="NAME", help="what the machine is called in `softkvm list`, `stop` … (default: guest-PID)")
+    add("--qmp", metavar="unix:PATH", help="serve QEMU's monitor protocol at a UNIX socket (docs/control.md)")
     add(
         "--detach",
         action="store_true",
         help="run in the background, print the name once the machine runs; `softkvm console` leads to its console",
     )
+
+
+def _qmp_path(text: str) -> str:
+    """Return the path of ``unix:PATH[,server=on][,wait=off]``, as QEMU has it."""
+    where, *options = text.split(",")
+    kind, _, path = where.partition(":")
+    wrong = [option for option in options if option not in ("server", "server=on", "wait=off", "nowait")]
+    if kind != "unix" or not path or "\0" in path or wrong:
+        raise CommandError(f"--qmp {text}: expected unix:PATH, with server=on and wait=off if anything")
+    return path
 
 
 def checked_name(args: Namespace) -> str | None:
@@ -59,6 +71,12 @@ def control(
         controlled = stack.enter_context(MachineControl(machine, checked_name(args), hub, extra))
     except NotControlled as error:
         raise CommandError(f"--name {error}") from None
+    if args.qmp is not None:
+        path = _qmp_path(args.qmp)
+        try:
+            stack.enter_context(QmpServer(machine, path, controlled.name))
+        except OSError as error:
+            raise CommandError(f"--qmp {args.qmp}: {error.strerror or error}") from None
     if _started:
         fd, log = _started.pop()
         _let_go(fd, controlled.name, log, stack)
