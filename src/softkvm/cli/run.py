@@ -105,6 +105,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help=f"kernel command line (default: {COMMAND_LINE}; none for a Multiboot kernel)",
     )
     add(
+        "--firmware",
+        metavar="FILE",
+        type=file_name,
+        help="boot from disks by this ROM in place of a kernel: seabios, ovmf (as the system's packages have them), or "
+        "a file",
+    )
+    add(
         "--entry",
         choices=[entry.value for entry in Entry],
         help="entry of a Linux kernel: 64, 32 or 16 bits, the last with BIOS calls (default: the first it has)",
@@ -278,7 +285,8 @@ def _collect(
         "version": STATS_VERSION,
         "softkvm": softkvm.__version__,
         "accel": accel,
-        "kernel": str(image.kernel),
+        "kernel": None if image.firmware else str(image.kernel),
+        "firmware": str(image.kernel) if image.firmware else None,
         "initrd": ",".join(image.initrd) or None,
         "command_line": None if image.raw else command_line,
         "memory_bytes": machine.config.memory_size,
@@ -336,6 +344,10 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
         stats_file = OutputFile("--stats", args.stats) if args.stats else None
         trace_file = _trace_file(args.trace)
         image = choose_image(args)
+        if image.firmware:
+            from softkvm.vmm.boards.pc_firmware import read
+
+            config = replace(config, firmware=read(image.kernel))
         deadline = Deadline(timeout_s)
         loaded = open_images(image, config.memory_size, deadline, files)
     except LoadTimeout as error:
@@ -378,9 +390,9 @@ def _run_with(args: Namespace, timeout_s: float | None, files: contextlib.ExitSt
             cache = BootCache.of(args, image, config, kvm, accel)
             booted = None if cache is None else cache.restore(kvm, output, config)
             machine = stack.enter_context(booted or Machine(kvm, config, output))
-            if booted is not None:
+            if booted is not None and loaded.kernel is not None:
                 booted.board.remember(loaded.kernel, None, loaded.command_line, modules=loaded.modules)
-            else:
+            elif loaded.kernel is not None:
                 machine.load(
                     loaded.kernel,
                     None,

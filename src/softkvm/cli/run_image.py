@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softkvm.cli import EXIT_ERROR, CommandError
+from softkvm.cli.firmware import firmware_path
 from softkvm.cli.output import warn
 from softkvm.cli.run_command import AGENT_WORD
 from softkvm.cli.run_console import is_virtio, where
@@ -36,6 +37,8 @@ class GuestImage:
     """None: what the kind of kernel has by default."""
     raw: bool = False
     entry: Entry | None = None
+    firmware: bool = False
+    """*kernel* is a ROM, which boots from disks."""
 
 
 def choose_image(args: Namespace) -> GuestImage:
@@ -44,6 +47,13 @@ def choose_image(args: Namespace) -> GuestImage:
         if args.kernel is not None:
             raise CommandError(f"{args.image}: --kernel {args.kernel} is there, too")
         args.kernel = args.image
+    if args.firmware is not None:
+        for option in ("kernel", "initrd", "append", "entry"):
+            if getattr(args, option):
+                raise CommandError(f"--firmware boots from disks: it does not take --{option}")
+        if args.command is not None:
+            raise CommandError("--firmware boots from disks: a command runs in the default guest")
+        return GuestImage(firmware_path(args.firmware), (), None, firmware=True)
     if args.command is not None:
         return _command_image(args)
     if args.kernel is not None:
@@ -107,7 +117,8 @@ def _names(args: Namespace) -> str:
 class OpenedImage:
     """The files of a :class:`GuestImage`, opened."""
 
-    kernel: Image
+    kernel: Image | None
+    """None: the firmware finds its own."""
     modules: list[Module]
     command_line: str
 
@@ -118,6 +129,8 @@ def open_images(image: GuestImage, limit: int, deadline: Deadline, files: contex
     def opened(path: str | Path, name: str) -> Image:
         return files.enter_context(Image.open(Path(path), name, limit, deadline))
 
+    if image.firmware:
+        return OpenedImage(None, [], "")
     kernel = opened(image.kernel, "kernel")
     if image.raw:
         return OpenedImage(kernel, [], "")

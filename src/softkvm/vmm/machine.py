@@ -70,6 +70,8 @@ class Config:
     """CPU time of the host's for all vCPUs together, with which the machine ends (CPU_TIME); None: no limit."""
     cpu_quota: float | None = None
     """CPU time of the host's for each vCPU in every 100 ms of the wall clock, in percent of that; None: all."""
+    firmware: bytes | None = None
+    """Contents of the ROM that boots the machine from its disks, SeaBIOS or OVMF; None: :meth:`Machine.load` does."""
     memory_files: tuple[FilePart, ...] = ()
     """What memory begins with, mapped copy-on-write: a snapshot's."""
     memory: GuestMemory | None = None

@@ -15,7 +15,19 @@ from softkvm.vmm.boards.pc_halt import halted_for_good
 from softkvm.vmm.boards.pc_virtio import PCI_STRIDE, PcVirtio
 from softkvm.vmm.boot import layout
 from softkvm.vmm.cpuid import set_boot_lapic, set_boot_msrs, vcpu_cpuid
-from softkvm.vmm.devices import acpi_pm, cmos, debug_exit, hpet, i8042, pci, pci_config, pvpanic, serial, shutdown_ports
+from softkvm.vmm.devices import (
+    acpi_pm,
+    cmos,
+    debug_exit,
+    hpet,
+    i8042,
+    pci,
+    pci_config,
+    piix,
+    pvpanic,
+    serial,
+    shutdown_ports,
+)
 from softkvm.vmm.devices.vmgenid import GPE, VmGenId
 from softkvm.vmm.errors import StateError
 from softkvm.vmm.events import Event
@@ -27,14 +39,15 @@ from softkvm.vmm.reset import ResetState
 from softkvm.vmm.routing import pc_routing
 
 if TYPE_CHECKING:
+    from softkvm.vmm.boards.pc_firmware import Firmware
     from softkvm.vmm.boot import bzimage
     from softkvm.vmm.boot.image import Deadline, Image, Source
     from softkvm.vmm.boot.placement import Module
     from softkvm.vmm.machine import Machine
 
 F = TypeVar("F", bound=pci.Function)
-TSS_ADDRESS = 0xFFFBD000
-IDENTITY_MAP_ADDRESS = 0xFFFBC000
+TSS_ADDRESS = 0xFEFFD000
+IDENTITY_MAP_ADDRESS = 0xFEFFC000
 FIRMWARE_SLOT = 2
 _RESET_RIP = 0xFFF0
 
@@ -47,6 +60,8 @@ class Pc(Board):
     ) -> None:
         self.machine = machine
         self._load_again: Callable[[], None] | None = None
+        self.firmware: Firmware | None = None
+        """What boots the machine, if no kernel is loaded."""
         self.cpuid: list[list[abi.kvm_cpuid_entry2]] = []
         """What each processor's CPUID says."""
         config, vm = machine.config, machine.vm
@@ -63,8 +78,13 @@ class Pc(Board):
         if config.pit:
             vm.create_pit2(abi.KVM_PIT_SPEAKER_DUMMY)  # with port 0x61, which gates counter 2
         self.memory.attach(vm)
-        self.memory.alias(vm, FIRMWARE_SLOT, layout.RESET_FIRMWARE, layout.FIRMWARE_SIZE, layout.FIRMWARE)
         self._add_devices(console)
+        if config.firmware is None:
+            self.memory.alias(vm, FIRMWARE_SLOT, layout.RESET_FIRMWARE, layout.FIRMWARE_SIZE, layout.FIRMWARE)
+        else:
+            from softkvm.vmm.boards.pc_firmware import Firmware
+
+            self.firmware = Firmware(self, config.firmware)
         self.virtio = PcVirtio(machine, self.pci_config, self.memory)
         self.devices["virtio"] = self.virtio
         resources.callback(self.virtio.close)
@@ -103,6 +123,9 @@ class Pc(Board):
         self._reset_state = ResetState.take(self._kvm, self.machine.vm, self._vcpus(), pit=self.machine.config.pit)
         plain: tuple[Saving, ...] = (self.i8042, self.port_a, self.pci_config, self.shutdown_port)
         self._kept = [(device, device.save()) for device in plain]
+        if self.firmware is not None:
+            self._load_again = self.firmware.start
+            self.firmware.start()
 
     def _vcpus(self) -> list[api.Vcpu]:
         return [thread.vcpu for thread in self.machine.vcpus]
@@ -141,7 +164,8 @@ class Pc(Board):
             if device is not None:
                 device.reset()
         self.virtio.reset()
-        self.vmgenid.reset()
+        if self.firmware is None:
+            self.vmgenid.reset()
         for kept, state in self._kept:
             kept.restore(state)
         self.crash_loaded = False
@@ -165,11 +189,12 @@ class Pc(Board):
         )
         self.serial = serial.Serial(console, self._irq(serial.COM1_IRQ))
         self.cmos = cmos.Cmos(self.memory.end_below_4g, above, self._rtc_irq)
-        self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=self._sleep)
+        sleep = self._sleep if self.machine.config.firmware is None else None  # S3 is the firmware's affair
+        self.acpi_pm = acpi_pm.AcpiPm(self._powered_off, self._irq(acpi_pm.SCI_IRQ), sleep=sleep)
         self.i8042 = i8042.I8042(lambda: self._reset("keyboard controller"))
         self.port_a = i8042.SystemControlPortA(lambda: self._reset("port 0x92"))
         self.pci_config = pci_config.PciConfig(acpi_pm.ResetRegister(lambda: self._reset("reset control register")))
-        self.pci_config.add(0, 0, pci.host_bridge())
+        self.pci_config.add(0, 0, pci.host_bridge() if self.machine.config.firmware is None else piix.HostBridge())
         self.pvpanic = pvpanic.PvPanic(self.panicked)
         self.crash_loaded = False
         """Whether the guest has said that it panicked, and that a crash kernel goes on."""
@@ -207,10 +232,12 @@ class Pc(Board):
         add(i8042.COMMAND_PORT, 1, self.i8042.command_port, "i8042 command")
         add(i8042.SYSTEM_CONTROL_PORT_A, 1, self.port_a, "system control port A")
         add(pci_config.PCI_CONFIG_PORT, pci_config.PCI_CONFIG_SIZE, self.pci_config, "pci-config")
-        add(services.SERVICE_PORT, 1, self.bios, "bios")
         add(pvpanic.PVPANIC_PORT, 1, self.pvpanic, "pvpanic")
-        old_pm1_control = shutdown_ports.OldPm1Control(self._powered_off)
-        add(shutdown_ports.OLD_PM1_CNT_PORT, shutdown_ports.OLD_PM1_CNT_SIZE, old_pm1_control, "old pm1-control")
+        if self.machine.config.firmware is None:
+            add(services.SERVICE_PORT, 1, self.bios, "bios")
+            # With firmware the power-management block itself is there, if it is put there.
+            old_pm1_control = shutdown_ports.OldPm1Control(self._powered_off)
+            add(shutdown_ports.OLD_PM1_CNT_PORT, shutdown_ports.OLD_PM1_CNT_SIZE, old_pm1_control, "old pm1-control")
         self.shutdown_port: shutdown_ports.ShutdownPort = shutdown_ports.ShutdownPort(self._powered_off)
         self.devices["shutdown_port"] = self.shutdown_port
         add(shutdown_ports.SHUTDOWN_PORT, shutdown_ports.SHUTDOWN_SIZE, self.shutdown_port, "shutdown")
@@ -219,7 +246,9 @@ class Pc(Board):
     # -- snapshots
 
     def save(self) -> dict[str, Any]:
-        """The state of processors, chips and devices, while the machine stands."""
+        """The state of processors, chips and devices, while the machine stands; StateError with a firmware."""
+        if self.firmware is not None:
+            raise StateError("a machine that firmware boots cannot be saved: its ROM is not part of a snapshot")
         state = pc_state.save(
             self.machine.vm, self._vcpus(), self.devices, self.cpuid, self._msr_indices, pit=self.machine.config.pit
         )
@@ -255,7 +284,8 @@ class Pc(Board):
 
     def new_identity(self, number: int) -> None:
         """The machine's past goes on twice, or may: tell the guest, whose random numbers must not come again."""
-        self.vmgenid.change()
+        if self.firmware is None:  # whose memory it lies in
+            self.vmgenid.change()
         for transport in self.virtio.transports.values():
             transport.device.new_identity(number)
 
@@ -363,6 +393,8 @@ class Pc(Board):
         among a Linux kernel's entries (default: its best). Raises ImageError for anything else and for what does not
         fit, LoadTimeout if *deadline* passes.
         """
+        if self.firmware is not None:
+            raise StateError("the machine's firmware boots it: no kernel can be loaded")
         self.remember(kernel, initrd, command_line, modules=modules, raw=raw, entry=entry)
         from softkvm.vmm.boards import pc_boot
 

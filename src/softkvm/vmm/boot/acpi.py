@@ -7,7 +7,8 @@ Source: ACPI specification 6.4, sections 5.2.5 to 5.2.12 (each table's fields); 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import layout
@@ -50,6 +51,7 @@ FACS_WAKING_VECTOR = 12
 
 TABLE_HEADER_LENGTH = 36
 FADT_LENGTH = 276
+FADT_POINTERS = ((36, 4), (40, 4), (140, 8))  # FIRMWARE_CTRL, DSDT, X_DSDT
 
 
 def checksum(data: bytes | bytearray) -> int:
@@ -89,9 +91,8 @@ def _gas(port: int, bits: int, access_size: int) -> bytes:
     return struct.pack("<BBBBQ", SYSTEM_IO, bits, 0, access_size, port)
 
 
-def fadt(facs_address: int, dsdt_address: int) -> bytes:
-    """Return the fixed ACPI description table, revision 6.3 (5.2.9)."""
-    base = acpi_pm.PM_BASE_PORT
+def fadt(facs_address: int, dsdt_address: int, base: int = acpi_pm.PM_BASE_PORT) -> bytes:
+    """Return the fixed ACPI description table, revision 6.3 (5.2.9); *base* is the power-management block's port."""
     event, control, timer = base + acpi_pm.PM1_STS, base + acpi_pm.PM1_CNT, base + acpi_pm.PM_TMR
     general = base + acpi_pm.GPE0_STS
     flags = WBINVD | PROC_C1 | SLP_BUTTON | TMR_VAL_EXT | RESET_REG_SUP
@@ -172,27 +173,56 @@ def waking_vector(memory: GuestMemory) -> int:
     return int.from_bytes(memory.read(FACS_ADDRESS + FACS_WAKING_VECTOR, 4), "little")
 
 
+class Tables(NamedTuple):
+    """All tables, one behind the other, as they lie at an address; the root pointer is first."""
+
+    data: bytes
+    rsdp_size: int
+    tables: list[tuple[int, int]]
+    """Offset and size of each table that has the common header, the checksum in it."""
+    pointers: list[tuple[int, int]]
+    """Offset and size of each address of a table, the root pointer's among them."""
+
+
+def build(
+    base: int,
+    apic_ids: Sequence[int],
+    devices: Devices | None = None,
+    *,
+    room: int = layout.ACPI_TABLES_END - layout.ACPI_TABLES,
+    pm_base: int = acpi_pm.PM_BASE_PORT,
+) -> Tables:
+    """Return the tables for the address *base*; ConfigError if they take more than *room* bytes."""
+    devices = devices or Devices()
+    data = bytearray(FACS_ADDRESS - layout.ACPI_TABLES)  # the root pointer is known last
+    tables: list[tuple[int, int]] = []
+    pointers: list[tuple[int, int]] = [(16, 4), (24, 8)]
+
+    def put(contents: bytes, addresses: Sequence[tuple[int, int]] = (), *, header: bool = True) -> int:
+        at = len(data)
+        if at + len(contents) > room:
+            raise ConfigError(f"ACPI tables for {len(apic_ids)} processors do not fit below 1 MiB")
+        data.extend(contents)
+        data.extend(bytes(-len(data) % 64))
+        if header:
+            tables.append((at, len(contents)))
+        pointers.extend((at + offset, size) for offset, size in addresses)
+        return base + at
+
+    facs_at = put(facs(), header=False)
+    dsdt_at = put(dsdt(devices))
+    listed = [put(fadt(facs_at, dsdt_at, pm_base), FADT_POINTERS), put(madt(apic_ids))]
+    if devices.hpet:
+        listed.append(put(hpet_table()))
+    count, end = len(listed), TABLE_HEADER_LENGTH
+    rsdt_at = put(table(b"RSDT", 1, struct.pack(f"<{count}I", *listed)), [(end + 4 * n, 4) for n in range(count)])
+    xsdt_at = put(table(b"XSDT", 1, struct.pack(f"<{count}Q", *listed)), [(end + 8 * n, 8) for n in range(count)])
+    root = rsdp(rsdt_at, xsdt_at)
+    data[: len(root)] = root
+    return Tables(bytes(data), len(root), tables, pointers)
+
+
 def write_tables(memory: GuestMemory, apic_ids: Sequence[int], devices: Devices | None = None) -> int:
     """Write all tables into the BIOS area of *memory*; return the address of the root pointer."""
-    devices = devices or Devices()
-    at = FACS_ADDRESS  # the root pointer, before it, is known last
-
-    def put(build: Callable[[], bytes]) -> int:
-        nonlocal at
-        data = build()
-        address = at
-        if address + len(data) > layout.ACPI_TABLES_END:
-            raise ConfigError(f"ACPI tables for {len(apic_ids)} processors do not fit below 1 MiB")
-        memory.write(address, data)
-        at = (address + len(data) + 63) & -64
-        return address
-
-    facs_at = put(facs)
-    dsdt_at = put(lambda: dsdt(devices))
-    tables = [put(lambda: fadt(facs_at, dsdt_at)), put(lambda: madt(apic_ids))]
-    if devices.hpet:
-        tables.append(put(hpet_table))
-    rsdt_at = put(lambda: table(b"RSDT", 1, struct.pack(f"<{len(tables)}I", *tables)))
-    xsdt_at = put(lambda: table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
-    memory.write(layout.ACPI_TABLES, rsdp(rsdt_at, xsdt_at))
+    memory.write(layout.ACPI_TABLES, build(layout.ACPI_TABLES, apic_ids, devices).data)
     return layout.ACPI_TABLES

@@ -33,31 +33,38 @@ class Devices(NamedTuple):
     pci_lines: Sequence[tuple[int, int]] = ()
     """PCI devices on bus 0 whose INTA# is wired, and to which GSI."""
     virtio_mmio: Sequence[VirtioMmio] = ()
+    firmware: bool = False
+    """Firmware boots the machine: it owns the BIOS area, and whether it can resume from S3 is its own affair."""
+    pci_memory: int = layout.PCI_MEMORY
+    """Where the memory of PCI devices may begin."""
 
 
 def definition_block(devices: Devices) -> bytes:
     """Return the terms of the DSDT."""
-    terms = [_pci_host_bridge(devices.pci_lines), _com1(), _rtc(), _panic_event(), _generation()]
+    terms = [_pci_host_bridge(devices), _com1(), _rtc(), _panic_event()]
+    if not devices.firmware:
+        terms.append(_generation())
     if devices.hpet:
         terms.append(_hpet())
     terms += [_virtio_mmio(number, device) for number, device in enumerate(devices.virtio_mmio)]
-    return _sleep_states() + aml.scope("_SB_", *terms) + _events()
+    block = _sleep_states(s3=not devices.firmware) + aml.scope("_SB_", *terms)
+    return block if devices.firmware else block + _events()
 
 
-def _sleep_states() -> bytes:
+def _sleep_states(*, s3: bool) -> bytes:
     """Return what PM1_CNT.SLP_TYP is for suspend to RAM and for soft off."""
-    states = (("_S3_", acpi_pm.S3_SLP_TYP), ("_S5_", acpi_pm.S5_SLP_TYP))
+    states = (*((("_S3_", acpi_pm.S3_SLP_TYP),) if s3 else ()), ("_S5_", acpi_pm.S5_SLP_TYP))
     return b"".join(
         aml.name(path, aml.package(aml.integer(kind), aml.integer(kind), aml.integer(0), aml.integer(0)))
         for path, kind in states
     )
 
 
-def _pci_host_bridge(lines: Sequence[tuple[int, int]]) -> bytes:
+def _pci_host_bridge(devices: Devices) -> bytes:
     """Return the root of PCI: all buses, the ports and the memory that no chip of the machine's has."""
     routing = [
         aml.package(aml.integer(device << 16 | 0xFFFF), aml.integer(0), aml.integer(0), aml.integer(gsi))
-        for device, gsi in lines
+        for device, gsi in devices.pci_lines
     ]
     config = pci_config.PCI_CONFIG_PORT
     config_end = config + pci_config.PCI_CONFIG_SIZE
@@ -74,7 +81,7 @@ def _pci_host_bridge(lines: Sequence[tuple[int, int]]) -> bytes:
                 aml.word_io(0, config - 1),
                 aml.word_io(config_end, 0xFFFF),
                 aml.dword_memory(layout.VIDEO_MEMORY, layout.VIDEO_MEMORY_END - 1),
-                aml.dword_memory(layout.PCI_MEMORY, layout.PCI_MEMORY_END - 1),
+                aml.dword_memory(devices.pci_memory, layout.PCI_MEMORY_END - 1),
             ),
         ),
         *([aml.name("_PRT", aml.package(*routing))] if routing else []),
