@@ -19,6 +19,7 @@ from tests.support.virtio_driver import NEEDS_RESET, Driver, DriverQueue, drivin
 
 from softkvm.vmm.block.files import create_qcow2, open_image
 from softkvm.vmm.block.image import Image
+from softkvm.vmm.devices import virtio_blk
 from softkvm.vmm.devices.virtio_blk import Disk, DiskSpec, parse, parse_overlay
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.virtio.worker import Worker
@@ -216,6 +217,20 @@ def test_an_image_that_has_lost_its_end_is_an_error_of_what_was_there(driver: Dr
     assert request(queue, IN, 100, room=[512])[0] == IOERR
     assert request(queue, OUT, 100, [b"x" * 512])[0] == OK  # where there is room there is no error
     assert request(queue, IN, 100, room=[512]) == (OK, b"x" * 512)
+
+
+def test_an_image_that_another_process_has_kept_is_gone_for_the_guest(
+    driver: Driver, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(virtio_blk, "TAKE_BACK_S", 0.05)
+    disk, queue = driver.device, driver.queues[0]
+    disk.let_go_of_files()
+    with open_image(str(path)):
+        disk.take_files_back()
+    assert "the disk is gone" in capfd.readouterr().err
+    assert request(queue, IN, 0, room=[512])[0] == IOERR
+    assert request(queue, OUT, 0, [b"x" * 512])[0] == IOERR
+    assert request(queue, FLUSH)[0] == IOERR
 
 
 class Slow(Image):

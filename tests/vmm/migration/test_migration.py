@@ -11,6 +11,8 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,10 @@ from tests.support.guests import linux_guest
 from tests.support.machines import open_soft
 
 from softkvm import api
+from softkvm.vmm.block.files import create_qcow2, open_image
+from softkvm.vmm.block.image import ImageFileError
 from softkvm.vmm.console import Console
+from softkvm.vmm.devices.virtio_blk import DiskSpec
 from softkvm.vmm.errors import MigrationError
 from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.memory import MIB, PAGE_SIZE
@@ -180,6 +185,57 @@ def test_linux_moves_while_it_works(kvm: api.Kvm) -> None:
         console.expect(r"^0\r\nlooked", 30)
     finally:
         machine.close()
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_disk_is_the_sides_that_has_the_machine(kvm: api.Kvm, tmp_path: Path, format: str) -> None:
+    """Its image is locked by one side, then by the other; if the other refuses, by the first again."""
+    path = tmp_path / "disk"
+    if format == "raw":
+        path.write_bytes(bytes(1 << 20))
+    else:
+        create_qcow2(str(path), 1 << 20)
+    spec = DiskSpec(str(path), format=format)
+
+    def arriving(connection: socket.socket, new: Callable[[Config], Machine], found: list[Machine | None]) -> None:
+        with (
+            contextlib.suppress(MigrationError),
+            Channel(connection) as channel,
+            Incoming(channel, lambda config, extra: new(config)) as incoming,
+        ):
+            found.append(incoming.receive())
+
+    def refused(config: Config) -> Machine:
+        open_image(str(path)).close()  # it is to be had
+        raise MigrationError("not here")
+
+    def moved(machine: Machine, new: Callable[[Config], Machine]) -> list[Machine | None]:
+        here, there = socket.socketpair()
+        found: list[Machine | None] = []
+        thread = threading.Thread(target=arriving, args=(there, new, found))
+        thread.start()
+        try:
+            with Channel(here) as channel:
+                Migration(machine, channel).run()
+        finally:
+            thread.join(60)
+        return found
+
+    with counting(kvm, device_specs=(spec,)) as machine:
+        machine.start()
+        with pytest.raises(MigrationError, match="not here"):
+            moved(machine, refused)
+        with pytest.raises(ImageFileError, match="another process"):
+            open_image(str(path))
+        assert moves(machine)
+        (other,) = moved(machine, lambda config: Machine(kvm, replace(config, device_specs=(spec,))))
+        assert other is not None
+        with other:
+            with pytest.raises(ImageFileError, match="another process"):
+                open_image(str(path))
+            other.start()
+            assert moves(other)
+    open_image(str(path)).close()
 
 
 # -- a guest that writes all the time

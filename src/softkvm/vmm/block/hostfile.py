@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -118,7 +119,15 @@ def lock(fd: int, name: str, *, write: bool, grow: bool = False) -> None:
             raise
         taken = True
     if taken:
+        unlock(fd)
         raise ImageFileError(f"{name}: another process uses the image" + ("" if write else ", and writes to it"))
+
+
+def unlock(fd: int) -> None:
+    """Let others use the image."""
+    for base in (_PERMISSIONS_AT, _DENIED_AT):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, _OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, base, _RESIZE + 1, 0))
 
 
 def _anybody(fd: int, base: int, bits: Iterable[int]) -> bool:

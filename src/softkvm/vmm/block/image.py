@@ -40,6 +40,12 @@ class Image(Closing):
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what isn't in the files; ValueError if it cannot be this image's."""
 
+    def let_go(self) -> None:
+        """Let another process have the file: all is in it, and nothing is read or written until :meth:`take_back`."""
+
+    def take_back(self) -> None:
+        """Have the file again, as it was; ImageFileError if another process uses it."""
+
     @abstractmethod
     def readv(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill *views* with what is at *offset*."""

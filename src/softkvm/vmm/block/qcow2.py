@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Final, NamedTuple
 
-from softkvm.vmm.block.hostfile import file_size, read_whole, write_whole
+from softkvm.vmm.block.hostfile import file_size, lock, read_whole, unlock, write_whole
 from softkvm.vmm.block.image import SECTOR, Image, ImageFileError, Views, fill_zeroes, total
 from softkvm.vmm.block.qcow2_header import AUTOCLEAR_AT, CORRUPT, DIRTY, ZSTD, Header, read_header
 from softkvm.vmm.block.refcounts import Refcounts, damaged
@@ -484,6 +484,17 @@ class Qcow2Image(Image):
     def files(self) -> list[str]:
         """Return this file and those behind it."""
         return [self.name, *(self.backing.files() if self.backing is not None else [])]
+
+    def let_go(self) -> None:
+        """Write what is left to be written, give the locks back, unless the file is only read."""
+        if not self.read_only:
+            self.flush()
+            unlock(self._fd)
+
+    def take_back(self) -> None:
+        """Take the locks again."""
+        if not self.read_only:
+            lock(self._fd, self.name, write=True, grow=True)
 
     def close(self) -> None:
         """Write what is left to be written, close the files."""

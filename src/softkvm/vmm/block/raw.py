@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
-from softkvm.vmm.block.hostfile import file_size, punch, read_whole, write_whole, write_zeroes
+from softkvm.vmm.block.hostfile import file_size, lock, punch, read_whole, unlock, write_whole, write_zeroes
 from softkvm.vmm.block.image import SECTOR, Image, Views
 
 QCOW2_MAGIC: Final = b"QFI\xfb"
@@ -53,6 +53,17 @@ class RawImage(Image):
     def zero(self, offset: int, size: int, *, unmap: bool) -> None:
         """Let the file system do it, or write."""
         write_zeroes(self._fd, offset, size, unmap=unmap)
+
+    def let_go(self) -> None:
+        """Give the locks back, unless the file is only read: others may do that, too."""
+        if not self.read_only:
+            self.flush()
+            unlock(self._fd)
+
+    def take_back(self) -> None:
+        """Take the locks again."""
+        if not self.read_only:
+            lock(self._fd, self.name, write=True)
 
     def close(self) -> None:
         """Close the file."""

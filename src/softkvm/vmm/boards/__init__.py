@@ -61,6 +61,12 @@ class Board(Protocol):
     def files(self) -> Iterable[str]:
         """The files that its devices have open, whose contents belong to the machine's state."""
 
+    def let_go_of_files(self) -> None:
+        """The machine stands, and may go on in another process, which is to have them now."""
+
+    def take_files_back(self) -> None:
+        """It goes on here, after all."""
+
     def new_identity(self, number: int) -> None:
         """The machine, which was restored, may not be the only one with its past: it is clone *number*, or 0."""
 

@@ -282,6 +282,18 @@ class Pc(Board):
         """Return the files that the devices have open."""
         return [file for transport in self.virtio.transports.values() for file in transport.device.files()]
 
+    def let_go_of_files(self) -> None:
+        """Let another process have the devices' files."""
+        for transport in self.virtio.transports.values():
+            with transport.lock:
+                transport.device.let_go_of_files()
+
+    def take_files_back(self) -> None:
+        """Have them again."""
+        for transport in self.virtio.transports.values():
+            with transport.lock:
+                transport.device.take_files_back()
+
     def new_identity(self, number: int) -> None:
         """The machine's past goes on twice, or may: tell the guest, whose random numbers must not come again."""
         if self.firmware is None:  # whose memory it lies in

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -39,6 +40,9 @@ VIRTIO_BLK_F_WRITE_ZEROES: Final = 14
 
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
+
+TAKE_BACK_S: Final = 5.0
+"""How long another process, to which a machine has not gone after all, may take to let go of the image."""
 
 QUEUE_SIZE: Final = 256
 SEGMENTS: Final = QUEUE_SIZE - 2
@@ -110,6 +114,7 @@ class Disk(VirtioDevice):
         self._block_size = block_size
         self._writeback = True
         self._complained = 0
+        self._gone = False
         self._handlers: dict[int, Callable[[Chain, list[memoryview], int], int]] = {
             T_IN: self._read,
             T_OUT: self._write,
@@ -174,6 +179,10 @@ class Disk(VirtioDevice):
             handler = handlers.get(kind)
             if handler is None:
                 status[0] = S_UNSUPP
+                queue.push(chain, chain.writable_size)
+                continue
+            if self._gone:
+                status[0] = S_IOERR
                 queue.push(chain, chain.writable_size)
                 continue
             try:
@@ -280,6 +289,24 @@ class Disk(VirtioDevice):
     def files(self) -> list[str]:
         """The image's."""
         return self.image.files()
+
+    def let_go_of_files(self) -> None:
+        """Let another process have the image."""
+        self.image.let_go()
+
+    def take_files_back(self) -> None:
+        """Have it again, or fail each request."""
+        deadline = time.monotonic() + TAKE_BACK_S
+        while True:
+            try:
+                self.image.take_back()
+                return
+            except (OSError, ImageFileError) as error:
+                if time.monotonic() > deadline:
+                    complain(f"{self.name}: {error}: the disk is gone")
+                    self._gone = True
+                    return
+            time.sleep(0.01)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a saved state; ValueError if the disk has another size."""

@@ -143,9 +143,11 @@ class Migration:
             self._pages.start()
             undo.callback(self._stop_watching)
             self._send_while_it_runs()
-            with machine.pausing.still():
+            with machine.pausing.still(), contextlib.ExitStack() as here:
                 self._stopped = time.monotonic()
                 saved = state.save(machine)  # first: devices show the guest what they have done
+                here.callback(machine.board.take_files_back)
+                machine.board.let_go_of_files()
                 self._send(self._pages.take())
                 self._channel.send(Kind.STATE, encoding.encode(saved))
                 self._channel.receive(Kind.READY)
@@ -153,6 +155,7 @@ class Migration:
                 report = self._report()
                 if self._done is not None:
                     self._done(report)
+                here.pop_all()
                 machine.end(Outcome(End.MIGRATED, f"to {self._where}"))
         return report
 

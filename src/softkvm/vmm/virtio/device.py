@@ -95,6 +95,12 @@ class VirtioDevice:
         """The files whose contents the guest sees: a snapshot is of the machine with what is in them."""
         return []
 
+    def let_go_of_files(self) -> None:
+        """The machine stands, and may go on in another process: let that one have the files."""
+
+    def take_files_back(self) -> None:
+        """It goes on here, after all. What can't be had any more is the guest's error, and none of ours."""
+
     def new_identity(self, number: int) -> None:
         """The machine is clone *number* of one that was restored: take addresses that no other has. 0: it is alone."""
 
