@@ -27,6 +27,7 @@ from softkvm.control.machine import MachineControl, NotControlled
 from softkvm.live import place
 from softkvm.live.asker import Asker, LiveError, processes
 from softkvm.live.names import process_of
+from softkvm.vmm.devices.virtio_balloon import BalloonSpec
 from softkvm.vmm.devices.virtio_net import parse as parse_net
 from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.memory import MIB
@@ -313,6 +314,21 @@ def test_a_machine_without_a_network_says_so(make: MakeMachine) -> None:
     make()
     with asking() as asker, pytest.raises(LiveError, match="no such network device"):
         asker.ask("net")
+
+
+def test_a_balloon_is_sized_and_says_why_it_cannot_be_asked(make: MakeMachine) -> None:
+    machine, _ = make(device_specs=(BalloonSpec(hinting=True),))
+    with asking() as asker:
+        found = asker.ask("balloon", target_bytes=8 * MIB)["balloon"]
+        assert (found["target_bytes"], found["size_bytes"], found["inflated"]) == (8 * MIB, 0, 0)
+        for more, wrong in (
+            ({"target_bytes": 33 * MIB}, "expected a multiple of 4096 up to the guest's"),
+            ({"target_bytes": "8M"}, "target_bytes: expected a number"),
+            ({"reclaim": True}, "no driver that tells of free pages"),
+        ):
+            with pytest.raises(LiveError, match=wrong):
+                asker.ask("balloon", **more)
+        assert machine.devices[0].target == 8 * MIB
 
 
 def test_the_number_of_a_question_comes_back(make: MakeMachine) -> None:

@@ -18,6 +18,7 @@ from softkvm.live import names
 from softkvm.live.server import Ask, Connection, Refused, Server, serve
 from softkvm.vmm.devices.virtio_balloon import Balloon
 from softkvm.vmm.devices.virtio_net import Net
+from softkvm.vmm.errors import MachineError
 from softkvm.vmm.events import Event
 from softkvm.vmm.outcome import End, Outcome
 
@@ -248,15 +249,14 @@ class MachineControl(Closing):
         return self.describe()
 
     def _balloon(self, connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
-        """Set the balloon's size, if one is given, and say what it has."""
+        """Set the balloon's size, if one is given, ask for free pages, if that is wanted, and say what there is."""
         for transport in self._machine.board.virtio.transports.values():
             device = transport.device
             if isinstance(device, Balloon):
-                target = request.get("target_bytes")
-                if target is not None:
-                    if type(target) is not int:
-                        raise Refused("target_bytes: expected a number")
-                    device.set_target(target)
+                try:
+                    _change(device, request)
+                except MachineError as error:
+                    raise Refused(str(error)) from None
                 about = {"target_bytes": device.target, "size_bytes": device.size, **device.reclaimed}
                 return {**self.describe(), "balloon": {**about, **device.statistics(_STATISTICS_S)}}
         raise Refused("the machine has no balloon (softkvm run --balloon)")
@@ -278,6 +278,19 @@ class MachineControl(Closing):
             with device.worker.lock:
                 told.append(device.describe())
         return {**self.describe(), "net": told}
+
+
+def _change(balloon: Balloon, request: dict[str, Any]) -> None:
+    """Do what a question about *balloon* asks for first."""
+    target = request.get("target_bytes")
+    if target is not None:
+        if type(target) is not int:
+            raise Refused("target_bytes: expected a number")
+        balloon.set_target(target)
+    if request.get("reclaim") is True:
+        if balloon.hinting is None:
+            raise Refused("the machine's balloon has no hinting (softkvm run --balloon hinting)")
+        balloon.hinting.reclaim()
 
 
 def _number(request: dict[str, Any], name: str, default: float, most: float) -> float:
