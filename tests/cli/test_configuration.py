@@ -65,6 +65,14 @@ def test_every_kind_of_option(file: Path) -> None:
     assert args["command"] == ["sh", "-c", "true"]
 
 
+def test_other_names_are_kvmtools_and_qemus() -> None:
+    args = parser().parse_intermixed_args(["--smp", "3", "--memory", "64M", "-d", "a", "--disk", "b", "-d", "c"])
+    assert (args.vcpus, args.mem, args.disk) == ("3", "64M", ["a", "b", "c"])
+    assert parser().parse_intermixed_args(["--cpus", "2"]).vcpus == "2"
+    args = parser().parse_intermixed_args([])
+    assert (args.vcpus, args.mem, args.disk) == ("1", "256M", [])
+
+
 def test_the_command_line_comes_after_the_file(file: Path) -> None:
     args = read(file, 'mem = 512\nreboot = true\ndisk = "a"\n', "-m", "1G", "--no-reboot", "--disk", "b")
     assert (args["mem"], args["reboot"], args["disk"]) == ("1G", False, ["a", "b"])

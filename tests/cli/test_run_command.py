@@ -94,6 +94,14 @@ class TestInTheGuest:
         assert "softkvm: no-such-command: No such file or directory\n" in done.stderr
         assert "Linux version" in done.stderr
 
+    def test_a_guest_that_goes_away_is_told_of(self) -> None:
+        linux_guest()
+        done = softkvm("run", "-q", "--", "poweroff", "-f")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "softkvm: the guest switched itself off before the command had ended\n"
+        done = softkvm("run", "-q", "--timeout", "20", "--", "sleep", "1000")
+        assert (done.returncode, done.stderr) == (5, "softkvm: timeout: 20 s\n")
+
     def test_signals_are_the_commands(self) -> None:
         linux_guest()
         script = "trap 'echo caught; exit 9' TERM; echo ready; sleep 1000 & wait"

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
+from pathlib import Path
 
 import pytest
 from tests.support.guests import linux_guest
@@ -20,9 +22,10 @@ from softkvm.vmm.outcome import End
 pytestmark = [pytest.mark.guest, pytest.mark.network, pytest.mark.timeout(600)]
 
 BOOT_S = 240
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide.md"
 
 
-def test_programs_and_files_in_the_guest() -> None:
+def test_programs_and_files_in_the_guest(capsys: pytest.CaptureFixture[str]) -> None:
     guest = linux_guest()
     console = Console()
     config = Config(256 * MIB, 2, device_specs=(virtio_vsock.parse(""),))
@@ -54,7 +57,9 @@ def test_programs_and_files_in_the_guest() -> None:
             assert agent.run(["kill", "-9", str(session.process)]).status == 0
             assert session.serve(lambda data: None, lambda data: None, BOOT_S).status == 137
         assert agent.run(["sh", "-c", "ps | grep -c 'sleep 1[0]00'"]).stdout == b"0\n"
-        agent.power_off()
+        (example,) = re.findall(r"```python\n(from softkvm.vmm.guest.agent.*?)```", GUIDE.read_text(), re.DOTALL)
+        exec(compile(example, "docs/guide.md", "exec"), {"machine": machine})
+        assert capsys.readouterr().out == "3 b'hello'\n"
         assert machine.wait(BOOT_S).end is End.POWER_OFF
         with pytest.raises(AgentError):
             agent.run(["true"])

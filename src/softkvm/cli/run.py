@@ -12,7 +12,7 @@ import re
 import resource
 import signal
 import time
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -165,6 +165,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="PERCENT",
         help="CPU time of each vCPU, 1 to 100 percent of every 100 ms; it stands for the rest",
     )
+    # as kvmtool and QEMU have them
+    add("--cpus", "--smp", dest="vcpus", default=SUPPRESS, help=SUPPRESS)
+    add("--memory", dest="mem", default=SUPPRESS, help=SUPPRESS)
+    add("-d", dest="disk", action="append", default=SUPPRESS, help=SUPPRESS)
     add_device_options(parser)
     add_config(parser)
     add_dry_run(parser)

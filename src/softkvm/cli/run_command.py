@@ -34,6 +34,7 @@ AGENT_WORD: Final = "softkvm.agent"
 """Has the default guest's init wait for the agent's host, in place of a shell."""
 
 _POWER_OFF_S: Final = 10.0
+_GONE_S: Final = 5.0
 _PIECE: Final = 1 << 16
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -84,6 +85,8 @@ class GuestCommand:
             self._environment.setdefault("TERM", os.environ.get("TERM", "vt100"))
         self._told: queue.SimpleQueue[Callable[[Session], object] | None] = queue.SimpleQueue()
         self._signalled = 0
+        self._begun = False
+        self._raw = contextlib.ExitStack()
         self.booted: Callable[[Machine], object] = lambda machine: None
         """Called with a machine that has booted, before it runs anything."""
         self.status: int | None = None
@@ -99,13 +102,16 @@ class GuestCommand:
     def run(self, machine: Machine, timeout_s: float | None) -> Outcome:
         """Start the machine, run the command, switch the machine off; return how the machine has ended."""
         worker = threading.Thread(target=self._work, args=(machine,), name="guest command", daemon=True)
-        with self._signals(machine), contextlib.ExitStack() as stack:
-            if self._terminal:
-                stack.enter_context(raw_terminal(0))
-            machine.start()
-            worker.start()
-            outcome = machine.wait(timeout_s)
-        worker.join(1)
+        try:
+            with self._signals(machine):
+                machine.start()
+                worker.start()
+                outcome = machine.wait(timeout_s)
+            worker.join(1)
+        finally:
+            self._raw.close()
+        if outcome.end is End.POWER_OFF and self.status is None:
+            warn("the guest switched itself off before the command had ended")
         return outcome
 
     def _work(self, machine: Machine) -> None:
@@ -126,7 +132,7 @@ class GuestCommand:
         except BrokenPipeError:
             self.status = 128 + signal.SIGPIPE
         except AgentError as error:
-            if not machine.ended.is_set():
+            if not machine.ended.wait(_GONE_S):  # a guest that goes takes its agent with it first
                 machine.end(Outcome(End.ERROR, str(error)))
             return
         except Exception as error:
@@ -144,6 +150,9 @@ class GuestCommand:
         output, errors = Writer(1), Writer(2)
         ended = threading.Event()
         with agent.start(self._arguments, self._environment, self._directory, terminal) as session:
+            self._begun = True
+            if terminal is not None:
+                self._raw.enter_context(raw_terminal(0))
             for target in (self._tell, self._feed):
                 threading.Thread(target=target, args=(session, ended), name="guest command", daemon=True).start()
             try:
@@ -151,6 +160,7 @@ class GuestCommand:
                     lambda data: output.write(data, machine.ended), lambda data: errors.write(data, machine.ended)
                 )
             finally:
+                self._raw.close()
                 ended.set()
                 self._told.put(None)
         return done.status
@@ -180,7 +190,7 @@ class GuestCommand:
         """Hand signals on to the command; the second one of a kind ends the machine, as does one before the start."""
 
         def signalled(number: int, frame: FrameType | None) -> None:
-            if self._signalled == number or self.status is not None:
+            if self._signalled == number or not self._begun or self.status is not None:
                 machine.end(Outcome(End.STOPPED, signal.Signals(number).name))
                 self.status = 128 + number
             self._signalled = number
