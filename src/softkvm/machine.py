@@ -526,7 +526,8 @@ class Machine(Closing):
 
         with Snapshot(directory) as snapshot:
             controller, previous, before = self._controller, self._resources, self.console
-            self._build(snapshot.restore)
+            devices = self.vmm.config.device_specs
+            self._build(lambda host, console: snapshot.restore(host, console, device_specs=devices))
         if controller is not None:
             controller.close()
         previous.close()

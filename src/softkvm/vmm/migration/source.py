@@ -147,6 +147,7 @@ class Migration:
                 self._stopped = time.monotonic()
                 saved = state.save(machine)  # first: devices show the guest what they have done
                 here.callback(machine.board.take_files_back)
+                here.callback(self._channel.shut_down)  # a target that waits closes them
                 machine.board.let_go_of_files()
                 self._send(self._pages.take())
                 self._channel.send(Kind.STATE, encoding.encode(saved))

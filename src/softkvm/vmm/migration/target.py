@@ -49,8 +49,8 @@ class Incoming(Closing):
         return machine
 
     def _refuse(self, why: str) -> None:
+        self.close()  # its files go back first
         self._channel.send_refusal(why)
-        self.close()
 
     def _receive(self) -> Machine:
         hello = decode_json(self._channel.receive(Kind.HELLO)[1])
