@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -160,3 +162,32 @@ def test_files_that_a_guest_knows_are_bounded(tmp_path: Path, monkeypatch: pytes
     share.tree.release(nodes[0])
     share.look_up(share.root, b"5")
     share.close()
+
+
+def test_a_guest_knows_more_files_than_the_process_may_open(tmp_path: Path) -> None:
+    for number in range(200):
+        (tmp_path / str(number)).write_text(str(number))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 40, hard))
+    try:
+        share = Share(tmp_path, open_paths=1024)
+        share.tree._open_paths = 1024  # more than there are
+        nodes = [share.look_up(share.root, b"%d" % number)[0] for number in range(200)]
+        files = [share.open(node, os.O_RDONLY) for node in nodes[:25]]
+        for number, node in enumerate(nodes):
+            file = share.open(node, os.O_RDONLY)
+            buffer = bytearray(10)
+            assert buffer[: file.read([memoryview(buffer)], 0)] == b"%d" % number
+            share.close_file(file)
+        for _ in range(5000):  # the process has no more: that is the guest's to know
+            try:
+                files.append(share.open(nodes[0], os.O_RDONLY))
+            except OSError as error:
+                assert error.errno == errno.EMFILE  # noqa: PT017
+                break
+        else:
+            pytest.fail("there were enough")
+        share.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

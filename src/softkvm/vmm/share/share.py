@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import stat
 from collections.abc import Callable
 from typing import Final
@@ -62,7 +63,8 @@ class Share:
         open_paths: int = OPEN_PATHS,
     ) -> None:
         self.read_only = read_only
-        self._open_room = OPEN_FILES.cut(open_files)
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._open_room = OPEN_FILES.cut(min(open_files, max(soft // 4, 16)) if soft > 0 else open_files)
         self.tree = Tree(path, open_paths=open_paths)
         self.users = Owners(os.geteuid(), translate=own_is_root)
         self.groups = Owners(os.getegid(), translate=own_is_root)
@@ -134,8 +136,12 @@ class Share:
             raise error(errno.ENXIO)
         self._expect_room()
         flags = flags & _KEPT | os.O_CLOEXEC | os.O_NOCTTY
-        entry, directory = self.tree.entry(node)
-        return self._opened(os.open(entry, flags, dir_fd=directory), flags, node)
+
+        def opening() -> int:
+            entry, directory = self.tree.entry(node)
+            return os.open(entry, flags, dir_fd=directory)
+
+        return self._opened(self.tree.opened(opening), flags, node)
 
     def _opened(self, fd: int, flags: int, node: Node) -> OpenFile:
         node.uses += 1
@@ -162,7 +168,9 @@ class Share:
         kept = flags & _KEPT | os.O_CLOEXEC | os.O_NOCTTY
         made = kept & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
-            fd = os.open(name, made, mode & _PERMISSIONS, dir_fd=self.tree.fd(parent))
+            fd = self.tree.opened(
+                lambda: os.open(name, made, mode & _PERMISSIONS, dir_fd=self.tree.fd(parent)),
+            )
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
@@ -175,7 +183,7 @@ class Share:
             return node, os.fstat(file.fd) if flags & os.O_TRUNC else status, file
         try:
             self._give(str(fd), self.tree.proc, os.fstat(fd), parent, mode, owner)
-            path_fd = os.open(str(fd), os.O_PATH | os.O_CLOEXEC, dir_fd=self.tree.proc)
+            path_fd = self.tree.opened(lambda: os.open(str(fd), os.O_PATH | os.O_CLOEXEC, dir_fd=self.tree.proc))
             node, status = self.tree.take(parent, name, path_fd)
         except BaseException:
             os.close(fd)

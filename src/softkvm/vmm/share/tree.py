@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -89,7 +90,8 @@ class Tree:
     """The nodes below the directory *path*; OSError if that is none or cannot be opened."""
 
     def __init__(self, path: str | os.PathLike[str], *, open_paths: int = OPEN_PATHS) -> None:
-        self._open_paths = max(open_paths, 16)
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._open_paths = max(min(open_paths, soft // 8 if soft > 0 else open_paths), 16)
         self._held: OrderedDict[Node, None] = OrderedDict()  # those with an fd of their own, the last used last
         self.by_number: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
@@ -150,16 +152,8 @@ class Tree:
         return names
 
     def _reopen(self, node: Node) -> int:
-        names: list[bytes] = []
-        at = node
-        while at.fd < 0:
-            if at.name is None or at.parent is None:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            names.append(at.name)
-            at = at.parent
-        names.reverse()
         try:
-            fd = open_beneath(at.fd, names, _PATH_FLAGS)
+            fd = self.opened(lambda: self._open_again(node))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
@@ -170,21 +164,47 @@ class Tree:
         self._hold(node, fd)
         return fd
 
+    def _open_again(self, node: Node) -> int:
+        """Open the path of *node* from the nearest directory above it that has a descriptor."""
+        names: list[bytes] = []
+        at = node
+        while at.fd < 0:
+            if at.name is None or at.parent is None:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            names.append(at.name)
+            at = at.parent
+        names.reverse()
+        return open_beneath(at.fd, names, _PATH_FLAGS)
+
+    def opened(self, opening: Callable[[], int]) -> int:
+        """Return the descriptor that *opening* gives; some of ours are given up where the process has no more."""
+        try:
+            return opening()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._held:
+                raise
+            for _ in range(len(self._held) // 2 + 1):
+                self._give_up_oldest()
+            return opening()
+
+    def _give_up_oldest(self) -> None:
+        oldest, _ = self._held.popitem(last=False)
+        os.close(oldest.fd)
+        oldest.fd = -1
+
     def _hold(self, node: Node, fd: int) -> None:
         node.fd = fd
         held = self._held
         held[node] = None
         if len(held) > self._open_paths:
-            oldest, _ = held.popitem(last=False)
-            os.close(oldest.fd)
-            oldest.fd = -1
+            self._give_up_oldest()
 
     # -- finding
 
     def look_up(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         """Return the file *name* in the directory *parent*, held once more, and its status."""
         check_name(name)
-        fd = os.open(name, _PATH_FLAGS, dir_fd=self.fd(parent))
+        fd = self.opened(lambda: os.open(name, _PATH_FLAGS, dir_fd=self.fd(parent)))
         return self.take(parent, name, fd)
 
     def take(self, parent: Node, name: bytes, fd: int) -> tuple[Node, os.stat_result]:
