@@ -16,6 +16,9 @@ from softkvm import abi
 from softkvm.machine import (
     BreakpointError,
     Cause,
+    CommandFailed,
+    CommandTimeout,
+    Completed,
     ConfigError,
     End,
     KernelError,
@@ -25,9 +28,19 @@ from softkvm.machine import (
     Stop,
     Vcpu,
 )
-from softkvm.script.shell import CommandFailed
-from softkvm.vmm.console import ConsoleTimeout
+from softkvm.script.by_agent import AgentRunner
+from softkvm.script.shell import Shell
 from softkvm.vmm.errors import SnapshotError
+
+
+class Typed:
+    """Commands typed at the shell on the console, as for a guest without an agent."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._shell = Shell(machine.console)
+
+    def run(self, command: str, timeout_s: float = 60.0, input: bytes = b"") -> Completed:
+        return self._shell.run(command, timeout_s, input)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +48,7 @@ def linux() -> Iterator[Machine]:
     linux_guest()  # skips where there is none
     with softkvm.Machine(vcpus=2) as machine:
         machine.boot()
+        Typed(machine).run("true")  # threads that input starts are there before the first test
         machine.run("mkdir -p /tmp/d; for n in 1 2 3 4 5; do echo $n > /tmp/d/f$n; done", check=True)
         yield machine
 
@@ -274,17 +288,39 @@ def test_an_open_kvm_stays_the_callers() -> None:
 
 
 @pytest.mark.guest
-def test_commands_have_output_status_and_input(linux: Machine) -> None:
-    completed = linux.run("echo out; echo err >&2; exit 3")
+@pytest.mark.parametrize("way", ["agent", "shell"])
+def test_commands_have_output_status_and_input(linux: Machine, way: str) -> None:
+    run = linux.run if way == "agent" else Typed(linux).run
+    completed = run("echo out; echo err >&2; exit 3")
     assert (completed.status, completed.output) == (3, "out\nerr\n")
-    assert linux.run("printf 'no newline'").output == "no newline"
-    assert linux.run("cat", input=bytes(range(1, 128)) * 10).output.replace("\n", "").startswith("\x01\x02\x03")
-    assert linux.run(f"echo '{'x' * 5000}' | wc -c").output == "5001\n"
-    assert linux.run('echo "it\'s $((1 + 1)) `echo q`"\nexit 0').output == "it's 2 q\n"
+    assert run("printf 'no newline'").output == "no newline"
+    assert (
+        run("cat", input=b"\x01\x02\xff\n" * 300).output.encode("utf-8", "surrogateescape") == b"\x01\x02\xff\n" * 300
+    )
+    assert run(f"echo '{'x' * 5000}' | wc -c").output == "5001\n"
+    assert run('echo "it\'s $((1 + 1)) `echo q`"\nexit 0').output == "it's 2 q\n"
+    assert run("kill -9 $$").status == 137
+    with pytest.raises(CommandTimeout, match=r"'echo begun; sleep 3' takes longer than 0.5 s"):
+        run("echo begun; sleep 3", timeout_s=0.5)
+    if way == "shell":
+        linux.expect(r"@0@[0-9a-f]{16}", timeout_s=60)
+
+
+@pytest.mark.guest
+def test_a_command_may_have_to_succeed(linux: Machine) -> None:
+    assert isinstance(linux._find_runner(), AgentRunner)
     with pytest.raises(CommandFailed, match=r"(?s)'false' ended with status 1"):
         linux.run("false", check=True)
     with pytest.raises(ValueError, match="NUL"):
         linux.run("echo \0")
+    linux.agent.put("/tmp/file", b"contents")
+    assert linux.run("cat /tmp/file").output == "contents"
+
+
+@pytest.mark.guest
+def test_who_waits_for_a_command_of_a_guest_that_stops_is_told(going: Machine) -> None:
+    with going.breakpoint("__do_sys_newuname"), pytest.raises(StateError, match="has stopped"):
+        going.run("uname -r")
 
 
 @pytest.mark.guest
@@ -391,10 +427,3 @@ def test_a_machine_is_saved_and_restored_and_others_begin_from_it(going: Machine
             other.restore(tmp_path / "nowhere")
         assert other.run("echo still there").output == "still there\n"
     assert going.run("cat /tmp/state").output == "after\n"
-
-
-@pytest.mark.guest
-def test_a_command_that_takes_too_long_is_told_with_the_console(going: Machine) -> None:
-    with pytest.raises(ConsoleTimeout):
-        going.run("sleep 3", timeout_s=0.5)
-    going.expect(r"@0@[0-9a-f]{16}", timeout_s=60)

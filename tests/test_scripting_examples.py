@@ -12,6 +12,7 @@ from tests.support.guests import linux_guest
 import softkvm
 import softkvm.machine
 from softkvm.machine import Machine
+from softkvm.script.shell import Shell
 
 pytestmark = pytest.mark.guest
 
@@ -23,7 +24,7 @@ def machine() -> Iterator[Machine]:
     linux_guest()
     with softkvm.Machine(vcpus=2) as machine:
         machine.boot()
-        machine.run("true")
+        Shell(machine.console).run("true", 60, b"")  # threads that input starts are there before the first test
         yield machine
 
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from softkvm import abi, api
 from softkvm.closing import Closing
-from softkvm.script.shell import Completed, Shell
+from softkvm.script.by_agent import AgentRunner
+from softkvm.script.shell import CommandFailed, CommandTimeout, Completed, Shell
 from softkvm.vmm.console import Console
 from softkvm.vmm.debug.breakpoints import BreakpointError, Kind
 from softkvm.vmm.debug.controller import Breakpoint, Callback, Controller
@@ -32,8 +33,10 @@ from softkvm.vmm.debug.registers import BY_NAME, Registers
 from softkvm.vmm.debug.report import machine_text
 from softkvm.vmm.debug.virtual import MemoryFault, read_virtual, write_virtual
 from softkvm.vmm.devices.spec import DeviceSpec
+from softkvm.vmm.devices.virtio_vsock import VsockSpec
 from softkvm.vmm.errors import ConfigError, MachineError, StateError
 from softkvm.vmm.guest import prepare
+from softkvm.vmm.guest.agent import Agent, AgentError
 from softkvm.vmm.guest.initramfs import PROMPT
 from softkvm.vmm.linux.errors import KernelError
 from softkvm.vmm.linux.kernel import Kernel
@@ -50,7 +53,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Breakpoint",
     "BreakpointError",
+    "AgentError",
     "Cause",
+    "CommandFailed",
+    "CommandTimeout",
     "Completed",
     "ConfigError",
     "End",
@@ -67,6 +73,8 @@ __all__ = [
 
 MIB: Final = 1 << 20
 BOOT_S: Final = 120.0
+_SAVED: Final = "softkvm.Machine"
+_AGENT_S: Final = 20.0
 _ACCESS: Final = {"w": Kind.WRITE, "r": Kind.READ, "rw": Kind.ACCESS}
 
 ExitHook = Callable[["Vcpu", abi.kvm_run], object]
@@ -202,7 +210,10 @@ class Machine(Closing):
         output: Callable[[bytes], object] | None = None,
         **options: Any,
     ) -> None:
-        config = Config(memory * MIB, vcpus, device_specs=tuple(map(_spec, devices)), **options)
+        self._devices = list(devices)
+        if kernel is None and not any(isinstance(_spec(device), VsockSpec) for device in self._devices):
+            self._devices.append("vsock")  # the guest's agent is behind it
+        config = Config(memory * MIB, vcpus, device_specs=tuple(map(_spec, self._devices)), **options)
         self._prepare(kvm, output)
         image = _image(kernel, initrd, command_line, append)
         self._is_default = image.is_default
@@ -218,18 +229,30 @@ class Machine(Closing):
         cls,
         directory: str | os.PathLike[str],
         *,
+        devices: Iterable[str | DeviceSpec] | None = None,
         kvm: str | os.PathLike[str] | api.Kvm | None = None,
         output: Callable[[bytes], object] | None = None,
     ) -> Self:
-        """Return a machine in the state that :meth:`save` has saved, to be started; SnapshotError if it cannot be."""
+        """Return a machine in the state that :meth:`save` has saved, to be started; SnapshotError if it cannot be.
+
+        *devices* are those that it had, if they were not all named by texts, or :meth:`save` is not who saved it.
+        """
         from softkvm.vmm.snapshot.directory import Snapshot  # which names the package's version
 
         machine = cls.__new__(cls)
         machine._prepare(kvm, output)
-        machine._is_default = True
         with Snapshot(directory) as snapshot:
-            machine._build(snapshot.restore)
+            saved = snapshot.manifest.extra.get(_SAVED, {})
+            machine._is_default = bool(saved.get("is_default"))
+            machine._devices = list(saved.get("devices", ()) if devices is None else devices)
+            machine._build(machine._restoring(snapshot.restore))
         return machine
+
+    def _restoring(
+        self, restore: Callable[..., VmmMachine]
+    ) -> Callable[[api.Kvm, Callable[[bytes], None]], VmmMachine]:
+        specs = tuple(map(_spec, self._devices))
+        return lambda kvm, console: restore(kvm, console, device_specs=specs)
 
     def _prepare(self, kvm: str | os.PathLike[str] | api.Kvm | None, output: Callable[[bytes], object] | None) -> None:
         self._open = _opener(kvm)
@@ -253,7 +276,7 @@ class Machine(Closing):
         self._controller: Controller | None = None
         self._kernel: tuple[int, Kernel] | None = None
         self._unwinder: tuple[Kernel, Unwinder] | None = None
-        self._shell: Shell | None = None
+        self._runner: AgentRunner | Shell | None = None
 
     def close(self) -> None:
         """End the machine if it runs, and give back everything it holds."""
@@ -293,16 +316,35 @@ class Machine(Closing):
 
     # -- the guest
 
-    def run(
-        self, command: str, timeout_s: float = 60.0, *, check: bool = False, input: bytes | None = None
-    ) -> Completed:
+    @property
+    def agent(self) -> Agent:
+        """The default guest's agent: programs with their streams, files in and out (:mod:`softkvm.vmm.guest.agent`)."""
+        return Agent(self.vmm.vsock.connect)
+
+    def run(self, command: str, timeout_s: float = 60.0, *, check: bool = False, input: bytes = b"") -> Completed:
         """Run a shell command in the default guest; return its output (both streams) and exit status.
 
-        With *check* a status other than 0 is CommandFailed. ConsoleTimeout if it takes longer than *timeout_s*.
+        With *check* a status other than 0 is CommandFailed. CommandTimeout if it takes longer than *timeout_s*. The
+        guest's agent runs it; where there is none, it is typed at the shell on the console.
         """
-        if self._shell is None:
-            self._shell = Shell(self.console)
-        return self._shell.run(command, timeout_s, check=check, input=input)
+        if "\0" in command:
+            raise ValueError("a command with a NUL character")
+        self._expect_no_stop()
+        if self.vmm.paused:
+            raise StateError("the machine is paused: no command would end")
+        if self._runner is None:
+            self._runner = self._find_runner()
+        completed = self._runner.run(command, timeout_s, input)
+        if check and completed.status:
+            raise CommandFailed(completed)
+        return completed
+
+    def _find_runner(self) -> AgentRunner | Shell:
+        if self._is_default:
+            with contextlib.suppress(AgentError):
+                self.agent.wait(_AGENT_S)
+                return AgentRunner(self.vmm.vsock.connect, self._expect_no_stop)
+        return Shell(self.console)
 
     def expect(self, pattern: str, timeout_s: float = 30.0) -> str:
         """Wait for a pattern on the console, after what was found last; return the text that matches it."""
@@ -515,7 +557,11 @@ class Machine(Closing):
         """Save the whole machine to a new directory; it stands meanwhile. SnapshotError if it cannot be."""
         from softkvm.vmm.snapshot.directory import save
 
-        save(self.vmm, directory, durable=False)
+        named = [device for device in self._devices if isinstance(device, str)]
+        about: dict[str, Any] = {"is_default": self._is_default}
+        if len(named) == len(self._devices):
+            about["devices"] = named
+        save(self.vmm, directory, durable=False, extra={_SAVED: about})
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Put the machine into a saved state, from which it runs on; breakpoints and hooks are gone.
@@ -526,8 +572,7 @@ class Machine(Closing):
 
         with Snapshot(directory) as snapshot:
             controller, previous, before = self._controller, self._resources, self.console
-            devices = self.vmm.config.device_specs
-            self._build(lambda host, console: snapshot.restore(host, console, device_specs=devices))
+            self._build(self._restoring(snapshot.restore))
         if controller is not None:
             controller.close()
         previous.close()
