@@ -45,8 +45,8 @@ def test_linux_uses_a_shared_directory_as_its_own(tmp_path: Path, file_system: s
     probe = Path(__file__).with_name("share_probe.c")
     try:
         subprocess.run(["gcc", "-O1", "-static", "-o", share / "probe", probe], check=True)
-    except FileNotFoundError:
-        missing("there is no gcc")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        missing(f"no gcc, or no static C library: {error}")
     specs = (parse(f"{share}:s,fs={file_system}"), parse(f"{other}:other one,ro,fs={file_system}"))
     work = "cd /mnt/s && ./probe; cat /mnt/*one/file; touch /mnt/*one/file; rm /mnt/*one/file; cd; umount /mnt/s"
     mounts = "softkvm.share=s softkvm.share=other%20one"
