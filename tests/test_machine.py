@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.guests import demo_image, linux_guest
@@ -44,10 +45,10 @@ class Typed:
 
 
 @pytest.fixture(scope="module")
-def linux() -> Iterator[Machine]:
+def linux(softkvm_snapshots: Callable[[dict[str, Any]], Path]) -> Iterator[Machine]:
     linux_guest()  # skips where there is none
-    with softkvm.Machine(vcpus=2) as machine:
-        machine.boot()
+    with Machine.restored(softkvm_snapshots({"vcpus": 2})) as machine:
+        machine.start()
         Typed(machine).run("true")  # threads that input starts are there before the first test
         machine.run("mkdir -p /tmp/d; for n in 1 2 3 4 5; do echo $n > /tmp/d/f$n; done", check=True)
         yield machine

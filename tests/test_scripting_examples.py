@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.examples import examples
@@ -20,10 +22,10 @@ BLOCKS = [(line, text) for line, text in examples("scripting.md") if "def test_"
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
+def machine(softkvm_snapshots: Callable[[dict[str, Any]], Path]) -> Iterator[Machine]:
     linux_guest()
-    with softkvm.Machine(vcpus=2) as machine:
-        machine.boot()
+    with Machine.restored(softkvm_snapshots({"vcpus": 2})) as machine:
+        machine.start()
         Shell(machine.console).run("true", 60, b"")  # threads that input starts are there before the first test
         yield machine
 
