@@ -281,10 +281,11 @@ class Balloon(VirtioDevice):
     def _poll(self) -> None:
         """Give the driver its buffer back: it fills it anew."""
         chain, self._waiting = self._waiting, None
-        if chain is not None:
-            queue = self.queues[next(index for index, role in self._roles.items() if role == STATS)]
-            queue.push(chain, 0)
-            queue.flush()
+        for index, role in self._roles.items():
+            queue = self.queues[index]
+            if role == STATS and chain is not None and queue.ready:  # or the driver has taken the queue away
+                queue.push(chain, 0)
+                queue.flush()
 
     def _period(self) -> None:
         self._timer = self.worker.call_later(self.stats_s, self._period)
