@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("softkvm.cli.lifecycle:resume", "let a paused machine go on"),
     "reset": ("softkvm.cli.lifecycle:reset", "begin a machine anew, as its reset button does"),
     "console": ("softkvm.cli.console", "be at a running machine's console"),
+    "shell": ("softkvm.cli.shell", "a shell, or another program, in a running machine's guest"),
     "debug": ("softkvm.cli.debug", "registers, code and stack of a machine's vCPUs; NMI and SysRq"),
     "balloon": ("softkvm.cli.balloon", "how much memory a machine has, and have it give some back"),
     "net": ("softkvm.cli.net", "a machine's networks: ports, connections, counters, cables"),

@@ -5,29 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
-import select
-import shutil
 import signal
 import threading
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from softkvm.cli import EXIT_ERROR, CommandError
+from softkvm.cli.interaction import NOT_EXECUTABLE, NOT_FOUND, Interaction, add_program_arguments
 from softkvm.cli.output import warn
-from softkvm.cli.streams import Writer
-from softkvm.cli.terminal import NONE, STDERR, STDIO, raw_terminal
+from softkvm.cli.terminal import NONE, STDERR, STDIO
 from softkvm.vmm.errors import show_traceback, unexpected
-from softkvm.vmm.guest.agent import Agent, AgentError, GuestOSError, Session
+from softkvm.vmm.guest.agent import Agent, AgentError, GuestOSError
 from softkvm.vmm.outcome import End, Outcome
 
 if TYPE_CHECKING:
     from softkvm.vmm.machine import Machine
 
-NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's
 BOOT_S: Final = 300.0
 """How long a guest may take until its agent answers; --timeout may be less."""
 AGENT_WORD: Final = "softkvm.agent"
@@ -35,8 +30,6 @@ AGENT_WORD: Final = "softkvm.agent"
 
 _POWER_OFF_S: Final = 10.0
 _GONE_S: Final = 5.0
-_PIECE: Final = 1 << 16
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def add_command_arguments(parser: ArgumentParser) -> None:
@@ -48,8 +41,7 @@ def add_command_arguments(parser: ArgumentParser) -> None:
     )
     add = group.add_argument
     add("-q", "--quiet", action="store_true", help="show the command's output alone, not the console on standard error")
-    add("--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable; without a value it is as here")
-    add("--cwd", metavar="DIR", default="", help="the command's directory in the guest (default: /root)")
+    add_program_arguments(add)
     add(
         "--file",
         metavar="FILE[:PATH]",
@@ -77,16 +69,8 @@ class GuestCommand:
             raise CommandError("a command runs in the default guest's file system: --initrd is there, too")
         if args.kernel is not None and args.kernel.startswith("flat:"):
             raise CommandError("a command needs a Linux kernel: flat:FILE is none")
-        self._environment = dict(_variable(text) for text in args.env)
-        self._directory: str = args.cwd
         self._files = [_file(text) for text in args.file]
-        self._terminal = os.isatty(0) and os.isatty(1)
-        if self._terminal:
-            self._environment.setdefault("TERM", os.environ.get("TERM", "vt100"))
-        self._told: queue.SimpleQueue[Callable[[Session], object] | None] = queue.SimpleQueue()
-        self._signalled = 0
-        self._begun = False
-        self._raw = contextlib.ExitStack()
+        self._interaction = Interaction(self._arguments, args)
         self.booted: Callable[[Machine], object] = lambda machine: None
         """Called with a machine that has booted, before it runs anything."""
         self.status: int | None = None
@@ -103,16 +87,21 @@ class GuestCommand:
         """Start the machine, run the command, switch the machine off; return how the machine has ended."""
         worker = threading.Thread(target=self._work, args=(machine,), name="guest command", daemon=True)
         try:
-            with self._signals(machine):
+            with self._interaction.signals(lambda number: self._insisted(machine, number)):
                 machine.start()
                 worker.start()
                 outcome = machine.wait(timeout_s)
             worker.join(1)
         finally:
-            self._raw.close()
+            self._interaction.close()
         if outcome.end is End.POWER_OFF and self.status is None:
             warn("the guest switched itself off before the command had ended")
         return outcome
+
+    def _insisted(self, machine: Machine, number: int) -> None:
+        """A signal came before the command, or twice: it is the machine's."""
+        machine.end(Outcome(End.STOPPED, signal.Signals(number).name))
+        self.status = 128 + number
 
     def _work(self, machine: Machine) -> None:
         """On a thread of its own: the main thread waits for the machine, which may end by itself."""
@@ -125,7 +114,7 @@ class GuestCommand:
                 name = file.path
                 agent.put(file.path, file.data, file.mode)
             name = self._arguments[0]
-            self.status = self._serve(agent, machine)
+            self.status = self._interaction.serve(agent, machine.ended)
         except GuestOSError as error:
             warn(f"{error.filename or name}: {error.strerror}")
             self.status = NOT_FOUND if isinstance(error, FileNotFoundError) or error.errno == 2 else NOT_EXECUTABLE
@@ -144,88 +133,12 @@ class GuestCommand:
         if not machine.ended.wait(_POWER_OFF_S):
             machine.end(Outcome(End.POWER_OFF))
 
-    def _serve(self, agent: Agent, machine: Machine) -> int:
-        size = shutil.get_terminal_size()
-        terminal = (size.lines, size.columns) if self._terminal else None
-        output, errors = Writer(1), Writer(2)
-        ended = threading.Event()
-        with agent.start(self._arguments, self._environment, self._directory, terminal) as session:
-            self._begun = True
-            if terminal is not None:
-                self._raw.enter_context(raw_terminal(0))
-            for target in (self._tell, self._feed):
-                threading.Thread(target=target, args=(session, ended), name="guest command", daemon=True).start()
-            try:
-                done = session.serve(
-                    lambda data: output.write(data, machine.ended), lambda data: errors.write(data, machine.ended)
-                )
-            finally:
-                self._raw.close()
-                ended.set()
-                self._told.put(None)
-        return done.status
-
-    def _tell(self, session: Session, ended: threading.Event) -> None:
-        """Send signals and sizes, which come in signals' handlers, from a thread."""
-        with contextlib.suppress(AgentError):
-            while (act := self._told.get()) is not None:
-                act(session)
-
-    def _feed(self, session: Session, ended: threading.Event) -> None:
-        """Send standard input until its end."""
-        poll = select.poll()
-        poll.register(0, select.POLLIN)
-        with contextlib.suppress(AgentError, OSError):
-            while not ended.is_set():
-                if not poll.poll(100):
-                    continue
-                data = os.read(0, _PIECE)
-                if not data:
-                    session.end_input()
-                    return
-                session.write(data)
-
-    @contextlib.contextmanager
-    def _signals(self, machine: Machine) -> Iterator[None]:
-        """Hand signals on to the command; the second one of a kind ends the machine, as does one before the start."""
-
-        def signalled(number: int, frame: FrameType | None) -> None:
-            if self._signalled == number or not self._begun or self.status is not None:
-                machine.end(Outcome(End.STOPPED, signal.Signals(number).name))
-                self.status = 128 + number
-            self._signalled = number
-            self._told.put(lambda session: session.send_signal(number))
-
-        def resized(number: int, frame: FrameType | None) -> None:
-            size = shutil.get_terminal_size()
-            self._told.put(lambda session: session.resize(size.lines, size.columns))
-
-        handlers = dict.fromkeys(_SIGNALS, signalled)
-        if self._terminal:
-            handlers[signal.SIGWINCH] = resized
-        before = {number: signal.getsignal(number) for number in handlers}
-        changed = [number for number, old in before.items() if old not in (signal.SIG_IGN, None)]
-        for number in changed:
-            signal.signal(number, handlers[number])
-        try:
-            yield
-        finally:
-            for number in changed:
-                signal.signal(number, before[number])
-
 
 def check_no_command(args: Namespace) -> None:
     """Complain of options that belong to a command, where there is none."""
     for option in ("quiet", "env", "cwd", "file"):
         if getattr(args, option):
             raise CommandError(f"--{option} needs a command: softkvm run … -- COMMAND")
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or "\0" in text:
-        raise CommandError(f"--env {text}: expected NAME or NAME=VALUE")
-    return name, value if equals else os.environ.get(name, "")
 
 
 def _file(text: str) -> _File:

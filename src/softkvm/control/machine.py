@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from softkvm import _softcpu
 from softkvm.closing import Closing
+from softkvm.control.bridge import bridge
 from softkvm.control.console import ConsoleHub
 from softkvm.control.dump import dump
 from softkvm.control.moves import Moves
@@ -67,6 +69,7 @@ class MachineControl(Closing):
             "console": Ask(self._console),
             "balloon": Ask(self._balloon, waits=True),
             "net": Ask(self._net, waits=True),
+            "vsock": Ask(self._vsock, waits=True),
         }
         self.name = name or names.default_name(self._pid)
         self._claimed = False
@@ -233,19 +236,23 @@ class MachineControl(Closing):
         """Serve the terminal whose socket comes with the request."""
         if self._hub is None:
             raise Refused("the machine's console is not shared")
-        if not connection.given:
-            raise Refused("the request lacks the descriptor of a socket")
-        fd = os.dup(connection.given[0])
-        _softcpu.close_own_descriptor(connection.given.pop(0))
-        try:
-            channel = socket.socket(fileno=fd)
-        except OSError:
-            os.close(fd)
-            raise Refused("the descriptor is of no socket") from None
-        if channel.family != socket.AF_UNIX or channel.type != socket.SOCK_STREAM:
-            channel.close()
-            raise Refused("the descriptor is of no UNIX stream socket")
+        channel = _given_socket(connection)
         self._hub.attach(channel, past=request.get("past", True) is not False)
+        return self.describe()
+
+    def _vsock(self, connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
+        """Lead the socket that comes with the request to a vsock port of the guest's."""
+        port = request.get("port")
+        if type(port) is not int or not 0 <= port < 0xFFFFFFFF:
+            raise Refused("port: expected a number below 4294967295")
+        with contextlib.ExitStack() as undo:
+            channel = undo.enter_context(_given_socket(connection))
+            try:
+                guest = self._machine.vsock.connect(port)
+            except OSError as error:
+                raise Refused(f"port {port} of the guest's: {error.strerror or error}") from None
+            undo.pop_all()
+        bridge(channel, guest)
         return self.describe()
 
     def _balloon(self, connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
@@ -291,6 +298,23 @@ def _change(balloon: Balloon, request: dict[str, Any]) -> None:
         if balloon.hinting is None:
             raise Refused("the machine's balloon has no hinting (softkvm run --balloon hinting)")
         balloon.hinting.reclaim()
+
+
+def _given_socket(connection: Connection) -> socket.socket:
+    """Return the UNIX stream socket that has come with a question; Refused if none has."""
+    if not connection.given:
+        raise Refused("the request lacks the descriptor of a socket")
+    fd = os.dup(connection.given[0])
+    _softcpu.close_own_descriptor(connection.given.pop(0))
+    try:
+        channel = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise Refused("the descriptor is of no socket") from None
+    if channel.family != socket.AF_UNIX or channel.type != socket.SOCK_STREAM:
+        channel.close()
+        raise Refused("the descriptor is of no UNIX stream socket")
+    return channel
 
 
 def _number(request: dict[str, Any], name: str, default: float, most: float) -> float:
