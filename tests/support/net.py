@@ -42,9 +42,13 @@ class Timer:
 
 
 class Loop:
-    """A worker without a thread: :meth:`run` does what there is to do. Its clock runs, and can be put forward."""
+    """A worker without a thread: :meth:`run` does what there is to do. Its clock can be put forward.
 
-    def __init__(self) -> None:
+    A *frozen* clock stands otherwise, so that nothing depends on how busy the host is.
+    """
+
+    def __init__(self, *, frozen: bool = False) -> None:
+        self.frozen_at = time.monotonic() if frozen else None
         self.epoll = select.epoll()
         self.callbacks: dict[int, Callable[[int], object]] = {}
         self.timers: list[tuple[float, int, Timer]] = []
@@ -53,7 +57,7 @@ class Loop:
 
     def clock(self) -> float:
         """Seconds."""
-        return time.monotonic() + self.ahead
+        return (time.monotonic() if self.frozen_at is None else self.frozen_at) + self.ahead
 
     def add(self, fileobj: Any, events: int, callback: Callable[[int], object]) -> None:
         """As a worker's."""

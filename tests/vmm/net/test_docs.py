@@ -12,7 +12,7 @@ from softkvm.vmm.net.link import MTU_DEFAULT, MTU_MAX, MTU_MIN
 from softkvm.vmm.net.spec import QUEUE_PAIRS, TAP_NAME, UserNet
 from softkvm.vmm.net.user.connections import BUFFERED, CONNECTIONS, HALF_OPEN
 from softkvm.vmm.net.user.policy import NETWORK6
-from softkvm.vmm.net.user.sender import WINDOW
+from softkvm.vmm.net.user.sender import QUEUED, WINDOW
 from softkvm.vmm.net.user.stack import REPORTS
 from softkvm.vmm.net.user.udp import FLOWS
 
@@ -40,6 +40,7 @@ def test_the_pages_addresses_are_the_networks() -> None:
 
 def test_the_pages_limits_are_the_codes() -> None:
     assert f"{CONNECTIONS.most:,} connections ({HALF_OPEN.most} of them half open), {FLOWS.most} flows" in PAGE
-    assert f"{BUFFERED.most >> 20} MiB" in PAGE and f"a window of {WINDOW >> 10} KiB" in PAGE
+    assert BUFFERED.most == QUEUED.most and f"{BUFFERED.most >> 20} MiB in such windows and as much" in PAGE
+    assert f"a window of {WINDOW >> 10} KiB" in PAGE
     assert f"`mtu={MTU_DEFAULT}` | {MTU_MIN} to {MTU_MAX}" in PAGE and f"up to {QUEUE_PAIRS.most} |" in PAGE
     assert f"at most {TAP_NAME.most} bytes" in PAGE and REPORTS == 8

@@ -65,6 +65,7 @@ def bounded(world: World) -> None:
     assert table.half_open == sum(1 for c in table.by_key.values() if c.state not in ("OPEN", "CLOSED"))
     assert table.half_open <= connections.HALF_OPEN.most
     assert table.buffered == sum(c.buffered for c in table.by_key.values())
+    assert table.queued == sum(c.queued for c in table.by_key.values())
     assert all(c.buffered <= WINDOW for c in table.by_key.values())
     assert len(world.stack.datagrams.flows) <= udp.FLOWS.most
 
@@ -155,7 +156,8 @@ def test_any_sequence_of_segments_leaves_tcp_whole(world: World, segments: list[
     world.send(SYN)
     assert [s.bits for s in world.take() if s.acknowledgement == 78] == [SYN | ACK]
     world.stack.stop()
-    assert not world.stack.connections.by_key and not world.stack.connections.buffered
+    table = world.stack.connections
+    assert not table.by_key and not table.buffered and not table.queued
     world.stack.start(world.link)
 
 

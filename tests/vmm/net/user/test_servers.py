@@ -409,6 +409,26 @@ def test_ipv6_datagrams_reach_the_hosts_loopback_or_are_prohibited(net: Net) -> 
         assert net.link.take()[-1].endswith(b"answer")
 
 
+def test_a_datagram_behind_one_that_nobody_took_is_sent_all_the_same(net: Net) -> None:
+    """The host's socket says of the first that the port was closed when it is to send the second."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    give(net.stack, *[wire.ethernet(OWN_MAC, GUEST_MAC, wire.ETHERTYPE_IPV4) + packet(port, b"first")])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", port))
+        server.settimeout(5)
+        give(net.stack, *[wire.ethernet(OWN_MAC, GUEST_MAC, wire.ETHERTYPE_IPV4) + packet(port, b"second")])
+        assert server.recv(100) == b"second"
+    assert any(frame[34:36] == b"\3\3" for frame in net.link.take())
+
+
+def packet(port: int, data: bytes) -> bytes:
+    """A datagram to the gateway."""
+    datagram = wire.udp(GUEST, 1000, GATEWAY, port, data)
+    return wire.ipv4(GUEST, GATEWAY, wire.UDP, len(datagram)) + datagram
+
+
 # -- bounds
 
 

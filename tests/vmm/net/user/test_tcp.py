@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from softkvm.vmm.net.link import HEADER, Offloads
 from softkvm.vmm.net.spec import UserNet
 from softkvm.vmm.net.user.connections import CONNECTIONS, HALF_OPEN
 from softkvm.vmm.net.user.segment import ACK, FIN, PSH, RST, SYN
-from softkvm.vmm.net.user.sender import RTO_S, WINDOW
+from softkvm.vmm.net.user.sender import QUEUED, RTO_S, WINDOW
 from softkvm.vmm.net.user.stack import UserStack
 from softkvm.vmm.net.user.tcp import Connection
 
@@ -44,7 +47,7 @@ class World:
     def __init__(self, options: str = "user", takes: Offloads | None = None) -> None:
         net = parse(options).net
         assert isinstance(net, UserNet)
-        self.loop = Loop()
+        self.loop = Loop(frozen=True)
         self.link = TestLink(self.loop, takes or Offloads(True, True, True))
         self.stack = UserStack(net, clock=self.loop.clock)
         self.stack.start(self.link)
@@ -92,7 +95,8 @@ class World:
 
     def one(self) -> Segment:
         """Return the one segment there is."""
-        self.loop.run(lambda: self.link.sent, 0.1)  # an acknowledgement may be put off
+        if not self.link.sent:
+            self.loop.advance(0.25)  # an acknowledgement may be put off
         (segment,) = self.take()
         return segment
 
@@ -212,7 +216,7 @@ def test_two_full_segments_are_acknowledged_at_once_and_less_with_the_answer(wor
     world.send(ACK, b"question", sequence=world.next + 2920)
     (answer,) = world.host_sends(b"answer")
     assert (answer.data, answer.acknowledgement) == (b"answer", world.next + 2928 & 0xFFFFFFFF)
-    world.loop.run(timeout_s=0.05)
+    world.loop.advance(0.25)
     assert world.take() == []
 
 
@@ -539,6 +543,71 @@ def test_there_are_no_more_connections_than_there_may_be(world: World, monkeypat
         world.guest_port = 1024 + number
         world.send(SYN)
     assert [segment.bits for segment in world.take()] == [SYN | ACK] * 3 + [RST | ACK]
+
+
+def test_a_connection_that_is_over_makes_room_for_another(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TIME-WAIT is the guest's protection from old segments, which there are none of; it must not refuse new ones."""
+    monkeypatch.setattr(CONNECTIONS, "most", 1)
+    world.connect()
+    assert world.host is not None
+    world.host.close()
+    world.loop.run(lambda: world.link.sent, 5)
+    world.seen += 1
+    world.take()
+    world.send(FIN | ACK)
+    assert world.connection.name == "TIME-WAIT"
+    world.take()
+    world.guest_port += 1
+    world.connect()
+    assert world.connection.name == "ESTABLISHED"
+
+
+def test_what_guests_do_not_acknowledge_is_bounded_over_all_connections(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QUEUED, "most", 100_000)
+    options = tcp_options(1460, 7)
+    for number in range(4):
+        world.guest_port, world.next = 6000 + number, 1
+        world.send(SYN, options=options)
+        answer = next(segment for segment in world.take() if segment.bits & SYN)
+        world.send(ACK, sequence=2, acknowledgement=answer.sequence + 1)
+        host, _ = world.server.accept()
+        host.setblocking(False)
+        with host, contextlib.suppress(BlockingIOError):
+            while True:
+                host.send(bytes(1 << 20))
+                world.loop.settle()
+    queued = sorted(connection.queued for connection in world.stack.connections.by_key.values())
+    assert queued[-1] >= 100_000 and queued[:3] == [16384] * 3
+    assert world.stack.connections.queued == sum(queued)
+
+
+def test_a_host_without_descriptors_is_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EMFILE leaves the connection in the backlog: looking at once again would be looking all the time."""
+    world = World("user,hostfwd=tcp::0-:22")
+    try:
+        listener = world.stack.listeners[0]
+        refused = []
+
+        class Exhausted:
+            def accept(self) -> None:
+                refused.append(1)
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        real, listener.socket = listener.socket, Exhausted()  # type: ignore[assignment]
+        listener.socket.fileno = real.fileno  # type: ignore[method-assign]
+        with socket.create_connection(("127.0.0.1", real.getsockname()[1]), 5):
+            assert world.loop.run(lambda: refused, 5)
+            for _ in range(5):
+                world.loop.step(0.01)
+            assert len(refused) == 1
+            assert world.link.reports == [f"hostfwd={listener.forward}: Too many open files"]
+            listener.socket = real
+            world.loop.advance(2)
+            assert len(world.stack.connections.by_key) == 1
+    finally:
+        world.close()
 
 
 def test_a_driver_without_room_holds_the_host_up_and_goes_on_later(world: World) -> None:

@@ -49,6 +49,7 @@ class Connections:
         self.by_key: dict[bytes, Connection] = {}
         self.half_open = 0
         self.buffered = 0
+        self.queued = 0
         self.retransmitted = 0
         self.due: list[Sender] = []
         """Those that have an acknowledgement to send at the end of the batch."""
@@ -129,7 +130,7 @@ class Connections:
             return
         path = self.stack.path_back(packet)
         host = self._socket(target)
-        if host is None or not CONNECTIONS.allows(len(self.by_key) + 1):
+        if host is None or not self._has_room():
             self.stack.count("tcp_full")
             after = (sequence + 1) & 0xFFFFFFFF
             self.emit(path.tcp(ports, 0, after, RST | ACK, 0, b"", 0), (), self._plain(path))
@@ -147,6 +148,15 @@ class Connections:
         else:
             connection.state = CONNECTING
             self.connect_ended(connection, error)
+
+    def _has_room(self) -> bool:
+        """Whether there may be another connection; one that only waits for its time to be over makes room."""
+        if not CONNECTIONS.allows(len(self.by_key) + 1):
+            waiting = next((connection for connection in self.by_key.values() if connection.waiting), None)
+            if waiting is None:
+                return False
+            waiting.drop()
+        return True
 
     def _socket(self, target: Target) -> socket.socket | None:
         """Return a socket for a connection to *target*; None if the host has no more."""
@@ -175,7 +185,7 @@ class Connections:
     def accept(self, listener: Listener, host: socket.socket) -> None:
         """A client has connected to a forwarded port."""
         source, destination = self.stack.forward_addresses(listener)
-        if not CONNECTIONS.allows(len(self.by_key) + 1) or not HALF_OPEN.allows(self.half_open + 1):
+        if not self._has_room() or not HALF_OPEN.allows(self.half_open + 1):
             self.stack.count("tcp_full")
             host.close()
             return

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from softkvm.abi.sizes import Size
 from softkvm.vmm.net.link import (
     HEADER,
     READ,
@@ -32,7 +33,15 @@ WINDOW: Final = 512 << 10
 """Bytes that a guest may send ahead of the host's socket."""
 
 IN_FLIGHT: Final = 1 << 20
-"""Most bytes on their way to the guest that it has not acknowledged."""
+"""Most bytes on their way to the guest that it has not acknowledged, of one connection."""
+
+IN_FLIGHT_LEAST: Final = 16 << 10
+"""The same while there are very many of all connections."""
+
+QUEUED: Final = Size(
+    "bytes of a user-mode network's that a guest hasn't acknowledged", 64 << 20, None, giver="guest",
+    effect="16 KiB a connection", where=__name__,
+)  # fmt: skip
 
 PACKET_MAX: Final = 65535
 
@@ -59,6 +68,7 @@ class SenderTable(Protocol):
     due: list[Sender]
     soon: list[Sender]
     blocked: dict[Sender, None]
+    queued: int
     retransmitted: int
 
     @property
@@ -197,8 +207,9 @@ class Sender(ABC):
         self._segment(self.snd_nxt, ACK)
 
     def _room(self) -> int:
-        """How many more bytes the guest has room for."""
-        return min(self.snd_wnd, IN_FLIGHT) - self.queued
+        """How many more bytes the guest has room for, and may be kept until it acknowledges them."""
+        most = IN_FLIGHT if self.table.queued < QUEUED.most else IN_FLIGHT_LEAST
+        return min(self.snd_wnd, most) - self.queued
 
     def pump(self) -> None:
         """Read from the host's socket what the guest has room for, and send it."""
@@ -233,6 +244,7 @@ class Sender(ABC):
             size = len(data)
             self._chunks.append(data)
             self.queued += size
+            self.table.queued += size
             if self.snd_nxt == self.snd_max and not self.blocked:
                 self._send_next((data,), size)
             else:
@@ -323,6 +335,7 @@ class Sender(ABC):
     def _release(self, size: int) -> None:
         """Forget *size* bytes that the guest has."""
         self.queued -= size
+        self.table.queued -= size
         size += self._consumed
         chunks = self._chunks
         while chunks and size >= len(chunks[0]):

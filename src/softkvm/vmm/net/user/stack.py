@@ -43,6 +43,8 @@ from softkvm.vmm.net.wire import (
     udp,
 )
 
+REST_S: Final = 1.0
+
 REPORTS: Final = 8
 """How many refused destinations the user is told of."""
 
@@ -74,6 +76,8 @@ class UserStack(Backend):
         self._reported: set[str] = set()
         self._link: Link | None = None
         self.listeners: list[Listener] = []
+        self._resting: list[Listener] = []
+        """Those that take no connections for a moment."""
         self._saved: list[dict[str, Any]] = []
         try:
             for forward in net.forwards:
@@ -106,7 +110,9 @@ class UserStack(Backend):
         if self._link is None:
             return
         for listener in self.listeners:
-            listener.stop(self._link.worker)
+            if listener not in self._resting:
+                listener.stop(self._link.worker)
+        self._resting = []
         self.connections.drop_all()
         self.datagrams.drop_all()
         self.neighbours.clear()
@@ -323,10 +329,19 @@ class UserStack(Backend):
                 host, _ = listener.socket.accept()
             except BlockingIOError:
                 return
-            except OSError as error:
+            except OSError as error:  # out of descriptors, most likely: they wait, and so do we
                 self.link.report(f"hostfwd={listener.forward}: {error.strerror}")
+                listener.stop(self.link.worker)
+                self._resting.append(listener)
+                self.link.worker.call_later(REST_S, self._rested)
                 return
             self.connections.accept(listener, host)
+
+    def _rested(self) -> None:
+        resting, self._resting = self._resting, []
+        if self._link is not None:
+            for listener in resting:
+                listener.start(self._link.worker, self._arrived)
 
     def forward_addresses(self, listener: Listener) -> tuple[bytes, bytes]:
         """Return from where to where a forwarded connection goes, as the guest sees it."""

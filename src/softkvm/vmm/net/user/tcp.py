@@ -439,7 +439,8 @@ class Connection(Sender):
         self.table.forget(self)
         self.state = CLOSED
         self.table.buffered -= self.buffered
-        self.buffered = 0
+        self.table.queued -= self.queued
+        self.buffered = self.queued = 0
         self.to_host.clear()
         self._chunks.clear()
         if reset:

@@ -109,15 +109,18 @@ class Datagrams:
         self._send(flow, data)
 
     def _send(self, flow: Flow, data: bytes) -> None:
-        try:
-            if flow.peer is None:
-                flow.host.send(data)
-            else:
-                flow.host.sendto(data, flow.peer)
-        except BlockingIOError:
-            self.stack.count("udp_dropped")
-        except OSError as error:
-            self._failed(flow, error)
+        for _ in range(2):
+            try:
+                if flow.peer is None:
+                    flow.host.send(data)
+                else:
+                    flow.host.sendto(data, flow.peer)
+            except ConnectionRefusedError as error:  # of the one before; this one hasn't been sent
+                self._failed(flow, error)
+                continue
+            except OSError:
+                self.stack.count("udp_dropped")
+            return
 
     def _failed(self, flow: Flow, error: OSError) -> None:
         """The host's socket says that nobody is there: so does an ICMP message."""
