@@ -2,6 +2,7 @@
 """Linux's own drivers find virtio devices behind every transport, and their interrupts come."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.support.examples import examples
 from tests.support.guests import linux_guest
+from tests.support.hops import hop
 from tests.support.machines import open_soft
 
 from softkvm.vmm.block.files import create_qcow2, open_image
@@ -84,6 +86,53 @@ def test_linux_keeps_a_file_system_on_each_kind_of_disk(tmp_path: Path) -> None:
     assert not re.search(r"I/O error|EXT[24]-fs error|BUG:|Call Trace", output), output
     assert kept.read_bytes() == bytes(16 << 20)
     assert raw.read_bytes() != bytes(16 << 20)
+
+
+WORK = (
+    "for disk in vda vdb vdc; do (mke2fs /dev/$disk > /dev/null && mkdir /$disk && mount /dev/$disk /$disk && "
+    "for n in 1 2 3 4; do (dd if=/dev/urandom bs=64k count=4; dd if=/dev/hwrng bs=512 count=2) 2>&- > /$disk/$n; "
+    "sync; done; cd /$disk; "
+    "md5sum * > /tmp/$disk; cd /; umount /$disk; mount -o ro /dev/$disk /$disk && cd /$disk && md5sum -c /tmp/$disk) & "
+    "done; wait"
+)
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_disks_go_on_with_a_machine_that_is_saved_and_restored(tmp_path: Path, seed: int) -> None:
+    """At any moment: requests under way, interrupts pending, a queue that has not been looked at."""
+    guest = linux_guest()
+    raw, kept, qcow2 = tmp_path / "disk.raw", tmp_path / "kept.raw", tmp_path / "disk.qcow2"
+    for file in (raw, kept):
+        file.write_bytes(bytes(16 << 20))
+    create_qcow2(str(qcow2), 16 << 20)
+    devices = (
+        DiskSpec(str(raw)),
+        DiskSpec(str(qcow2), queues=2, placement=Placement(packed=True)),
+        DiskSpec(str(kept), overlay=True, placement=Placement(transport=MMIO)),
+        RngSpec(),
+    )
+    moments, console = random.Random(seed), Console()
+    with open_soft() as kvm:
+        machine = Machine(kvm, Config(96 << 20, 2, device_specs=devices), console.output)
+        try:
+            machine.load(guest.kernel, guest.initrd, f'{guest.command_line} quiet softkvm.run="{WORK}"')
+            machine.start()
+            hops = 0
+            console.attach(machine)
+            console.expect("softkvm: init reached", 120)
+            while hops < 4 and not machine.ended.wait(moments.uniform(0.2, 1.5)):
+                machine.pause()  # what is on the disks stays what it was when the machine was saved
+                machine = hop(machine, kvm, console)
+                hops += 1
+            outcome = machine.wait(240)
+        finally:
+            machine.close()
+    output = console.text
+    assert outcome.end is End.POWER_OFF, output[-2000:]
+    assert hops >= 1
+    assert len(re.findall(r"^\d: OK\s*$", output, re.MULTILINE)) == 12, output
+    assert not re.search(r"I/O error|EXT[24]-fs error|BUG:|Call Trace", output), output
+    assert kept.read_bytes() == bytes(16 << 20)
 
 
 def test_the_pages_examples_of_disks_do_what_it_says(tmp_path: Path) -> None:
