@@ -32,8 +32,7 @@ READ = (
 )
 
 
-@pytest.mark.parametrize("options", ["", "pci=nomsi"])
-def test_linux_reads_entropy_through_every_transport(options: str) -> None:
+def test_linux_reads_entropy_through_every_transport() -> None:
     guest = linux_guest()
     devices = (
         RngSpec(Placement()),
@@ -43,8 +42,7 @@ def test_linux_reads_entropy_through_every_transport(options: str) -> None:
     )
     console = Console()
     with open_soft() as kvm, Machine(kvm, Config(device_specs=devices), console.output) as machine:
-        command_line = f'{guest.command_line} quiet {options} softkvm.run="{READ}"'
-        machine.load(guest.kernel, guest.initrd, command_line)
+        machine.load(guest.kernel, guest.initrd, f'{guest.command_line} quiet softkvm.run="{READ}"')
         assert machine.run(timeout_s=240).end is End.POWER_OFF
     output = console.text
     assert len(re.findall(r"4096 /tmp/virtio_rng", output)) == 4, output
@@ -60,7 +58,8 @@ FILE_SYSTEM = (
     "for disk in vda vdb vdc; do mke2fs /dev/$disk > /dev/null && mkdir /$disk && mount /dev/$disk /$disk && "
     "dd if=/dev/urandom of=/$disk/file bs=64k count=40 conv=fsync 2>/dev/null; md5sum /$disk/file | tee /tmp/$disk; "
     "umount /$disk; echo 3 > /proc/sys/vm/drop_caches; mount -o ro /dev/$disk /$disk && md5sum -c /tmp/$disk; "
-    "umount /$disk; blkdiscard -o 0 -l 1048576 /dev/$disk && echo discarded; cat /sys/block/$disk/serial; echo; done"
+    "umount /$disk; blkdiscard -o 0 -l 1048576 /dev/$disk && echo discarded; cat /sys/block/$disk/serial; echo; done; "
+    "grep virtio /proc/interrupts"
 )
 
 
@@ -77,11 +76,14 @@ def test_linux_keeps_a_file_system_on_each_kind_of_disk(tmp_path: Path) -> None:
     )
     console = Console()
     with open_soft() as kvm, Machine(kvm, Config(vcpus=2, device_specs=devices), console.output) as machine:
-        machine.load(guest.kernel, guest.initrd, f'{guest.command_line} quiet softkvm.run="{FILE_SYSTEM}"')
+        command_line = f'{guest.command_line} quiet pci=nomsi softkvm.run="{FILE_SYSTEM}"'
+        machine.load(guest.kernel, guest.initrd, command_line)
         assert machine.run(timeout_s=240).end is End.POWER_OFF
     output = console.text
     assert len(re.findall(r"/vd\w/file: OK", output)) == 3, output
     assert output.count("discarded") == 3, output
+    assert len(re.findall(r"IO-APIC +1[01]-fasteoi +virtio", output)) == 2, output  # INTx
+    assert len(re.findall(r"IO-APIC +16-edge +virtio", output)) == 1, output
     assert re.findall(r"^(raw|qcow2|overlay)\s*$", output, re.MULTILINE) == ["raw", "qcow2", "overlay"], output
     assert not re.search(r"I/O error|EXT[24]-fs error|BUG:|Call Trace", output), output
     assert kept.read_bytes() == bytes(16 << 20)
@@ -97,8 +99,7 @@ WORK = (
 )
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_disks_go_on_with_a_machine_that_is_saved_and_restored(tmp_path: Path, seed: int) -> None:
+def test_disks_go_on_with_a_machine_that_is_saved_and_restored(tmp_path: Path) -> None:
     """At any moment: requests under way, interrupts pending, a queue that has not been looked at."""
     guest = linux_guest()
     raw, kept, qcow2 = tmp_path / "disk.raw", tmp_path / "kept.raw", tmp_path / "disk.qcow2"
@@ -111,7 +112,7 @@ def test_disks_go_on_with_a_machine_that_is_saved_and_restored(tmp_path: Path, s
         DiskSpec(str(kept), overlay=True, placement=Placement(transport=MMIO)),
         RngSpec(),
     )
-    moments, console = random.Random(seed), Console()
+    moments, console = random.Random(1), Console()
     with open_soft() as kvm:
         machine = Machine(kvm, Config(96 << 20, 2, device_specs=devices), console.output)
         try:
@@ -149,8 +150,8 @@ def test_the_pages_examples_of_disks_do_what_it_says(tmp_path: Path) -> None:
         timeout=300,
         check=True,
     )
-    assert done.stderr == ""
-    assert re.findall(r"^(removed|kept)\s*$", done.stdout, re.MULTILINE) == ["removed", "kept"], done.stdout
+    assert re.search(r"^kept\s*$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    assert b"kept\n" in (tmp_path / "disk.raw").read_bytes()  # what was removed, was in the layer alone
 
 
 SYNCED = (
