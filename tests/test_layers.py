@@ -37,6 +37,8 @@ BELOW: dict[str, set[str]] = {
         "unittests",
         "bench",
         "client",
+        "closing",
+        "threads",
         "reports",
         "selftests",
         "qemu",
