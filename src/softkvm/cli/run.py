@@ -114,7 +114,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add(
         "--entry",
         choices=[entry.value for entry in Entry],
-        help="entry of a Linux kernel: 64, 32 or 16 bits, the last with BIOS calls (default: the first it has)",
+        help="entry of a Linux kernel: 64, 32 or 16 bits, the last with BIOS calls, or pvh, that of the ELF kernel "
+        "inside (default: the first of 64, 32 and 16 that it has)",
     )
     add("-m", "--mem", metavar="SIZE", default="256M", help="guest memory, MiB without a unit (default: 256M)")
     add("--pin-memory", action="store_true", help="populate and lock all of the guest's memory; none is given back")

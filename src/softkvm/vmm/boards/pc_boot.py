@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from softkvm.vmm.boot import acpi, bzimage, firmware, flat, loaders, mptable, multiboot, pvh
+from softkvm.vmm.boot import acpi, bzimage, firmware, flat, loaders, mptable, multiboot, payload, pvh
 from softkvm.vmm.boot.image import Deadline, Image, Source
 from softkvm.vmm.boot.loaders import Kind
 from softkvm.vmm.boot.placement import Module
@@ -48,13 +48,16 @@ def load(
             return
         image, kind = loaders.recognize(image, board.memory.size, deadline)
         if entry is not None and kind is not Kind.LINUX:
-            raise ImageError(f"kernel is no Linux kernel: it has no {entry.value}-bit entry to choose")
+            raise ImageError(f"kernel is no Linux kernel: it has no entry {entry.value} to choose")
         arguments = command_line.encode("utf-8", "surrogateescape")
         modules = [module for module in modules if module.image.size or module.command_line]
         devices = board.virtio.described(hpet=board.machine.config.hpet)
         rsdp = acpi.write_tables(board.memory, range(board.machine.config.vcpus), devices)
         mptable.write_table(board.memory, range(board.machine.config.vcpus))
-        if kind is Kind.LINUX:
+        if entry is bzimage.Entry.PVH:
+            kernel_file = payload.vmlinux(image, board.memory.size, deadline)
+            pvh.load(vcpu, board.memory, kernel_file, modules, arguments, rsdp, deadline)
+        elif kind is Kind.LINUX:
             bzimage.load(vcpu, board.memory, image, modules, arguments, rsdp, entry=entry, deadline=deadline)
         elif kind is Kind.MULTIBOOT:
             multiboot.load(vcpu, board.memory, image, arguments, modules, deadline)

@@ -84,6 +84,8 @@ class Entry(Enum):
     LONG = "64"
     PROTECTED = "32"
     REAL = "16"
+    PVH = "pvh"
+    """That of the ELF kernel inside, without the boot protocol (:mod:`.payload`, :mod:`.pvh`)."""
 
 
 class Header(NamedTuple):
