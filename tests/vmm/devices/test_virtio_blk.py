@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -249,6 +250,32 @@ class Slow(Image):
     def discard(self, offset: int, size: int) -> None: ...
     def zero(self, offset: int, size: int, *, unmap: bool) -> None: ...
     def close(self) -> None: ...
+
+
+class Stuck(Slow):
+    """A disk whose first request takes a while, and whose second doesn't end until it is let."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+
+    def readv(self, views: Sequence[memoryview], offset: int) -> None:
+        if offset:
+            assert self.go_on.wait(30)
+        else:
+            time.sleep(0.002)
+
+
+def test_what_is_done_is_seen_while_the_next_request_takes_its_time() -> None:
+    image = Stuck()
+    with driving(Disk(image)) as driver:
+        queue = driver.queues[0]
+        with driver.transport.lock:
+            first, second = (queue.add([header(IN, sector)], [512, 1]) for sector in (0, 1))
+            queue.notify()
+        assert queue.wait(first).data()[-1] == OK
+        assert second.written is None
+        image.go_on.set()
+        assert queue.wait(second).data()[-1] == OK
 
 
 def test_queues_are_served_at_the_same_time() -> None:

@@ -41,6 +41,9 @@ VIRTIO_BLK_F_WRITE_ZEROES: Final = 14
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 
+SHOWN_S: Final = 0.0005
+"""How long the driver may not see what has been done, while more is done of the same batch: files may be slow."""
+
 TAKE_BACK_S: Final = 5.0
 """How long another process, to which a machine has not gone after all, may take to let go of the image."""
 
@@ -164,7 +167,8 @@ class Disk(VirtioDevice):
     def notified(self, index: int) -> None:
         """Carry out what is there."""
         queue = self.queues[index]
-        handlers = self._handlers
+        handlers, clock = self._handlers, time.monotonic
+        shown = clock()
         for chain in queue.drain():
             writable = chain.writable
             if not writable:
@@ -191,6 +195,10 @@ class Disk(VirtioDevice):
                 self._failed(kind, sector, error)
                 status[0] = S_IOERR
             queue.push(chain, chain.writable_size)
+            now = clock()
+            if now - shown > SHOWN_S:
+                queue.flush()
+                shown = now
 
     def _failed(self, kind: int, sector: int, error: OSError) -> None:
         """Say so, the first time of each kind of error."""
