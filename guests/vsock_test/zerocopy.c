@@ -113,9 +113,11 @@ static void client_transfer(const struct transfer *transfer, int type)
 		fill_random(vector->iov_base, part->size);
 		memcpy(copy + at, vector->iov_base, part->size);
 		at += part->size;
-		if (part->unmapped)
-			munmap(base, part->offset + part->size);
 	}
+	/* Behind all others, of which one would lie there. */
+	for (size_t number = 0; number < message.msg_iovlen; number++)
+		if (transfer->parts[number].unmapped)
+			munmap(vectors[number].iov_base, vectors[number].iov_len);
 	ssize_t sent = sendmsg(fd, &message, MSG_ZEROCOPY | MSG_NOSIGNAL);
 	if (transfer->error ? sent != -1 || errno != transfer->error : sent != (ssize_t)size)
 		fail("sendmsg: %zd, %s", sent, strerror(errno));
