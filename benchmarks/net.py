@@ -39,9 +39,13 @@ FASTER_IS_MORE = ("receive", "send")
 
 
 def _serve_tcp(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    answer(connection)
+
+
+def answer(connection: socket.socket) -> None:
     """Answer one connection: by its first byte, send without end, swallow, or echo."""
     with connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             kind = connection.recv(1)
             if kind == b"r":
@@ -76,7 +80,7 @@ def _serve(ports: Queue[int]) -> None:
         threading.Thread(target=_serve_tcp, args=(listening.accept()[0],), daemon=True).start()
 
 
-def _initrd(directory: Path, base: bytes) -> Path:
+def initrd(directory: Path, base: bytes) -> Path:
     """The default guest's initramfs, and the program."""
     compiler = shutil.which("gcc")
     if compiler is None:
@@ -113,7 +117,7 @@ def measure() -> None:
             commands = "; ".join(f"net {GATEWAY} {port} {name} {CASES[name]}" for name in cases)
             image = common.Image(
                 guest.kernel,
-                _initrd(Path(directory), guest.initrd.read_bytes()),
+                initrd(Path(directory), guest.initrd.read_bytes()),
                 f'{guest.command_line} quiet softkvm.run="{commands}"',
                 options=("--net", "user"),
                 qemu_options=("-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile="),

@@ -154,9 +154,7 @@ class VirtioVsock(VirtioDevice):
                 queue.unpop(chain)
                 break
             header, data = packet
-            chain.write(header)
-            if data:
-                chain.write(data)
+            chain.write(header + data if data else header)
             queue.push(chain)
         queue.flush()
         if congested and not hub.congested:

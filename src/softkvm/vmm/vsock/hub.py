@@ -22,6 +22,7 @@ from typing import Final, Protocol
 from softkvm.abi.sizes import Size
 from softkvm.vmm.vsock.connection import BUFFER_SIZE, SMALL_BUFFER_SIZE, Connection, Owner, State
 from softkvm.vmm.vsock.packet import (
+    HEADER,
     PORT_ANY,
     VIRTIO_VSOCK_OP_REQUEST,
     VIRTIO_VSOCK_OP_RST,
@@ -193,7 +194,7 @@ class Hub:
     def _header(
         self, local: int, peer: int, size: int, kind: int, op: int, flags: int, buf_alloc: int, fwd_cnt: int
     ) -> bytes:
-        return Header(VMADDR_CID_HOST, self.guest_cid, local, peer, size, kind, op, flags, buf_alloc, fwd_cnt).pack()
+        return HEADER.pack(VMADDR_CID_HOST, self.guest_cid, local, peer, size, kind, op, flags, buf_alloc, fwd_cnt)
 
     def expire(self) -> None:
         """Give up what is due."""
