@@ -22,7 +22,7 @@ PORT = 1111
 
 
 def test_a_restored_guests_connections_are_reset_and_new_ones_work() -> None:
-    """Who reads has an error (ENOTCONN, of Linux's), the context ID is the one given last, and the guest connects again."""
+    """Who reads has ECONNRESET, or then ENOTCONN; the context ID is that given last, and the guest connects again."""
     guest = linux_guest()
     console = Console()
     commands = (
@@ -56,5 +56,6 @@ def test_a_restored_guests_connections_are_reset_and_new_ones_work() -> None:
             assert machine.wait(120).end is End.POWER_OFF
         finally:
             machine.close()
-    assert "vsock_test: control connection: " in console.text, console.text
+    errors = ("Connection reset by peer", "Transport endpoint is not connected")
+    assert any(f"control connection: {error}" in console.text for error in errors), console.text
     assert "\n77\r" in console.text
