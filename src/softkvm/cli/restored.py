@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import signal
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from softkvm.cli.run_image import GuestImage
     from softkvm.vmm.devices.spec import DeviceSpec
     from softkvm.vmm.machine import Machine
+
+_FIRST_OUTPUT_S = 0.1
+"""So long what comes next waits: it would only be in the guest's way to its next output."""
 
 Output = Callable[[bytes], None]
 
@@ -76,11 +80,14 @@ class Ends:
         self.machine: Machine | None = None
         self.hear: Output = lambda data: None
         """Gets the output first."""
+        self.heard = threading.Event()
+        """Set when the guest has sent something."""
         self.caught: list[int] = []
         self.failed: list[Outcome] = []
 
     def output(self, data: bytes) -> None:
         """Show output of the guest."""
+        self.heard.set()
         self.hear(data)
         try:
             self.console.output(data)
@@ -134,6 +141,7 @@ def run(machine: Machine, ends: Ends, how: How) -> int:
         how.runs()
         gc.freeze()  # what there is stays, and is not written to: clones share it
         gc.enable()
+        ends.heard.wait(_FIRST_OUTPUT_S)
         _control(machine, ends, how, stack)
         outcome = machine.wait(how.timeout_s)
     if outcome.end is End.POWER_OFF and failed:
