@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from tests.support.guests import linux_guest
@@ -18,13 +19,17 @@ from tests.support.machines import open_soft
 
 from softkvm.bench.host_budget import resident
 from softkvm.bench.linux import LinuxGuest
+from softkvm.vmm.console import Console
 from softkvm.vmm.devices.virtio_balloon import Balloon, BalloonSpec
 from softkvm.vmm.errors import StateError
+from softkvm.vmm.host_memory import Backing
 from softkvm.vmm.memory import KIB, MIB
+from softkvm.vmm.snapshot.directory import Snapshot, save
 
 pytestmark = [pytest.mark.guest, pytest.mark.network, pytest.mark.timeout(600)]
 
 PATIENCE_S = 120.0
+SPEC = BalloonSpec(reporting=True, hinting=True, deflate_on_oom=True, stats_s=1)
 
 
 class Guest:
@@ -62,8 +67,7 @@ class Guest:
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
     linux_guest()
-    spec = BalloonSpec(reporting=True, hinting=True, deflate_on_oom=True, stats_s=1)
-    with open_soft() as kvm, LinuxGuest(kvm, 256 * MIB, devices=(spec,)) as linux:
+    with open_soft() as kvm, LinuxGuest(kvm, 256 * MIB, devices=(SPEC,)) as linux:
         made = Guest(linux)
         # Huge pages are off where there is so little memory; with them a million pages take a third of the time.
         linux.run("echo always > /sys/kernel/mm/transparent_hugepage/enabled")
@@ -139,3 +143,27 @@ def test_of_a_million_pages_none_is_lost_while_they_are_reported_hinted_and_infl
     assert (found[2], found[3]) == ("0", "0")
     assert all(guest.balloon.reclaimed[way] > before[way] for way in ("reported", "hinted", "inflated"))
     assert not re.search(r"BUG|Call Trace|Out of memory", guest.linux.console.text)
+
+
+def test_a_restored_guest_gives_back_what_its_snapshots_file_has(guest: Guest, tmp_path: Path) -> None:
+    """Its memory is a private mapping of a file: a page that was dropped would show the file's contents again."""
+    console = Console()
+    save(guest.linux.machine, tmp_path / "saved")
+    with (
+        open_soft() as kvm,
+        Snapshot(tmp_path / "saved") as snapshot,
+        snapshot.restore(kvm, console.output, device_specs=(SPEC,)) as machine,
+    ):
+        console.attach(machine)
+        machine.start()
+        balloon: Balloon = machine.devices[0]
+        assert machine.memory.backing is Backing.PRIVATE_FILE
+        assert balloon.hinting is not None
+        for _ in range(3):
+            console.send("pages check 128 20000\n")
+            assert console.expect(r"^check (\d+) pages, lost (\d+), not zero (\d+)", PATIENCE_S)[2] == "0"
+            assert balloon.hinting.reclaim(PATIENCE_S) > 64 * MIB
+        console.send("pages check 128 20000\n")
+        found = console.expect(r"^check (\d+) pages, lost (\d+), not zero (\d+)", PATIENCE_S)
+        assert (found[2], found[3]) == ("0", "0")
+        assert balloon.statistics(PATIENCE_S)["total_memory"] == guest.balloon.statistics()["total_memory"]

@@ -6,6 +6,7 @@ Each function is one system call that does not hold the interpreter's lock: page
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -98,6 +99,8 @@ def _madvise(address: int, size: int, advice: int) -> None:
 def _replace(address: int, size: int) -> None:
     """Map new memory over the old: at no moment is there none."""
     _map_over(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    with contextlib.suppress(OSError):  # as the rest of the memory has it; a host without huge pages has EINVAL
+        _madvise(address, size, mmap.MADV_HUGEPAGE)
 
 
 def _map_over(address: int, size: int, flags: int, fd: int, offset: int) -> None:
