@@ -26,7 +26,7 @@ BELOW: dict[str, set[str]] = {
     "script": {"abi", "vmm"},
     "reports": set(),
     "unittests": {"abi", "api", "vmm", "qemu", "reports"},
-    "bench": {"abi", "api", "cputime", "vmm", "unittests", "qemu", "reports"},
+    "bench": {"abi", "api", "closing", "cputime", "vmm", "unittests", "qemu", "reports"},
     "client": {"abi", "kvm", "live", "plugin", "threads", "trace"},
     "selftests": {"abi", "client", "reports"},
     "vsocktest": {"abi", "api", "reports", "vmm"},

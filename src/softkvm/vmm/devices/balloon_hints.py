@@ -17,7 +17,8 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.errors import StateError
@@ -28,8 +29,27 @@ from softkvm.vmm.virtio.ids import VIRTQ_DESC_F_WRITE
 from softkvm.vmm.virtio.queue import Chain, Queue
 
 if TYPE_CHECKING:
-    from softkvm.vmm.devices.virtio_balloon import Balloon
     from softkvm.vmm.machine import Machine
+
+
+class HintedBalloon(Protocol):
+    """The device, as far as hinting needs it."""
+
+    reclaimed: dict[str, int]
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether the guest fills free pages with something."""
+
+    def negotiated(self, feature: int) -> bool:
+        """Whether the driver has taken a feature."""
+
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function on the device's worker."""
+
+    def config_changed(self) -> None:
+        """Tell the driver of new fields."""
+
 
 VIRTIO_BALLOON_F_FREE_PAGE_HINT: Final = 3
 
@@ -55,7 +75,7 @@ PATIENCE_S: Final = 30.0
 class Hinting:
     """What the host asks of *machine*'s guest; ``balloon`` is the device that asks."""
 
-    balloon: Balloon
+    balloon: HintedBalloon
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
