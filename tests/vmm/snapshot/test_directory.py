@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.support.machines import open_soft
 
 from softkvm import api
+from softkvm.cli.devices import specs_of
 from softkvm.vmm.errors import SnapshotError
 from softkvm.vmm.host_memory import merged
 from softkvm.vmm.machine import Config, Machine
@@ -179,6 +180,23 @@ def test_the_guest_is_told_of_its_twin(machine: Machine, kvm: api.Kvm, tmp_path:
             assert len({identifier, one.board.vmgenid.identifier, other.board.vmgenid.identifier}) == 3
         with snapshot.restore(kvm, identity=None) as same:
             assert same.board.vmgenid.identifier == identifier
+
+
+def test_clones_have_context_ids_of_their_own(kvm: api.Kvm, tmp_path: Path) -> None:
+    specs = specs_of([["--vsock", "cid=40"]])
+    with Machine(kvm, Config(32 * MIB, device_specs=specs)) as machine:
+        machine.load(COUNT, raw=True)
+        save(machine, tmp_path / "one")
+    found = []
+    with Snapshot(tmp_path / "one") as snapshot:
+        for number in range(3):
+            with snapshot.restore(kvm, identity=number, device_specs=specs_of([["--vsock", ""]])) as clone:
+                found.append(clone.devices[0].hub.guest_cid)
+    assert found == [40, 41, 42]
+
+
+def test_the_longest_chain_has_no_more_mappings_than_a_process_may_have() -> None:
+    assert (directory.MOST_BASES + 1) * directory.MOST_RANGES < 65530 - 2000
 
 
 # -- nothing half done

@@ -211,6 +211,12 @@ class VirtioVsock(VirtioDevice):
             self.hub.guest_cid = cid
         self._reset_due = True
 
+    def new_identity(self, number: int) -> None:
+        """Of several clones each has a context ID of its own; the guest reads it anew when it goes on."""
+        if number:
+            self.hub.guest_cid = CID_MIN + (self.hub.guest_cid - CID_MIN + number) % (CID_MAX - CID_MIN + 1)
+            self._reset_due = True
+
     def close(self) -> None:
         """End everything, orphans that wait for their timeout too."""
         self.hub.close()

@@ -35,8 +35,8 @@ MEMORY: Final = "memory"
 
 MOST_BASES: Final = 64
 """The longest chain of incremental snapshots."""
-MOST_RANGES: Final = 8192
-"""Parts of an incremental snapshot's memory. Each is a mapping, of which a process may have some ten thousand."""
+MOST_RANGES: Final = 900
+"""Parts of an incremental snapshot's memory. Each is a mapping, of which Linux lets a process have 65530."""
 
 
 # -- saving
