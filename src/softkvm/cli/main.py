@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "net": ("softkvm.cli.net", "a machine's networks: ports, connections, counters, cables"),
     "stat": ("softkvm.cli.stat", "live counters of a running machine, as kvm_stat has them"),
     "trace": ("softkvm.cli.trace", "record KVM's tracepoints, print them, open them in Perfetto"),
+    "image": ("softkvm.cli.image", "make a small Debian system on a disk"),
     "setup": ("softkvm.cli.setup", "prepare the default guest, or a root directory for one"),
     "version": ("softkvm.cli.version", "versions of softkvm, of the KVMs and of the host"),
     "guest": ("softkvm.cli.guest", "prepare the default Linux guest"),
