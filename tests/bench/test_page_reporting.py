@@ -26,6 +26,7 @@ class FakeGuest(Closing):
         self.kept = ""
         self.devices = devices
         self.commands: list[str] = []
+        self.executed = 0
         memory_of = SimpleNamespace(keep=lambda why: setattr(self, "kept", why))
         self.machine = SimpleNamespace(memory=memory_of, devices=[SimpleNamespace(reclaimed={"reported": 7 * MIB})])
         FakeGuest.made.append(self)
@@ -35,7 +36,11 @@ class FakeGuest(Closing):
         if not command.startswith("pages fault"):
             return None
         variant = "kept" if self.kept else "on" if self.devices else "off"
+        self.executed += {"off": 100_000, "kept": 100_980, "on": 95_950}[variant]
         return re.search(pattern, f"fault {self.RATES[variant]} pages in 1000000000 ns")
+
+    def instructions(self) -> int:
+        return self.executed
 
     def close(self) -> None:
         pass
@@ -69,6 +74,8 @@ def test_costs_are_percents_of_the_guest_without(report: Report) -> None:
     assert report.cost("off", 1, True) == 0
     assert report.cost("kept", 4, False) == pytest.approx(1.0)
     assert report.cost("on", 4, True) == pytest.approx(5.0)
+    assert report.instruction_cost("kept", 1, True) == pytest.approx(2.0)  # 102 for a page against 100
+    assert report.instruction_cost("on", 1, True) == pytest.approx(1.0)
     with pytest.raises(KeyError):
         report.figure("on", 2, True)
     found = report.as_dict()

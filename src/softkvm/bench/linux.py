@@ -77,6 +77,11 @@ class LinuxGuest(Closing):
             raise BenchError(f"the guest: {command}: status {status}")
         return found
 
+    def instructions(self) -> int:
+        """Return how many instructions the guest has executed; 0 where KVM does not count them."""
+        counts = [vcpu.get("kvm", {}).get("instructions", 0) for vcpu in self.machine.stats()["vcpus"]]
+        return sum(counts)
+
     def _expect(self, pattern: str, timeout_s: float) -> re.Match[str]:
         try:
             return self.console.expect(pattern, timeout_s)

@@ -75,6 +75,8 @@ class Figure:
     rates: tuple[float, ...]
     #: Processor time of this process, nanoseconds for a page, of each round: what else the host does matters less.
     cpu_ns: tuple[float, ...]
+    #: What the guest executes for a page, of each round; 0 where KVM does not count that.
+    instructions: tuple[float, ...]
 
     @property
     def rate(self) -> float:
@@ -118,6 +120,12 @@ class Report:
         base, figure = self.figure("off", tasks, thp), self.figure(variant, tasks, thp)
         return statistics.median(100 * (ns / less - 1) for ns, less in zip(figure.cpu_ns, base.cpu_ns, strict=True))
 
+    def instruction_cost(self, variant: str, tasks: int, thp: bool) -> float:
+        """Return how many percent more instructions a page takes: the guest's own part of the cost, on any host."""
+        base, figure = self.figure("off", tasks, thp), self.figure(variant, tasks, thp)
+        pairs = zip(figure.instructions, base.instructions, strict=True)
+        return statistics.median(100 * (count / less - 1) if less else 0.0 for count, less in pairs)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
         figures = []
@@ -125,6 +133,7 @@ class Report:
             place = figure.variant, figure.tasks, figure.thp
             medians = {"rate": figure.rate, "cpu_ns_per_page": figure.cpu_ns_per_page}
             costs = {"cost_percent": self.cost(*place), "cpu_cost_percent": self.cpu_cost(*place)}
+            costs["instruction_cost_percent"] = self.instruction_cost(*place)
             figures.append({**asdict(figure), **medians, **costs})
         return {
             "version": REPORT_VERSION,
@@ -152,7 +161,7 @@ def measure(
             for guest in guests.values():
                 guest.run(f"echo {'always' if thp else 'never'} > {_THP}")
             for tasks in options.tasks:
-                found: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+                found: dict[str, list[tuple[float, float, float]]] = {variant: [] for variant in VARIANTS}
                 for number in range(options.rounds):
                     for variant, guest in guests.items():
                         progress(
@@ -161,8 +170,7 @@ def measure(
                         )
                         found[variant].append(_faults(guest, tasks, options))
                 for variant, rounds in found.items():
-                    rates, cpu_ns = zip(*rounds, strict=True)
-                    report.figures.append(Figure(variant, tasks, thp, rates, cpu_ns))
+                    report.figures.append(Figure(variant, tasks, thp, *zip(*rounds, strict=True)))
         report.reported = {
             variant: guest.machine.devices[0].reclaimed["reported"]
             for variant, guest in guests.items()
@@ -171,13 +179,14 @@ def measure(
     return report
 
 
-def _faults(guest: LinuxGuest, tasks: int, options: Options) -> tuple[float, float]:
-    """Return how many pages a second the guest gets through, and how much processor time of ours one takes, in ns."""
+def _faults(guest: LinuxGuest, tasks: int, options: Options) -> tuple[float, float, float]:
+    """Return how many pages a second the guest gets through; of one page, processor time of ours, and instructions."""
     command = f"pages fault {tasks} {options.task_memory // MIB} {options.seconds}"
-    before = time.process_time_ns()
+    before, executed = time.process_time_ns(), guest.instructions()
     found = guest.run(command, _PAGE_FAULTS, 60 + 20 * options.seconds)
-    used = time.process_time_ns() - before
-    return int(found[1]) * 1e9 / int(found[2]), used / int(found[1])
+    used, executed = time.process_time_ns() - before, guest.instructions() - executed
+    pages = int(found[1])
+    return pages * 1e9 / int(found[2]), used / pages, executed / pages
 
 
 def rows(report: Report) -> Iterator[list[str]]:
@@ -187,4 +196,5 @@ def rows(report: Report) -> Iterator[list[str]]:
             row = [str(tasks), "on" if thp else "off"]
             row += [f"{report.figure(variant, tasks, thp).rate:,.0f}" for variant in VARIANTS]
             row += [f"{report.cost(variant, tasks, thp):+.1f}" for variant in ("kept", "on")]
-            yield [*row, *(f"{report.cpu_cost(variant, tasks, thp):+.1f}" for variant in ("kept", "on"))]
+            row += [f"{report.cpu_cost(variant, tasks, thp):+.1f}" for variant in ("kept", "on")]
+            yield [*row, *(f"{report.instruction_cost(variant, tasks, thp):+.1f}" for variant in ("kept", "on"))]
