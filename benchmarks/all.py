@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import boot, client, common, exits, memory, mips, net, share
+from benchmarks import boot, client, common, exits, memory, mips, net, share, snapshot
 
 
 def measure() -> None:
     """Run all; the last message says which failed."""
     failed = []
-    for module in (boot, mips, exits, client, memory, net, share):
+    for module in (boot, mips, exits, client, memory, net, share, snapshot):
         try:
             module.measure()
         except common.BenchmarkError as error:
