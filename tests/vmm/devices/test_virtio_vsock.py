@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import socket
 import struct
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +29,10 @@ from tests.support.vsock import (
     STREAM,
 )
 
+import softkvm
 from softkvm.vmm.devices.virtio_vsock import RX, TX, VirtioVsock, VsockSpec, parse
-from softkvm.vmm.errors import ConfigError
+from softkvm.vmm.errors import ConfigError, StateError
+from softkvm.vmm.machine import Config, Machine
 from softkvm.vmm.vsock.packet import HEADER_SIZE, Header
 
 F_STREAM, F_SEQPACKET, F_NO_IMPLIED_STREAM = 0, 1, 2
@@ -310,3 +314,18 @@ def test_the_option() -> None:
     for text in ("cid=2", "cid=4294967295", "cid=x", "nine", "cid=9,cid=8", "path=" + "p" * 97, "size=3"):
         with pytest.raises(ConfigError, match=r"^--vsock "):
             parse(text)
+
+
+def test_a_path_may_have_the_processs_number(tmp_path: Path) -> None:
+    with softkvm.open() as kvm, Machine(kvm, Config(device_specs=(VsockSpec(path=f"{tmp_path}/v%p"),))) as machine:
+        assert machine.vsock.cid == 3
+        assert (tmp_path / f"v{os.getpid()}").is_socket()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_has_one_at_most() -> None:
+    with softkvm.open() as kvm:
+        with pytest.raises(ConfigError, match="two vsock devices"):
+            Machine(kvm, Config(device_specs=(VsockSpec(), VsockSpec())))
+        with Machine(kvm) as machine, pytest.raises(StateError, match="--vsock"):
+            _ = machine.vsock

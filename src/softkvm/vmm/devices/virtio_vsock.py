@@ -7,6 +7,7 @@ driver begins anew or the machine is restored: the guest is told by an event, an
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -233,7 +234,7 @@ class VsockSpec:
     cid: int | None = None
     """The guest's context ID; None: 3, or what a restored machine had."""
     path: str = ""
-    """Where the UNIX sockets for the host's programs are; none if it is empty."""
+    """Where the UNIX sockets for the host's programs are, ``%p`` being the process's number; none if it is empty."""
     placement: Placement = field(default_factory=Placement)
 
     def __post_init__(self) -> None:
@@ -248,7 +249,7 @@ class VsockSpec:
         machine.set_vsock(device.vsock)
         self.placement.add(machine, device, machine.workers.own("vsock"))
         if self.path:
-            device.serve(self.path)
+            device.serve(self.path.replace("%p", str(os.getpid())))
         return device
 
 
