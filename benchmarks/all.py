@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import boot, client, common, exits, memory, mips, net, share, snapshot
+from benchmarks import boot, client, common, exits, memory, mips, net, share, snapshot, vsock
 
 
 def measure() -> None:
     """Run all; the last message says which failed."""
     failed = []
-    for module in (boot, mips, exits, client, memory, net, share, snapshot):
+    for module in (boot, mips, exits, client, memory, net, share, snapshot, vsock):
         try:
             module.measure()
         except common.BenchmarkError as error:
