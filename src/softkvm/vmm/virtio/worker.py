@@ -24,6 +24,8 @@ from softkvm.vmm.errors import complain, show_traceback, unexpected
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
+_COMPLAINTS: Final = 10
+
 HANG_UP: Final = select.EPOLLHUP | select.EPOLLERR
 
 
@@ -56,6 +58,7 @@ class Worker(Closing):
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._closed = False
+        self._complaints = 0
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, READ)
@@ -189,7 +192,9 @@ class Worker(Closing):
             function(*arguments)
         except Exception as error:  # a bug of one device's must not end the others'
             show_traceback(error)
-            complain(f"{self.name}: {unexpected(error)}")
+            self._complaints += 1
+            if self._complaints <= _COMPLAINTS:  # a file that stays ready would fill the terminal
+                complain(f"{self.name}: {unexpected(error)}")
 
 
 class Workers(Closing):
