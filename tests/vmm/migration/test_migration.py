@@ -471,6 +471,36 @@ def test_whatever_comes_is_refused_or_waited_for(parts: list[bytes], hello: bool
     here.close()
 
 
+@given(st.lists(frames, max_size=3), st.booleans(), st.integers(0, 60))
+@settings(max_examples=25)
+def test_whatever_a_target_answers_the_machine_stays(parts: list[bytes], accepts: bool, cut: int) -> None:
+    """Unless it answers as a target does, to the word that the machine is its own."""
+    accepted = struct.pack("<IIQI", stream.MAGIC, Kind.ACCEPTED, 0, 0) if accepts else b""
+    data = accepted + b"".join(parts)
+    here, there = socket.socketpair()
+    with open_soft() as kvm, counting(kvm) as machine, Channel(here) as channel:
+        machine.start()
+        there.sendall(data[: len(data) - cut] if cut < len(data) else data)
+        there.shutdown(socket.SHUT_WR)
+        swallowing = threading.Thread(target=swallow, args=(there,))
+        swallowing.start()
+        with pytest.raises(MigrationError) as refused:
+            Migration(machine, channel).run()
+        assert "\n" not in str(refused.value)
+        assert not machine.ended.is_set()
+        assert not machine.memory.logging
+        assert moves(machine)
+        channel.shut_down()
+        swallowing.join()
+    there.close()
+
+
+def swallow(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while connection.recv(1 << 20):
+            continue
+
+
 @pytest.mark.parametrize(
     ("hello", "why"),
     [
