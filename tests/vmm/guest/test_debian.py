@@ -21,9 +21,10 @@ from softkvm.vmm.guest.debian import ImageFailed, Wanted, create
 SOFTKVM = (sys.executable, "-m", "softkvm.cli.main")
 SIZE = 512 << 20
 
+TOOLS = ("mke2fs", "debugfs", "e2fsck", *(() if os.geteuid() == 0 else ("fakeroot",)))
 needs_tools = pytest.mark.skipif(
-    any(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None for name in ("mke2fs", "debugfs", "e2fsck")),
-    reason="e2fsprogs is not there",
+    any(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None for name in TOOLS),
+    reason=f"{', '.join(TOOLS)}: not all of them are there",
 )
 
 
