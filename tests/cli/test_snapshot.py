@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -126,6 +127,18 @@ def test_a_killed_clone_takes_no_other_with_it(echo: Path) -> None:
         for other in others:
             os.kill(other, signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGKILL
+
+
+def test_clones_end_with_a_parent_that_is_killed(echo: Path) -> None:
+    command = [*SNAPSHOT, "restore", str(echo), "--clones", "2", "--console", "none"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        clones = [os.pidfd_open(child) for child in children(process.pid)]
+        process.kill()
+        for clone in clones:
+            assert select.select([clone], [], [], 60)[0]
+            os.close(clone)
 
 
 def test_info_says_what_it_is_of(echo: Path) -> None:

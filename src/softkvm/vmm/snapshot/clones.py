@@ -8,6 +8,7 @@ seen by another, and one that dies takes no other with it.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import select
@@ -24,6 +25,7 @@ from softkvm.closing import Closing
 from softkvm.vmm.errors import SnapshotError
 
 CLONES: Final = Size("clones of a snapshot", 1000, SnapshotError, least=1, effect="SnapshotError", where=__name__)
+_PR_SET_PDEATHSIG: Final = 1
 _END_S: Final = 5.0
 
 Body = Callable[[int, Callable[[], None]], int]
@@ -56,11 +58,12 @@ class Clones(Closing):
         sys.stderr.flush()
         gc.collect()
         gc.freeze()  # a collection in a clone would write to every object, and have its page copied
+        parent = os.getpid()
         try:
             for number in range(1, count + 1):
                 pid = os.fork()
                 if pid == 0:
-                    self._be(number, body, write)
+                    self._be(number, body, write, parent)
                 self.clones.append(Clone(number, pid, os.pidfd_open(pid)))
         except OSError as error:
             self.close()
@@ -75,10 +78,14 @@ class Clones(Closing):
         if len(threads) > 1:
             raise SnapshotError(f"clones are forked by a process with one thread: this one has {len(threads)}")
 
-    def _be(self, number: int, body: Body, write: int) -> None:
+    def _be(self, number: int, body: Body, write: int, parent: int) -> None:
         """Be clone *number*: never returns."""
         status = 1
         try:
+            # Nobody would end the clones of a process that was killed.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if os.getppid() != parent:
+                return
             os.close(self._ready)
             for other in self.clones:
                 os.close(other.pidfd)
