@@ -13,7 +13,7 @@ from softkvm.cli.arguments import count, file_name, size
 from softkvm.cli.output import say, warn
 from softkvm.cli.results import Printer, Reports, add_report_options
 from softkvm.progress import TerminalProgress
-from softkvm.reports.result import Status
+from softkvm.reports.result import Result, Status
 from softkvm.reports.suite import Suite
 from softkvm.vmm.guest import GuestUnavailable, prepare
 from softkvm.vmm.machine import MAX_VCPUS
@@ -23,11 +23,6 @@ from softkvm.vsocktest.half import DEFAULT_PORT
 from softkvm.vsocktest.session import MODES
 
 EXIT_FAILED = 1
-
-
-def _suite(accel: str) -> Suite:
-    engine = "KVM in Python" if accel == SOFT else "/dev/kvm"
-    return Suite("vsock-test", "The vsock test suite", "softkvm vsock-test", accel, engine, f"--accel {accel}")
 
 
 EPILOG = """\
@@ -47,6 +42,33 @@ examples:
   softkvm vsock-test --pick 4 --mode server           a hundred connections that the host makes
   softkvm vsock-test --kernels ./vsock_test --json r.json
 """
+
+
+def _suite(accel: str) -> Suite:
+    engine = "KVM in Python on the software CPU" if accel == SOFT else "/dev/kvm"
+    origin = "of the kernel's tools/testing/vsock, and some cases of ours"
+    return Suite("vsock-test", "The vsock test suite", "vsock-test", accel, engine, f"--accel {accel}", "", origin)
+
+
+def _table(results: Sequence[Result]) -> str:
+    """Return a line for each case, with what came of it in each mode."""
+    ways: dict[str, dict[str, Result]] = {}
+    for result in results:
+        way, _, case = result.name.partition(": ")
+        ways.setdefault(way, {})[case or "(all)"] = result
+    cases = list(dict.fromkeys(case for found in ways.values() for case in found))
+    width = max(map(len, cases))
+    lines = [f"{'':{width}}  {'  '.join(ways)}"]
+    for case in cases:
+        cells = [f"{_cell(found.get(case)):{len(way)}}" for way, found in ways.items()]
+        lines.append(f"{case:{width}}  {'  '.join(cells)}".rstrip())
+    return "\n".join(lines)
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return "-"
+    return f"{result.status} {result.time_s:.2f} s" if result.status is Status.PASS and result.time_s else result.status
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -127,6 +149,8 @@ def _run(args: Namespace) -> int:
         raise CommandError(str(error), EXIT_ERROR) from None
     finally:
         printer.clear()
+    if len(outcome.results) > 1 and not files.take_stdout:
+        say(f"\n{_table(outcome.results)}\n")
     printer.summary()
     files.write(outcome.results, _suite(accel))
     if outcome.trouble:

@@ -112,12 +112,12 @@ def markdown(results: Sequence[Result], suite: Suite) -> str:
     lines = [
         f"# {suite.title}",
         "",
-        f"<!-- Generated: softkvm {suite.command} DIR --markdown docs/{suite.page} -->",
+        f"<!-- Generated: softkvm {suite.command}{suite.argument} --markdown docs/{suite.page} -->",
         "",
         f"{counts[Status.PASS]} pass, {counts[Status.FAIL]} fail, {counts[Status.SKIP]} skipped,"
         f" of {len(results)} entries ({suite.where}).",
         "",
-        f"`softkvm {suite.command} DIR` runs the suite from your own build of it; nothing of it is in this repository.",
+        f"`softkvm {suite.command}{suite.argument}` runs the suite {suite.origin}.",
         "",
         *_limits(results),
         "| entry | status | checks | why not |",

@@ -20,6 +20,10 @@ class Suite(NamedTuple):
     """The same for people."""
     where: str
     """How the command was told so."""
+    argument: str = " DIR"
+    """What stands behind the command."""
+    origin: str = "from your own build of it; nothing of it is in this repository"
+    """Where the suite is from that the command runs."""
 
     @property
     def page(self) -> str:
