@@ -31,7 +31,7 @@ from softkvm.vmm.virtio.ids import (
 )
 from softkvm.vmm.virtio.packed import PackedQueue
 from softkvm.vmm.virtio.queue import Queue, QueueError, SplitQueue
-from softkvm.vmm.virtio.worker import READ, Worker
+from softkvm.vmm.virtio.worker import ONCE, READ, Worker
 
 if TYPE_CHECKING:
     from softkvm.vmm.memory import GuestMemory
@@ -119,7 +119,7 @@ class Transport(ABC):
         self.lock = _Locks([other.lock for other in dict.fromkeys([worker, *self._queue_workers])])
         """No function of the device's runs while this is held."""
         for index, fd in enumerate(self._kicks):
-            self._queue_workers[index].add(fd, READ, self._kicked(index, fd))
+            self._queue_workers[index].add(fd, READ | ONCE, self._kicked(index))
 
     def close(self) -> None:
         """Give back the eventfds and the device."""
@@ -153,15 +153,12 @@ class Transport(ABC):
         if index < len(self._kicks):
             os.eventfd_write(self._kicks[index], 1)
 
-    def _kicked(self, index: int, fd: int) -> Callable[[int], None]:
-        device, read = self.device, os.eventfd_read
+    def _kicked(self, index: int) -> Callable[[int], None]:
+        device = self.device
 
         def kicked(events: int) -> None:
-            with contextlib.suppress(BlockingIOError):
-                read(fd)
-            if self._status & (DRIVER_OK | DEVICE_NEEDS_RESET) != DRIVER_OK:
-                return
-            self._guarded(device.notified, index)
+            if self._status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK:
+                self._guarded(device.notified, index)
 
         return kicked
 

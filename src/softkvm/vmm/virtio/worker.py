@@ -24,6 +24,8 @@ from softkvm.vmm.errors import complain, show_traceback, unexpected
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
+ONCE: Final = select.EPOLLET
+"""With READ, of an eventfd: each signal calls once, and nobody has to read the counter."""
 _COMPLAINTS: Final = 10
 
 HANG_UP: Final = select.EPOLLHUP | select.EPOLLERR
