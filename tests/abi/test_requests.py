@@ -10,7 +10,10 @@ from softkvm import abi, api
 FILES = [(abi.File.SYSTEM, api.Kvm), (abi.File.VM, api.Vm), (abi.File.VCPU, api.Vcpu)]
 
 #: What the protocols have beside requests.
-NOT_REQUESTS = {"call_soon", "close", "cpu_clock", "kick", "kvm_run", "shared", "shared_fd", "stats"}
+NOT_REQUESTS = {
+    *("call_soon", "close", "cpu_clock", "host_unmapped_ranges"),
+    *("kick", "kvm_run", "shared", "shared_fd", "stats"),
+}
 
 
 def methods(protocol: type) -> set[str]:

@@ -107,6 +107,14 @@ def test_a_target_that_is_not_there_changes_nothing(web: Running, tmp_path: Path
     assert web.answers(b"still here")
 
 
+def wait_for_name(name: str) -> None:
+    """A restored machine listens behind its first output only."""
+    end = time.monotonic() + FAR_S
+    while name not in (one["name"] for one in json.loads(softkvm("list", "--json").stdout)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_a_running_machine_is_saved_and_goes_on(web: Running, tmp_path: Path) -> None:
     saved = softkvm("snapshot", "save", "web", tmp_path / "one", "--watch")
     assert saved.returncode == 0, saved.stderr
@@ -120,6 +128,7 @@ def test_a_running_machine_is_saved_and_goes_on(web: Running, tmp_path: Path) ->
     restored = Running("snapshot", "restore", tmp_path / "two", "--name", "again", "--timeout", "120")
     try:
         assert restored.answers(b"again")
+        wait_for_name("again")
         taken = softkvm("snapshot", "save", "again", tmp_path / "one")
         assert (taken.returncode, taken.stderr.partition(": ")[2].partition(": ")[2]) == (
             1,

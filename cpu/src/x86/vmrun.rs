@@ -3,6 +3,8 @@
 //!
 //! `vmrun` includes VMLOAD before and VMSAVE after, as every hypervisor does around it.
 
+use std::sync::Arc;
+
 use super::state::*;
 use super::system::exitcode;
 use super::vmcb::{Vmcb, control, save};
@@ -12,6 +14,11 @@ use crate::engine::run;
 /// VMRUN was refused: the VMCB is not in registered memory or not aligned.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadVmcb;
+
+/// What [`Cpu::registered`] is asked for.
+const CHECKED_VMCB: usize = 0;
+const CHECKED_IOPM: usize = 1;
+const CHECKED_MSRPM: usize = 2;
 
 impl Cpu {
     /// Runs the guest described by the VMCB at `pa` until #VMEXIT; returns EXITCODE. Everything else is in the VMCB.
@@ -31,7 +38,7 @@ impl Cpu {
     }
 
     fn enter_guest(&mut self, pa: usize, rax_rsp: Option<(u64, u64)>) -> Result<u64, BadVmcb> {
-        if pa % 4096 != 0 || !self.engine.regions.contains(pa, 4096) {
+        if pa % 4096 != 0 || !self.registered(CHECKED_VMCB, pa, 4096) {
             return Err(BadVmcb);
         }
         // SAFETY: the page is registered, so it is mapped until a removal, which waits for this run to end.
@@ -207,7 +214,7 @@ impl Cpu {
     }
 
     /// The checks of VMRUN (APM vol. 2, 15.5.1, "Canonicalization and consistency checks").
-    fn consistent(&self) -> bool {
+    fn consistent(&mut self) -> bool {
         let c = &self.ctl;
         let long = self.efer & efer::LME != 0 && self.cr0 & cr0::PG != 0;
         let cs = &self.seg[sreg::CS];
@@ -226,12 +233,30 @@ impl Cpu {
     }
 
     /// The permission maps lie in registered memory (their intercepts read them).
-    fn intercepts_maps_registered(&self) -> bool {
+    fn intercepts_maps_registered(&mut self) -> bool {
         let io = !self.intercepted(exitcode::IOIO)
-            || self.engine.regions.contains((self.ctl.iopm & !0xfff) as usize, 0x3000);
+            || self.registered(CHECKED_IOPM, (self.ctl.iopm & !0xfff) as usize, 0x3000);
         let msr = !self.intercepted(exitcode::MSR)
-            || self.engine.regions.contains((self.ctl.msrpm & !0xfff) as usize, 0x2000);
+            || self.registered(CHECKED_MSRPM, (self.ctl.msrpm & !0xfff) as usize, 0x2000);
         io && msr
+    }
+
+    /// Whether memory is registered; what was there for the same purpose before still is, as long as no region has
+    /// gone or come.
+    #[inline]
+    fn registered(&mut self, purpose: usize, address: usize, size: usize) -> bool {
+        if !Arc::ptr_eq(&self.checked_in, &self.engine.regions) {
+            self.checked_in = self.engine.regions.clone();
+            self.checked = [None; CHECKED];
+        }
+        if self.checked[purpose] == Some(address) {
+            return true;
+        }
+        let found = self.engine.regions.contains(address, size);
+        if found {
+            self.checked[purpose] = Some(address);
+        }
+        found
     }
 
     /// Writes guest state and exit information back.

@@ -8,8 +8,8 @@ use super::pmu::counters::Pmu;
 use super::system::exitcode;
 use crate::engine::op::Stop;
 use crate::engine::state::Engine;
-use crate::mem::Machine;
 use crate::mem::lost::Lost;
+use crate::mem::{Machine, RegionTable};
 
 mod avic;
 mod control;
@@ -35,6 +35,9 @@ pub mod attention {
     /// Registers of the virtual APIC have been written.
     pub const APIC: u32 = 16;
 }
+
+/// How many places VMRUN looks for in registered memory: those of the VMCB and of two permission maps.
+pub const CHECKED: usize = 3;
 
 /// The TSC ratio of a guest whose counter ticks with the processor's.
 pub const TSC_RATIO_ONE: u64 = 1 << 32;
@@ -95,6 +98,9 @@ pub struct Cpu {
     pub(crate) ctl: Control,
     /// The virtual interrupt controller.
     pub(crate) avic: Avic,
+    /// Where the VMCB and the permission maps were, the last time that they were looked for, and in which regions.
+    pub(super) checked: [Option<usize>; CHECKED],
+    pub(super) checked_in: Arc<RegionTable>,
     /// Interrupt shadow is in force for the next instruction.
     pub(crate) shadow: bool,
     /// NMIs are blocked until IRET.
@@ -131,6 +137,7 @@ impl Cpu {
         rb.ftw = 0xffff;
         let engine = Engine::new(machine);
         engine.shared().set_index(index);
+        let checked_in = engine.regions.clone();
         Box::new(Cpu {
             rb,
             lf: LazyFlags::default(),
@@ -158,6 +165,8 @@ impl Cpu {
             msr: Msrs::default(),
             ctl: Control::default(),
             avic: Avic::default(),
+            checked: [None; CHECKED],
+            checked_in,
             shadow: false,
             nmi_blocked: false,
             delivering: 0,
