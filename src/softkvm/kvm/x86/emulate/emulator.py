@@ -348,10 +348,12 @@ class Emulator(Access):
             if not result:
                 vcpu.complete_userspace_io = svm.do_singlestep
             return 0
-        value_read = kernel_mmio_read(vcpu, gpa, size)
-        if value_read is not None:
-            self._load(operand, value_read)
-            return advance(vcpu, insn.length)
+        apic = vcpu.apic
+        if vcpu.mmio_bus.table.ranges or (apic is not None and gpa - offset == apic.base_address):
+            value_read = kernel_mmio_read(vcpu, gpa, size)
+            if value_read is not None:
+                self._load(operand, value_read)
+                return advance(vcpu, insn.length)
         vcpu.stat_mmio_exits += 1
         exit_mmio(vcpu, gpa, size, 0, 0)
         self.insn = insn
