@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from softkvm.bench import demand_paging, plot
-from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
+from softkvm.cli import CommandError
 from softkvm.cli.arguments import count, size
-from softkvm.cli.bench_dirty_log import picture_format
-from softkvm.cli.measurement import add_kvm_and_files, add_measurement
-from softkvm.cli.output import STDOUT, OutputFile, say, table
+from softkvm.cli.measurement import add_kvm_and_files, add_measurement, carry_out
+from softkvm.cli.output import table
 from softkvm.cli.parameters import open_with_params
-from softkvm.progress import StatusLine
 
 EPILOG = """\
 As the kernel's demand_paging_test: vCPUs go over memory that is not there. The first pass is without anybody of ours,
@@ -73,32 +71,25 @@ def run(args: Namespace) -> int:
     """Measure, print, write files."""
     modes = ["none"] if args.mode == "none" else ["none", args.mode]
     wanted = [_options(args, mode) for mode in modes]
-    form = picture_format(args.plot) if args.plot else ""
-    files = {option: OutputFile(f"--{option}", name) for option in ("json", "plot") if (name := getattr(args, option))}
-    line = StatusLine()
-    try:
+
+    def measure(show: Callable[[str], None]) -> list[demand_paging.Report]:
         with open_with_params(args.accel, args.param) as kvm:
-            reports = [
-                demand_paging.measure(kvm, options, line.show, user_mode_only=args.accel == "soft")
-                for options in wanted
+            return [
+                demand_paging.measure(kvm, options, show, user_mode_only=args.accel == "soft") for options in wanted
             ]
-    except OSError as error:
-        raise CommandError(f"--accel {args.accel}: {error.strerror}", EXIT_ERROR) from None
-    except demand_paging.BenchError as error:
-        raise CommandError(str(error), EXIT_ERROR) from None
-    finally:
-        line.clear()
-    if args.json != STDOUT:
-        say(render(reports))
-    if "json" in files:
-        files["json"].write(json.dumps([report.as_dict() for report in reports], indent=2) + "\n")
-    if "plot" in files:
+
+    def draw(reports: list[demand_paging.Report], form: str) -> bytes:
         rates = {"": {report.mode: report.pages_per_second for report in reports}}
-        try:
-            files["plot"].write(plot.bars(_title(wanted[0]), "pages in a second", rates, form))
-        except plot.PlotError as error:
-            raise CommandError(f"--plot {args.plot}: {error}", EXIT_ERROR) from None
-    return EXIT_OK
+        return plot.bars(_title(wanted[0]), "pages in a second", rates, form)
+
+    return carry_out(
+        args,
+        measure,
+        failure=demand_paging.BenchError,
+        render=render,
+        as_json=lambda reports: [report.as_dict() for report in reports],
+        draw=draw,
+    )
 
 
 def _title(options: demand_paging.Options) -> str:

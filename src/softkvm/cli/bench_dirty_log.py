@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from softkvm.bench import dirty_log, plot
-from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
+from softkvm.cli import CommandError
 from softkvm.cli.arguments import count, size
-from softkvm.cli.measurement import add_kvm_and_files, add_measurement
-from softkvm.cli.output import STDOUT, OutputFile, say, table
+from softkvm.cli.measurement import add_kvm_and_files, add_measurement, carry_out
+from softkvm.cli.output import table
 from softkvm.cli.parameters import open_with_params
-from softkvm.progress import StatusLine
 
 EPILOG = """\
 As the kernel's dirty_log_perf_test: vCPUs go over memory, once to populate it, then under logging. The log is fetched
@@ -70,36 +69,19 @@ def _options(args: Namespace) -> dirty_log.Options:
 def run(args: Namespace) -> int:
     """Measure, print, write files."""
     options = _options(args)
-    form = picture_format(args.plot) if args.plot else ""
-    files = {option: OutputFile(f"--{option}", name) for option in ("json", "plot") if (name := getattr(args, option))}
-    line = StatusLine()
-    try:
+
+    def measure(show: Callable[[str], None]) -> dirty_log.Report:
         with open_with_params(args.accel, args.param) as kvm:
-            report = dirty_log.measure(kvm, options, line.show)
-    except OSError as error:
-        raise CommandError(f"--accel {args.accel}: {error.strerror}", EXIT_ERROR) from None
-    except dirty_log.BenchError as error:
-        raise CommandError(str(error), EXIT_ERROR) from None
-    finally:
-        line.clear()
-    if args.json != STDOUT:
-        say(render(report))
-    if "json" in files:
-        files["json"].write(json.dumps(report.as_dict(), indent=2) + "\n")
-    if "plot" in files:
-        try:
-            files["plot"].write(plot.bars(_title(options), "milliseconds", _milliseconds(report), form))
-        except plot.PlotError as error:
-            raise CommandError(f"--plot {args.plot}: {error}", EXIT_ERROR) from None
-    return EXIT_OK
+            return dirty_log.measure(kvm, options, show)
 
-
-def picture_format(name: str) -> str:
-    """Return the format of a picture by its name."""
-    form = name.rpartition(".")[2].lower()
-    if form not in plot.FORMATS:
-        raise CommandError(f"--plot {name}: expected a name that ends with .png or .svg")
-    return form
+    return carry_out(
+        args,
+        measure,
+        failure=dirty_log.BenchError,
+        render=render,
+        as_json=dirty_log.Report.as_dict,
+        draw=lambda report, form: plot.bars(_title(options), "milliseconds", _milliseconds(report), form),
+    )
 
 
 def _title(options: dirty_log.Options) -> str:

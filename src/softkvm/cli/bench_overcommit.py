@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from typing import Any
 
 from softkvm.bench import overcommit, plot
-from softkvm.cli import EXIT_ERROR, EXIT_OK, CommandError
+from softkvm.cli import CommandError
 from softkvm.cli.arguments import count, size
-from softkvm.cli.bench_dirty_log import picture_format
-from softkvm.cli.measurement import add_kvm_and_files, add_measurement
-from softkvm.cli.output import STDOUT, OutputFile, say, table
+from softkvm.cli.measurement import add_kvm_and_files, add_measurement, carry_out
+from softkvm.cli.output import table
 from softkvm.cli.parameters import open_with_params
-from softkvm.progress import StatusLine
 from softkvm.vmm.memory import MIB
 
 EPILOG = """\
@@ -90,27 +87,14 @@ def _options(args: Namespace) -> overcommit.Options:
 def run(args: Namespace) -> int:
     """Measure, print, write files."""
     options = _options(args)
-    form = picture_format(args.plot) if args.plot else ""
-    files = {option: OutputFile(f"--{option}", name) for option in ("json", "plot") if (name := getattr(args, option))}
-    line = StatusLine()
-    try:
-        report = overcommit.measure(args.accel, lambda: open_with_params(args.accel, args.param), options, line.show)
-    except OSError as error:
-        raise CommandError(f"--accel {args.accel}: {error.strerror}", EXIT_ERROR) from None
-    except overcommit.BenchError as error:
-        raise CommandError(str(error), EXIT_ERROR) from None
-    finally:
-        line.clear()
-    if args.json != STDOUT:
-        say(render(report))
-    if "json" in files:
-        files["json"].write(json.dumps(report.as_dict(), indent=2) + "\n")
-    if "plot" in files:
-        try:
-            files["plot"].write(plot.panels(_title(options), _panels(report), form))
-        except plot.PlotError as error:
-            raise CommandError(f"--plot {args.plot}: {error}", EXIT_ERROR) from None
-    return EXIT_OK
+    return carry_out(
+        args,
+        lambda show: overcommit.measure(args.accel, lambda: open_with_params(args.accel, args.param), options, show),
+        failure=overcommit.BenchError,
+        render=render,
+        as_json=overcommit.Report.as_dict,
+        draw=lambda report, form: plot.panels(_title(options), _panels(report), form),
+    )
 
 
 def _title(options: overcommit.Options) -> str:
