@@ -117,20 +117,35 @@ class NoConsole:
         yield
 
 
-class StdioConsole:
+class _StandardConsole:
+    """Output to a descriptor that the process was started with."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._writer = Writer(fd)
+        self._ended: threading.Event | None = None
+        self._last = b"\n"
+
+    def output(self, data: bytes) -> None:
+        """Write it."""
+        self._last = data[-1:]
+        self._writer.write(data, self._ended)
+
+    def _left(self) -> bool:
+        """Tell, and note for what is printed next, whether the output ends in the middle of a line."""
+        partial = self._last != b"\n"
+        if partial:
+            left_partial_line(self._fd)
+        return partial
+
+
+class StdioConsole(_StandardConsole):
     """``stdio``: standard input and output; raw and with escape keys if they are a terminal."""
 
     name = "standard output"
 
     def __init__(self) -> None:
-        self._writer = Writer(1)
-        self._ended: threading.Event | None = None
-        self._last = b"\n"
-
-    def output(self, data: bytes) -> None:
-        """Write it to standard output."""
-        self._last = data[-1:]
-        self._writer.write(data, self._ended)
+        super().__init__(1)
 
     @contextlib.contextmanager
     def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
@@ -140,10 +155,8 @@ class StdioConsole:
             with self._keys(line, end) if os.isatty(0) else reading(0, line.feed, line.wait_for_room):
                 yield
         finally:
-            if self._last != b"\n":
-                left_partial_line(1)
-                if os.isatty(1):
-                    begin_line(1)
+            if self._left() and os.isatty(1):
+                begin_line(1)
 
     @contextlib.contextmanager
     def _keys(self, line: InputLine, end: Callable[[], Any]) -> Iterator[None]:
@@ -221,20 +234,13 @@ _KINDS: dict[str, Callable[[], ConsoleEnd]] = {STDIO: StdioConsole, "pty": PtyCo
 _FILE = "file:"
 
 
-class StderrConsole(NoConsole):
+class StderrConsole(_StandardConsole):
     """Output goes to standard error, as far as somebody takes it; for a run whose standard output is another's."""
 
     name = "standard error"
 
     def __init__(self) -> None:
-        self._writer = Writer(2)
-        self._ended: threading.Event | None = None
-        self._last = b"\n"
-
-    def output(self, data: bytes) -> None:
-        """Write it to standard error."""
-        self._last = data[-1:]
-        self._writer.write(data, self._ended)
+        super().__init__(2)
 
     @contextlib.contextmanager
     def attach(self, line: InputLine, end: Callable[[], Any], ended: threading.Event) -> Iterator[None]:
@@ -243,8 +249,7 @@ class StderrConsole(NoConsole):
         try:
             yield
         finally:
-            if self._last != b"\n":
-                left_partial_line(2)
+            self._left()
 
 
 def console_choice(text: str) -> str:
