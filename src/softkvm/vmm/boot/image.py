@@ -22,7 +22,7 @@ Source = bytes | bytearray | memoryview | os.PathLike[str]
 """What an image can be made of: its contents, or the path of a file that holds them."""
 
 _CHUNK = 4 * MIB  # read, cleared or expanded between two looks at the clock
-_GZIP_MAGIC = b"\x1f\x8b"
+GZIP_MAGIC = b"\x1f\x8b"
 #: No more than the machine has memory, in either.
 _READ = Size("bytes of a pipe that is booted", MAX_SIZE, None, giver="file", effect="ImageError", where=__name__)
 _EXPANDED = Size(
@@ -131,7 +131,7 @@ class Image(Closing):
 
         Raises ImageError if it is damaged or holds more than *limit* bytes. Source: RFC 1952.
         """
-        if self.read(0, 2) != _GZIP_MAGIC:
+        if self.read(0, 2) != GZIP_MAGIC:
             return self
         result = bytearray()
         try:

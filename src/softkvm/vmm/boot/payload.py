@@ -10,14 +10,13 @@ from __future__ import annotations
 import bz2
 import lzma
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from softkvm.abi.sizes import Size
 from softkvm.vmm.boot import elf
 from softkvm.vmm.boot.bzimage import parse_header
-from softkvm.vmm.boot.image import Deadline, Image
+from softkvm.vmm.boot.image import GZIP_MAGIC, Deadline, Image
 from softkvm.vmm.errors import ImageError
 from softkvm.vmm.memory import MAX_SIZE, MIB
 
@@ -39,15 +38,6 @@ class _Stream(Protocol):
     @property
     def needs_input(self) -> bool: ...
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
-
-
-def _gzip(data: bytes) -> Iterator[bytes]:
-    member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    while data and not member.eof:
-        yield member.decompress(data, _CHUNK)
-        data = member.unconsumed_tail
-    if not member.eof:
-        raise EOFError("it ends early")
 
 
 def _expanded(stream: _Stream, data: bytes) -> Iterator[bytes]:
@@ -93,7 +83,6 @@ def _lz4(data: bytes) -> Iterator[bytes]:
 
 
 _FORMATS: Final[tuple[tuple[bytes, Callable[[bytes], Iterator[bytes]]], ...]] = (
-    (b"\x1f\x8b", _gzip),
     (b"BZh", _bzip2),
     (b"\xfd7zXZ\0", _lzma),
     (b"\x5d\0\0", _lzma),
@@ -111,6 +100,8 @@ def vmlinux(image: Image, limit: int, deadline: Deadline | None = None) -> Image
     data = image.read(header.setup_size + offset, length)
     if len(data) < length or not length:
         raise ImageError(f"kernel is truncated: its ELF file of {length} bytes ends behind the image's end")
+    if data.startswith(GZIP_MAGIC):
+        return _checked(Image(image.name, data).expanded(limit, deadline))
     expand = next((expand for magic, expand in _FORMATS if data.startswith(magic)), None)
     if expand is None:
         raise ImageError(
@@ -126,9 +117,12 @@ def vmlinux(image: Image, limit: int, deadline: Deadline | None = None) -> Image
                 raise ImageError(f"kernel is compressed and has more than {limit} bytes")
     except ImageError:
         raise
-    except (zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError, struct.error) as error:
+    except (lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError, struct.error) as error:
         raise ImageError(f"kernel's ELF file is damaged: {error}") from None
-    found = Image(image.name, result)
+    return _checked(Image(image.name, result))
+
+
+def _checked(found: Image) -> Image:
     if not elf.is_elf(found):
         raise ImageError("kernel's ELF file is damaged: what it expands to is none")
     return found
